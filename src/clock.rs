@@ -1,0 +1,58 @@
+//! The one place that reads clocks for the decisions in [`crate::policy`].
+
+use std::sync::LazyLock;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::policy::Nanos;
+
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// Monotonic time since the process first asked.
+pub fn now() -> Nanos {
+    nanos(START.elapsed())
+}
+
+/// A span as [`Nanos`], saturating at 584 years.
+pub fn nanos(span: Duration) -> Nanos {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The wall clock as RFC 3339 text in UTC with milliseconds: `2026-11-24T03:20:22.123Z`.
+pub fn timestamp(wall: SystemTime) -> String {
+    let since = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Days to a civil date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+    let z = days + 719_468;
+    let (era, doe) = (z / 146_097, z % 146_097);
+    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    let (h, m, s, ms) = (rest / 3600, rest / 60 % 60, rest % 60, since.subsec_millis());
+    format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}.{ms:03}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_dates_as_rfc_3339() {
+        for (secs, want) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (1_795_490_422, "2026-11-24T03:20:22.000Z"),
+            (4_107_542_399, "2100-02-28T23:59:59.000Z"),
+        ] {
+            assert_eq!(timestamp(SystemTime::UNIX_EPOCH + Duration::from_secs(secs)), want);
+        }
+    }
+
+    #[test]
+    fn never_runs_backwards() {
+        let first = now();
+        assert!(now() >= first);
+        assert_eq!(nanos(Duration::MAX), u64::MAX);
+    }
+}

@@ -1,0 +1,155 @@
+//! Every section and key by name, with its default and its range; those of a
+//! backend are in `backend`.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    thread,
+};
+
+use super::{
+    Config, Health, Log, LogFormat, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend,
+    toml_reader::{Number, Range, Section, Text},
+};
+
+const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+const PORT: Number<u16> = Range::new(0, u16::MAX).or(8000);
+const WORKERS: Range<usize> = Range::new(1, 1024);
+const MAX_BODY_BYTES: Number<u64> = Range::new(1024, 1 << 30).or(32 << 20);
+const MAX_CONNECTIONS: Number<usize> = Range::new(1, 1_000_000).or(10_000);
+
+const SECONDS: Range<u64> = Range::new(1, 86_400);
+const DRAIN_SECS: Number<u64> = Range::new(0, SECONDS.max).or(30);
+const KEEP_ALIVE_SECS: Number<u64> = SECONDS.or(75);
+const MAX_WAIT_SECS: Number<u64> = SECONDS.or(30);
+const TIMEOUT_SECS: Number<u64> = SECONDS.or(300);
+const HEALTH_INTERVAL_SECS: Number<u64> = SECONDS.or(10);
+const HEALTH_TIMEOUT_SECS: Number<u64> = SECONDS.or(5);
+const STREAM_IDLE_SECS: Number<u64> = SECONDS.or(120);
+
+const MILLIS: Range<u64> = Range::new(1, 600_000);
+const BASE_DELAY_MS: Number<u64> = MILLIS.or(100);
+const MAX_DELAY_MS: Number<u64> = MILLIS.or(2000);
+const CONNECT_MS: Number<u64> = MILLIS.or(2000);
+
+const MAX_SIZE: Number<usize> = Range::new(0, 1_000_000).or(1000);
+pub(super) const IN_FLIGHT: Range<usize> = Range::new(1, 1_000_000);
+const MAX_IN_FLIGHT: Number<usize> = IN_FLIGHT.or(1024);
+
+const THRESHOLD: Range<u32> = Range::new(1, 1000);
+const FAILURE_THRESHOLD: Number<u32> = THRESHOLD.or(3);
+const SUCCESS_THRESHOLD: Number<u32> = THRESHOLD.or(1);
+
+const MAX_RETRIES: Number<u32> = Range::new(0, 10).or(2);
+const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
+
+pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
+const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
+
+/// What a configuration refers to outside of itself.
+pub(super) struct Surroundings<'a> {
+    /// Directory that relative paths are relative to.
+    pub(super) base: &'a Path,
+    /// The environment.
+    pub(super) env: &'a dyn Fn(&str) -> Option<String>,
+}
+
+/// A configuration, right if its sink has no fault.
+pub(super) struct Read {
+    pub(super) config: Config,
+    /// Whether an `api_key` is written in the text, expanded or not.
+    pub(super) inline_key: bool,
+}
+
+/// Reads the whole document.
+pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Read {
+    let server = root.section("server", server);
+    let queue = root.section("queue", |t| Queue {
+        max_size: t.number("max_size", MAX_SIZE),
+        max_in_flight: t.number("max_in_flight", MAX_IN_FLIGHT),
+        max_wait: t.seconds("max_wait_secs", MAX_WAIT_SECS),
+        timeout: t.seconds("timeout_secs", TIMEOUT_SECS),
+    });
+    let strategy = root.section("load_balancer", |t| {
+        let words = [("round_robin", Strategy::RoundRobin), ("least_loaded", Strategy::LeastLoaded)];
+        t.choice("strategy", Strategy::RoundRobin, &words)
+    });
+    let health = root.section("health", |t| Health {
+        interval: t.seconds("interval_secs", HEALTH_INTERVAL_SECS),
+        timeout: t.seconds("timeout_secs", HEALTH_TIMEOUT_SECS),
+        failure_threshold: t.number("failure_threshold", FAILURE_THRESHOLD),
+        success_threshold: t.number("success_threshold", SUCCESS_THRESHOLD),
+    });
+    let retry = root.section("retry", retry);
+    let timeouts = root.section("timeouts", |t| Timeouts {
+        connect: t.millis("connect_ms", CONNECT_MS),
+        stream_idle: t.seconds("stream_idle_secs", STREAM_IDLE_SECS),
+    });
+    let rate_limit = root.section("rate_limit", |t| RateLimit {
+        requests_per_minute: t.optional("requests_per_minute", REQUESTS_PER_MINUTE),
+        max_keys: t.number("max_keys", MAX_KEYS),
+    });
+    let log = root.section("log", |t| Log {
+        requests: t.boolean("requests", true),
+        events: {
+            let words = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+            t.choice("events", LogFormat::Text, &words)
+        },
+    });
+    let (backends, inline_key) = backend::backends(root, around);
+    let config = Config {
+        server,
+        queue,
+        strategy,
+        health,
+        retry,
+        timeouts,
+        rate_limit,
+        log,
+        backends,
+        warnings: Vec::new(),
+    };
+    Read { config, inline_key }
+}
+
+fn server(t: &mut Section<'_, '_>) -> Server {
+    let host = t.text("host").and_then(|Text { value, line }| {
+        if value == "localhost" {
+            return Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        }
+        let host = value.parse().ok();
+        if host.is_none() {
+            let what = "is no address; allowed: an IPv4 or IPv6 address, \"localhost\"";
+            t.fault(line, "host", what);
+        }
+        host
+    });
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    Server {
+        host: host.unwrap_or(HOST),
+        port: t.number("port", PORT),
+        workers: t.number("workers", WORKERS.or(cores.clamp(WORKERS.min, WORKERS.max))),
+        max_body_bytes: t.number("max_body_bytes", MAX_BODY_BYTES),
+        max_connections: t.number("max_connections", MAX_CONNECTIONS),
+        drain: t.seconds("drain_secs", DRAIN_SECS),
+        keep_alive: t.seconds("keep_alive_secs", KEEP_ALIVE_SECS),
+    }
+}
+
+fn retry(t: &mut Section<'_, '_>) -> Retry {
+    let line = t.line_of("base_delay_ms").or(t.line_of("max_delay_ms"));
+    let faults = t.sink().count();
+    let retry = Retry {
+        max_retries: t.number("max_retries", MAX_RETRIES),
+        base_delay: t.millis("base_delay_ms", BASE_DELAY_MS),
+        max_delay: t.millis("max_delay_ms", MAX_DELAY_MS),
+        budget_percent: t.number("budget_percent", BUDGET_PERCENT),
+    };
+    if retry.base_delay > retry.max_delay && t.sink().count() == faults {
+        let base = retry.base_delay.as_millis();
+        let max = retry.max_delay.as_millis();
+        let what = format!("is {base}, above `retry.max_delay_ms`, which is {max}; allowed: 1 to {max}");
+        t.fault(line.unwrap_or(t.line()), "base_delay_ms", &what);
+    }
+    retry
+}

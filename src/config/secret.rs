@@ -1,0 +1,73 @@
+//! A credential that cannot be printed by accident.
+
+use std::fmt;
+
+use http::HeaderValue;
+
+/// A key made of visible ASCII alone; shown as `***`.
+#[derive(Clone, PartialEq)]
+pub struct Secret {
+    key: String,
+    bearer: HeaderValue,
+}
+
+impl Secret {
+    /// Takes `key` as it is, bytes 0x21 to 0x7e alone, at least one.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong and what is allowed, without the key.
+    pub fn new(key: &str) -> Result<Self, &'static str> {
+        if key.is_empty() {
+            return Err("is empty; at least one character is needed");
+        }
+        let refused = "holds a space, a control or a non-ASCII character; \
+                       allowed: visible ASCII in one line";
+        if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(refused);
+        }
+        let mut bearer = HeaderValue::try_from(format!("Bearer {key}")).map_err(|_invalid| refused)?;
+        bearer.set_sensitive(true);
+        Ok(Self { key: key.to_owned(), bearer })
+    }
+
+    /// The key itself.
+    pub fn expose(&self) -> &str {
+        &self.key
+    }
+
+    /// `Bearer <key>` for an `Authorization` header, marked sensitive.
+    pub fn bearer(&self) -> HeaderValue {
+        self.bearer.clone()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_ascii_alone_is_a_key() {
+        for good in ["x", "sk-1", "!~", "a\"b\\c"] {
+            let secret = Secret::new(good).unwrap();
+            assert_eq!(secret.expose(), good);
+            assert_eq!(secret.bearer(), format!("Bearer {good}"));
+            assert!(secret.bearer().is_sensitive());
+        }
+        for bad in ["", " ", "a b", "a\n", "a\r\nb", "a\tb", "a\0", "a\x7f", "ключ"] {
+            assert!(Secret::new(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_nothing() {
+        let secret = Secret::new("sk-CANARY").unwrap();
+        assert_eq!(format!("{secret:?} {:?}", Some(&secret)), "*** Some(***)");
+    }
+}

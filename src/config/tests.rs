@@ -1,0 +1,630 @@
+//! Whole configurations: what loads, and every fault with its line.
+
+use std::{collections::HashSet, fs};
+
+use super::*;
+
+const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";
+
+/// Every key at once; the key is `sk-CANARY`.
+const FULL: &str = r#"# all of it
+[server]
+host = "::1"
+port = 0
+workers = 3
+max_body_bytes = 1_024
+max_connections = 5
+drain_secs = 0
+keep_alive_secs = 7
+
+[queue]
+max_size = 0
+max_in_flight = 8
+max_wait_secs = 9
+timeout_secs = 10
+
+[load_balancer]
+strategy = "least_loaded"
+
+[health]
+interval_secs = 11
+timeout_secs = 12
+failure_threshold = 13
+success_threshold = 14
+
+[retry]
+max_retries = 0
+base_delay_ms = 15
+max_delay_ms = 15
+budget_percent = 0
+
+[timeouts]
+connect_ms = 16
+stream_idle_secs = 17
+
+[rate_limit]
+requests_per_minute = 18
+max_keys = 19
+
+[log]
+requests = false
+events = "json"
+
+[[backends]]
+name = "Main_1"
+url = "https://api.example.com/v1/"
+weight = 1000
+health_path = "/h"
+api_key = "sk-CANARY"
+default_model = "m"
+chat_path = "/c"
+priority = 20
+max_in_flight = 21
+requests_per_minute = 22
+
+[[backends]]
+url = "http://[::1]:${PORT}"
+weight = 0
+api_key = "${KEY}"
+
+[[backends]]
+url = "http://b"
+weight = 1
+forward_authorization = true
+"#;
+
+fn env(name: &str) -> Option<String> {
+    match name {
+        "PORT" => Some("9000".to_owned()),
+        "KEY" => Some("sk-CANARY".to_owned()),
+        "BAD_KEY" => Some("sk-CANARY\nx".to_owned()),
+        "EMPTY" => Some(String::new()),
+        _ => None,
+    }
+}
+
+fn parse(text: &str) -> Result<Config, Faults> {
+    Config::parse(text, "config.toml", Path::new("/nonexistent"), &env)
+}
+
+fn faults(text: &str) -> Vec<String> {
+    parse(text).err().map_or(Vec::new(), |faults| faults.0)
+}
+
+/// A fresh directory, gone when dropped.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("zap-config-{}-{name}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn the_seeds_shape_loads() {
+    let config = parse(
+        r#"
+[server]
+host = "0.0.0.0"
+port = 8000
+
+[queue]
+max_size = 1000
+timeout_secs = 30
+
+[[backends]]
+name = "one"
+url = "http://localhost:11434"
+weight = 2
+health_path = "/health"
+api_key = "k"
+default_model = "llama3"
+
+[[backends]]
+url = "http://localhost:11435"
+weight = 1
+health_path = "/health"
+
+[rate_limit]
+requests_per_minute = 60
+"#,
+    )
+    .unwrap();
+    assert_eq!(config.queue.timeout, Duration::from_secs(30));
+    assert_eq!(config.rate_limit.requests_per_minute, Some(60));
+    assert_eq!(config.backends[0].name, "one");
+    assert_eq!(config.backends[1].name, "localhost");
+    assert!(config.warnings.is_empty());
+}
+
+#[test]
+fn defaults_are_those_of_the_table() {
+    let c = parse(BACKEND).unwrap();
+    let secs = Duration::from_secs;
+    let millis = Duration::from_millis;
+    assert_eq!(c.server.host.to_string(), "0.0.0.0");
+    assert_eq!(c.server.port, 8000);
+    assert!(c.server.workers >= 1);
+    assert_eq!(c.server.max_body_bytes, 33_554_432);
+    assert_eq!(c.server.max_connections, 10_000);
+    assert_eq!((c.server.drain, c.server.keep_alive), (secs(30), secs(75)));
+    assert_eq!((c.queue.max_size, c.queue.max_in_flight), (1000, 1024));
+    assert_eq!((c.queue.max_wait, c.queue.timeout), (secs(30), secs(300)));
+    assert_eq!(c.strategy, Strategy::RoundRobin);
+    assert_eq!((c.health.interval, c.health.timeout), (secs(10), secs(5)));
+    assert_eq!(c.health.failure_threshold, 3);
+    assert_eq!(c.health.success_threshold, 1);
+    assert_eq!((c.retry.max_retries, c.retry.budget_percent), (2, 20));
+    assert_eq!(c.retry.base_delay, millis(100));
+    assert_eq!(c.retry.max_delay, millis(2000));
+    assert_eq!(c.timeouts.connect, millis(2000));
+    assert_eq!(c.timeouts.stream_idle, secs(120));
+    assert_eq!(c.rate_limit.requests_per_minute, None);
+    assert_eq!(c.rate_limit.max_keys, 100_000);
+    assert!(c.log.requests);
+    assert_eq!(c.log.events, LogFormat::Text);
+    let backend = Backend {
+        name: "a".to_owned(),
+        url: BaseUrl::parse("http://a").unwrap(),
+        weight: 1,
+        health_path: "/health".to_owned(),
+        api_key: None,
+        default_model: None,
+        chat_path: "/v1/chat/completions".to_owned(),
+        priority: 0,
+        ca_file: None,
+        max_in_flight: None,
+        requests_per_minute: None,
+        forward_authorization: false,
+    };
+    assert_eq!(c.backends, [backend]);
+}
+
+#[test]
+fn every_key_is_read() {
+    let c = parse(FULL).unwrap();
+    let numbers = [
+        c.server.workers as u64,
+        c.server.max_body_bytes,
+        c.server.max_connections as u64,
+        c.server.drain.as_secs(),
+        c.server.keep_alive.as_secs(),
+        c.queue.max_size as u64,
+        c.queue.max_in_flight as u64,
+        c.queue.max_wait.as_secs(),
+        c.queue.timeout.as_secs(),
+        c.health.interval.as_secs(),
+        c.health.timeout.as_secs(),
+        c.health.failure_threshold.into(),
+        c.health.success_threshold.into(),
+        c.retry.max_retries.into(),
+        c.retry.base_delay.as_millis() as u64,
+        c.retry.max_delay.as_millis() as u64,
+        c.retry.budget_percent.into(),
+        c.timeouts.connect.as_millis() as u64,
+        c.timeouts.stream_idle.as_secs(),
+        c.rate_limit.requests_per_minute.unwrap().into(),
+        c.rate_limit.max_keys as u64,
+        c.backends[0].weight.into(),
+        c.backends[0].priority.into(),
+        c.backends[0].max_in_flight.unwrap() as u64,
+        c.backends[0].requests_per_minute.unwrap().into(),
+    ];
+    let expected =
+        [3, 1024, 5, 0, 7, 0, 8, 9, 10, 11, 12, 13, 14, 0, 15, 15, 0, 16, 17, 18, 19, 1000, 20, 21, 22];
+    assert_eq!(numbers, expected);
+    assert_eq!(c.server.host.to_string(), "::1");
+    assert_eq!(c.strategy, Strategy::LeastLoaded);
+    assert!(!c.log.requests);
+    assert_eq!(c.log.events, LogFormat::Json);
+    let names: Vec<_> = c.backends.iter().map(|b| b.name.as_str()).collect();
+    assert_eq!(names, ["Main_1", "--1", "b"]);
+    assert_eq!(c.backends[0].url.path, "/v1");
+    assert_eq!(c.backends[0].health_path, "/h");
+    assert_eq!(c.backends[0].chat_path, "/c");
+    assert_eq!(c.backends[0].default_model.as_deref(), Some("m"));
+    assert_eq!(c.backends[1].url.authority, "[::1]:9000");
+    assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
+    assert!(c.backends[2].forward_authorization);
+    assert!(!format!("{c:?}").contains("CANARY"));
+}
+
+/// Each text is put before a good backend; its faults, whole.
+#[test]
+fn faults_of_sections_are_told_with_line_and_range() {
+    for (text, expected) in [
+        ("[server]\n\nport = 70000", "3: `server.port` is 70000; allowed: 0 to 65535"),
+        ("[server]\nport = -1", "2: `server.port` is -1; allowed: 0 to 65535"),
+        ("server.port = 0x1_0000", "1: `server.port` is 65536; allowed: 0 to 65535"),
+        ("[server]\nport = 1.5", "2: `server.port` is a float; an integer is needed"),
+        ("[server]\nport = \"80\"", "2: `server.port` is a string; an integer is needed"),
+        ("[server]\nport = {}", "2: `server.port` is a table; an integer is needed"),
+        ("[server]\nport = 1979-05-27", "2: `server.port` is a date or time; an integer is needed"),
+        (
+            "[server]\nworkers = 99999999999999999999999999999999999999999999",
+            "2: `server.workers` is far out of range; allowed: 1 to 1024",
+        ),
+        ("[server]\nworkers = 0", "2: `server.workers` is 0; allowed: 1 to 1024"),
+        ("[server]\nmax_body_bytes = 1", "2: `server.max_body_bytes` is 1; allowed: 1024 to 1073741824"),
+        ("[server]\ndrain_secs = 86401", "2: `server.drain_secs` is 86401; allowed: 0 to 86400"),
+        ("[server]\nhost = true", "2: `server.host` is a boolean; a string is needed"),
+        (
+            "[server]\nhost = \"a.b\"",
+            "2: `server.host` is no address; allowed: an IPv4 or IPv6 address, \"localhost\"",
+        ),
+        ("[server]\nprot = 1", "2: unknown key `server.prot`; did you mean `port`?"),
+        ("[queue]\nmax_sise = 1", "2: unknown key `queue.max_sise`; did you mean `max_size`?"),
+        (
+            "[queue]\ncolour = 1",
+            "2: unknown key `queue.colour`; \
+             allowed: `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+        ),
+        (
+            "[queue]\n\"sk-CANARY\" = 1",
+            "2: unknown key in `queue`; \
+             allowed: `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+        ),
+        ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),
+        (
+            "[server.tls]\nx = 1",
+            "1: unknown key `server.tls`; \
+             allowed: `host`, `port`, `workers`, `max_body_bytes`, `max_connections`, \
+             `drain_secs`, `keep_alive_secs`",
+        ),
+        ("[[server]]\nport = 1", "1: `server` is an array; a table is needed"),
+        ("server = 1", "1: `server` is an integer; a table is needed"),
+        (
+            "[load_balancer]\nstrategy = \"random\"",
+            "2: `load_balancer.strategy` is none of its words; \
+             allowed: \"round_robin\", \"least_loaded\"",
+        ),
+        ("[health]\nfailure_threshold = 0", "2: `health.failure_threshold` is 0; allowed: 1 to 1000"),
+        ("[retry]\nmax_retries = 11", "2: `retry.max_retries` is 11; allowed: 0 to 10"),
+        ("[retry]\nbudget_percent = 101", "2: `retry.budget_percent` is 101; allowed: 0 to 100"),
+        (
+            "[retry]\nmax_retries = 1\nbase_delay_ms = 3000",
+            "3: `retry.base_delay_ms` is 3000, above `retry.max_delay_ms`, which is 2000; \
+             allowed: 1 to 2000",
+        ),
+        (
+            "[retry]\nmax_delay_ms = 5",
+            "2: `retry.base_delay_ms` is 100, above `retry.max_delay_ms`, which is 5; \
+             allowed: 1 to 5",
+        ),
+        ("[timeouts]\nconnect_ms = 600001", "2: `timeouts.connect_ms` is 600001; allowed: 1 to 600000"),
+        (
+            "[rate_limit]\nrequests_per_minute = 0",
+            "2: `rate_limit.requests_per_minute` is 0; allowed: 1 to 4294967295",
+        ),
+        ("[log]\nrequests = 1", "2: `log.requests` is an integer; `true` or `false` is needed"),
+        ("[log]\nevents = \"xml\"", "2: `log.events` is none of its words; allowed: \"text\", \"json\""),
+    ] {
+        let expected = format!("config.toml:{expected}");
+        assert_eq!(faults(&format!("{text}\n{BACKEND}")), [expected], "{text}");
+    }
+}
+
+/// Each text is put at line 4 of a backend that has `url` and `weight`.
+#[test]
+fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
+    let file = "cannot be read (entity not found); a readable file is needed, \
+                relative to the configuration's directory";
+    for (text, expected) in [
+        ("name = \"\"", "`backends.name` is no name; allowed: 1 to 64 of `A-Za-z0-9._-`".to_owned()),
+        (
+            "name = \"sk-CANARY!\"",
+            "`backends.name` is no name; allowed: 1 to 64 of `A-Za-z0-9._-`".to_owned(),
+        ),
+        ("priority = 1001", "`backends.priority` is 1001; allowed: 0 to 1000".to_owned()),
+        ("max_in_flight = 0", "`backends.max_in_flight` is 0; allowed: 1 to 1000000".to_owned()),
+        (
+            "api_key = 7",
+            "`backends.api_key` is an integer; a string or `{ file = \"path\" }` is needed".to_owned(),
+        ),
+        ("api_key = \"\"", "`backends.api_key` is empty; at least one character is needed".to_owned()),
+        (
+            "api_key = \"sk-CANARY\\n\"",
+            "`backends.api_key` holds a space, a control or a non-ASCII character; \
+             allowed: visible ASCII in one line"
+                .to_owned(),
+        ),
+        (
+            "api_key = \"${BAD_KEY}\"",
+            "`backends.api_key` holds a space, a control or a non-ASCII character; \
+             allowed: visible ASCII in one line"
+                .to_owned(),
+        ),
+        (
+            "api_key = \"sk-CANARY${NONE}\"",
+            "`backends.api_key` names the environment variable `NONE`, which is unset or empty; \
+             it must be set"
+                .to_owned(),
+        ),
+        (
+            "api_key = \"sk-CANARY${\"",
+            "`backends.api_key` holds a malformed `${`; allowed: `${NAME}`, NAME of `A-Za-z0-9_`".to_owned(),
+        ),
+        ("api_key = { file = \"sk-CANARY\" }", format!("`backends.api_key.file` {file}")),
+        ("api_key = {}", "`backends.api_key.file` is missing; a string is needed".to_owned()),
+        ("ca_file = \"sk-CANARY\"", format!("`backends.ca_file` {file}")),
+        ("api_keys = \"sk-CANARY\"", "unknown key `backends.api_keys`; did you mean `api_key`?".to_owned()),
+        (
+            "chat_path = \"chat\"",
+            "`backends.chat_path` is no path; allowed: `/` and visible ASCII, without `?` and `#`".to_owned(),
+        ),
+        (
+            "health_path = \"/h?x\"",
+            "`backends.health_path` is no path; allowed: `/` and visible ASCII, without `?` and `#`"
+                .to_owned(),
+        ),
+        (
+            "default_model = \"\"",
+            "`backends.default_model` is no model; allowed: 1 to 256 bytes, no control character".to_owned(),
+        ),
+        (
+            "forward_authorization = true\napi_key = \"sk-CANARY\"",
+            "`backends.forward_authorization` is true beside an `api_key`; allowed: one of the two"
+                .to_owned(),
+        ),
+    ] {
+        let expected = format!("config.toml:4: {expected}");
+        assert_eq!(faults(&format!("{BACKEND}{text}\n")), [expected], "{text}");
+    }
+}
+
+#[test]
+fn bad_urls_and_missing_keys_are_faults() {
+    for (text, expected) in [
+        ("x\nurl = \"http://u:sk-CANARY@h\"", "has a user or a password"),
+        ("x\nurl = \"sk-CANARY\"", "has no usable scheme"),
+        ("x\nurl = \"http://${NONE}\"", "`NONE`"),
+        ("", "`backends.url` is missing; a string is needed"),
+    ] {
+        let line = if text.is_empty() { 2 } else { 4 };
+        let text = text.replacen('x', "[[backends]]\nweight = 1", 1);
+        let text = if text.is_empty() { "[[backends]]\nweight = 1".to_owned() } else { text };
+        let faults = faults(&format!("\n{text}\n"));
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert!(faults[0].starts_with(&format!("config.toml:{line}: ")), "{faults:?}");
+        assert!(faults[0].contains(expected), "{faults:?}");
+    }
+    assert_eq!(
+        faults("[[backends]]\nurl = \"http://a\""),
+        ["config.toml:1: `backends.weight` is missing; an integer, 0 to 1000, is needed"]
+    );
+}
+
+#[test]
+fn no_backend_is_a_fault() {
+    let what = "no backend; at least one `[[backends]]` with `url` and `weight` is needed";
+    for (text, line) in [("", 1), ("# x\n\n[server]\n", 1), ("\nbackends = []", 2)] {
+        assert_eq!(faults(text), [format!("config.toml:{line}: {what}")], "{text}");
+    }
+    let what = "is a table; an array of tables, `[[backends]]`, is needed";
+    assert_eq!(faults("[backends]\nurl = 1"), [format!("config.toml:1: `backends` {what}")]);
+    let what = "`backends` is an integer; a table is needed";
+    assert_eq!(faults("backends = [1]"), [format!("config.toml:1: {what}")]);
+}
+
+#[test]
+fn all_faults_come_at_once_in_the_order_of_lines() {
+    let text = "[queue]\nmax_size = -1\n[server]\nport = \"x\"\nprot = 1\n\n[[backends]]\nurl = 1\n";
+    let faults = parse(text).unwrap_err();
+    assert_eq!(
+        faults.to_string(),
+        "config.toml:2: `queue.max_size` is -1; allowed: 0 to 1000000\n\
+         config.toml:4: `server.port` is a string; an integer is needed\n\
+         config.toml:5: unknown key `server.prot`; did you mean `port`?\n\
+         config.toml:7: `backends.weight` is missing; an integer, 0 to 1000, is needed\n\
+         config.toml:8: `backends.url` is an integer; a string is needed"
+    );
+    assert_eq!(faults.lines().len(), 5);
+    assert_eq!(
+        self::faults("[[backends]]\nurl = \"http://a\"\nwieght = 1\n")[1],
+        "config.toml:3: unknown key `backends.wieght`; did you mean `weight`?"
+    );
+}
+
+#[test]
+fn syntax_errors_name_line_and_column_and_quote_nothing() {
+    for (text, place) in [
+        ("[server]\nport = = 1\n", "config.toml:2: syntax error at column 8: "),
+        ("[server]\nport = 1\nport = 2\n", "config.toml:3: syntax error at column 1: duplicate key"),
+        ("[a]\nx = \"sk-CANARY\n", "config.toml:2: syntax error at column "),
+        ("x = sk-CANARY\n", "config.toml:1: syntax error at column "),
+        ("sk-CANARY\n", "config.toml:1: syntax error at column "),
+    ] {
+        let faults = faults(text);
+        assert!(faults[0].starts_with(place), "{faults:?}");
+        assert!(!faults.concat().contains("CANARY"), "{faults:?}");
+    }
+}
+
+#[test]
+fn names_are_unique() {
+    let entry = |name: &str, host: &str| {
+        let name = if name.is_empty() { String::new() } else { format!("name = \"{name}\"\n") };
+        format!("[[backends]]\n{name}url = \"http://{host}\"\nweight = 0\n")
+    };
+    let long = ["abcdefghij"; 7].join(".");
+    let text = [
+        entry("", "a"),
+        entry("", "a"),
+        entry("a-2", "x"),
+        entry("", "a:9"),
+        entry("", "x"),
+        entry("", "[fe80::1]"),
+        entry("", &long),
+        entry("", &long),
+    ]
+    .concat();
+    let config = parse(&text).unwrap();
+    let names: Vec<_> = config.backends.iter().map(|b| b.name.clone()).collect();
+    assert_eq!(names[..6], ["a", "a-3", "a-2", "a-4", "x", "fe80--1"]);
+    assert!(names.iter().all(|name| name.len() <= 64));
+    assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
+
+    let text = [entry("n", "a"), entry("m", "b"), entry("n", "c")].concat();
+    assert_eq!(
+        faults(&text),
+        ["config.toml:10: `backends.name` at line 10 is that of line 2 again; \
+          each backend needs a name of its own"]
+    );
+}
+
+#[test]
+fn files_are_relative_and_lose_one_newline() {
+    let directory = Directory::new("files");
+    for (content, expected) in [
+        ("sk-1", Ok("sk-1")),
+        ("sk-1\n", Ok("sk-1")),
+        ("sk-1\r\n", Ok("sk-1")),
+        ("sk-CANARY\n\n", Err("holds a space")),
+        ("sk-CANARY\r", Err("holds a space")),
+        ("\n", Err("is empty")),
+        ("", Err("is empty")),
+    ] {
+        let ca_file = directory.write("key", content);
+        let text = format!("{BACKEND}api_key = {{ file = \"key\" }}\nca_file = \"key\"\n");
+        match (Config::parse(&text, "f", &directory.0, &env), expected) {
+            (Ok(config), Ok(key)) => {
+                assert_eq!(config.backends[0].api_key.as_ref().unwrap().expose(), key);
+                assert_eq!(config.backends[0].ca_file, Some(ca_file));
+            }
+            (Err(faults), Err(part)) => {
+                assert!(faults.lines()[0].starts_with("f:4: `backends.api_key`"), "{faults}");
+                assert!(faults.to_string().contains(part), "{faults}");
+                assert!(!faults.to_string().contains("CANARY"), "{faults}");
+            }
+            (got, _) => panic!("{content:?}: {got:?}"),
+        }
+    }
+    let text = format!("{BACKEND}ca_file = \".\"\napi_key = {{ file = \"/dev/zero\" }}\n");
+    let faults = Config::parse(&text, "f", &directory.0, &env).unwrap_err();
+    assert_eq!(faults.lines().len(), 2, "{faults}");
+    assert!(faults.to_string().contains("not a regular file"), "{faults}");
+}
+
+#[test]
+fn load_tells_missing_from_invalid() {
+    let directory = Directory::new("load");
+    let missing = directory.0.join("none.toml");
+    let error = Config::load(&missing).unwrap_err();
+    assert_eq!(error, LoadError::Missing(missing));
+    let large = vec![b'\n'; MAX_FILE_BYTES as usize + 1];
+    for (name, content) in [("latin1", &b"x = \"\xe4\""[..]), ("large", &large)] {
+        let path = directory.write(name, content);
+        let error = Config::load(&path).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{}:1: ", path.display())), "{error}");
+    }
+    let error = Config::load(&directory.0).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("{}:1: ", directory.0.display())), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_world_readable_key_is_warned_about() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = Directory::new("mode");
+    directory.write("key", "k");
+    for (key, mode, warnings) in [
+        ("api_key = \"sk-CANARY\"", 0o644, 1),
+        ("api_key = \"sk-CANARY\"", 0o640, 0),
+        ("api_key = { file = \"key\" }", 0o644, 0),
+        ("", 0o644, 0),
+    ] {
+        let path = directory.write("config.toml", format!("{BACKEND}{key}\n"));
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        let config = Config::load(&path).unwrap();
+        assert_eq!(config.warnings.len(), warnings, "{key} {mode:o}");
+        assert!(!config.warnings.concat().contains("CANARY"));
+    }
+}
+
+/// Calls `check` with every truncation, every byte flipped in several ways, cut
+/// out or doubled, and every line dropped, doubled or swapped with the next.
+fn mangle(text: &str, mut check: impl FnMut(&str)) {
+    let bytes = text.as_bytes();
+    let mut emit = |mangled: &[u8]| {
+        if let Ok(mangled) = str::from_utf8(mangled) {
+            check(mangled);
+        }
+    };
+    for (i, byte) in bytes.iter().enumerate() {
+        emit(&bytes[..i]);
+        emit(&bytes[i..]);
+        emit(&[&bytes[..i], &bytes[i + 1..]].concat());
+        emit(&[&bytes[..=i], &bytes[i..]].concat());
+        let flips = [0x01, 0x04, 0x10, 0x40].map(|bit| byte ^ bit);
+        for other in flips.into_iter().chain(*b"\"'\n\r\0.=[]{}#$,\\ -") {
+            emit(&[&bytes[..i], &[other], &bytes[i + 1..]].concat());
+        }
+    }
+    let lines: Vec<_> = text.split_inclusive('\n').collect();
+    for i in 0..lines.len() {
+        let (before, after) = (&lines[..i], &lines[i + 1..]);
+        emit([before, after].concat().concat().as_bytes());
+        emit([before, &lines[i..=i], &lines[i..]].concat().concat().as_bytes());
+        let mut swapped = lines.clone();
+        swapped.swap(i, (i + 1) % lines.len());
+        emit(swapped.concat().as_bytes());
+    }
+}
+
+#[test]
+fn nothing_panics_and_no_fault_shows_the_key() {
+    let texts = [
+        FULL.to_owned(),
+        format!("{BACKEND}api_key = {{ file = \"sk-CANARY\" }}\n"),
+        "backends = [{ url = 'http://sk-CANARY@h', weight = 1, \
+         api_key = \"\"\"\nsk-CANARY\"\"\" }]\n"
+            .to_owned(),
+    ];
+    let (mut good, mut bad) = (0, 0);
+    for text in &texts {
+        mangle(text, |mangled| match parse(mangled) {
+            Ok(config) => {
+                good += 1;
+                assert!(!config.backends.is_empty());
+                let names: HashSet<_> = config.backends.iter().map(|b| &b.name).collect();
+                assert_eq!(names.len(), config.backends.len());
+            }
+            Err(faults) => {
+                bad += 1;
+                assert!(!faults.lines().is_empty());
+                assert!(!faults.to_string().contains("CANARY"), "{faults}\n{mangled}");
+                let placed = |line: &String| {
+                    let number = line.strip_prefix("config.toml:").and_then(|l| l.split_once(": "));
+                    number.is_some_and(|(n, _)| n.parse().is_ok_and(|n: usize| n > 0))
+                };
+                assert!(faults.lines().iter().all(placed), "{faults}");
+            }
+        });
+    }
+    assert!(good > 1000 && bad > 1000, "{good} {bad}");
+}
+
+#[test]
+fn deep_nesting_is_refused_not_followed() {
+    for unit in ["a.", "a=[", "[", "a={", "[a.", "[[a."] {
+        assert!(parse(&unit.repeat(100_000)).is_err());
+        assert!(parse(&format!("{}a=1", unit.repeat(100_000))).is_err());
+    }
+    let keys = "a.".repeat(50_000);
+    assert!(parse(&format!("{keys}a=1")).is_err());
+    assert!(parse(&format!("[{keys}a]\nx=1\n{BACKEND}")).is_err());
+}

@@ -1,0 +1,459 @@
+//! Every refusal that Zap itself makes, and how it looks on the wire: one table.
+
+use std::fmt;
+
+use bytes::Bytes;
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Response, StatusCode};
+
+use crate::gateway::body::Body;
+use crate::policy::retry::retry_after_secs;
+use crate::policy::{Nanos, SECOND};
+
+/// A refusal. Its wire form is the table in [`GatewayError::row`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatewayError {
+    /// The request head breaks a rule of HTTP.
+    BadRequest(&'static str),
+    /// The request's body ended before it was whole.
+    BodyIncomplete,
+    /// Zap is shutting down.
+    Draining,
+    /// A member that Zap reads stands twice.
+    DuplicateKey(&'static str),
+    /// `Expect` with something else than `100-continue`.
+    ExpectationFailed,
+    /// A defect in Zap; the connection stays in order.
+    Internal,
+    /// Not one JSON object; where.
+    InvalidJson(u64),
+    /// A member has the wrong type; which, and what it must be.
+    InvalidType(&'static str, &'static str),
+    /// The path is served, the method is not; what is.
+    MethodNotAllowed(&'static str),
+    /// A chat completion without an array of messages.
+    MissingMessages,
+    /// Nobody can be asked at all.
+    NoBackend,
+    /// As many wait as may.
+    QueueFull,
+    /// Waited to the deadline without a slot.
+    QueueTimeout,
+    /// The client's own limit is used up; time until one more passes.
+    RateLimited(Nanos),
+    /// The body came too slowly.
+    RequestTimeout,
+    /// The body is larger than so many bytes.
+    TooLarge(u64),
+    /// No such path.
+    UnknownUrl,
+    /// A body in a content encoding.
+    UnsupportedEncoding,
+    /// The backends refuse the key that Zap sends.
+    UpstreamAuth,
+    /// The upstream's answer is not HTTP that can be passed on.
+    UpstreamInvalid,
+    /// All backends want to be left alone; time until the first does not.
+    UpstreamRateLimited(Nanos),
+    /// The upstream wants to send the client elsewhere.
+    UpstreamRedirect,
+    /// No answer in time.
+    UpstreamTimeout,
+    /// The TLS handshake with the upstream failed.
+    UpstreamTls,
+    /// No connection, or it broke before an answer.
+    UpstreamUnreachable,
+}
+
+/// One row of the table.
+#[derive(Debug)]
+struct Row {
+    status: StatusCode,
+    kind: &'static str,
+    code: Code,
+    message: String,
+    retry_after: Option<Nanos>,
+    close: bool,
+}
+
+macro_rules! codes {
+    ($($variant:ident $text:literal,)*) => {
+        /// The `code` of an error and the `reason` or `kind` of a metric.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[allow(missing_docs)]
+        pub enum Code { $($variant,)* }
+
+        impl Code {
+            /// All codes.
+            pub const ALL: [Code; codes!(@count $($variant)*)] = [$(Code::$variant,)*];
+
+            /// As it stands in answers and labels.
+            pub const fn text(self) -> &'static str {
+                match self { $(Code::$variant => $text,)* }
+            }
+        }
+    };
+    (@count $($v:ident)*) => { [$(stringify!($v)),*].len() };
+}
+
+codes! {
+    BadRequest "bad_request",
+    Draining "draining",
+    DuplicateKey "duplicate_key",
+    ExpectationFailed "expectation_failed",
+    InternalError "internal_error",
+    InvalidJson "invalid_json",
+    InvalidType "invalid_type",
+    MethodNotAllowed "method_not_allowed",
+    MissingMessages "missing_messages",
+    NoBackend "no_backend",
+    QueueFull "queue_full",
+    QueueTimeout "queue_timeout",
+    RateLimitExceeded "rate_limit_exceeded",
+    RequestTimeout "request_timeout",
+    RequestTooLarge "request_too_large",
+    UnknownUrl "unknown_url",
+    UnsupportedContentEncoding "unsupported_content_encoding",
+    UpstreamAuthError "upstream_auth_error",
+    UpstreamError "upstream_error",
+    UpstreamInvalidResponse "upstream_invalid_response",
+    UpstreamRateLimited "upstream_rate_limited",
+    UpstreamRedirect "upstream_redirect",
+    UpstreamTimeout "upstream_timeout",
+    UpstreamTlsError "upstream_tls_error",
+    UpstreamUnreachable "upstream_unreachable",
+}
+
+const INVALID: &str = "invalid_request_error";
+const LIMIT: &str = "rate_limit_error";
+const SERVER: &str = "server_error";
+const UPSTREAM: &str = "upstream_error";
+
+impl GatewayError {
+    /// The code in the answer and in `zap_rejected_total`.
+    pub fn code(self) -> Code {
+        self.row().code
+    }
+
+    /// The status of the answer.
+    pub fn status(self) -> StatusCode {
+        self.row().status
+    }
+
+    /// The answer. `spent`: the retry budget is used up, so SDKs are asked not to try again by themselves.
+    pub fn response(self, spent: bool) -> Response<Body> {
+        let row = self.row();
+        let text = |s: &str| serde_json::Value::from(s);
+        let json = format!(
+            "{{\"error\":{{\"message\":{},\"type\":\"{}\",\"param\":{},\"code\":\"{}\"}}}}",
+            text(&row.message),
+            row.kind,
+            self.param().map_or(serde_json::Value::Null, text),
+            row.code.text()
+        );
+        let mut response = Response::new(Body::full(Bytes::from(json)));
+        *response.status_mut() = row.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(wait) = row.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(retry_after_secs(wait)));
+        }
+        if let GatewayError::MethodNotAllowed(allow) = self {
+            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        }
+        if row.close {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        if spent && row.status.is_server_error() {
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
+        response
+    }
+
+    fn param(self) -> Option<&'static str> {
+        match self {
+            GatewayError::DuplicateKey(key) | GatewayError::InvalidType(key, _) => Some(key),
+            GatewayError::MissingMessages => Some("messages"),
+            _ => None,
+        }
+    }
+
+    fn row(self) -> Row {
+        use GatewayError as E;
+        let row = |status, kind, code, message: String| Row {
+            status,
+            kind,
+            code,
+            message,
+            retry_after: None,
+            close: false,
+        };
+        let closing = |row: Row| Row { close: true, ..row };
+        let after = |wait, row: Row| Row { retry_after: Some(wait), ..row };
+        match self {
+            E::BadRequest(why) => closing(row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::BadRequest,
+                format!("The request is not valid HTTP: {why}."),
+            )),
+            E::BodyIncomplete => closing(row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::BadRequest,
+                "The request body is not framed as HTTP/1.1 asks, or ended early.".into(),
+            )),
+            E::Draining => closing(after(
+                SECOND,
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::Draining,
+                    "The gateway is shutting down; send the request again.".into(),
+                ),
+            )),
+            E::DuplicateKey(key) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::DuplicateKey,
+                format!("The key \"{key}\" stands more than once at the top level; send it once."),
+            ),
+            E::ExpectationFailed => closing(row(
+                StatusCode::EXPECTATION_FAILED,
+                INVALID,
+                Code::ExpectationFailed,
+                "Only \"Expect: 100-continue\" is understood.".into(),
+            )),
+            E::Internal => closing(row(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                SERVER,
+                Code::InternalError,
+                "The gateway failed on this request; its log says more.".into(),
+            )),
+            E::InvalidJson(offset) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::InvalidJson,
+                format!(
+                    "The body is not one JSON object (RFC 8259, UTF-8, depth at most 128): see byte {offset}, counted from 0."
+                ),
+            ),
+            E::InvalidType(key, expected) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::InvalidType,
+                format!("\"{key}\" has the wrong type: {expected} is expected."),
+            ),
+            E::MethodNotAllowed(allow) => row(
+                StatusCode::METHOD_NOT_ALLOWED,
+                INVALID,
+                Code::MethodNotAllowed,
+                format!("This path serves {allow} only."),
+            ),
+            E::MissingMessages => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::MissingMessages,
+                "\"messages\" is missing or not an array.".into(),
+            ),
+            E::NoBackend => after(
+                SECOND,
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::NoBackend,
+                    "No backend can take the request: all are drained or misconfigured. See /status.".into(),
+                ),
+            ),
+            E::QueueFull => after(
+                SECOND,
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::QueueFull,
+                    "Too many requests wait already; try again shortly.".into(),
+                ),
+            ),
+            E::QueueTimeout => after(
+                SECOND,
+                row(
+                    StatusCode::GATEWAY_TIMEOUT,
+                    SERVER,
+                    Code::QueueTimeout,
+                    "The request waited for a free slot until its time was up; no backend has seen it.".into(),
+                ),
+            ),
+            E::RateLimited(wait) => after(
+                wait,
+                row(
+                    StatusCode::TOO_MANY_REQUESTS,
+                    LIMIT,
+                    Code::RateLimitExceeded,
+                    format!(
+                        "The limit of requests per minute for this key is reached; try again in {} s.",
+                        retry_after_secs(wait)
+                    ),
+                ),
+            ),
+            E::RequestTimeout => closing(row(
+                StatusCode::REQUEST_TIMEOUT,
+                INVALID,
+                Code::RequestTimeout,
+                "The request body came too slowly.".into(),
+            )),
+            E::TooLarge(limit) => closing(row(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                INVALID,
+                Code::RequestTooLarge,
+                format!("The request body is larger than {limit} bytes."),
+            )),
+            E::UnknownUrl => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::UnknownUrl,
+                "No such path. Chat completions are at POST /v1/chat/completions.".into(),
+            ),
+            E::UnsupportedEncoding => closing(row(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                INVALID,
+                Code::UnsupportedContentEncoding,
+                "Send the body without a Content-Encoding.".into(),
+            )),
+            E::UpstreamAuth => row(
+                StatusCode::BAD_GATEWAY,
+                UPSTREAM,
+                Code::UpstreamAuthError,
+                "The provider refuses the gateway's key, not yours; its operator must look at /status.".into(),
+            ),
+            E::UpstreamInvalid => row(
+                StatusCode::BAD_GATEWAY,
+                UPSTREAM,
+                Code::UpstreamInvalidResponse,
+                "The provider's answer is not valid HTTP/1.1.".into(),
+            ),
+            E::UpstreamRateLimited(wait) => after(
+                wait,
+                row(
+                    StatusCode::TOO_MANY_REQUESTS,
+                    LIMIT,
+                    Code::UpstreamRateLimited,
+                    format!("All providers are at their limits; try again in {} s.", retry_after_secs(wait)),
+                ),
+            ),
+            E::UpstreamRedirect => row(
+                StatusCode::BAD_GATEWAY,
+                UPSTREAM,
+                Code::UpstreamRedirect,
+                "The provider answered with a redirect, which is never followed; check the backend's url.".into(),
+            ),
+            E::UpstreamTimeout => row(
+                StatusCode::GATEWAY_TIMEOUT,
+                SERVER,
+                Code::UpstreamTimeout,
+                "No provider answered in time.".into(),
+            ),
+            E::UpstreamTls => row(
+                StatusCode::BAD_GATEWAY,
+                UPSTREAM,
+                Code::UpstreamTlsError,
+                "The TLS handshake with the provider failed.".into(),
+            ),
+            E::UpstreamUnreachable => row(
+                StatusCode::BAD_GATEWAY,
+                UPSTREAM,
+                Code::UpstreamUnreachable,
+                "The provider cannot be reached, or closed the connection before it answered.".into(),
+            ),
+        }
+    }
+}
+
+impl fmt::Display for GatewayError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.code().text())
+    }
+}
+
+impl std::error::Error for GatewayError {}
+
+/// The event that ends a stream which the upstream did not end itself.
+pub const STREAM_INTERRUPTED: &str = "data: {\"error\":{\"message\":\"The stream was cut before its end; what came so far is not the whole answer.\",\"type\":\"upstream_error\",\"param\":null,\"code\":\"stream_interrupted\"}}\n\n";
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    #[test]
+    fn every_refusal_looks_as_the_table_says() {
+        use GatewayError as E;
+        #[rustfmt::skip]
+        let table = [
+            // error, status, type, code, param, retry-after, closes
+            (E::BadRequest("why"), 400, INVALID, "bad_request", None, None, true),
+            (E::BodyIncomplete, 400, INVALID, "bad_request", None, None, true),
+            (E::Draining, 503, SERVER, "draining", None, Some("1"), true),
+            (E::DuplicateKey("model"), 400, INVALID, "duplicate_key", Some("model"), None, false),
+            (E::ExpectationFailed, 417, INVALID, "expectation_failed", None, None, true),
+            (E::Internal, 500, SERVER, "internal_error", None, None, true),
+            (E::InvalidJson(7), 400, INVALID, "invalid_json", None, None, false),
+            (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
+            (E::MethodNotAllowed("POST"), 405, INVALID, "method_not_allowed", None, None, false),
+            (E::MissingMessages, 400, INVALID, "missing_messages", Some("messages"), None, false),
+            (E::NoBackend, 503, SERVER, "no_backend", None, Some("1"), false),
+            (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
+            (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
+            (E::RateLimited(2 * SECOND + 1), 429, LIMIT, "rate_limit_exceeded", None, Some("3"), false),
+            (E::RequestTimeout, 408, INVALID, "request_timeout", None, None, true),
+            (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
+            (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
+            (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
+            (E::UpstreamAuth, 502, UPSTREAM, "upstream_auth_error", None, None, false),
+            (E::UpstreamInvalid, 502, UPSTREAM, "upstream_invalid_response", None, None, false),
+            (E::UpstreamRateLimited(0), 429, LIMIT, "upstream_rate_limited", None, Some("1"), false),
+            (E::UpstreamRedirect, 502, UPSTREAM, "upstream_redirect", None, None, false),
+            (E::UpstreamTimeout, 504, SERVER, "upstream_timeout", None, None, false),
+            (E::UpstreamTls, 502, UPSTREAM, "upstream_tls_error", None, None, false),
+            (E::UpstreamUnreachable, 502, UPSTREAM, "upstream_unreachable", None, None, false),
+        ];
+        // Every code but the one that only labels metrics has a row here.
+        for code in Code::ALL {
+            assert!(code == Code::UpstreamError || table.iter().any(|r| r.3 == code.text()), "{code:?}");
+        }
+        for (error, status, kind, code, param, retry_after, closes) in table {
+            let response = error.response(true);
+            let header = |name| response.headers().get(name).map(|v| v.to_str().unwrap().to_owned());
+            assert_eq!(response.status().as_u16(), status, "{error:?}");
+            assert_eq!(header("content-type").as_deref(), Some("application/json"));
+            assert_eq!(header("retry-after").as_deref(), retry_after, "{error:?}");
+            assert_eq!(header("connection").as_deref(), closes.then_some("close"), "{error:?}");
+            assert_eq!(header("allow").as_deref(), (status == 405).then_some("POST"));
+            assert_eq!(header("x-should-retry").as_deref(), (status >= 500).then_some("false"));
+            let mut body = response.into_body();
+            let frame = futures_lite_block(body.frame()).unwrap().unwrap().into_data().unwrap();
+            let json: serde_json::Value = serde_json::from_slice(&frame).unwrap();
+            let error_json = &json["error"];
+            assert_eq!((error_json["type"].as_str(), error_json["code"].as_str()), (Some(kind), Some(code)));
+            assert_eq!(error_json["param"].as_str(), param);
+            assert!(error_json["message"].as_str().unwrap().ends_with('.') || status == 429);
+        }
+        assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
+    }
+
+    fn futures_lite_block<F: Future + Unpin>(mut future: F) -> F::Output {
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        match std::pin::Pin::new(&mut future).poll(&mut cx) {
+            std::task::Poll::Ready(out) => out,
+            std::task::Poll::Pending => panic!("a full body is always ready"),
+        }
+    }
+
+    #[test]
+    fn the_interruption_is_one_event_with_an_openai_error() {
+        let data = STREAM_INTERRUPTED.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
+        let json: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(json["error"]["code"], "stream_interrupted");
+        assert!(json["error"]["param"].is_null());
+    }
+}

@@ -1,0 +1,2 @@
+//! Zap
+pub mod policy;

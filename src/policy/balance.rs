@@ -1,0 +1,251 @@
+//! Which backend takes a request: smooth weighted round robin, or the least loaded.
+//!
+//! The order of nginx's smooth weighted round robin is computed once, when the fleet changes, and shared as a
+//! [`Schedule`] with one atomic cursor: a pick is one `fetch_add`, and any full turn of picks gives every
+//! backend exactly its weight, across all threads together. What makes a backend eligible is the caller's
+//! business and comes in as a closure.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+
+use super::{Nanos, SECOND};
+
+/// A backend's index in its snapshot.
+pub type BackendId = usize;
+
+/// One turn of the round robin and where it stands.
+#[derive(Debug)]
+pub struct Schedule {
+    /// One turn: each member as often as its weight.
+    turn: Box<[u16]>,
+    members: Box<[(BackendId, u32)]>,
+    cursor: CachePadded<AtomicU64>,
+}
+
+impl Schedule {
+    /// The smooth order of `members` (backend, weight); a weight of 0 is left out.
+    pub fn new(members: impl IntoIterator<Item = (BackendId, u32)>) -> Self {
+        let members: Box<[_]> = members.into_iter().filter(|(_, weight)| *weight > 0).collect();
+        let divisor = members.iter().fold(0, |a, (_, b)| gcd(a, *b)).max(1);
+        let total: i64 = members.iter().map(|(_, w)| i64::from(w / divisor)).sum();
+        let mut credit = vec![0i64; members.len()];
+        let turn = (0..total).map(|_| {
+            let mut best = 0;
+            for (i, (_, weight)) in members.iter().enumerate() {
+                credit[i] += i64::from(weight / divisor);
+                if credit[i] > credit[best] {
+                    best = i;
+                }
+            }
+            credit[best] -= total;
+            best as u16
+        });
+        Schedule { turn: turn.collect(), cursor: CachePadded::new(AtomicU64::new(0)), members: members.clone() }
+    }
+
+    /// The members and their weights.
+    pub fn members(&self) -> &[(BackendId, u32)] {
+        &self.members
+    }
+
+    /// The next in turn that is eligible.
+    ///
+    /// A turn that falls on a backend that is not eligible is skipped, so the others keep their proportions.
+    pub fn round_robin(&self, eligible: impl Fn(BackendId) -> bool) -> Option<BackendId> {
+        if self.turn.is_empty() {
+            return None;
+        }
+        for _ in 0..self.turn.len().min(64) {
+            let id = self.members[self.turn[self.draw() % self.turn.len()] as usize].0;
+            if eligible(id) {
+                return Some(id);
+            }
+        }
+        // Rarely here: most of a long turn is not eligible. Choose by weight among those that are.
+        let total: u64 = self.members.iter().filter(|m| eligible(m.0)).map(|m| u64::from(m.1)).sum();
+        let mut left = (self.draw() as u64).checked_rem(total)?;
+        self.members.iter().filter(|m| eligible(m.0)).find_map(|(id, weight)| {
+            let hit = left < u64::from(*weight);
+            left = left.saturating_sub(u64::from(*weight));
+            hit.then_some(*id)
+        })
+    }
+
+    /// The member with the lowest load that `load` gives (`None`: not eligible); ties go round.
+    pub fn least_loaded(&self, load: impl Fn(BackendId, u32) -> Option<f64>) -> Option<BackendId> {
+        let n = self.members.len();
+        let start = if n > 1 { self.draw() % n } else { 0 };
+        let (before, from) = self.members.split_at(start.min(n));
+        let mut best: Option<(f64, BackendId)> = None;
+        for (id, weight) in from.iter().chain(before) {
+            if let Some(load) = load(*id, *weight)
+                && best.is_none_or(|(lowest, _)| load < lowest)
+            {
+                best = Some((load, *id));
+            }
+        }
+        best.map(|(_, id)| id)
+    }
+
+    fn draw(&self) -> usize {
+        self.cursor.fetch_add(1, Ordering::Relaxed) as usize
+    }
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Load of a backend for [`Schedule::least_loaded`]: (in flight + 1 + penalty) over its weight, where the weight
+/// grows from a tenth to the whole in the first [`SLOW_START`] after the backend came back.
+pub fn load(in_flight: usize, weight: u32, penalty: f64, up_for: Nanos) -> f64 {
+    let share = (up_for as f64 / SLOW_START as f64).clamp(0.1, 1.0);
+    (in_flight as f64 + 1.0 + penalty) / (f64::from(weight) * share)
+}
+
+/// How long a backend that came back is given less than its weight.
+pub const SLOW_START: Nanos = 10 * SECOND;
+
+/// A count of failures that halves every 5 s: keeps a backend that fails fast from looking idle.
+#[derive(Debug, Default)]
+pub struct Penalty {
+    /// Value (`f32` bits, upper half) at a time in milliseconds (lower half).
+    word: AtomicU64,
+}
+
+const PER_FAILURE: f64 = 10.0;
+const HALF_LIFE_MS: f64 = 5_000.0;
+
+impl Penalty {
+    /// Adds one failure at `now`.
+    pub fn add(&self, now: Nanos) {
+        let change = |word| Some(Self::pack(Self::value(word, now) + PER_FAILURE, now));
+        let _ = self.word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+    }
+
+    /// What is left of it at `now`, in requests in flight.
+    pub fn at(&self, now: Nanos) -> f64 {
+        match self.word.load(Ordering::Relaxed) {
+            0 => 0.0,
+            word => Self::value(word, now),
+        }
+    }
+
+    fn value(word: u64, now: Nanos) -> f64 {
+        let value = f64::from(f32::from_bits((word >> 32) as u32));
+        let age = Self::millis(now).wrapping_sub(word as u32);
+        // A clock read a moment before the word was written would look like an age of 49 days.
+        let age = if age > u32::MAX / 2 { 0 } else { age };
+        value * (-f64::from(age) / HALF_LIFE_MS).exp2()
+    }
+
+    fn pack(value: f64, now: Nanos) -> u64 {
+        u64::from((value.min(1e6) as f32).to_bits()) << 32 | u64::from(Self::millis(now))
+    }
+
+    fn millis(now: Nanos) -> u32 {
+        (now / super::MILLI) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn picks(weights: &[u32], n: usize) -> String {
+        let s = Schedule::new(weights.iter().copied().enumerate());
+        (0..n).map(|_| char::from(b'A' + s.round_robin(|_| true).unwrap() as u8)).collect()
+    }
+
+    #[test]
+    fn follows_the_smooth_order() {
+        assert_eq!(picks(&[2, 1], 6), "ABAABA");
+        assert_eq!(picks(&[5, 1, 1], 7), "AABACAA");
+        assert_eq!(picks(&[1, 1, 1], 6), "ABCABC");
+        assert_eq!(picks(&[20, 10], 3), "ABA");
+        assert_eq!(picks(&[0, 3], 2), "BB");
+    }
+
+    #[test]
+    fn nobody_eligible_is_nobody() {
+        assert_eq!(Schedule::new([]).round_robin(|_| true), None);
+        assert_eq!(Schedule::new([(0, 0)]).round_robin(|_| true), None);
+        assert_eq!(Schedule::new([(0, 1), (1, 1)]).round_robin(|_| false), None);
+        assert_eq!(Schedule::new([(0, 1)]).least_loaded(|_, _| None), None);
+    }
+
+    #[test]
+    fn those_left_keep_their_proportions() {
+        let s = Schedule::new([(0, 5), (1, 1), (2, 1)]);
+        let picks: Vec<_> = (0..40).map(|_| s.round_robin(|id| id != 0).unwrap()).collect();
+        assert_eq!(picks.iter().filter(|id| **id == 1).count(), 20, "{picks:?}");
+        let s = Schedule::new([(0, 1000), (1, 2), (2, 1)]);
+        let picks: Vec<_> = (0..3000).map(|_| s.round_robin(|id| id != 0).unwrap()).collect();
+        let share = picks.iter().filter(|id| **id == 1).count();
+        assert!((1800..2200).contains(&share), "{share} of 3000");
+    }
+
+    #[test]
+    fn least_loaded_goes_by_weight_and_takes_turns_on_ties() {
+        let s = Schedule::new([(0, 1), (1, 2)]);
+        let pick = |flight: [usize; 2]| s.least_loaded(|id, w| Some(load(flight[id], w, 0.0, SLOW_START))).unwrap();
+        assert_eq!(pick([0, 0]), 1);
+        assert_eq!(pick([0, 2]), 0);
+        assert_eq!(pick([2, 4]), 1);
+        let ties: Vec<_> = (0..4).map(|_| s.least_loaded(|_, _| Some(1.0)).unwrap()).collect();
+        assert_eq!(ties.iter().sum::<usize>(), 2, "{ties:?}");
+    }
+
+    #[test]
+    fn a_failure_weighs_less_with_time() {
+        let p = Penalty::default();
+        assert_eq!(p.at(7), 0.0);
+        p.add(SECOND);
+        assert_eq!(p.at(SECOND), 10.0);
+        assert_eq!(p.at(6 * SECOND), 5.0);
+        p.add(6 * SECOND);
+        assert_eq!(p.at(11 * SECOND), 7.5);
+        assert_eq!(p.at(5 * SECOND), 15.0, "a clock that runs behind does not make it grow");
+    }
+
+    #[test]
+    fn a_backend_that_came_back_starts_slowly() {
+        assert_eq!(load(0, 10, 0.0, 0), 1.0);
+        assert_eq!(load(0, 10, 0.0, SLOW_START / 2), 0.2);
+        assert_eq!(load(0, 10, 0.0, SLOW_START), 0.1);
+    }
+
+    #[test]
+    fn threads_share_one_turn() {
+        let s = Schedule::new([(0, 3), (1, 2), (2, 1)]);
+        let counts: Vec<[usize; 3]> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..3).map(|_| scope.spawn(|| {
+                let mut n = [0; 3];
+                (0..2_000).for_each(|_| n[s.round_robin(|_| true).unwrap()] += 1);
+                n
+            })).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let sum = |i: usize| counts.iter().map(|c| c[i]).sum::<usize>();
+        assert_eq!([sum(0), sum(1), sum(2)], [3_000, 2_000, 1_000]);
+    }
+
+    proptest! {
+        #[test]
+        fn every_full_turn_gives_each_its_weight(weights in prop::collection::vec(0u32..30, 1..8), skip in 0usize..50) {
+            let total: u32 = weights.iter().sum();
+            let s = Schedule::new(weights.iter().copied().enumerate());
+            for _ in 0..skip {
+                s.round_robin(|_| true);
+            }
+            let mut got = vec![0; weights.len()];
+            for _ in 0..total {
+                got[s.round_robin(|_| true).unwrap()] += 1;
+            }
+            prop_assert_eq!(got, weights);
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! Whether a backend may be asked: its health, its cooling, its key.
+//!
+//! Streaks and state share one atomic word, so that every change of state has exactly one author. Real traffic
+//! and probes feed the same streak of failures; only probes bring a backend back. Who probes, and when, is
+//! [`crate::upstream::probe`]'s business.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::balance::SLOW_START;
+use super::{Nanos, SECOND};
+
+/// How long a refused key keeps a backend out.
+pub const BAD_KEY: Nanos = 60 * SECOND;
+
+/// What a backend is at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Asked to wait until then.
+    Cooling(Nanos),
+    /// Out after too many failures in a row.
+    Ejected,
+    /// May be asked.
+    Healthy,
+    /// It refuses the key that Zap sends.
+    Misconfigured,
+}
+
+/// What an active check found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// 2xx, 404, 405, 429: it answers.
+    Alive,
+    /// 401 or 403: it does not take the key.
+    BadKey,
+    /// 5xx, another answer, no connection or none in time.
+    Failed,
+}
+
+impl Probe {
+    /// Reads an answer's status code.
+    pub fn of_status(status: u16) -> Self {
+        match status {
+            200..=299 | 404 | 405 | 429 => Probe::Alive,
+            401 | 403 => Probe::BadKey,
+            _ => Probe::Failed,
+        }
+    }
+}
+
+/// Failures and successes in a row that change the state.
+#[derive(Clone, Copy, Debug)]
+pub struct Thresholds {
+    /// Failures that take a backend out.
+    pub failures: u32,
+    /// Successful probes that take it back.
+    pub successes: u32,
+}
+
+/// A change of state: the author of one logs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It is out.
+    Down,
+    /// Its key is refused.
+    Misconfigured,
+    /// It is back.
+    Up,
+}
+
+/// A backend's state, shared by all workers.
+#[derive(Debug)]
+pub struct Breaker {
+    word: AtomicU64,
+    cooling_until: AtomicU64,
+    bad_key_until: AtomicU64,
+    /// Last success of real traffic; 0: none yet.
+    last_success: AtomicU64,
+    up_since: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Up = 0,
+    Ejected = 1,
+    Misconfigured = 2,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Word {
+    state: State,
+    failures: u32,
+    successes: u32,
+}
+
+impl Word {
+    fn unpack(word: u64) -> Self {
+        let state = match word & 3 {
+            1 => State::Ejected,
+            2 => State::Misconfigured,
+            _ => State::Up,
+        };
+        Word { state, failures: (word >> 2 & 0xFFFF) as u32, successes: (word >> 18 & 0xFFFF) as u32 }
+    }
+
+    fn pack(self) -> u64 {
+        self.state as u64 | u64::from(self.failures) << 2 | u64::from(self.successes) << 18
+    }
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Breaker::new()
+    }
+}
+
+impl Breaker {
+    /// A backend that nobody has asked yet: it may be.
+    pub fn new() -> Self {
+        Breaker {
+            word: AtomicU64::new(0),
+            cooling_until: AtomicU64::new(0),
+            bad_key_until: AtomicU64::new(0),
+            last_success: AtomicU64::new(0),
+            up_since: AtomicU64::new(0),
+        }
+    }
+
+    /// The state at `now`.
+    pub fn status(&self, now: Nanos) -> Status {
+        let state = Word::unpack(self.word.load(Ordering::Relaxed)).state;
+        if state == State::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
+            return Status::Misconfigured;
+        }
+        if state == State::Ejected {
+            return Status::Ejected;
+        }
+        match self.cooling_until.load(Ordering::Relaxed) {
+            until if until > now => Status::Cooling(until),
+            _ => Status::Healthy,
+        }
+    }
+
+    /// Real traffic succeeded.
+    pub fn success(&self, now: Nanos) {
+        self.last_success.store(now.max(1), Ordering::Relaxed);
+        if self.word.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        self.change(|w| match w.state {
+            State::Up => Word { failures: 0, ..w },
+            State::Ejected | State::Misconfigured => w,
+        });
+    }
+
+    /// Real traffic failed.
+    pub fn failure(&self, limits: Thresholds) -> Option<Change> {
+        self.change(|w| failed(w, limits))
+    }
+
+    /// A probe ended.
+    pub fn probed(&self, probe: Probe, limits: Thresholds, now: Nanos) -> Option<Change> {
+        let change = self.change(|w| match (probe, w.state) {
+            (Probe::Alive, State::Up) => Word { failures: 0, ..w },
+            (Probe::Alive, _) if w.successes + 1 >= limits.successes => {
+                Word { state: State::Up, failures: 0, successes: 0 }
+            }
+            (Probe::Alive, _) => Word { successes: w.successes + 1, ..w },
+            (Probe::BadKey, _) => Word { state: State::Misconfigured, failures: 0, successes: 0 },
+            (Probe::Failed, State::Misconfigured) => Word { state: State::Ejected, failures: 0, successes: 0 },
+            (Probe::Failed, _) => failed(w, limits),
+        });
+        if change == Some(Change::Up) {
+            self.up_since.store(now, Ordering::Relaxed);
+        }
+        change
+    }
+
+    /// The provider asks to be left alone until `until`; the later of two wishes counts.
+    pub fn cool(&self, until: Nanos) {
+        self.cooling_until.fetch_max(until, Ordering::Relaxed);
+    }
+
+    /// The provider refused Zap's key: out for [`BAD_KEY`]. `true` where that is news.
+    pub fn bad_key(&self, now: Nanos) -> bool {
+        self.bad_key_until.swap(now + BAD_KEY, Ordering::Relaxed) <= now
+    }
+
+    /// Whether real traffic succeeded in the last `span`.
+    pub fn succeeded_within(&self, span: Nanos, now: Nanos) -> bool {
+        match self.last_success.load(Ordering::Relaxed) {
+            0 => false,
+            at => at + span > now,
+        }
+    }
+
+    /// Whether it is neither out nor refused, cooling or not.
+    pub fn is_up(&self, now: Nanos) -> bool {
+        matches!(self.status(now), Status::Healthy | Status::Cooling(_))
+    }
+
+    /// How long it has been back; at least the whole slow start where it never was out.
+    pub fn up_for(&self, now: Nanos) -> Nanos {
+        match self.up_since.load(Ordering::Relaxed) {
+            0 => SLOW_START,
+            since => now.saturating_sub(since),
+        }
+    }
+
+    fn change(&self, step: impl Fn(Word) -> Word) -> Option<Change> {
+        let next = |word| Some(step(Word::unpack(word)).pack());
+        let before = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_default();
+        let (before, after) = (Word::unpack(before), step(Word::unpack(before)));
+        match (before.state, after.state) {
+            (old, new) if old == new => None,
+            (_, State::Up) => Some(Change::Up),
+            (_, State::Ejected) => Some(Change::Down),
+            (_, State::Misconfigured) => Some(Change::Misconfigured),
+        }
+    }
+}
+
+/// One more failure in a row.
+fn failed(w: Word, limits: Thresholds) -> Word {
+    let failures = (w.failures + 1).min(0xFFFF);
+    let out = w.state == State::Up && failures >= limits.failures;
+    Word { state: if out { State::Ejected } else { w.state }, failures, successes: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Thresholds = Thresholds { failures: 3, successes: 2 };
+
+    #[test]
+    fn three_failures_in_a_row_take_it_out() {
+        let b = Breaker::new();
+        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
+        b.success(1);
+        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
+        assert_eq!(b.status(2), Status::Healthy);
+        assert_eq!(b.failure(LIMITS), Some(Change::Down));
+        assert_eq!(b.failure(LIMITS), None, "one change has one author");
+        assert_eq!(b.status(2), Status::Ejected);
+    }
+
+    #[test]
+    fn only_probes_bring_it_back_and_a_failure_starts_anew() {
+        let b = Breaker::new();
+        (0..3).for_each(|_| drop(b.failure(LIMITS)));
+        b.success(5);
+        assert_eq!(b.status(6), Status::Ejected);
+        assert_eq!(b.probed(Probe::Alive, LIMITS, 7), None);
+        assert_eq!(b.probed(Probe::Failed, LIMITS, 8), None);
+        assert_eq!(b.probed(Probe::Alive, LIMITS, 9), None);
+        assert_eq!(b.probed(Probe::Alive, LIMITS, 10), Some(Change::Up));
+        assert_eq!((b.status(11), b.up_for(15)), (Status::Healthy, 5));
+        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None), "the streak began anew");
+    }
+
+    #[test]
+    fn probes_and_traffic_share_the_streak() {
+        let b = Breaker::new();
+        b.failure(LIMITS);
+        b.probed(Probe::Failed, LIMITS, 1);
+        assert_eq!(b.failure(LIMITS), Some(Change::Down));
+        let b = Breaker::new();
+        b.failure(LIMITS);
+        b.failure(LIMITS);
+        b.probed(Probe::Alive, LIMITS, 1);
+        assert_eq!(b.failure(LIMITS), None);
+    }
+
+    #[test]
+    fn cooling_ends_by_itself_and_the_later_wish_counts() {
+        let b = Breaker::new();
+        b.cool(100);
+        b.cool(50);
+        assert_eq!(b.status(99), Status::Cooling(100));
+        assert!(b.is_up(99));
+        assert_eq!(b.status(100), Status::Healthy);
+    }
+
+    #[test]
+    fn a_refused_key_keeps_it_out_for_a_minute() {
+        let b = Breaker::new();
+        assert!(b.bad_key(1));
+        assert!(!b.bad_key(2), "known already");
+        assert_eq!(b.probed(Probe::Alive, LIMITS, 3), None);
+        assert_eq!(b.status(BAD_KEY + 1), Status::Misconfigured);
+        assert_eq!(b.status(BAD_KEY + 2), Status::Healthy);
+    }
+
+    #[test]
+    fn a_probe_that_sees_its_key_refused_says_so_until_it_is_taken() {
+        let b = Breaker::new();
+        assert_eq!(b.probed(Probe::BadKey, LIMITS, 1), Some(Change::Misconfigured));
+        assert_eq!(b.probed(Probe::BadKey, LIMITS, 2), None);
+        assert_eq!(b.status(u64::MAX), Status::Misconfigured);
+        assert_eq!(b.probed(Probe::Failed, LIMITS, 3), Some(Change::Down));
+        b.probed(Probe::Alive, LIMITS, 4);
+        assert_eq!(b.probed(Probe::Alive, LIMITS, 5), Some(Change::Up));
+    }
+
+    #[test]
+    fn knows_whether_traffic_made_a_probe_needless() {
+        let b = Breaker::new();
+        assert!(!b.succeeded_within(10, 5));
+        b.success(0);
+        assert!(b.succeeded_within(10, 5));
+        assert!(!b.succeeded_within(10, 11));
+    }
+
+    #[test]
+    fn reads_a_probe_by_its_status() {
+        for (status, want) in [
+            (200, Probe::Alive),
+            (204, Probe::Alive),
+            (404, Probe::Alive),
+            (405, Probe::Alive),
+            (429, Probe::Alive),
+            (401, Probe::BadKey),
+            (403, Probe::BadKey),
+            (301, Probe::Failed),
+            (400, Probe::Failed),
+            (500, Probe::Failed),
+            (503, Probe::Failed),
+        ] {
+            assert_eq!(Probe::of_status(status), want, "{status}");
+        }
+    }
+}

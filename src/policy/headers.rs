@@ -1,0 +1,225 @@
+//! Which headers cross Zap, in both directions, and whose credential a request carries.
+//!
+//! To a backend the header map is built afresh from a short list; to a client the upstream's map passes less
+//! what belongs to the connection (RFC 9110, section 7.6.1). Nothing here knows a backend's key.
+
+use http::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, SET_COOKIE,
+    TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+};
+
+/// `x-request-id`
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const PROXY_AUTHENTICATE: HeaderName = HeaderName::from_static("proxy-authenticate");
+
+/// Headers of a response that end at Zap.
+const NOT_FOR_CLIENTS: [HeaderName; 9] = [
+    CONNECTION,
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+    PROXY_AUTHENTICATE,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    SET_COOKIE,
+];
+
+/// Copies into `to` what a backend may see of a client's headers, defaults included.
+///
+/// `forward_authorization` adds the client's bearer and the account headers that belong to it. Headers that
+/// `Connection` nominates are left out, whatever they are.
+pub fn to_backend(client: &HeaderMap, forward_authorization: bool, to: &mut HeaderMap) {
+    let nominated = client.get_all(CONNECTION);
+    let is_nominated = |name: &HeaderName| {
+        nominated.iter().any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
+    };
+    for (name, value) in client {
+        let passes = match name.as_str() {
+            "accept" | "content-type" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate"
+            | "user-agent" => true,
+            "authorization" | "openai-organization" | "openai-project" => forward_authorization,
+            other => other.starts_with("x-stainless-"),
+        };
+        if passes && !is_nominated(name) {
+            to.append(name, value.clone());
+        }
+    }
+    for (name, default) in [(ACCEPT, "*/*"), (CONTENT_TYPE, "application/json"), (USER_AGENT, "zap")] {
+        to.entry(name).or_insert(HeaderValue::from_static(default));
+    }
+    to.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+}
+
+/// Takes out of a response's headers what ends at Zap.
+pub fn to_client(upstream: &mut HeaderMap) {
+    let nominated: Vec<HeaderName> = upstream
+        .get_all(CONNECTION)
+        .iter()
+        .flat_map(|v| v.as_bytes().split(|b| *b == b','))
+        .filter_map(|t| HeaderName::from_bytes(t.trim_ascii()).ok())
+        .filter(|name| name != "content-length" && name != "content-type")
+        .collect();
+    for name in nominated.iter().chain(&NOT_FOR_CLIENTS) {
+        upstream.remove(name);
+    }
+    upstream.remove("alt-svc");
+}
+
+fn eq_name(token: &[u8], name: &HeaderName) -> bool {
+    token.eq_ignore_ascii_case(name.as_str().as_bytes())
+}
+
+/// The credential by which a request is counted: a bearer, else one of the API-key headers.
+pub fn credential(headers: &HeaderMap) -> Option<&[u8]> {
+    let bearer = headers.get(AUTHORIZATION).and_then(|v| bearer_token(v.as_bytes()));
+    bearer
+        .or_else(|| {
+            ["api-key", "x-api-key", "x-goog-api-key"].iter().find_map(|n| headers.get(*n)).map(HeaderValue::as_bytes)
+        })
+        .map(<[u8]>::trim_ascii)
+        .filter(|key| !key.is_empty())
+}
+
+fn bearer_token(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
+}
+
+/// The client's request id if it is 1 to 128 visible ASCII characters.
+pub fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let id = headers.get(X_REQUEST_ID)?;
+    let good = (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    good.then_some(id)
+}
+
+/// A new request id: 32 hexadecimal digits of `random`.
+pub fn new_request_id(random: u128) -> HeaderValue {
+    let mut text = [0; 32];
+    for (i, digit) in text.iter_mut().enumerate() {
+        *digit = b"0123456789abcdef"[(random >> (4 * i) & 15) as usize];
+    }
+    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
+        headers
+    }
+
+    #[test]
+    fn a_backend_sees_the_short_list_only() {
+        let client = map(&[
+            ("authorization", "Bearer client"),
+            ("cookie", "a=b"),
+            ("x-api-key", "client"),
+            ("api-key", "client"),
+            ("x-goog-api-key", "client"),
+            ("proxy-authorization", "x"),
+            ("x-forwarded-for", "1.2.3.4"),
+            ("connection", "keep-alive, TraceState"),
+            ("te", "trailers"),
+            ("accept-encoding", "gzip, br"),
+            ("openai-organization", "org"),
+            ("openai-project", "proj"),
+            ("x-stainless-lang", "python"),
+            ("openai-beta", "assistants=v2"),
+            ("idempotency-key", "i"),
+            ("traceparent", "00-1"),
+            ("tracestate", "nominated"),
+            ("user-agent", "OpenAI/Python"),
+            ("x-other", "no"),
+        ]);
+        let mut to = HeaderMap::new();
+        to_backend(&client, false, &mut to);
+        let want = map(&[
+            ("x-stainless-lang", "python"),
+            ("openai-beta", "assistants=v2"),
+            ("idempotency-key", "i"),
+            ("traceparent", "00-1"),
+            ("user-agent", "OpenAI/Python"),
+            ("accept", "*/*"),
+            ("content-type", "application/json"),
+            ("accept-encoding", "identity"),
+        ]);
+        assert_eq!(to, want);
+        let mut forwarded = HeaderMap::new();
+        to_backend(&client, true, &mut forwarded);
+        assert_eq!(forwarded["authorization"], "Bearer client");
+        assert_eq!(forwarded["openai-organization"], "org");
+        assert!(!forwarded.contains_key("x-api-key") && !forwarded.contains_key("cookie"));
+    }
+
+    #[test]
+    fn connection_may_nominate_even_the_credential() {
+        let client = map(&[("authorization", "Bearer client"), ("connection", "Authorization")]);
+        let mut to = HeaderMap::new();
+        to_backend(&client, true, &mut to);
+        assert!(!to.contains_key("authorization"));
+    }
+
+    #[test]
+    fn a_client_sees_the_upstream_less_its_connection() {
+        let mut upstream = map(&[
+            ("content-type", "text/event-stream"),
+            ("content-length", "3"),
+            ("connection", "close, x-hop, content-length"),
+            ("x-hop", "1"),
+            ("keep-alive", "timeout=5"),
+            ("transfer-encoding", "chunked"),
+            ("trailer", "x"),
+            ("set-cookie", "a"),
+            ("set-cookie", "b"),
+            ("alt-svc", "h3"),
+            ("openai-processing-ms", "5"),
+        ]);
+        to_client(&mut upstream);
+        let want = map(&[
+            ("content-type", "text/event-stream"),
+            ("content-length", "3"),
+            ("openai-processing-ms", "5"),
+        ]);
+        assert_eq!(upstream, want);
+    }
+
+    #[test]
+    fn the_bearer_counts_before_the_other_keys() {
+        for (pairs, want) in [
+            (&[("authorization", "Bearer a"), ("x-api-key", "b")][..], Some(&b"a"[..])),
+            (&[("authorization", "bearer  a ")], Some(b"a")),
+            (&[("authorization", "Basic a"), ("x-api-key", "b")], Some(b"b")),
+            (&[("api-key", "c"), ("x-api-key", "b")], Some(b"c")),
+            (&[("x-goog-api-key", "g")], Some(b"g")),
+            (&[("authorization", "Bearer ")], None),
+            (&[], None),
+        ] {
+            assert_eq!(credential(&map(pairs)), want, "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn keeps_a_sane_request_id_only() {
+        assert_eq!(request_id(&map(&[("x-request-id", "abc-1")])).unwrap(), "abc-1");
+        for bad in ["", "a b", "\u{7f}"] {
+            let mut headers = HeaderMap::new();
+            if let Ok(value) = HeaderValue::from_str(bad) {
+                headers.insert(X_REQUEST_ID, value);
+            }
+            assert_eq!(request_id(&headers), None, "{bad:?}");
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(X_REQUEST_ID, HeaderValue::from_str(&"x".repeat(129)).unwrap());
+        assert_eq!(request_id(&headers), None);
+        assert_eq!(new_request_id(0x1f), "f1000000000000000000000000000000");
+    }
+}

@@ -1,0 +1,448 @@
+//! The rate limiter: an exact sliding window per key over a sharded map, with exact least-recently-used eviction.
+//!
+//! A window is the log of the last admissions, so never more than N pass in any 60 s, whatever the interleaving;
+//! the decision for a key is made under its shard's lock, as one step. Beyond `max_keys` the key that was used
+//! longest ago goes, over all shards; keys idle for a whole window go earlier, two a call, because an empty
+//! window is as good as none. It knows neither clients nor credentials: a key is a 64-bit hash.
+
+use std::collections::VecDeque;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crossbeam_utils::CachePadded;
+use dashmap::DashMap;
+use parking_lot::Mutex;
+
+use super::{Nanos, SECOND};
+
+/// Length of the window.
+pub const WINDOW: Nanos = 60 * SECOND;
+
+/// Admissions that a window logs one by one. Above it, admissions within 60 s / 65536 share an entry that lives
+/// as long as its youngest: the limit still holds in every window, a slot reopens at most 0.9 ms late.
+const MAX_LOG: usize = 65_536;
+const GRANULE: Nanos = WINDOW / MAX_LOG as u64;
+
+const ORDER_SHARDS: usize = 64;
+const NONE: u32 = u32::MAX;
+
+/// What the limiter says of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// The request may pass.
+    pub admitted: bool,
+    /// The limit, in requests a minute.
+    pub limit: u32,
+    /// Requests that would still pass now.
+    pub remaining: u32,
+    /// Time until one more will be admitted; 0 where `remaining` is not.
+    pub reset: Nanos,
+}
+
+/// The log of one key's admissions in the last [`WINDOW`].
+#[derive(Debug, Default)]
+pub struct Window {
+    /// Youngest last. `count` is the sum of all `n`.
+    log: VecDeque<Entry>,
+    count: u32,
+}
+
+#[derive(Debug)]
+struct Entry {
+    first: Nanos,
+    last: Nanos,
+    n: u32,
+}
+
+impl Window {
+    /// Decides on one request at `now` under `limit` (at least 1). A refusal changes nothing.
+    ///
+    /// `now` may run behind an earlier call's by a little: clocks are read before the lock is taken.
+    pub fn check(&mut self, limit: u32, now: Nanos) -> Decision {
+        self.expire(now);
+        let admitted = self.count < limit;
+        if admitted {
+            self.admit(limit, now);
+        }
+        let remaining = limit.saturating_sub(self.count);
+        let reset = if remaining > 0 { 0 } else { self.opens_in(limit, now) };
+        Decision { admitted, limit, remaining, reset }
+    }
+
+    /// Time until one more request would be admitted at `now`; 0 if it would be now.
+    pub fn opens_in(&mut self, limit: u32, now: Nanos) -> Nanos {
+        self.expire(now);
+        // After a lowered limit more than one entry must expire first.
+        let mut over = self.count.saturating_sub(limit.saturating_sub(1));
+        for entry in &self.log {
+            if over == 0 {
+                break;
+            }
+            if entry.n >= over {
+                return (entry.last + WINDOW).saturating_sub(now);
+            }
+            over -= entry.n;
+        }
+        0
+    }
+
+    fn expire(&mut self, now: Nanos) {
+        while let Some(entry) = self.log.front() {
+            if entry.last + WINDOW > now {
+                break;
+            }
+            self.count -= entry.n;
+            self.log.pop_front();
+        }
+    }
+
+    fn admit(&mut self, limit: u32, now: Nanos) {
+        self.count += 1;
+        let latest = self.log.back().map_or(0, |e| e.last);
+        // Entries stay in order even where a caller's clock was read a moment before another's.
+        let now = now.max(latest);
+        match self.log.back_mut() {
+            Some(entry) if limit as usize > MAX_LOG && now < entry.first + GRANULE => {
+                entry.last = now;
+                entry.n += 1;
+            }
+            _ => self.log.push_back(Entry { first: now, last: now, n: 1 }),
+        }
+    }
+}
+
+/// Windows of all keys.
+#[derive(Debug)]
+pub struct Limiter {
+    map: DashMap<u64, Slot, BuildHasherDefault<Identity>>,
+    order: Box<[CachePadded<Shard>]>,
+    len: AtomicUsize,
+    clock: CachePadded<AtomicU64>,
+    max_keys: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    window: Window,
+    /// Place of the key in its order shard.
+    node: u32,
+}
+
+/// The keys of one shard in the order of their use, and when the oldest was used.
+#[derive(Debug)]
+struct Shard {
+    order: Mutex<Order>,
+    /// Ticket of the oldest key's last use; `u64::MAX` where there is none.
+    oldest: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Order {
+    /// A doubly linked list in a slab: `head` is the oldest, `free` chains the unused nodes by `next`.
+    nodes: Vec<Node>,
+    head: u32,
+    tail: u32,
+    free: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    key: u64,
+    ticket: u64,
+    used: Nanos,
+    prev: u32,
+    next: u32,
+}
+
+impl Limiter {
+    /// A limiter that tracks at most `max_keys` keys (at least 1).
+    pub fn new(max_keys: usize) -> Self {
+        let shard =
+            || CachePadded::new(Shard { order: Mutex::new(Order::new()), oldest: AtomicU64::new(u64::MAX) });
+        Limiter {
+            map: DashMap::default(),
+            order: (0..ORDER_SHARDS).map(|_| shard()).collect(),
+            len: AtomicUsize::new(0),
+            clock: CachePadded::new(AtomicU64::new(0)),
+            max_keys: max_keys.max(1),
+        }
+    }
+
+    /// Decides on one request of `key` at `now`, as one atomic step.
+    pub fn check(&self, key: u64, limit: u32, now: Nanos) -> Decision {
+        let shard = self.shard(key);
+        let mut is_new = false;
+        let decision = {
+            let mut slot = self.map.entry(key).or_insert_with(|| {
+                is_new = true;
+                Slot { window: Window::default(), node: NONE }
+            });
+            let ticket = self.clock.fetch_add(1, Ordering::Relaxed);
+            slot.node = shard.touch(slot.node, key, ticket, now);
+            slot.window.check(limit, now)
+        };
+        if is_new && self.len.fetch_add(1, Ordering::Relaxed) >= self.max_keys {
+            self.evict_oldest();
+        }
+        if is_new {
+            self.reap(shard, now);
+            self.reap(shard, now);
+        }
+        decision
+    }
+
+    /// Keys tracked now.
+    pub fn keys(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    fn shard(&self, key: u64) -> &Shard {
+        &self.order[(key >> 32) as usize % ORDER_SHARDS]
+    }
+
+    /// Takes out the key whose last use lies furthest back, over all shards.
+    fn evict_oldest(&self) {
+        for _ in 0..ORDER_SHARDS {
+            let Some(shard) = self.order.iter().min_by_key(|s| s.oldest.load(Ordering::Acquire)) else { return };
+            let Some(node) = shard.order.lock().oldest() else { return };
+            if self.remove(shard, node) {
+                return;
+            }
+        }
+    }
+
+    /// Takes out the shard's oldest key if it was idle for a whole window.
+    fn reap(&self, shard: &Shard, now: Nanos) {
+        let oldest = shard.order.lock().oldest();
+        if let Some(node) = oldest
+            && node.used + WINDOW <= now
+        {
+            self.remove(shard, node);
+        }
+    }
+
+    /// Removes a key unless it was used since `seen` was read. The map's lock comes first, here as in `check`.
+    fn remove(&self, shard: &Shard, seen: Node) -> bool {
+        let gone = self.map.remove_if(&seen.key, |_, slot| shard.unlink(slot.node, seen.ticket)).is_some();
+        if gone {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+        }
+        gone
+    }
+}
+
+impl Shard {
+    /// Makes `key` the youngest; returns its node.
+    fn touch(&self, node: u32, key: u64, ticket: u64, used: Nanos) -> u32 {
+        let mut order = self.order.lock();
+        let node = if node == NONE { order.allocate() } else { order.detach(node) };
+        order.nodes[node as usize] = Node { key, ticket, used, prev: NONE, next: NONE };
+        order.append(node);
+        self.publish(&order);
+        node
+    }
+
+    /// Frees `node` if its last use is still the one with `ticket`.
+    fn unlink(&self, node: u32, ticket: u64) -> bool {
+        let mut order = self.order.lock();
+        let same = order.nodes.get(node as usize).is_some_and(|n| n.ticket == ticket);
+        if same {
+            order.detach(node);
+            order.release(node);
+            self.publish(&order);
+        }
+        same
+    }
+
+    fn publish(&self, order: &Order) {
+        self.oldest.store(order.oldest().map_or(u64::MAX, |n| n.ticket), Ordering::Release);
+    }
+}
+
+impl Order {
+    fn new() -> Self {
+        Order { nodes: Vec::new(), head: NONE, tail: NONE, free: NONE }
+    }
+
+    fn oldest(&self) -> Option<Node> {
+        self.nodes.get(self.head as usize).copied()
+    }
+
+    fn allocate(&mut self) -> u32 {
+        if self.free != NONE {
+            let node = self.free;
+            self.free = self.nodes[node as usize].next;
+            return node;
+        }
+        self.nodes.push(Node { key: 0, ticket: 0, used: 0, prev: NONE, next: NONE });
+        (self.nodes.len() - 1) as u32
+    }
+
+    fn release(&mut self, node: u32) {
+        self.nodes[node as usize].next = self.free;
+        self.nodes[node as usize].ticket = u64::MAX;
+        self.free = node;
+    }
+
+    fn detach(&mut self, node: u32) -> u32 {
+        let Node { prev, next, .. } = self.nodes[node as usize];
+        match self.nodes.get_mut(prev as usize) {
+            Some(n) => n.next = next,
+            None => self.head = next,
+        }
+        match self.nodes.get_mut(next as usize) {
+            Some(n) => n.prev = prev,
+            None => self.tail = prev,
+        }
+        node
+    }
+
+    fn append(&mut self, node: u32) {
+        let tail = std::mem::replace(&mut self.tail, node);
+        self.nodes[node as usize].prev = tail;
+        match self.nodes.get_mut(tail as usize) {
+            Some(n) => n.next = node,
+            None => self.head = node,
+        }
+    }
+}
+
+/// Passes a key that is a good hash already.
+#[derive(Default)]
+struct Identity(u64);
+
+impl Hasher for Identity {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*b);
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        self.0 = n;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn admits_exactly_the_limit_in_any_window() {
+        let mut w = Window::default();
+        for i in 0..3 {
+            let d = w.check(3, i * SECOND);
+            assert_eq!((d.admitted, d.remaining), (true, 2 - i as u32));
+        }
+        let refused = Decision { admitted: false, limit: 3, remaining: 0, reset: 57 * SECOND };
+        assert_eq!(w.check(3, 3 * SECOND), refused);
+        assert!(!w.check(3, WINDOW - 1).admitted);
+        assert!(w.check(3, WINDOW).admitted);
+        assert!(!w.check(3, WINDOW).admitted);
+        assert!(w.check(3, WINDOW + SECOND).admitted);
+    }
+
+    #[test]
+    fn reset_is_true_also_after_the_limit_was_lowered() {
+        let mut w = Window::default();
+        for i in 0..5 {
+            assert!(w.check(5, i * SECOND).admitted);
+        }
+        let d = w.check(2, 10 * SECOND);
+        assert_eq!((d.admitted, d.reset), (false, WINDOW + 3 * SECOND - 10 * SECOND));
+        assert!(!w.check(2, WINDOW + 3 * SECOND - 1).admitted);
+        assert!(w.check(2, WINDOW + 3 * SECOND).admitted);
+    }
+
+    #[test]
+    fn a_huge_limit_holds_with_a_bounded_log() {
+        let limit = 1_000_000;
+        let mut w = Window::default();
+        let admitted = (0..3_000_000u64).filter(|i| w.check(limit, i * 10_000).admitted).count();
+        assert_eq!(admitted, 1_000_000);
+        assert!(w.log.len() <= MAX_LOG + 1, "{}", w.log.len());
+    }
+
+    #[test]
+    fn keys_do_not_share_a_window() {
+        let l = Limiter::new(10);
+        assert!(l.check(1, 1, 0).admitted && l.check(2, 1, 0).admitted);
+        assert!(!l.check(1, 1, 0).admitted);
+    }
+
+    #[test]
+    fn evicts_the_least_recently_used_over_all_shards() {
+        let l = Limiter::new(100);
+        let key = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        for i in 0..100 {
+            assert!(l.check(key(i), 1, i).admitted);
+        }
+        // A refused request counts as use: 0 becomes the youngest, 1 the oldest.
+        assert!(!l.check(key(0), 1, 100).admitted);
+        assert!(l.check(key(100), 1, 101).admitted);
+        assert_eq!(l.keys(), 100);
+        assert!(!l.check(key(0), 1, 102).admitted, "0 was used and must have stayed");
+        assert!(l.check(key(1), 1, 103).admitted, "1 was the oldest and must have gone");
+    }
+
+    #[test]
+    fn idle_keys_go_by_themselves() {
+        let l = Limiter::new(1_000_000);
+        let key = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        (0..10_000).for_each(|i| assert!(l.check(key(i), 5, 0).admitted));
+        (10_000..20_000).for_each(|i| assert!(l.check(key(i), 5, WINDOW).admitted));
+        assert!(l.keys() < 12_000, "{} keys", l.keys());
+    }
+
+    #[test]
+    fn threads_together_admit_exactly_the_limit() {
+        let l = Limiter::new(1000);
+        let passed: usize = std::thread::scope(|s| {
+            let run = |t: u64| (0..2_000).filter(|i| l.check(7, 1_500, t + i).admitted).count();
+            let threads: Vec<_> = (0..4).map(|t| s.spawn(move || run(t))).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).sum()
+        });
+        assert_eq!(passed, 1_500);
+    }
+
+    #[test]
+    fn threads_over_many_keys_keep_the_map_in_bounds() {
+        let l = Limiter::new(500);
+        std::thread::scope(|s| {
+            for t in 0..4u64 {
+                let l = &l;
+                s.spawn(move || (0..20_000u64).for_each(|i| {
+                    l.check((i * 7 + t * 3).wrapping_mul(0x9E37_79B9_7F4A_7C15), 5, i);
+                }));
+            }
+        });
+        assert!(l.keys() <= 504, "{}", l.keys());
+        assert_eq!(l.keys(), l.map.len());
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_naive_log(limit in 1u32..6, steps in prop::collection::vec(0u64..30, 1..200)) {
+            let (mut w, mut log, mut now) = (Window::default(), Vec::<Nanos>::new(), 0);
+            for step in steps {
+                now += step * SECOND;
+                let live = log.iter().filter(|t| **t + WINDOW > now).count() as u32;
+                let d = w.check(limit, now);
+                prop_assert_eq!(d.admitted, live < limit);
+                if d.admitted {
+                    log.push(now);
+                } else {
+                    let at = now + d.reset;
+                    let then = |t: Nanos| log.iter().filter(|x| **x + WINDOW > t).count() as u32;
+                    prop_assert!(then(at) < limit && then(at - 1) >= limit, "the reset is not true");
+                }
+            }
+        }
+    }
+}

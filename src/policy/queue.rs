@@ -1,0 +1,493 @@
+//! Admission: a fixed number of slots, and a bounded first-in first-out queue for those that find none.
+//!
+//! All counts live in one atomic word, so whether a request passes, waits or is refused is one decision: never
+//! more than `slots` in flight, never more than `places` waiting, and no refusal while there is room. Waiters
+//! stand in a crossbeam `ArrayQueue`. A released slot becomes a *grant* owed to the queue, and whoever holds
+//! the settling right brings grants and waiters together in order; nobody blocks on anybody.
+//!
+//! The module knows wakers but no runtime: time limits are the caller's.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use crossbeam_queue::ArrayQueue;
+use crossbeam_utils::CachePadded;
+use parking_lot::Mutex;
+
+/// Largest number of slots or places: 21 bits of the word each.
+pub const MAX: usize = (1 << 21) - 1;
+
+/// No slot is free and no place in the queue either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueFull;
+
+/// The slots and the queue before them.
+#[derive(Debug)]
+pub struct Admission {
+    word: CachePadded<AtomicU64>,
+    slots: u64,
+    places: u64,
+    queue: ArrayQueue<Arc<Waiter>>,
+    /// Waiters taken out of `queue` but not yet served: they come first. Held by the one who settles.
+    front: Mutex<VecDeque<Arc<Waiter>>>,
+    /// Calls to `settle` not yet answered; whoever raises it from 0 settles for all.
+    unsettled: AtomicUsize,
+    /// Waiters that gave up and may still stand in `queue`.
+    dead: AtomicUsize,
+    /// Requests that wait outside the queue for a backend (they count as waiting, but for no slot).
+    outside: AtomicU64,
+}
+
+/// The counts as one word. Invariants: `in_flight <= slots`, `owed <= waiting`,
+/// and `waiting > owed` only while `in_flight == slots`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    /// Slots taken, those owed included.
+    in_flight: u64,
+    /// Waiters alive and not yet served.
+    waiting: u64,
+    /// Slots that belong to the queue but have not reached a waiter.
+    owed: u64,
+}
+
+impl Counts {
+    fn unpack(word: u64) -> Self {
+        let mask = MAX as u64;
+        Counts { in_flight: word & mask, waiting: word >> 21 & mask, owed: word >> 42 & mask }
+    }
+
+    fn pack(self) -> u64 {
+        self.in_flight | self.waiting << 21 | self.owed << 42
+    }
+
+    /// A grant that no living waiter can take goes back to the free slots.
+    fn settle_surplus(mut self) -> Self {
+        if self.owed > self.waiting {
+            self.owed -= 1;
+            self.in_flight -= 1;
+        }
+        self
+    }
+}
+
+const WAITING: u8 = 0;
+const GRANTED: u8 = 1;
+const GONE: u8 = 2;
+
+#[derive(Debug)]
+struct Waiter {
+    state: AtomicU8,
+    waker: Mutex<Option<Waker>>,
+}
+
+/// A slot; dropping it hands it to the first waiter or frees it.
+#[derive(Debug)]
+#[must_use = "dropping a slot gives it back"]
+pub struct Slot(Arc<Admission>);
+
+/// A place in the queue: a future that yields the [`Slot`]. Dropping it gives the place up.
+#[derive(Debug)]
+#[must_use = "dropping a place gives it up"]
+pub struct Place {
+    admission: Arc<Admission>,
+    waiter: Arc<Waiter>,
+    done: bool,
+}
+
+/// A request that waits for a backend to reopen, outside the slots. Dropping it ends the wait.
+#[derive(Debug)]
+#[must_use = "dropping it ends the wait"]
+pub struct Outside(Arc<Admission>);
+
+/// What [`Admission::enter`] decides.
+#[derive(Debug)]
+pub enum Entry {
+    /// Straight through.
+    Passed(Slot),
+    /// Wait for this.
+    Queued(Place),
+}
+
+impl Admission {
+    /// `slots` (1 to [`MAX`]) requests at once, `places` (0 to [`MAX`]) waiting.
+    pub fn new(slots: usize, places: usize) -> Arc<Self> {
+        let (slots, places) = (slots.clamp(1, MAX), places.min(MAX));
+        Arc::new(Admission {
+            word: CachePadded::new(AtomicU64::new(0)),
+            slots: slots as u64,
+            places: places as u64,
+            // Room for every living waiter and as many dead ones; at `places` dead they are swept out.
+            queue: ArrayQueue::new(2 * places + 2),
+            front: Mutex::new(VecDeque::new()),
+            unsettled: AtomicUsize::new(0),
+            dead: AtomicUsize::new(0),
+            outside: AtomicU64::new(0),
+        })
+    }
+
+    /// Takes a slot, or a place in the queue.
+    ///
+    /// # Errors
+    /// [`QueueFull`] where there is neither.
+    pub fn enter(self: &Arc<Self>) -> Result<Entry, QueueFull> {
+        let outside = self.outside.load(Ordering::Relaxed);
+        let mut passed = false;
+        self.update(|mut c| {
+            passed = c.in_flight < self.slots;
+            if passed {
+                c.in_flight += 1;
+            } else if c.waiting - c.owed + outside < self.places {
+                c.waiting += 1;
+            } else {
+                return None;
+            }
+            Some(c)
+        })
+        .ok_or(QueueFull)?;
+        if passed {
+            return Ok(Entry::Passed(Slot(self.clone())));
+        }
+        let waiter = Arc::new(Waiter { state: AtomicU8::new(WAITING), waker: Mutex::new(None) });
+        let mut node = waiter.clone();
+        while let Err(back) = self.queue.push(node) {
+            // Full of dead waiters that somebody is about to sweep out.
+            node = back;
+            self.settle();
+            std::hint::spin_loop();
+        }
+        self.settle();
+        Ok(Entry::Queued(Place { admission: self.clone(), waiter, done: false }))
+    }
+
+    /// Counts a request as waiting without a place in line: it waits for a backend, not for a slot.
+    ///
+    /// # Errors
+    /// [`QueueFull`] where as many wait already as may.
+    pub fn wait_outside(self: &Arc<Self>) -> Result<Outside, QueueFull> {
+        let c = Counts::unpack(self.word.load(Ordering::SeqCst));
+        let room = self.places.saturating_sub(c.waiting - c.owed);
+        let more = |n| (n < room).then_some(n + 1);
+        match self.outside.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
+            Ok(_) => Ok(Outside(self.clone())),
+            Err(_) => Err(QueueFull),
+        }
+    }
+
+    /// Requests that hold a slot.
+    pub fn in_flight(&self) -> usize {
+        let c = Counts::unpack(self.word.load(Ordering::Relaxed));
+        (c.in_flight - c.owed) as usize
+    }
+
+    /// Requests that wait.
+    pub fn depth(&self) -> usize {
+        let c = Counts::unpack(self.word.load(Ordering::Relaxed));
+        (c.waiting + self.outside.load(Ordering::Relaxed)) as usize
+    }
+
+    /// Changes the counts in one step; `None` leaves them.
+    fn update(&self, mut change: impl FnMut(Counts) -> Option<Counts>) -> Option<Counts> {
+        let packed = |word| change(Counts::unpack(word)).map(Counts::pack);
+        self.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, packed).ok().map(Counts::unpack)
+    }
+
+    fn release(&self) {
+        let before = self.update(|mut c| {
+            if c.waiting > c.owed {
+                c.owed += 1;
+            } else {
+                c.in_flight -= 1;
+            }
+            Some(c)
+        });
+        if before.is_some_and(|c| c.waiting > c.owed) {
+            self.settle();
+        }
+    }
+
+    /// A waiter gave up before it was served.
+    fn cancel(&self) {
+        self.update(|mut c| {
+            c.waiting -= 1;
+            Some(c.settle_surplus())
+        });
+        if self.dead.fetch_add(1, Ordering::SeqCst) + 1 >= self.places.max(1) as usize {
+            self.settle();
+        }
+    }
+
+    /// Brings grants and waiters together, unless another thread does so already: then it goes on for this one.
+    fn settle(&self) {
+        if self.unsettled.fetch_add(1, Ordering::SeqCst) != 0 {
+            return;
+        }
+        let mut seen = 1;
+        loop {
+            self.serve_front();
+            match self.unsettled.compare_exchange(seen, 0, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => return,
+                Err(more) => seen = more,
+            }
+        }
+    }
+
+    fn serve_front(&self) {
+        let mut front = self.front.lock();
+        if self.dead.load(Ordering::SeqCst) >= self.places.max(1) as usize {
+            self.dead.store(0, Ordering::SeqCst);
+            front.extend(std::iter::from_fn(|| self.queue.pop()));
+            front.retain(|w| w.state.load(Ordering::SeqCst) == WAITING);
+        }
+        while Counts::unpack(self.word.load(Ordering::SeqCst)).owed > 0 {
+            // None: the waiter is counted but not yet pushed; it settles after its push.
+            let Some(waiter) = front.pop_front().or_else(|| self.queue.pop()) else { return };
+            let granted =
+                waiter.state.compare_exchange(WAITING, GRANTED, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+            if granted {
+                self.update(|mut c| {
+                    c.waiting -= 1;
+                    c.owed -= 1;
+                    Some(c)
+                });
+                if let Some(waker) = waiter.waker.lock().take() {
+                    waker.wake();
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        self.0.outside.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Future for Place {
+    type Output = Slot;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Slot> {
+        let mut waker = self.waiter.waker.lock();
+        if self.waiter.state.load(Ordering::SeqCst) == GRANTED {
+            drop(waker);
+            self.done = true;
+            return Poll::Ready(Slot(self.admission.clone()));
+        }
+        if !waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        match self.waiter.state.compare_exchange(WAITING, GONE, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => self.admission.cancel(),
+            Err(_) => self.admission.release(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn poll(place: &mut Place) -> Option<Slot> {
+        match Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(slot) => Some(slot),
+            Poll::Pending => None,
+        }
+    }
+
+    fn slot(a: &Arc<Admission>) -> Slot {
+        match a.enter() {
+            Ok(Entry::Passed(slot)) => slot,
+            other => panic!("no slot: {other:?}"),
+        }
+    }
+
+    fn place(a: &Arc<Admission>) -> Place {
+        match a.enter() {
+            Ok(Entry::Queued(place)) => place,
+            other => panic!("no place: {other:?}"),
+        }
+    }
+
+    fn is_idle(a: &Arc<Admission>) -> bool {
+        a.word.load(Ordering::SeqCst) == 0 && a.depth() == 0
+    }
+
+    #[test]
+    fn serves_exactly_slots_plus_places() {
+        let a = Admission::new(2, 3);
+        let slots = [slot(&a), slot(&a)];
+        let places = [place(&a), place(&a), place(&a)];
+        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!((a.in_flight(), a.depth()), (2, 3));
+        drop(slots);
+        drop(places);
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn none_may_wait_where_there_are_no_places() {
+        let a = Admission::new(1, 0);
+        let s = slot(&a);
+        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        drop(s);
+        drop(slot(&a));
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn hands_a_slot_to_the_first_that_still_lives() {
+        let a = Admission::new(1, 4);
+        let s = slot(&a);
+        let (first, mut second, mut third) = (place(&a), place(&a), place(&a));
+        drop(first);
+        drop(s);
+        assert!(poll(&mut third).is_none());
+        let s = poll(&mut second).expect("the second is the first alive");
+        assert_eq!((a.in_flight(), a.depth()), (1, 1));
+        drop(s);
+        drop(poll(&mut third).expect("then the third"));
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn a_granted_place_that_is_dropped_passes_its_slot_on() {
+        let a = Admission::new(1, 2);
+        let s = slot(&a);
+        let (first, mut second) = (place(&a), place(&a));
+        drop(s);
+        drop(first);
+        assert!(poll(&mut second).is_some());
+        drop(second);
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn places_of_those_who_left_can_be_taken_again_and_order_stays() {
+        let a = Admission::new(1, 3);
+        let s = slot(&a);
+        let mut stays = place(&a);
+        for _ in 0..1000 {
+            drop(place(&a));
+        }
+        let mut last = place(&a);
+        assert_eq!(a.depth(), 2);
+        drop(s);
+        assert!(poll(&mut last).is_none());
+        drop(poll(&mut stays).expect("first in, first out"));
+        drop(poll(&mut last).expect("then the last"));
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn those_outside_count_as_waiting() {
+        let a = Admission::new(1, 2);
+        let s = slot(&a);
+        let out = [a.wait_outside().unwrap(), a.wait_outside().unwrap()];
+        assert_eq!(a.wait_outside().unwrap_err(), QueueFull);
+        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!(a.depth(), 2);
+        drop((out, s));
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn threads_never_exceed_the_slots_and_lose_no_wakeup() {
+        let a = Admission::new(3, 5);
+        let inside = AtomicUsize::new(0);
+        std::thread::scope(|s| {
+            for t in 0..4u64 {
+                let (a, inside) = (&a, &inside);
+                s.spawn(move || {
+                    let mut rng = fastrand::Rng::with_seed(t);
+                    for _ in 0..5_000 {
+                        let slot = match a.enter() {
+                            Err(QueueFull) => continue,
+                            Ok(Entry::Passed(slot)) => slot,
+                            Ok(Entry::Queued(place)) if rng.u8(..4) == 0 => {
+                                drop(place);
+                                continue;
+                            }
+                            Ok(Entry::Queued(place)) => block_on(place),
+                        };
+                        assert!(inside.fetch_add(1, Ordering::SeqCst) < 3);
+                        if rng.bool() {
+                            std::thread::yield_now();
+                        }
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        drop(slot);
+                    }
+                });
+            }
+        });
+        assert!(is_idle(&a), "{:?}", Counts::unpack(a.word.load(Ordering::SeqCst)));
+    }
+
+    fn block_on(mut place: Place) -> Slot {
+        struct Unpark(std::thread::Thread);
+        impl std::task::Wake for Unpark {
+            fn wake(self: Arc<Self>) {
+                self.0.unpark();
+            }
+        }
+        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        loop {
+            if let Poll::Ready(slot) = Pin::new(&mut place).poll(&mut Context::from_waker(&waker)) {
+                return slot;
+            }
+            std::thread::park();
+        }
+    }
+
+    proptest! {
+        /// Operation sequences against a plain model of slots and a line.
+        #[test]
+        fn behaves_as_a_line_at_a_counter(slots in 1usize..4, places in 0usize..4, ops in prop::collection::vec((0u8..3, any::<prop::sample::Index>()), 1..120)) {
+            let a = Admission::new(slots, places);
+            let (mut held, mut line): (Vec<Slot>, VecDeque<Place>) = Default::default();
+            for (op, index) in ops {
+                match op {
+                    0 => match a.enter() {
+                        Ok(Entry::Passed(s)) => { prop_assert!(held.len() < slots); held.push(s); }
+                        Ok(Entry::Queued(p)) => { prop_assert!(held.len() == slots && line.len() < places); line.push_back(p); }
+                        Err(QueueFull) => prop_assert!(held.len() == slots && line.len() == places),
+                    },
+                    1 if !held.is_empty() => {
+                        drop(held.swap_remove(index.index(held.len())));
+                        if let Some(mut first) = line.pop_front() {
+                            let slot = poll(&mut first);
+                            prop_assert!(slot.is_some(), "the first in line was passed over");
+                            held.extend(slot);
+                        }
+                    }
+                    2 if !line.is_empty() => { line.remove(index.index(line.len())); }
+                    _ => {}
+                }
+                prop_assert!(line.iter_mut().all(|p| poll(p).is_none()));
+                prop_assert_eq!((a.in_flight(), a.depth()), (held.len(), line.len()));
+            }
+            drop((held, line));
+            prop_assert!(is_idle(&a));
+        }
+    }
+}

@@ -1,0 +1,651 @@
+//! The resumable JSON scanner: reads a request body as it arrives and finds the members that Zap cares about.
+//!
+//! It accepts exactly what RFC 8259 allows as one object (UTF-8, depth at most [`MAX_DEPTH`]), in one pass, with
+//! constant state, whatever the chunking. It keeps no copy of the body: only the name of the model. It does not
+//! judge what an endpoint needs; that is [`crate::policy::patch`].
+
+use std::ops::Range;
+
+/// Deepest nesting that is accepted; the object itself is 1.
+pub const MAX_DEPTH: u32 = 128;
+
+/// Longest model name that is kept for logs and routing, in bytes. A longer one is forwarded but matches nothing.
+pub const MAX_NAME: usize = 256;
+
+/// What is wrong with a body, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScanError {
+    /// A member that Zap reads stands twice at the top level.
+    Duplicate(Member),
+    /// Not one RFC 8259 object; `offset` counts bytes from 0.
+    Invalid {
+        /// First byte that cannot stand where it stands, or the body's length where it ends too early.
+        offset: u64,
+    },
+}
+
+/// A top-level member that Zap reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Member {
+    /// `messages`
+    Messages,
+    /// `model`
+    Model,
+    /// `stream`
+    Stream,
+}
+
+impl Member {
+    /// The member's key as written in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Member::Messages => "messages",
+            Member::Model => "model",
+            Member::Stream => "stream",
+        }
+    }
+}
+
+/// The top-level `model` as the body has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Model {
+    /// No such member.
+    #[default]
+    Absent,
+    /// A string that is not empty: where it stands (quotes included) and its text.
+    Named {
+        /// Byte range of the value in the body.
+        span: Range<u64>,
+        /// The unescaped text, cut at [`MAX_NAME`] bytes.
+        name: String,
+    },
+    /// `null` or `""`: where it stands.
+    Nothing(Range<u64>),
+    /// Any other type.
+    Other,
+}
+
+/// The JSON type of a member's value, as far as Zap needs it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// No such member.
+    #[default]
+    Absent,
+    /// `[...]`
+    Array,
+    /// `false`
+    False,
+    /// `null`
+    Null,
+    /// A number, a string or an object.
+    Other,
+    /// `true`
+    True,
+}
+
+/// What a scan found at the top level.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fields {
+    /// `model`
+    pub model: Model,
+    /// Type of `stream`.
+    pub stream: Kind,
+    /// Type of `messages`.
+    pub messages: Kind,
+    /// Offset just past the opening brace.
+    pub inside: u64,
+    /// The object has no member at all.
+    pub empty: bool,
+    /// Length of the body in bytes.
+    pub length: u64,
+}
+
+/// A scan under way. Feed it chunks in order, then [`finish`](Scanner::finish) it.
+#[derive(Debug)]
+pub struct Scanner {
+    state: State,
+    /// Bit `d` is set where the container at depth `d + 1` is an object. `depth <= MAX_DEPTH`.
+    objects: u128,
+    depth: u32,
+    /// Bytes consumed by earlier chunks.
+    base: u64,
+    /// The member whose value comes or is being read; only at depth 1.
+    member: Option<Member>,
+    /// What the string being read is kept for.
+    keep: Keep,
+    text: Vec<u8>,
+    text_is_cut: bool,
+    high_surrogate: u16,
+    value_start: u64,
+    fields: Fields,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    Key,
+    Name,
+    Nothing,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Before the object.
+    Start,
+    /// After `{`: a key or `}`.
+    FirstKey,
+    /// After `,` in an object.
+    Key,
+    /// After a key.
+    Colon,
+    /// After `:`, or `,` in an array.
+    Value,
+    /// After `[`: a value or `]`.
+    FirstItem,
+    /// After a value: `,` or the closer.
+    AfterValue,
+    /// Inside a string, at an ordinary character.
+    Text { key: bool },
+    /// After a backslash.
+    Escape { key: bool },
+    /// Inside `\uXXXX`: digits still to come and their value so far.
+    Hex { key: bool, left: u8, code: u16 },
+    /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
+    Utf8 { key: bool, left: u8, low: u8, high: u8 },
+    /// Inside a number.
+    Number(Number),
+    /// Inside `true`, `false` or `null`: what must still come.
+    Literal(&'static [u8]),
+    /// After the object: only whitespace.
+    End,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    /// After `-`.
+    Minus,
+    /// After a leading `0`.
+    Zero,
+    /// In the integer part.
+    Integer,
+    /// After `.`.
+    Point,
+    /// In the fraction.
+    Fraction,
+    /// After `e`.
+    E,
+    /// After the exponent's sign.
+    Sign,
+    /// In the exponent.
+    Exponent,
+}
+
+impl Default for Scanner {
+    fn default() -> Self {
+        Scanner::new()
+    }
+}
+
+impl Scanner {
+    /// A scanner before the first byte.
+    pub fn new() -> Self {
+        Scanner {
+            state: State::Start,
+            objects: 0,
+            depth: 0,
+            base: 0,
+            member: None,
+            keep: Keep::Nothing,
+            text: Vec::new(),
+            text_is_cut: false,
+            high_surrogate: 0,
+            value_start: 0,
+            fields: Fields { empty: true, ..Fields::default() },
+        }
+    }
+
+    /// Takes the next bytes of the body.
+    ///
+    /// # Errors
+    /// The first fault. The scanner is of no use afterwards.
+    pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        let mut i = 0;
+        while i < chunk.len() {
+            i = self.step(chunk, i)?;
+        }
+        self.base += chunk.len() as u64;
+        Ok(())
+    }
+
+    /// Ends the scan.
+    ///
+    /// # Errors
+    /// [`ScanError::Invalid`] at the body's length if the object is not complete.
+    pub fn finish(mut self) -> Result<Fields, ScanError> {
+        if self.state != State::End {
+            return Err(ScanError::Invalid { offset: self.base });
+        }
+        self.fields.length = self.base;
+        Ok(self.fields)
+    }
+
+    /// Consumes at least one byte of `chunk` from `i` on, or changes the state; returns the next index.
+    fn step(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
+        let b = chunk[i];
+        match self.state {
+            State::Text { key } => return self.text(chunk, i, key),
+            State::Escape { key } => return self.escape(b, i, key),
+            State::Hex { key, left, code } => return self.hex(b, i, key, left, code),
+            State::Utf8 { key, left, low, high } => {
+                if b < low || b > high {
+                    return self.invalid(i);
+                }
+                self.push(b);
+                self.state = match left {
+                    1 => State::Text { key },
+                    _ => State::Utf8 { key, left: left - 1, low: 0x80, high: 0xBF },
+                };
+                return Ok(i + 1);
+            }
+            State::Number(number) => return self.number(b, i, number),
+            State::Literal(rest) => {
+                if b != rest[0] {
+                    return self.invalid(i);
+                }
+                self.state = State::Literal(&rest[1..]);
+                if rest.len() == 1 {
+                    self.value_ends(i + 1);
+                }
+                return Ok(i + 1);
+            }
+            _ => {}
+        }
+        if matches!(b, b' ' | b'\n' | b'\r' | b'\t') {
+            return Ok(i + 1);
+        }
+        match (self.state, b) {
+            (State::Start, b'{') => {
+                self.depth = 1;
+                self.objects = 1;
+                self.fields.inside = self.base + i as u64 + 1;
+                self.state = State::FirstKey;
+            }
+            (State::FirstKey | State::Key, b'"') => {
+                if self.depth == 1 {
+                    self.fields.empty = false;
+                    self.start_keeping(Keep::Key);
+                }
+                self.state = State::Text { key: true };
+            }
+            (State::FirstKey, b'}') | (State::FirstItem, b']') => self.close(i),
+            (State::Colon, b':') => self.state = State::Value,
+            (State::Value | State::FirstItem, _) => return self.value(b, i),
+            (State::AfterValue, b',') => {
+                self.state = if self.in_object() { State::Key } else { State::Value };
+            }
+            (State::AfterValue, b'}') if self.in_object() => self.close(i),
+            (State::AfterValue, b']') if !self.in_object() => self.close(i),
+            _ => return self.invalid(i),
+        }
+        Ok(i + 1)
+    }
+
+    fn in_object(&self) -> bool {
+        self.objects >> (self.depth - 1) & 1 == 1
+    }
+
+    fn invalid<T>(&self, i: usize) -> Result<T, ScanError> {
+        Err(ScanError::Invalid { offset: self.base + i as u64 })
+    }
+
+    /// A value begins with `b`.
+    fn value(&mut self, b: u8, i: usize) -> Result<usize, ScanError> {
+        if self.depth == 1 {
+            self.value_start = self.base + i as u64;
+            self.note_kind(b);
+        }
+        match b {
+            b'{' | b'[' => {
+                if self.depth == MAX_DEPTH {
+                    return self.invalid(i);
+                }
+                let bit = 1u128 << self.depth;
+                self.depth += 1;
+                self.objects = if b == b'{' { self.objects | bit } else { self.objects & !bit };
+                self.state = if b == b'{' { State::FirstKey } else { State::FirstItem };
+            }
+            b'"' => {
+                if self.depth == 1 && self.member == Some(Member::Model) {
+                    self.start_keeping(Keep::Name);
+                }
+                self.state = State::Text { key: false };
+            }
+            b'-' => self.state = State::Number(Number::Minus),
+            b'0' => self.state = State::Number(Number::Zero),
+            b'1'..=b'9' => self.state = State::Number(Number::Integer),
+            b't' => self.state = State::Literal(b"rue"),
+            b'f' => self.state = State::Literal(b"alse"),
+            b'n' => self.state = State::Literal(b"ull"),
+            _ => return self.invalid(i),
+        }
+        Ok(i + 1)
+    }
+
+    /// Notes the type of a top-level member's value from its first byte.
+    fn note_kind(&mut self, b: u8) {
+        let kind = match b {
+            b'[' => Kind::Array,
+            b'f' => Kind::False,
+            b'n' => Kind::Null,
+            b't' => Kind::True,
+            _ => Kind::Other,
+        };
+        match self.member {
+            Some(Member::Messages) => self.fields.messages = kind,
+            Some(Member::Stream) => self.fields.stream = kind,
+            Some(Member::Model) if b != b'n' && b != b'"' => self.fields.model = Model::Other,
+            Some(Member::Model) | None => {}
+        }
+    }
+
+    /// A value ended; `end` is the index just past it.
+    fn value_ends(&mut self, end: usize) {
+        self.state = State::AfterValue;
+        if self.depth != 1 {
+            return;
+        }
+        if self.member.take() == Some(Member::Model) && self.fields.model == Model::Absent {
+            let span = self.value_start..self.base + end as u64;
+            self.fields.model = if self.keep == Keep::Name && !self.text.is_empty() {
+                let name = String::from_utf8_lossy(&self.text).into_owned();
+                Model::Named { span, name }
+            } else {
+                Model::Nothing(span)
+            };
+        }
+        self.keep = Keep::Nothing;
+    }
+
+    fn close(&mut self, i: usize) {
+        self.depth -= 1;
+        if self.depth == 0 {
+            self.state = State::End;
+        } else {
+            self.value_ends(i + 1);
+        }
+    }
+
+    fn number(&mut self, b: u8, i: usize, number: Number) -> Result<usize, ScanError> {
+        use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
+        let next = match (number, b) {
+            (Minus, b'0') => Zero,
+            (Minus | Integer, b'0'..=b'9') => Integer,
+            (Zero | Integer, b'.') => Point,
+            (Point | Fraction, b'0'..=b'9') => Fraction,
+            (Zero | Integer | Fraction, b'e' | b'E') => E,
+            (E, b'+' | b'-') => Sign,
+            (E | Sign | Exponent, b'0'..=b'9') => Exponent,
+            (Zero | Integer | Fraction | Exponent, _) => {
+                self.value_ends(i);
+                return Ok(i);
+            }
+            (Minus | Point | E | Sign, _) => return self.invalid(i),
+        };
+        self.state = State::Number(next);
+        Ok(i + 1)
+    }
+
+    /// Ordinary characters of a string, from `i` on.
+    fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, ScanError> {
+        let end = i + plain_run(&chunk[i..]);
+        if end > i {
+            self.keep_run(&chunk[i..end]);
+        }
+        let Some(&b) = chunk.get(end) else { return Ok(end) };
+        match b {
+            b'"' => self.text_ends(end + 1, key)?,
+            b'\\' => self.state = State::Escape { key },
+            0x00..0x20 => return self.invalid(end),
+            _ => {
+                let (left, low, high) = match b {
+                    0xC2..=0xDF => (1, 0x80, 0xBF),
+                    0xE0 => (2, 0xA0, 0xBF),
+                    0xE1..=0xEC | 0xEE..=0xEF => (2, 0x80, 0xBF),
+                    0xED => (2, 0x80, 0x9F),
+                    0xF0 => (3, 0x90, 0xBF),
+                    0xF1..=0xF3 => (3, 0x80, 0xBF),
+                    0xF4 => (3, 0x80, 0x8F),
+                    _ => return self.invalid(end),
+                };
+                self.push(b);
+                self.state = State::Utf8 { key, left, low, high };
+            }
+        }
+        Ok(end + 1)
+    }
+
+    fn text_ends(&mut self, end: usize, key: bool) -> Result<(), ScanError> {
+        self.flush_surrogate();
+        if !key {
+            self.value_ends(end);
+            return Ok(());
+        }
+        self.state = State::Colon;
+        if self.depth == 1 {
+            self.member = match (self.text_is_cut, self.text.as_slice()) {
+                (false, b"model") => Some(Member::Model),
+                (false, b"stream") => Some(Member::Stream),
+                (false, b"messages") => Some(Member::Messages),
+                _ => None,
+            };
+            self.keep = Keep::Nothing;
+            let seen = match self.member {
+                Some(Member::Messages) => self.fields.messages != Kind::Absent,
+                Some(Member::Model) => self.fields.model != Model::Absent,
+                Some(Member::Stream) => self.fields.stream != Kind::Absent,
+                None => false,
+            };
+            if let (true, Some(member)) = (seen, self.member) {
+                return Err(ScanError::Duplicate(member));
+            }
+        }
+        Ok(())
+    }
+
+    fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, ScanError> {
+        let plain = match b {
+            b'"' | b'\\' | b'/' => b,
+            b'b' => 0x08,
+            b'f' => 0x0C,
+            b'n' => b'\n',
+            b'r' => b'\r',
+            b't' => b'\t',
+            b'u' => {
+                self.state = State::Hex { key, left: 4, code: 0 };
+                return Ok(i + 1);
+            }
+            _ => return self.invalid(i),
+        };
+        self.flush_surrogate();
+        self.push(plain);
+        self.state = State::Text { key };
+        Ok(i + 1)
+    }
+
+    fn hex(&mut self, b: u8, i: usize, key: bool, left: u8, code: u16) -> Result<usize, ScanError> {
+        let Some(digit) = (b as char).to_digit(16) else { return self.invalid(i) };
+        let code = code << 4 | digit as u16;
+        if left > 1 {
+            self.state = State::Hex { key, left: left - 1, code };
+            return Ok(i + 1);
+        }
+        if self.keep != Keep::Nothing {
+            self.push_unit(code);
+        }
+        self.state = State::Text { key };
+        Ok(i + 1)
+    }
+
+    fn start_keeping(&mut self, keep: Keep) {
+        self.keep = keep;
+        self.text.clear();
+        self.text_is_cut = false;
+        self.high_surrogate = 0;
+    }
+
+    fn push(&mut self, b: u8) {
+        self.keep_run(&[b]);
+    }
+
+    fn keep_run(&mut self, run: &[u8]) {
+        if self.keep == Keep::Nothing {
+            return;
+        }
+        self.flush_surrogate();
+        let room = MAX_NAME - self.text.len();
+        self.text.extend_from_slice(&run[..run.len().min(room)]);
+        self.text_is_cut |= run.len() > room;
+    }
+
+    /// Takes one UTF-16 unit of a `\u` escape; a lone surrogate (which RFC 8259 allows) is kept as U+FFFD.
+    fn push_unit(&mut self, unit: u16) {
+        let high = std::mem::take(&mut self.high_surrogate);
+        let units = [high, unit];
+        let units = if high == 0 { &units[1..] } else { &units[..] };
+        if high == 0 && (0xD800..0xDC00).contains(&unit) {
+            self.high_surrogate = unit;
+            return;
+        }
+        for c in char::decode_utf16(units.iter().copied()) {
+            let mut buf = [0; 4];
+            let c = c.unwrap_or(char::REPLACEMENT_CHARACTER);
+            self.keep_run(c.encode_utf8(&mut buf).as_bytes());
+        }
+    }
+
+    fn flush_surrogate(&mut self) {
+        if std::mem::take(&mut self.high_surrogate) != 0 {
+            self.keep_run("\u{FFFD}".as_bytes());
+        }
+    }
+}
+
+/// Length of the leading run of bytes that need no look inside a string: printable ASCII but `"` and `\`.
+fn plain_run(bytes: &[u8]) -> usize {
+    const LANES: usize = 32;
+    let mut blocks = bytes.chunks_exact(LANES);
+    let mut done = 0;
+    for block in blocks.by_ref() {
+        if block.iter().fold(false, |special, &b| special | is_special(b)) {
+            break;
+        }
+        done += LANES;
+    }
+    let tail = &bytes[done..];
+    done + tail.iter().position(|&b| is_special(b)).unwrap_or(tail.len())
+}
+
+fn is_special(b: u8) -> bool {
+    (b == b'"') | (b == b'\\') | !(0x20..0x80).contains(&b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scan(body: &[u8]) -> Result<Fields, ScanError> {
+        let mut whole = Scanner::new();
+        let all = whole.feed(body).and_then(|()| whole.finish());
+        let mut bytewise = Scanner::new();
+        let one = body.iter().try_for_each(|b| bytewise.feed(&[*b])).and_then(|()| bytewise.finish());
+        assert_eq!(all, one, "chunking changes the verdict on {}", String::from_utf8_lossy(body));
+        all
+    }
+
+    #[test]
+    fn finds_the_members_at_the_top_level_only() {
+        let fields = scan(br#"{"messages":[{"model":"inner","stream":true}],"stream":false,"model":"gpt"}"#).unwrap();
+        assert_eq!(fields.messages, Kind::Array);
+        assert_eq!(fields.stream, Kind::False);
+        assert_eq!(fields.model, Model::Named { span: 69..74, name: "gpt".into() });
+        assert_eq!((fields.inside, fields.empty, fields.length), (1, false, 75));
+    }
+
+    #[test]
+    fn reads_model_in_every_spelling() {
+        for (body, want) in [
+            (r#"{}"#, Model::Absent),
+            (r#"{"Model":"x"}"#, Model::Absent),
+            (r#"{"model":null}"#, Model::Nothing(9..13)),
+            (r#"{"model": "" }"#, Model::Nothing(10..12)),
+            (r#"{"mod\u0065l":"a"}"#, Model::Named { span: 14..17, name: "a".into() }),
+            (r#"{"model":"\ud83d\ude00\n\u00e9é"}"#, Model::Named { span: 9..33, name: "😀\néé".into() }),
+            (r#"{"model":"\ud83dx\udc00"}"#, Model::Named { span: 9..24, name: "\u{FFFD}x\u{FFFD}".into() }),
+            (r#"{"model":3}"#, Model::Other),
+            (r#"{"model":{"model":1}}"#, Model::Other),
+            (r#"{"model":["a"],"x":"y"}"#, Model::Other),
+        ] {
+            assert_eq!(scan(body.as_bytes()).unwrap().model, want, "{body}");
+        }
+    }
+
+    #[test]
+    fn a_long_name_is_cut_but_not_refused() {
+        let body = format!(r#"{{"model":"{}"}}"#, "m".repeat(100_000));
+        let Model::Named { span, name } = scan(body.as_bytes()).unwrap().model else { panic!("not named") };
+        assert_eq!((span, name.len()), (9..100_011, MAX_NAME));
+        let key = format!(r#"{{"model{}":1}}"#, "x".repeat(MAX_NAME));
+        assert_eq!(scan(key.as_bytes()).unwrap().model, Model::Absent);
+    }
+
+    #[test]
+    fn refuses_a_member_that_stands_twice() {
+        for (body, member) in [
+            (r#"{"model":"a","model":"a"}"#, Member::Model),
+            (r#"{"model":null,"mod\u0065l":"b"}"#, Member::Model),
+            (r#"{"model":1,"model":2}"#, Member::Model),
+            (r#"{"stream":null,"stream":null}"#, Member::Stream),
+            (r#"{"messages":[],"\u006dessages":[]}"#, Member::Messages),
+        ] {
+            assert_eq!(scan(body.as_bytes()), Err(ScanError::Duplicate(member)), "{body}");
+        }
+        assert!(scan(br#"{"x":1,"x":2,"user":3,"user":4}"#).is_ok());
+    }
+
+    #[test]
+    fn names_the_offset_of_the_fault() {
+        for (body, offset) in [
+            (&b""[..], 0),
+            (b"[]", 0),
+            (b"  3", 2),
+            (b"\xEF\xBB\xBF{}", 0),
+            (b"{", 1),
+            (b"{}x", 2),
+            (b"{}{}", 2),
+            (br#"{"a":01}"#, 6),
+            (br#"{"a":1,}"#, 7),
+            (br#"{"a":-}"#, 6),
+            (br#"{"a":tru}"#, 8),
+            (br#"{"a":[1}"#, 7),
+            (br#"{"a":"\x"}"#, 7),
+            (br#"{"a":"\u12g4"}"#, 10),
+            (b"{\"a\":\"\n\"}", 6),
+            (b"{\"a\":\"\x80\"}", 6),
+            (b"{\"a\":\"\xC3\"}", 7),
+            (b"{\"a\":\"\xED\xA0\x80\"}", 7),
+            (b"{\"a\":\"\xF4\x90\x80\x80\"}", 7),
+            (br#"{a:1}"#, 1),
+            (br#"{"a" 1}"#, 5),
+        ] {
+            assert_eq!(scan(body), Err(ScanError::Invalid { offset }), "{}", String::from_utf8_lossy(body));
+        }
+    }
+
+    #[test]
+    fn nests_to_128_and_no_deeper() {
+        let nested = |n: usize| format!("{{\"a\":{}{}}}", "[".repeat(n), "]".repeat(n));
+        assert!(scan(nested(127).as_bytes()).is_ok());
+        assert_eq!(scan(nested(128).as_bytes()), Err(ScanError::Invalid { offset: 132 }));
+        let mixed = format!("{}1{}", "{\"a\":[".repeat(64), "]}".repeat(64));
+        assert!(scan(mixed.as_bytes()).is_ok());
+    }
+}
