@@ -280,7 +280,8 @@ impl GatewayError {
                     StatusCode::GATEWAY_TIMEOUT,
                     SERVER,
                     Code::QueueTimeout,
-                    "The request waited for a free slot until its time was up; no backend has seen it.".into(),
+                    "The request waited for a free slot until its time was up; no backend has seen it."
+                        .into(),
                 ),
             ),
             E::RateLimited(wait) => after(
@@ -323,7 +324,8 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamAuthError,
-                "The provider refuses the gateway's key, not yours; its operator must look at /status.".into(),
+                "The provider refuses the gateway's key, not yours; its operator must look at /status."
+                    .into(),
             ),
             E::UpstreamInvalid => row(
                 StatusCode::BAD_GATEWAY,
@@ -344,7 +346,8 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamRedirect,
-                "The provider answered with a redirect, which is never followed; check the backend's url.".into(),
+                "The provider answered with a redirect, which is never followed; check the backend's url."
+                    .into(),
             ),
             E::UpstreamTimeout => row(
                 StatusCode::GATEWAY_TIMEOUT,

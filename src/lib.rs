@@ -1,2 +1,80 @@
-//! Zap
+//! Zap: an LLM inference gateway. One OpenAI-compatible endpoint in front of many providers.
+//!
+//! # The way of a request
+//! Read the modules in this order and you walk with it.
+//!
+//! 1. [`config`] is what the operator wrote, valid by construction; [`state`] is what the workers share: the fleet
+//!    as a snapshot that is replaced as a whole, and the policies' counters.
+//! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest. A worker is
+//!    a thread with a runtime of its own; it owns its clients and its upstream connections, so nothing on a
+//!    request's way crosses threads but atomics.
+//! 3. [`gateway`] tells the story: rate limit, body, slot, tries, answer. The future and the body of the answer own
+//!    all that a request holds; when the client leaves, dropping them ends everything at once.
+//! 4. [`policy`] decides, without I/O: the head's rules, headers, limiter, JSON scanner, admission, balancing,
+//!    breaker, splice, retries.
+//! 5. [`upstream`] speaks to the backends: pool, connections, one try, probes.
+//! 6. [`telemetry`] takes one record per finished request and makes metrics and log lines of it.
+//! 7. [`error`] is the one table of refusals; [`demo`] the built-in mock provider; [`cli`] the command line.
+
+pub mod config;
+
+pub mod state;
+
+pub mod clock;
+
+pub mod server;
+
+pub mod gateway;
+
 pub mod policy;
+
+pub mod upstream;
+
+pub mod telemetry;
+
+pub mod error;
+
+pub mod demo;
+
+pub mod cli;
+
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+
+use tokio::sync::mpsc::Receiver;
+
+use self::config::Config;
+use self::server::drain::Stop;
+use self::state::Shared;
+use self::telemetry::log::Log;
+
+/// Why [`run`] ended early.
+#[derive(Debug)]
+pub enum RunError {
+    /// A backend's URL or certificates cannot be used.
+    Config(String),
+    /// The listener or a thread failed.
+    Io(io::Error),
+}
+
+/// Serves `config` on `listener` until told to stop. `Ok(true)`: nothing was cut.
+///
+/// # Errors
+/// It could not start, or the listener failed.
+pub fn run(config: Config, listener: TcpListener, orders: Receiver<Stop>) -> Result<bool, RunError> {
+    clock::now();
+    let log = Log::start(config.log.events);
+    for warning in &config.warnings {
+        log.event("warn", "config", warning);
+    }
+    let shared = Arc::new(Shared::new(config, log.clone()).map_err(RunError::Config)?);
+    let address = listener.local_addr().map_err(RunError::Io)?;
+    log.event("info", "start", &format!("listening on {address}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build();
+    let runtime = runtime.map_err(RunError::Io)?;
+    let whole = runtime.block_on(server::serve(shared, listener, orders)).map_err(RunError::Io);
+    runtime.shutdown_background();
+    log.flush();
+    whole
+}

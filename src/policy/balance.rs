@@ -41,7 +41,11 @@ impl Schedule {
             credit[best] -= total;
             best as u16
         });
-        Schedule { turn: turn.collect(), cursor: CachePadded::new(AtomicU64::new(0)), members: members.clone() }
+        Schedule {
+            turn: turn.collect(),
+            cursor: CachePadded::new(AtomicU64::new(0)),
+            members: members.clone(),
+        }
     }
 
     /// The members and their weights.
@@ -191,7 +195,8 @@ mod tests {
     #[test]
     fn least_loaded_goes_by_weight_and_takes_turns_on_ties() {
         let s = Schedule::new([(0, 1), (1, 2)]);
-        let pick = |flight: [usize; 2]| s.least_loaded(|id, w| Some(load(flight[id], w, 0.0, SLOW_START))).unwrap();
+        let pick =
+            |flight: [usize; 2]| s.least_loaded(|id, w| Some(load(flight[id], w, 0.0, SLOW_START))).unwrap();
         assert_eq!(pick([0, 0]), 1);
         assert_eq!(pick([0, 2]), 0);
         assert_eq!(pick([2, 4]), 1);
@@ -222,11 +227,15 @@ mod tests {
     fn threads_share_one_turn() {
         let s = Schedule::new([(0, 3), (1, 2), (2, 1)]);
         let counts: Vec<[usize; 3]> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..3).map(|_| scope.spawn(|| {
-                let mut n = [0; 3];
-                (0..2_000).for_each(|_| n[s.round_robin(|_| true).unwrap()] += 1);
-                n
-            })).collect();
+            let threads: Vec<_> = (0..3)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut n = [0; 3];
+                        (0..2_000).for_each(|_| n[s.round_robin(|_| true).unwrap()] += 1);
+                        n
+                    })
+                })
+                .collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
         let sum = |i: usize| counts.iter().map(|c| c[i]).sum::<usize>();

@@ -166,7 +166,9 @@ impl Breaker {
             }
             (Probe::Alive, _) => Word { successes: w.successes + 1, ..w },
             (Probe::BadKey, _) => Word { state: State::Misconfigured, failures: 0, successes: 0 },
-            (Probe::Failed, State::Misconfigured) => Word { state: State::Ejected, failures: 0, successes: 0 },
+            (Probe::Failed, State::Misconfigured) => {
+                Word { state: State::Ejected, failures: 0, successes: 0 }
+            }
             (Probe::Failed, _) => failed(w, limits),
         });
         if change == Some(Change::Up) {
@@ -247,7 +249,9 @@ mod tests {
     #[test]
     fn only_probes_bring_it_back_and_a_failure_starts_anew() {
         let b = Breaker::new();
-        (0..3).for_each(|_| drop(b.failure(LIMITS)));
+        (0..3).for_each(|_| {
+            b.failure(LIMITS);
+        });
         b.success(5);
         assert_eq!(b.status(6), Status::Ejected);
         assert_eq!(b.probed(Probe::Alive, LIMITS, 7), None);

@@ -83,7 +83,8 @@ fn next_line(bytes: &[u8], at: usize) -> Result<Option<(&[u8], usize)>, HeadFaul
 fn request_line(line: &[u8]) -> Result<(&[u8], bool), HeadFault> {
     let fault = HeadFault("the request line is not HTTP/1.1");
     let mut parts = line.split(|b| *b == b' ');
-    let (Some(method), Some(target), Some(version), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    let (Some(method), Some(target), Some(version), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
     else {
         return Err(fault);
     };

@@ -4,8 +4,8 @@
 //! what belongs to the connection (RFC 9110, section 7.6.1). Nothing here knows a backend's key.
 
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, SET_COOKIE,
-    TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
 };
 
 /// `x-request-id`
@@ -78,7 +78,10 @@ pub fn credential(headers: &HeaderMap) -> Option<&[u8]> {
     let bearer = headers.get(AUTHORIZATION).and_then(|v| bearer_token(v.as_bytes()));
     bearer
         .or_else(|| {
-            ["api-key", "x-api-key", "x-goog-api-key"].iter().find_map(|n| headers.get(*n)).map(HeaderValue::as_bytes)
+            ["api-key", "x-api-key", "x-goog-api-key"]
+                .iter()
+                .find_map(|n| headers.get(*n))
+                .map(HeaderValue::as_bytes)
         })
         .map(<[u8]>::trim_ascii)
         .filter(|key| !key.is_empty())

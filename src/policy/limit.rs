@@ -203,7 +203,9 @@ impl Limiter {
     /// Takes out the key whose last use lies furthest back, over all shards.
     fn evict_oldest(&self) {
         for _ in 0..ORDER_SHARDS {
-            let Some(shard) = self.order.iter().min_by_key(|s| s.oldest.load(Ordering::Acquire)) else { return };
+            let Some(shard) = self.order.iter().min_by_key(|s| s.oldest.load(Ordering::Acquire)) else {
+                return;
+            };
             let Some(node) = shard.order.lock().oldest() else { return };
             if self.remove(shard, node) {
                 return;
@@ -417,9 +419,11 @@ mod tests {
         std::thread::scope(|s| {
             for t in 0..4u64 {
                 let l = &l;
-                s.spawn(move || (0..20_000u64).for_each(|i| {
-                    l.check((i * 7 + t * 3).wrapping_mul(0x9E37_79B9_7F4A_7C15), 5, i);
-                }));
+                s.spawn(move || {
+                    (0..20_000u64).for_each(|i| {
+                        l.check((i * 7 + t * 3).wrapping_mul(0x9E37_79B9_7F4A_7C15), 5, i);
+                    })
+                });
             }
         });
         assert!(l.keys() <= 504, "{}", l.keys());

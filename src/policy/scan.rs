@@ -563,7 +563,8 @@ mod tests {
 
     #[test]
     fn finds_the_members_at_the_top_level_only() {
-        let fields = scan(br#"{"messages":[{"model":"inner","stream":true}],"stream":false,"model":"gpt"}"#).unwrap();
+        let fields =
+            scan(br#"{"messages":[{"model":"inner","stream":true}],"stream":false,"model":"gpt"}"#).unwrap();
         assert_eq!(fields.messages, Kind::Array);
         assert_eq!(fields.stream, Kind::False);
         assert_eq!(fields.model, Model::Named { span: 69..74, name: "gpt".into() });

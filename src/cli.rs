@@ -1,0 +1,202 @@
+//! The command line: what was asked for, and doing it.
+
+use std::ffi::OsString;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use crate::config::{Config, LoadError};
+use crate::server::drain::{on_signals, orders};
+use crate::{RunError, demo};
+
+const HELP: &str = "\
+Zap: one OpenAI-compatible endpoint in front of many LLM providers.
+
+Usage:
+  zap [--config FILE]         serve; FILE is ./config.toml unless given
+  zap check [--config FILE]   validate the configuration and exit
+  zap demo [--port N]         serve on 127.0.0.1:8000 in front of two built-in mock providers
+  zap --help | --version
+
+Exit codes: 0 fine, 1 runtime failure, 2 bad configuration or usage.
+";
+
+const FAILED: u8 = 1;
+const BAD_USAGE: u8 = 2;
+
+/// Connections the kernel holds until they are accepted.
+const BACKLOG: i32 = 4096;
+
+/// What the arguments ask for.
+#[derive(Debug, PartialEq, Eq)]
+enum Command {
+    Check(PathBuf),
+    Demo(u16),
+    Help,
+    Serve(PathBuf),
+    Version,
+}
+
+/// Runs the program with its arguments (the program's name left out).
+pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
+    match parse(args) {
+        Ok(Command::Help) => print!("{HELP}"),
+        Ok(Command::Version) => println!("zap {}", env!("CARGO_PKG_VERSION")),
+        Ok(Command::Check(file)) => return check(&file),
+        Ok(Command::Demo(port)) => return demo(port),
+        Ok(Command::Serve(file)) => return load(&file).map_or_else(|code| code, serve),
+        Err(what) => {
+            eprintln!("zap: {what}\n\n{HELP}");
+            return ExitCode::from(BAD_USAGE);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
+    let (mut verb, mut file, mut port) = (None, None, None);
+    while let Some(arg) = args.next() {
+        let text = arg.to_string_lossy().into_owned();
+        match text.as_str() {
+            "--help" | "-h" | "help" => return Ok(Command::Help),
+            "--version" | "-V" => return Ok(Command::Version),
+            "--config" | "-c" => file = Some(PathBuf::from(args.next().ok_or("--config needs a FILE")?)),
+            "--port" => {
+                let value = args.next().ok_or("--port needs a number")?;
+                let number = value.to_string_lossy().parse::<u16>();
+                port = Some(number.map_err(|_| "--port needs a number from 0 to 65535")?);
+            }
+            "check" | "demo" if verb.is_none() => verb = Some(text),
+            other => match other.strip_prefix("--config=") {
+                Some(path) => file = Some(PathBuf::from(path)),
+                None => return Err(format!("unknown argument {}", other.escape_debug())),
+            },
+        }
+    }
+    let (file, has_file) = (file.clone().unwrap_or_else(|| "config.toml".into()), file.is_some());
+    match verb.as_deref() {
+        Some("demo") if has_file => Err("demo needs no configuration; leave --config out".into()),
+        Some("demo") => Ok(Command::Demo(port.unwrap_or(8000))),
+        _ if port.is_some() => Err("--port is for demo; set server.port in the configuration".into()),
+        Some(_) => Ok(Command::Check(file)),
+        None => Ok(Command::Serve(file)),
+    }
+}
+
+fn load(file: &Path) -> Result<Config, ExitCode> {
+    Config::load(file).map_err(|error| {
+        match &error {
+            LoadError::Missing(path) => eprintln!(
+                "zap: no configuration file at {}\n  cp config.example.toml config.toml   to begin with your own providers\n  zap demo                             to try it without any",
+                path.display()
+            ),
+            LoadError::Invalid(faults) => eprintln!("{faults}"),
+        }
+        ExitCode::from(BAD_USAGE)
+    })
+}
+
+fn check(file: &Path) -> ExitCode {
+    let config = match load(file) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    for warning in &config.warnings {
+        eprintln!("warning: {warning}");
+    }
+    if let Err(what) = crate::state::check(&config) {
+        eprintln!("{}: {what}", file.display());
+        return ExitCode::from(BAD_USAGE);
+    }
+    println!("{}: fine, {} backends", file.display(), config.backends.len());
+    ExitCode::SUCCESS
+}
+
+fn serve(config: Config) -> ExitCode {
+    let address = SocketAddr::new(config.server.host, config.server.port);
+    let listener = match listen(address) {
+        Ok(listener) => listener,
+        Err(e) => {
+            eprintln!("zap: cannot listen on {address}: {e}");
+            return ExitCode::from(FAILED);
+        }
+    };
+    let (sender, receiver) = orders();
+    let signals = std::thread::Builder::new().name("zap-signals".into()).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(on_signals(sender))
+    });
+    if let Err(e) = signals {
+        eprintln!("zap: no thread for signals: {e}");
+        return ExitCode::from(FAILED);
+    }
+    match crate::run(config, listener, receiver) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(FAILED),
+        Err(RunError::Config(what)) => {
+            eprintln!("zap: {what}");
+            ExitCode::from(BAD_USAGE)
+        }
+        Err(RunError::Io(e)) => {
+            eprintln!("zap: {e}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// A listener with a long backlog that a restart can take over at once.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn demo(port: u16) -> ExitCode {
+    match demo::configuration(port) {
+        Ok(config) => {
+            print!("{}", demo::curl_lines(port));
+            serve(config)
+        }
+        Err(e) => {
+            eprintln!("zap: the demo cannot start: {e}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_every_form_of_the_command_line() {
+        for (args, want) in [
+            (&[][..], Ok(Command::Serve("config.toml".into()))),
+            (&["--config", "a.toml"], Ok(Command::Serve("a.toml".into()))),
+            (&["--config=a.toml"], Ok(Command::Serve("a.toml".into()))),
+            (&["check"], Ok(Command::Check("config.toml".into()))),
+            (&["check", "-c", "b"], Ok(Command::Check("b".into()))),
+            (&["demo"], Ok(Command::Demo(8000))),
+            (&["demo", "--port", "9"], Ok(Command::Demo(9))),
+            (&["--help"], Ok(Command::Help)),
+            (&["check", "--version"], Ok(Command::Version)),
+        ] {
+            assert_eq!(parse(args.iter().map(OsString::from)), want, "{args:?}");
+        }
+        for args in [
+            &["serve"][..],
+            &["--config"],
+            &["demo", "--port", "x"],
+            &["demo", "--port"],
+            &["demo", "--config", "a"],
+            &["--port", "1"],
+            &["check", "demo"],
+            &["\u{1b}"],
+        ] {
+            let error = parse(args.iter().map(OsString::from)).unwrap_err();
+            assert!(!error.contains('\u{1b}'), "{args:?}");
+        }
+    }
+}

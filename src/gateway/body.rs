@@ -1,0 +1,98 @@
+//! The one body type of all answers.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+
+use super::relay::RelayBody;
+use crate::server::io::Conn;
+
+/// The body of an answer: one piece of Zap's own, or an upstream's, passed on.
+#[derive(Debug)]
+pub struct Body {
+    kind: Kind,
+    turn: Option<Turn>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Full(Option<Bytes>),
+    Relay(Box<RelayBody>),
+}
+
+/// Says, when the body is dropped, that the connection may serve the next request.
+#[derive(Debug)]
+struct Turn(Rc<Conn>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.end_turn();
+    }
+}
+
+/// An answer that breaks off: hyper closes the connection without a clean end.
+#[derive(Debug)]
+pub struct Cut;
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the answer was cut")
+    }
+}
+
+impl std::error::Error for Cut {}
+
+impl From<Infallible> for Cut {
+    fn from(never: Infallible) -> Self {
+        match never {}
+    }
+}
+
+impl Body {
+    /// One piece, or nothing.
+    pub fn full(data: Bytes) -> Self {
+        Body { kind: Kind::Full(Some(data).filter(|d| !d.is_empty())), turn: None }
+    }
+
+    /// An upstream's body.
+    pub fn relay(body: RelayBody) -> Self {
+        Body { kind: Kind::Relay(Box::new(body)), turn: None }
+    }
+
+    /// The body, which ends `conn`'s turn when it is done.
+    pub fn on(mut self, conn: Rc<Conn>) -> Self {
+        self.turn = Some(Turn(conn));
+        self
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        match &mut self.kind {
+            Kind::Full(data) => Poll::Ready(data.take().map(|d| Ok(Frame::data(d)))),
+            Kind::Relay(relay) => relay.poll_frame(cx).map(|f| f.map(|f| f.map(Frame::data))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            Kind::Full(data) => data.is_none(),
+            Kind::Relay(relay) => relay.is_end(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            Kind::Full(data) => SizeHint::with_exact(data.as_ref().map_or(0, |d| d.len() as u64)),
+            Kind::Relay(relay) => relay.size_hint(),
+        }
+    }
+}

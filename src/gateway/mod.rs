@@ -1,0 +1,339 @@
+//! The story of a request, told by [`Gateway::handle`].
+
+pub mod endpoints;
+
+pub mod intake;
+
+pub mod admit;
+
+pub mod attempt;
+
+pub mod relay;
+
+pub mod body;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use arc_swap::Guard;
+use http::header::{CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Request, Response, Version};
+use hyper::body::Incoming;
+
+use self::attempt::{Attempts, Delivery, is_event_stream};
+use self::body::Body;
+use self::relay::{Held, Redactor, RelayBody, Shape};
+use crate::clock;
+use crate::config::Config;
+use crate::error::GatewayError;
+use crate::policy::limit::Decision;
+use crate::policy::scan::Model;
+use crate::policy::{MILLI, headers};
+use crate::server::alarm::Alarms;
+use crate::server::io::Conn;
+use crate::server::worker::Load;
+use crate::state::{Shared, Snapshot};
+use crate::telemetry::{Completion, End, Endpoint, Recorder};
+use crate::upstream::pool::Pool;
+
+const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
+const X_ZAP_BACKEND: HeaderName = HeaderName::from_static("x-zap-backend");
+const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
+const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
+const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
+
+/// One worker's gateway.
+pub struct Gateway {
+    recorder: Rc<Recorder>,
+    pool: Pool,
+    alarms: Rc<Alarms>,
+    load: Arc<Load>,
+    config: Arc<Config>,
+    rng: RefCell<fastrand::Rng>,
+}
+
+impl Gateway {
+    /// The gateway of worker number `worker`.
+    pub fn new(worker: usize, shared: Arc<Shared>, alarms: Rc<Alarms>, load: Arc<Load>) -> Rc<Self> {
+        let config = shared.snapshot.load().config.clone();
+        let recorder = Rc::new(Recorder { worker, shared });
+        Rc::new(Gateway { recorder, pool: Pool::default(), alarms, load, config, rng: RefCell::default() })
+    }
+
+    /// Answers one request. Everything it does is owned by the future and by the body of the answer.
+    pub async fn handle(self: Rc<Self>, request: Request<Incoming>, conn: Rc<Conn>) -> Response<Body> {
+        if let Some(why) = conn.refusal() {
+            return self.refuse_head(why, conn);
+        }
+        let (endpoint, allow) = route(request.uri().path());
+        let request_id = headers::request_id(request.headers()).cloned();
+        let request_id =
+            request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
+        let mut completion =
+            Completion::new(self.recorder.clone(), endpoint, request.uri().path(), request_id);
+        if allow == "POST" && request.method() == Method::POST {
+            return self.chat(request, conn, completion).await;
+        }
+        let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+        let result = match endpoint {
+            Endpoint::Other => Err(GatewayError::UnknownUrl),
+            _ if !is_read || allow == "POST" => Err(GatewayError::MethodNotAllowed(allow)),
+            Endpoint::Health => Ok(endpoints::health()),
+            Endpoint::Metrics => Ok(endpoints::metrics(self.shared())),
+            Endpoint::Ready => Ok(endpoints::ready(self.shared())),
+            Endpoint::Chat | Endpoint::Status => Ok(endpoints::status(self.shared())),
+        };
+        let response = result.unwrap_or_else(|error| self.refuse(error, &mut completion));
+        self.finish(response, completion, None, conn)
+    }
+
+    /// A chat completion, phase by phase.
+    async fn chat(
+        self: Rc<Self>,
+        request: Request<Incoming>,
+        conn: Rc<Conn>,
+        mut completion: Box<Completion>,
+    ) -> Response<Body> {
+        let version = request.version();
+        let (head, body) = request.into_parts();
+        let mut decision = None;
+        let result = async {
+            if self.shared().is_draining() {
+                return Err(GatewayError::Draining);
+            }
+            decision = self.check_limit(&head.headers, &mut completion);
+            if let Some(refused) = decision.filter(|d| !d.admitted) {
+                return Err(GatewayError::RateLimited(refused.reset));
+            }
+            intake::check_head(&head.headers, self.config.server.max_body_bytes)?;
+            let deadline = completion.started + clock::nanos(self.config().queue.timeout);
+            let chat = intake::read(body, &conn, self.config.server.max_body_bytes, deadline).await?;
+            completion.others = clock::now() - completion.started;
+            completion.stream = chat.fields.wants_stream();
+            if let Model::Named { name, .. } = &chat.fields.model {
+                completion.model = Some(name.clone());
+            }
+            let slot = admit::admit(&self, &conn, &mut completion, deadline).await?;
+            self.shared().budget.offer(completion.started);
+            let (headers, completion) = (&head.headers, &mut *completion);
+            let attempts =
+                Attempts { gateway: &self, conn: &conn, headers, chat: &chat, completion, deadline };
+            attempts.run(slot).await
+        }
+        .await;
+        match result {
+            Ok(delivery) => self.deliver(delivery, completion, decision, conn, version),
+            Err(error) => {
+                let response = self.refuse(error, &mut completion);
+                self.finish(response, completion, decision, conn)
+            }
+        }
+    }
+
+    /// Counts the request against its key's limit, if there is one.
+    fn check_limit(&self, headers: &HeaderMap, completion: &mut Completion) -> Option<Decision> {
+        let credential = headers::credential(headers);
+        completion.client = credential.map(|c| self.shared().client_key(c));
+        let limit = self.snapshot().config.rate_limit.requests_per_minute?;
+        let key = completion.client.unwrap_or_else(|| self.shared().client_key(b""));
+        Some(self.shared().limiter.check(key, limit, completion.started))
+    }
+
+    /// An upstream's answer on its way out.
+    fn deliver(
+        self: Rc<Self>,
+        delivery: Delivery,
+        mut completion: Box<Completion>,
+        decision: Option<Decision>,
+        conn: Rc<Conn>,
+        version: Version,
+    ) -> Response<Body> {
+        let Delivery { mut head, lease, entered, slot, first } = delivery;
+        let upstream = entered.upstream().clone();
+        headers::to_client(&mut head.headers);
+        let events = is_event_stream(&head.headers);
+        let shape = Shape {
+            events: events
+                && !head.headers.contains_key(CONTENT_ENCODING)
+                && !head.headers.contains_key(CONTENT_LENGTH),
+            done_expected: events && head.status.is_success(),
+            version,
+        };
+        let secret = upstream.conf.api_key.as_ref().filter(|_| head.status.as_u16() >= 400);
+        let redactor = secret.map(|key| {
+            let hides =
+                |v: &HeaderValue| memchr::memmem::find(v.as_bytes(), key.expose().as_bytes()).is_some();
+            head.headers
+                .iter_mut()
+                .filter(|h| hides(h.1))
+                .for_each(|h| *h.1 = HeaderValue::from_static("***"));
+            // The key's length is not the stars': the length of the body is open.
+            head.headers.remove(CONTENT_LENGTH);
+            Redactor::new(key.expose())
+        });
+        completion.backend = Some(upstream);
+        let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
+        if spent {
+            head.headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
+        self.dress(&mut head.headers, &mut completion, decision, &conn);
+        completion.answered(head.status.as_u16());
+        let held = Held { lease, entered, slot, completion };
+        let relay = RelayBody::new(held, self, conn.clone(), first, redactor, shape);
+        let mut response = Response::new(Body::relay(relay).on(conn));
+        *response.status_mut() = head.status;
+        *response.headers_mut() = head.headers;
+        response
+    }
+
+    /// Zap's own answer on its way out.
+    fn finish(
+        &self,
+        mut response: Response<Body>,
+        mut completion: Box<Completion>,
+        decision: Option<Decision>,
+        conn: Rc<Conn>,
+    ) -> Response<Body> {
+        self.dress(response.headers_mut(), &mut completion, decision, &conn);
+        completion.answered(response.status().as_u16());
+        if completion.end == End::ClientGone {
+            completion.end = End::Complete;
+        }
+        conn.alarm.set(conn.coarse_now() + clock::nanos(self.config().timeouts.stream_idle));
+        response.map(|body| body.on(conn))
+    }
+
+    /// The headers that every answer has.
+    fn dress(
+        &self,
+        headers: &mut HeaderMap,
+        completion: &mut Completion,
+        decision: Option<Decision>,
+        conn: &Conn,
+    ) {
+        headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
+        headers.insert(X_ZAP_ATTEMPTS, HeaderValue::from(completion.tries));
+        match &completion.backend {
+            Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),
+            None => headers.remove(X_ZAP_BACKEND),
+        };
+        if let Some(d) = decision {
+            headers.insert(LIMIT, HeaderValue::from(d.limit));
+            headers.insert(REMAINING, HeaderValue::from(d.remaining));
+            headers.insert(RESET, reset_value(d.reset));
+        }
+        if conn.must_close() || self.shared().is_draining() {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+
+    fn refuse(&self, error: GatewayError, completion: &mut Completion) -> Response<Body> {
+        self.recorder.lane().rejected(error.code());
+        if matches!(
+            error,
+            GatewayError::QueueTimeout | GatewayError::RequestTimeout | GatewayError::UpstreamTimeout
+        ) {
+            completion.end = End::Timeout;
+        } else if error.status().as_u16() == 502 {
+            completion.end = End::UpstreamError;
+        }
+        let spent = error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
+        error.response(spent)
+    }
+
+    /// A head that broke the rules: hyper has read a stand-in for it.
+    fn refuse_head(&self, why: &'static str, conn: Rc<Conn>) -> Response<Body> {
+        let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
+        let mut completion = Completion::new(self.recorder.clone(), Endpoint::Other, "", id);
+        let response = self.refuse(GatewayError::BadRequest(why), &mut completion);
+        self.finish(response, completion, None, conn)
+    }
+
+    /// What all workers share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.recorder.shared
+    }
+
+    /// The fleet as it is now.
+    pub fn snapshot(&self) -> Guard<Arc<Snapshot>> {
+        self.shared().snapshot.load()
+    }
+
+    /// The configuration this worker was started with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The worker's telemetry.
+    pub fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
+    /// The worker's idle upstream connections.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// The worker's alarms.
+    pub fn alarms(&self) -> &Rc<Alarms> {
+        &self.alarms
+    }
+
+    /// A random number, for jitter.
+    pub fn random(&self) -> u64 {
+        self.rng.borrow_mut().u64(..)
+    }
+
+    /// Streams are to be cut now.
+    pub fn is_cut(&self) -> bool {
+        self.load.is_cut()
+    }
+
+    /// Idle connections are to be closed.
+    pub fn is_closing(&self) -> bool {
+        self.load.is_closing()
+    }
+}
+
+/// What a path is for, and the methods that it serves. Paths are compared as they come: nothing is normalised.
+fn route(path: &str) -> (Endpoint, &'static str) {
+    match path {
+        "/chat" | "/v1/chat/completions" => (Endpoint::Chat, "POST"),
+        "/health" => (Endpoint::Health, "GET, HEAD"),
+        "/metrics" => (Endpoint::Metrics, "GET, HEAD"),
+        "/ready" => (Endpoint::Ready, "GET, HEAD"),
+        "/status" => (Endpoint::Status, "GET, HEAD"),
+        _ => (Endpoint::Other, ""),
+    }
+}
+
+/// A time as OpenAI writes it: `2.5s`, rounded up to the millisecond.
+fn reset_value(reset: u64) -> HeaderValue {
+    let millis = reset.div_ceil(MILLI);
+    let mut text = format!("{}.{:03}", millis / 1000, millis % 1000);
+    text.truncate(text.trim_end_matches('0').trim_end_matches('.').len());
+    text.push('s');
+    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("0s"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_exact() {
+        assert_eq!(route("/chat").0, Endpoint::Chat);
+        assert_eq!(route("/v1/chat/completions").0, Endpoint::Chat);
+        for path in ["/chat/", "/v1//chat", "/%63hat", "/Chat", "/", ""] {
+            assert_eq!(route(path).0, Endpoint::Other, "{path}");
+        }
+    }
+
+    #[test]
+    fn writes_a_reset_as_openai_does() {
+        for (reset, want) in [(0, "0s"), (1, "0.001s"), (2_500 * MILLI, "2.5s"), (60_000 * MILLI, "60s")] {
+            assert_eq!(reset_value(reset), want);
+        }
+    }
+}

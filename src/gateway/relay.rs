@@ -1,0 +1,350 @@
+//! An upstream's body on its way to the client: frames through as they come, one report at the end.
+//!
+//! A relay owns everything that the request still holds: its slot, its place at the backend, the upstream
+//! connection and the record. Whatever ends it, the end of the answer, the upstream or the client, drops them.
+
+use std::fmt;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use http::Version;
+use http_body::SizeHint;
+use memchr::memmem::Finder;
+
+use super::Gateway;
+use super::body::Cut;
+use crate::clock;
+use crate::error::{Code, STREAM_INTERRUPTED};
+use crate::policy::Nanos;
+use crate::policy::queue::Slot;
+use crate::server::io::Conn;
+use crate::telemetry::metrics::Side;
+use crate::telemetry::{Completion, End};
+use crate::upstream::InFlight;
+use crate::upstream::link::Link;
+use crate::upstream::pool::Lease;
+use crate::upstream::probe::announce;
+
+/// What a relay takes over from the request.
+pub struct Held {
+    /// The upstream connection, positioned behind the head.
+    pub lease: Lease,
+    /// The place at the backend.
+    pub entered: InFlight,
+    /// The slot.
+    pub slot: Slot,
+    /// The record.
+    pub completion: Box<Completion>,
+}
+
+/// What kind of body it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
+    pub events: bool,
+    /// A stream that must end with `[DONE]`.
+    pub done_expected: bool,
+    /// The client's version: before 1.1 a body without a length ends with the connection.
+    pub version: Version,
+}
+
+/// See the module.
+pub struct RelayBody {
+    held: Option<Held>,
+    gateway: Rc<Gateway>,
+    conn: Rc<Conn>,
+    first: Option<Bytes>,
+    redactor: Option<Redactor>,
+    shape: Shape,
+    tail: Tail,
+    idle: Nanos,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Over, whole.
+    Ended,
+    /// Cut: the connection closes once what was written has gone out.
+    Flushing,
+    /// Frames are still to come.
+    Streaming,
+}
+
+impl fmt::Debug for RelayBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RelayBody").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl RelayBody {
+    /// A body whose `first` frame may be here already. `redactor`: for answers that may echo the backend's key.
+    pub fn new(
+        held: Held,
+        gateway: Rc<Gateway>,
+        conn: Rc<Conn>,
+        first: Option<Bytes>,
+        redactor: Option<Redactor>,
+        shape: Shape,
+    ) -> Self {
+        let idle = clock::nanos(gateway.config().timeouts.stream_idle);
+        conn.alarm.set(conn.coarse_now() + idle);
+        let mut relay = RelayBody {
+            first,
+            redactor,
+            shape,
+            idle,
+            tail: Tail::default(),
+            state: State::Streaming,
+            held: Some(held),
+            gateway,
+            conn,
+        };
+        if relay.first.is_none() && relay.redactor.is_none() && relay.upstream_is_done() {
+            relay.finish();
+        }
+        relay
+    }
+
+    /// The body is known to be over.
+    pub fn is_end(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// Bytes still to come, where that is known.
+    pub fn size_hint(&self) -> SizeHint {
+        let rest = self.held.as_ref().map_or(SizeHint::with_exact(0), |h| h.lease.link.remaining());
+        match (&self.redactor, rest.exact()) {
+            (None, Some(rest)) => {
+                SizeHint::with_exact(rest + self.first.as_ref().map_or(0, |f| f.len() as u64))
+            }
+            _ => SizeHint::default(),
+        }
+    }
+
+    /// The next frame.
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
+        match self.state {
+            State::Ended => return Poll::Ready(None),
+            State::Flushing => return self.conn.poll_flushed().map(|()| Some(Err(Cut))),
+            State::Streaming => {}
+        }
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(self.pass(first))));
+        }
+        loop {
+            let Some(held) = &mut self.held else { return Poll::Ready(None) };
+            match held.lease.link.poll_frame(cx) {
+                Poll::Ready(Some(Ok(data))) => {
+                    let data = match &mut self.redactor {
+                        Some(redactor) => redactor.push(&data),
+                        None => data,
+                    };
+                    if !data.is_empty() {
+                        return Poll::Ready(Some(Ok(self.pass(data))));
+                    }
+                }
+                Poll::Ready(Some(Err(_))) => return self.interrupt(End::UpstreamError),
+                Poll::Ready(None) => {
+                    let rest = self.redactor.take().map(Redactor::finish).filter(|r| !r.is_empty());
+                    let rest = rest.map(|r| Ok(self.pass(r)));
+                    self.finish();
+                    return Poll::Ready(rest);
+                }
+                Poll::Pending if self.conn.alarm.answer() => {
+                    return self.interrupt(if self.gateway.is_cut() {
+                        End::UpstreamError
+                    } else {
+                        End::Timeout
+                    });
+                }
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+
+    /// Counts a frame on its way.
+    fn pass(&mut self, data: Bytes) -> Bytes {
+        self.tail.push(&data);
+        self.conn.alarm.set(self.conn.coarse_now() + self.idle);
+        if let Some(held) = &mut self.held {
+            held.completion.bytes += data.len() as u64;
+        }
+        if self.redactor.is_none() && self.upstream_is_done() {
+            self.finish();
+        }
+        data
+    }
+
+    fn upstream_is_done(&self) -> bool {
+        self.held.as_ref().is_some_and(|h| h.lease.link.is_end())
+    }
+
+    /// The upstream's body is whole.
+    fn finish(&mut self) {
+        self.state = State::Ended;
+        let Some(mut held) = self.held.take() else { return };
+        let now = clock::now();
+        held.entered.upstream().breaker.success(now);
+        held.completion.end = End::Complete;
+        if self.shape.done_expected && !self.tail.has_done() {
+            held.completion.end = End::UpstreamError;
+            held.completion.recorder().lane().interrupted(Side::Upstream);
+        }
+        self.gateway.pool().park(held.lease, now);
+    }
+
+    /// The upstream broke off, fell silent, or time is up: what came stays, the rest is visibly missing.
+    fn interrupt(&mut self, end: End) -> Poll<Option<Result<Bytes, Cut>>> {
+        self.state = State::Flushing;
+        self.conn.expect_flush();
+        if let Some(mut held) = self.held.take() {
+            let upstream = held.entered.upstream().clone();
+            let recorder = held.completion.recorder().clone();
+            if !self.gateway.is_cut() {
+                let code = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
+                upstream.lanes[recorder.worker].failed(code);
+                upstream.note_error(code);
+                upstream.penalty.add(clock::now());
+                if let Some(change) = upstream.breaker.failure(self.gateway.snapshot().thresholds()) {
+                    announce(&recorder.shared, &upstream, change, "a request");
+                }
+            }
+            if self.shape.events {
+                recorder.lane().interrupted(Side::Upstream);
+            }
+            held.completion.end = end;
+        }
+        if !self.shape.events {
+            if self.shape.version < Version::HTTP_11 {
+                self.conn.reset_on_close();
+            }
+            return self.conn.poll_flushed().map(|()| Some(Err(Cut)));
+        }
+        let event = match self.tail.is_between_events() {
+            true => Bytes::from_static(STREAM_INTERRUPTED.as_bytes()),
+            false => Bytes::from(["\n\n", STREAM_INTERRUPTED].concat()),
+        };
+        Poll::Ready(Some(Ok(event)))
+    }
+}
+
+impl Drop for RelayBody {
+    /// Only a body that nobody wants any more still holds something: the client has left.
+    fn drop(&mut self) {
+        if let Some(held) = &self.held {
+            held.entered.upstream().breaker.success(clock::now());
+        }
+    }
+}
+
+/// The last bytes of a stream: enough to know where it stands.
+#[derive(Debug, Default)]
+struct Tail {
+    bytes: [u8; 24],
+    len: usize,
+}
+
+impl Tail {
+    fn push(&mut self, data: &[u8]) {
+        let size = self.bytes.len();
+        if data.len() >= size {
+            self.bytes.copy_from_slice(&data[data.len() - size..]);
+            self.len = size;
+            return;
+        }
+        let keep = self.len.min(size - data.len());
+        self.bytes.copy_within(self.len - keep..self.len, 0);
+        self.bytes[keep..keep + data.len()].copy_from_slice(data);
+        self.len = keep + data.len();
+    }
+
+    fn get(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    fn is_between_events(&self) -> bool {
+        let tail = self.get();
+        tail.is_empty() || [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"].iter().any(|end| tail.ends_with(end))
+    }
+
+    fn has_done(&self) -> bool {
+        self.get().trim_ascii_end().ends_with(b"[DONE]")
+    }
+}
+
+/// Takes a backend's key out of what it sends, should it echo it: `***` stands in its place.
+pub struct Redactor {
+    key: Finder<'static>,
+    held: BytesMut,
+}
+
+impl Redactor {
+    /// Looks for `key`, which is not empty.
+    pub fn new(key: &str) -> Self {
+        Redactor { key: Finder::new(key.as_bytes()).into_owned(), held: BytesMut::new() }
+    }
+
+    /// Takes a piece; returns what can go out. The end of it may be the beginning of the key and is held back.
+    pub fn push(&mut self, piece: &[u8]) -> Bytes {
+        self.held.extend_from_slice(piece);
+        let mut out = BytesMut::new();
+        while let Some(at) = self.key.find(&self.held) {
+            out.extend_from_slice(&self.held.split_to(at));
+            out.extend_from_slice(b"***");
+            let _ = self.held.split_to(self.key.needle().len());
+        }
+        let needle = self.key.needle();
+        let from = self.held.len().saturating_sub(needle.len() - 1);
+        let safe =
+            (from..self.held.len()).find(|i| needle.starts_with(&self.held[*i..])).unwrap_or(self.held.len());
+        out.extend_from_slice(&self.held.split_to(safe));
+        out.freeze()
+    }
+
+    /// What was held back.
+    pub fn finish(self) -> Bytes {
+        self.held.freeze()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_tail_knows_where_a_stream_stands() {
+        for (pieces, between, done) in [
+            (&[][..], true, false),
+            (&["data: a\n\n"], true, false),
+            (&["data: a\r\n", "\r\n"], true, false),
+            (&["data: a\n"], false, false),
+            (&["data: {\"x\""], false, false),
+            (&["data: [DONE]\n\n"], true, true),
+            (&["data: [DO", "NE]", "\n", "\n"], true, true),
+            (&["data: a long enough event to push all else out\n\ndata: [DONE]"], false, true),
+            (&["data: [DONE]\n\n", ": and a comment that is long enough\n\n"], true, false),
+        ] {
+            let mut tail = Tail::default();
+            pieces.iter().for_each(|p| tail.push(p.as_bytes()));
+            assert_eq!((tail.is_between_events(), tail.has_done()), (between, done), "{pieces:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_key_goes_out_however_it_is_cut(parts in prop::collection::vec("(sk-aab|sk-|a|b|sk-aa|x){0,5}", 0..6), size in 1usize..7) {
+            let text = parts.concat();
+            let mut redactor = Redactor::new("sk-aab");
+            let mut out = Vec::new();
+            for piece in text.as_bytes().chunks(size) {
+                out.extend_from_slice(&redactor.push(piece));
+            }
+            out.extend_from_slice(&redactor.finish());
+            prop_assert_eq!(String::from_utf8(out).unwrap(), text.replace("sk-aab", "***"));
+        }
+    }
+}

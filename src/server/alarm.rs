@@ -1,0 +1,157 @@
+//! Time limits of client connections: one coarse sweep a worker instead of a timer a phase.
+//!
+//! A connection is in one phase at a time, so one deadline is enough for it: each phase sets its own, and the
+//! sweep rings those that have passed. An alarm that nobody answers ends the connection.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::{Rc, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::clock;
+use crate::policy::Nanos;
+
+/// Time between two sweeps: how late an alarm may ring.
+pub const GRAIN: Duration = Duration::from_millis(100);
+
+/// The time limit of a phase has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elapsed;
+
+/// One connection's deadline.
+#[derive(Debug, Default)]
+pub struct Alarm {
+    at: Cell<Nanos>,
+    rang: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Alarm {
+    /// Rings at `at`, and not for what was set before.
+    pub fn set(&self, at: Nanos) {
+        self.at.set(at);
+        self.rang.set(false);
+    }
+
+    /// Whether it has rung and nobody has answered.
+    pub fn is_ringing(&self) -> bool {
+        self.rang.get()
+    }
+
+    /// Answers it: `true` if it was ringing.
+    pub fn answer(&self) -> bool {
+        self.rang.take()
+    }
+
+    /// Rings now, whatever it was set to.
+    pub fn ring(&self) {
+        self.at.set(Nanos::MAX);
+        self.rang.set(true);
+        self.wake();
+    }
+
+    /// Wakes the connection's task.
+    pub fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Remembers the task that owns the connection.
+    pub fn register(&self, cx: &Context<'_>) {
+        let mut waker = self.waker.borrow_mut();
+        if !waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+    }
+
+    /// Runs `work` until the deadline `at`.
+    ///
+    /// # Errors
+    /// [`Elapsed`] once the alarm has rung; `work` is dropped then.
+    pub async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
+        self.set(at);
+        let mut work = pin!(work);
+        poll_fn(|cx| match work.as_mut().poll(cx) {
+            Poll::Ready(out) => Poll::Ready(Ok(out)),
+            Poll::Pending if self.answer() => Poll::Ready(Err(Elapsed)),
+            Poll::Pending => Poll::Pending,
+        })
+        .await
+    }
+}
+
+/// A worker's alarms.
+#[derive(Debug, Default)]
+pub struct Alarms {
+    all: RefCell<Vec<Weak<Alarm>>>,
+    now: Cell<Nanos>,
+}
+
+impl Alarms {
+    /// A new alarm, which rings at `at`.
+    pub fn add(&self, at: Nanos) -> Rc<Alarm> {
+        let alarm = Rc::new(Alarm::default());
+        alarm.set(at);
+        self.all.borrow_mut().push(Rc::downgrade(&alarm));
+        alarm
+    }
+
+    /// The time of the last sweep, a little early or late: good enough for limits of seconds and free to read.
+    pub fn coarse_now(&self) -> Nanos {
+        self.now.get()
+    }
+
+    /// Rings what is due and forgets the connections that have gone.
+    pub fn sweep(&self) {
+        let now = clock::now();
+        self.now.set(now);
+        self.all.borrow_mut().retain(|weak| {
+            let Some(alarm) = weak.upgrade() else { return false };
+            if alarm.at.get() <= now {
+                alarm.ring();
+            }
+            true
+        });
+    }
+
+    /// Wakes every connection, or rings every alarm.
+    pub fn all(&self, ring: bool) {
+        for alarm in self.all.borrow().iter().filter_map(Weak::upgrade) {
+            if ring { alarm.ring() } else { alarm.wake() }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_once_what_is_due_and_forgets_the_rest() {
+        let alarms = Alarms::default();
+        let (due, later) = (alarms.add(0), alarms.add(Nanos::MAX));
+        drop(alarms.add(0));
+        alarms.sweep();
+        assert!(due.is_ringing() && !later.is_ringing());
+        assert!(due.answer() && !due.answer());
+        alarms.sweep();
+        assert!(!due.is_ringing(), "a deadline rings once");
+        assert_eq!(alarms.all.borrow().len(), 2);
+    }
+
+    #[test]
+    fn limits_work_that_does_not_end() {
+        let alarms = Alarms::default();
+        let alarm = alarms.add(Nanos::MAX);
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut work = pin!(alarm.limit(0, std::future::pending::<()>()));
+        assert!(work.as_mut().poll(&mut cx).is_pending());
+        alarms.sweep();
+        assert_eq!(work.as_mut().poll(&mut cx), Poll::Ready(Err(Elapsed)));
+        let mut done = pin!(alarm.limit(0, std::future::ready(3)));
+        assert_eq!(done.as_mut().poll(&mut cx), Poll::Ready(Ok(3)));
+    }
+}

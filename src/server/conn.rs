@@ -1,0 +1,76 @@
+//! One client connection: hyper's settings, the time limits between requests, and how it ends.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use super::io::{ClientIo, Conn};
+use crate::clock;
+use crate::gateway::Gateway;
+use crate::policy::{Nanos, SECOND};
+
+/// Largest head and largest piece of a body that hyper buffers.
+const MAX_BUFFER: usize = 64 * 1024;
+
+/// Most headers of a request.
+const MAX_HEADERS: usize = 100;
+
+/// How long a closed connection is drained, so that the client can read the answer before a reset reaches it.
+const LINGER: Nanos = 2 * SECOND;
+
+/// How much a client may send meanwhile.
+const MAX_DISCARD: usize = 64 << 20;
+
+/// Serves one connection to its end.
+pub async fn serve(stream: TcpStream, gateway: Rc<Gateway>) {
+    let keep_alive = clock::nanos(gateway.config().server.keep_alive);
+    let conn = Conn::new(stream, gateway.alarms().clone(), keep_alive);
+    // A connection that says nothing costs no buffers: hyper comes in with the first byte.
+    let first = poll_fn(|cx| {
+        conn.alarm.register(cx);
+        if conn.alarm.is_ringing() || gateway.is_closing() {
+            return Poll::Ready(false);
+        }
+        conn.poll_readable(cx).map(|r| r.is_ok())
+    });
+    if !first.await {
+        return;
+    }
+    serve_http(&conn, &gateway).await;
+    if conn.is_unread() {
+        let mut left = MAX_DISCARD;
+        let drained = poll_fn(|cx| conn.poll_discard(cx, &mut left));
+        let _ = conn.alarm.limit(conn.coarse_now() + LINGER, drained).await;
+    }
+}
+
+async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) {
+    let service = service_fn(|request| {
+        let (gateway, conn) = (gateway.clone(), conn.clone());
+        async move { Ok::<_, std::convert::Infallible>(gateway.handle(request, conn).await) }
+    });
+    let mut builder = http1::Builder::new();
+    // No timer: `alarm` does what hyper's would, for less. No half-close: a client that stops sending has left.
+    builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS).half_close(false);
+    let mut http = pin!(builder.serve_connection(TokioIo::new(ClientIo(conn.clone())), service));
+    let mut closing = false;
+    poll_fn(|cx| {
+        conn.alarm.register(cx);
+        if gateway.is_closing() && !closing {
+            closing = true;
+            http.as_mut().graceful_shutdown();
+        }
+        if http.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        // An alarm that no phase of a request has answered: idle, a slow head, or a write that nobody reads.
+        if conn.alarm.is_ringing() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}

@@ -1,0 +1,352 @@
+//! A client's socket as hyper gets to see it: whole heads, one message at a time, and the news that it left.
+//!
+//! Three things happen between the socket and hyper. A head is held back until it is whole and has passed
+//! [`crate::policy::head`]; a bad one is replaced by a request that the gateway refuses. Bytes behind the
+//! message that is being served are put aside, so that they cannot hide that the client has gone. And a
+//! write that was flushed is noticed, so that an answer can be cut exactly behind it.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::alarm::{Alarm, Alarms};
+use crate::policy::head::{Framing, inspect};
+use crate::policy::{Nanos, SECOND};
+
+/// A head must be complete this long after the connection or its first byte.
+const HEAD_TIME: Nanos = 10 * SECOND;
+
+/// Largest head that is held back; a larger one goes to hyper, which refuses it.
+const MAX_HEAD: usize = 64 * 1024;
+
+/// Bytes put aside behind a message; a client that sends more before its answer is not read on.
+const MAX_AHEAD: usize = 64 * 1024;
+
+/// What hyper reads in place of a head that is refused.
+const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
+
+/// A client connection, shared by its socket, its request and its answer.
+#[derive(Debug)]
+pub struct Conn {
+    stream: RefCell<TcpStream>,
+    /// Its time limit.
+    pub alarm: Rc<Alarm>,
+    alarms: Rc<Alarms>,
+    keep_alive: Nanos,
+    reading: Cell<Reading>,
+    /// Bytes received but not given to hyper: of an incomplete head, or behind the message being served.
+    aside: RefCell<Vec<u8>>,
+    /// What to tell the client whose head was refused.
+    refused: Cell<Option<&'static str>>,
+    /// The answer under way has been handed over.
+    turn_over: Cell<bool>,
+    /// The client has sent all it will.
+    eof: Cell<bool>,
+    /// Everything that hyper wrote has gone to the socket.
+    flushed: Cell<bool>,
+    /// Someone waits for `flushed`.
+    wants_flush: Cell<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// A chunked body, whose end only hyper knows: the connection closes behind it.
+    Chunked,
+    /// Behind the message; what comes is put aside.
+    Done,
+    /// A head, of which `aside` holds the beginning.
+    Head,
+    /// So many bytes of a body are still to come.
+    Length(u64),
+    /// Given up: hyper sees nothing more.
+    Refused,
+}
+
+impl Conn {
+    /// A fresh connection. `keep_alive`: how long it may be idle.
+    pub fn new(stream: TcpStream, alarms: Rc<Alarms>, keep_alive: Nanos) -> Rc<Self> {
+        Rc::new(Conn {
+            stream: RefCell::new(stream),
+            alarm: alarms.add(alarms.coarse_now() + HEAD_TIME),
+            alarms,
+            keep_alive,
+            reading: Cell::new(Reading::Head),
+            aside: RefCell::default(),
+            refused: Cell::new(None),
+            turn_over: Cell::new(false),
+            eof: Cell::new(false),
+            flushed: Cell::new(true),
+            wants_flush: Cell::new(false),
+        })
+    }
+
+    /// Why the head that hyper has just read must be refused, if it must.
+    pub fn refusal(&self) -> Option<&'static str> {
+        self.refused.get()
+    }
+
+    /// Whether the request's body is chunked: the connection must close behind the answer.
+    pub fn must_close(&self) -> bool {
+        self.reading.get() == Reading::Chunked
+    }
+
+    /// Whether no request is being served and none has begun to arrive.
+    pub fn is_idle(&self) -> bool {
+        let between = self.reading.get() == Reading::Head || self.turn_over.get();
+        between && self.aside.borrow().is_empty()
+    }
+
+    /// Whether the client may still be sending what nobody will read.
+    pub fn is_unread(&self) -> bool {
+        let at_rest = matches!(self.reading.get(), Reading::Done | Reading::Head);
+        !(self.eof.get() || at_rest && self.aside.borrow().is_empty())
+    }
+
+    /// Coarse time: of the last sweep.
+    pub fn coarse_now(&self) -> Nanos {
+        self.alarms.coarse_now()
+    }
+
+    /// Says that an answer has been handed over whole: the next head may come.
+    pub fn end_turn(&self) {
+        self.turn_over.set(true);
+        self.alarm.set(self.coarse_now() + self.keep_alive);
+        if !self.aside.borrow().is_empty() {
+            // The next request is here already: nothing on the socket will wake hyper for it.
+            self.alarm.wake();
+        }
+    }
+
+    /// Ready once everything written so far has gone to the socket. The connection's task is woken for it.
+    pub fn poll_flushed(&self) -> Poll<()> {
+        if self.flushed.get() {
+            return Poll::Ready(());
+        }
+        self.wants_flush.set(true);
+        Poll::Pending
+    }
+
+    /// Says that a write is coming whose flush will be asked for.
+    pub fn expect_flush(&self) {
+        self.flushed.set(false);
+    }
+
+    /// Makes the close that follows a reset, so that an answer without framing cannot look whole.
+    pub fn reset_on_close(&self) {
+        let stream = self.stream.borrow();
+        // A socket that refuses the option is closed the ordinary way.
+        let _ = socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO));
+    }
+
+    /// Ready once the socket has something to read.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.borrow().poll_read_ready(cx)
+    }
+
+    /// Reads and drops what the client still sends; ready at its end. `left`: how much is put up with.
+    pub fn poll_discard(&self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
+        let mut scratch = [0; 4096];
+        loop {
+            let mut buf = ReadBuf::new(&mut scratch);
+            match ready!(self.poll_socket(cx, &mut buf)) {
+                Ok(n) if n > 0 && *left >= n => *left -= n,
+                _ => return Poll::Ready(()),
+            }
+        }
+    }
+
+    fn poll_socket(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<usize>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut *self.stream.borrow_mut()).poll_read(cx, buf))?;
+        let n = buf.filled().len() - before;
+        self.eof.set(n == 0 && buf.remaining() > 0);
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if self.reading.get() == Reading::Done && self.turn_over.get() {
+                self.reading.set(Reading::Head);
+            }
+            let start = buf.filled().len();
+            match self.reading.get() {
+                Reading::Refused => return Poll::Pending,
+                Reading::Head => {
+                    if self.give_head(buf) {
+                        return Poll::Ready(Ok(()));
+                    }
+                    let n = ready!(self.poll_socket(cx, buf))?;
+                    if n == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                    let mut aside = self.aside.borrow_mut();
+                    if aside.is_empty() {
+                        self.alarm.set(self.coarse_now() + HEAD_TIME);
+                        // Usually the whole head is here and stays where it was read to.
+                        if let Ok(Some(head)) = inspect(&buf.filled()[start..]) {
+                            let rest = self.begin(head.len, head.framing, n);
+                            aside.extend_from_slice(&buf.filled()[start + rest..]);
+                            buf.set_filled(start + rest);
+                            return Poll::Ready(Ok(()));
+                        }
+                    }
+                    aside.extend_from_slice(&buf.filled()[start..]);
+                    buf.set_filled(start);
+                }
+                Reading::Length(left) => {
+                    let mut aside = self.aside.borrow_mut();
+                    if !aside.is_empty() {
+                        let n =
+                            aside.len().min(buf.remaining()).min(usize::try_from(left).unwrap_or(usize::MAX));
+                        buf.put_slice(&aside[..n]);
+                        aside.drain(..n);
+                        self.consumed(left, n);
+                        return Poll::Ready(Ok(()));
+                    }
+                    let n = ready!(self.poll_socket(cx, buf))?;
+                    let wanted = n.min(usize::try_from(left).unwrap_or(usize::MAX));
+                    aside.extend_from_slice(&buf.filled()[start + wanted..]);
+                    buf.set_filled(start + wanted);
+                    self.consumed(left, wanted);
+                    return Poll::Ready(Ok(()));
+                }
+                Reading::Chunked => {
+                    let mut aside = self.aside.borrow_mut();
+                    if !aside.is_empty() {
+                        let n = aside.len().min(buf.remaining());
+                        buf.put_slice(&aside[..n]);
+                        aside.drain(..n);
+                        return Poll::Ready(Ok(()));
+                    }
+                    return self.poll_socket(cx, buf).map_ok(drop);
+                }
+                Reading::Done => {
+                    let mut aside = self.aside.borrow_mut();
+                    if aside.len() >= MAX_AHEAD {
+                        return Poll::Pending;
+                    }
+                    if ready!(self.poll_socket(cx, buf))? == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                    aside.extend_from_slice(&buf.filled()[start..]);
+                    buf.set_filled(start);
+                }
+            }
+        }
+    }
+
+    /// Gives hyper what is aside if that is a whole head, or is not to become one.
+    fn give_head(&self, buf: &mut ReadBuf<'_>) -> bool {
+        let mut aside = self.aside.borrow_mut();
+        if aside.is_empty() {
+            return false;
+        }
+        match inspect(&aside) {
+            Ok(None) if aside.len() < MAX_HEAD => false,
+            Ok(None) => {
+                self.reading.set(Reading::Chunked);
+                self.turn_over.set(false);
+                self.give_aside(buf, &mut aside, usize::MAX)
+            }
+            Ok(Some(head)) => {
+                let available = aside.len();
+                let n = self.begin(head.len, head.framing, available);
+                if n > buf.remaining() {
+                    // hyper's buffer is smaller than head and body: the body comes with the next read.
+                    self.reading.set(match head.framing {
+                        Framing::Chunked => Reading::Chunked,
+                        Framing::Length(length) => Reading::Length(length + head.len as u64),
+                    });
+                    let room = buf.remaining();
+                    if let Reading::Length(left) = self.reading.get() {
+                        self.consumed(left, room);
+                    }
+                    return self.give_aside(buf, &mut aside, room);
+                }
+                self.give_aside(buf, &mut aside, n)
+            }
+            Err(fault) => {
+                self.refused.set(Some(fault.0));
+                self.reading.set(Reading::Refused);
+                self.turn_over.set(false);
+                aside.clear();
+                buf.put_slice(&REFUSED[..REFUSED.len().min(buf.remaining())]);
+                true
+            }
+        }
+    }
+
+    fn give_aside(&self, buf: &mut ReadBuf<'_>, aside: &mut Vec<u8>, most: usize) -> bool {
+        let n = aside.len().min(buf.remaining()).min(most);
+        buf.put_slice(&aside[..n]);
+        aside.drain(..n);
+        true
+    }
+
+    /// A head of `len` bytes was accepted, of `available` received: returns how many are of this message.
+    fn begin(&self, len: usize, framing: Framing, available: usize) -> usize {
+        self.turn_over.set(false);
+        match framing {
+            Framing::Chunked => {
+                self.reading.set(Reading::Chunked);
+                available
+            }
+            Framing::Length(length) => {
+                let body = length.min((available - len) as u64);
+                self.consumed(length, body as usize);
+                len + body as usize
+            }
+        }
+    }
+
+    fn consumed(&self, left: u64, n: usize) {
+        let left = left - n as u64;
+        self.reading.set(if left == 0 { Reading::Done } else { Reading::Length(left) });
+    }
+}
+
+/// The handle that hyper owns.
+#[derive(Debug)]
+pub struct ClientIo(pub Rc<Conn>);
+
+impl AsyncRead for ClientIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for ClientIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.stream.borrow_mut()).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.stream.borrow_mut()).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// hyper calls this once its own buffer is empty.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.flushed.set(true);
+        if self.0.wants_flush.take() {
+            self.0.alarm.wake();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.stream.borrow_mut()).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,126 @@
+//! The control thread: it accepts, hands connections to workers, watches the fleet and ends the process.
+
+pub mod alarm;
+
+pub mod io;
+
+pub mod conn;
+
+pub mod worker;
+
+pub mod drain;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::Receiver;
+use tokio::task::LocalSet;
+
+use self::drain::Stop;
+use self::worker::Worker;
+use crate::clock;
+use crate::state::Shared;
+use crate::upstream::probe;
+
+/// How long accepting pauses when the system has no file descriptor left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves until told to stop. `true`: nothing was cut.
+///
+/// # Errors
+/// The listener cannot be used, or no thread can be started.
+pub async fn serve(
+    shared: Arc<Shared>,
+    listener: std::net::TcpListener,
+    mut orders: Receiver<Stop>,
+) -> std::io::Result<bool> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let config = shared.snapshot.load().config.clone();
+    let workers: Result<Vec<_>, _> =
+        (0..config.server.workers).map(|id| Worker::start(id, shared.clone())).collect();
+    let workers = workers?;
+    let whole = {
+        let fleet = watch_fleet(&shared);
+        let clients = accept(&shared, &listener, &workers, config.server.max_connections);
+        // Accepting and probing go on while the running requests end.
+        let ending = async {
+            let order = orders.recv().await;
+            shared.start_draining();
+            shared.log.event(
+                "info",
+                "drain",
+                "shutting down: new requests are refused, running ones may end",
+            );
+            let limit = if order == Some(Stop::Drain) { config.server.drain } else { Duration::ZERO };
+            drain::drain(&workers, || running(&shared), limit, &mut orders).await
+        };
+        tokio::select! {
+            whole = ending => whole,
+            () = fleet => false,
+            () = clients => false,
+        }
+    };
+    shared.log.event("info", "stop", if whole { "all requests ended" } else { "some requests were cut" });
+    Ok(whole & workers.into_iter().all(is_joined))
+}
+
+/// Joins a worker whose connections are gone; one that still has some is left to the end of the process.
+fn is_joined(worker: Worker) -> bool {
+    worker.connections() > 0 || worker.join()
+}
+
+/// Requests that hold a slot or wait for one, and answers under way.
+fn running(shared: &Shared) -> usize {
+    shared.admission.in_flight() + shared.admission.depth()
+}
+
+async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max: usize) {
+    let permits = Arc::new(Semaphore::new(max));
+    loop {
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((client, _)) => {
+                let _ = client.set_nodelay(true);
+                let fewest = workers.iter().min_by_key(|w| w.connections());
+                if let (Some(worker), Ok(client)) = (fewest, client.into_std()) {
+                    worker.take(client, permit);
+                }
+            }
+            Err(e) if is_of_one_client(&e) => {}
+            Err(e) => {
+                shared.log.event("error", "accept", &format!("no connection can be accepted: {e}"));
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn is_of_one_client(e: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
+    matches!(e.kind(), ConnectionAborted | ConnectionReset | Interrupted)
+}
+
+/// Probes all backends and keeps the schedule in step with their states.
+async fn watch_fleet(shared: &Arc<Shared>) {
+    let local = LocalSet::new();
+    let snapshot = shared.snapshot.load_full();
+    for upstream in snapshot.backends.iter().filter(|b| b.conf.weight > 0) {
+        local.spawn_local(probe::watch(shared.clone(), upstream.clone(), snapshot.config.health.clone()));
+    }
+    local
+        .run_until(async {
+            loop {
+                let next = shared.rebuild();
+                let wait = next
+                    .map_or(Duration::MAX, |at| Duration::from_nanos(at.saturating_sub(clock::now()) + 1));
+                tokio::select! {
+                    () = shared.fleet_changed.notified() => {}
+                    () = tokio::time::sleep(wait) => {}
+                }
+            }
+        })
+        .await;
+}

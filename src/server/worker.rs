@@ -1,0 +1,159 @@
+//! One worker: a thread with a runtime of its own, which owns its clients and its upstream connections.
+
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use tokio::net::TcpStream;
+use tokio::runtime;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::task::LocalSet;
+
+use super::alarm::{Alarms, GRAIN};
+use super::conn;
+use crate::clock;
+use crate::gateway::Gateway;
+use crate::state::Shared;
+
+/// Threads for name look-ups, which block.
+const MAX_BLOCKING: usize = 16;
+
+/// Sweeps between two looks at the idle upstream connections.
+const POOL_SWEEP: u32 = 10;
+
+/// A worker as the acceptor sees it.
+#[derive(Debug)]
+pub struct Worker {
+    clients: UnboundedSender<Client>,
+    load: Arc<Load>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+/// What a worker and the control thread tell each other.
+#[derive(Debug, Default)]
+pub struct Load {
+    connections: AtomicUsize,
+    /// Streams are to be cut now.
+    cut: AtomicBool,
+    /// Connections are to be closed as soon as they are idle.
+    close: AtomicBool,
+    news: Notify,
+}
+
+type Client = (std::net::TcpStream, OwnedSemaphorePermit);
+
+impl Load {
+    /// Whether streams are to be cut.
+    pub fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Relaxed)
+    }
+
+    /// Whether idle connections are to be closed.
+    pub fn is_closing(&self) -> bool {
+        self.close.load(Ordering::Relaxed)
+    }
+}
+
+impl Worker {
+    /// Starts worker number `id`.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(id: usize, shared: Arc<Shared>) -> io::Result<Self> {
+        let (clients, inbox) = unbounded_channel();
+        let load = Arc::new(Load::default());
+        let theirs = load.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("zap-{id}"))
+            .spawn(move || run(id, shared, theirs, inbox))?;
+        Ok(Worker { clients, load, thread })
+    }
+
+    /// Connections it serves.
+    pub fn connections(&self) -> usize {
+        self.load.connections.load(Ordering::Relaxed)
+    }
+
+    /// Hands it a client. `permit` is given back when the connection ends.
+    pub fn take(&self, client: std::net::TcpStream, permit: OwnedSemaphorePermit) {
+        self.load.connections.fetch_add(1, Ordering::Relaxed);
+        if self.clients.send((client, permit)).is_err() {
+            self.load.connections.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Has it close its idle connections, and every other one behind its answer.
+    pub fn close(&self) {
+        self.load.close.store(true, Ordering::Relaxed);
+        self.load.news.notify_one();
+    }
+
+    /// Has it cut what still runs.
+    pub fn cut(&self) {
+        self.load.cut.store(true, Ordering::Relaxed);
+        self.close();
+    }
+
+    /// Waits for its end; it ends when all its connections have. `false` where it failed.
+    pub fn join(self) -> bool {
+        drop(self.clients);
+        matches!(self.thread.join(), Ok(Ok(())))
+    }
+}
+
+/// Counts a connection until it is dropped.
+struct Counted(Arc<Load>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn run(id: usize, shared: Arc<Shared>, load: Arc<Load>, inbox: UnboundedReceiver<Client>) -> io::Result<()> {
+    let runtime =
+        runtime::Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING).build()?;
+    let local = LocalSet::new();
+    local.block_on(&runtime, serve(id, shared, load, inbox));
+    // A name look-up that hangs must not hold the process.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: UnboundedReceiver<Client>) {
+    let alarms = Rc::new(Alarms::default());
+    alarms.sweep();
+    let gateway = Gateway::new(id, shared, alarms.clone(), load.clone());
+    let mut sweep = tokio::time::interval(GRAIN);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut sweeps = 0u32;
+    let mut open = true;
+    while open || load.connections.load(Ordering::Relaxed) > 0 {
+        tokio::select! {
+            client = inbox.recv(), if open => match client {
+                Some((client, permit)) => {
+                    let counted = Counted(load.clone());
+                    if let Ok(client) = TcpStream::from_std(client) {
+                        let gateway = gateway.clone();
+                        tokio::task::spawn_local(async move {
+                            let _held = (counted, permit);
+                            conn::serve(client, gateway).await;
+                        });
+                    }
+                }
+                None => open = false,
+            },
+            () = load.news.notified() => alarms.all(load.is_cut()),
+            _ = sweep.tick() => {
+                alarms.sweep();
+                sweeps = sweeps.wrapping_add(1);
+                if sweeps.is_multiple_of(POOL_SWEEP) {
+                    gateway.pool().sweep(clock::now());
+                }
+            }
+        }
+    }
+}

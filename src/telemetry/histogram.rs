@@ -1,0 +1,149 @@
+//! A histogram with fixed bounds, written by one thread and read by any.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::policy::{MILLI, Nanos, SECOND};
+
+/// Bounds for whole requests and waits: 5 ms to 300 s.
+pub const REQUEST: &[Nanos] = &[
+    5 * MILLI,
+    10 * MILLI,
+    25 * MILLI,
+    50 * MILLI,
+    100 * MILLI,
+    250 * MILLI,
+    500 * MILLI,
+    SECOND,
+    2_500 * MILLI,
+    5 * SECOND,
+    10 * SECOND,
+    30 * SECOND,
+    60 * SECOND,
+    120 * SECOND,
+    300 * SECOND,
+];
+
+/// Bounds for Zap's own share: 10 us to 100 ms.
+pub const OVERHEAD: &[Nanos] = &[
+    MILLI / 100,
+    MILLI / 40,
+    MILLI / 20,
+    MILLI / 10,
+    MILLI / 4,
+    MILLI / 2,
+    MILLI,
+    5 * MILLI / 2,
+    5 * MILLI,
+    10 * MILLI,
+    25 * MILLI,
+    50 * MILLI,
+    100 * MILLI,
+];
+
+/// A number that one thread changes and any may read.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only the owning thread may call this: it is a plain load and store.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Takes `n` away; the owning thread only.
+    pub fn sub(&self, n: u64) {
+        self.add(n.wrapping_neg());
+    }
+
+    /// The value as it stands.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts of values by bucket; the last bucket has no upper bound.
+#[derive(Debug)]
+pub struct Histogram {
+    bounds: &'static [Nanos],
+    buckets: Box<[Counter]>,
+    sum: Counter,
+}
+
+impl Histogram {
+    /// An empty one.
+    pub fn new(bounds: &'static [Nanos]) -> Self {
+        Histogram {
+            bounds,
+            buckets: (0..=bounds.len()).map(|_| Counter::default()).collect(),
+            sum: Counter::default(),
+        }
+    }
+
+    /// Counts one value; the owning thread only.
+    pub fn record(&self, value: Nanos) {
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
+        self.buckets[bucket].add(1);
+        self.sum.add(value);
+    }
+}
+
+/// The sum of several histograms with the same bounds.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Total {
+    /// Upper bounds and how many values were at most that.
+    pub cumulative: Vec<(Nanos, u64)>,
+    /// Number of values.
+    pub count: u64,
+    /// Sum of all values.
+    pub sum: Nanos,
+}
+
+impl Total {
+    /// Adds the histograms up.
+    pub fn of<'a>(bounds: &'static [Nanos], histograms: impl Iterator<Item = &'a Histogram>) -> Self {
+        let mut plain = vec![0; bounds.len() + 1];
+        let mut sum = 0u64;
+        for h in histograms {
+            sum = sum.wrapping_add(h.sum.get());
+            plain.iter_mut().zip(&h.buckets).for_each(|(n, b)| *n += b.get());
+        }
+        let mut count = 0;
+        let mut cumulative = Vec::with_capacity(bounds.len());
+        for (bound, n) in bounds.iter().zip(&plain) {
+            count += n;
+            cumulative.push((*bound, count));
+        }
+        count += plain[bounds.len()];
+        Total { cumulative, count, sum }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_belongs_to_its_bucket_and_counts_are_cumulative() {
+        const BOUNDS: &[Nanos] = &[10, 20];
+        let (a, b) = (Histogram::new(BOUNDS), Histogram::new(BOUNDS));
+        [5, 10, 11, 21].iter().for_each(|v| a.record(*v));
+        b.record(20);
+        let total = Total::of(BOUNDS, [&a, &b].into_iter());
+        assert_eq!(total, Total { cumulative: vec![(10, 2), (20, 4)], count: 5, sum: 67 });
+    }
+
+    #[test]
+    fn bounds_rise() {
+        for bounds in [REQUEST, OVERHEAD] {
+            assert!(bounds.is_sorted());
+        }
+    }
+
+    #[test]
+    fn a_counter_can_go_down_to_where_it_was() {
+        let c = Counter::default();
+        c.add(3);
+        c.sub(3);
+        assert_eq!(c.get(), 0);
+    }
+}

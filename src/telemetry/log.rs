@@ -1,0 +1,155 @@
+//! Lines on stderr that never make a request wait: a bounded channel to a thread that writes.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+
+use crate::clock;
+use crate::config::LogFormat;
+
+/// Lines that may wait to be written.
+const BACKLOG: usize = 8192;
+
+/// How long the last lines may take at exit.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// The way to stderr. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Log {
+    lines: Option<SyncSender<String>>,
+    dropped: Arc<AtomicU64>,
+    format: LogFormat,
+    writer: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+impl Log {
+    /// Starts the writing thread.
+    pub fn start(format: LogFormat) -> Self {
+        let (lines, receiver) = sync_channel(BACKLOG);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let lost = dropped.clone();
+        let writer =
+            std::thread::Builder::new().name("zap-log".into()).spawn(move || write(&receiver, &lost)).ok();
+        Log { lines: Some(lines), dropped, format, writer: Arc::new(Mutex::new(writer)) }
+    }
+
+    /// Hands one line over, without its line break; drops and counts it where the writer is behind.
+    pub fn line(&self, line: String) {
+        if self.lines.as_ref().is_none_or(|l| l.try_send(line).is_err()) {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Something happened to the gateway, not to one request. `event` is its fixed name.
+    pub fn event(&self, level: &str, event: &str, text: &str) {
+        let time = clock::timestamp(SystemTime::now());
+        let mut line = String::with_capacity(96 + text.len());
+        match self.format {
+            LogFormat::Json => {
+                let _ = write!(
+                    line,
+                    "{{\"time\":\"{time}\",\"level\":\"{level}\",\"event\":\"{event}\",\"message\":"
+                );
+                push_json(&mut line, text);
+                line.push('}');
+            }
+            LogFormat::Text => {
+                let _ = write!(line, "{time} {level} {event}: ");
+                for c in text.chars() {
+                    if c.is_control() {
+                        line.extend(c.escape_unicode());
+                    } else {
+                        line.push(c);
+                    }
+                }
+            }
+        }
+        self.line(line);
+    }
+
+    /// Lines lost so far.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Ends this handle and waits a little for the last lines; call it once every other handle is gone.
+    pub fn flush(mut self) {
+        self.lines = None;
+        let Some(writer) = self.writer.lock().take() else { return };
+        let end = Instant::now() + FLUSH;
+        while !writer.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn write(lines: &Receiver<String>, dropped: &AtomicU64) {
+    let mut batch = String::new();
+    while let Ok(first) = lines.recv() {
+        batch.clear();
+        let mut n = 0;
+        for line in std::iter::once(first).chain(lines.try_iter()) {
+            batch.push_str(&line);
+            batch.push('\n');
+            n += 1;
+            if batch.len() > 1 << 16 {
+                break;
+            }
+        }
+        if std::io::stderr().write_all(batch.as_bytes()).is_err() {
+            dropped.fetch_add(n, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Appends `text` as a JSON string; control characters (C0, DEL, C1) are escaped.
+pub fn push_json(out: &mut String, text: &str) {
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            c if c.is_control() => {
+                let _ = write!(out, "\\u{:04x}", c as u32);
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_every_control_character() {
+        let mut out = String::new();
+        push_json(&mut out, "a\"\\\r\n\u{1b}[0m\u{7f}\u{9b}é");
+        assert_eq!(out, "\"a\\\"\\\\\\u000d\\u000a\\u001b[0m\\u007f\\u009bé\"");
+        let back: String = serde_json::from_str(&out).unwrap();
+        assert_eq!(back, "a\"\\\r\n\u{1b}[0m\u{7f}\u{9b}é");
+    }
+
+    #[test]
+    fn a_full_backlog_drops_and_counts() {
+        let (lines, receiver) = sync_channel(1);
+        let log = Log {
+            lines: Some(lines),
+            dropped: Arc::default(),
+            format: LogFormat::Json,
+            writer: Arc::default(),
+        };
+        log.event("info", "x", "first");
+        log.event("info", "x", "second");
+        assert_eq!(log.dropped(), 1);
+        let line = receiver.recv().unwrap();
+        assert!(line.ends_with("\"level\":\"info\",\"event\":\"x\",\"message\":\"first\"}"), "{line}");
+    }
+}

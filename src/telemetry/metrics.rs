@@ -1,0 +1,397 @@
+//! What is counted, by whom, and how it reads at `/metrics`.
+//!
+//! Every worker writes its own lane and nobody else's, so counting costs a load and a store; a scrape adds the
+//! lanes up. Labels come from the configuration and from the fixed lists here, never from a client.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::encode::Encoder;
+use super::histogram::{Counter, Histogram, OVERHEAD, REQUEST, Total};
+use super::{Endpoint, Phase};
+use crate::clock;
+use crate::error::Code;
+use crate::state::Shared;
+use crate::upstream::Upstream;
+
+/// Who ended a stream before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Side {
+    Client,
+    Upstream,
+}
+
+const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::Upstream)];
+
+/// Answers by endpoint and status. Rows are made when an endpoint is first used.
+#[derive(Debug, Default)]
+pub struct Answers([OnceLock<Box<[Counter]>>; Endpoint::ALL.len()]);
+
+const STATUSES: std::ops::Range<u16> = 100..600;
+
+impl Answers {
+    fn count(&self, endpoint: Endpoint, status: u16) {
+        let row = self.0[endpoint as usize].get_or_init(|| STATUSES.map(|_| Counter::default()).collect());
+        if let Some(counter) = row.get(usize::from(status.wrapping_sub(STATUSES.start))) {
+            counter.add(1);
+        }
+    }
+
+    fn get(&self, endpoint: Endpoint, status: u16) -> u64 {
+        let row = self.0[endpoint as usize].get();
+        row.and_then(|r| r.get(usize::from(status - STATUSES.start))).map_or(0, Counter::get)
+    }
+}
+
+/// One worker's counts that belong to no backend.
+#[derive(Debug)]
+pub struct Lane {
+    answers: Answers,
+    durations: [Histogram; Endpoint::ALL.len()],
+    /// Zap's own share of the time to the first byte.
+    pub overhead: Histogram,
+    /// Time spent in the queue, of requests that were queued.
+    pub queue_wait: Histogram,
+    rejected: [Counter; Code::ALL.len()],
+    interrupted: [Counter; SIDES.len()],
+    disconnects: [Counter; Phase::ALL.len()],
+    /// Picks made although every backend was out.
+    pub panic_picks: Counter,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Lane {
+            answers: Answers::default(),
+            durations: std::array::from_fn(|_| Histogram::new(REQUEST)),
+            overhead: Histogram::new(OVERHEAD),
+            queue_wait: Histogram::new(REQUEST),
+            rejected: Default::default(),
+            interrupted: Default::default(),
+            disconnects: Default::default(),
+            panic_picks: Counter::default(),
+        }
+    }
+}
+
+impl Lane {
+    /// Zap answered by itself.
+    pub fn answered(&self, endpoint: Endpoint, status: u16) {
+        self.answers.count(endpoint, status);
+    }
+
+    /// A request took so long in all.
+    pub fn lasted(&self, endpoint: Endpoint, nanos: u64) {
+        self.durations[endpoint as usize].record(nanos);
+    }
+
+    /// Zap refused a request.
+    pub fn rejected(&self, code: Code) {
+        self.rejected[code as usize].add(1);
+    }
+
+    /// A stream was cut.
+    pub fn interrupted(&self, side: Side) {
+        self.interrupted[side as usize].add(1);
+    }
+
+    /// A client left.
+    pub fn disconnected(&self, phase: Phase) {
+        self.disconnects[phase as usize].add(1);
+    }
+}
+
+/// One worker's counts for one backend.
+#[derive(Debug)]
+pub struct BackendLane {
+    answers: Answers,
+    first_byte: Histogram,
+    retries: [Counter; Code::ALL.len()],
+    errors: [Counter; Code::ALL.len()],
+    /// Connections that serve a request.
+    pub active: Counter,
+    /// Connections that wait for one.
+    pub idle: Counter,
+}
+
+impl Default for BackendLane {
+    fn default() -> Self {
+        BackendLane {
+            answers: Answers::default(),
+            first_byte: Histogram::new(REQUEST),
+            retries: Default::default(),
+            errors: Default::default(),
+            active: Counter::default(),
+            idle: Counter::default(),
+        }
+    }
+}
+
+impl BackendLane {
+    /// The backend answered a client.
+    pub fn answered(&self, endpoint: Endpoint, status: u16) {
+        self.answers.count(endpoint, status);
+    }
+
+    /// The first byte took so long, from the request's arrival.
+    pub fn first_byte(&self, nanos: u64) {
+        self.first_byte.record(nanos);
+    }
+
+    /// Another try was made because this backend failed.
+    pub fn retried(&self, reason: Code) {
+        self.retries[reason as usize].add(1);
+    }
+
+    /// A try failed.
+    pub fn failed(&self, kind: Code) {
+        self.errors[kind as usize].add(1);
+    }
+}
+
+/// What a try can fail with: the values of `reason` and `kind` in families labelled by backend.
+const KINDS: [Code; 7] = [
+    Code::UpstreamAuthError,
+    Code::UpstreamError,
+    Code::UpstreamInvalidResponse,
+    Code::UpstreamRateLimited,
+    Code::UpstreamTimeout,
+    Code::UpstreamTlsError,
+    Code::UpstreamUnreachable,
+];
+
+/// Configuration reloads by result; written by the control thread.
+#[derive(Debug, Default)]
+pub struct Reloads {
+    /// Taken over.
+    pub applied: AtomicU64,
+    /// Refused; the old one stays.
+    pub rejected: AtomicU64,
+}
+
+/// The text of `/metrics`.
+pub fn encode(shared: &Shared) -> String {
+    let snapshot = shared.snapshot.load();
+    let mut e = Encoder::default();
+    requests(&mut e, shared, &snapshot.backends);
+    gateway(&mut e, shared);
+    backends(&mut e, &snapshot.backends);
+    process(&mut e);
+    e.finish()
+}
+
+fn sum<T>(lanes: &[T], value: impl Fn(&T) -> u64) -> u64 {
+    lanes.iter().map(value).fold(0, u64::wrapping_add)
+}
+
+fn requests(e: &mut Encoder, shared: &Shared, backends: &[std::sync::Arc<Upstream>]) {
+    let lanes = &shared.lanes;
+    e.family(
+        "zap_requests_total",
+        "counter",
+        "Requests answered; backend is empty where Zap answered itself.",
+    );
+    for endpoint in Endpoint::ALL {
+        let name = endpoint.name();
+        for status in STATUSES {
+            let text = status.to_string();
+            let own = sum(lanes, |l| l.answers.get(endpoint, status));
+            if own > 0 {
+                e.sample(
+                    "zap_requests_total",
+                    &[("endpoint", name), ("backend", ""), ("status", &text)],
+                    own,
+                );
+            }
+            for b in backends {
+                let n = sum(&b.lanes, |l| l.answers.get(endpoint, status));
+                if n > 0 || (endpoint == Endpoint::Chat && status == 200) {
+                    let labels = [("endpoint", name), ("backend", b.name()), ("status", text.as_str())];
+                    e.sample("zap_requests_total", &labels, n);
+                }
+            }
+        }
+    }
+    e.family(
+        "zap_request_duration_seconds",
+        "histogram",
+        "Time from a request's arrival to the end of its answer.",
+    );
+    for endpoint in Endpoint::ALL {
+        let total = Total::of(REQUEST, lanes.iter().map(|l| &l.durations[endpoint as usize]));
+        if total.count > 0 || endpoint == Endpoint::Chat {
+            e.histogram("zap_request_duration_seconds", &[("endpoint", endpoint.name())], &total);
+        }
+    }
+    e.family(
+        "zap_time_to_first_byte_seconds",
+        "histogram",
+        "Time from a request's arrival to its answer's head.",
+    );
+    for b in backends {
+        let total = Total::of(REQUEST, b.lanes.iter().map(|l| &l.first_byte));
+        e.histogram("zap_time_to_first_byte_seconds", &[("backend", b.name())], &total);
+    }
+    e.family("zap_overhead_seconds", "histogram", "Zap's own share of the time to the first byte.");
+    e.histogram("zap_overhead_seconds", &[], &Total::of(OVERHEAD, lanes.iter().map(|l| &l.overhead)));
+}
+
+fn gateway(e: &mut Encoder, shared: &Shared) {
+    let lanes = &shared.lanes;
+    let mut one = |name: &str, kind: &str, help: &str, value: u64| {
+        e.family(name, kind, help);
+        e.sample(name, &[], value);
+    };
+    one("zap_queue_depth", "gauge", "Requests that wait.", shared.admission.depth() as u64);
+    one(
+        "zap_rate_limit_keys",
+        "gauge",
+        "Client keys tracked by the rate limiter.",
+        shared.limiter.keys() as u64,
+    );
+    one(
+        "zap_panic_picks_total",
+        "counter",
+        "Backends asked although all were out.",
+        sum(lanes, |l| l.panic_picks.get()),
+    );
+    one(
+        "zap_log_lines_dropped_total",
+        "counter",
+        "Log lines lost to a full or closed stderr.",
+        shared.log.dropped(),
+    );
+    e.family("zap_queue_wait_seconds", "histogram", "Time in the queue, of requests that were queued.");
+    e.histogram("zap_queue_wait_seconds", &[], &Total::of(REQUEST, lanes.iter().map(|l| &l.queue_wait)));
+    e.family("zap_rejected_total", "counter", "Requests that Zap refused.");
+    for code in Code::ALL {
+        let n = sum(lanes, |l| l.rejected[code as usize].get());
+        if code != Code::UpstreamError {
+            e.sample("zap_rejected_total", &[("reason", code.text())], n);
+        }
+    }
+    e.family("zap_streams_interrupted_total", "counter", "Streams cut before their end.");
+    for (name, side) in SIDES {
+        let n = sum(lanes, |l| l.interrupted[side as usize].get());
+        e.sample("zap_streams_interrupted_total", &[("side", name)], n);
+    }
+    e.family("zap_client_disconnects_total", "counter", "Clients that left before their answer was whole.");
+    for phase in Phase::ALL {
+        let n = sum(lanes, |l| l.disconnects[phase as usize].get());
+        e.sample("zap_client_disconnects_total", &[("phase", phase.name())], n);
+    }
+    e.family("zap_config_reloads_total", "counter", "Configuration reloads.");
+    for (result, n) in [("applied", &shared.reloads.applied), ("rejected", &shared.reloads.rejected)] {
+        e.sample("zap_config_reloads_total", &[("result", result)], n.load(Ordering::Relaxed));
+    }
+    e.family("zap_build_info", "gauge", "Always 1; the version is the label.");
+    e.sample("zap_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+}
+
+fn backends(e: &mut Encoder, backends: &[std::sync::Arc<Upstream>]) {
+    let now = clock::now();
+    let mut gauge = |name: &str, help: &str, value: &dyn Fn(&Upstream) -> u64| {
+        e.family(name, "gauge", help);
+        for b in backends {
+            e.sample(name, &[("backend", b.name())], value(b));
+        }
+    };
+    gauge("zap_in_flight", "Requests that a backend serves now.", &|b| b.in_flight() as u64);
+    gauge("zap_backend_up", "1 while a backend may be asked, cooling or not.", &|b| {
+        u64::from(b.breaker.is_up(now))
+    });
+    gauge("zap_backend_cooling", "1 while a backend wants to be left alone.", &|b| {
+        u64::from(matches!(b.breaker.status(now), crate::policy::breaker::Status::Cooling(_)))
+    });
+    e.family("zap_upstream_connections", "gauge", "Connections to a backend.");
+    for b in backends {
+        for (state, n) in
+            [("active", sum(&b.lanes, |l| l.active.get())), ("idle", sum(&b.lanes, |l| l.idle.get()))]
+        {
+            e.sample("zap_upstream_connections", &[("backend", b.name()), ("state", state)], n);
+        }
+    }
+    let mut by_kind =
+        |name: &str, help: &str, label: &'static str, value: &dyn Fn(&BackendLane, Code) -> u64| {
+            e.family(name, "counter", help);
+            for b in backends {
+                for kind in KINDS {
+                    let n = sum(&b.lanes, |l| value(l, kind));
+                    e.sample(name, &[("backend", b.name()), (label, kind.text())], n);
+                }
+            }
+        };
+    by_kind("zap_retries_total", "Further tries made because of a backend's failure.", "reason", &|l, k| {
+        l.retries[k as usize].get()
+    });
+    by_kind("zap_upstream_errors_total", "Tries that failed at a backend.", "kind", &|l, k| {
+        l.errors[k as usize].get()
+    });
+}
+
+fn process(e: &mut Encoder) {
+    let Some(p) = Process::read() else { return };
+    e.family("process_cpu_seconds_total", "counter", "User and system CPU time.");
+    e.fraction("process_cpu_seconds_total", &[], p.cpu_seconds);
+    e.family("process_resident_memory_bytes", "gauge", "Resident memory.");
+    e.sample("process_resident_memory_bytes", &[], p.resident_bytes);
+    e.family("process_open_fds", "gauge", "Open file descriptors.");
+    e.sample("process_open_fds", &[], p.open_fds);
+    e.family("process_start_time_seconds", "gauge", "Start of the process since the Unix epoch.");
+    e.fraction("process_start_time_seconds", &[], p.start_seconds);
+}
+
+/// What Linux says of this process.
+struct Process {
+    cpu_seconds: f64,
+    resident_bytes: u64,
+    open_fds: u64,
+    start_seconds: f64,
+}
+
+/// `USER_HZ`, which Linux fixes at 100 for everything that /proc shows.
+const TICKS: f64 = 100.0;
+
+impl Process {
+    fn read() -> Option<Self> {
+        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let ticks = |i: usize| fields.get(i)?.parse::<f64>().ok();
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+        let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+        let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
+        Some(Process {
+            cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS,
+            resident_bytes: resident.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024,
+            open_fds: std::fs::read_dir("/proc/self/fd").ok()?.count().saturating_sub(1) as u64,
+            start_seconds: wall - uptime + ticks(19)? / TICKS,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_count_any_status_and_survive_odd_ones() {
+        let a = Answers::default();
+        for status in [100, 200, 200, 599, 600, 42, u16::MAX] {
+            a.count(Endpoint::Chat, status);
+        }
+        assert_eq!(a.get(Endpoint::Chat, 200), 2);
+        assert_eq!((a.get(Endpoint::Chat, 100), a.get(Endpoint::Chat, 599)), (1, 1));
+        assert_eq!(a.get(Endpoint::Other, 200), 0);
+    }
+
+    #[test]
+    fn reads_the_process() {
+        let p = Process::read().unwrap();
+        assert!(p.resident_bytes > 100_000 && p.open_fds >= 3 && p.cpu_seconds >= 0.0);
+        assert!(p.start_seconds > 1.7e9);
+    }
+}

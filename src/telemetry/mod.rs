@@ -1,0 +1,292 @@
+//! What a request leaves behind: one [`Completion`], which feeds the metrics and the log.
+
+pub mod metrics;
+
+pub mod histogram;
+
+pub mod encode;
+
+pub mod log;
+
+use std::fmt::Write as _;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use http::HeaderValue;
+
+use self::log::push_json;
+use self::metrics::{Lane, Side};
+use crate::clock;
+use crate::error::Code;
+use crate::policy::{MILLI, Nanos};
+use crate::state::Shared;
+use crate::upstream::Upstream;
+
+/// What a path is for: the `endpoint` of metrics and log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Endpoint {
+    Chat,
+    Health,
+    Metrics,
+    Other,
+    Ready,
+    Status,
+}
+
+impl Endpoint {
+    /// All of them, in the order of their discriminants.
+    pub const ALL: [Endpoint; 6] = [
+        Endpoint::Chat,
+        Endpoint::Health,
+        Endpoint::Metrics,
+        Endpoint::Other,
+        Endpoint::Ready,
+        Endpoint::Status,
+    ];
+
+    /// As it stands in labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "chat",
+            Endpoint::Health => "health",
+            Endpoint::Metrics => "metrics",
+            Endpoint::Other => "other",
+            Endpoint::Ready => "ready",
+            Endpoint::Status => "status",
+        }
+    }
+}
+
+/// Where a request is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Phase {
+    Body,
+    Queued,
+    Connecting,
+    Waiting,
+    Backoff,
+    Streaming,
+}
+
+impl Phase {
+    /// All of them, in the order of their discriminants.
+    pub const ALL: [Phase; 6] =
+        [Phase::Body, Phase::Queued, Phase::Connecting, Phase::Waiting, Phase::Backoff, Phase::Streaming];
+
+    /// As it stands in labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Body => "body",
+            Phase::Queued => "queued",
+            Phase::Connecting => "connecting",
+            Phase::Waiting => "waiting",
+            Phase::Backoff => "backoff",
+            Phase::Streaming => "streaming",
+        }
+    }
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The client left. Also what a completion reports that is dropped before anything else was said.
+    ClientGone,
+    /// The answer went out whole.
+    Complete,
+    /// Time was up.
+    Timeout,
+    /// The upstream broke off.
+    UpstreamError,
+}
+
+impl End {
+    fn name(self) -> &'static str {
+        match self {
+            End::ClientGone => "client_gone",
+            End::Complete => "complete",
+            End::Timeout => "timeout",
+            End::UpstreamError => "upstream_error",
+        }
+    }
+}
+
+/// A worker's telemetry: its lane and the way to the log.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    /// The worker's number.
+    pub worker: usize,
+    /// Everything that is shared, the lanes among it.
+    pub shared: Arc<Shared>,
+}
+
+impl Recorder {
+    /// The worker's lane.
+    pub fn lane(&self) -> &Lane {
+        &self.shared.lanes[self.worker]
+    }
+}
+
+/// One request's record, filled on its way and reported once, when it is dropped.
+#[derive(Debug)]
+pub struct Completion {
+    recorder: Rc<Recorder>,
+    /// When the request's head was read.
+    pub started: Nanos,
+    /// What was asked.
+    pub endpoint: Endpoint,
+    /// The path as it came; empty where requests are not logged.
+    pub path: String,
+    /// The id in the answer's `x-request-id`.
+    pub request_id: HeaderValue,
+    /// Keyed hash of the client's credential.
+    pub client: Option<u64>,
+    /// The model that was asked for, if any.
+    pub model: Option<String>,
+    /// The body asked for a stream.
+    pub stream: bool,
+    /// Status of the answer; 0 while there is none.
+    pub status: u16,
+    /// Who answered; `None`: Zap itself.
+    pub backend: Option<Arc<Upstream>>,
+    /// Upstream tries.
+    pub tries: u32,
+    /// Backend and outcome of every try that failed.
+    pub failed: Vec<(Arc<Upstream>, Code)>,
+    /// Time in the queue, if it was queued.
+    pub queued: Option<Nanos>,
+    /// Time spent waiting for others: the client's body, the queue, upstreams, backoff.
+    pub others: Nanos,
+    /// Time to the head of the answer.
+    pub first_byte: Option<Nanos>,
+    /// Body bytes handed to the client.
+    pub bytes: u64,
+    /// Where the request is.
+    pub phase: Phase,
+    /// How it ended, as far as known.
+    pub end: End,
+}
+
+impl Completion {
+    /// A request that has just arrived.
+    pub fn new(recorder: Rc<Recorder>, endpoint: Endpoint, path: &str, request_id: HeaderValue) -> Box<Self> {
+        let path = if recorder.shared.log_requests() { path.to_owned() } else { String::new() };
+        Box::new(Completion {
+            recorder,
+            started: clock::now(),
+            endpoint,
+            path,
+            request_id,
+            client: None,
+            model: None,
+            stream: false,
+            status: 0,
+            backend: None,
+            tries: 0,
+            failed: Vec::new(),
+            queued: None,
+            others: 0,
+            first_byte: None,
+            bytes: 0,
+            phase: Phase::Body,
+            end: End::ClientGone,
+        })
+    }
+
+    /// The worker's telemetry.
+    pub fn recorder(&self) -> &Rc<Recorder> {
+        &self.recorder
+    }
+
+    /// The head of the answer is ready.
+    pub fn answered(&mut self, status: u16) {
+        let first_byte = clock::now() - self.started;
+        self.status = status;
+        self.first_byte = Some(first_byte);
+        self.phase = Phase::Streaming;
+        let lane = self.recorder.lane();
+        match &self.backend {
+            Some(b) => {
+                b.lanes[self.recorder.worker].first_byte(first_byte);
+                b.lanes[self.recorder.worker].answered(self.endpoint, status);
+                lane.overhead.record(first_byte.saturating_sub(self.others));
+            }
+            None => lane.answered(self.endpoint, status),
+        }
+    }
+
+    fn line(&self, total: Nanos) -> String {
+        let ms = |nanos: Nanos| nanos as f64 / MILLI as f64;
+        let mut out = String::with_capacity(400);
+        let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
+        push_json(&mut out, self.request_id.to_str().unwrap_or_default());
+        match self.client {
+            Some(client) => {
+                let _ = write!(out, ",\"client\":\"{client:016x}\"");
+            }
+            None => out.push_str(",\"client\":\"anonymous\""),
+        }
+        out.push_str(",\"path\":");
+        push_json(&mut out, self.path.get(..self.path.floor_char_boundary(256)).unwrap_or_default());
+        out.push_str(",\"model\":");
+        match &self.model {
+            Some(model) => push_json(&mut out, model),
+            None => out.push_str("null"),
+        }
+        let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
+        match &self.backend {
+            Some(backend) => push_json(&mut out, backend.name()),
+            None => out.push_str("null"),
+        }
+        out.push_str(",\"attempts\":[");
+        for (i, (backend, outcome)) in self.failed.iter().enumerate() {
+            out.push_str(if i == 0 { "[" } else { ",[" });
+            push_json(&mut out, backend.name());
+            let _ = write!(out, ",\"{}\"]", outcome.text());
+        }
+        if self.tries as usize > self.failed.len()
+            && let Some(backend) = &self.backend
+        {
+            out.push_str(if self.failed.is_empty() { "[" } else { ",[" });
+            push_json(&mut out, backend.name());
+            let _ = write!(out, ",\"{}\"]", self.status);
+        }
+        let _ = write!(
+            out,
+            "],\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
+            ms(self.queued.unwrap_or(0)),
+            ms(self.first_byte.unwrap_or(total)),
+            ms(total),
+            self.bytes,
+            self.end.name()
+        );
+        out
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        let total = clock::now() - self.started;
+        let lane = self.recorder.lane();
+        if self.status == 0 {
+            // Nobody is there to answer; the request is counted all the same, as nginx does.
+            self.status = 499;
+            lane.answered(self.endpoint, self.status);
+        }
+        if self.end == End::ClientGone {
+            lane.disconnected(self.phase);
+            if self.stream && self.phase == Phase::Streaming {
+                lane.interrupted(Side::Client);
+            }
+        }
+        if let Some(queued) = self.queued {
+            lane.queue_wait.record(queued);
+        }
+        lane.lasted(self.endpoint, total);
+        if self.recorder.shared.log_requests() {
+            self.recorder.shared.log.line(self.line(total));
+        }
+    }
+}

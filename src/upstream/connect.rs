@@ -1,0 +1,153 @@
+//! Opening a connection: name look-up, TCP, TLS, under one time limit.
+//!
+//! Roots are the system's (`SSL_CERT_FILE` and `SSL_CERT_DIR` honoured), because that is where an operator's own
+//! authority already stands; a backend's `ca_file` adds to them.
+
+use std::error::Error;
+use std::fmt;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::Uri;
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tower_service::Service;
+
+use crate::config;
+use crate::error::Code;
+
+/// An open connection, plain or TLS.
+pub type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// The certificates that are trusted everywhere, loaded once and only if a backend needs them.
+#[derive(Debug)]
+pub struct Roots {
+    system: RootCertStore,
+    timeout: Duration,
+}
+
+impl Roots {
+    /// Loads the system's roots if any of `backends` speaks TLS. `timeout`: of every connection.
+    pub fn load(backends: &[config::Backend], timeout: Duration) -> Self {
+        let mut system = RootCertStore::empty();
+        if backends.iter().any(|b| b.url.https) {
+            system.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+        Roots { system, timeout }
+    }
+
+    fn config(&self, ca_file: Option<&Path>) -> Result<ClientConfig, String> {
+        let mut roots = self.system.clone();
+        if let Some(path) = ca_file {
+            let added = add_pem(&mut roots, path);
+            added.map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?;
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|e| format!("TLS cannot be set up ({e})"))?;
+        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    }
+}
+
+fn add_pem(roots: &mut RootCertStore, path: &Path) -> Result<(), BoxError> {
+    let mut found = false;
+    for certificate in CertificateDer::pem_file_iter(path)? {
+        roots.add(certificate?)?;
+        found = true;
+    }
+    if found { Ok(()) } else { Err("it is empty".into()) }
+}
+
+/// Opens connections to one backend.
+#[derive(Clone)]
+pub struct Connector {
+    https: HttpsConnector<Tcp>,
+    to: Uri,
+    timeout: Duration,
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
+impl Connector {
+    /// A connector to `backend`.
+    ///
+    /// # Errors
+    /// What is wrong with its URL or its certificates.
+    pub fn new(backend: &config::Backend, roots: &Roots) -> Result<Self, String> {
+        let url = &backend.url;
+        let scheme = if url.https { "https" } else { "http" };
+        let to = format!("{scheme}://{}/", url.authority)
+            .parse()
+            .map_err(|_| "its host is not valid".to_owned())?;
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        let tls = if url.https { roots.config(backend.ca_file.as_deref())? } else { Roots::none()? };
+        Ok(Connector { https: HttpsConnector::from((Tcp(tcp), tls)), to, timeout: roots.timeout })
+    }
+
+    /// Opens one connection.
+    ///
+    /// # Errors
+    /// [`Code::UpstreamUnreachable`], [`Code::UpstreamTlsError`] or, past the time limit, [`Code::UpstreamTimeout`].
+    pub async fn connect(&self) -> Result<Io, Code> {
+        let opening = self.https.clone().call(self.to.clone());
+        match tokio::time::timeout(self.timeout, opening).await {
+            Ok(Ok(io)) => Ok(io),
+            Ok(Err(e)) if e.is::<TcpFailed>() => Err(Code::UpstreamUnreachable),
+            Ok(Err(_)) => Err(Code::UpstreamTlsError),
+            Err(_) => Err(Code::UpstreamTimeout),
+        }
+    }
+}
+
+impl Roots {
+    fn none() -> Result<ClientConfig, String> {
+        Roots { system: RootCertStore::empty(), timeout: Duration::ZERO }.config(None)
+    }
+}
+
+/// The TCP half, whose failures can be told from those of TLS.
+#[derive(Clone)]
+struct Tcp(HttpConnector);
+
+#[derive(Debug)]
+struct TcpFailed;
+
+impl fmt::Display for TcpFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no TCP connection")
+    }
+}
+
+impl Error for TcpFailed {}
+
+impl Service<Uri> for Tcp {
+    type Response = TokioIo<TcpStream>;
+    type Error = TcpFailed;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, TcpFailed>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TcpFailed>> {
+        self.0.poll_ready(cx).map_err(|_| TcpFailed)
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let opening = self.0.call(to);
+        Box::pin(async { opening.await.map_err(|_| TcpFailed) })
+    }
+}

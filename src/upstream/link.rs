@@ -1,0 +1,210 @@
+//! One upstream HTTP/1.1 connection, as the pool, the attempt loop and the relay see it.
+//!
+//! A link is driven by whoever holds it: there is no task behind it, so dropping it closes the connection at
+//! once, and a reply that nobody reads is not read ahead. [`Link`] is all that the rest of Zap knows;
+//! [`HyperLink`] fulfils it with hyper's client.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+use http::{Request, Response, response};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, Connection, SendRequest};
+
+use super::connect::Io;
+use crate::error::Code;
+
+/// Largest head of a response, and what is buffered of a body at most.
+const MAX_BUFFER: usize = 64 * 1024;
+
+/// Most headers of a response.
+const MAX_HEADERS: usize = 100;
+
+/// Why a link gave no answer.
+#[derive(Debug)]
+pub enum LinkError {
+    /// It broke, or what came is not an answer.
+    Broken(Code),
+    /// It had died before a byte of the request was written; here is the request.
+    Unsent(Box<Request<SendBody>>),
+}
+
+/// One connection that carries one exchange at a time.
+pub trait Link {
+    /// Begins an exchange. Only on a link that [`is_idle`](Link::is_idle).
+    fn start(&mut self, request: Request<SendBody>);
+
+    /// Drives the exchange to the head of the answer.
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>>;
+
+    /// Drives the exchange to the next piece of the body; `None` at its end.
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>>;
+
+    /// Bytes of the body still to come, where the answer says so.
+    fn remaining(&self) -> SizeHint;
+
+    /// The body is known to be at its end without another poll.
+    fn is_end(&self) -> bool;
+
+    /// Whether the last exchange ended exactly and the peer still holds the connection open.
+    fn is_idle(&mut self) -> bool;
+}
+
+/// A request's body: slices of the client's chunks and what was spliced in between.
+#[derive(Debug, Default)]
+pub struct SendBody {
+    slices: std::vec::IntoIter<Bytes>,
+    left: u64,
+}
+
+impl SendBody {
+    /// A body of these slices in order.
+    pub fn new(slices: Vec<Bytes>) -> Self {
+        SendBody { left: slices.iter().map(|s| s.len() as u64).sum(), slices: slices.into_iter() }
+    }
+}
+
+impl Body for SendBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let Some(slice) = self.slices.next() else { return Poll::Ready(None) };
+        self.left -= slice.len() as u64;
+        Poll::Ready(Some(Ok(Frame::data(slice))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.left == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
+}
+
+/// hyper's client connection, polled in place.
+pub struct HyperLink {
+    connection: Connection<Io, SendBody>,
+    sender: SendRequest<SendBody>,
+    reply: Reply,
+    /// The connection's future has ended; it must not be polled again.
+    over: bool,
+}
+
+type Head = Pin<Box<dyn Future<Output = Result<Response<Incoming>, Failed>>>>;
+
+/// hyper's error, and the request where not a byte of it was written.
+struct Failed {
+    error: hyper::Error,
+    unsent: Option<Box<Request<SendBody>>>,
+}
+
+enum Reply {
+    Idle,
+    Waiting(Head),
+    Body(Incoming),
+}
+
+impl HyperLink {
+    /// Prepares an open connection.
+    ///
+    /// # Errors
+    /// [`Code::UpstreamUnreachable`]; hyper has no reason to fail here.
+    pub async fn new(io: Io) -> Result<Self, Code> {
+        let mut builder = http1::Builder::new();
+        builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS);
+        let (sender, connection) = builder.handshake(io).await.map_err(|_| Code::UpstreamUnreachable)?;
+        Ok(HyperLink { connection, sender, reply: Reply::Idle, over: false })
+    }
+
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if !self.over {
+            self.over = Pin::new(&mut self.connection).poll(cx).is_ready();
+        }
+    }
+}
+
+impl Link for HyperLink {
+    fn start(&mut self, request: Request<SendBody>) {
+        let sending = self.sender.try_send_request(request);
+        let head = async {
+            sending.await.map_err(|mut e| {
+                let unsent = e.take_message().map(Box::new);
+                Failed { error: e.into_error(), unsent }
+            })
+        };
+        // hyper answers through a channel whose other end is polled just before: a waker of its own would only
+        // wake the task that runs already, and the runtime's budget must not hide an answer that is there.
+        self.reply = Reply::Waiting(Box::pin(tokio::task::unconstrained(head)));
+    }
+
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {
+        self.drive(cx);
+        let Reply::Waiting(head) = &mut self.reply else {
+            return Poll::Ready(Err(LinkError::Broken(Code::UpstreamUnreachable)));
+        };
+        let failed = match head.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(response)) => {
+                let (parts, body) = response.into_parts();
+                self.reply = Reply::Body(body);
+                return Poll::Ready(Ok(parts));
+            }
+            Poll::Ready(Err(failed)) => failed,
+            Poll::Pending if self.over => {
+                return Poll::Ready(Err(LinkError::Broken(Code::UpstreamUnreachable)));
+            }
+            Poll::Pending => return Poll::Pending,
+        };
+        self.reply = Reply::Idle;
+        Poll::Ready(Err(match failed.unsent {
+            Some(request) => LinkError::Unsent(request),
+            None if failed.error.is_parse() => LinkError::Broken(Code::UpstreamInvalidResponse),
+            None => LinkError::Broken(Code::UpstreamUnreachable),
+        }))
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>> {
+        let mut asked = false;
+        loop {
+            self.drive(cx);
+            let Reply::Body(body) = &mut self.reply else { return Poll::Ready(None) };
+            match Pin::new(body).poll_frame(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => return Poll::Ready(Some(Ok(data))),
+                    // Trailers end at Zap.
+                    Err(_) => continue,
+                },
+                Poll::Ready(Some(Err(_))) => return Poll::Ready(Some(Err(Code::UpstreamError))),
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending if self.over => return Poll::Ready(Some(Err(Code::UpstreamError))),
+                Poll::Pending if asked => return Poll::Pending,
+                // hyper reads a frame only once somebody asked for it: drive it again, now that one did.
+                Poll::Pending => asked = true,
+            }
+        }
+    }
+
+    fn remaining(&self) -> SizeHint {
+        match &self.reply {
+            Reply::Body(body) => body.size_hint(),
+            Reply::Idle | Reply::Waiting(_) => SizeHint::with_exact(0),
+        }
+    }
+
+    fn is_end(&self) -> bool {
+        matches!(&self.reply, Reply::Body(body) if body.is_end_stream())
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.reply = Reply::Idle;
+        self.drive(&mut Context::from_waker(Waker::noop()));
+        !self.over && self.sender.is_ready()
+    }
+}

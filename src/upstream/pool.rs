@@ -1,0 +1,116 @@
+//! A worker's idle upstream connections.
+//!
+//! A connection is used by one request at a time and comes back only after an exchange that ended exactly. The
+//! youngest idle one is taken first, so that the surplus of a burst grows old and goes.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Upstream;
+use super::link::{HyperLink, Link};
+use crate::policy::{Nanos, SECOND};
+use crate::telemetry::histogram::Counter;
+
+/// How long a connection may wait for its next request.
+const MAX_IDLE: Nanos = 30 * SECOND;
+
+/// How long a connection may live: a name that resolves to something new is followed within this.
+const MAX_AGE: Nanos = 300 * SECOND;
+
+/// Idle connections kept for one backend.
+const MAX_PER_BACKEND: usize = 1024;
+
+/// Idle connections by backend.
+#[derive(Default)]
+pub struct Pool {
+    idle: RefCell<HashMap<u64, Vec<Lease>>>,
+}
+
+/// A connection, in use or idle; dropping it closes it.
+pub struct Lease {
+    /// The connection itself.
+    pub link: Box<HyperLink>,
+    count: Count,
+    born: Nanos,
+    parked: Nanos,
+}
+
+/// Its place in `zap_upstream_connections`.
+struct Count {
+    upstream: Arc<Upstream>,
+    worker: usize,
+    idle: bool,
+}
+
+impl Count {
+    fn new(upstream: Arc<Upstream>, worker: usize) -> Self {
+        upstream.lanes[worker].active.add(1);
+        Count { upstream, worker, idle: false }
+    }
+
+    fn set_idle(&mut self, idle: bool) {
+        self.counter().sub(1);
+        self.idle = idle;
+        self.counter().add(1);
+    }
+
+    fn counter(&self) -> &Counter {
+        let lane = &self.upstream.lanes[self.worker];
+        if self.idle { &lane.idle } else { &lane.active }
+    }
+}
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        self.counter().sub(1);
+    }
+}
+
+impl Lease {
+    /// A fresh connection, in use from now on.
+    pub fn new(link: HyperLink, upstream: Arc<Upstream>, worker: usize, now: Nanos) -> Self {
+        Lease { link: Box::new(link), count: Count::new(upstream, worker), born: now, parked: now }
+    }
+
+    fn is_fresh(&self, now: Nanos) -> bool {
+        self.parked + MAX_IDLE > now && self.born + MAX_AGE > now
+    }
+}
+
+impl Pool {
+    /// An idle connection to `upstream` that its peer still holds open.
+    pub fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
+        let mut idle = self.idle.borrow_mut();
+        let parked = idle.get_mut(&upstream.id)?;
+        while let Some(mut lease) = parked.pop() {
+            if lease.is_fresh(now) && lease.link.is_idle() {
+                lease.count.set_idle(false);
+                return Some(lease);
+            }
+        }
+        None
+    }
+
+    /// Takes a connection back, if it can serve again.
+    pub fn park(&self, mut lease: Lease, now: Nanos) {
+        lease.parked = now;
+        if !lease.is_fresh(now) || !lease.link.is_idle() {
+            return;
+        }
+        lease.count.set_idle(true);
+        let mut idle = self.idle.borrow_mut();
+        let parked = idle.entry(lease.count.upstream.id).or_default();
+        if parked.len() < MAX_PER_BACKEND {
+            parked.push(lease);
+        }
+    }
+
+    /// Closes what is too old or was closed by its peer.
+    pub fn sweep(&self, now: Nanos) {
+        self.idle.borrow_mut().retain(|_, parked| {
+            parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_idle());
+            !parked.is_empty()
+        });
+    }
+}
