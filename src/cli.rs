@@ -1,7 +1,7 @@
 //! The command line: what was asked for, and doing it.
 
 use std::ffi::OsString;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -44,7 +44,7 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Version) => println!("zap {}", env!("CARGO_PKG_VERSION")),
         Ok(Command::Check(file)) => return check(&file),
         Ok(Command::Demo(port)) => return demo(port),
-        Ok(Command::Serve(file)) => return load(&file).map_or_else(|code| code, serve),
+        Ok(Command::Serve(file)) => return load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
             eprintln!("zap: {what}\n\n{HELP}");
             return ExitCode::from(BAD_USAGE);
@@ -112,15 +112,14 @@ fn check(file: &Path) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn serve(config: Config) -> ExitCode {
-    let address = SocketAddr::new(config.server.host, config.server.port);
-    let listener = match listen(address) {
-        Ok(listener) => listener,
-        Err(e) => {
-            eprintln!("zap: cannot listen on {address}: {e}");
-            return ExitCode::from(FAILED);
-        }
-    };
+fn listen_and_serve(config: Config) -> ExitCode {
+    match listen(SocketAddr::new(config.server.host, config.server.port)) {
+        Ok(listener) => serve(config, listener),
+        Err(code) => code,
+    }
+}
+
+fn serve(config: Config, listener: TcpListener) -> ExitCode {
     let (sender, receiver) = orders();
     let signals = std::thread::Builder::new().name("zap-signals".into()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -144,8 +143,15 @@ fn serve(config: Config) -> ExitCode {
     }
 }
 
+fn listen(address: SocketAddr) -> Result<TcpListener, ExitCode> {
+    bind(address).map_err(|e| {
+        eprintln!("zap: cannot listen on {address}: {e}");
+        ExitCode::from(FAILED)
+    })
+}
+
 /// A listener with a long backlog that a restart can take over at once.
-fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
@@ -154,10 +160,15 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 }
 
 fn demo(port: u16) -> ExitCode {
+    let listener = match listen((Ipv4Addr::LOCALHOST, port).into()) {
+        Ok(listener) => listener,
+        Err(code) => return code,
+    };
+    let port = listener.local_addr().map_or(port, |address| address.port());
     match demo::configuration(port) {
         Ok(config) => {
             print!("{}", demo::curl_lines(port));
-            serve(config)
+            serve(config, listener)
         }
         Err(e) => {
             eprintln!("zap: the demo cannot start: {e}");

@@ -134,11 +134,7 @@ impl Shared {
         let next = Snapshot::new(current.config.clone(), current.backends.clone(), &current.tiers);
         self.snapshot.store(Arc::new(next));
         let now = clock::now();
-        let cooling = |b: &Arc<Upstream>| match b.breaker.status(now) {
-            Status::Cooling(until) => Some(until),
-            _ => None,
-        };
-        current.backends.iter().filter_map(cooling).min()
+        current.backends.iter().filter_map(|b| b.breaker.changes_at(now)).min()
     }
 }
 

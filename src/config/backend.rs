@@ -164,7 +164,12 @@ fn api_key(t: &mut Section<'_, '_>, around: &Surroundings<'_>) -> (Option<Secret
     let line = t.line_of("api_key").unwrap_or(t.line());
     let (key, inline) = match t.text_or_section("api_key", |t| key_file(t, around)) {
         None => return (None, None),
-        Some(Err(text)) => (expanded(t, "api_key", &text, around), true),
+        // A key that comes whole from the environment does not stand in the file.
+        Some(Err(text)) => {
+            let from_outside =
+                text.value.starts_with("${") && text.value.find('}') == Some(text.value.len() - 1);
+            (expanded(t, "api_key", &text, around), !from_outside)
+        }
         Some(Ok(key)) => (key, false),
     };
     let secret = key.and_then(|key| Secret::new(&key).map_err(|what| t.fault(line, "api_key", what)).ok());

@@ -39,7 +39,8 @@ pub async fn admit(
     let since = clock::now();
     let slot = conn.alarm.limit(deadline, place).await;
     waited(completion, since);
-    slot.map_err(|_| GatewayError::QueueTimeout)
+    // A slot that comes at the last moment comes too late for any backend.
+    slot.ok().filter(|_| clock::now() < deadline).ok_or(GatewayError::QueueTimeout)
 }
 
 /// Waits, without a slot, until a backend may have reopened: at `opens`, or when one that was full has room.

@@ -88,6 +88,9 @@ impl Attempts<'_> {
         let mut rounds = 0;
         loop {
             let now = clock::now();
+            if self.completion.tries > 0 && !self.may_retry(now) {
+                return self.give_up(last, slot);
+            }
             let picked = match self.pick(now, rounds, &order, &tried) {
                 Pick::Backend(entered) => Some((entered, false)),
                 Pick::Out => self.gateway.snapshot().pick_in_panic(now).map(|entered| (entered, true)),
@@ -108,8 +111,8 @@ impl Attempts<'_> {
                 }
             };
             let Some((entered, panic)) = picked else { return Err(GatewayError::NoBackend) };
-            if self.completion.tries > 0 && !self.may_retry(now, &last) {
-                return self.give_up(last, slot);
+            if self.completion.tries > 0 {
+                self.count_retry(now, &last);
             }
             if panic {
                 self.gateway.recorder().lane().panic_picks.add(1);
@@ -153,16 +156,19 @@ impl Attempts<'_> {
         order.iter().filter_map(|id| snapshot.backends.get(*id)).any(|b| b.check(now).is_ok())
     }
 
-    /// Whether the rules allow one more try; counts it where they do.
-    fn may_retry(&mut self, now: Nanos, last: &Option<(Code, Last)>) -> bool {
-        let allowed = self.completion.tries <= self.gateway.config().retry.max_retries
+    /// Whether the rules allow one more try.
+    fn may_retry(&self, now: Nanos) -> bool {
+        self.completion.tries <= self.gateway.config().retry.max_retries
             && now < self.deadline
-            && self.gateway.shared().budget.withdraw(now);
-        if let (true, Some((reason, _)), Some((upstream, _))) = (allowed, last, self.completion.failed.last())
-        {
+            && self.gateway.shared().budget.has_room(now)
+    }
+
+    /// Counts a further try, by the backend whose failure led to it.
+    fn count_retry(&self, now: Nanos, last: &Option<(Code, Last)>) {
+        self.gateway.shared().budget.withdraw(now);
+        if let (Some((reason, _)), Some((upstream, _))) = (last, self.completion.failed.last()) {
             upstream.lanes[self.gateway.recorder().worker].retried(*reason);
         }
-        allowed
     }
 
     /// Waits before the next round. `false`: there is no time, or no try, left for one.
@@ -170,10 +176,7 @@ impl Attempts<'_> {
         let retry = &self.gateway.config().retry;
         let wait = backoff(retry.base_delay, retry.max_delay, rounds, self.gateway.random());
         let since = clock::now();
-        if self.completion.tries > retry.max_retries
-            || since + clock::nanos(wait) >= self.deadline
-            || !self.gateway.shared().budget.has_room(since)
-        {
+        if since + clock::nanos(wait) >= self.deadline {
             return false;
         }
         self.completion.phase = Phase::Backoff;
@@ -227,6 +230,9 @@ impl Attempts<'_> {
             |opening| completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
         let sending = send(gateway.pool(), gateway.recorder().worker, &upstream, outgoing, on_connect);
         let answer = conn.alarm.limit(limit, sending).await.unwrap_or(Err(Code::UpstreamTimeout));
+        if gateway.is_cut() {
+            return Err(Box::new(cut()));
+        }
         let result = match answer {
             Ok(answer) => self.judge(answer, entered, limit).await,
             Err(code) => Err(broken(code)),
@@ -240,7 +246,7 @@ impl Attempts<'_> {
 
     /// What goes to `upstream`: fresh headers, and the body with its default model spliced in where none is named.
     fn outgoing(&self, upstream: &Upstream) -> Outgoing {
-        let mut to = HeaderMap::with_capacity(16);
+        let mut to = HeaderMap::with_capacity(24);
         to.insert(HOST, upstream.host.clone());
         headers::to_backend(self.headers, upstream.conf.forward_authorization, &mut to);
         if let Some(key) = &upstream.authorization {
@@ -320,6 +326,12 @@ impl Attempts<'_> {
             }
         }
     }
+}
+
+/// A try that the way out has ended: nobody's fault, and nobody is asked any more.
+fn cut() -> Failed {
+    let last = Last::Error(GatewayError::Draining);
+    Failed { code: Code::Draining, last, blame: false, fatal: true }
 }
 
 /// A try that ended without an answer.

@@ -2,6 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HeaderMap};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
@@ -62,7 +63,7 @@ pub async fn read(
     let mut pieces = Pieces::default();
     let (mut length, mut marked) = (0u64, 0u64);
     let mut until = deadline.min(conn.coarse_now() + PATIENCE);
-    loop {
+    while !body.is_end_stream() {
         let frame = conn.alarm.limit(until, body.frame()).await.map_err(|_| GatewayError::RequestTimeout)?;
         let Some(frame) = frame else { break };
         // Trailers end at Zap.

@@ -125,6 +125,8 @@ impl Gateway {
         match result {
             Ok(delivery) => self.deliver(delivery, completion, decision, conn, version),
             Err(error) => {
+                // Whatever a cut request was waiting for, the way out ended it.
+                let error = if self.is_cut() { GatewayError::Draining } else { error };
                 let response = self.refuse(error, &mut completion);
                 self.finish(response, completion, decision, conn)
             }
@@ -197,6 +199,7 @@ impl Gateway {
     ) -> Response<Body> {
         self.dress(response.headers_mut(), &mut completion, decision, &conn);
         completion.answered(response.status().as_u16());
+        completion.bytes = http_body::Body::size_hint(response.body()).lower();
         if completion.end == End::ClientGone {
             completion.end = End::Complete;
         }
@@ -212,6 +215,7 @@ impl Gateway {
         decision: Option<Decision>,
         conn: &Conn,
     ) {
+        headers.reserve(8);
         headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
         headers.insert(X_ZAP_ATTEMPTS, HeaderValue::from(completion.tries));
         match &completion.backend {

@@ -130,12 +130,13 @@ impl RelayBody {
             State::Flushing => return self.conn.poll_flushed().map(|()| Some(Err(Cut))),
             State::Streaming => {}
         }
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(self.pass(first))));
-        }
         loop {
             let Some(held) = &mut self.held else { return Poll::Ready(None) };
-            match held.lease.link.poll_frame(cx) {
+            let frame = match self.first.take() {
+                Some(first) => Poll::Ready(Some(Ok(first))),
+                None => held.lease.link.poll_frame(cx),
+            };
+            match frame {
                 Poll::Ready(Some(Ok(data))) => {
                     let data = match &mut self.redactor {
                         Some(redactor) => redactor.push(&data),

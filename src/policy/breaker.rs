@@ -37,10 +37,12 @@ pub enum Probe {
 }
 
 impl Probe {
-    /// Reads an answer's status code.
-    pub fn of_status(status: u16) -> Self {
+    /// Reads an answer's status code. `keyless`: the backend is asked with its clients' keys, of which a probe has
+    /// none, so that a demand for one only shows that it lives.
+    pub fn of_status(status: u16, keyless: bool) -> Self {
         match status {
             200..=299 | 404 | 405 | 429 => Probe::Alive,
+            401 | 403 if keyless => Probe::Alive,
             401 | 403 => Probe::BadKey,
             _ => Probe::Failed,
         }
@@ -200,6 +202,12 @@ impl Breaker {
         matches!(self.status(now), Status::Healthy | Status::Cooling(_))
     }
 
+    /// When the state next changes by itself, if it will.
+    pub fn changes_at(&self, now: Nanos) -> Option<Nanos> {
+        let ends = [&self.cooling_until, &self.bad_key_until].map(|until| until.load(Ordering::Relaxed));
+        ends.into_iter().filter(|at| *at > now).min()
+    }
+
     /// How long it has been back; at least the whole slow start where it never was out.
     pub fn up_for(&self, now: Nanos) -> Nanos {
         match self.up_since.load(Ordering::Relaxed) {
@@ -291,6 +299,9 @@ mod tests {
         assert!(b.bad_key(1));
         assert!(!b.bad_key(2), "known already");
         assert_eq!(b.probed(Probe::Alive, LIMITS, 3), None);
+        assert_eq!((b.changes_at(3), b.changes_at(BAD_KEY + 2)), (Some(BAD_KEY + 2), None));
+        b.cool(9);
+        assert_eq!(b.changes_at(3), Some(9));
         assert_eq!(b.status(BAD_KEY + 1), Status::Misconfigured);
         assert_eq!(b.status(BAD_KEY + 2), Status::Healthy);
     }
@@ -330,7 +341,8 @@ mod tests {
             (500, Probe::Failed),
             (503, Probe::Failed),
         ] {
-            assert_eq!(Probe::of_status(status), want, "{status}");
+            assert_eq!(Probe::of_status(status, false), want, "{status}");
         }
+        assert_eq!(Probe::of_status(401, true), Probe::Alive);
     }
 }

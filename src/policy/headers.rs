@@ -33,14 +33,19 @@ const NOT_FOR_CLIENTS: [HeaderName; 9] = [
 /// `forward_authorization` adds the client's bearer and the account headers that belong to it. Headers that
 /// `Connection` nominates are left out, whatever they are.
 pub fn to_backend(client: &HeaderMap, forward_authorization: bool, to: &mut HeaderMap) {
-    let nominated = client.get_all(CONNECTION);
+    let nominates = client.contains_key(CONNECTION);
     let is_nominated = |name: &HeaderName| {
-        nominated.iter().any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
+        nominates
+            && client
+                .get_all(CONNECTION)
+                .iter()
+                .any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
     };
     for (name, value) in client {
         let passes = match name.as_str() {
-            "accept" | "content-type" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate"
-            | "user-agent" => true,
+            "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
+                true
+            }
             "authorization" | "openai-organization" | "openai-project" => forward_authorization,
             other => other.starts_with("x-stainless-"),
         };
@@ -48,9 +53,11 @@ pub fn to_backend(client: &HeaderMap, forward_authorization: bool, to: &mut Head
             to.append(name, value.clone());
         }
     }
-    for (name, default) in [(ACCEPT, "*/*"), (CONTENT_TYPE, "application/json"), (USER_AGENT, "zap")] {
+    for (name, default) in [(ACCEPT, "*/*"), (USER_AGENT, "zap")] {
         to.entry(name).or_insert(HeaderValue::from_static(default));
     }
+    // The scanner has seen to it; what a client without care calls it (`curl -d` says a form) would only mislead.
+    to.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     to.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
 }
 
@@ -141,6 +148,7 @@ mod tests {
             ("traceparent", "00-1"),
             ("tracestate", "nominated"),
             ("user-agent", "OpenAI/Python"),
+            ("content-type", "application/x-www-form-urlencoded"),
             ("x-other", "no"),
         ]);
         let mut to = HeaderMap::new();

@@ -396,7 +396,8 @@ impl Scanner {
 
     /// Ordinary characters of a string, from `i` on.
     fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, ScanError> {
-        let end = i + plain_run(&chunk[i..]);
+        let end =
+            if self.keep == Keep::Nothing { i + skip_text(&chunk[i..]) } else { i + plain_run(&chunk[i..]) };
         if end > i {
             self.keep_run(&chunk[i..end]);
         }
@@ -529,23 +530,47 @@ impl Scanner {
     }
 }
 
-/// Length of the leading run of bytes that need no look inside a string: printable ASCII but `"` and `\`.
-fn plain_run(bytes: &[u8]) -> usize {
-    const LANES: usize = 32;
-    let mut blocks = bytes.chunks_exact(LANES);
-    let mut done = 0;
-    for block in blocks.by_ref() {
-        if block.iter().fold(false, |special, &b| special | is_special(b)) {
-            break;
-        }
-        done += LANES;
+/// Length of what can be skipped of a string: whole characters and plain escapes up to its end, to something
+/// wrong, or to what may go on in the next chunk. What it leaves is read with care, byte by byte.
+fn skip_text(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    loop {
+        at += plain_run(&bytes[at..]);
+        let rest = &bytes[at..];
+        at += match rest {
+            [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
+            [0xC2..=0xDF, 0x80..=0xBF, ..] => 2,
+            [0xE1..=0xEC | 0xEE..=0xEF, 0x80..=0xBF, 0x80..=0xBF, ..] => 3,
+            [0xF1..=0xF3, 0x80..=0xBF, 0x80..=0xBF, 0x80..=0xBF, ..] => 4,
+            _ => return at,
+        };
     }
-    let tail = &bytes[done..];
-    done + tail.iter().position(|&b| is_special(b)).unwrap_or(tail.len())
 }
 
-fn is_special(b: u8) -> bool {
-    (b == b'"') | (b == b'\\') | !(0x20..0x80).contains(&b)
+/// Length of the leading run of bytes that need no look inside a string: printable ASCII but `"` and `\`.
+fn plain_run(bytes: &[u8]) -> usize {
+    let (words, tail) = bytes.as_chunks::<8>();
+    for (i, word) in words.iter().enumerate() {
+        let special = special_bytes(u64::from_le_bytes(*word));
+        if special != 0 {
+            return i * 8 + special.trailing_zeros() as usize / 8;
+        }
+    }
+    let start = bytes.len() - tail.len();
+    let is_special = |b: &u8| *b == b'"' || *b == b'\\' || !(0x20..0x80).contains(b);
+    start + tail.iter().position(is_special).unwrap_or(tail.len())
+}
+
+/// Marks, by their high bits, the bytes of `word` that are `"`, `\`, below 0x20 or above 0x7F. The lowest mark is
+/// exact; those above it may be false (Hacker's Delight, 6-1).
+fn special_bytes(word: u64) -> u64 {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGHS: u64 = ONES << 7;
+    let zero_bytes = |x: u64| x.wrapping_sub(ONES) & !x;
+    let quotes = zero_bytes(word ^ (ONES * b'"' as u64));
+    let escapes = zero_bytes(word ^ (ONES * b'\\' as u64));
+    let controls = word.wrapping_sub(ONES * 0x20) & !word;
+    (quotes | escapes | controls | word) & HIGHS
 }
 
 #[cfg(test)]
@@ -639,6 +664,22 @@ mod tests {
         ] {
             assert_eq!(scan(body), Err(ScanError::Invalid { offset }), "{}", String::from_utf8_lossy(body));
         }
+    }
+
+    #[test]
+    fn finds_the_first_special_byte_wherever_it_stands() {
+        for len in 0..40 {
+            for at in 0..=len {
+                for special in (0..=255u8).filter(|b| !(0x20..0x80).contains(b) || b"\"\\".contains(b)) {
+                    let mut bytes = vec![b'!'; len];
+                    bytes.extend([b' ', b'~', 0x7F]);
+                    bytes.insert(at, special);
+                    bytes.push(special);
+                    assert_eq!(plain_run(&bytes), at, "{special:x} at {at} of {len}");
+                }
+            }
+        }
+        assert_eq!(plain_run("printable ASCII, all of it: ~{}[]!#".as_bytes()), 35);
     }
 
     #[test]

@@ -42,15 +42,16 @@ pub async fn serve(stream: TcpStream, gateway: Rc<Gateway>) {
     if !first.await {
         return;
     }
-    serve_http(&conn, &gateway).await;
-    if conn.is_unread() {
+    let answered = serve_http(&conn, &gateway).await;
+    if answered && conn.is_unread() {
         let mut left = MAX_DISCARD;
         let drained = poll_fn(|cx| conn.poll_discard(cx, &mut left));
         let _ = conn.alarm.limit(conn.coarse_now() + LINGER, drained).await;
     }
 }
 
-async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) {
+/// `true`: hyper ended it; `false`: an alarm did, and nobody waits for an answer.
+async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) -> bool {
     let service = service_fn(|request| {
         let (gateway, conn) = (gateway.clone(), conn.clone());
         async move { Ok::<_, std::convert::Infallible>(gateway.handle(request, conn).await) }
@@ -67,10 +68,10 @@ async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) {
             http.as_mut().graceful_shutdown();
         }
         if http.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(());
+            return Poll::Ready(true);
         }
         // An alarm that no phase of a request has answered: idle, a slow head, or a write that nobody reads.
-        if conn.alarm.is_ringing() { Poll::Ready(()) } else { Poll::Pending }
+        if conn.alarm.is_ringing() { Poll::Ready(false) } else { Poll::Pending }
     })
-    .await;
+    .await
 }

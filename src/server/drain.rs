@@ -58,7 +58,7 @@ pub async fn drain(
     let mut whole = wait(&running, end, orders).await;
     workers.iter().for_each(Worker::close);
     // Idle connections close now, those with a request behind its answer.
-    whole = wait(&connections, end.max(Instant::now() + CUT), orders).await && whole;
+    whole = whole && wait(&connections, end.max(Instant::now() + CUT), orders).await;
     if !whole {
         workers.iter().for_each(Worker::cut);
         wait(&connections, Instant::now() + CUT, orders).await;

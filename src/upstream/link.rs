@@ -129,6 +129,64 @@ impl HyperLink {
             self.over = Pin::new(&mut self.connection).poll(cx).is_ready();
         }
     }
+
+    /// The head of the answer, if it is here, or what came instead.
+    fn take_head(&mut self) -> Option<Result<response::Parts, LinkError>> {
+        let Reply::Waiting(head) = &mut self.reply else {
+            return Some(Err(LinkError::Broken(Code::UpstreamUnreachable)));
+        };
+        let failed = match head.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(response)) => {
+                let (parts, body) = response.into_parts();
+                self.reply = Reply::Body(body);
+                return Some(Ok(parts));
+            }
+            Poll::Ready(Err(failed)) => failed,
+            Poll::Pending if self.over => return Some(Err(LinkError::Broken(Code::UpstreamUnreachable))),
+            Poll::Pending => return None,
+        };
+        self.reply = Reply::Idle;
+        Some(Err(match failed.unsent {
+            Some(request) => LinkError::Unsent(request),
+            None if failed.error.is_parse() => LinkError::Broken(Code::UpstreamInvalidResponse),
+            None => LinkError::Broken(Code::UpstreamUnreachable),
+        }))
+    }
+
+    /// The next frame of the body, if it is here; `Some(None)` at the end.
+    fn take_frame(&mut self) -> Option<Option<Result<Bytes, Code>>> {
+        loop {
+            let Reply::Body(body) = &mut self.reply else { return Some(None) };
+            return match Pin::new(body).poll_frame(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => Some(Some(Ok(data))),
+                    // Trailers end at Zap.
+                    Err(_) => continue,
+                },
+                Poll::Ready(Some(Err(_))) => Some(Some(Err(Code::UpstreamError))),
+                Poll::Ready(None) => Some(None),
+                Poll::Pending if self.over => Some(Some(Err(Code::UpstreamError))),
+                Poll::Pending => None,
+            };
+        }
+    }
+
+    /// Drives the connection until `take` has something. hyper's halves wake each other, which here would only
+    /// wake the task that runs already; so they get a waker that does nothing, and the task's own one last, when
+    /// there is nothing left to do but to wait for the socket.
+    fn drive_for<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut take: impl FnMut(&mut Self) -> Option<T>,
+    ) -> Option<T> {
+        for waker in [Waker::noop(), cx.waker()] {
+            self.drive(&mut Context::from_waker(waker));
+            if let Some(got) = take(self) {
+                return Some(got);
+            }
+        }
+        None
+    }
 }
 
 impl Link for HyperLink {
@@ -146,49 +204,11 @@ impl Link for HyperLink {
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {
-        self.drive(cx);
-        let Reply::Waiting(head) = &mut self.reply else {
-            return Poll::Ready(Err(LinkError::Broken(Code::UpstreamUnreachable)));
-        };
-        let failed = match head.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Ok(response)) => {
-                let (parts, body) = response.into_parts();
-                self.reply = Reply::Body(body);
-                return Poll::Ready(Ok(parts));
-            }
-            Poll::Ready(Err(failed)) => failed,
-            Poll::Pending if self.over => {
-                return Poll::Ready(Err(LinkError::Broken(Code::UpstreamUnreachable)));
-            }
-            Poll::Pending => return Poll::Pending,
-        };
-        self.reply = Reply::Idle;
-        Poll::Ready(Err(match failed.unsent {
-            Some(request) => LinkError::Unsent(request),
-            None if failed.error.is_parse() => LinkError::Broken(Code::UpstreamInvalidResponse),
-            None => LinkError::Broken(Code::UpstreamUnreachable),
-        }))
+        self.drive_for(cx, Self::take_head).map_or(Poll::Pending, Poll::Ready)
     }
 
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>> {
-        let mut asked = false;
-        loop {
-            self.drive(cx);
-            let Reply::Body(body) = &mut self.reply else { return Poll::Ready(None) };
-            match Pin::new(body).poll_frame(&mut Context::from_waker(Waker::noop())) {
-                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                    Ok(data) => return Poll::Ready(Some(Ok(data))),
-                    // Trailers end at Zap.
-                    Err(_) => continue,
-                },
-                Poll::Ready(Some(Err(_))) => return Poll::Ready(Some(Err(Code::UpstreamError))),
-                Poll::Ready(None) => return Poll::Ready(None),
-                Poll::Pending if self.over => return Poll::Ready(Some(Err(Code::UpstreamError))),
-                Poll::Pending if asked => return Poll::Pending,
-                // hyper reads a frame only once somebody asked for it: drive it again, now that one did.
-                Poll::Pending => asked = true,
-            }
-        }
+        self.drive_for(cx, Self::take_frame).map_or(Poll::Pending, Poll::Ready)
     }
 
     fn remaining(&self) -> SizeHint {

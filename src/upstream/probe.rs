@@ -63,7 +63,7 @@ async fn check(upstream: &Upstream) -> Probe {
     }
     link.start(request);
     match poll_fn(|cx| link.poll_head(cx)).await {
-        Ok(head) => Probe::of_status(head.status.as_u16()),
+        Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),
         Err(_) => Probe::Failed,
     }
 }
