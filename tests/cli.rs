@@ -1,0 +1,369 @@
+//! The program as its operator meets it: arguments, messages, exit codes, signals, log lines.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot go on must say so.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn zap() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_zap"));
+    command.stdin(Stdio::null()).current_dir(std::env::temp_dir());
+    for key in ["GROQ_API_KEY", "CEREBRAS_API_KEY", "OPENAI_API_KEY"] {
+        command.env_remove(key);
+    }
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    zap().args(args).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// A file that is gone when dropped.
+struct File(PathBuf);
+
+impl File {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("zap-cli-{}-{name}.toml", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        File(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A running Zap and what it wrote to stderr.
+struct Running {
+    child: Killed,
+    address: SocketAddr,
+    log: std::sync::Arc<std::sync::Mutex<Vec<String>>>,
+}
+
+impl Running {
+    fn start(mut command: Command) -> Self {
+        let mut child = Killed(command.stderr(Stdio::piped()).spawn().unwrap());
+        let mut lines = BufReader::new(child.0.stderr.take().unwrap()).lines();
+        let address = loop {
+            let line = lines.next().expect("it ended before it listened").unwrap();
+            if let Some((_, address)) = line.split_once("listening on ") {
+                break address.split('"').next().unwrap().parse().unwrap();
+            }
+        };
+        let log = std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default();
+        let theirs = log.clone();
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|l| theirs.lock().unwrap().push(l)));
+        Running { child, address, log }
+    }
+
+    fn with(config: &str) -> Self {
+        let file = File::new(&format!("run-{:x}", fastrand::u64(..)), config);
+        let mut command = zap();
+        command.args(["--config", file.path()]);
+        Running::start(command)
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.0.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        let end = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < end {
+            if let Some(status) = self.child.0.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("it does not end");
+    }
+
+    /// The first log line that holds `part`.
+    fn line(&self, part: &str) -> String {
+        let end = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < end {
+            if let Some(line) = self.log.lock().unwrap().iter().find(|l| l.contains(part)) {
+                return line.clone();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("no line holds {part}: {:#?}", self.log.lock().unwrap());
+    }
+}
+
+/// A child that outlives no test, not even one that fails.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Sends a request that asks for a close, and reads all there is.
+fn ask(address: SocketAddr, head: &str, body: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let rest = format!("host: a\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(format!("{head}\r\n{rest}").as_bytes()).unwrap();
+    let mut text = Vec::new();
+    stream.read_to_end(&mut text).unwrap();
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// A provider that answers every chat with these bytes after `wait`, and probes with 200.
+fn provider(answer: &'static str, wait: Duration) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            std::thread::spawn(move || {
+                let mut stream = stream.unwrap();
+                let mut buf = [0; 8192];
+                let n = stream.read(&mut buf).unwrap();
+                if buf[..n].starts_with(b"GET") {
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+                    return;
+                }
+                std::thread::sleep(wait);
+                let _ = stream.write_all(answer.as_bytes());
+            });
+        }
+    });
+    address
+}
+
+fn config(backend: SocketAddr, more: &str) -> String {
+    format!(
+        "[server]\nhost = \"127.0.0.1\"\nport = 0\nworkers = 1\n{more}\n[[backends]]\nname = \"a\"\nurl = \"http://{backend}\"\nweight = 1\napi_key = \"sk-CANARY\"\n"
+    )
+}
+
+const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+const CHAT: &str = "{\"messages\":[]}";
+
+#[test]
+fn usage_is_explained_and_wrong_usage_is_2() {
+    let help = run(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    assert!(String::from_utf8(help.stdout).unwrap().contains("zap demo [--port N]"));
+    let version = run(&["--version"]);
+    assert_eq!(String::from_utf8(version.stdout).unwrap(), format!("zap {}\n", env!("CARGO_PKG_VERSION")));
+    let wrong = run(&["serve"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("unknown argument serve"));
+}
+
+#[test]
+fn without_a_configuration_it_says_both_ways_on() {
+    let missing = run(&["--config", "/nowhere/config.toml"]);
+    assert_eq!(missing.status.code(), Some(2));
+    for way in ["cp config.example.toml config.toml", "zap demo"] {
+        assert!(stderr(&missing).contains(way), "{}", stderr(&missing));
+    }
+}
+
+#[test]
+fn every_fault_is_reported_at_once_and_no_key_is_shown() {
+    let text = "[server]\nport = 70000\nworker = 1\n[queue]\nmax_sise = 1\n[[backends]]\nurl = \"ftp://x\"\napi_key = \"sk-CANARY one\"\n";
+    let file = File::new("faults", text);
+    let since = Instant::now();
+    for args in [&["--config", file.path()][..], &["check", "--config", file.path()]] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(2));
+        let text = stderr(&output);
+        for (line, part) in
+            [(2, "70000"), (3, "workers"), (5, "max_size"), (6, "weight"), (7, "url"), (8, "api_key")]
+        {
+            let place = format!("{}:{line}:", file.path());
+            assert!(text.lines().any(|l| l.starts_with(&place) && l.contains(part)), "{line} {part}: {text}");
+        }
+        assert!(!text.contains("sk-CANARY"));
+    }
+    assert!(since.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn check_accepts_the_example_and_the_seeds_own_configuration() {
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/config.example.toml");
+    let keys = ["GROQ_API_KEY", "CEREBRAS_API_KEY", "OPENAI_API_KEY"];
+    let output =
+        zap().args(["check", "--config", example]).envs(keys.map(|k| (k, "sk-CANARY"))).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let unset = run(&["check", "--config", example]);
+    assert_eq!(unset.status.code(), Some(2));
+    assert!(stderr(&unset).contains("GROQ_API_KEY"));
+
+    let seed = "[server]\nhost = \"0.0.0.0\"\nport = 8000\n\n[queue]\nmax_size = 1000\ntimeout_secs = 300\n\n\
+        [[backends]]\nname = \"one\"\nurl = \"http://127.0.0.1:9301\"\nweight = 2\nhealth_path = \"/health\"\napi_key = \"k1\"\ndefault_model = \"m\"\n\n\
+        [[backends]]\nurl = \"http://127.0.0.1:9302/\"\nweight = 1\nchat_path = \"/v1/chat/completions\"\n\n\
+        [rate_limit]\nrequests_per_minute = 60\n";
+    let file = File::new("seed", seed);
+    let output = run(&["check", "--config", file.path()]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+fn a_file_of_keys_that_all_may_read_is_warned_of() {
+    use std::os::unix::fs::PermissionsExt;
+    let file = File::new("open", &config("127.0.0.1:1".parse().unwrap(), ""));
+    for (mode, warned) in [(0o644, true), (0o600, false)] {
+        std::fs::set_permissions(&file.0, std::fs::Permissions::from_mode(mode)).unwrap();
+        let output = run(&["check", "--config", file.path()]);
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(stderr(&output).contains("every user may read"), warned, "{mode:o}: {}", stderr(&output));
+        assert!(!stderr(&output).contains("CANARY"));
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_1() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let file = File::new(
+        "port",
+        &config(taken.local_addr().unwrap(), "").replace("port = 0", &format!("port = {port}")),
+    );
+    let output = run(&["--config", file.path()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cannot listen on"));
+}
+
+#[test]
+fn the_demo_serves_two_to_one_and_streams_and_ends_on_a_signal() {
+    let mut command = zap();
+    command.args(["demo", "--port", "0"]).stdout(Stdio::piped());
+    let mut demo = Running::start(command);
+    let mut names = Vec::new();
+    for _ in 0..6 {
+        let answer = ask(demo.address, "POST /v1/chat/completions HTTP/1.1", CHAT);
+        names.push(if answer.contains("provider alpha") { 'a' } else { 'b' });
+    }
+    assert_eq!(names.iter().collect::<String>(), "abaaba");
+    let stream = ask(demo.address, "POST /chat HTTP/1.1", "{\"stream\":true,\"messages\":[]}");
+    assert!(stream.contains("\"content\":\"Hello \"") && stream.contains("data: [DONE]"), "{stream}");
+    demo.signal("INT");
+    assert_eq!(demo.exit_code(), Some(0));
+    let mut printed = String::new();
+    demo.child.0.stdout.take().unwrap().read_to_string(&mut printed).unwrap();
+    assert!(
+        printed.contains(&format!("curl -s http://{}/v1/chat/completions -d", demo.address)),
+        "{printed}"
+    );
+}
+
+#[test]
+fn sigterm_lets_what_runs_end_and_a_second_one_does_not() {
+    let slow = provider(OK, Duration::from_millis(600));
+    let mut zap = Running::with(&config(slow, ""));
+    let address = zap.address;
+    let request = std::thread::spawn(move || ask(address, "POST /chat HTTP/1.1", CHAT));
+    zap_is_busy(&zap);
+    zap.signal("TERM");
+    zap.line("drain: ");
+    assert!(request.join().unwrap().ends_with("ok"));
+    assert_eq!(zap.exit_code(), Some(0));
+
+    let endless = provider(OK, Duration::from_secs(20));
+    let mut zap = Running::with(&config(endless, ""));
+    let mut client = TcpStream::connect(zap.address).unwrap();
+    client
+        .write_all(
+            format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{CHAT}", CHAT.len())
+                .as_bytes(),
+        )
+        .unwrap();
+    zap_is_busy(&zap);
+    zap.signal("TERM");
+    zap.line("drain: ");
+    zap.signal("TERM");
+    assert_eq!(zap.exit_code(), Some(1));
+}
+
+fn zap_is_busy(zap: &Running) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !ask(zap.address, "GET /metrics HTTP/1.1", "").contains("zap_in_flight{backend=\"a\"} 1\n") {
+        assert!(Instant::now() < end, "the request never reached the backend");
+    }
+}
+
+#[test]
+fn every_request_is_one_json_line_without_keys_or_control_characters() {
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    let head = "POST /chat HTTP/1.1\r\nauthorization: Bearer sk-CLIENT\r\nx-request-id: line-1";
+    ask(zap.address, head, "{\"messages\":[],\"model\":\"m\\r\\n\\u001b[31m\\u009b\"}");
+    let line = zap.line("line-1");
+    let json: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(json["model"], "m\r\n\u{1b}[31m\u{9b}");
+    for (key, want) in [
+        ("path", serde_json::json!("/chat")),
+        ("stream", serde_json::json!(false)),
+        ("status", serde_json::json!(200)),
+        ("backend", serde_json::json!("a")),
+        ("attempts", serde_json::json!([["a", "200"]])),
+        ("bytes", serde_json::json!(2)),
+        ("end", serde_json::json!("complete")),
+    ] {
+        assert_eq!(json[key], want, "{key} in {line}");
+    }
+    for key in ["time", "client", "queue_ms", "ttfb_ms", "total_ms"] {
+        assert!(!json[key].is_null(), "{key} in {line}");
+    }
+    ask(zap.address, "GET /a\u{9b}%0a HTTP/1.1\r\nx-request-id: line-2", "");
+    let odd: serde_json::Value = serde_json::from_str(&zap.line("line-2")).unwrap();
+    assert_eq!(odd["path"], "/a\u{9b}%0a");
+    let all = zap.log.lock().unwrap().join("\n");
+    assert!(!all.contains("sk-C") && all.chars().all(|c| c == '\n' || !c.is_control()), "{all:?}");
+}
+
+#[test]
+fn events_can_be_json_and_requests_can_be_silent() {
+    let text = config(provider(OK, Duration::ZERO), "[log]\nrequests = false\nevents = \"json\"");
+    let mut zap = Running::with(&text);
+    ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: silent", CHAT);
+    zap.signal("TERM");
+    assert_eq!(zap.exit_code(), Some(0));
+    let line = zap.line("\"event\":\"stop\"");
+    let json: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(json["level"], "info");
+    assert!(!zap.log.lock().unwrap().iter().any(|l| l.contains("silent")));
+}
+
+#[test]
+fn a_stderr_that_takes_nothing_stops_no_request() {
+    let backend = provider(OK, Duration::ZERO);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let text = config(backend, "").replace("port = 0", &format!("port = {port}"));
+    let file = File::new("full", &text);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let _child = Killed(zap().args(["--config", file.path()]).stderr(full).spawn().unwrap());
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let end = Instant::now() + Duration::from_secs(10);
+    while TcpStream::connect(address).is_err() {
+        assert!(Instant::now() < end, "it never listened");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for _ in 0..5 {
+        assert!(ask(address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
+    }
+    while !ask(address, "GET /metrics HTTP/1.1", "").lines().any(|l| {
+        l.strip_prefix("zap_log_lines_dropped_total ").is_some_and(|n| n.parse::<u64>().unwrap() >= 5)
+    }) {
+        assert!(Instant::now() < end, "the lost lines were not counted");
+    }
+}

@@ -1,0 +1,121 @@
+//! Slots and the queue before them.
+
+use std::time::{Duration, Instant};
+
+use crate::support::provider::{After, Gate, end_chunks, reply, start_events};
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
+
+fn gated(gate: &Gate) -> Provider {
+    let gate = gate.clone();
+    Provider::start(move |_, stream| {
+        gate.pass();
+        reply(stream, 200, "", b"ok");
+        After::Keep
+    })
+}
+
+#[test]
+fn serves_exactly_its_slots_and_places_and_refuses_the_rest_at_once() {
+    let gate = Gate::default();
+    let provider = gated(&gate);
+    let zap = Zap::with("[queue]\nmax_in_flight = 4\nmax_size = 10", &[provider.backend("a", "")]);
+    let mut clients: Vec<_> = (0..60).map(|_| zap.client()).collect();
+    clients.iter_mut().for_each(|c| c.post("/chat", "", CHAT));
+    eventually("46 are refused", || zap.metric("zap_rejected_total{reason=\"queue_full\"}") == 46.0);
+    assert_eq!((gate.waiting(), zap.metric("zap_queue_depth")), (4, 10.0));
+    gate.open(14);
+    let answers: Vec<_> = clients.iter_mut().map(|c| c.response()).collect();
+    assert_eq!(answers.iter().filter(|r| r.status == 200).count(), 14);
+    for refused in answers.iter().filter(|r| r.status != 200) {
+        assert_eq!((refused.status, refused.code().as_str()), (503, "queue_full"));
+        assert_eq!((refused.header("retry-after"), refused.header("x-zap-attempts")), (Some("1"), Some("0")));
+    }
+    assert_eq!(provider.count(), 14);
+    zap.is_clean();
+    assert_eq!(zap.metric("zap_queue_wait_seconds_count"), 10.0);
+}
+
+#[test]
+fn none_waits_where_the_queue_has_no_place() {
+    let gate = Gate::default();
+    let provider = gated(&gate);
+    let zap = Zap::with("[queue]\nmax_in_flight = 1\nmax_size = 0", &[provider.backend("a", "")]);
+    let mut first = zap.client();
+    first.post("/chat", "", CHAT);
+    eventually("the first is being served", || gate.waiting() == 1);
+    assert_eq!(zap.chat(CHAT).code(), "queue_full");
+    gate.open(2);
+    assert_eq!(first.response().status, 200);
+    assert_eq!(zap.chat(CHAT).status, 200);
+    zap.is_clean();
+}
+
+#[test]
+fn those_who_wait_are_served_in_the_order_they_came() {
+    let gate = Gate::default();
+    let provider = gated(&gate);
+    let zap = Zap::with("[queue]\nmax_in_flight = 1", &[provider.backend("a", "")]);
+    let mut clients: Vec<_> = (0..6)
+        .map(|i| {
+            let mut client = zap.client();
+            client.post("/chat", &format!("x-request-id: n{i}\r\n"), CHAT);
+            eventually("it is being served or waits", || {
+                gate.waiting() as f64 + zap.metric("zap_queue_depth") == f64::from(i + 1)
+            });
+            client
+        })
+        .collect();
+    gate.open(6);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    let order: Vec<_> =
+        provider.seen().iter().map(|s| s.header("x-request-id").unwrap().to_owned()).collect();
+    assert_eq!(order, ["n0", "n1", "n2", "n3", "n4", "n5"]);
+}
+
+#[test]
+fn a_wait_to_the_deadline_is_a_504_that_no_upstream_sees() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let provider = Provider::start(move |_, stream| {
+        start_events(stream);
+        held.pass();
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("[queue]\nmax_in_flight = 1\ntimeout_secs = 1", &[provider.backend("a", "")]);
+    let mut first = zap.client();
+    first.post("/chat", "", STREAM);
+    assert_eq!(first.head().status, 200, "its time limit ends with its first byte");
+    let since = Instant::now();
+    let second = zap.chat(CHAT);
+    assert_eq!((second.status, second.code().as_str()), (504, "queue_timeout"));
+    assert_eq!((second.header("retry-after"), second.header("x-zap-attempts")), (Some("1"), Some("0")));
+    assert!(since.elapsed() > Duration::from_millis(900) && since.elapsed() < Duration::from_secs(2));
+    assert_eq!(provider.count(), 1);
+    gate.open(1);
+    zap.is_clean();
+}
+
+#[test]
+fn a_client_that_leaves_while_queued_frees_its_place() {
+    let gate = Gate::default();
+    let provider = gated(&gate);
+    let zap = Zap::with("[queue]\nmax_in_flight = 1\nmax_size = 1", &[provider.backend("a", "")]);
+    let mut first = zap.client();
+    first.post("/chat", "", CHAT);
+    eventually("the first is being served", || gate.waiting() == 1);
+    for _ in 0..5 {
+        let mut leaver = zap.client();
+        leaver.post("/chat", "", CHAT);
+        eventually("it waits", || zap.metric("zap_queue_depth") == 1.0);
+        drop(leaver);
+        eventually("its place is free", || zap.metric("zap_queue_depth") == 0.0);
+    }
+    let mut last = zap.client();
+    last.post("/chat", "", CHAT);
+    gate.open(2);
+    assert_eq!((first.response().status, last.response().status), (200, 200));
+    assert_eq!(provider.count(), 2);
+    assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"queued\"}"), 5.0);
+    zap.is_clean();
+}

@@ -1,0 +1,130 @@
+//! Who gets a request.
+
+use std::collections::HashMap;
+
+use crate::support::provider::{After, Gate, reply};
+use crate::support::{CHAT, Provider, Zap, eventually};
+
+#[test]
+fn round_robin_gives_each_its_weight_exactly_over_all_workers() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let zap = Zap::with("", &[a.backend("a", "weight = 2"), b.backend("b", "weight = 1")]);
+    std::thread::scope(|s| {
+        for _ in 0..6 {
+            s.spawn(|| {
+                let mut client = zap.client();
+                (0..50).for_each(|_| assert_eq!(client.chat("", CHAT).status, 200));
+            });
+        }
+    });
+    assert_eq!((a.count(), b.count()), (200, 100));
+    assert_eq!(zap.metric("zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"200\"}"), 200.0);
+}
+
+#[test]
+fn round_robin_follows_the_smooth_order() {
+    let (a, b) = (Provider::named("A"), Provider::named("B"));
+    let zap = Zap::with("", &[a.backend("a", "weight = 2"), b.backend("b", "weight = 1")]);
+    let order: String = (0..6).map(|_| zap.chat(CHAT).text().to_owned()).collect();
+    assert_eq!(order, "ABAABA");
+}
+
+#[test]
+fn least_loaded_asks_whoever_serves_fewest() {
+    let gate = Gate::default();
+    let (held, free) = (gate.clone(), Provider::named("free"));
+    let slow = Provider::start(move |_, stream| {
+        held.pass();
+        reply(stream, 200, "", b"slow");
+        After::Keep
+    });
+    let backends = [slow.backend("slow", ""), free.backend("free", "")];
+    let zap = Zap::with("[load_balancer]\nstrategy = \"least_loaded\"", &backends);
+    let mut waiting = Vec::new();
+    while gate.waiting() == 0 {
+        let mut client = zap.client();
+        client.post("/chat", "", CHAT);
+        eventually("somebody serves it", || gate.waiting() == 1 || free.count() > 0);
+        waiting.push(client);
+    }
+    for _ in 0..20 {
+        assert_eq!(zap.chat(CHAT).text(), "free");
+    }
+    gate.open(1);
+    waiting.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    zap.is_clean();
+}
+
+#[test]
+fn a_weight_of_0_is_drained_and_all_drained_is_no_backend() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let zap = Zap::with("", &[a.backend("a", "weight = 0"), b.backend("b", "")]);
+    (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    assert_eq!(a.count(), 0);
+    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "drained");
+
+    let zap = Zap::with("", &[a.backend("a", "weight = 0")]);
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (503, "no_backend"));
+    assert_eq!(refused.header("retry-after"), Some("1"));
+}
+
+#[test]
+fn a_higher_priority_number_serves_only_when_no_lower_one_can() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let zap = Zap::with("", &[a.backend("a", ""), b.backend("b", "priority = 1")]);
+    (0..5).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "a"));
+    drop(a);
+    let full = Gate::default();
+    let held = full.clone();
+    let a = Provider::start(move |_, stream| {
+        held.pass();
+        reply(stream, 200, "", b"a");
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1"), b.backend("b", "priority = 1")]);
+    let mut first = zap.client();
+    first.post("/chat", "", CHAT);
+    eventually("a serves the first", || full.waiting() == 1);
+    assert_eq!(zap.chat(CHAT).text(), "b");
+    full.open(1);
+    assert_eq!(first.response().text(), "a");
+}
+
+#[test]
+fn a_backend_at_its_own_limit_makes_requests_wait_without_a_slot() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let provider = Provider::start(move |_, stream| {
+        held.pass();
+        reply(stream, 200, "", b"ok");
+        After::Keep
+    });
+    let zap = Zap::with("", &[provider.backend("a", "max_in_flight = 2")]);
+    let mut clients: Vec<_> = (0..6).map(|_| zap.client()).collect();
+    clients.iter_mut().for_each(|c| c.post("/chat", "", CHAT));
+    eventually("four wait", || zap.metric("zap_queue_depth") == 4.0);
+    assert_eq!(gate.waiting(), 2);
+    assert_eq!(zap.metric("zap_in_flight{backend=\"a\"}"), 2.0);
+    gate.open(6);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    zap.is_clean();
+}
+
+#[test]
+fn a_provider_is_never_sent_more_than_its_quota() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let backends = [a.backend("a", "requests_per_minute = 3"), b.backend("b", "requests_per_minute = 2")];
+    let zap = Zap::with("[queue]\nmax_wait_secs = 1", &backends);
+    let mut served = HashMap::<String, usize>::new();
+    for _ in 0..5 {
+        *served.entry(zap.chat(CHAT).text().to_owned()).or_default() += 1;
+    }
+    assert_eq!((served["a"], served["b"]), (3, 2));
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (429, "upstream_rate_limited"));
+    let after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((55..=60).contains(&after), "{after}");
+    assert_eq!((a.count(), b.count()), (3, 2));
+    zap.is_clean();
+}

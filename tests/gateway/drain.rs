@@ -1,0 +1,95 @@
+//! The way out.
+
+use std::time::{Duration, Instant};
+
+use zap::server::drain::Stop;
+
+use crate::support::provider::{After, Gate, chunk, end_chunks, start_events, wait_closed};
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
+
+#[test]
+fn what_runs_may_end_and_what_is_new_is_refused() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        held.pass();
+        chunk(stream, "data: [DONE]\n\n");
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut idle = zap.client();
+    assert_eq!(idle.get("/ready").status, 200);
+    let mut stream = zap.client();
+    stream.post("/chat", "", STREAM);
+    stream.head();
+    assert_eq!(stream.chunk().unwrap(), b"data: one\n\n");
+    zap.order(Stop::Drain);
+    eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (503, "draining"));
+    assert_eq!((refused.header("retry-after"), refused.header("connection")), (Some("1"), Some("close")));
+    let last = idle.get("/health");
+    assert_eq!((last.status, last.header("connection")), (200, Some("close")));
+    gate.open(1);
+    assert_eq!(stream.chunk().unwrap(), b"data: [DONE]\n\n");
+    assert_eq!(stream.chunk().unwrap(), b"");
+    assert!(zap.join(), "nothing was cut");
+}
+
+#[test]
+fn what_overstays_is_cut_visibly() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with("[server]\ndrain_secs = 1", &[a.backend("a", "")]);
+    let mut stream = zap.client();
+    stream.post("/chat", "", STREAM);
+    let mut answer = stream.head();
+    assert_eq!(stream.chunk().unwrap(), b"data: one\n\n");
+    let since = Instant::now();
+    zap.order(Stop::Drain);
+    stream.body(&mut answer);
+    assert!(answer.text().contains("stream_interrupted") && !answer.whole, "{}", answer.text());
+    assert!(!zap.join(), "something was cut");
+    let took = since.elapsed();
+    assert!(took > Duration::from_millis(900) && took < Duration::from_secs(3), "{took:?}");
+}
+
+#[test]
+fn a_second_order_ends_it_at_once() {
+    let a = Provider::start(|_, stream| {
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", CHAT);
+    eventually("it is being served", || a.count() == 1);
+    let since = Instant::now();
+    zap.order(Stop::Drain);
+    zap.order(Stop::Now);
+    let answer = client.response();
+    assert_eq!((answer.status, answer.code().as_str()), (503, "draining"));
+    assert!(!zap.join());
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    assert_eq!(a.count(), 1, "what is cut is not tried again");
+}
+
+#[test]
+fn with_nothing_to_do_it_ends_at_once() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut idle = zap.client();
+    assert_eq!(idle.chat("", CHAT).status, 200);
+    let since = Instant::now();
+    zap.order(Stop::Drain);
+    assert!(zap.join());
+    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+    assert_eq!(idle.rest(), (Vec::new(), true));
+}

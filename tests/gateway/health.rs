@@ -1,0 +1,113 @@
+//! Who is asked whether it lives, and what follows.
+
+use crate::support::provider::{After, reply};
+use crate::support::{CHAT, Provider, Zap, eventually};
+
+fn state(zap: &Zap, i: usize) -> String {
+    zap.client().get("/status").json()["backends"][i]["state"].as_str().unwrap().to_owned()
+}
+
+const FAST: &str = "[health]\ninterval_secs = 1\n";
+
+#[test]
+fn probes_carry_the_key_and_take_a_backend_out_and_back() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 2\n";
+    let zap = Zap::with(settings, &[a.backend("a", "api_key = \"sk-probe\""), b.backend("b", "")]);
+    a.set_health(503);
+    eventually("a is out", || state(&zap, 0) == "ejected");
+    assert_eq!(a.probes()[0].header("authorization"), Some("Bearer sk-probe"));
+    assert_eq!(b.probes()[0].header("authorization"), None);
+    (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 0.0);
+    a.set_health(200);
+    eventually("a is back", || state(&zap, 0) == "healthy");
+    eventually("a serves again", || zap.chat(CHAT).text() == "a");
+}
+
+#[test]
+fn an_answer_of_404_405_or_429_is_alive() {
+    for status in [404, 405, 429] {
+        let a = Provider::named("a");
+        a.set_health(status);
+        let zap = Zap::with("[health]\ninterval_secs = 1\nfailure_threshold = 1", &[a.backend("a", "")]);
+        eventually("it was probed twice", || a.probes().len() >= 2);
+        assert_eq!(state(&zap, 0), "healthy", "{status}");
+    }
+}
+
+#[test]
+fn a_probe_whose_key_is_refused_shows_a_misconfigured_backend() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    a.set_health(401);
+    let zap = Zap::with(FAST, &[a.backend("a", "api_key = \"sk-CANARY\""), b.backend("b", "")]);
+    eventually("it shows", || state(&zap, 0) == "misconfigured");
+    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 0.0);
+    (0..3).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    a.set_health(200);
+    eventually("it is taken back", || state(&zap, 0) == "healthy");
+}
+
+#[test]
+fn no_probe_is_sent_while_real_traffic_goes_well() {
+    let a = Provider::named("a");
+    let zap = Zap::with(FAST, &[a.backend("a", "")]);
+    eventually("the first probe came", || a.probes().len() == 1);
+    let mut client = zap.client();
+    let end = std::time::Instant::now() + std::time::Duration::from_millis(2_500);
+    while std::time::Instant::now() < end {
+        assert_eq!(client.chat("", CHAT).status, 200);
+    }
+    assert_eq!(a.probes().len(), 1);
+    eventually("probes begin again", || a.probes().len() > 1);
+}
+
+#[test]
+fn failing_chats_take_a_backend_out_although_its_probes_are_fine() {
+    let a = Provider::fixed(500, "", "a failed");
+    let b = Provider::named("b");
+    let zap = Zap::with("[health]\ninterval_secs = 60", &[a.backend("a", ""), b.backend("b", "")]);
+    eventually("both were probed", || !a.probes().is_empty() && !b.probes().is_empty());
+    (0..12).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    assert_eq!(a.count(), 3, "three failures in a row are enough");
+    assert_eq!(state(&zap, 0), "ejected");
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_error\"}"), 3.0);
+    assert_eq!(zap.metric("zap_retries_total{backend=\"a\",reason=\"upstream_error\"}"), 3.0);
+}
+
+#[test]
+fn when_all_are_out_the_least_bad_is_asked_once() {
+    let a = Provider::fixed(500, "", "a failed");
+    let zap = Zap::with(
+        "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nbase_delay_ms = 1",
+        &[a.backend("a", "")],
+    );
+    eventually("it was probed", || !a.probes().is_empty());
+    assert_eq!(zap.chat(CHAT).text(), "a failed");
+    assert_eq!(state(&zap, 0), "ejected");
+    let before = a.count();
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text()), (500, "a failed"));
+    assert_eq!((a.count() - before, answer.header("x-zap-attempts")), (1, Some("1")));
+    assert_eq!(zap.metric("zap_panic_picks_total"), 1.0);
+
+    let nobody = crate::support::provider::backend(Provider::nobody(), "gone", "");
+    let zap = Zap::with("[health]\nfailure_threshold = 1", &[nobody]);
+    eventually("it is out", || state(&zap, 0) == "ejected");
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_unreachable"));
+}
+
+#[test]
+fn a_provider_that_comes_back_is_found() {
+    let nobody = Provider::nobody();
+    let b = Provider::named("b");
+    let zap = Zap::with(FAST, &[crate::support::provider::backend(nobody, "a", ""), b.backend("b", "")]);
+    (0..6).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    let listener = std::net::TcpListener::bind(nobody).unwrap();
+    let _a = Provider::start_on(listener, |_, stream| {
+        reply(stream, 200, "", b"a");
+        After::Keep
+    });
+    eventually("it serves", || zap.chat(CHAT).text() == "a");
+}

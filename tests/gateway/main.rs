@@ -1,0 +1,33 @@
+//! Zap as a whole, between scripted clients and scripted providers on loopback: one file per behaviour.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot go on must say so.
+
+mod support;
+
+mod admission;
+
+mod balance;
+
+mod body;
+
+mod cancel;
+
+mod drain;
+
+mod edge;
+
+mod headers;
+
+mod health;
+
+mod json_suite;
+
+mod limit;
+
+mod observe;
+
+mod streams;
+
+mod tls;
+
+mod tries;

@@ -1,0 +1,124 @@
+//! What operators see.
+
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
+
+#[test]
+fn every_family_stands_from_the_start() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let zap = Zap::with("", &[a.backend("a", ""), b.backend("b", "")]);
+    let text = zap.client().get("/metrics");
+    assert_eq!(text.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    for family in [
+        "zap_requests_total",
+        "zap_request_duration_seconds",
+        "zap_time_to_first_byte_seconds",
+        "zap_overhead_seconds",
+        "zap_queue_depth",
+        "zap_queue_wait_seconds",
+        "zap_in_flight",
+        "zap_rejected_total",
+        "zap_upstream_connections",
+        "zap_panic_picks_total",
+        "zap_retries_total",
+        "zap_upstream_errors_total",
+        "zap_backend_up",
+        "zap_backend_cooling",
+        "zap_streams_interrupted_total",
+        "zap_client_disconnects_total",
+        "zap_rate_limit_keys",
+        "zap_config_reloads_total",
+        "zap_build_info",
+        "zap_log_lines_dropped_total",
+        "process_cpu_seconds_total",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_start_time_seconds",
+    ] {
+        let at = text.text().find(&format!("# TYPE {family} ")).unwrap_or_else(|| panic!("no {family}"));
+        let sample = text.text()[at..].lines().nth(1).unwrap();
+        assert!(sample.starts_with(family), "{family} has no sample: {sample}");
+    }
+    let all = zap.metrics();
+    for b in ["a", "b"] {
+        assert_eq!(
+            all[&format!("zap_requests_total{{endpoint=\"chat\",backend=\"{b}\",status=\"200\"}}")],
+            0.0
+        );
+        assert_eq!(all[&format!("zap_time_to_first_byte_seconds_count{{backend=\"{b}\"}}")], 0.0);
+        assert_eq!(all[&format!("zap_backend_up{{backend=\"{b}\"}}")], 1.0);
+        assert_eq!(all[&format!("zap_upstream_connections{{backend=\"{b}\",state=\"idle\"}}")], 0.0);
+    }
+    assert_eq!(all["zap_overhead_seconds_bucket{le=\"0.00001\"}"], 0.0);
+    assert_eq!(all["zap_request_duration_seconds_bucket{endpoint=\"chat\",le=\"0.005\"}"], 0.0);
+    assert_eq!(all["zap_request_duration_seconds_bucket{endpoint=\"chat\",le=\"300\"}"], 0.0);
+}
+
+#[test]
+fn requests_are_counted_once_by_who_answered_them() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    zap.chat(CHAT);
+    zap.chat("{");
+    zap.client().get("/nothing");
+    eventually("all are counted", || {
+        zap.metric("zap_request_duration_seconds_count{endpoint=\"chat\"}") == 2.0
+    });
+    let all = zap.metrics();
+    assert_eq!(all["zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"200\"}"], 1.0);
+    assert_eq!(all["zap_requests_total{endpoint=\"chat\",backend=\"\",status=\"400\"}"], 1.0);
+    assert_eq!(all["zap_requests_total{endpoint=\"other\",backend=\"\",status=\"404\"}"], 1.0);
+    assert_eq!(all["zap_rejected_total{reason=\"invalid_json\"}"], 1.0);
+    assert_eq!(all["zap_time_to_first_byte_seconds_count{backend=\"a\"}"], 1.0);
+    assert_eq!(all["zap_overhead_seconds_count"], 1.0);
+}
+
+#[test]
+fn the_overhead_leaves_out_what_others_took() {
+    let a = Provider::start(|_, stream| {
+        std::thread::sleep(std::time::Duration::from_millis(120));
+        crate::support::provider::reply(stream, 200, "", b"ok");
+        crate::support::provider::After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    zap.chat(CHAT);
+    eventually("it is counted", || zap.metric("zap_overhead_seconds_count") == 1.0);
+    assert!(zap.metric("zap_overhead_seconds_sum") < 0.1);
+    assert!(zap.metric("zap_time_to_first_byte_seconds_sum{backend=\"a\"}") > 0.1);
+}
+
+#[test]
+fn nothing_a_client_sends_becomes_a_series() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let ask = |i: usize| {
+        zap.client().get(&format!("/path{i}"));
+        zap.chat(format!("{{\"messages\":[],\"model\":\"m{i}\"}}"));
+        let mut client = zap.client();
+        client.send(format!("M{i} /chat HTTP/1.1\r\nhost: h{i}\r\nauthorization: Bearer k{i}\r\n\r\n"));
+        client.response();
+    };
+    ask(0);
+    eventually("all are counted", || {
+        zap.metric("zap_request_duration_seconds_count{endpoint=\"chat\"}") == 2.0
+    });
+    let before = zap.metrics().len();
+    (1..30).for_each(ask);
+    assert_eq!(zap.metrics().len(), before);
+}
+
+#[test]
+fn status_and_metrics_hold_no_key_and_no_url() {
+    let a = Provider::fixed(401, "", "sk-CANARY");
+    let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
+    zap.client().chat("authorization: Bearer sk-client\r\n", CHAT);
+    zap.client().chat("authorization: Bearer sk-client\r\n", STREAM);
+    for path in ["/status", "/metrics"] {
+        let text = zap.client().get(path).text().to_owned();
+        for secret in ["sk-CANARY", "sk-client", "127.0.0.1"] {
+            assert!(!text.contains(secret), "{path} holds {secret}");
+        }
+    }
+    let status = zap.client().get("/status").json();
+    assert_eq!(status["backends"][0]["name"], "a");
+    assert_eq!(status["backends"][0]["last_error"]["code"], "upstream_auth_error");
+}

@@ -1,0 +1,235 @@
+//! Answers that come piece by piece, and those that break off.
+
+use std::io::Write;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
+
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
+use crate::support::{Provider, STREAM, Zap, eventually};
+
+const DONE: &str = "data: [DONE]\n\n";
+
+/// A provider that sends these pieces as chunks, then does `last`.
+fn pieces(all: &'static [&'static str], last: fn(&mut std::net::TcpStream) -> After) -> Provider {
+    Provider::start(move |_, stream| {
+        start_events(stream);
+        all.iter().for_each(|p| assert!(chunk(stream, p)));
+        last(stream)
+    })
+}
+
+fn whole(stream: &mut std::net::TcpStream) -> After {
+    end_chunks(stream);
+    After::Keep
+}
+
+fn cut(_: &mut std::net::TcpStream) -> After {
+    After::Close
+}
+
+#[test]
+fn every_token_arrives_before_the_next_is_sent() {
+    let (sender, receiver) = sync_channel::<&'static str>(0);
+    let receiver = Arc::new(Mutex::new(receiver));
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        while let Ok(piece) = receiver.lock().unwrap().recv() {
+            if piece.is_empty() {
+                break;
+            }
+            chunk(stream, piece);
+        }
+        whole(stream)
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", STREAM);
+    let head = client.head();
+    assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
+    for piece in ["data: one\n\n", "data: two\n\n", ": comment\n\n", "da", "ta: three\r\n\r\n", DONE] {
+        sender.send(piece).unwrap();
+        assert_eq!(client.chunk().unwrap(), piece.as_bytes());
+        assert!(client.is_quiet());
+    }
+    sender.send("").unwrap();
+    assert_eq!(client.chunk().unwrap(), b"");
+    zap.is_clean();
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
+    // The connection serves on.
+    client.post("/chat", "", STREAM);
+    sender.send(DONE).unwrap();
+    sender.send("").unwrap();
+    assert!(client.response().whole);
+}
+
+#[test]
+fn a_stream_cut_between_events_ends_with_an_error_event_and_no_end() {
+    let a = pieces(&["data: one\n\n", "data: two\n\n"], cut);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    let rest = answer.text().strip_prefix("data: one\n\ndata: two\n\n").expect("what came is delivered");
+    let event = rest.strip_prefix("data: ").and_then(|r| r.strip_suffix("\n\n")).expect("one event");
+    let error: serde_json::Value = serde_json::from_str(event).unwrap();
+    assert_eq!(
+        (&error["error"]["code"], &error["error"]["type"]),
+        (&"stream_interrupted".into(), &"upstream_error".into())
+    );
+    assert!(!answer.whole && !answer.text().contains("[DONE]"));
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
+    assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"streaming\"}"), 0.0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_stream_cut_inside_an_event_breaks_the_line_first() {
+    let a = pieces(&["data: one\n\ndata: {\"tw"], cut);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert!(answer.text().starts_with("data: one\n\ndata: {\"tw\n\ndata: {\"error\":"), "{}", answer.text());
+    assert!(!answer.whole);
+}
+
+#[test]
+fn a_stream_that_breaks_its_framing_ends_the_same_way() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        let _ = stream.write_all(b"nonsense\r\n");
+        After::Close
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert!(
+        answer.text().starts_with("data: one\n\ndata: {\"error\":") && !answer.whole,
+        "{}",
+        answer.text()
+    );
+}
+
+#[test]
+fn a_stream_that_stalls_ends_the_same_way_and_the_upstream_is_let_go() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with("[timeouts]\nstream_idle_secs = 1", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert!(answer.text().contains("stream_interrupted") && !answer.whole);
+    eventually("the upstream is let go", || a.connections() == 0);
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 1.0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_clean_end_without_done_is_passed_and_counted() {
+    let a = pieces(&["data: one\n\n"], whole);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.text(), answer.whole), ("data: one\n\n", true));
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
+}
+
+#[test]
+fn streams_that_no_event_fits_into_are_only_aborted() {
+    for head in [
+        "content-type: text/event-stream\r\ncontent-encoding: gzip\r\ntransfer-encoding: chunked",
+        "content-type: text/event-stream\r\ncontent-length: 500",
+        "content-type: application/json\r\ncontent-length: 500",
+        "content-type: application/json\r\ntransfer-encoding: chunked",
+    ] {
+        let chunked = head.contains("chunked");
+        let a = Provider::start(move |_, stream| {
+            let _ = stream.write_all(format!("HTTP/1.1 200 OK\r\n{head}\r\n\r\n").as_bytes());
+            let _ = if chunked { stream.write_all(b"4\r\nsome\r\n") } else { stream.write_all(b"some") };
+            After::Close
+        });
+        let zap = Zap::with("", &[a.backend("a", "")]);
+        let answer = zap.chat(STREAM);
+        assert_eq!((answer.status, answer.text(), answer.whole), (200, "some", false), "{head}");
+        zap.is_clean();
+    }
+}
+
+#[test]
+fn before_http_1_1_a_cut_answer_ends_in_a_reset() {
+    let a = Provider::start(|_, stream| {
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nsome\r\n");
+        After::Close
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.send(format!("POST /chat HTTP/1.0\r\ncontent-length: {}\r\n\r\n{STREAM}", STREAM.len()));
+    let (_, clean) = client.rest();
+    assert!(!clean, "a truncated answer looks whole");
+}
+
+#[test]
+fn an_answer_that_is_no_stream_passes_although_one_was_asked_for() {
+    let a = Provider::fixed(400, "content-type: application/json\r\n", "{\"error\":{}}");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.status, answer.text(), answer.whole), (400, "{\"error\":{}}", true));
+}
+
+#[test]
+fn a_slow_reader_slows_the_upstream_down() {
+    let sent = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let (count, gate) = (sent.clone(), Gate::default());
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        let piece = "x".repeat(16 * 1024);
+        for _ in 0..4096 {
+            if !chunk(stream, &piece) {
+                return After::Close;
+            }
+            count.fetch_add(piece.len(), std::sync::atomic::Ordering::SeqCst);
+        }
+        whole(stream)
+    });
+    drop(gate);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", STREAM);
+    client.head();
+    // Nobody reads: the upstream must come to a halt far below its 64 MiB.
+    let mut last = usize::MAX;
+    eventually("the upstream comes to a halt", || {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let now = sent.load(std::sync::atomic::Ordering::SeqCst);
+        std::mem::replace(&mut last, now) == now && now > 0
+    });
+    assert!(last < 32 << 20, "{last} bytes were taken from the upstream");
+    let mut total = 0;
+    while let Some(piece) = client.chunk().filter(|p| !p.is_empty()) {
+        total += piece.len();
+    }
+    assert_eq!(total, 64 << 20);
+    zap.is_clean();
+}
+
+#[test]
+fn a_length_and_an_empty_body_are_kept() {
+    let a = Provider::fixed(200, "content-type: application/json\r\n", "");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.header("content-length"), answer.whole), (Some("0"), true));
+    let b = Provider::start(|_, stream| {
+        let _ = stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n");
+        After::Keep
+    });
+    let zap = Zap::with("", &[b.backend("b", "")]);
+    let mut client = zap.client();
+    for _ in 0..2 {
+        let answer = client.chat("", STREAM);
+        assert_eq!((answer.status, answer.whole), (204, true));
+    }
+    let c = Provider::start(|_, stream| {
+        reply(stream, 200, "content-type: text/event-stream\r\n", b"data: [DONE]\n\n");
+        After::Keep
+    });
+    let zap = Zap::with("", &[c.backend("c", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.header("content-length"), answer.text()), (Some("14"), DONE));
+}

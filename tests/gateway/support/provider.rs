@@ -1,0 +1,246 @@
+//! A provider that does what its script says, down to the byte, and remembers what it was sent.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use super::PATIENCE;
+
+/// One request as a provider saw it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub line: String,
+    /// Names in lower case, in order.
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Seen {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+}
+
+/// What a script does after its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    Close,
+    Keep,
+}
+
+type Script = dyn Fn(&Seen, &mut TcpStream) -> After + Send + Sync;
+
+struct Inner {
+    script: Box<Script>,
+    seen: Mutex<Vec<Seen>>,
+    probes: Mutex<Vec<Seen>>,
+    health: AtomicU16,
+    connections: AtomicUsize,
+    stopped: AtomicBool,
+}
+
+/// See the module. Dropping it stops it.
+pub struct Provider {
+    inner: Arc<Inner>,
+    pub address: SocketAddr,
+}
+
+impl Provider {
+    /// Answers chats by `script` and probes with 200.
+    pub fn start(script: impl Fn(&Seen, &mut TcpStream) -> After + Send + Sync + 'static) -> Self {
+        Self::start_on(TcpListener::bind("127.0.0.1:0").unwrap(), script)
+    }
+
+    pub fn start_on(
+        listener: TcpListener,
+        script: impl Fn(&Seen, &mut TcpStream) -> After + Send + Sync + 'static,
+    ) -> Self {
+        let address = listener.local_addr().unwrap();
+        let inner = Arc::new(Inner {
+            script: Box::new(script),
+            seen: Mutex::default(),
+            probes: Mutex::default(),
+            health: AtomicU16::new(200),
+            connections: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+        });
+        let theirs = inner.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if theirs.stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                let (inner, stream) = (theirs.clone(), stream.unwrap());
+                std::thread::spawn(move || serve(&inner, stream));
+            }
+        });
+        Provider { inner, address }
+    }
+
+    /// Answers every chat with `status` and `body`.
+    pub fn fixed(status: u16, headers: &'static str, body: &'static str) -> Self {
+        Self::start(move |_, stream| {
+            reply(stream, status, headers, body.as_bytes());
+            After::Keep
+        })
+    }
+
+    /// Answers every chat with 200 and a text that is `name`.
+    pub fn named(name: &'static str) -> Self {
+        Self::fixed(200, "content-type: application/json\r\n", name)
+    }
+
+    /// A port where nobody listens.
+    pub fn nobody() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    }
+
+    /// What probes get from now on.
+    pub fn set_health(&self, status: u16) {
+        self.inner.health.store(status, Ordering::SeqCst);
+    }
+
+    pub fn seen(&self) -> Vec<Seen> {
+        self.inner.seen.lock().unwrap().clone()
+    }
+
+    pub fn count(&self) -> usize {
+        self.inner.seen.lock().unwrap().len()
+    }
+
+    pub fn probes(&self) -> Vec<Seen> {
+        self.inner.probes.lock().unwrap().clone()
+    }
+
+    /// Connections open now.
+    pub fn connections(&self) -> usize {
+        self.inner.connections.load(Ordering::SeqCst)
+    }
+
+    /// A `[[backends]]` entry for it.
+    pub fn backend(&self, name: &str, more: &str) -> String {
+        backend(self.address, name, more)
+    }
+}
+
+impl Drop for Provider {
+    fn drop(&mut self) {
+        self.inner.stopped.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+/// A `[[backends]]` entry; `more` may hold further keys, `weight` among them.
+pub fn backend(address: SocketAddr, name: &str, more: &str) -> String {
+    let weight = if more.contains("weight") { "" } else { "weight = 1\n" };
+    format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{address}\"\n{weight}{more}\n")
+}
+
+fn serve(inner: &Inner, mut stream: TcpStream) {
+    inner.connections.fetch_add(1, Ordering::SeqCst);
+    stream.set_nodelay(true).unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    while let Some(request) = read_request(&mut reader) {
+        if request.line.starts_with("GET") {
+            inner.probes.lock().unwrap().push(request);
+            let status = inner.health.load(Ordering::SeqCst);
+            reply(&mut stream, status, "", b"{}");
+            continue;
+        }
+        inner.seen.lock().unwrap().push(request.clone());
+        let after = (inner.script)(&request, &mut stream);
+        if after == After::Close {
+            break;
+        }
+    }
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+    inner.connections.fetch_sub(1, Ordering::SeqCst);
+}
+
+fn read_request(reader: &mut impl BufRead) -> Option<Seen> {
+    let mut lines = Vec::new();
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).ok()? == 0 {
+            return None;
+        }
+        let line = line.trim_end().to_owned();
+        if line.is_empty() {
+            break;
+        }
+        lines.push(line);
+    }
+    let headers: Vec<(String, String)> = lines[1..]
+        .iter()
+        .filter_map(|l| l.split_once(':'))
+        .map(|(n, v)| (n.to_ascii_lowercase(), v.trim().to_owned()))
+        .collect();
+    let mut seen = Seen { line: lines.swap_remove(0), headers, body: Vec::new() };
+    let length = seen.header("content-length").map_or(0, |v| v.parse().unwrap());
+    seen.body.resize(length, 0);
+    reader.read_exact(&mut seen.body).ok()?;
+    Some(seen)
+}
+
+/// Writes a whole answer.
+pub fn reply(stream: &mut TcpStream, status: u16, headers: &str, body: &[u8]) {
+    let mut out =
+        format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n{headers}\r\n", body.len()).into_bytes();
+    out.extend_from_slice(body);
+    let _ = stream.write_all(&out);
+}
+
+/// Writes the head of a chunked stream of events.
+pub fn start_events(stream: &mut TcpStream) {
+    let _ = stream.write_all(
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n",
+    );
+}
+
+/// Writes one chunk; `false` where the other side has gone.
+pub fn chunk(stream: &mut TcpStream, data: &str) -> bool {
+    stream.write_all(format!("{:x}\r\n{data}\r\n", data.len()).as_bytes()).is_ok()
+}
+
+/// Ends a chunked body.
+pub fn end_chunks(stream: &mut TcpStream) {
+    let _ = stream.write_all(b"0\r\n\r\n");
+}
+
+/// Waits until the other side closes; `false` if it does not.
+pub fn wait_closed(stream: &TcpStream) -> bool {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let closed = matches!((&*stream).read(&mut [0; 1]), Ok(0) | Err(_));
+    let _ = stream.set_read_timeout(None);
+    closed
+}
+
+/// A door that scripts wait at until a test opens it.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(Mutex<(usize, usize)>, Condvar)>);
+
+impl Gate {
+    /// Waits for one opening.
+    pub fn pass(&self) {
+        let (lock, bell) = &*self.0;
+        let mut state = lock.lock().unwrap();
+        state.1 += 1;
+        bell.notify_all();
+        let (mut state, _) = bell.wait_timeout_while(state, Duration::from_secs(60), |s| s.0 == 0).unwrap();
+        state.0 = state.0.saturating_sub(1);
+        state.1 -= 1;
+    }
+
+    /// Lets `n` pass.
+    pub fn open(&self, n: usize) {
+        self.0.0.lock().unwrap().0 += n;
+        self.0.1.notify_all();
+    }
+
+    /// How many wait at it.
+    pub fn waiting(&self) -> usize {
+        self.0.0.lock().unwrap().1
+    }
+}

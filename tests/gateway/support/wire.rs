@@ -1,0 +1,201 @@
+//! A client that writes and reads bytes.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+
+use super::PATIENCE;
+
+/// One connection to Zap.
+pub struct Client {
+    stream: TcpStream,
+    /// Received but not yet taken.
+    ahead: Vec<u8>,
+}
+
+/// An answer, as far as it came.
+#[derive(Clone, Debug)]
+pub struct Response {
+    pub status: u16,
+    /// Names in lower case, in order.
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// It ended as its framing says it must.
+    pub whole: bool,
+}
+
+impl Response {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+    }
+
+    /// `error.code` of the body.
+    pub fn code(&self) -> String {
+        self.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+impl Client {
+    pub fn connect(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Client { stream, ahead: Vec::new() }
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Sends what the other side may refuse to read.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
+        self.stream.write_all(bytes.as_ref()).is_ok()
+    }
+
+    /// Sends a POST of `body` to `path` with further header lines.
+    pub fn post(&mut self, path: &str, headers: &str, body: impl AsRef<[u8]>) {
+        let body = body.as_ref();
+        let head =
+            format!("POST {path} HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n{headers}\r\n", body.len());
+        self.send([head.as_bytes(), body].concat());
+    }
+
+    /// POSTs a chat and reads the answer.
+    pub fn chat(&mut self, headers: &str, body: impl AsRef<[u8]>) -> Response {
+        self.post("/chat", headers, body);
+        self.response()
+    }
+
+    /// GETs `path`.
+    pub fn get(&mut self, path: &str) -> Response {
+        self.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n"));
+        self.response()
+    }
+
+    /// Reads one answer; panics where no head comes.
+    pub fn response(&mut self) -> Response {
+        let mut response = self.head();
+        self.body(&mut response);
+        response
+    }
+
+    /// Reads the head of an answer.
+    pub fn head(&mut self) -> Response {
+        let end = loop {
+            if let Some(at) = self.ahead.windows(4).position(|w| w == b"\r\n\r\n") {
+                break at + 4;
+            }
+            assert!(self.fill(), "closed before a head: {:?}", String::from_utf8_lossy(&self.ahead));
+        };
+        let head = String::from_utf8(self.ahead.drain(..end).collect()).unwrap();
+        let mut lines = head.split("\r\n");
+        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let headers = lines
+            .filter_map(|l| l.split_once(':'))
+            .map(|(n, v)| (n.to_ascii_lowercase(), v.trim().to_owned()))
+            .collect();
+        Response { status, headers, body: Vec::new(), whole: false }
+    }
+
+    /// Reads the rest of an answer.
+    pub fn body(&mut self, response: &mut Response) {
+        if response.header("transfer-encoding") == Some("chunked") {
+            while let Some(piece) = self.chunk() {
+                if piece.is_empty() {
+                    response.whole = true;
+                    return;
+                }
+                response.body.extend_from_slice(&piece);
+            }
+            return;
+        }
+        let length = response.header("content-length").map(|v| v.parse::<usize>().unwrap());
+        let length = if response.status == 204 || response.status == 304 { Some(0) } else { length };
+        while self.ahead.len() < length.unwrap_or(usize::MAX) && self.fill() {}
+        let n = self.ahead.len().min(length.unwrap_or(usize::MAX));
+        response.body.extend(self.ahead.drain(..n));
+        response.whole = length.is_none_or(|l| l == n);
+    }
+
+    /// Reads one chunk of a chunked body, empty at its end; `None` where the connection breaks off.
+    pub fn chunk(&mut self) -> Option<Vec<u8>> {
+        let line = loop {
+            match self.ahead.windows(2).position(|w| w == b"\r\n") {
+                Some(at) => break at,
+                None if self.fill() => {}
+                None => return None,
+            }
+        };
+        let size = usize::from_str_radix(std::str::from_utf8(&self.ahead[..line]).unwrap(), 16).unwrap();
+        while self.ahead.len() < line + 2 + size + 2 {
+            if !self.fill() {
+                return None;
+            }
+        }
+        let piece = self.ahead[line + 2..line + 2 + size].to_vec();
+        self.ahead.drain(..line + 2 + size + 2);
+        Some(piece)
+    }
+
+    /// Reads what is left up to the end of the connection; `false` if it ends by a reset.
+    pub fn rest(&mut self) -> (Vec<u8>, bool) {
+        let mut buf = [0; 4096];
+        loop {
+            match self.stream.read(&mut buf) {
+                Ok(0) => return (std::mem::take(&mut self.ahead), true),
+                Ok(n) => self.ahead.extend_from_slice(&buf[..n]),
+                Err(e) if e.kind() == ErrorKind::ConnectionReset => {
+                    return (std::mem::take(&mut self.ahead), false);
+                }
+                Err(e) => panic!("the connection did not end: {e}"),
+            }
+        }
+    }
+
+    /// Waits, longer than for an answer, for the other side to close.
+    pub fn close_within(&mut self, limit: std::time::Duration) {
+        self.stream.set_read_timeout(Some(limit)).unwrap();
+        assert!(!self.fill(), "something came");
+    }
+
+    /// Closes it the hard way.
+    pub fn reset(self) {
+        socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    }
+
+    /// Says that nothing more will be sent.
+    pub fn half_close(&self) {
+        self.stream.shutdown(Shutdown::Write).unwrap();
+    }
+
+    /// Whether nothing has come and the connection still stands.
+    pub fn is_quiet(&mut self) -> bool {
+        self.stream.set_nonblocking(true).unwrap();
+        let quiet = matches!(self.stream.peek(&mut [0; 1]), Err(e) if e.kind() == ErrorKind::WouldBlock);
+        self.stream.set_nonblocking(false).unwrap();
+        quiet && self.ahead.is_empty()
+    }
+
+    fn fill(&mut self) -> bool {
+        let mut buf = [0; 16384];
+        match self.stream.read(&mut buf) {
+            Ok(0) => false,
+            Ok(n) => {
+                self.ahead.extend_from_slice(&buf[..n]);
+                true
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                panic!("nothing came")
+            }
+            Err(_) => false,
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Zap in the test's own process.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::thread::JoinHandle;
+
+use tokio::sync::mpsc::Sender;
+use zap::config::Config;
+use zap::server::drain::{Stop, orders};
+
+use super::{Client, Response, eventually};
+
+/// A running gateway. Dropping it stops it at once.
+pub struct Zap {
+    pub address: SocketAddr,
+    orders: Sender<Stop>,
+    thread: Option<JoinHandle<bool>>,
+}
+
+impl Zap {
+    /// Starts it with a configuration text. Two workers and no request log, unless the text says otherwise.
+    pub fn start(text: &str) -> Self {
+        let mut config =
+            Config::parse(text, "test", Path::new(""), &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+        if !text.contains("workers") {
+            config.server.workers = 2;
+        }
+        if !text.contains("[log]") {
+            config.log.requests = false;
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (orders, receiver) = orders();
+        let thread = std::thread::spawn(move || zap::run(config, listener, receiver).unwrap());
+        Zap { address, orders, thread: Some(thread) }
+    }
+
+    /// Starts it with these `[[backends]]` and settings.
+    pub fn with(settings: &str, backends: &[String]) -> Self {
+        Self::start(&format!("{settings}\n{}", backends.concat()))
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.address)
+    }
+
+    /// One chat on a connection of its own.
+    pub fn chat(&self, body: impl AsRef<[u8]>) -> Response {
+        self.client().chat("", body)
+    }
+
+    /// Sends an order to end.
+    pub fn order(&self, stop: Stop) {
+        self.orders.blocking_send(stop).unwrap();
+    }
+
+    /// Waits for its end: whether nothing was cut.
+    pub fn join(mut self) -> bool {
+        self.thread.take().unwrap().join().unwrap()
+    }
+
+    /// All samples of `/metrics`, by series.
+    pub fn metrics(&self) -> HashMap<String, f64> {
+        let text = self.client().get("/metrics");
+        let samples = text.text().lines().filter(|l| !l.starts_with('#'));
+        samples
+            .map(|l| l.rsplit_once(' ').unwrap())
+            .map(|(k, v)| (k.to_owned(), v.parse().unwrap()))
+            .collect()
+    }
+
+    /// One sample; panics where there is no such series.
+    pub fn metric(&self, series: &str) -> f64 {
+        let all = self.metrics();
+        *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
+    }
+
+    /// Waits until nothing is held any more: slots, queue, backends, upstream connections in use.
+    pub fn is_clean(&self) {
+        eventually("the gauges return to idle", || {
+            let all = self.metrics();
+            let sum = |name: &str, part: &str| -> f64 {
+                all.iter().filter(|(k, _)| k.starts_with(name) && k.contains(part)).map(|(_, v)| *v).sum()
+            };
+            sum("zap_queue_depth", "") == 0.0
+                && sum("zap_in_flight", "") == 0.0
+                && sum("zap_upstream_connections", "state=\"active\"") == 0.0
+                && self.client().get("/status").json()["in_flight"] == 0
+        });
+    }
+}
+
+impl Drop for Zap {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = self.orders.blocking_send(Stop::Now);
+            let ended = thread.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "Zap panicked");
+        }
+    }
+}

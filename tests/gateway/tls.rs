@@ -1,0 +1,84 @@
+//! Backends behind TLS.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use crate::support::{CHAT, Provider, Zap};
+
+/// A TLS server for `name` whose certificate signs itself: its address and a PEM file of the certificate.
+fn server(name: &str) -> (SocketAddr, PathBuf) {
+    let made = rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    let (config, listener) = (Arc::new(config), TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = listener.local_addr().unwrap();
+    let pem = std::env::temp_dir().join(format!("zap-test-{}-{}.pem", std::process::id(), address.port()));
+    std::fs::write(&pem, made.cert.pem()).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let config = config.clone();
+            std::thread::spawn(move || {
+                let mut tls = StreamOwned::new(ServerConnection::new(config).unwrap(), stream.unwrap());
+                let mut buf = [0; 4096];
+                while matches!(tls.read(&mut buf), Ok(n) if n > 0) {
+                    tls.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nsecret").unwrap();
+                }
+            });
+        }
+    });
+    (address, pem)
+}
+
+fn backend(address: SocketAddr, more: &str) -> String {
+    format!(
+        "[[backends]]\nname = \"tls\"\nurl = \"https://localhost:{}\"\nweight = 1\n{more}\n",
+        address.port()
+    )
+}
+
+const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n[health]\nfailure_threshold = 1000\n";
+
+#[test]
+fn a_certificate_from_ca_file_is_trusted_and_connections_are_used_again() {
+    let (address, pem) = server("localhost");
+    let zap = Zap::with(QUICK, &[backend(address, &format!("ca_file = \"{}\"", pem.display()))]);
+    let mut client = zap.client();
+    for _ in 0..5 {
+        let answer = client.chat("", CHAT);
+        assert_eq!((answer.status, answer.text()), (200, "secret"));
+    }
+    std::fs::remove_file(pem).unwrap();
+}
+
+#[test]
+fn what_cannot_be_trusted_is_a_tls_error_and_never_plain_text() {
+    let (self_signed, pem) = server("localhost");
+    let (wrong_name, wrong_pem) = server("other.test");
+    let plain = Provider::named("plain");
+    let trusting = |pem: &PathBuf| format!("ca_file = \"{}\"", pem.display());
+    for (what, text) in [
+        ("unknown issuer", backend(self_signed, "")),
+        ("wrong name", backend(wrong_name, &trusting(&wrong_pem))),
+        ("no TLS", backend(plain.address, &trusting(&pem))),
+    ] {
+        let zap = Zap::with(QUICK, &[text.clone()]);
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_tls_error"), "{what}");
+        let b = Provider::named("b");
+        let zap = Zap::with(QUICK, &[text, b.backend("b", "")]);
+        (0..2).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b", "{what}"));
+    }
+    assert_eq!(plain.count(), 0);
+    [pem, wrong_pem].iter().for_each(|p| std::fs::remove_file(p).unwrap());
+}

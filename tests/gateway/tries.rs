@@ -1,0 +1,337 @@
+//! What an upstream's answer leads to.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::provider::{After, backend, reply, wait_closed};
+use crate::support::{CHAT, Provider, Zap, eventually};
+
+const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 2\n[health]\nfailure_threshold = 1000\n";
+
+/// A provider that writes these bytes and closes.
+fn raw(bytes: impl Into<Vec<u8>>) -> Provider {
+    let bytes = bytes.into();
+    Provider::start(move |_, stream| {
+        let _ = stream.write_all(&bytes);
+        After::Close
+    })
+}
+
+#[test]
+fn a_refused_connection_costs_nothing_but_a_try() {
+    let b = Provider::named("b");
+    let zap = Zap::with(QUICK, &[backend(Provider::nobody(), "a", "weight = 9"), b.backend("b", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-backend")), ("b", Some("b")));
+    assert_eq!(answer.header("x-zap-attempts"), Some("2"));
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_unreachable\"}"), 1.0);
+    assert_eq!(zap.metric("zap_retries_total{backend=\"a\",reason=\"upstream_unreachable\"}"), 1.0);
+}
+
+#[test]
+fn three_failures_take_a_backend_out_and_no_client_notices() {
+    let b = Provider::named("b");
+    let settings = "[health]\ninterval_secs = 600\n";
+    let a = raw("");
+    let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "")]);
+    eventually("both were probed", || !a.probes().is_empty() && !b.probes().is_empty());
+    (0..20).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    assert_eq!(a.count(), 3);
+    assert_eq!(
+        zap.client().get("/status").json()["backends"][0]["last_error"]["code"],
+        "upstream_unreachable"
+    );
+    zap.is_clean();
+}
+
+#[test]
+fn every_failing_status_is_served_by_another() {
+    for status in [408, 498, 500, 502, 503, 504, 529] {
+        let a = Provider::fixed(status, "", "a failed");
+        let b = Provider::named("b");
+        let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.status, answer.text()), (200, "b"), "{status}");
+        assert_eq!(answer.header("x-zap-attempts"), Some("2"));
+    }
+}
+
+#[test]
+fn at_most_three_tries_then_the_last_answer_as_it_came() {
+    let a = Provider::fixed(503, "content-type: text/plain\r\nx-own: 1\r\n", "overloaded");
+    let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text(), answer.header("x-own")), (503, "overloaded", Some("1")));
+    assert_eq!((answer.header("x-zap-attempts"), answer.header("x-zap-backend")), (Some("3"), Some("a")));
+    assert_eq!(answer.header("content-length"), Some("10"));
+    assert_eq!(a.count(), 3);
+    zap.is_clean();
+}
+
+#[test]
+fn no_retries_means_one_try() {
+    let a = Provider::fixed(500, "", "no");
+    let b = Provider::named("b");
+    let zap = Zap::with(
+        &format!("{QUICK}").replace("[retry]", "[retry]\nmax_retries = 0"),
+        &[a.backend("a", "weight = 9"), b.backend("b", "")],
+    );
+    assert_eq!(zap.chat(CHAT).text(), "no");
+    assert_eq!((a.count(), b.count()), (1, 0));
+}
+
+#[test]
+fn the_second_round_goes_as_the_first_went() {
+    let n = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        match n.fetch_add(1, Ordering::SeqCst) {
+            0 => reply(stream, 500, "", b"first"),
+            _ => reply(stream, 200, "", b"second"),
+        }
+        After::Keep
+    });
+    let b = Provider::fixed(502, "", "b");
+    let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("second", Some("3")));
+    assert_eq!((a.count(), b.count()), (2, 1));
+}
+
+#[test]
+fn a_429_cools_its_backend_and_is_not_a_failure() {
+    for header in ["retry-after: 30\r\n", "retry-after-ms: 30000\r\n", ""] {
+        let a = Provider::fixed(429, header, "slow down");
+        let b = Provider::named("b");
+        let zap =
+            Zap::with("[health]\nfailure_threshold = 1", &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        (0..6).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+        assert_eq!(a.count(), 1, "{header}");
+        assert_eq!(zap.metric("zap_backend_cooling{backend=\"a\"}"), 1.0);
+        assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
+        let secs = zap.client().get("/status").json()["backends"][0]["cooling_secs"].as_f64().unwrap();
+        let want = if header.is_empty() { 5.0 } else { 30.0 };
+        assert!(secs > want - 4.0 && secs <= want, "{secs}");
+    }
+}
+
+#[test]
+fn when_all_say_429_the_last_comes_through_with_the_soonest_wait() {
+    let a = Provider::fixed(429, "retry-after: 40\r\n", "a");
+    let b = Provider::fixed(429, "retry-after: 50\r\nretry-after-ms: 50000\r\n", "b");
+    let zap = Zap::with("", &[a.backend("a", "weight = 2"), b.backend("b", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text()), (429, "b"));
+    assert_eq!((answer.header("retry-after"), answer.header("retry-after-ms")), (Some("40"), None));
+    // Both cool for longer than max_wait_secs: the next is refused at once, and nobody is asked.
+    let since = Instant::now();
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.code().as_str()), (429, "upstream_rate_limited"));
+    assert_eq!(answer.header("x-zap-attempts"), Some("0"));
+    assert_eq!(answer.header("retry-after"), Some("40"));
+    assert!(since.elapsed() < Duration::from_secs(2));
+    assert_eq!((a.count(), b.count()), (1, 1));
+}
+
+#[test]
+fn a_request_waits_for_a_backend_that_cools_briefly() {
+    let n = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        match n.fetch_add(1, Ordering::SeqCst) {
+            0 => reply(stream, 429, "retry-after: 1\r\n", b"wait"),
+            _ => reply(stream, 200, "", b"served"),
+        }
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    assert_eq!(zap.chat(CHAT).status, 429);
+    let since = Instant::now();
+    assert_eq!(zap.chat(CHAT).text(), "served");
+    assert!(since.elapsed() > Duration::from_millis(500), "it was not asked before its time");
+    assert_eq!(zap.metric("zap_queue_wait_seconds_count"), 1.0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_key_that_is_refused_is_zaps_trouble_not_the_clients() {
+    for status in [401, 402, 403] {
+        let a = Provider::fixed(status, "", "bad key sk-CANARY");
+        let b = Provider::named("b");
+        let zap = Zap::with("", &[a.backend("a", "weight = 9\napi_key = \"sk-CANARY\""), b.backend("b", "")]);
+        (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+        assert_eq!(a.count(), 1);
+        assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "misconfigured");
+
+        let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"));
+        assert_eq!(zap.chat(CHAT).code(), "no_backend");
+    }
+}
+
+#[test]
+fn a_clients_own_fault_is_delivered_as_it_came() {
+    for status in [400, 401, 404, 413, 418, 422] {
+        let a = Provider::fixed(status, "content-type: application/json\r\n", "{\"error\":1}");
+        let zap = Zap::with("[health]\nfailure_threshold = 1", &[a.backend("a", "")]);
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.status, answer.text()), (status, "{\"error\":1}"));
+        assert_eq!((a.count(), answer.header("x-zap-attempts")), (1, Some("1")));
+        assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
+    }
+}
+
+#[test]
+fn a_key_echoed_in_an_error_becomes_stars() {
+    let a = Provider::fixed(400, "x-echo: sk-CANARY\r\n", "{\"error\":\"key sk-CANARY is bad, sk-CANARY\"}");
+    let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text()), (400, "{\"error\":\"key *** is bad, ***\"}"));
+    assert_eq!((answer.header("x-echo"), answer.whole), (Some("***"), true));
+}
+
+#[test]
+fn a_redirect_is_never_followed() {
+    let b = Provider::named("b");
+    let location = format!("location: http://{}/\r\n", b.address).leak();
+    let a = Provider::fixed(307, location, "");
+    let zap = Zap::with("", &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_redirect"));
+    assert_eq!(b.count(), 0);
+}
+
+#[test]
+fn what_is_not_http_is_a_failure_and_then_a_502() {
+    let big = format!("HTTP/1.1 200 OK\r\nx: {}\r\ncontent-length: 2\r\n\r\nok", "y".repeat(1 << 20));
+    let many = format!("HTTP/1.1 200 OK\r\n{}content-length: 2\r\n\r\nok", "x: y\r\n".repeat(1000));
+    for bytes in [
+        "SSH-2.0-x\r\n\r\n",
+        "HTTP/9.9 200 OK\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\nok",
+        "HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok",
+        "HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+        &big,
+        &many,
+    ] {
+        let a = raw(bytes);
+        let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+        let answer = zap.chat(CHAT);
+        let shown = &bytes[..bytes.len().min(60)];
+        assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_invalid_response"), "{shown:?}");
+        assert_eq!(answer.header("x-zap-attempts"), Some("3"));
+        let b = Provider::named("b");
+        let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        assert_eq!(zap.chat(CHAT).text(), "b", "{shown:?}");
+    }
+}
+
+#[test]
+fn an_answer_that_breaks_before_its_first_byte_is_tried_again() {
+    let a = raw("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n");
+    let b = Provider::named("b");
+    let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    assert_eq!(zap.chat(CHAT).text(), "b");
+}
+
+#[test]
+fn interim_answers_are_dropped() {
+    let a = raw(
+        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+    );
+    let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text(), answer.header("link")), (200, "ok", None));
+}
+
+#[test]
+fn a_silent_backend_gets_its_share_of_the_time_and_no_more() {
+    let silent = Provider::start(|_, stream| {
+        wait_closed(stream);
+        After::Close
+    });
+    let b = Provider::named("b");
+    let zap =
+        Zap::with("[queue]\ntimeout_secs = 2", &[silent.backend("a", "weight = 9"), b.backend("b", "")]);
+    let since = Instant::now();
+    assert_eq!(zap.chat(CHAT).text(), "b");
+    let took = since.elapsed();
+    assert!(took > Duration::from_millis(800) && took < Duration::from_millis(1_900), "{took:?}");
+    assert_eq!(silent.count(), 1);
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 1.0);
+
+    let zap = Zap::with("[queue]\ntimeout_secs = 1", &[silent.backend("a", "")]);
+    let since = Instant::now();
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"));
+    assert!(since.elapsed() > Duration::from_millis(900));
+    eventually("the silent ones are let go", || silent.connections() == 0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_blackhole_costs_connect_ms() {
+    // A listener whose backlog is full accepts no more: the handshake stays unanswered.
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    socket.listen(1).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let held: Vec<_> = (0..8)
+        .map_while(|_| std::net::TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok())
+        .collect();
+    assert!(held.len() < 8, "the backlog never filled");
+    let b = Provider::named("b");
+    let zap =
+        Zap::with("[timeouts]\nconnect_ms = 100", &[backend(address, "a", "weight = 9"), b.backend("b", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")));
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 1.0);
+}
+
+#[test]
+fn a_pooled_connection_that_died_costs_neither_failure_nor_retry() {
+    let a = Provider::start(|_, stream| {
+        reply(stream, 200, "", b"ok");
+        After::Close
+    });
+    let zap = Zap::with(
+        "[health]\nfailure_threshold = 1\n[retry]\nmax_retries = 0\n[server]\nworkers = 1",
+        &[a.backend("a", "")],
+    );
+    let mut client = zap.client();
+    for _ in 0..50 {
+        let answer = client.chat("", CHAT);
+        assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("ok", Some("1")));
+        eventually("the provider has closed", || a.connections() == 0);
+    }
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_unreachable\"}"), 0.0);
+}
+
+#[test]
+fn connections_are_used_again() {
+    let a = Provider::named("ok");
+    let zap = Zap::with("[server]\nworkers = 1\n[health]\ninterval_secs = 600", &[a.backend("a", "")]);
+    eventually("it was probed", || a.probes().len() == 1 && a.connections() == 0);
+    let mut client = zap.client();
+    (0..20).for_each(|_| assert_eq!(client.chat("", CHAT).status, 200));
+    assert_eq!(a.connections(), 1);
+    assert_eq!(zap.metric("zap_upstream_connections{backend=\"a\",state=\"idle\"}"), 1.0);
+}
+
+#[test]
+fn a_spent_retry_budget_asks_clients_not_to_add_to_it() {
+    let a = Provider::fixed(500, "", "down");
+    let zap = Zap::with(
+        &format!("{QUICK}").replace("[retry]", "[retry]\nbudget_percent = 0"),
+        &[a.backend("a", "")],
+    );
+    let answers: Vec<_> = (0..40).map(|_| zap.chat(CHAT)).collect();
+    assert!(answers.iter().all(|r| r.status == 500));
+    assert_eq!(answers[0].header("x-should-retry"), None);
+    assert!(
+        answers.iter().any(|r| r.header("x-should-retry") == Some("false")),
+        "ten a second were never spent"
+    );
+    let spent = answers.iter().filter(|r| r.header("x-zap-attempts") == Some("1")).count();
+    assert!(spent > 10, "{spent}");
+}
