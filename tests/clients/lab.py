@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Starts Zap in front of mock providers, one pair for each disruptive case, and runs the suites against them.
+
+A suite finds the instances in its environment: ZAP_<CASE> is a base URL, MOCKS_<CASE> its providers' URLs.
+The last line on stdout is the sum over the suites: `N passed, N failed`.
+"""
+import os, pathlib, re, signal, socket, subprocess, sys, tempfile, time
+from provider import Provider
+
+HERE = pathlib.Path(__file__).resolve().parent
+REPO = HERE.parent.parent
+SUITE_SECS = 300
+# name: (providers that answer, extra configuration)
+CASES = {
+    "MAIN": (["alpha", "beta"], ""),
+    "LIMIT": (["alpha"], "[rate_limit]\nrequests_per_minute = 5\n"),
+    "COOL": (["alpha", "beta"], ""),
+    "ONCE": (["alpha", "beta"], ""),
+    "FAIL": (["alpha", "beta"], ""),
+    "DEAD": ([], ""),
+    "CUT": (["alpha"], ""),
+    "SHORT": (["alpha"], ""),
+    "SLOW": (["alpha"], ""),
+}
+
+
+def zap_binary():
+    if os.environ.get("ZAP_BIN"):
+        return os.environ["ZAP_BIN"]
+    built = [p for p in (REPO / "target/release/zap", REPO / "target/debug/zap") if p.exists()]
+    return str(built[0]) if built else "target/debug/zap"
+
+
+def dead_port():
+    """A bound socket that does not listen: nobody can take its port, every connection is refused."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock, sock.getsockname()[1]
+
+
+def config(backends, extra=""):
+    head = """[server]
+host = "127.0.0.1"
+port = 0
+workers = 2
+drain_secs = 1
+[queue]
+max_wait_secs = 1
+[health]
+interval_secs = 1
+"""
+    return head + extra + "".join(
+        "[[backends]]\nweight = 1\n" + "".join(f'{key} = "{value}"\n' for key, value in b.items()) for b in backends)
+
+
+class Zap:
+    """One Zap process; `url` once it listens."""
+
+    def __init__(self, text, folder):
+        folder.mkdir(mode=0o700)
+        file, self.log = folder / "config.toml", folder / "stderr"
+        file.write_text(text)
+        file.chmod(0o600)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([zap_binary(), "--config", str(file)], stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log)
+        try:
+            self.url = f"http://127.0.0.1:{self.wait_for_port()}"
+        except BaseException:
+            self.close()
+            raise
+
+    def wait_for_port(self, secs=15):
+        deadline = time.monotonic() + secs
+        while time.monotonic() < deadline:
+            if found := re.search(r"listening on (?:http://)?127\.0\.0\.1:(\d+)\b", self.log.read_text(errors="replace")):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise RuntimeError(f"zap does not listen (exit {self.process.poll()}):\n{self.tail()}")
+
+    def tail(self, lines=15):
+        return "\n".join("    " + line for line in self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def close(self):
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def build(folder, opened):
+    """All instances of CASES; what is opened is appended to `opened` at once. Gives the suite's environment."""
+    env = {}
+    for case, (names, extra) in CASES.items():
+        mocks = []
+        for name in names:
+            mocks.append(Provider(name))
+            opened.append(mocks[-1])
+        backends = [dict(name=m.name, url=m.url, api_key=f"key-of-{m.name}", default_model=f"default-{m.name}") for m in mocks]
+        if not mocks:
+            for name in ("gone", "lost"):
+                sock, port = dead_port()
+                opened.append(sock)
+                backends.append(dict(name=name, url=f"http://127.0.0.1:{port}", default_model="none"))
+        zap = Zap(config(backends, extra), folder / case.lower())
+        opened.append(zap)
+        env[f"ZAP_{case}"], env[f"MOCKS_{case}"] = zap.url, " ".join(m.url for m in mocks)
+    return env
+
+
+def run_suite(name, command, env):
+    """(passed, failed) as the suite's own last line tells; a suite that ends early counts as one failure more."""
+    print(f"== {name}", flush=True)
+    child = subprocess.Popen(command, env={**os.environ, "NO_PROXY": "127.0.0.1", **env}, cwd=HERE,
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # A suite that hangs ends here; SIGTERM first, so that it stops what it started.
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child.pid, signal.SIGTERM))
+    signal.alarm(SUITE_SECS)
+    passed = failed = 0
+    told = False
+    try:
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            if counts := re.fullmatch(rf"{name}: (\d+) passed, (\d+) failed\n", line):
+                passed, failed, told = int(counts[1]), int(counts[2]), True
+        status = child.wait()
+    finally:
+        signal.alarm(0)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+    if not told or (status != 0 and failed == 0):
+        print(f"FAIL {name}: ended early with {status}", flush=True)
+        failed += 1
+    return passed, failed
+
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if not os.access(zap_binary(), os.X_OK):
+        print(f"FAIL no binary {zap_binary()}: run cargo build, or set ZAP_BIN\n0 passed, 1 failed")
+        return 1
+    mocked = {"python": [sys.executable, "test_python.py"], "node": ["node", "test_node.mjs"]}
+    passed = failed = 0
+    for name, command in mocked.items():
+        opened = []
+        with tempfile.TemporaryDirectory(prefix="zap-clients.") as folder:
+            try:
+                p, f = run_suite(name, command, build(pathlib.Path(folder), opened))
+                for zap in (o for o in opened if isinstance(o, Zap)):
+                    if zap.process.poll() is not None:
+                        print(f"FAIL {name}: a zap died with {zap.process.returncode}")
+                        f += 1
+                    if f:
+                        print(f"  last log lines of {zap.log.parent.name}:\n{zap.tail()}")
+            except RuntimeError as why:
+                print(f"FAIL {name}: {why}")
+                p, f = 0, 1
+            finally:
+                for thing in reversed(opened):
+                    thing.close()
+        passed, failed = passed + p, failed + f
+    p, f = run_suite("real-llm", [sys.executable, "test_real_llm.py"], {})
+    passed, failed = passed + p, failed + f
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

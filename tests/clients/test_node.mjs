@@ -1,0 +1,191 @@
+// The official Node SDK against Zap in front of mock providers (lab.py starts them).
+import assert from "node:assert/strict";
+import { createRequire } from "node:module";
+const OpenAI = createRequire(new URL(".work/node/", import.meta.url))("openai").OpenAI;
+
+const CLIENT_KEY = "client-key-that-must-not-leak";
+const env = (name) => process.env[name] ?? assert.fail(`${name} is not set`);
+const client = (name, options = {}) =>
+  new OpenAI({ baseURL: env(`ZAP_${name}`) + "/v1", apiKey: CLIENT_KEY, maxRetries: 0, timeout: 20_000, ...options });
+const get = async (url) => (await fetch(url)).json();
+const mocks = (name) => env(`MOCKS_${name}`).split(" ");
+const total = async (name, what) =>
+  (await Promise.all(mocks(name).map((url) => get(`${url}/_seen`)))).reduce((sum, seen) => sum + seen[what], 0);
+const ask = (zap, text, { model = "m-1", ...more } = {}, options = {}) =>
+  zap.chat.completions.create({ model, messages: [{ role: "user", content: text }], ...more }, options);
+const raw = (...args) => ask(...args).withResponse();
+
+async function raises(kind, call) {
+  let value;
+  try {
+    value = await call();
+  } catch (error) {
+    assert.ok(error instanceof kind, `${error?.constructor?.name} is no ${kind.name}: ${error?.message}`);
+    return error;
+  }
+  assert.fail(`no ${kind.name}, but ${JSON.stringify(value)}`);
+}
+
+function whole(header, low, high) {
+  assert.match(header ?? "none", /^\d+$/);
+  assert.ok(low <= +header && +header <= high, `retry-after ${header}`);
+}
+
+const cases = {
+  async "a plain answer"() {
+    const { data, response } = await raw(client("MAIN"), "hello");
+    assert.deepEqual([data.model, data.usage.total_tokens, data.choices[0].finish_reason], ["m-1", 8, "stop"]);
+    assert.equal(data.choices[0].message.content, `${response.headers.get("x-zap-backend")} got m-1: hello`);
+    assert.equal(response.headers.get("x-zap-attempts"), "1");
+    assert.ok(response.headers.get("x-request-id"));
+  },
+
+  async "an empty model becomes the backend's default_model"() {
+    for (let n = 0; n < 2; n++) {
+      const { data, response } = await raw(client("MAIN"), "hello", { model: "" });
+      assert.equal(data.model, `default-${response.headers.get("x-zap-backend")}`);
+    }
+  },
+
+  async "a stream arrives chunk by chunk, ends with its finish and its usage"() {
+    const parts = [];
+    let finish, usage;
+    for await (const chunk of await ask(client("MAIN"), "gated:js", { stream: true })) {
+      const choice = chunk.choices[0];
+      if (choice?.delta.content) {
+        parts.push(choice.delta.content);
+        // The provider sends the next chunk only now: a gateway that holds chunks back stops here.
+        await Promise.all(mocks("MAIN").map((url) => get(`${url}/_next?js`)));
+      }
+      finish = choice?.finish_reason ?? finish;
+      usage = chunk.usage ?? usage;
+    }
+    assert.equal(parts.length, 5);
+    assert.match(parts.join(""), / got m-1: gated:js$/);
+    assert.equal(finish, "stop");
+    assert.equal(usage.total_tokens, 8);
+  },
+
+  async "50 in parallel, plain and streamed, spread evenly"() {
+    const zap = client("MAIN");
+    const one = async (n) => {
+      if (n % 2) return (await ask(zap, `n${n}`)).choices[0].message.content;
+      let text = "";
+      for await (const chunk of await ask(zap, `n${n}`, { stream: true })) text += chunk.choices[0]?.delta.content ?? "";
+      return text;
+    };
+    const by = { alpha: 0, beta: 0 };
+    (await Promise.all(Array.from({ length: 50 }, (_, n) => one(n)))).forEach((text, n) => {
+      assert.ok(text.endsWith(` got m-1: n${n}`), text);
+      by[text.split(" ")[0]]++;
+    });
+    assert.deepEqual(by, { alpha: 25, beta: 25 });
+  },
+
+  async "BadRequestError: Zap's own for messages of a wrong type"() {
+    const error = await raises(OpenAI.BadRequestError, () =>
+      client("MAIN").chat.completions.create({ model: "m-1", messages: "hello" }));
+    assert.deepEqual([error.code, error.type], ["missing_messages", "invalid_request_error"]);
+    assert.ok(error.requestID);
+    assert.equal(error.headers.get("x-zap-attempts"), "0");
+  },
+
+  async "BadRequestError: an upstream's as it came"() {
+    const error = await raises(OpenAI.BadRequestError, () => ask(client("MAIN"), "status:400"));
+    const message = `${error.headers.get("x-zap-backend")} says 400`;
+    assert.deepEqual(error.error, { message, type: "mock", param: null, code: "mock_400" });
+    assert.equal(error.headers.get("x-zap-attempts"), "1");
+  },
+
+  async "the client's own key never reaches a provider"() {
+    const headers = { "x-api-key": CLIENT_KEY, "api-key": CLIENT_KEY, cookie: CLIENT_KEY };
+    for (let n = 0; n < 2; n++) await ask(client("MAIN"), "hello", {}, { headers });
+    for (const [n, name] of ["alpha", "beta"].entries()) {
+      const seen = await get(`${mocks("MAIN")[n]}/_seen`);
+      assert.ok(seen.requests > 0);
+      assert.deepEqual(seen.authorization, [`Bearer key-of-${name}`]);
+      assert.ok(!JSON.stringify(seen).includes(CLIENT_KEY));
+    }
+  },
+
+  async "RateLimitError: Zap's own limiter, for each key"() {
+    for (let n = 0; n < 5; n++) {
+      const { headers } = (await raw(client("LIMIT"), "hello")).response;
+      assert.equal(headers.get("x-ratelimit-limit-requests"), "5");
+      assert.equal(headers.get("x-ratelimit-remaining-requests"), String(4 - n));
+    }
+    const error = await raises(OpenAI.RateLimitError, () => ask(client("LIMIT"), "hello"));
+    assert.deepEqual([error.code, error.type], ["rate_limit_exceeded", "rate_limit_error"]);
+    whole(error.headers.get("retry-after"), 1, 60);
+    assert.ok((await ask(client("LIMIT", { apiKey: "another" }), "hello")).choices);
+  },
+
+  async "RateLimitError: the upstream's, once every backend cools"() {
+    let error = await raises(OpenAI.RateLimitError, () => ask(client("COOL"), "status:429"));
+    assert.deepEqual([error.code, error.headers.get("x-zap-attempts")], ["mock_429", "2"]);
+    whole(error.headers.get("retry-after"), 1, 7);
+    error = await raises(OpenAI.RateLimitError, () => ask(client("COOL"), "hello"));
+    assert.deepEqual([error.code, error.headers.get("x-zap-attempts")], ["upstream_rate_limited", "0"]);
+    whole(error.headers.get("retry-after"), 1, 7);
+    assert.equal(await total("COOL", "requests"), 2);
+  },
+
+  async "the SDK's own retry obeys retry-after and then succeeds"() {
+    const began = performance.now();
+    const answer = await ask(client("ONCE", { maxRetries: 1 }), "once:js");
+    assert.match(answer.choices[0].message.content, /once:js$/);
+    assert.ok(performance.now() - began >= 900);
+    assert.equal(await total("ONCE", "requests"), 3);
+  },
+
+  async "InternalServerError: an upstream 500 on every try, then a good answer"() {
+    const error = await raises(OpenAI.InternalServerError, () => ask(client("FAIL"), "status:500"));
+    assert.deepEqual([error.status, error.code, error.headers.get("x-zap-attempts")], [500, "mock_500", "3"]);
+    assert.equal(await total("FAIL", "requests"), 3);
+    assert.ok((await ask(client("FAIL"), "hello")).choices);
+  },
+
+  async "APIError 502 where no backend listens"() {
+    const error = await raises(OpenAI.InternalServerError, () => ask(client("DEAD"), "hello"));
+    assert.deepEqual([error.status, error.code, error.type], [502, "upstream_unreachable", "upstream_error"]);
+  },
+
+  async "a cut stream is an error after what came, never a quiet end"() {
+    const parts = [];
+    const error = await raises(OpenAI.APIError, async () => {
+      for await (const chunk of await ask(client("CUT"), "cut", { stream: true })) parts.push(chunk.choices[0].delta.content);
+    });
+    assert.equal(error.code, "stream_interrupted");
+    assert.deepEqual([parts.length, parts.join("")], [3, "alpha got m-"]);
+  },
+
+  async "an error: an answer cut in the middle of its body"() {
+    // This SDK hands fetch's own error on where the body, not the head, is cut.
+    const error = await raises(Error, () => ask(client("SHORT"), "short"));
+    assert.ok(error instanceof OpenAI.APIConnectionError || error.message === "terminated", String(error));
+    assert.ok(!(error instanceof OpenAI.APIConnectionTimeoutError));
+  },
+
+  async "APIConnectionTimeoutError: a client that leaves frees the provider"() {
+    await raises(OpenAI.APIConnectionTimeoutError, () => ask(client("SLOW"), "slow", {}, { timeout: 500 }));
+    const deadline = performance.now() + 2000;
+    while ((await total("SLOW", "left")) === 0) {
+      assert.ok(performance.now() < deadline, "the provider's connection is still open");
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+  },
+};
+
+let failed = 0;
+for (const [what, test] of Object.entries(cases)) {
+  try {
+    await test();
+    console.log(`ok   node: ${what}`);
+  } catch (error) {
+    failed++;
+    const at = /test_node\.mjs:\d+/.exec(error.stack ?? "")?.[0];
+    console.log(`FAIL node: ${what}: ${error.name} ${String(error.message).replaceAll("\n", " ")} (${at})`);
+  }
+}
+console.log(`node: ${Object.keys(cases).length - failed} passed, ${failed} failed`);
+process.exit(failed ? 1 : 0);

@@ -1,0 +1,203 @@
+"""The official Python SDK against Zap in front of mock providers (lab.py starts them)."""
+import asyncio, collections, json, os, time, urllib.request
+import openai
+from cases import case, finish
+
+CLIENT_KEY = "client-key-that-must-not-leak"
+
+
+def client(name, kind=openai.OpenAI, key=CLIENT_KEY, **options):
+    return kind(base_url=os.environ[f"ZAP_{name}"] + "/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+def mocks(name):
+    return os.environ[f"MOCKS_{name}"].split()
+
+
+def total(name, what):
+    return sum(get(f"{url}/_seen")[what] for url in mocks(name))
+
+
+def ask(zap, text, model="m-1", raw=False, **more):
+    completions = zap.chat.completions.with_raw_response if raw else zap.chat.completions
+    return completions.create(model=model, messages=[{"role": "user", "content": text}], **more)
+
+
+def raises(kind, call):
+    try:
+        value = call()
+    except kind as error:
+        return error
+    raise AssertionError(f"no {kind.__name__}, but {value!r}")
+
+
+def whole(header, low, high):
+    assert header is not None and header.isdigit() and low <= int(header) <= high, f"retry-after {header!r}"
+
+
+@case("a plain answer")
+def _():
+    raw = ask(client("MAIN"), "hello", raw=True)
+    answer = raw.parse()
+    assert (answer.model, answer.usage.total_tokens, answer.choices[0].finish_reason) == ("m-1", 8, "stop")
+    assert answer.choices[0].message.content == f"{raw.headers['x-zap-backend']} got m-1: hello"
+    assert raw.headers["x-zap-attempts"] == "1" and raw.headers["x-request-id"]
+
+
+@case("an empty model becomes the backend's default_model")
+def _():
+    for _ in range(2):
+        raw = ask(client("MAIN"), "hello", model="", raw=True)
+        assert raw.parse().model == f"default-{raw.headers['x-zap-backend']}"
+
+
+@case("a stream arrives chunk by chunk, ends with its finish and its usage")
+def _():
+    with ask(client("MAIN"), "gated:py", stream=True, timeout=8) as stream:
+        parts, finish_reason, usage = [], None, None
+        for chunk in stream:
+            for choice in chunk.choices:
+                if choice.delta.content:
+                    parts.append(choice.delta.content)
+                    # The provider sends the next chunk only now: a gateway that holds chunks back stops here.
+                    for url in mocks("MAIN"):
+                        get(f"{url}/_next?py")
+                finish_reason = choice.finish_reason or finish_reason
+            usage = chunk.usage or usage
+    assert len(parts) == 5 and "".join(parts).endswith(" got m-1: gated:py"), parts
+    assert finish_reason == "stop" and usage.total_tokens == 8
+
+
+@case("50 in parallel, plain and streamed, spread evenly")
+def _():
+    async def one(zap, n):
+        if n % 2:
+            answer = await ask(zap, f"n{n}")
+            return answer.choices[0].message.content
+        stream = await ask(zap, f"n{n}", stream=True)
+        return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+
+    async def all_of_them():
+        async with client("MAIN", openai.AsyncOpenAI) as zap:
+            return await asyncio.gather(*(one(zap, n) for n in range(50)))
+
+    answers = asyncio.run(all_of_them())
+    for n, text in enumerate(answers):
+        assert text.endswith(f" got m-1: n{n}"), text
+    by = collections.Counter(text.split()[0] for text in answers)
+    assert by == {"alpha": 25, "beta": 25}, by
+
+
+@case("BadRequestError: Zap's own for messages of a wrong type")
+def _():
+    error = raises(openai.BadRequestError, lambda: client("MAIN").chat.completions.create(model="m-1", messages="hello"))
+    assert error.code == "missing_messages" and error.type == "invalid_request_error", error.body
+    assert error.request_id and error.response.headers["x-zap-attempts"] == "0"
+
+
+@case("BadRequestError: an upstream's as it came")
+def _():
+    error = raises(openai.BadRequestError, lambda: ask(client("MAIN"), "status:400"))
+    name = error.response.headers["x-zap-backend"]
+    assert error.body == {"message": f"{name} says 400", "type": "mock", "param": None, "code": "mock_400"}, error.body
+    assert error.response.headers["x-zap-attempts"] == "1"
+
+
+@case("the client's own key never reaches a provider")
+def _():
+    headers = {"x-api-key": CLIENT_KEY, "api-key": CLIENT_KEY, "cookie": CLIENT_KEY}
+    for _ in range(2):
+        ask(client("MAIN"), "hello", extra_headers=headers)
+    for url, name in zip(mocks("MAIN"), ("alpha", "beta")):
+        seen = get(f"{url}/_seen")
+        assert seen["requests"] > 0 and seen["authorization"] == [f"Bearer key-of-{name}"], seen["authorization"]
+        assert CLIENT_KEY not in json.dumps(seen)
+
+
+@case("RateLimitError: Zap's own limiter, for each key")
+def _():
+    zap = client("LIMIT")
+    for n in range(5):
+        headers = ask(zap, "hello", raw=True).headers
+        assert headers["x-ratelimit-limit-requests"] == "5"
+        assert headers["x-ratelimit-remaining-requests"] == str(4 - n)
+    error = raises(openai.RateLimitError, lambda: ask(zap, "hello"))
+    assert error.code == "rate_limit_exceeded" and error.type == "rate_limit_error", error.body
+    whole(error.response.headers.get("retry-after"), 1, 60)
+    assert ask(client("LIMIT", key="another"), "hello").choices
+
+
+@case("RateLimitError: the upstream's, once every backend cools")
+def _():
+    error = raises(openai.RateLimitError, lambda: ask(client("COOL"), "status:429"))
+    assert error.code == "mock_429" and error.response.headers["x-zap-attempts"] == "2", error.body
+    whole(error.response.headers.get("retry-after"), 1, 7)
+    error = raises(openai.RateLimitError, lambda: ask(client("COOL"), "hello"))
+    assert error.code == "upstream_rate_limited" and error.response.headers["x-zap-attempts"] == "0", error.body
+    whole(error.response.headers.get("retry-after"), 1, 7)
+    assert total("COOL", "requests") == 2
+
+
+@case("the SDK's own retry obeys retry-after and then succeeds")
+def _():
+    began = time.monotonic()
+    answer = ask(client("ONCE", max_retries=1), "once:py")
+    assert answer.choices[0].message.content.endswith("once:py")
+    assert time.monotonic() - began >= 0.9 and total("ONCE", "requests") == 3
+
+
+@case("InternalServerError: an upstream 500 on every try, then a good answer")
+def _():
+    error = raises(openai.InternalServerError, lambda: ask(client("FAIL"), "status:500"))
+    assert error.status_code == 500 and error.code == "mock_500", error.body
+    assert error.response.headers["x-zap-attempts"] == "3" and total("FAIL", "requests") == 3
+    assert ask(client("FAIL"), "hello").choices
+
+
+@case("APIStatusError 502 where no backend listens")
+def _():
+    error = raises(openai.APIStatusError, lambda: ask(client("DEAD"), "hello"))
+    assert isinstance(error, openai.InternalServerError)
+    assert error.status_code == 502 and error.code == "upstream_unreachable", error.body
+    assert error.type == "upstream_error"
+
+
+@case("a cut stream is an error after what came, never a quiet end")
+def _():
+    async def aio():
+        async with client("CUT", openai.AsyncOpenAI) as zap:
+            async for chunk in await ask(zap, "cut", stream=True):
+                parts.append(chunk.choices[0].delta.content)
+
+    def sync():
+        for chunk in ask(client("CUT"), "cut", stream=True):
+            parts.append(chunk.choices[0].delta.content)
+
+    for run in (sync, lambda: asyncio.run(aio())):
+        parts = []
+        error = raises(openai.APIError, run)
+        assert error.code == "stream_interrupted", repr(error)
+        assert len(parts) == 3 and "".join(parts) == "alpha got m-", parts
+
+
+@case("APIConnectionError: an answer cut in the middle of its body")
+def _():
+    error = raises(openai.APIConnectionError, lambda: ask(client("SHORT"), "short"))
+    assert not isinstance(error, openai.APITimeoutError)
+
+
+@case("APITimeoutError: a client that leaves frees the provider")
+def _():
+    raises(openai.APITimeoutError, lambda: ask(client("SLOW"), "slow", timeout=0.5))
+    deadline = time.monotonic() + 2
+    while total("SLOW", "left") == 0:
+        assert time.monotonic() < deadline, "the provider's connection is still open"
+        time.sleep(0.02)
+
+
+finish("python")

@@ -1,0 +1,77 @@
+"""The Python SDK through Zap to two real model servers, one of which is killed under load."""
+import concurrent.futures, os, pathlib, signal, socket, subprocess, sys, tempfile
+import openai
+from cases import case, finish
+from lab import REPO, Zap, config, dead_port
+
+UP = pathlib.Path(os.environ.get("REAL_LLM_UP") or REPO.parent / "shared/real-llm/up.sh")
+HOME = pathlib.Path(os.environ.get("REAL_LLM_HOME") or pathlib.Path(tempfile.gettempdir()) / "real-llm")
+MODEL = "smollm2-135m-instruct"
+opened, ports = [], []
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def up(*args):
+    done = subprocess.run(["bash", str(UP), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "REAL_LLM_HOME": str(HOME)})
+    if done.returncode:
+        raise RuntimeError(f"up.sh {args}: {done.stdout}")
+
+
+def ask(text, **more):
+    return client.chat.completions.create(model="", max_tokens=8, messages=[{"role": "user", "content": text}], **more)
+
+
+@case("a plain answer")
+def _():
+    answer = ask("Say hello.")
+    assert answer.choices[0].message.content.strip() and answer.usage.completion_tokens > 0
+
+
+@case("a streamed answer in several chunks, with its finish")
+def _():
+    chunks = [c for c in ask("Count from one to ten.", stream=True) if c.choices]
+    parts = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
+    assert len(parts) > 3, parts
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length"), chunks[-1]
+
+
+@case("20 calls, one server killed in the middle: not one fails")
+def _():
+    victim = int((HOME / f"run/{ports[0]}.pid").read_text())
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(ask, f"Say the number {n}.") for n in range(20)]
+        calls[7].result()
+        assert not calls[19].done()
+        os.kill(victim, signal.SIGKILL)
+        failed = [repr(error) for call in calls if (error := call.exception())]
+    assert not failed, failed
+    assert all(call.result().choices[0].finish_reason for call in calls)
+
+
+if not UP.exists():
+    print("skipped: no real-llm")
+    finish("real-llm", skip=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with tempfile.TemporaryDirectory(prefix="zap-real-llm.") as folder:
+    try:
+        for _ in range(2):
+            ports.append(free_port())
+            up(ports[-1])
+        sock, dead = dead_port()
+        opened.append(sock)
+        backends = [dict(url=f"http://127.0.0.1:{port}", default_model=MODEL, health_path="/health") for port in (*ports, dead)]
+        zap = Zap(config(backends), pathlib.Path(folder) / "zap")
+        opened.append(zap)
+        client = openai.OpenAI(base_url=zap.url + "/v1", api_key="any", max_retries=0, timeout=60)
+        finish("real-llm")
+    finally:
+        for thing in reversed(opened):
+            thing.close()
+        for port in ports:
+            up("stop", port)
