@@ -38,6 +38,9 @@ pub mod demo;
 
 pub mod cli;
 
+#[doc(hidden)]
+pub mod fuzzing;
+
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
