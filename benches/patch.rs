@@ -1,1 +1,130 @@
-fn main() {}
+//! Putting a model into a body: Zap's scan and splice beside the obvious ways.
+//!
+//! `cargo bench --bench patch` runs all, `cargo bench --bench patch -- --quick text/1KB` a part. A body has no
+//! `model` of its own, so every way has to put one in; `memchr` looks for a byte that is not there and `copy`
+//! copies the body: the floors of anything that reads every byte, or moves it.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::Duration;
+
+use bytes::Bytes;
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+use zap::policy::patch::{ModelText, model_splice, slices};
+use zap::policy::scan::Scanner;
+
+const SIZES: [(&str, usize); 6] = [
+    ("200B", 200),
+    ("1KB", 1_000),
+    ("10KB", 10_000),
+    ("100KB", 100_000),
+    ("1MB", 1_000_000),
+    ("10MB", 10_000_000),
+];
+
+/// A body arrives in pieces of about this size.
+const PIECE: usize = 16 << 10;
+
+const ENGLISH: &str = "The request waits until a slot opens; then its body goes out as it came, and \"nobody\" \
+    copies it.\nWhat is read once is not read again, and what is not needed is not read at all. ";
+const MIXED: &str = "Запрос ждёт, пока не освободится место; потом его тело уходит таким, каким пришло. \
+    依頼は空きが出るまで待ち、本文は届いたまま送られます。Grüße 😀 ";
+
+/// Body shapes: long strings, many short members, text outside of ASCII, an image in base64.
+const SHAPES: [(&str, fn(usize) -> Value); 4] = [
+    ("text", |size| one_message(json!(repeated(ENGLISH, size)))),
+    ("members", |size| {
+        let message =
+            |i| json!({"role": "user", "name": "a", "id": i, "ok": true, "score": 0.5, "content": "hi"});
+        json!({"messages": (0..size / 73).map(message).collect::<Vec<_>>()})
+    }),
+    ("non-ascii", |size| one_message(json!(repeated(MIXED, size)))),
+    ("base64", |size| {
+        let url = format!("data:image/png;base64,{}", repeated("iVBORw0KGgoAAAANSUhEUgAA+/9j", size));
+        one_message(json!([{"type": "image_url", "image_url": {"url": url}}]))
+    }),
+];
+
+fn repeated(text: &str, size: usize) -> String {
+    let room = size.saturating_sub(90);
+    let mut out = String::with_capacity(room + text.len());
+    while out.len() < room {
+        out.push_str(text);
+    }
+    out.truncate(out.floor_char_boundary(room));
+    out
+}
+
+fn one_message(content: Value) -> Value {
+    json!({"messages": [{"role": "user", "content": content}], "stream": true, "temperature": 0.7})
+}
+
+fn zap(chunks: &[Bytes], model: &ModelText) -> Option<Vec<Bytes>> {
+    let mut scanner = Scanner::new();
+    chunks.iter().try_for_each(|c| scanner.feed(c)).ok()?;
+    let fields = scanner.finish().ok()?;
+    fields.check_chat().ok()?;
+    Some(slices(chunks, model_splice(&fields, Some(model)).as_ref()))
+}
+
+fn parse_and_rewrite(body: &[u8]) -> Option<Vec<u8>> {
+    let mut value: Value = serde_json::from_slice(body).ok()?;
+    value["model"] = Value::from("gpt-4o");
+    serde_json::to_vec(&value).ok()
+}
+
+fn raw_values(body: &[u8]) -> Option<Vec<u8>> {
+    let mut members: BTreeMap<String, &RawValue> = serde_json::from_slice(body).ok()?;
+    members.insert("model".to_owned(), serde_json::from_str("\"gpt-4o\"").ok()?);
+    serde_json::to_vec(&members).ok()
+}
+
+fn patch(c: &mut Criterion) {
+    let model = ModelText::new("gpt-4o");
+    for (shape, build) in SHAPES {
+        for (label, size) in SIZES {
+            let body = Bytes::from(build(size).to_string());
+            let chunks: Vec<Bytes> =
+                (0..body.len()).step_by(PIECE).map(|at| body.slice(at..body.len().min(at + PIECE))).collect();
+            assert!(zap(&chunks, &model).is_some() && parse_and_rewrite(&body).is_some());
+            assert!(raw_values(&body).is_some() && memchr::memchr(0, &body).is_none());
+
+            let mut group = c.benchmark_group(format!("patch/{shape}/{label}"));
+            group.throughput(Throughput::Bytes(body.len() as u64));
+            group.bench_function("zap", |b| b.iter(|| zap(black_box(&chunks), &model)));
+            group.bench_function("serde_json", |b| b.iter(|| parse_and_rewrite(black_box(&body))));
+            group.bench_function("raw_value", |b| b.iter(|| raw_values(black_box(&body))));
+            group.bench_function("memchr", |b| b.iter(|| memchr::memchr(0, black_box(&body))));
+            group.bench_function("copy", |b| b.iter(|| black_box(&body).to_vec()));
+            group.finish();
+        }
+    }
+}
+
+/// What chunking costs: the same 1 MB in pieces of other sizes.
+fn pieces(c: &mut Criterion) {
+    let model = ModelText::new("gpt-4o");
+    let body = Bytes::from(SHAPES[0].1(1_000_000).to_string());
+    let mut group = c.benchmark_group("pieces");
+    group.throughput(Throughput::Bytes(body.len() as u64));
+    for piece in [1_000, 16_000, 64_000, 1_000_000] {
+        let chunks: Vec<Bytes> =
+            (0..body.len()).step_by(piece).map(|at| body.slice(at..body.len().min(at + piece))).collect();
+        group.bench_function(BenchmarkId::from_parameter(piece), |b| {
+            b.iter(|| zap(black_box(&chunks), &model))
+        });
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = patch, pieces
+}
+criterion_main!(benches);

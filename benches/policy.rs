@@ -1,1 +1,183 @@
-fn main() {}
+//! The decisions on a request's way, each beside the obvious alternative, on one thread and on two.
+//!
+//! `cargo bench --bench policy` runs all, `cargo bench --bench policy -- limiter` one. A figure is the time from
+//! start to end divided by the calls of *one* thread: where two threads do not disturb each other, it is the same
+//! as with one. Time is made up and given to both sides, so no figure holds the reading of a clock.
+
+use std::collections::{HashMap, VecDeque};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
+use tokio::sync::Semaphore;
+use zap::policy::Nanos;
+use zap::policy::balance::Schedule;
+use zap::policy::breaker::{Breaker, Status, Thresholds};
+use zap::policy::limit::{Limiter, WINDOW};
+use zap::policy::queue::Admission;
+
+/// Measures `call` (its argument rises, and is never the same twice in a thread) on one thread and on two.
+fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64) + Sync) {
+    for threads in [1, 2] {
+        let next = AtomicU64::new(0);
+        group.bench_function(format!("{name}/{threads}"), |b| {
+            b.iter_custom(|n| {
+                let from = next.fetch_add(n, Ordering::Relaxed);
+                let barrier = Barrier::new(threads);
+                std::thread::scope(|scope| {
+                    let run = || {
+                        barrier.wait();
+                        let start = Instant::now();
+                        (from..from + n).for_each(&call);
+                        start.elapsed()
+                    };
+                    let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
+                    let own = run();
+                    others.into_iter().filter_map(|t| t.join().ok()).fold(own, Duration::max)
+                })
+            });
+        });
+    }
+}
+
+/// What everybody writes first; a poisoned lock is as good as another.
+fn locked<T, R>(mutex: &Mutex<T>, act: impl FnOnce(&mut T) -> R) -> R {
+    act(&mut mutex.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Each key is asked 50 times a minute under a limit of 60, so its window is full of life: one in, one out.
+fn limiter(c: &mut Criterion) {
+    const LIMIT: u32 = 60;
+    for keys in [1, 1_000, 100_000] {
+        let mut group = c.benchmark_group(format!("limiter/{keys} keys"));
+        let at = |i: u64| i * (WINDOW / 50 / keys);
+        let key = |i: u64| (i % keys).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+
+        let ours = Limiter::new(200_000);
+        on_threads(&mut group, "zap", |i| {
+            black_box(ours.check(key(i), LIMIT, at(i)));
+        });
+
+        let naive: Mutex<HashMap<u64, VecDeque<Instant>>> = Mutex::default();
+        let start = Instant::now();
+        on_threads(&mut group, "mutex_map", |i| {
+            let now = start + Duration::from_nanos(at(i));
+            black_box(locked(&naive, |map| {
+                let log = map.entry(key(i)).or_default();
+                while log.front().is_some_and(|t| now.saturating_duration_since(*t).as_secs() >= 60) {
+                    log.pop_front();
+                }
+                let admitted = log.len() < LIMIT as usize;
+                if admitted {
+                    log.push_back(now);
+                }
+                admitted
+            }));
+        });
+        group.finish();
+    }
+}
+
+/// A slot taken and given back while there is room.
+fn queue(c: &mut Criterion) {
+    let mut group = c.benchmark_group("queue");
+    let ours = Admission::new(1_024, 1_000);
+    on_threads(&mut group, "zap", |_| drop(black_box(ours.enter())));
+    let semaphore = Arc::new(Semaphore::new(1_024));
+    on_threads(&mut group, "semaphore", |_| drop(black_box(semaphore.clone().try_acquire_owned())));
+    group.finish();
+}
+
+/// A pick where everybody is eligible.
+fn schedule(c: &mut Criterion) {
+    for backends in [2, 200] {
+        let mut group = c.benchmark_group(format!("schedule/{backends} backends"));
+        let weights: Vec<u32> = (0..backends).map(|i| 1 + i % 5).collect();
+        let ours = Schedule::new(weights.iter().copied().enumerate());
+        on_threads(&mut group, "zap", |_| {
+            black_box(ours.round_robin(|_| true));
+        });
+        on_threads(&mut group, "zap_least_loaded", |_| {
+            black_box(ours.least_loaded(|_, weight| Some(1.0 / f64::from(weight))));
+        });
+
+        let total: i64 = weights.iter().map(|w| i64::from(*w)).sum();
+        let credit = Mutex::new(vec![0i64; weights.len()]);
+        on_threads(&mut group, "mutex_smooth", |_| {
+            black_box(locked(&credit, |credit| {
+                let mut best = 0;
+                for (id, weight) in weights.iter().enumerate() {
+                    credit[id] += i64::from(*weight);
+                    if credit[id] > credit[best] {
+                        best = id;
+                    }
+                }
+                credit[best] -= total;
+                best
+            }));
+        });
+        group.finish();
+    }
+}
+
+/// What a healthy backend's request asks and tells; the alternative is a struct behind a lock.
+fn breaker(c: &mut Criterion) {
+    #[derive(Default)]
+    struct Plain {
+        ejected: bool,
+        failures: u32,
+        cooling_until: Nanos,
+        last_success: Nanos,
+    }
+    let plain_status = |b: &Plain, now| match b {
+        Plain { ejected: true, .. } => Status::Ejected,
+        Plain { cooling_until, .. } if *cooling_until > now => Status::Cooling(*cooling_until),
+        _ => Status::Healthy,
+    };
+    let limits = Thresholds { failures: 1_000, successes: 1 };
+
+    let mut group = c.benchmark_group("breaker");
+    let ours = Breaker::new();
+    on_threads(&mut group, "zap_status", |now| {
+        black_box(ours.status(now));
+    });
+    on_threads(&mut group, "zap_success", |now| ours.success(now));
+    on_threads(&mut group, "zap_failure_success", |now| {
+        black_box(ours.failure(limits));
+        ours.success(now);
+    });
+    let plain = Mutex::new(Plain::default());
+    on_threads(&mut group, "mutex_status", |now| {
+        black_box(locked(&plain, |b| plain_status(b, now)));
+    });
+    on_threads(&mut group, "mutex_success", |now| {
+        locked(&plain, |b| {
+            b.failures = 0;
+            b.last_success = now;
+        });
+    });
+    on_threads(&mut group, "mutex_failure_success", |now| {
+        locked(&plain, |b| {
+            b.failures += 1;
+            b.ejected |= b.failures >= limits.failures;
+        });
+        locked(&plain, |b| {
+            b.failures = 0;
+            b.last_success = now;
+        });
+    });
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = limiter, queue, schedule, breaker
+}
+criterion_main!(benches);

@@ -177,3 +177,18 @@ fn a_client_that_leaves_in_its_body_is_counted_and_forgotten() {
     assert_eq!(provider.count(), 0);
     zap.is_clean();
 }
+
+#[test]
+fn a_body_that_stops_coming_is_a_408() {
+    let provider = echo();
+    let zap = Zap::with("[queue]\ntimeout_secs = 1", &[provider.backend("a", "")]);
+    let mut client = zap.client();
+    client.send("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: 100\r\n\r\n{\"mess");
+    let answer = client.response();
+    assert_eq!((answer.status, answer.code().as_str()), (408, "request_timeout"));
+    assert_eq!(answer.header("connection"), Some("close"));
+    client.half_close();
+    assert_eq!(client.rest().0, b"");
+    assert_eq!(provider.count(), 0);
+    zap.is_clean();
+}
