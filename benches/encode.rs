@@ -3,6 +3,8 @@
 //! `cargo bench --bench encode`. Both sides write the same bytes: per backend, five counters with two labels and
 //! one histogram.
 
+#![allow(missing_docs, reason = "criterion's macro writes a public function")]
+
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

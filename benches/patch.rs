@@ -4,6 +4,8 @@
 //! `model` of its own, so every way has to put one in; `memchr` looks for a byte that is not there and `copy`
 //! copies the body: the floors of anything that reads every byte, or moves it.
 
+#![allow(missing_docs, reason = "criterion's macro writes a public function")]
+
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::Duration;
@@ -32,8 +34,11 @@ const ENGLISH: &str = "The request waits until a slot opens; then its body goes 
 const MIXED: &str = "Запрос ждёт, пока не освободится место; потом его тело уходит таким, каким пришло. \
     依頼は空きが出るまで待ち、本文は届いたまま送られます。Grüße 😀 ";
 
-/// Body shapes: long strings, many short members, text outside of ASCII, an image in base64.
-const SHAPES: [(&str, fn(usize) -> Value); 4] = [
+/// A body's shape: its name, and what makes one of about so many bytes.
+type Shape = (&'static str, fn(usize) -> Value);
+
+/// Long strings, many short members, text outside of ASCII, an image in base64.
+const SHAPES: [Shape; 4] = [
     ("text", |size| one_message(json!(repeated(ENGLISH, size)))),
     ("members", |size| {
         let message =

@@ -4,6 +4,8 @@
 //! start to end divided by the calls of *one* thread: where two threads do not disturb each other, it is the same
 //! as with one. Time is made up and given to both sides, so no figure holds the reading of a clock.
 
+#![allow(missing_docs, reason = "criterion's macro writes a public function")]
+
 use std::collections::{HashMap, VecDeque};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,8 +23,8 @@ use zap::policy::queue::Admission;
 
 /// Measures `call` (its argument rises, and is never the same twice in a thread) on one thread and on two.
 fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64) + Sync) {
+    let next = AtomicU64::new(0);
     for threads in [1, 2] {
-        let next = AtomicU64::new(0);
         group.bench_function(format!("{name}/{threads}"), |b| {
             b.iter_custom(|n| {
                 let from = next.fetch_add(n, Ordering::Relaxed);
@@ -48,7 +50,8 @@ fn locked<T, R>(mutex: &Mutex<T>, act: impl FnOnce(&mut T) -> R) -> R {
     act(&mut mutex.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Each key is asked 50 times a minute under a limit of 60, so its window is full of life: one in, one out.
+/// Each key is asked 50 times a minute under a limit of 60 (by two threads 100 times, so some are refused): its
+/// window is full of life, one in, one out.
 fn limiter(c: &mut Criterion) {
     const LIMIT: u32 = 60;
     for keys in [1, 1_000, 100_000] {

@@ -18,11 +18,9 @@ fn a_head_that_can_be_read_two_ways_is_refused_and_the_connection_closed() {
         format!("POST /chat HTTP/1.1\r\n{body}"),
         format!("POST /chat HTTP/1.1\r\nhost: a\r\nhost: a\r\n{body}"),
         format!("POST /chat HTTP/1.1\r\nhost: a b\r\n{body}"),
-        format!("POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n{body}"),
-        format!(
-            "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
-        ),
-        format!("POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
+        "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n{body}".to_owned(),
+        "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".to_owned(),
+        "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, chunked\r\n\r\n0\r\n\r\n".to_owned(),
         format!("POST http://b/chat HTTP/1.1\r\nhost: a\r\n{body}"),
         format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n{body}"),
         "CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n".to_owned(),

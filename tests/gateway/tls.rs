@@ -72,7 +72,7 @@ fn what_cannot_be_trusted_is_a_tls_error_and_never_plain_text() {
         ("wrong name", backend(wrong_name, &trusting(&wrong_pem))),
         ("no TLS", backend(plain.address, &trusting(&pem))),
     ] {
-        let zap = Zap::with(QUICK, &[text.clone()]);
+        let zap = Zap::with(QUICK, std::slice::from_ref(&text));
         let answer = zap.chat(CHAT);
         assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_tls_error"), "{what}");
         let b = Provider::named("b");

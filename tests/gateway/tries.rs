@@ -74,7 +74,7 @@ fn no_retries_means_one_try() {
     let a = Provider::fixed(500, "", "no");
     let b = Provider::named("b");
     let zap = Zap::with(
-        &format!("{QUICK}").replace("[retry]", "[retry]\nmax_retries = 0"),
+        &QUICK.replace("[retry]", "[retry]\nmax_retries = 0"),
         &[a.backend("a", "weight = 9"), b.backend("b", "")],
     );
     assert_eq!(zap.chat(CHAT).text(), "no");
@@ -321,10 +321,7 @@ fn connections_are_used_again() {
 #[test]
 fn a_spent_retry_budget_asks_clients_not_to_add_to_it() {
     let a = Provider::fixed(500, "", "down");
-    let zap = Zap::with(
-        &format!("{QUICK}").replace("[retry]", "[retry]\nbudget_percent = 0"),
-        &[a.backend("a", "")],
-    );
+    let zap = Zap::with(&QUICK.replace("[retry]", "[retry]\nbudget_percent = 0"), &[a.backend("a", "")]);
     let answers: Vec<_> = (0..40).map(|_| zap.chat(CHAT)).collect();
     assert!(answers.iter().all(|r| r.status == 500));
     assert_eq!(answers[0].header("x-should-retry"), None);
