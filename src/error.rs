@@ -10,7 +10,7 @@ use crate::gateway::body::Body;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::{Nanos, SECOND};
 
-/// A refusal. Its wire form is the table in [`GatewayError::row`].
+/// A refusal. Its wire form is the one table in `GatewayError::row`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GatewayError {
     /// The request head breaks a rule of HTTP.
