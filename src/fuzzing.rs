@@ -25,8 +25,16 @@ use crate::policy::{MILLI, Nanos, head, retry};
 ///
 /// A body is accepted where serde_json takes it as one object, it nests no deeper than [`MAX_DEPTH`] and no member
 /// that Zap reads stands twice; what the scan found is what a naive look finds; chunking changes nothing; and the
-/// patched body is the body with its model set, all other bytes as they were.
+/// patched body is the body with its model set, all other bytes as they were. What does not begin as an object is
+/// tried as a member's value too, so that it is read beyond its first byte.
 pub fn patch(data: &[u8]) {
+    patch_body(data);
+    if data.first() != Some(&b'{') {
+        patch_body(&[b"{\"a\":", data, b"}"].concat());
+    }
+}
+
+fn patch_body(data: &[u8]) {
     let body = Bytes::copy_from_slice(data);
     let mut rng = fastrand::Rng::with_seed(hash(data));
     let chunks = chunked(&body, &mut rng);
@@ -88,12 +96,11 @@ pub fn config(data: &[u8]) {
         _ => None,
     };
     let parse = |text: &str| Config::parse(text, "f.toml", Path::new("no-such-directory"), &env);
-    let check = |text: &str, is_only_key: bool| match parse(text) {
+    let check = |text: &str| match parse(text) {
         Ok(config) => {
             let mut names = HashSet::new();
             assert!(config.backends.iter().all(|b| names.insert(&b.name)), "a name stands twice");
             assert!(!names.is_empty(), "no backend");
-            assert!(!is_only_key || !config.warnings.concat().contains(CANARY), "{:?}", config.warnings);
         }
         Err(faults) => {
             let lines = text.matches('\n').count() + 1;
@@ -102,19 +109,17 @@ pub fn config(data: &[u8]) {
                 let at = fault.strip_prefix("f.toml:").and_then(|f| f.split_once(": ")?.0.parse().ok());
                 assert!(at.is_some_and(|at| (1..=lines).contains(&at)), "no line: {fault:?}");
                 assert!(!fault.contains('\n'), "more than one line: {fault:?}");
-                assert!(!fault.contains(ENV_CANARY), "{fault:?}");
-                assert!(!is_only_key || !fault.contains(CANARY), "{fault:?}");
+                assert!(!fault.contains(CANARY) && !fault.contains(ENV_CANARY), "{fault:?}");
             }
         }
     };
-    let elsewhere = text.replace(&format!("api_key = \"{CANARY}"), "");
-    check(&text, !elsewhere.contains(CANARY));
-    let behind = format!(
-        "[[backends]]\nurl = \"http://a\"\nweight = 1\napi_key = \"{CANARY}{}",
-        text.replace(CANARY, "sk-other")
-    );
-    check(&behind, true);
-    assert!(parse(&behind).map_or_else(|f| format!("{f:?}"), |c| format!("{c:?}")).find(CANARY).is_none());
+    check(&text);
+    let text = text.replace(CANARY, "sk-other");
+    let text = format!("[[backends]]\nurl = \"http://a\"\nweight = 1\napi_key = \"{CANARY}{text}");
+    check(&text);
+    // Warnings included.
+    let shown = parse(&text).map_or_else(|faults| format!("{faults:?}"), |config| format!("{config:?}"));
+    assert!(!shown.contains(CANARY), "{shown}");
 }
 
 /// `policy::retry::cooling`: any header values give a wait within the cap; whole seconds are taken at their word.
@@ -145,7 +150,8 @@ pub fn retry_after(data: &[u8]) {
 /// `policy::limit`: a window and a limiter, against naive logs.
 pub fn limit_ops(data: &[u8]) {
     match data.split_first() {
-        Some((0xFF, rounds)) => huge_window(rounds),
+        // Slow, so a rare shape.
+        Some((0xFF, rounds)) if rounds.len() == 16 => huge_window(rounds),
         Some((0x80.., ops)) => limiter(ops),
         Some((_, ops)) => window(ops),
         None => {}
@@ -417,7 +423,7 @@ fn huge_window(rounds: &[u8]) {
     const LATE: Nanos = WINDOW / 65_536;
     let (mut window, mut naive) = (Window::default(), NaiveLog::default());
     let (limit, mut now): (u32, Nanos) = (65_537, 0);
-    for [a, b, c, d] in rounds.as_chunks().0.iter().take(5) {
+    for [a, b, c, d] in rounds.as_chunks().0 {
         now += u64::from(u16::from_le_bytes([*a, *b])) * MILLI;
         for _ in 0..u16::from_le_bytes([*c, *d]) {
             now += u64::from(*a) * 97;

@@ -217,14 +217,14 @@ impl Gateway {
     ) {
         headers.reserve(8);
         headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
-        headers.insert(X_ZAP_ATTEMPTS, HeaderValue::from(completion.tries));
+        headers.insert(X_ZAP_ATTEMPTS, number(completion.tries));
         match &completion.backend {
             Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),
             None => headers.remove(X_ZAP_BACKEND),
         };
         if let Some(d) = decision {
-            headers.insert(LIMIT, HeaderValue::from(d.limit));
-            headers.insert(REMAINING, HeaderValue::from(d.remaining));
+            headers.insert(LIMIT, number(d.limit));
+            headers.insert(REMAINING, number(d.remaining));
             headers.insert(RESET, reset_value(d.reset));
         }
         if conn.must_close() || self.shared().is_draining() {
@@ -312,9 +312,21 @@ fn route(path: &str) -> (Endpoint, &'static str) {
     }
 }
 
+/// A number as a header's value; the usual ones cost nothing.
+fn number(n: u32) -> HeaderValue {
+    const USUAL: [&str; 4] = ["0", "1", "2", "3"];
+    match USUAL.get(n as usize) {
+        Some(text) => HeaderValue::from_static(text),
+        None => HeaderValue::from_str(itoa::Buffer::new().format(n)).unwrap_or(HeaderValue::from_static("0")),
+    }
+}
+
 /// A time as OpenAI writes it: `2.5s`, rounded up to the millisecond.
 fn reset_value(reset: u64) -> HeaderValue {
     let millis = reset.div_ceil(MILLI);
+    if millis == 0 {
+        return HeaderValue::from_static("0s");
+    }
     let mut text = format!("{}.{:03}", millis / 1000, millis % 1000);
     text.truncate(text.trim_end_matches('0').trim_end_matches('.').len());
     text.push('s');

@@ -147,7 +147,7 @@ enum State {
     Text { key: bool },
     /// After a backslash.
     Escape { key: bool },
-    /// Inside `\uXXXX`: digits still to come and their value so far.
+    /// Inside `\uHHHH`: digits still to come and their value so far.
     Hex { key: bool, left: u8, code: u16 },
     /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
     Utf8 { key: bool, left: u8, low: u8, high: u8 },

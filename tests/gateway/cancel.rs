@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, chunk, start_events, wait_closed};
+use crate::support::provider::{After, blackhole, chunk, start_events, wait_closed};
 use crate::support::{CHAT, Client, Provider, STREAM, Zap, eventually};
 
 /// Says nothing until the other side closes.
@@ -94,14 +94,7 @@ fn one_that_leaves_while_a_connection_opens_or_a_retry_waits_is_counted_there() 
     eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"backoff\"}") == 1.0);
     zap.is_clean();
 
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    socket.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
-    socket.listen(1).unwrap();
-    let address = socket.local_addr().unwrap().as_socket().unwrap();
-    let held: Vec<_> = (0..8)
-        .map_while(|_| std::net::TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok())
-        .collect();
-    assert!(held.len() < 8, "the backlog never filled");
+    let (address, _held) = blackhole();
     let settings =
         "[health]\ninterval_secs = 600\nfailure_threshold = 1000\n[timeouts]\nconnect_ms = 600000\n";
     let zap = Zap::with(settings, &[crate::support::provider::backend(address, "a", "")]);

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, backend, reply, wait_closed};
+use crate::support::provider::{After, backend, blackhole, reply, wait_closed};
 use crate::support::{CHAT, Provider, Zap, eventually};
 
 const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 2\n[health]\nfailure_threshold = 1000\n";
@@ -271,15 +271,7 @@ fn a_silent_backend_gets_its_share_of_the_time_and_no_more() {
 
 #[test]
 fn a_blackhole_costs_connect_ms() {
-    // A listener whose backlog is full accepts no more: the handshake stays unanswered.
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    socket.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
-    socket.listen(1).unwrap();
-    let address = socket.local_addr().unwrap().as_socket().unwrap();
-    let held: Vec<_> = (0..8)
-        .map_while(|_| std::net::TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok())
-        .collect();
-    assert!(held.len() < 8, "the backlog never filled");
+    let (address, _held) = blackhole();
     let b = Provider::named("b");
     let zap =
         Zap::with("[timeouts]\nconnect_ms = 100", &[backend(address, "a", "weight = 9"), b.backend("b", "")]);

@@ -217,6 +217,19 @@ pub fn wait_closed(stream: &TcpStream) -> bool {
     closed
 }
 
+/// An address whose handshakes stay unanswered: a listener that accepts nothing and whose backlog is full. It is one
+/// while what comes with it lives.
+pub fn blackhole() -> (SocketAddr, impl Sized) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(1).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
+    let held: Vec<_> = (0..8).map_while(|_| connect()).collect();
+    assert!(held.len() < 8, "the backlog never filled");
+    (address, (socket, held))
+}
+
 /// A door that scripts wait at until a test opens it.
 #[derive(Clone, Default)]
 pub struct Gate(Arc<(Mutex<(usize, usize)>, Condvar)>);
