@@ -134,7 +134,7 @@ impl Shared {
         let next = Snapshot::new(current.config.clone(), current.backends.clone(), &current.tiers);
         self.snapshot.store(Arc::new(next));
         let now = clock::now();
-        current.backends.iter().filter_map(|b| b.breaker.changes_at(now)).min()
+        current.backends.iter().filter_map(|b| b.breaker.retries_key_at(now)).min()
     }
 }
 
@@ -148,7 +148,7 @@ impl Snapshot {
         priorities.dedup();
         let in_tier = |priority: u32| {
             let ids = (0..backends.len()).filter(|id| backends[*id].conf.priority == priority);
-            let up = |id: &BackendId| backends[*id].breaker.status(now) == Status::Healthy;
+            let up = |id: &BackendId| backends[*id].breaker.is_up(now);
             // Nobody up: the state may change before the next rebuild, so the whole tier stays listed.
             let (mut listed, rest): (Vec<_>, Vec<_>) = ids.partition(up);
             if listed.is_empty() {
@@ -168,31 +168,32 @@ impl Snapshot {
         Thresholds { failures: health.failure_threshold, successes: health.success_threshold }
     }
 
-    /// Chooses a backend that is eligible at `now` and not in `tried`, and takes a place at it.
-    pub fn pick(&self, now: Nanos, tried: &[BackendId]) -> Pick {
+    /// Chooses a backend that is eligible at `now` and not in `tried`, and takes a place at it. `model`: a hash of
+    /// the name that the client gave, if it gave one.
+    pub fn pick(&self, now: Nanos, model: Option<u64>, tried: &[BackendId]) -> Pick {
         for tier in self.tiers.iter().chain([&self.all]) {
             // Another request may take the last place between the choice and the entry: then choose again.
             for _ in 0..=tier.members().len() {
-                let Some(id) = self.choose(tier, now, tried) else { break };
+                let Some(id) = self.choose(tier, now, model, tried) else { break };
                 if let Some(entered) = self.backends[id].enter(now) {
                     return Pick::Backend(entered);
                 }
             }
         }
-        self.why_nobody(now, tried)
+        self.why_nobody(now, model, tried)
     }
 
     /// Takes a place at the first of `order` that may be asked: the second round goes as the first went.
-    pub fn pick_in_order(&self, now: Nanos, order: &[BackendId]) -> Option<InFlight> {
+    pub fn pick_in_order(&self, now: Nanos, model: Option<u64>, order: &[BackendId]) -> Option<InFlight> {
         order
             .iter()
-            .filter(|id| self.backends[**id].check(now).is_ok())
+            .filter(|id| self.backends[**id].check(now, model).is_ok())
             .find_map(|id| self.backends[*id].enter(now))
     }
 
     /// The least bad of those that are out: the one that failed least of late.
     pub fn pick_in_panic(&self, now: Nanos) -> Option<InFlight> {
-        let out = |id: BackendId| self.backends[id].check(now) == Err(Closed::Out(Status::Ejected));
+        let out = |id: BackendId| self.backends[id].check(now, None) == Err(Closed::Out(Status::Ejected));
         let id = self.all.least_loaded(|id, weight| {
             out(id).then(|| load(self.backends[id].in_flight(), weight, self.backends[id].penalty.at(now), 0))
         })?;
@@ -204,8 +205,14 @@ impl Snapshot {
         self.backends.iter().position(|b| b.id == upstream.id)
     }
 
-    fn choose(&self, tier: &Schedule, now: Nanos, tried: &[BackendId]) -> Option<BackendId> {
-        let eligible = |id: BackendId| !tried.contains(&id) && self.backends[id].check(now).is_ok();
+    fn choose(
+        &self,
+        tier: &Schedule,
+        now: Nanos,
+        model: Option<u64>,
+        tried: &[BackendId],
+    ) -> Option<BackendId> {
+        let eligible = |id: BackendId| !tried.contains(&id) && self.backends[id].check(now, model).is_ok();
         match self.config.strategy {
             Strategy::RoundRobin => tier.round_robin(eligible),
             Strategy::LeastLoaded => tier.least_loaded(|id, weight| {
@@ -215,10 +222,10 @@ impl Snapshot {
         }
     }
 
-    fn why_nobody(&self, now: Nanos, tried: &[BackendId]) -> Pick {
+    fn why_nobody(&self, now: Nanos, model: Option<u64>, tried: &[BackendId]) -> Pick {
         let (mut opens, mut full, mut out) = (None::<Nanos>, false, false);
         for (id, _) in self.all.members().iter().filter(|m| !tried.contains(&m.0)) {
-            match self.backends[*id].check(now) {
+            match self.backends[*id].check(now, model) {
                 Err(Closed::Until(at)) => opens = Some(opens.map_or(at, |o| o.min(at))),
                 Err(Closed::Full) | Ok(()) => full = true,
                 Err(Closed::Out(Status::Ejected)) => out = true,

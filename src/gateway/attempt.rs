@@ -15,19 +15,18 @@ use super::intake::ChatRequest;
 use crate::clock;
 use crate::error::{Code, GatewayError};
 use crate::policy::balance::BackendId;
-use crate::policy::breaker::Status;
 use crate::policy::patch::{model_splice, slices};
 use crate::policy::queue::Slot;
 use crate::policy::retry::{Outcome, backoff, cooling, judge, retry_after_secs};
-use crate::policy::{Nanos, headers};
+use crate::policy::{Nanos, SECOND, headers, quota};
 use crate::server::io::Conn;
-use crate::state::{Pick, Snapshot};
+use crate::state::Pick;
 use crate::telemetry::{Completion, Phase};
 use crate::upstream::link::{Link, SendBody};
 use crate::upstream::pool::Lease;
 use crate::upstream::probe::announce;
 use crate::upstream::send::{Answer, Outgoing, send};
-use crate::upstream::{InFlight, Upstream};
+use crate::upstream::{Closed, InFlight, Upstream};
 
 /// An answer that goes to the client.
 pub struct Delivery {
@@ -69,6 +68,8 @@ pub struct Attempts<'a> {
     pub headers: &'a HeaderMap,
     /// The client's body.
     pub chat: &'a ChatRequest,
+    /// A hash of the model that it names, if it names one.
+    pub model: Option<u64>,
     /// The record.
     pub completion: &'a mut Completion,
     /// When the first byte must be on its way.
@@ -144,16 +145,16 @@ impl Attempts<'_> {
     fn pick(&self, now: Nanos, rounds: u32, order: &[BackendId], tried: &[BackendId]) -> Pick {
         let snapshot = self.gateway.snapshot();
         if rounds == 0 {
-            return snapshot.pick(now, tried);
+            return snapshot.pick(now, self.model, tried);
         }
         let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
-        snapshot.pick_in_order(now, &rest).map_or(Pick::Tried, Pick::Backend)
+        snapshot.pick_in_order(now, self.model, &rest).map_or(Pick::Tried, Pick::Backend)
     }
 
     /// Whether one of those tried may be asked once more.
     fn may_come_again(&self, order: &[BackendId]) -> bool {
         let (snapshot, now) = (self.gateway.snapshot(), clock::now());
-        order.iter().filter_map(|id| snapshot.backends.get(*id)).any(|b| b.check(now).is_ok())
+        order.iter().filter_map(|id| snapshot.backends.get(*id)).any(|b| b.check(now, self.model).is_ok())
     }
 
     /// Whether the rules allow one more try.
@@ -189,7 +190,10 @@ impl Attempts<'_> {
     fn share(&self, now: Nanos, tried: &[BackendId], id: Option<BackendId>) -> Nanos {
         let snapshot = self.gateway.snapshot();
         let untried = |(other, b): (BackendId, &Arc<Upstream>)| {
-            Some(other) != id && !tried.contains(&other) && b.conf.weight > 0 && b.check(now).is_ok()
+            Some(other) != id
+                && !tried.contains(&other)
+                && b.conf.weight > 0
+                && b.check(now, self.model).is_ok()
         };
         let others = snapshot.backends.iter().enumerate().filter(|b| untried((b.0, b.1))).count() as u64;
         now + self.deadline.saturating_sub(now) / (others + 1)
@@ -200,7 +204,7 @@ impl Attempts<'_> {
         match (last, slot) {
             (Some((_, Last::Answer { mut head, lease, entered })), Some(slot)) => {
                 if head.status == http::StatusCode::TOO_MANY_REQUESTS {
-                    let secs = retry_after_secs(soonest(&self.gateway.snapshot()));
+                    let secs = retry_after_secs(self.soonest());
                     head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
                     head.headers.remove("retry-after-ms");
                 }
@@ -211,6 +215,16 @@ impl Attempts<'_> {
             (Some((_, Last::Error(error))), _) => Err(error),
             _ => Err(GatewayError::UpstreamTimeout),
         }
+    }
+
+    /// Time until the first of all backends that cool for this model reopens.
+    fn soonest(&self) -> Nanos {
+        let (snapshot, now) = (self.gateway.snapshot(), clock::now());
+        let opens = |b: &Arc<Upstream>| match b.check(now, self.model) {
+            Err(Closed::Until(at)) => Some(at - now),
+            _ => None,
+        };
+        snapshot.backends.iter().filter_map(opens).min().unwrap_or(SECOND)
     }
 
     /// One try at one backend.
@@ -267,6 +281,9 @@ impl Attempts<'_> {
     ) -> Result<(Parts, Lease, InFlight, Option<Bytes>), Failed> {
         let Answer { head, mut lease } = answer;
         let upstream = entered.upstream();
+        if let Some(span) = quota::exhausted(&head.headers, SystemTime::now()) {
+            self.cool(upstream, span);
+        }
         let fail = |code, blame| {
             move |head: Parts, lease, entered| Failed {
                 code,
@@ -279,9 +296,7 @@ impl Attempts<'_> {
             Outcome::Deliver => {}
             Outcome::Failure => return Err(fail(Code::UpstreamError, true)(head, lease, entered)),
             Outcome::Busy => {
-                let span = cooling(&head.headers, SystemTime::now());
-                upstream.breaker.cool(clock::now() + clock::nanos(span));
-                self.gateway.shared().fleet_changed.notify_one();
+                self.cool(upstream, cooling(&head.headers, SystemTime::now()));
                 return Err(fail(Code::UpstreamRateLimited, false)(head, lease, entered));
             }
             Outcome::BadKey => {
@@ -309,6 +324,12 @@ impl Attempts<'_> {
             Ok(Some(Err(_))) => Err(broken(Code::UpstreamUnreachable)),
             Err(_) => Err(broken(Code::UpstreamTimeout)),
         }
+    }
+
+    /// Leaves a backend alone, with the model that it was asked for.
+    fn cool(&self, upstream: &Upstream, span: Duration) {
+        let now = clock::now();
+        upstream.breaker.cool(upstream.sent_model(self.model), now + clock::nanos(span), now);
     }
 
     /// Counts a failed try.
@@ -350,14 +371,4 @@ pub fn is_event_stream(headers: &HeaderMap) -> bool {
     let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     let name = b"text/event-stream";
     kind.len() >= name.len() && kind[..name.len()].eq_ignore_ascii_case(name)
-}
-
-/// Time until the first of all cooling backends reopens.
-fn soonest(snapshot: &Snapshot) -> Nanos {
-    let now = clock::now();
-    let until = |b: &Arc<Upstream>| match b.breaker.status(now) {
-        Status::Cooling(until) => Some(until - now),
-        _ => None,
-    };
-    snapshot.backends.iter().filter_map(until).min().unwrap_or(clock::nanos(Duration::from_secs(1)))
 }

@@ -35,6 +35,7 @@ use crate::server::io::Conn;
 use crate::server::worker::Load;
 use crate::state::{Shared, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
+use crate::upstream::model_key;
 use crate::upstream::pool::Pool;
 
 const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
@@ -117,8 +118,9 @@ impl Gateway {
             let slot = admit::admit(&self, &conn, &mut completion, deadline).await?;
             self.shared().budget.offer(completion.started);
             let (headers, completion) = (&head.headers, &mut *completion);
+            let model = completion.model.as_deref().map(model_key);
             let attempts =
-                Attempts { gateway: &self, conn: &conn, headers, chat: &chat, completion, deadline };
+                Attempts { gateway: &self, conn: &conn, headers, chat: &chat, model, completion, deadline };
             attempts.run(slot).await
         }
         .await;

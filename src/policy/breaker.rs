@@ -2,9 +2,11 @@
 //!
 //! Streaks and state share one atomic word, so that every change of state has exactly one author. Real traffic
 //! and probes feed the same streak of failures; only probes bring a backend back. Who probes, and when, is
-//! [`crate::upstream::probe`]'s business.
+//! [`crate::upstream::probe`]'s business. Providers count by model, so a backend cools for one model at a time.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use super::balance::SLOW_START;
 use super::{Nanos, SECOND};
@@ -73,7 +75,7 @@ pub enum Change {
 #[derive(Debug)]
 pub struct Breaker {
     word: AtomicU64,
-    cooling_until: AtomicU64,
+    cooling: Cooling,
     bad_key_until: AtomicU64,
     /// Last success of real traffic; 0: none yet.
     last_success: AtomicU64,
@@ -120,15 +122,24 @@ impl Breaker {
     pub fn new() -> Self {
         Breaker {
             word: AtomicU64::new(0),
-            cooling_until: AtomicU64::new(0),
+            cooling: Cooling::default(),
             bad_key_until: AtomicU64::new(0),
             last_success: AtomicU64::new(0),
             up_since: AtomicU64::new(0),
         }
     }
 
-    /// The state at `now`.
+    /// The state at `now` for requests of `model`, a hash of the name that it is sent.
+    pub fn status_for(&self, model: u64, now: Nanos) -> Status {
+        self.status_and(now, || self.cooling.until(model, now))
+    }
+
+    /// The state at `now`, cooling where it cools for any model: until the last of them reopens.
     pub fn status(&self, now: Nanos) -> Status {
+        self.status_and(now, || self.cooling.latest(now))
+    }
+
+    fn status_and(&self, now: Nanos, cooling: impl Fn() -> Option<Nanos>) -> Status {
         let state = Word::unpack(self.word.load(Ordering::Relaxed)).state;
         if state == State::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
             return Status::Misconfigured;
@@ -136,10 +147,7 @@ impl Breaker {
         if state == State::Ejected {
             return Status::Ejected;
         }
-        match self.cooling_until.load(Ordering::Relaxed) {
-            until if until > now => Status::Cooling(until),
-            _ => Status::Healthy,
-        }
+        cooling().map_or(Status::Healthy, Status::Cooling)
     }
 
     /// Real traffic succeeded.
@@ -179,9 +187,9 @@ impl Breaker {
         change
     }
 
-    /// The provider asks to be left alone until `until`; the later of two wishes counts.
-    pub fn cool(&self, until: Nanos) {
-        self.cooling_until.fetch_max(until, Ordering::Relaxed);
+    /// The provider asks to be left alone with `model` until `until`; the later of two wishes counts.
+    pub fn cool(&self, model: u64, until: Nanos, now: Nanos) {
+        self.cooling.add(model, until, now);
     }
 
     /// The provider refused Zap's key: out for [`BAD_KEY`]. `true` where that is news.
@@ -202,10 +210,9 @@ impl Breaker {
         matches!(self.status(now), Status::Healthy | Status::Cooling(_))
     }
 
-    /// When the state next changes by itself, if it will.
-    pub fn changes_at(&self, now: Nanos) -> Option<Nanos> {
-        let ends = [&self.cooling_until, &self.bad_key_until].map(|until| until.load(Ordering::Relaxed));
-        ends.into_iter().filter(|at| *at > now).min()
+    /// When a key that was refused is tried again, if it is to be.
+    pub fn retries_key_at(&self, now: Nanos) -> Option<Nanos> {
+        Some(self.bad_key_until.load(Ordering::Relaxed)).filter(|at| *at > now)
     }
 
     /// How long it has been back; at least the whole slow start where it never was out.
@@ -226,6 +233,50 @@ impl Breaker {
             (_, State::Ejected) => Some(Change::Down),
             (_, State::Misconfigured) => Some(Change::Misconfigured),
         }
+    }
+}
+
+/// Models that a provider wants no requests for, and until when.
+#[derive(Debug, Default)]
+struct Cooling {
+    /// Number of entries: nearly always 0, and then the lock is not taken.
+    len: AtomicUsize,
+    until: Mutex<Vec<(u64, Nanos)>>,
+}
+
+/// Models that one backend may cool for at once; beyond it the one that reopens first is forgotten.
+const MAX_COOLING_MODELS: usize = 1024;
+
+impl Cooling {
+    fn add(&self, model: u64, until: Nanos, now: Nanos) {
+        let mut all = self.until.lock();
+        all.retain(|entry| entry.1 > now);
+        match all.iter_mut().find(|entry| entry.0 == model) {
+            Some(entry) => entry.1 = entry.1.max(until),
+            None => all.push((model, until)),
+        }
+        if all.len() > MAX_COOLING_MODELS
+            && let Some(first) = (0..all.len()).min_by_key(|i| all[*i].1)
+        {
+            all.swap_remove(first);
+        }
+        self.len.store(all.len(), Ordering::Release);
+    }
+
+    fn until(&self, model: u64, now: Nanos) -> Option<Nanos> {
+        self.find(now, |entry| entry.0 == model)
+    }
+
+    fn latest(&self, now: Nanos) -> Option<Nanos> {
+        self.find(now, |_| true)
+    }
+
+    fn find(&self, now: Nanos, wanted: impl Fn(&(u64, Nanos)) -> bool) -> Option<Nanos> {
+        if self.len.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let all = self.until.lock();
+        all.iter().filter(|entry| entry.1 > now && wanted(entry)).map(|entry| entry.1).max()
     }
 }
 
@@ -286,11 +337,32 @@ mod tests {
     #[test]
     fn cooling_ends_by_itself_and_the_later_wish_counts() {
         let b = Breaker::new();
-        b.cool(100);
-        b.cool(50);
-        assert_eq!(b.status(99), Status::Cooling(100));
+        b.cool(7, 100, 1);
+        b.cool(7, 50, 1);
+        assert_eq!(b.status_for(7, 99), Status::Cooling(100));
         assert!(b.is_up(99));
-        assert_eq!(b.status(100), Status::Healthy);
+        assert_eq!(b.status_for(7, 100), Status::Healthy);
+    }
+
+    #[test]
+    fn a_backend_cools_for_one_model_and_serves_another() {
+        let b = Breaker::new();
+        b.cool(1, 100, 0);
+        b.cool(2, 200, 0);
+        assert_eq!((b.status_for(1, 50), b.status_for(3, 50)), (Status::Cooling(100), Status::Healthy));
+        assert_eq!(
+            (b.status(50), b.status(150), b.status(200)),
+            (Status::Cooling(200), Status::Cooling(200), Status::Healthy)
+        );
+    }
+
+    #[test]
+    fn models_without_end_take_memory_with_an_end() {
+        let b = Breaker::new();
+        (0..10_000).for_each(|model| b.cool(model, 1_000_000 - model, 0));
+        assert_eq!(b.cooling.until.lock().len(), MAX_COOLING_MODELS);
+        b.cool(5, 2_000_000, 1_000_000);
+        assert_eq!(b.cooling.until.lock().len(), 1, "what has reopened is forgotten");
     }
 
     #[test]
@@ -299,9 +371,7 @@ mod tests {
         assert!(b.bad_key(1));
         assert!(!b.bad_key(2), "known already");
         assert_eq!(b.probed(Probe::Alive, LIMITS, 3), None);
-        assert_eq!((b.changes_at(3), b.changes_at(BAD_KEY + 2)), (Some(BAD_KEY + 2), None));
-        b.cool(9);
-        assert_eq!(b.changes_at(3), Some(9));
+        assert_eq!((b.retries_key_at(3), b.retries_key_at(BAD_KEY + 2)), (Some(BAD_KEY + 2), None));
         assert_eq!(b.status(BAD_KEY + 1), Status::Misconfigured);
         assert_eq!(b.status(BAD_KEY + 2), Status::Healthy);
     }

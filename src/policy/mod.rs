@@ -24,6 +24,8 @@ pub mod patch;
 
 pub mod retry;
 
+pub mod quota;
+
 /// Monotonic time in nanoseconds since the process started.
 pub type Nanos = u64;
 

@@ -10,6 +10,7 @@ pub mod send;
 
 pub mod probe;
 
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -56,6 +57,8 @@ pub struct Upstream {
     /// The default model, spelled for the splice.
     pub model: Option<ModelText>,
     connector: Connector,
+    /// A hash of its default model's name; 0 where it has none.
+    default_model: u64,
     in_flight: CachePadded<AtomicUsize>,
     quota: Mutex<Window>,
     room: Arc<Notify>,
@@ -105,6 +108,7 @@ impl Upstream {
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             model: conf.default_model.as_deref().map(ModelText::new),
             connector: Connector::new(&conf, roots).map_err(|e| bad(&e))?,
+            default_model: conf.default_model.as_deref().map_or(0, model_key),
             in_flight: CachePadded::default(),
             quota: Mutex::default(),
             room,
@@ -128,12 +132,12 @@ impl Upstream {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Whether it may be asked at `now`.
+    /// Whether it may be asked at `now`. `model`: a hash of the name that the client gave, if it gave one.
     ///
     /// # Errors
     /// Why not.
-    pub fn check(&self, now: Nanos) -> Result<(), Closed> {
-        match self.breaker.status(now) {
+    pub fn check(&self, now: Nanos, model: Option<u64>) -> Result<(), Closed> {
+        match self.breaker.status_for(self.sent_model(model), now) {
             Status::Healthy => {}
             Status::Cooling(until) => return Err(Closed::Until(until)),
             out => return Err(Closed::Out(out)),
@@ -148,6 +152,11 @@ impl Upstream {
             }
         }
         Ok(())
+    }
+
+    /// A hash of the model's name as this backend is sent it.
+    pub fn sent_model(&self, asked: Option<u64>) -> u64 {
+        asked.unwrap_or(self.default_model)
     }
 
     /// Takes one of its places and one of its quota, both or neither.
@@ -171,6 +180,11 @@ impl Upstream {
     pub fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
         *self.last_error.lock()
     }
+}
+
+/// A hash of a model's name, by which cooling is kept.
+pub fn model_key(name: &str) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(name)
 }
 
 impl InFlight {

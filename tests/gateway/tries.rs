@@ -153,6 +153,47 @@ fn a_request_waits_for_a_backend_that_cools_briefly() {
 }
 
 #[test]
+fn a_provider_that_says_it_has_nothing_left_is_left_alone_until_its_reset() {
+    let n = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        let headers = match n.fetch_add(1, Ordering::SeqCst) {
+            0 => "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1s\r\n",
+            _ => "x-ratelimit-remaining-requests: 9\r\n",
+        };
+        reply(stream, 200, headers, b"a");
+        After::Keep
+    });
+    let b = Provider::named("b");
+    let zap = Zap::with("", &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    assert_eq!(zap.chat(CHAT).text(), "a");
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(800) {
+        assert_eq!(zap.chat(CHAT).text(), "b");
+    }
+    assert_eq!(zap.metric("zap_backend_cooling{backend=\"a\"}"), 1.0);
+    eventually("it serves again", || zap.chat(CHAT).text() == "a");
+}
+
+#[test]
+fn a_backend_cools_for_the_model_that_was_refused_and_serves_the_others() {
+    let a = Provider::start(|seen, stream| {
+        match String::from_utf8_lossy(&seen.body).contains("busy") {
+            true => reply(stream, 429, "retry-after: 30\r\n", b"a"),
+            false => reply(stream, 200, "", b"a"),
+        }
+        After::Keep
+    });
+    let b = Provider::named("b");
+    let zap = Zap::with("", &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    let chat = |model: &str| zap.chat(format!("{{\"messages\":[],\"model\":\"{model}\"}}")).text().to_owned();
+    assert_eq!(chat("busy"), "b");
+    let asked = a.count();
+    (0..9).for_each(|_| assert_eq!(chat("busy"), "b"));
+    assert_eq!(a.count(), asked);
+    assert!((0..9).filter(|_| chat("free") == "a").count() >= 8);
+}
+
+#[test]
 fn a_key_that_is_refused_is_zaps_trouble_not_the_clients() {
     for status in [401, 402, 403] {
         let a = Provider::fixed(status, "", "bad key sk-CANARY");
