@@ -70,7 +70,7 @@ fn zap(chunks: &[Bytes], model: &ModelText) -> Option<Vec<Bytes>> {
     let mut scanner = Scanner::new();
     chunks.iter().try_for_each(|c| scanner.feed(c)).ok()?;
     let fields = scanner.finish().ok()?;
-    fields.check_chat().ok()?;
+    fields.check(true, true).ok()?;
     Some(slices(chunks, model_splice(&fields, Some(model)).as_ref()))
 }
 

@@ -33,6 +33,8 @@ pub enum GatewayError {
     MethodNotAllowed(&'static str),
     /// A chat completion without an array of messages.
     MissingMessages,
+    /// No model is named at an endpoint that has no default.
+    MissingModel,
     /// Nobody can be asked at all.
     NoBackend,
     /// As many wait as may.
@@ -106,6 +108,7 @@ codes! {
     InvalidType "invalid_type",
     MethodNotAllowed "method_not_allowed",
     MissingMessages "missing_messages",
+    MissingModel "missing_model",
     NoBackend "no_backend",
     QueueFull "queue_full",
     QueueTimeout "queue_timeout",
@@ -174,6 +177,7 @@ impl GatewayError {
         match self {
             GatewayError::DuplicateKey(key) | GatewayError::InvalidType(key, _) => Some(key),
             GatewayError::MissingMessages => Some("messages"),
+            GatewayError::MissingModel => Some("model"),
             _ => None,
         }
     }
@@ -255,6 +259,12 @@ impl GatewayError {
                 INVALID,
                 Code::MissingMessages,
                 "\"messages\" is missing or not an array.".into(),
+            ),
+            E::MissingModel => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::MissingModel,
+                "\"model\" is missing; this endpoint has no default, so name one.".into(),
             ),
             E::NoBackend => after(
                 SECOND,
@@ -404,6 +414,7 @@ mod tests {
             (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
             (E::MethodNotAllowed("POST"), 405, INVALID, "method_not_allowed", None, None, false),
             (E::MissingMessages, 400, INVALID, "missing_messages", Some("messages"), None, false),
+            (E::MissingModel, 400, INVALID, "missing_model", Some("model"), None, false),
             (E::NoBackend, 503, SERVER, "no_backend", None, Some("1"), false),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),

@@ -19,7 +19,7 @@ use crate::policy::retry::Budget;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::{Lane, Reloads};
 use crate::upstream::connect::Roots;
-use crate::upstream::{Closed, InFlight, Upstream};
+use crate::upstream::{Ask, Closed, InFlight, Upstream};
 
 /// Everything that workers share.
 #[derive(Debug)]
@@ -168,32 +168,31 @@ impl Snapshot {
         Thresholds { failures: health.failure_threshold, successes: health.success_threshold }
     }
 
-    /// Chooses a backend that is eligible at `now` and not in `tried`, and takes a place at it. `model`: a hash of
-    /// the name that the client gave, if it gave one.
-    pub fn pick(&self, now: Nanos, model: Option<u64>, tried: &[BackendId]) -> Pick {
+    /// Chooses a backend that is eligible at `now` and not in `tried`, and takes a place at it.
+    pub fn pick(&self, now: Nanos, ask: Ask, tried: &[BackendId]) -> Pick {
         for tier in self.tiers.iter().chain([&self.all]) {
             // Another request may take the last place between the choice and the entry: then choose again.
             for _ in 0..=tier.members().len() {
-                let Some(id) = self.choose(tier, now, model, tried) else { break };
+                let Some(id) = self.choose(tier, now, ask, tried) else { break };
                 if let Some(entered) = self.backends[id].enter(now) {
                     return Pick::Backend(entered);
                 }
             }
         }
-        self.why_nobody(now, model, tried)
+        self.why_nobody(now, ask, tried)
     }
 
     /// Takes a place at the first of `order` that may be asked: the second round goes as the first went.
-    pub fn pick_in_order(&self, now: Nanos, model: Option<u64>, order: &[BackendId]) -> Option<InFlight> {
+    pub fn pick_in_order(&self, now: Nanos, ask: Ask, order: &[BackendId]) -> Option<InFlight> {
         order
             .iter()
-            .filter(|id| self.backends[**id].check(now, model).is_ok())
+            .filter(|id| self.backends[**id].check(now, ask).is_ok())
             .find_map(|id| self.backends[*id].enter(now))
     }
 
     /// The least bad of those that are out: the one that failed least of late.
-    pub fn pick_in_panic(&self, now: Nanos) -> Option<InFlight> {
-        let out = |id: BackendId| self.backends[id].check(now, None) == Err(Closed::Out(Status::Ejected));
+    pub fn pick_in_panic(&self, now: Nanos, ask: Ask) -> Option<InFlight> {
+        let out = |id: BackendId| self.backends[id].check(now, ask) == Err(Closed::Out(Status::Ejected));
         let id = self.all.least_loaded(|id, weight| {
             out(id).then(|| load(self.backends[id].in_flight(), weight, self.backends[id].penalty.at(now), 0))
         })?;
@@ -205,14 +204,8 @@ impl Snapshot {
         self.backends.iter().position(|b| b.id == upstream.id)
     }
 
-    fn choose(
-        &self,
-        tier: &Schedule,
-        now: Nanos,
-        model: Option<u64>,
-        tried: &[BackendId],
-    ) -> Option<BackendId> {
-        let eligible = |id: BackendId| !tried.contains(&id) && self.backends[id].check(now, model).is_ok();
+    fn choose(&self, tier: &Schedule, now: Nanos, ask: Ask, tried: &[BackendId]) -> Option<BackendId> {
+        let eligible = |id: BackendId| !tried.contains(&id) && self.backends[id].check(now, ask).is_ok();
         match self.config.strategy {
             Strategy::RoundRobin => tier.round_robin(eligible),
             Strategy::LeastLoaded => tier.least_loaded(|id, weight| {
@@ -222,14 +215,14 @@ impl Snapshot {
         }
     }
 
-    fn why_nobody(&self, now: Nanos, model: Option<u64>, tried: &[BackendId]) -> Pick {
+    fn why_nobody(&self, now: Nanos, ask: Ask, tried: &[BackendId]) -> Pick {
         let (mut opens, mut full, mut out) = (None::<Nanos>, false, false);
         for (id, _) in self.all.members().iter().filter(|m| !tried.contains(&m.0)) {
-            match self.backends[*id].check(now, model) {
+            match self.backends[*id].check(now, ask) {
                 Err(Closed::Until(at)) => opens = Some(opens.map_or(at, |o| o.min(at))),
                 Err(Closed::Full) | Ok(()) => full = true,
                 Err(Closed::Out(Status::Ejected)) => out = true,
-                Err(Closed::Out(_)) => {}
+                Err(Closed::Out(_) | Closed::Unfit) => {}
             }
         }
         if !tried.is_empty() {

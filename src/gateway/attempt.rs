@@ -26,7 +26,7 @@ use crate::upstream::link::{Link, SendBody};
 use crate::upstream::pool::Lease;
 use crate::upstream::probe::announce;
 use crate::upstream::send::{Answer, Outgoing, send};
-use crate::upstream::{Closed, InFlight, Upstream};
+use crate::upstream::{Ask, Closed, InFlight, Upstream};
 
 /// An answer that goes to the client.
 pub struct Delivery {
@@ -68,8 +68,8 @@ pub struct Attempts<'a> {
     pub headers: &'a HeaderMap,
     /// The client's body.
     pub chat: &'a ChatRequest,
-    /// A hash of the model that it names, if it names one.
-    pub model: Option<u64>,
+    /// What it asks for.
+    pub ask: Ask,
     /// The record.
     pub completion: &'a mut Completion,
     /// When the first byte must be on its way.
@@ -94,7 +94,9 @@ impl Attempts<'_> {
             }
             let picked = match self.pick(now, rounds, &order, &tried) {
                 Pick::Backend(entered) => Some((entered, false)),
-                Pick::Out => self.gateway.snapshot().pick_in_panic(now).map(|entered| (entered, true)),
+                Pick::Out => {
+                    self.gateway.snapshot().pick_in_panic(now, self.ask).map(|entered| (entered, true))
+                }
                 Pick::Nobody => None,
                 Pick::Busy { opens } => {
                     drop(slot.take());
@@ -145,16 +147,16 @@ impl Attempts<'_> {
     fn pick(&self, now: Nanos, rounds: u32, order: &[BackendId], tried: &[BackendId]) -> Pick {
         let snapshot = self.gateway.snapshot();
         if rounds == 0 {
-            return snapshot.pick(now, self.model, tried);
+            return snapshot.pick(now, self.ask, tried);
         }
         let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
-        snapshot.pick_in_order(now, self.model, &rest).map_or(Pick::Tried, Pick::Backend)
+        snapshot.pick_in_order(now, self.ask, &rest).map_or(Pick::Tried, Pick::Backend)
     }
 
     /// Whether one of those tried may be asked once more.
     fn may_come_again(&self, order: &[BackendId]) -> bool {
         let (snapshot, now) = (self.gateway.snapshot(), clock::now());
-        order.iter().filter_map(|id| snapshot.backends.get(*id)).any(|b| b.check(now, self.model).is_ok())
+        order.iter().filter_map(|id| snapshot.backends.get(*id)).any(|b| b.check(now, self.ask).is_ok())
     }
 
     /// Whether the rules allow one more try.
@@ -193,7 +195,7 @@ impl Attempts<'_> {
             Some(other) != id
                 && !tried.contains(&other)
                 && b.conf.weight > 0
-                && b.check(now, self.model).is_ok()
+                && b.check(now, self.ask).is_ok()
         };
         let others = snapshot.backends.iter().enumerate().filter(|b| untried((b.0, b.1))).count() as u64;
         now + self.deadline.saturating_sub(now) / (others + 1)
@@ -220,7 +222,7 @@ impl Attempts<'_> {
     /// Time until the first of all backends that cool for this model reopens.
     fn soonest(&self) -> Nanos {
         let (snapshot, now) = (self.gateway.snapshot(), clock::now());
-        let opens = |b: &Arc<Upstream>| match b.check(now, self.model) {
+        let opens = |b: &Arc<Upstream>| match b.check(now, self.ask) {
             Err(Closed::Until(at)) => Some(at - now),
             _ => None,
         };
@@ -269,7 +271,8 @@ impl Attempts<'_> {
         to.insert(headers::X_REQUEST_ID, self.completion.request_id.clone());
         let splice = model_splice(&self.chat.fields, upstream.model.as_ref());
         let body = SendBody::new(slices(&self.chat.chunks, splice.as_ref()));
-        Outgoing { target: upstream.chat.clone(), headers: to, body }
+        let target = upstream.target(self.ask.endpoint).cloned().unwrap_or_default();
+        Outgoing { target, headers: to, body }
     }
 
     /// Judges an answer by its status; of one that is delivered and no stream, waits for the first frame too.
@@ -329,7 +332,7 @@ impl Attempts<'_> {
     /// Leaves a backend alone, with the model that it was asked for.
     fn cool(&self, upstream: &Upstream, span: Duration) {
         let now = clock::now();
-        upstream.breaker.cool(upstream.sent_model(self.model), now + clock::nanos(span), now);
+        upstream.breaker.cool(upstream.sent_model(self.ask.model), now + clock::nanos(span), now);
     }
 
     /// Counts a failed try.

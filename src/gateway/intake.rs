@@ -12,6 +12,7 @@ use crate::policy::patch::BodyFault;
 use crate::policy::scan::{Fields, Member, ScanError, Scanner};
 use crate::policy::{Nanos, SECOND};
 use crate::server::io::Conn;
+use crate::telemetry::Endpoint;
 
 /// A body must grow by [`PROGRESS`] bytes in this time.
 const PATIENCE: Nanos = 30 * SECOND;
@@ -49,13 +50,14 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
     Ok(())
 }
 
-/// Reads and scans a body of at most `max` bytes.
+/// Reads and scans the body of a request to `endpoint`, of at most `max` bytes.
 ///
 /// # Errors
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
 pub async fn read(
     mut body: Incoming,
     conn: &Conn,
+    endpoint: Endpoint,
     max: u64,
     deadline: Nanos,
 ) -> Result<ChatRequest, GatewayError> {
@@ -80,7 +82,7 @@ pub async fn read(
         }
     }
     let fields = scanner.finish().map_err(refuse)?;
-    fields.check_chat().map_err(refuse_fault)?;
+    fields.check(endpoint == Endpoint::Chat, endpoint.has_default_model()).map_err(refuse_fault)?;
     Ok(ChatRequest { chunks: pieces.finish(), fields })
 }
 
@@ -103,6 +105,7 @@ fn refuse_fault(fault: BodyFault) -> GatewayError {
             GatewayError::InvalidType(member.name(), "an array")
         }
         BodyFault::MissingMessages => GatewayError::MissingMessages,
+        BodyFault::MissingModel => GatewayError::MissingModel,
     }
 }
 

@@ -35,8 +35,8 @@ use crate::server::io::Conn;
 use crate::server::worker::Load;
 use crate::state::{Shared, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
-use crate::upstream::model_key;
 use crate::upstream::pool::Pool;
+use crate::upstream::{Ask, model_key};
 
 const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
 const X_ZAP_BACKEND: HeaderName = HeaderName::from_static("x-zap-backend");
@@ -74,7 +74,7 @@ impl Gateway {
         let mut completion =
             Completion::new(self.recorder.clone(), endpoint, request.uri().path(), request_id);
         if allow == "POST" && request.method() == Method::POST {
-            return self.chat(request, conn, completion).await;
+            return self.forward(request, conn, completion).await;
         }
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
         let result = match endpoint {
@@ -83,14 +83,15 @@ impl Gateway {
             Endpoint::Health => Ok(endpoints::health()),
             Endpoint::Metrics => Ok(endpoints::metrics(self.shared())),
             Endpoint::Ready => Ok(endpoints::ready(self.shared())),
-            Endpoint::Chat | Endpoint::Status => Ok(endpoints::status(self.shared())),
+            // What is left are POST endpoints, which were refused just now.
+            _ => Ok(endpoints::status(self.shared())),
         };
         let response = result.unwrap_or_else(|error| self.refuse(error, &mut completion));
         self.finish(response, completion, None, conn)
     }
 
-    /// A chat completion, phase by phase.
-    async fn chat(
+    /// A request to a backend, phase by phase.
+    async fn forward(
         self: Rc<Self>,
         request: Request<Incoming>,
         conn: Rc<Conn>,
@@ -109,7 +110,9 @@ impl Gateway {
             }
             intake::check_head(&head.headers, self.config.server.max_body_bytes)?;
             let deadline = completion.started + clock::nanos(self.config().queue.timeout);
-            let chat = intake::read(body, &conn, self.config.server.max_body_bytes, deadline).await?;
+            let chat =
+                intake::read(body, &conn, completion.endpoint, self.config.server.max_body_bytes, deadline)
+                    .await?;
             completion.others = clock::now() - completion.started;
             completion.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
@@ -118,9 +121,10 @@ impl Gateway {
             let slot = admit::admit(&self, &conn, &mut completion, deadline).await?;
             self.shared().budget.offer(completion.started);
             let (headers, completion) = (&head.headers, &mut *completion);
-            let model = completion.model.as_deref().map(model_key);
+            let ask =
+                Ask { endpoint: completion.endpoint, model: completion.model.as_deref().map(model_key) };
             let attempts =
-                Attempts { gateway: &self, conn: &conn, headers, chat: &chat, model, completion, deadline };
+                Attempts { gateway: &self, conn: &conn, headers, chat: &chat, ask, completion, deadline };
             attempts.run(slot).await
         }
         .await;
@@ -161,7 +165,7 @@ impl Gateway {
             events: events
                 && !head.headers.contains_key(CONTENT_ENCODING)
                 && !head.headers.contains_key(CONTENT_LENGTH),
-            done_expected: events && head.status.is_success(),
+            done_expected: events && head.status.is_success() && completion.endpoint.ends_with_done(),
             version,
         };
         let secret = upstream.conf.api_key.as_ref().filter(|_| head.status.as_u16() >= 400);
@@ -306,6 +310,13 @@ impl Gateway {
 fn route(path: &str) -> (Endpoint, &'static str) {
     match path {
         "/chat" | "/v1/chat/completions" => (Endpoint::Chat, "POST"),
+        "/v1/audio/speech" => (Endpoint::Speech, "POST"),
+        "/v1/completions" => (Endpoint::Completions, "POST"),
+        "/v1/embeddings" => (Endpoint::Embeddings, "POST"),
+        "/v1/images/generations" => (Endpoint::Images, "POST"),
+        "/v1/moderations" => (Endpoint::Moderations, "POST"),
+        "/v1/rerank" => (Endpoint::Rerank, "POST"),
+        "/v1/responses" => (Endpoint::Responses, "POST"),
         "/health" => (Endpoint::Health, "GET, HEAD"),
         "/metrics" => (Endpoint::Metrics, "GET, HEAD"),
         "/ready" => (Endpoint::Ready, "GET, HEAD"),

@@ -13,6 +13,8 @@ pub enum BodyFault {
     InvalidType(Member),
     /// `messages` is absent or not an array.
     MissingMessages,
+    /// No model is named where one must be.
+    MissingModel,
 }
 
 /// A replacement of `skip` bytes from offset `at` by `insert`.
@@ -55,19 +57,22 @@ impl Fields {
         self.stream == Kind::True
     }
 
-    /// Checks what a chat completion must have.
+    /// Checks what a request must have: `messages` where it is a chat, and a model where none has a default.
     ///
     /// # Errors
     /// The first rule that is broken.
-    pub fn check_chat(&self) -> Result<(), BodyFault> {
+    pub fn check(&self, is_chat: bool, has_default_model: bool) -> Result<(), BodyFault> {
         if self.model == Model::Other {
             return Err(BodyFault::InvalidType(Member::Model));
         }
         if !matches!(self.stream, Kind::Absent | Kind::False | Kind::Null | Kind::True) {
             return Err(BodyFault::InvalidType(Member::Stream));
         }
-        if self.messages != Kind::Array {
+        if is_chat && self.messages != Kind::Array {
             return Err(BodyFault::MissingMessages);
+        }
+        if !has_default_model && !matches!(self.model, Model::Named { .. }) {
+            return Err(BodyFault::MissingModel);
         }
         Ok(())
     }
@@ -170,7 +175,18 @@ mod tests {
         ] {
             let mut scanner = Scanner::new();
             scanner.feed(body.as_bytes()).unwrap();
-            assert_eq!(scanner.finish().unwrap().check_chat(), want, "{body}");
+            assert_eq!(scanner.finish().unwrap().check(true, true), want, "{body}");
+        }
+        for (body, want) in [
+            (r#"{"input":"a","model":"m"}"#, Ok(())),
+            (r#"{"input":"a"}"#, Err(BodyFault::MissingModel)),
+            (r#"{"input":"a","model":""}"#, Err(BodyFault::MissingModel)),
+            (r#"{"input":"a","model":null}"#, Err(BodyFault::MissingModel)),
+            (r#"{"input":"a","model":1}"#, Err(BodyFault::InvalidType(Member::Model))),
+        ] {
+            let mut scanner = Scanner::new();
+            scanner.feed(body.as_bytes()).unwrap();
+            assert_eq!(scanner.finish().unwrap().check(false, false), want, "{body}");
         }
     }
 

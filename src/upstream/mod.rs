@@ -27,6 +27,7 @@ use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::limit::Window;
 use crate::policy::patch::ModelText;
+use crate::telemetry::Endpoint;
 use crate::telemetry::metrics::BackendLane;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
@@ -44,8 +45,8 @@ pub struct Upstream {
     pub penalty: Penalty,
     /// One lane a worker.
     pub lanes: Box<[CachePadded<BackendLane>]>,
-    /// Where chat completions go.
-    pub chat: Uri,
+    /// Where each endpoint goes, by its discriminant; `None` where it is not served.
+    targets: [Option<Uri>; Endpoint::ALL.len()],
     /// Where probes go.
     pub health: Uri,
     /// `Host`.
@@ -65,6 +66,15 @@ pub struct Upstream {
     last_error: Mutex<Option<(std::time::SystemTime, Code)>>,
 }
 
+/// What a request asks for, as far as the choice of a backend goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// A hash of the model that the client names ([`model_key`]), if it names one.
+    pub model: Option<u64>,
+}
+
 /// A request that a backend serves; dropping it ends that.
 #[derive(Debug)]
 #[must_use = "dropping it says that the backend is done"]
@@ -77,6 +87,8 @@ pub enum Closed {
     Full,
     /// Out, or its key is refused.
     Out(Status),
+    /// It does not serve the endpoint.
+    Unfit,
     /// It may be asked again then.
     Until(Nanos),
 }
@@ -101,7 +113,7 @@ impl Upstream {
             breaker: Breaker::new(),
             penalty: Penalty::default(),
             lanes: (0..workers).map(|_| CachePadded::default()).collect(),
-            chat: path(&conf.chat_path)?,
+            targets: targets(&conf).map_err(bad)?,
             health: path(&conf.health_path)?,
             host: HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?,
             authorization: conf.api_key.as_ref().map(config::Secret::bearer),
@@ -132,12 +144,20 @@ impl Upstream {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Whether it may be asked at `now`. `model`: a hash of the name that the client gave, if it gave one.
+    /// Where it wants requests to `endpoint`.
+    pub fn target(&self, endpoint: Endpoint) -> Option<&Uri> {
+        self.targets[endpoint as usize].as_ref()
+    }
+
+    /// Whether it may be asked at `now`.
     ///
     /// # Errors
     /// Why not.
-    pub fn check(&self, now: Nanos, model: Option<u64>) -> Result<(), Closed> {
-        match self.breaker.status_for(self.sent_model(model), now) {
+    pub fn check(&self, now: Nanos, ask: Ask) -> Result<(), Closed> {
+        if self.target(ask.endpoint).is_none() {
+            return Err(Closed::Unfit);
+        }
+        match self.breaker.status_for(self.sent_model(ask.model), now) {
             Status::Healthy => {}
             Status::Cooling(until) => return Err(Closed::Until(until)),
             out => return Err(Closed::Out(out)),
@@ -180,6 +200,21 @@ impl Upstream {
     pub fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
         *self.last_error.lock()
     }
+}
+
+/// The API base is the chat path less `/chat/completions`; a chat path that ends otherwise serves chat alone.
+fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()], &'static str> {
+    let base = Endpoint::Chat.tail().and_then(|tail| conf.chat_path.strip_suffix(tail));
+    let mut targets = [const { None }; Endpoint::ALL.len()];
+    for endpoint in Endpoint::ALL {
+        let path = match (endpoint, base, endpoint.tail()) {
+            (Endpoint::Chat, ..) => format!("{}{}", conf.url.path, conf.chat_path),
+            (_, Some(base), Some(tail)) => format!("{}{base}{tail}", conf.url.path),
+            _ => continue,
+        };
+        targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
+    }
+    Ok(targets)
 }
 
 /// A hash of a model's name, by which cooling is kept.

@@ -16,6 +16,8 @@ mod drain;
 
 mod edge;
 
+mod endpoints;
+
 mod headers;
 
 mod health;

@@ -1,0 +1,94 @@
+//! The JSON endpoints beside chat: same rules, their own paths.
+
+use crate::support::provider::{After, chunk, end_chunks, reply, start_events};
+use crate::support::{Provider, Zap};
+
+const FORWARDED: [(&str, &str); 7] = [
+    ("/v1/audio/speech", "speech"),
+    ("/v1/completions", "completions"),
+    ("/v1/embeddings", "embeddings"),
+    ("/v1/images/generations", "images"),
+    ("/v1/moderations", "moderations"),
+    ("/v1/rerank", "rerank"),
+    ("/v1/responses", "responses"),
+];
+
+#[test]
+fn each_goes_to_its_place_behind_the_api_base_byte_for_byte() {
+    let a = Provider::start(|seen, stream| {
+        reply(stream, 200, "", &seen.body);
+        After::Keep
+    });
+    let more = "chat_path = \"/api/v2/chat/completions\"\napi_key = \"sk-a\"";
+    let zap = Zap::with("[rate_limit]\nrequests_per_minute = 100", &[a.backend("a", more)]);
+    let mut client = zap.client();
+    let body = r#"{ "input":[1,2e5],"model":"m" }"#;
+    for (path, name) in FORWARDED {
+        client.post(path, "", body);
+        let answer = client.response();
+        assert_eq!((answer.status, answer.text()), (200, body), "{path}");
+        assert_eq!(answer.header("x-ratelimit-limit-requests"), Some("100"));
+        let seen = a.seen().pop().unwrap();
+        let tail = path.strip_prefix("/v1").unwrap();
+        assert_eq!(seen.line, format!("POST /api/v2{tail} HTTP/1.1"));
+        assert_eq!(seen.header("authorization"), Some("Bearer sk-a"));
+        let series = format!("zap_requests_total{{endpoint=\"{name}\",backend=\"a\",status=\"200\"}}");
+        assert_eq!(zap.metric(&series), 1.0, "{name}");
+        let wrong = client.get(path);
+        assert_eq!((wrong.status, wrong.header("allow")), (405, Some("POST")), "{path}");
+    }
+}
+
+#[test]
+fn the_default_model_goes_in_where_there_is_one_to_have() {
+    let a = Provider::start(|seen, stream| {
+        reply(stream, 200, "", &seen.body);
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "default_model = \"d\"")]);
+    let mut client = zap.client();
+    for (path, _) in FORWARDED {
+        client.post(path, "", r#"{"input":"x","model":null}"#);
+        let answer = client.response();
+        if matches!(path, "/v1/completions" | "/v1/responses") {
+            assert_eq!((answer.status, answer.text()), (200, r#"{"input":"x","model":"d"}"#), "{path}");
+        } else {
+            assert_eq!((answer.status, answer.code().as_str()), (400, "missing_model"), "{path}");
+        }
+        client.post(path, "", r#"{"model":"m","stream":1}"#);
+        assert_eq!(client.response().code(), "invalid_type", "{path}");
+    }
+}
+
+#[test]
+fn a_backend_with_a_chat_path_of_its_own_serves_chat_alone() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let zap = Zap::with("", &[a.backend("a", "weight = 9\nchat_path = \"/talk\""), b.backend("b", "")]);
+    for _ in 0..4 {
+        let mut client = zap.client();
+        client.post("/v1/embeddings", "", r#"{"model":"m"}"#);
+        assert_eq!(client.response().text(), "b");
+    }
+    let zap = Zap::with("", &[a.backend("a", "chat_path = \"/talk\"")]);
+    let mut client = zap.client();
+    client.post("/v1/embeddings", "", r#"{"model":"m"}"#);
+    assert_eq!(client.response().code(), "no_backend");
+    assert_eq!(a.count(), 0);
+}
+
+#[test]
+fn a_stream_of_responses_ends_with_its_own_event() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "event: response.completed\ndata: {}\n\n");
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    for (path, interrupted) in [("/v1/responses", 0.0), ("/v1/completions", 1.0)] {
+        let mut client = zap.client();
+        client.post(path, "", r#"{"model":"m","stream":true}"#);
+        assert!(client.response().whole);
+        assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), interrupted, "{path}");
+    }
+}
