@@ -21,23 +21,23 @@ use zap::policy::breaker::{Breaker, Status, Thresholds};
 use zap::policy::limit::{Limiter, WINDOW};
 use zap::policy::queue::Admission;
 
-/// Measures `call` (its argument rises, and is never the same twice in a thread) on one thread and on two.
-fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64) + Sync) {
+/// Measures `call` on one thread and on two. It is given the thread's number and a number that rises.
+fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64, u64) + Sync) {
     let next = AtomicU64::new(0);
-    for threads in [1, 2] {
+    for threads in [1u64, 2] {
         group.bench_function(format!("{name}/{threads}"), |b| {
             b.iter_custom(|n| {
                 let from = next.fetch_add(n, Ordering::Relaxed);
-                let barrier = Barrier::new(threads);
+                let barrier = &Barrier::new(threads as usize);
                 std::thread::scope(|scope| {
-                    let run = || {
+                    let run = |thread| {
                         barrier.wait();
                         let start = Instant::now();
-                        (from..from + n).for_each(&call);
+                        (from..from + n).for_each(|i| call(thread, i));
                         start.elapsed()
                     };
-                    let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
-                    let own = run();
+                    let others: Vec<_> = (1..threads).map(|t| scope.spawn(move || run(t))).collect();
+                    let own = run(0);
                     others.into_iter().filter_map(|t| t.join().ok()).fold(own, Duration::max)
                 })
             });
@@ -57,19 +57,20 @@ fn limiter(c: &mut Criterion) {
     for keys in [1, 1_000, 100_000] {
         let mut group = c.benchmark_group(format!("limiter/{keys} keys"));
         let at = |i: u64| i * (WINDOW / 50 / keys);
-        let key = |i: u64| (i % keys).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        // The threads walk half a round apart, so that they do not follow each other from key to key.
+        let key = |thread: u64, i: u64| ((i + thread * keys / 2) % keys).wrapping_mul(0x9E37_79B9_7F4A_7C15);
 
         let ours = Limiter::new(200_000);
-        on_threads(&mut group, "zap", |i| {
-            black_box(ours.check(key(i), LIMIT, at(i)));
+        on_threads(&mut group, "zap", |thread, i| {
+            black_box(ours.check(key(thread, i), LIMIT, at(i)));
         });
 
         let naive: Mutex<HashMap<u64, VecDeque<Instant>>> = Mutex::default();
         let start = Instant::now();
-        on_threads(&mut group, "mutex_map", |i| {
+        on_threads(&mut group, "mutex_map", |thread, i| {
             let now = start + Duration::from_nanos(at(i));
             black_box(locked(&naive, |map| {
-                let log = map.entry(key(i)).or_default();
+                let log = map.entry(key(thread, i)).or_default();
                 while log.front().is_some_and(|t| now.saturating_duration_since(*t).as_secs() >= 60) {
                     log.pop_front();
                 }
@@ -88,9 +89,9 @@ fn limiter(c: &mut Criterion) {
 fn queue(c: &mut Criterion) {
     let mut group = c.benchmark_group("queue");
     let ours = Admission::new(1_024, 1_000);
-    on_threads(&mut group, "zap", |_| drop(black_box(ours.enter())));
+    on_threads(&mut group, "zap", |_, _| drop(black_box(ours.enter())));
     let semaphore = Arc::new(Semaphore::new(1_024));
-    on_threads(&mut group, "semaphore", |_| drop(black_box(semaphore.clone().try_acquire_owned())));
+    on_threads(&mut group, "semaphore", |_, _| drop(black_box(semaphore.clone().try_acquire_owned())));
     group.finish();
 }
 
@@ -100,16 +101,16 @@ fn schedule(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("schedule/{backends} backends"));
         let weights: Vec<u32> = (0..backends).map(|i| 1 + i % 5).collect();
         let ours = Schedule::new(weights.iter().copied().enumerate());
-        on_threads(&mut group, "zap", |_| {
+        on_threads(&mut group, "zap", |_, _| {
             black_box(ours.round_robin(|_| true));
         });
-        on_threads(&mut group, "zap_least_loaded", |_| {
+        on_threads(&mut group, "zap_least_loaded", |_, _| {
             black_box(ours.least_loaded(|_, weight| Some(1.0 / f64::from(weight))));
         });
 
         let total: i64 = weights.iter().map(|w| i64::from(*w)).sum();
         let credit = Mutex::new(vec![0i64; weights.len()]);
-        on_threads(&mut group, "mutex_smooth", |_| {
+        on_threads(&mut group, "mutex_smooth", |_, _| {
             black_box(locked(&credit, |credit| {
                 let mut best = 0;
                 for (id, weight) in weights.iter().enumerate() {
@@ -144,25 +145,25 @@ fn breaker(c: &mut Criterion) {
 
     let mut group = c.benchmark_group("breaker");
     let ours = Breaker::new();
-    on_threads(&mut group, "zap_status", |now| {
+    on_threads(&mut group, "zap_status", |_, now| {
         black_box(ours.status(now));
     });
-    on_threads(&mut group, "zap_success", |now| ours.success(now));
-    on_threads(&mut group, "zap_failure_success", |now| {
+    on_threads(&mut group, "zap_success", |_, now| ours.success(now));
+    on_threads(&mut group, "zap_failure_success", |_, now| {
         black_box(ours.failure(limits));
         ours.success(now);
     });
     let plain = Mutex::new(Plain::default());
-    on_threads(&mut group, "mutex_status", |now| {
+    on_threads(&mut group, "mutex_status", |_, now| {
         black_box(locked(&plain, |b| plain_status(b, now)));
     });
-    on_threads(&mut group, "mutex_success", |now| {
+    on_threads(&mut group, "mutex_success", |_, now| {
         locked(&plain, |b| {
             b.failures = 0;
             b.last_success = now;
         });
     });
-    on_threads(&mut group, "mutex_failure_success", |now| {
+    on_threads(&mut group, "mutex_failure_success", |_, now| {
         locked(&plain, |b| {
             b.failures += 1;
             b.ejected |= b.failures >= limits.failures;

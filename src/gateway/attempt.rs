@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -27,6 +28,9 @@ use crate::upstream::pool::Lease;
 use crate::upstream::probe::announce;
 use crate::upstream::send::{Answer, Outgoing, send};
 use crate::upstream::{Ask, Closed, InFlight, Upstream};
+
+/// Frames that are read of an answer nobody wants, to keep its connection.
+const MAX_LEFTOVER: usize = 16;
 
 /// An answer that goes to the client.
 pub struct Delivery {
@@ -122,7 +126,7 @@ impl Attempts<'_> {
             }
             let id = self.gateway.snapshot().id_of(entered.upstream());
             let limit = self.share(now, &tried, id);
-            drop(last.take());
+            self.let_go(last.take());
             let failed = match (self.try_one(entered, limit).await, slot.take()) {
                 (Ok((head, lease, entered, first)), Some(slot)) => {
                     return Ok(Delivery { head, lease, entered, slot, first });
@@ -140,6 +144,19 @@ impl Attempts<'_> {
             tried.extend(id);
             if rounds == 0 {
                 order.extend(id);
+            }
+        }
+    }
+
+    /// Drops an answer that will not be delivered; its connection serves on if the rest of it is here already.
+    fn let_go(&self, last: Option<(Code, Last)>) {
+        let Some((_, Last::Answer { mut lease, .. })) = last else { return };
+        let mut cx = Context::from_waker(Waker::noop());
+        for _ in 0..MAX_LEFTOVER {
+            match lease.link.poll_frame(&mut cx) {
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(None) => return self.gateway.pool().park(lease, clock::now()),
+                Poll::Ready(Some(Err(_))) | Poll::Pending => return,
             }
         }
     }
@@ -183,6 +200,7 @@ impl Attempts<'_> {
             return false;
         }
         self.completion.phase = Phase::Backoff;
+        self.conn.alarm.set(self.deadline);
         tokio::time::sleep(wait).await;
         self.completion.others += clock::now() - since;
         true

@@ -209,7 +209,7 @@ impl Gateway {
         if completion.end == End::ClientGone {
             completion.end = End::Complete;
         }
-        conn.alarm.set(conn.coarse_now() + clock::nanos(self.config().timeouts.stream_idle));
+        conn.begin_answer(clock::nanos(self.config().timeouts.stream_idle));
         response.map(|body| body.on(conn))
     }
 

@@ -16,7 +16,6 @@ use super::Gateway;
 use super::body::Cut;
 use crate::clock;
 use crate::error::{Code, STREAM_INTERRUPTED};
-use crate::policy::Nanos;
 use crate::policy::queue::Slot;
 use crate::server::io::Conn;
 use crate::telemetry::metrics::Side;
@@ -58,7 +57,6 @@ pub struct RelayBody {
     redactor: Option<Redactor>,
     shape: Shape,
     tail: Tail,
-    idle: Nanos,
     state: State,
 }
 
@@ -88,13 +86,11 @@ impl RelayBody {
         redactor: Option<Redactor>,
         shape: Shape,
     ) -> Self {
-        let idle = clock::nanos(gateway.config().timeouts.stream_idle);
-        conn.alarm.set(conn.coarse_now() + idle);
+        conn.begin_answer(clock::nanos(gateway.config().timeouts.stream_idle));
         let mut relay = RelayBody {
             first,
             redactor,
             shape,
-            idle,
             tail: Tail::default(),
             state: State::Streaming,
             held: Some(held),
@@ -168,7 +164,7 @@ impl RelayBody {
     /// Counts a frame on its way.
     fn pass(&mut self, data: Bytes) -> Bytes {
         self.tail.push(&data);
-        self.conn.alarm.set(self.conn.coarse_now() + self.idle);
+        self.conn.progress();
         if let Some(held) = &mut self.held {
             held.completion.bytes += data.len() as u64;
         }

@@ -45,6 +45,8 @@ pub struct Conn {
     refused: Cell<Option<&'static str>>,
     /// The answer under way has been handed over.
     turn_over: Cell<bool>,
+    /// How long the answer under way may make no progress; 0 while there is none.
+    patience: Cell<Nanos>,
     /// The client has sent all it will.
     eof: Cell<bool>,
     /// Everything that hyper wrote has gone to the socket.
@@ -79,6 +81,7 @@ impl Conn {
             aside: RefCell::default(),
             refused: Cell::new(None),
             turn_over: Cell::new(false),
+            patience: Cell::new(0),
             eof: Cell::new(false),
             flushed: Cell::new(true),
             wants_flush: Cell::new(false),
@@ -112,9 +115,31 @@ impl Conn {
         self.alarms.coarse_now()
     }
 
+    /// Says that an answer begins, which must make progress, on either side, every `patience`.
+    pub fn begin_answer(&self, patience: Nanos) {
+        self.patience.set(patience);
+        self.progress();
+    }
+
+    /// Says that the answer under way has made progress.
+    pub fn progress(&self) {
+        match self.patience.get() {
+            0 => {}
+            patience => self.alarm.set(self.coarse_now() + patience),
+        }
+    }
+
+    fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if matches!(result, Poll::Ready(Ok(n)) if n > 0) {
+            self.progress();
+        }
+        result
+    }
+
     /// Says that an answer has been handed over whole: the next head may come.
     pub fn end_turn(&self) {
         self.turn_over.set(true);
+        self.patience.set(0);
         self.alarm.set(self.coarse_now() + self.keep_alive);
         if !self.aside.borrow().is_empty() {
             // The next request is here already: nothing on the socket will wake hyper for it.
@@ -322,7 +347,8 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.0.stream.borrow_mut()).poll_write(cx, buf)
+        let result = Pin::new(&mut *self.0.stream.borrow_mut()).poll_write(cx, buf);
+        self.0.wrote(result)
     }
 
     fn poll_write_vectored(
@@ -330,7 +356,8 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.0.stream.borrow_mut()).poll_write_vectored(cx, bufs)
+        let result = Pin::new(&mut *self.0.stream.borrow_mut()).poll_write_vectored(cx, bufs);
+        self.0.wrote(result)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -210,6 +210,23 @@ fn a_slow_reader_slows_the_upstream_down() {
 }
 
 #[test]
+fn a_reader_that_stops_ends_both_sides() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        let piece = "x".repeat(16 * 1024);
+        while chunk(stream, &piece) {}
+        After::Close
+    });
+    let zap = Zap::with("[timeouts]\nstream_idle_secs = 1", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", STREAM);
+    client.head();
+    eventually("the upstream is let go", || a.connections() == 0 && a.count() == 1);
+    zap.is_clean();
+    assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"streaming\"}"), 1.0);
+}
+
+#[test]
 fn a_length_and_an_empty_body_are_kept() {
     let a = Provider::fixed(200, "content-type: application/json\r\n", "");
     let zap = Zap::with("", &[a.backend("a", "")]);

@@ -352,6 +352,23 @@ fn connections_are_used_again() {
 }
 
 #[test]
+fn an_answer_that_is_not_delivered_leaves_its_connection_in_use() {
+    let a = Provider::fixed(500, "", "no");
+    let b = Provider::named("b");
+    let settings = format!("{QUICK}interval_secs = 600\n[server]\nworkers = 1");
+    let zap = Zap::with(&settings, &[a.backend("a", ""), b.backend("b", "")]);
+    eventually("both were probed", || [&a, &b].iter().all(|p| p.probes().len() == 1 && p.connections() == 0));
+    let mut client = zap.client();
+    (0..10).for_each(|_| assert_eq!(client.chat("", CHAT).text(), "b"));
+    assert!(
+        a.count() >= 4 && a.connections() == 1,
+        "{} requests, {} connections",
+        a.count(),
+        a.connections()
+    );
+}
+
+#[test]
 fn a_spent_retry_budget_asks_clients_not_to_add_to_it() {
     let a = Provider::fixed(500, "", "down");
     let zap = Zap::with(&QUICK.replace("[retry]", "[retry]\nbudget_percent = 0"), &[a.backend("a", "")]);
