@@ -14,7 +14,7 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use zap::policy::patch::{ModelText, model_splice, slices};
+use zap::policy::patch::{ModelText, slices, splices};
 use zap::policy::scan::Scanner;
 
 const SIZES: [(&str, usize); 6] = [
@@ -67,11 +67,11 @@ fn one_message(content: Value) -> Value {
 }
 
 fn zap(chunks: &[Bytes], model: &ModelText) -> Option<Vec<Bytes>> {
-    let mut scanner = Scanner::new();
+    let mut scanner = Scanner::default();
     chunks.iter().try_for_each(|c| scanner.feed(c)).ok()?;
     let fields = scanner.finish().ok()?;
     fields.check(true, true).ok()?;
-    Some(slices(chunks, model_splice(&fields, Some(model)).as_ref()))
+    Some(slices(chunks, &splices(&fields, Some(model), |_| false)))
 }
 
 fn parse_and_rewrite(body: &[u8]) -> Option<Vec<u8>> {

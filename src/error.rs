@@ -1,9 +1,10 @@
 //! Every refusal that Zap itself makes, and how it looks on the wire: one table.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{Response, StatusCode};
 
 use crate::gateway::body::Body;
@@ -11,7 +12,7 @@ use crate::policy::retry::retry_after_secs;
 use crate::policy::{Nanos, SECOND};
 
 /// A refusal. Its wire form is the one table in `GatewayError::row`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GatewayError {
     /// The request head breaks a rule of HTTP.
     BadRequest(&'static str),
@@ -20,11 +21,13 @@ pub enum GatewayError {
     /// Zap is shutting down.
     Draining,
     /// A member that Zap reads stands twice.
-    DuplicateKey(&'static str),
+    DuplicateKey(Cow<'static, str>),
     /// `Expect` with something else than `100-continue`.
     ExpectationFailed,
     /// A defect in Zap; the connection stays in order.
     Internal,
+    /// Client keys are configured, and the request carries none of them.
+    InvalidApiKey,
     /// Not one JSON object; where.
     InvalidJson(u64),
     /// A member has the wrong type; which, and what it must be.
@@ -35,6 +38,8 @@ pub enum GatewayError {
     MissingMessages,
     /// No model is named at an endpoint that has no default.
     MissingModel,
+    /// No backend serves the model; its name, and names that are near.
+    ModelNotFound(Box<str>, Vec<Box<str>>),
     /// Nobody can be asked at all.
     NoBackend,
     /// As many wait as may.
@@ -104,11 +109,13 @@ codes! {
     DuplicateKey "duplicate_key",
     ExpectationFailed "expectation_failed",
     InternalError "internal_error",
+    InvalidApiKey "invalid_api_key",
     InvalidJson "invalid_json",
     InvalidType "invalid_type",
     MethodNotAllowed "method_not_allowed",
     MissingMessages "missing_messages",
     MissingModel "missing_model",
+    ModelNotFound "model_not_found",
     NoBackend "no_backend",
     QueueFull "queue_full",
     QueueTimeout "queue_timeout",
@@ -127,6 +134,7 @@ codes! {
     UpstreamUnreachable "upstream_unreachable",
 }
 
+const AUTHENTICATION: &str = "authentication_error";
 const INVALID: &str = "invalid_request_error";
 const LIMIT: &str = "rate_limit_error";
 const SERVER: &str = "server_error";
@@ -134,17 +142,17 @@ const UPSTREAM: &str = "upstream_error";
 
 impl GatewayError {
     /// The code in the answer and in `zap_rejected_total`.
-    pub fn code(self) -> Code {
+    pub fn code(&self) -> Code {
         self.row().code
     }
 
     /// The status of the answer.
-    pub fn status(self) -> StatusCode {
+    pub fn status(&self) -> StatusCode {
         self.row().status
     }
 
     /// The answer. `spent`: the retry budget is used up, so SDKs are asked not to try again by themselves.
-    pub fn response(self, spent: bool) -> Response<Body> {
+    pub fn response(&self, spent: bool) -> Response<Body> {
         let row = self.row();
         let text = |s: &str| serde_json::Value::from(s);
         let json = format!(
@@ -161,6 +169,9 @@ impl GatewayError {
         if let Some(wait) = row.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(retry_after_secs(wait)));
         }
+        if *self == GatewayError::InvalidApiKey {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let GatewayError::MethodNotAllowed(allow) = self {
             headers.insert(ALLOW, HeaderValue::from_static(allow));
         }
@@ -173,16 +184,17 @@ impl GatewayError {
         response
     }
 
-    fn param(self) -> Option<&'static str> {
+    fn param(&self) -> Option<&str> {
         match self {
-            GatewayError::DuplicateKey(key) | GatewayError::InvalidType(key, _) => Some(key),
+            GatewayError::DuplicateKey(key) => Some(key),
+            GatewayError::InvalidType(key, _) => Some(key),
             GatewayError::MissingMessages => Some("messages"),
-            GatewayError::MissingModel => Some("model"),
+            GatewayError::MissingModel | GatewayError::ModelNotFound(..) => Some("model"),
             _ => None,
         }
     }
 
-    fn row(self) -> Row {
+    fn row(&self) -> Row {
         use GatewayError as E;
         let row = |status, kind, code, message: String| Row {
             status,
@@ -193,7 +205,7 @@ impl GatewayError {
             close: false,
         };
         let closing = |row: Row| Row { close: true, ..row };
-        let after = |wait, row: Row| Row { retry_after: Some(wait), ..row };
+        let after = |wait: &Nanos, row: Row| Row { retry_after: Some(*wait), ..row };
         match self {
             E::BadRequest(why) => closing(row(
                 StatusCode::BAD_REQUEST,
@@ -208,7 +220,7 @@ impl GatewayError {
                 "The request body is not framed as HTTP/1.1 asks, or ended early.".into(),
             )),
             E::Draining => closing(after(
-                SECOND,
+                &SECOND,
                 row(
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
@@ -234,6 +246,12 @@ impl GatewayError {
                 Code::InternalError,
                 "The gateway failed on this request; its log says more.".into(),
             )),
+            E::InvalidApiKey => row(
+                StatusCode::UNAUTHORIZED,
+                AUTHENTICATION,
+                Code::InvalidApiKey,
+                "No valid API key; send one that this gateway knows as Authorization: Bearer.".into(),
+            ),
             E::InvalidJson(offset) => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
@@ -264,10 +282,27 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::MissingModel,
-                "\"model\" is missing; this endpoint has no default, so name one.".into(),
+                "\"model\" is missing and there is no default for this request; name one of GET /v1/models."
+                    .into(),
+            ),
+            E::ModelNotFound(name, near) => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::ModelNotFound,
+                match near.is_empty() {
+                    true => format!(
+                        "No backend serves the model `{name}` for you; GET /v1/models lists those that are."
+                    ),
+                    false => {
+                        let near = near.join("`, `");
+                        format!(
+                            "No backend serves the model `{name}` for you; near it: `{near}`. GET /v1/models lists all."
+                        )
+                    }
+                },
             ),
             E::NoBackend => after(
-                SECOND,
+                &SECOND,
                 row(
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
@@ -276,7 +311,7 @@ impl GatewayError {
                 ),
             ),
             E::QueueFull => after(
-                SECOND,
+                &SECOND,
                 row(
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
@@ -285,7 +320,7 @@ impl GatewayError {
                 ),
             ),
             E::QueueTimeout => after(
-                SECOND,
+                &SECOND,
                 row(
                     StatusCode::GATEWAY_TIMEOUT,
                     SERVER,
@@ -302,7 +337,7 @@ impl GatewayError {
                     Code::RateLimitExceeded,
                     format!(
                         "The limit of requests per minute for this key is reached; try again in {} s.",
-                        retry_after_secs(wait)
+                        retry_after_secs(*wait)
                     ),
                 ),
             ),
@@ -349,7 +384,7 @@ impl GatewayError {
                     StatusCode::TOO_MANY_REQUESTS,
                     LIMIT,
                     Code::UpstreamRateLimited,
-                    format!("All providers are at their limits; try again in {} s.", retry_after_secs(wait)),
+                    format!("All providers are at their limits; try again in {} s.", retry_after_secs(*wait)),
                 ),
             ),
             E::UpstreamRedirect => row(
@@ -407,14 +442,17 @@ mod tests {
             (E::BadRequest("why"), 400, INVALID, "bad_request", None, None, true),
             (E::BodyIncomplete, 400, INVALID, "bad_request", None, None, true),
             (E::Draining, 503, SERVER, "draining", None, Some("1"), true),
-            (E::DuplicateKey("model"), 400, INVALID, "duplicate_key", Some("model"), None, false),
+            (E::DuplicateKey("model".into()), 400, INVALID, "duplicate_key", Some("model"), None, false),
             (E::ExpectationFailed, 417, INVALID, "expectation_failed", None, None, true),
             (E::Internal, 500, SERVER, "internal_error", None, None, true),
+            (E::InvalidApiKey, 401, AUTHENTICATION, "invalid_api_key", None, None, false),
             (E::InvalidJson(7), 400, INVALID, "invalid_json", None, None, false),
             (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
             (E::MethodNotAllowed("POST"), 405, INVALID, "method_not_allowed", None, None, false),
             (E::MissingMessages, 400, INVALID, "missing_messages", Some("messages"), None, false),
             (E::MissingModel, 400, INVALID, "missing_model", Some("model"), None, false),
+            (E::ModelNotFound("x".into(), vec![]), 404, INVALID, "model_not_found", Some("model"), None, false),
+            (E::ModelNotFound("x\"".into(), vec!["y".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
             (E::NoBackend, 503, SERVER, "no_backend", None, Some("1"), false),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
@@ -442,6 +480,7 @@ mod tests {
             assert_eq!(header("content-type").as_deref(), Some("application/json"));
             assert_eq!(header("retry-after").as_deref(), retry_after, "{error:?}");
             assert_eq!(header("connection").as_deref(), closes.then_some("close"), "{error:?}");
+            assert_eq!(header("www-authenticate").as_deref(), (status == 401).then_some("Bearer"));
             assert_eq!(header("allow").as_deref(), (status == 405).then_some("POST"));
             assert_eq!(header("x-should-retry").as_deref(), (status >= 500).then_some("false"));
             let mut body = response.into_body();

@@ -6,6 +6,7 @@
 //! from its data alone, so an input that fails once fails always.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -17,9 +18,11 @@ use serde_json::value::RawValue;
 use crate::config::Config;
 use crate::policy::balance::Schedule;
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
-use crate::policy::patch::{ModelText, model_splice, slices};
-use crate::policy::scan::{Fields, Kind, MAX_DEPTH, MAX_NAME, Member, Model, ScanError, Scanner};
-use crate::policy::{MILLI, Nanos, head, retry};
+use crate::policy::patch::{ModelText, slices, splices};
+use crate::policy::scan::{
+    Fields, Kind, MAX_DEPTH, MAX_NAME, Member, Model, Place, ScanError, Scanner, Watch,
+};
+use crate::policy::{MILLI, Nanos, advertised, head, retry};
 
 /// `policy::scan` and `policy::patch` on a request body, against serde_json.
 ///
@@ -38,8 +41,13 @@ fn patch_body(data: &[u8]) {
     let body = Bytes::copy_from_slice(data);
     let mut rng = fastrand::Rng::with_seed(hash(data));
     let chunks = chunked(&body, &mut rng);
-    let verdict = scan(std::slice::from_ref(&body));
-    assert_eq!(verdict, scan(&chunks), "chunking changes the verdict");
+    // Nothing, or all that can be: one of the droppable ones is also a mark of affinity.
+    let watch = match rng.bool() {
+        true => Watch { affinity: true, droppable: DROPPABLE.map(Into::into).to_vec() },
+        false => Watch::default(),
+    };
+    let verdict = scan(&watch, std::slice::from_ref(&body));
+    assert_eq!(verdict, scan(&watch, &chunks), "chunking changes the verdict");
     let Some(text) = one_object(data) else {
         let refused = match verdict {
             Err(ScanError::Invalid { offset }) => offset <= data.len() as u64,
@@ -55,15 +63,19 @@ fn patch_body(data: &[u8]) {
         assert!(verdict.is_err(), "{} levels accepted", looked.depth);
         return;
     }
-    match (verdict, looked.fields(text)) {
+    match (verdict, looked.fields(text, &watch)) {
         (Ok(fields), Ok(want)) => {
             same_fields(&fields, &want);
             let names = ["gpt", "", "a \"b\"\\\u{1}\n", "модель 😀"];
-            patched(text, &chunks, &fields, names[rng.usize(..names.len())]);
+            let model = rng.bool().then(|| names[rng.usize(..names.len())]);
+            patched(text, &chunks, &fields, &watch, model, rng.u8(..));
         }
         (ours, naive) => assert_eq!(ours, naive.map_err(ScanError::Duplicate)),
     }
 }
+
+/// What the patcher may have to leave out.
+const DROPPABLE: [&str; 4] = ["store", "user", "n", "é"];
 
 /// `policy::head`: what is said of a prefix stays true of the whole.
 pub fn head(data: &[u8]) {
@@ -122,7 +134,8 @@ pub fn config(data: &[u8]) {
     assert!(!shown.contains(CANARY), "{shown}");
 }
 
-/// `policy::retry::cooling`: any header values give a wait within the cap; whole seconds are taken at their word.
+/// `policy::retry::cooling` and `policy::advertised`: any header values give a wait within the cap; whole seconds are
+/// taken at their word, and so is a reset.
 ///
 /// The first four bytes are the wall clock in seconds, then one value a line.
 pub fn retry_after(data: &[u8]) {
@@ -135,6 +148,9 @@ pub fn retry_after(data: &[u8]) {
             headers.append(*name, value);
         }
     }
+    for line in lines.split(|b| *b == b'\n') {
+        reset(line, wall);
+    }
     let wait = retry::cooling(&headers, wall);
     assert!(wait <= retry::MAX_COOLING, "{wait:?}");
     headers.remove("retry-after-ms");
@@ -145,6 +161,35 @@ pub fn retry_after(data: &[u8]) {
         let signed = headers["retry-after"].as_bytes().contains(&b'+');
         assert_eq!(retry::cooling(&headers, wall), if signed { retry::DEFAULT_COOLING } else { asked });
     }
+}
+
+/// One reset: what is read is within a day; whole numbers and `s`, `ms` mean what they say; a bucket with nothing left
+/// closes for exactly its reset.
+fn reset(line: &[u8], wall: SystemTime) {
+    let Ok(value) = HeaderValue::from_bytes(line) else { return };
+    let read = value.to_str().ok().and_then(|text| advertised::reset_in(text, wall));
+    assert!(read.is_none_or(|span| span <= advertised::MAX_RESET), "{read:?}");
+    let text = value.to_str().map(str::trim).unwrap_or_default();
+    let whole = |text: &str| text.parse::<u32>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
+    let plain = |span: Duration| Some(span.min(advertised::MAX_RESET));
+    let ago = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    if let Some(seconds) = whole(text) {
+        let span = Duration::from_secs(u64::from(seconds));
+        let want = if seconds > 1_000_000_000 { plain(span.saturating_sub(ago)) } else { plain(span) };
+        let close = |a: Option<Duration>, b: Option<Duration>| {
+            a.zip(b).is_some_and(|(a, b)| a.abs_diff(b) < Duration::from_millis(1))
+        };
+        assert!(close(read, want), "{text}: {read:?}, not {want:?}");
+    } else if let Some(millis) = text.strip_suffix("ms").and_then(whole) {
+        let want = plain(Duration::from_millis(u64::from(millis)));
+        assert_eq!(read.map(|r| r.as_millis()), want.map(|w| w.as_millis()), "{text}");
+    } else if let Some(seconds) = text.strip_suffix('s').and_then(whole) {
+        assert_eq!(read, plain(Duration::from_secs(u64::from(seconds))), "{text}");
+    }
+    let mut headers = HeaderMap::new();
+    headers.insert("x-ratelimit-remaining-tokens-minute", HeaderValue::from_static("0"));
+    headers.insert("x-ratelimit-reset-tokens-minute", value);
+    assert_eq!(advertised::exhausted(&headers, wall), read);
 }
 
 /// `policy::limit`: a window and a limiter, against naive logs.
@@ -205,8 +250,8 @@ pub fn balance_ops(data: &[u8]) {
     assert_eq!(turn, weights, "a full turn gives each its weight");
 }
 
-fn scan(chunks: &[Bytes]) -> Result<Fields, ScanError> {
-    let mut scanner = Scanner::new();
+fn scan(watch: &Watch, chunks: &[Bytes]) -> Result<Fields, ScanError> {
+    let mut scanner = Scanner::new(watch);
     chunks.iter().try_for_each(|c| scanner.feed(c))?;
     scanner.finish()
 }
@@ -236,18 +281,22 @@ fn one_object(data: &[u8]) -> Option<&str> {
 }
 
 /// What a naive look finds in a valid object.
-struct Look<'t> {
+struct Look {
     depth: u32,
     inside: usize,
-    /// Keys as written and where their values stand.
-    members: Vec<(&'t str, std::ops::Range<usize>)>,
+    /// Where keys and values stand, quotes included, and the commas behind.
+    members: Vec<(Range<usize>, Range<usize>, Option<usize>)>,
 }
 
-fn look(text: &str) -> Look<'_> {
+fn look(text: &str) -> Look {
     let mut look = Look { depth: 0, inside: text.find('{').map_or(0, |at| at + 1), members: Vec::new() };
     let (mut depth, mut in_string, mut escaped) = (0u32, false, false);
     let mut start = look.inside;
     let mut key = None;
+    let trimmed = |range: Range<usize>| {
+        let from = range.start + (text[range.clone()].len() - text[range.clone()].trim_start().len());
+        from..from + text[range].trim().len()
+    };
     for (at, b) in text.bytes().enumerate() {
         if in_string {
             in_string = escaped || b != b'"';
@@ -258,13 +307,12 @@ fn look(text: &str) -> Look<'_> {
             b'"' => in_string = true,
             b'{' | b'[' => depth += 1,
             b':' if depth == 1 => {
-                key = Some(text[start..at].trim());
+                key = Some(trimmed(start..at));
                 start = at + 1;
             }
             b',' | b'}' if depth == 1 => {
-                let value = text[start..at].trim();
-                let from = start + text[start..at].find(value).unwrap_or(0);
-                look.members.extend(key.take().map(|key| (key, from..from + value.len())));
+                let comma = (b == b',').then_some(at);
+                look.members.extend(key.take().map(|key| (key, trimmed(start..at), comma)));
                 start = at + 1;
                 depth -= u32::from(b == b'}');
             }
@@ -276,17 +324,19 @@ fn look(text: &str) -> Look<'_> {
     look
 }
 
-impl Look<'_> {
+impl Look {
     /// What the scan should find, or the member that stands twice first. A name that only the scan can read, as
     /// it holds a lone surrogate, is empty.
-    fn fields(&self, text: &str) -> Result<Fields, Member> {
+    fn fields(&self, text: &str, watch: &Watch) -> Result<Fields, Member> {
         let mut fields = Fields {
             inside: self.inside as u64,
-            empty: self.members.is_empty(),
+            members: self.members.len() as u64,
             length: text.len() as u64,
             ..Fields::default()
         };
-        for (key, span) in &self.members {
+        let mut seen = HashSet::new();
+        let mut comma = 0;
+        for (nth, (key, span, behind)) in self.members.iter().enumerate() {
             let value = &text[span.clone()];
             let kind = match &value[..1] {
                 "[" => Kind::Array,
@@ -295,76 +345,127 @@ impl Look<'_> {
                 "t" => Kind::True,
                 _ => Kind::Other,
             };
-            let twice = |seen: bool, member| if seen { Err(member) } else { Ok(()) };
-            match serde_json::from_str::<String>(key).as_deref() {
-                Ok("messages") => {
-                    twice(fields.messages != Kind::Absent, Member::Messages)?;
+            let key_text = serde_json::from_str::<String>(&text[key.clone()]).unwrap_or_default();
+            let wide = span.start as u64..span.end as u64;
+            let mark = || Some(wide.clone()).filter(|_| value.starts_with('"') && value != "\"\"");
+            let member = match key_text.as_str() {
+                "messages" => Some(Member::Messages),
+                "stream" => Some(Member::Stream),
+                "model" => Some(Member::Model),
+                "prompt_cache_key" if watch.affinity => Some(Member::PromptCacheKey),
+                "user" if watch.affinity => Some(Member::User),
+                _ => None,
+            };
+            let droppable = watch.droppable.iter().position(|name| **name == *key_text);
+            if !seen.insert(key_text) {
+                // What Zap does not read may stand as often as it likes.
+                if let Some(member) = member.or(droppable.map(Member::Droppable)) {
+                    return Err(member);
+                }
+            }
+            match member {
+                Some(Member::Messages) => {
                     fields.messages = kind;
+                    if watch.affinity && kind == Kind::Array {
+                        fields.affinity.opening = Some(wide.start..span.start as u64 + opening(value));
+                    }
                 }
-                Ok("stream") => {
-                    twice(fields.stream != Kind::Absent, Member::Stream)?;
-                    fields.stream = kind;
-                }
-                Ok("model") => {
-                    twice(fields.model != Model::Absent, Member::Model)?;
-                    let span = span.start as u64..span.end as u64;
+                Some(Member::Stream) => fields.stream = kind,
+                Some(Member::PromptCacheKey) => fields.affinity.cache_key = mark(),
+                Some(Member::User) => fields.affinity.user = mark(),
+                Some(Member::Model) => {
                     fields.model = match &value[..1] {
-                        "n" => Model::Nothing(span),
-                        "\"" if value == "\"\"" => Model::Nothing(span),
+                        "n" => Model::Nothing(wide.clone()),
+                        "\"" if value == "\"\"" => Model::Nothing(wide.clone()),
                         "\"" => {
                             let name: String = serde_json::from_str(value).unwrap_or_default();
                             let kept = &name.as_bytes()[..name.len().min(MAX_NAME)];
-                            Model::Named { span, name: String::from_utf8_lossy(kept).into_owned() }
+                            let whole = name.len() <= MAX_NAME;
+                            let name = String::from_utf8_lossy(kept).into_owned();
+                            Model::Named { span: wide.clone(), name, whole }
                         }
                         _ => Model::Other,
                     };
                 }
-                _ => {}
+                Some(Member::Droppable(_)) | None => {}
             }
+            if let Some(name) = droppable {
+                let next = behind.map(|at| at as u64 + 1);
+                let span = key.start as u64..span.end as u64;
+                fields.droppable.push(Place { name, nth: nth as u64, comma, span, next });
+            }
+            comma = behind.map_or(0, |at| at as u64);
         }
         Ok(fields)
     }
 }
 
+/// Length of `messages` up to the end of the first whose role is `user`, or of all. serde_json takes the last of
+/// equal keys, the scan any that says so; so each is looked at by itself.
+fn opening(messages: &str) -> u64 {
+    let Ok(all) = serde_json::from_str::<Vec<&RawValue>>(messages) else { return messages.len() as u64 };
+    let base = messages.as_ptr() as usize;
+    let is_user = |message: &str| {
+        let looked = look(message);
+        message.starts_with('{')
+            && looked.members.iter().any(|(key, value, _)| {
+                let is = |range: &Range<usize>, want: &str| {
+                    serde_json::from_str::<String>(&message[range.clone()]).is_ok_and(|text| text == want)
+                };
+                is(key, "role") && is(value, "user")
+            })
+    };
+    let first = all.iter().map(|message| message.get()).find(|message| is_user(message));
+    first.map_or(messages.len(), |message| message.as_ptr() as usize - base + message.len()) as u64
+}
+
 fn same_fields(ours: &Fields, naive: &Fields) {
     let mut ours = ours.clone();
-    if let (Model::Named { name, .. }, Model::Named { name: read, .. }) = (&mut ours.model, &naive.model)
+    if let (Model::Named { name, whole, .. }, Model::Named { name: read, .. }) =
+        (&mut ours.model, &naive.model)
         && read.is_empty()
     {
         name.clear();
+        *whole = true;
     }
     assert_eq!(ours, *naive);
 }
 
-/// The laws of the splice, on an accepted body.
-fn patched(text: &str, chunks: &[Bytes], fields: &Fields, name: &str) {
-    assert_eq!(slices(chunks, model_splice(fields, None).as_ref()), chunks, "no default, no change");
-    let splice = model_splice(fields, Some(&ModelText::new(name)));
-    let sent = slices(chunks, splice.as_ref());
+/// The laws of the splices, on an accepted body. `set` has a bit for each droppable member that is to go.
+fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: Option<&str>, set: u8) {
+    let spelled = model.map(ModelText::new);
+    let drops = |i: usize| set >> i & 1 == 1;
+    assert_eq!(slices(chunks, &splices(fields, None, |_| false)), chunks, "nothing to do, nothing done");
+    let splices = splices(fields, spelled.as_ref(), drops);
+    let sent = slices(chunks, &splices);
     assert!(sent.iter().all(|s| !s.is_empty()), "an empty slice");
-    let out = sent.concat();
-    let want = match &splice {
-        Some(splice) => {
-            let (at, resume) = (splice.at as usize, (splice.at + splice.skip) as usize);
-            [&text.as_bytes()[..at], &splice.insert, &text.as_bytes()[resume..]].concat()
-        }
-        None => text.as_bytes().to_vec(),
-    };
-    assert_eq!(out, want, "a byte outside the splice changed");
-    let out = String::from_utf8_lossy(&out);
-    assert!(one_object(out.as_bytes()).is_some(), "no longer JSON: {out}");
-    // `Value` cannot hold numbers beyond f64, lone surrogates, or 128 levels.
-    let Ok(Value::Object(mut members)) = serde_json::from_str(text) else { return };
-    if matches!(members.get("model").unwrap_or(&Value::Null), Value::Null)
-        || members["model"].as_str() == Some("")
-    {
-        members.insert("model".to_owned(), Value::from(name));
+    let out = String::from_utf8_lossy(&sent.concat()).into_owned();
+    let (mut want, mut at) = (String::new(), 0);
+    for splice in &splices {
+        want.push_str(&text[at..splice.at as usize]);
+        want.push_str(&String::from_utf8_lossy(&splice.insert));
+        at = (splice.at + splice.skip) as usize;
     }
-    assert_eq!(
-        serde_json::from_str::<Value>(&out).ok(),
-        Some(Value::Object(members)),
-        "another value: {out}"
-    );
+    want.push_str(&text[at..]);
+    assert_eq!(out, want, "a byte outside the splices changed");
+    assert!(one_object(out.as_bytes()).is_some(), "no longer JSON: {out}");
+    // Member by member as written: what goes is gone, the model is as it must be, all else is as it was.
+    let members = |text: &str| -> Vec<(String, String)> {
+        let raw = |range: Range<usize>| text[range].to_owned();
+        look(text).members.into_iter().map(|(key, value, _)| (raw(key), raw(value))).collect()
+    };
+    let is = |key: &str, name: &str| serde_json::from_str::<String>(key).is_ok_and(|key| key == name);
+    let dropped = |key: &str| watch.droppable.iter().enumerate().any(|(i, name)| drops(i) && is(key, name));
+    let mut expected = members(text);
+    expected.retain(|(key, _)| !dropped(key));
+    if let Some(model) = model.filter(|_| fields.model != Model::Other) {
+        let value = Value::from(model).to_string();
+        match expected.iter_mut().find(|(key, _)| is(key, "model")) {
+            Some((_, old)) => *old = value,
+            None => expected.insert(0, ("\"model\"".to_owned(), value)),
+        }
+    }
+    assert_eq!(members(&out), expected, "other members: {out}");
 }
 
 /// Times of admissions, as the window keeps them: rising.

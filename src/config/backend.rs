@@ -7,24 +7,40 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use http::{HeaderName, HeaderValue};
+
 use super::{
     Backend, BaseUrl, Secret,
     expand::expand,
+    models::{model, rules},
     raw::{IN_FLIGHT, REQUESTS_PER_MINUTE, Surroundings},
     toml_reader::{Number, Range, Section, Text},
     url::is_path,
 };
 
-const WEIGHT: Range<u32> = Range::new(0, 1000);
-const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
+pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
+pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 const HEALTH_PATH: &str = "/health";
 const CHAT_PATH: &str = "/v1/chat/completions";
 /// Bytes of the longest backend name.
 const MAX_NAME: usize = 64;
-/// Bytes of the longest model name.
-const MAX_MODEL: usize = 256;
 /// Bytes of the largest key file.
 const MAX_KEY_FILE: usize = 16 << 10;
+/// Members that are never dropped.
+const KEPT: [&str; 3] = ["messages", "model", "stream"];
+/// Headers to a backend that Zap makes itself.
+const MADE_BY_ZAP: [&str; 10] = [
+    "accept",
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+    "x-request-id",
+];
 
 /// A backend whose name is not settled yet.
 struct Unnamed {
@@ -90,28 +106,30 @@ fn is_name_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
 }
 
+/// A label; `None` is a noted fault, or none is given.
+pub(super) fn name(t: &mut Section<'_, '_>) -> Option<Text> {
+    let name = t.text("name")?;
+    let valid = (1..=MAX_NAME).contains(&name.value.len()) && name.value.chars().all(is_name_char);
+    if !valid {
+        let what = format!("is no name; allowed: 1 to {MAX_NAME} of `A-Za-z0-9._-`");
+        t.fault(name.line, "name", &what);
+    }
+    valid.then_some(name)
+}
+
 /// One backend; `None` has noted faults.
 fn backend(t: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Option<Unnamed> {
-    let name = t.text("name").and_then(|name| {
-        let valid = (1..=MAX_NAME).contains(&name.value.len()) && name.value.chars().all(is_name_char);
-        if !valid {
-            let what = format!("is no name; allowed: 1 to {MAX_NAME} of `A-Za-z0-9._-`");
-            t.fault(name.line, "name", &what);
-        }
-        valid.then_some(name)
-    });
+    let name = name(t);
     let url = t.required_text("url").and_then(|url| base_url(t, url, around));
     let weight = t.required("weight", WEIGHT);
     let health_path = path(t, "health_path", HEALTH_PATH);
-    let (api_key, inline_key) = api_key(t, around);
-    let default_model = t.text("default_model").and_then(|Text { value, line }| {
-        let valid = (1..=MAX_MODEL).contains(&value.len()) && !value.chars().any(char::is_control);
-        if !valid {
-            let what = format!("is no model; allowed: 1 to {MAX_MODEL} bytes, no control character");
-            t.fault(line, "default_model", &what);
-        }
-        valid.then_some(value)
-    });
+    let (api_key, inline_key) = secret(t, "api_key", around);
+    let auth_header = auth_header(t, inline_key.is_some());
+    let key_header = inline_key.is_some().then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
+    let extra_headers = extra_headers(t, key_header.as_ref(), around);
+    let drop_fields = drop_fields(t);
+    let models = rules(t);
+    let default_model = model(t, "default_model");
     let chat_path = path(t, "chat_path", CHAT_PATH);
     let priority = t.number("priority", PRIORITY);
     let ca_file = ca_file(t, around);
@@ -132,6 +150,10 @@ fn backend(t: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Option<Unnamed
             weight: weight?,
             health_path,
             api_key,
+            auth_header,
+            extra_headers,
+            drop_fields,
+            models,
             default_model,
             chat_path,
             priority,
@@ -152,27 +174,97 @@ fn path(t: &mut Section<'_, '_>, key: &'static str, default: &str) -> String {
     let Some(Text { value, line }) = t.text(key) else {
         return default.to_owned();
     };
-    if !is_path(&value) {
-        let what = "is no path; allowed: `/` and visible ASCII, without `?` and `#`";
+    let (path, query) = value.split_once('?').unwrap_or((&value, "q"));
+    let is_query = !query.is_empty() && query.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#');
+    if !is_path(path) || !is_query {
+        let what = "is no path; allowed: `/` and visible ASCII without `#`, and a query behind `?`";
         t.fault(line, key, what);
     }
     value
 }
 
-/// The key, and, if one is given at all, whether it is in the text itself.
-fn api_key(t: &mut Section<'_, '_>, around: &Surroundings<'_>) -> (Option<Secret>, Option<bool>) {
-    let line = t.line_of("api_key").unwrap_or(t.line());
-    let (key, inline) = match t.text_or_section("api_key", |t| key_file(t, around)) {
+/// The header that carries the key, bare, in place of `Authorization: Bearer`.
+fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
+    let Text { value, line } = t.text("auth_header")?;
+    let name =
+        HeaderName::from_bytes(value.as_bytes()).ok().filter(|name| !MADE_BY_ZAP.contains(&name.as_str()));
+    if name.is_none() {
+        let what = "is no header that may carry a key; allowed: a header name such as `api-key` \
+                    that Zap does not set itself";
+        t.fault(line, "auth_header", what);
+    }
+    if !has_key {
+        t.fault(line, "auth_header", "stands without an `api_key`; set both or neither");
+    }
+    name.filter(|name| name != http::header::AUTHORIZATION)
+}
+
+/// Headers that this provider wants beside Zap's own, in place of the client's of the same name.
+fn extra_headers(
+    t: &mut Section<'_, '_>,
+    key_header: Option<&HeaderName>,
+    around: &Surroundings<'_>,
+) -> Vec<(HeaderName, HeaderValue)> {
+    let mut headers = Vec::new();
+    for (name, value) in t.pairs("extra_headers").unwrap_or_default() {
+        let name = HeaderName::from_bytes(name.value.as_bytes()).ok();
+        let name = name.filter(|n| !MADE_BY_ZAP.contains(&n.as_str()) && Some(n) != key_header);
+        if name.is_none() {
+            let what = "holds what is no header that may be added; allowed: header names but those that \
+                        Zap sets itself";
+            t.fault(value.line, "extra_headers", what);
+        }
+        let Some(expanded) = expanded(t, "extra_headers", &value, around) else { continue };
+        match (name, HeaderValue::from_str(&expanded)) {
+            (Some(name), Ok(mut text)) => {
+                text.set_sensitive(true);
+                headers.push((name, text));
+            }
+            (_, Err(_)) => {
+                let what = "holds a value with a control character; allowed: visible ASCII and spaces";
+                t.fault(value.line, "extra_headers", what);
+            }
+            (None, Ok(_)) => {}
+        }
+    }
+    headers
+}
+
+/// Top-level members that this provider refuses.
+fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
+    let mut fields: Vec<Box<str>> = Vec::new();
+    for Text { value, line } in t.texts("drop_fields").unwrap_or_default() {
+        if !(1..=MAX_NAME).contains(&value.len()) || KEPT.contains(&value.as_str()) {
+            let what = format!(
+                "holds what cannot be dropped; allowed: 1 to {MAX_NAME} bytes, not `{}`",
+                KEPT.join("`, `")
+            );
+            t.fault(line, "drop_fields", &what);
+        } else if !fields.iter().any(|field| **field == *value) {
+            fields.push(value.into());
+        }
+    }
+    fields
+}
+
+/// A key, and, if one is given at all, whether it is in the text itself.
+pub(super) fn secret(
+    t: &mut Section<'_, '_>,
+    name: &'static str,
+    around: &Surroundings<'_>,
+) -> (Option<Secret>, Option<bool>) {
+    let line = t.line_of(name).unwrap_or(t.line());
+    let (key, inline) = match t.text_or_section(name, |t| key_file(t, around)) {
         None => return (None, None),
         // A key that comes whole from the environment does not stand in the file.
         Some(Err(text)) => {
             let from_outside =
                 text.value.starts_with("${") && text.value.find('}') == Some(text.value.len() - 1);
-            (expanded(t, "api_key", &text, around), !from_outside)
+            (expanded(t, name, &text, around), !from_outside)
         }
         Some(Ok(key)) => (key, false),
     };
-    let secret = key.and_then(|key| Secret::new(&key).map_err(|what| t.fault(line, "api_key", what)).ok());
+    let secret = key.and_then(|key| Secret::new(&key).map_err(|what| t.fault(line, name, what)).ok());
     (secret, Some(inline))
 }
 

@@ -6,12 +6,14 @@
 //! # Layout
 //!
 //! `toml_reader` walks the spanned tree (types, ranges, unknown keys), `suggest`
-//! guesses what an unknown key means, `raw` and `backend` name every key with
-//! its default and range, `url` and `expand` read one value each, `secret` keeps
-//! a key out of sight. To add a key: one field here, one line (and a const) there.
+//! guesses what an unknown key means, `raw`, `backend`, `models` and `clients` name
+//! every key with its default and range, `url` and `expand` read one value each,
+//! `secret` keeps a key out of sight. To add a key: one field here, one line (and a const) there.
 
 mod backend;
+mod clients;
 mod expand;
+mod models;
 mod raw;
 mod secret;
 mod suggest;
@@ -27,8 +29,12 @@ use std::{
     time::Duration,
 };
 
+use http::{HeaderName, HeaderValue};
+use ipnet::IpNet;
+
 use self::toml_reader::Sink;
 pub use self::{secret::Secret, url::BaseUrl};
+use crate::policy::route::{Named, Pattern, Rule};
 
 /// Bytes of the largest configuration file that is read.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -42,6 +48,8 @@ pub struct Config {
     pub queue: Queue,
     /// `load_balancer.strategy`.
     pub strategy: Strategy,
+    /// `load_balancer.prefix_bytes`: how much of a conversation's opening tells it from others, at least 1.
+    pub prefix_bytes: usize,
     /// `[health]`: active checks.
     pub health: Health,
     /// `[retry]`: further tries.
@@ -54,6 +62,10 @@ pub struct Config {
     pub log: Log,
     /// `[[backends]]` in the file's order: never empty, names unique.
     pub backends: Vec<Backend>,
+    /// `[models.NAME]` in the file's order; their backends exist, none is empty.
+    pub routes: Vec<Named>,
+    /// `[[client_keys]]`: names and keys unique. Empty: anyone may call.
+    pub clients: Vec<ClientKey>,
     /// What is allowed but unwise, one line each, no newline at the end.
     pub warnings: Vec<String>,
 }
@@ -75,6 +87,8 @@ pub struct Server {
     pub drain: Duration,
     /// Idle time after which a client connection is closed, in whole seconds.
     pub keep_alive: Duration,
+    /// Peers whose `x-forwarded-for` is believed.
+    pub trusted_proxies: Vec<IpNet>,
 }
 
 /// `[queue]`: admission.
@@ -95,6 +109,8 @@ pub struct Queue {
 pub enum Strategy {
     /// The smallest (in flight + 1) / weight.
     LeastLoaded,
+    /// Each conversation at its own backend, by a hash.
+    PrefixHash,
     /// Smooth weighted order.
     RoundRobin,
 }
@@ -139,6 +155,8 @@ pub struct Timeouts {
 pub struct RateLimit {
     /// Requests in any 60 s per client key, at least 1; `None`: unlimited.
     pub requests_per_minute: Option<u32>,
+    /// The same per peer address, in the open mode alone.
+    pub requests_per_minute_per_address: Option<u32>,
     /// Client keys tracked at once.
     pub max_keys: usize,
 }
@@ -170,13 +188,21 @@ pub struct Backend {
     pub url: BaseUrl,
     /// Share of the traffic, 0 to 1000; 0: listed but drained.
     pub weight: u32,
-    /// Path of its health check; begins with `/`, no query.
+    /// Path of its health check; begins with `/`, may have a query.
     pub health_path: String,
-    /// Sent as its `Authorization: Bearer`.
+    /// Sent as `Authorization: Bearer`, or as `auth_header` says.
     pub api_key: Option<Secret>,
-    /// Model put in where the client names none.
+    /// The header that carries `api_key` bare; `None`: `Authorization: Bearer`.
+    pub auth_header: Option<HeaderName>,
+    /// Headers it is sent beside Zap's own; the values are marked sensitive.
+    pub extra_headers: Vec<(HeaderName, HeaderValue)>,
+    /// Top-level members of a body that it is not sent.
+    pub drop_fields: Vec<Box<str>>,
+    /// What it serves; `None`: any model.
+    pub models: Option<Vec<Rule>>,
+    /// Model put in where the client names none; its own name for it.
     pub default_model: Option<String>,
-    /// Path of its chat endpoint; begins with `/`, no query.
+    /// Path of its chat endpoint; begins with `/`, may have a query.
     pub chat_path: String,
     /// Lower is asked first, 0 to 1000.
     pub priority: u32,
@@ -188,6 +214,25 @@ pub struct Backend {
     pub requests_per_minute: Option<u32>,
     /// Whether the client's own `Authorization` is passed on; never with `api_key`.
     pub forward_authorization: bool,
+}
+
+/// One `[[client_keys]]` entry.
+#[derive(Clone, PartialEq)]
+pub struct ClientKey {
+    /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
+    pub name: String,
+    /// SHA-256 of the key; the key itself is kept nowhere.
+    pub digest: [u8; 32],
+    /// In place of `rate_limit.requests_per_minute`.
+    pub requests_per_minute: Option<u32>,
+    /// The models it may name; `None`: all.
+    pub models: Option<Vec<Pattern>>,
+}
+
+impl fmt::Debug for ClientKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientKey").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// Every fault of a configuration, in the order of its lines; never empty.
@@ -238,8 +283,8 @@ impl Config {
         let mut read = read(&text, &label, base, &env).map_err(LoadError::Invalid)?;
         if read.inline_key && world_readable(path) {
             read.config.warnings.push(format!(
-                "{label} sets an `api_key` and every user may read it; \
-                 `chmod o-r` it, or use `api_key = {{ file = \"path\" }}`"
+                "{label} holds a key and every user may read it; \
+                 `chmod o-r` it, or take the key from the environment or a file"
             ));
         }
         Ok(read.config)

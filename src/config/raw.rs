@@ -7,8 +7,11 @@ use std::{
     thread,
 };
 
+use ipnet::IpNet;
+
 use super::{
-    Config, Health, Log, LogFormat, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend,
+    Config, Health, Log, LogFormat, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend, clients,
+    models,
     toml_reader::{Number, Range, Section, Text},
 };
 
@@ -44,6 +47,7 @@ const MAX_RETRIES: Number<u32> = Range::new(0, 10).or(2);
 const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
 
 pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
+const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
 /// What a configuration refers to outside of itself.
@@ -57,7 +61,7 @@ pub(super) struct Surroundings<'a> {
 /// A configuration, right if its sink has no fault.
 pub(super) struct Read {
     pub(super) config: Config,
-    /// Whether an `api_key` is written in the text, expanded or not.
+    /// Whether a key is written in the text, a backend's or a client's.
     pub(super) inline_key: bool,
 }
 
@@ -70,9 +74,13 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> R
         max_wait: t.seconds("max_wait_secs", MAX_WAIT_SECS),
         timeout: t.seconds("timeout_secs", TIMEOUT_SECS),
     });
-    let strategy = root.section("load_balancer", |t| {
-        let words = [("round_robin", Strategy::RoundRobin), ("least_loaded", Strategy::LeastLoaded)];
-        t.choice("strategy", Strategy::RoundRobin, &words)
+    let (strategy, prefix_bytes) = root.section("load_balancer", |t| {
+        let words = [
+            ("round_robin", Strategy::RoundRobin),
+            ("least_loaded", Strategy::LeastLoaded),
+            ("prefix_hash", Strategy::PrefixHash),
+        ];
+        (t.choice("strategy", Strategy::RoundRobin, &words), t.number("prefix_bytes", PREFIX_BYTES))
     });
     let health = root.section("health", |t| Health {
         interval: t.seconds("interval_secs", HEALTH_INTERVAL_SECS),
@@ -87,6 +95,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> R
     });
     let rate_limit = root.section("rate_limit", |t| RateLimit {
         requests_per_minute: t.optional("requests_per_minute", REQUESTS_PER_MINUTE),
+        requests_per_minute_per_address: t.optional("requests_per_minute_per_address", REQUESTS_PER_MINUTE),
         max_keys: t.number("max_keys", MAX_KEYS),
     });
     let log = root.section("log", |t| Log {
@@ -96,20 +105,26 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> R
             t.choice("events", LogFormat::Text, &words)
         },
     });
+    let faults = root.sink().count();
     let (backends, inline_key) = backend::backends(root, around);
+    let routes = models::named(root, &backends, root.sink().count() == faults);
+    let (clients, inline_client) = clients::clients(root, around);
     let config = Config {
         server,
         queue,
         strategy,
+        prefix_bytes,
         health,
         retry,
         timeouts,
         rate_limit,
         log,
         backends,
+        routes,
+        clients,
         warnings: Vec::new(),
     };
-    Read { config, inline_key }
+    Read { config, inline_key: inline_key || inline_client }
 }
 
 fn server(t: &mut Section<'_, '_>) -> Server {
@@ -133,7 +148,23 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         max_connections: t.number("max_connections", MAX_CONNECTIONS),
         drain: t.seconds("drain_secs", DRAIN_SECS),
         keep_alive: t.seconds("keep_alive_secs", KEEP_ALIVE_SECS),
+        trusted_proxies: trusted_proxies(t),
     }
+}
+
+fn trusted_proxies(t: &mut Section<'_, '_>) -> Vec<IpNet> {
+    let mut nets = Vec::new();
+    for Text { value, line } in t.texts("trusted_proxies").unwrap_or_default() {
+        match value.parse().or_else(|_| value.parse::<IpAddr>().map(IpNet::from)) {
+            Ok(net) => nets.push(net),
+            Err(_) => {
+                let what =
+                    "holds what is no address; allowed: addresses as `10.0.0.1`, networks as `10.0.0.0/8`";
+                t.fault(line, "trusted_proxies", what);
+            }
+        }
+    }
+    nets
 }
 
 fn retry(t: &mut Section<'_, '_>) -> Retry {

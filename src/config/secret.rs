@@ -36,6 +36,16 @@ impl Secret {
         &self.key
     }
 
+    /// The key alone for a header of the provider's own, marked sensitive.
+    pub fn bare(&self) -> HeaderValue {
+        let mut value = self.bearer.clone();
+        if let Ok(bare) = HeaderValue::from_str(&self.key) {
+            value = bare;
+            value.set_sensitive(true);
+        }
+        value
+    }
+
     /// `Bearer <key>` for an `Authorization` header, marked sensitive.
     pub fn bearer(&self) -> HeaderValue {
         self.bearer.clone()

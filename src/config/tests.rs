@@ -16,6 +16,7 @@ max_body_bytes = 1_024
 max_connections = 5
 drain_secs = 0
 keep_alive_secs = 7
+trusted_proxies = ["10.0.0.0/8", "::1"]
 
 [queue]
 max_size = 0
@@ -25,6 +26,7 @@ timeout_secs = 10
 
 [load_balancer]
 strategy = "least_loaded"
+prefix_bytes = 23
 
 [health]
 interval_secs = 11
@@ -44,11 +46,30 @@ stream_idle_secs = 17
 
 [rate_limit]
 requests_per_minute = 18
+requests_per_minute_per_address = 24
 max_keys = 19
 
 [log]
 requests = false
 events = "json"
+
+[[client_keys]]
+name = "team"
+key = "sk-CANARY"
+requests_per_minute = 25
+models = ["smart", "gpt-*"]
+
+[[client_keys]]
+name = "other"
+sha256 = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"
+
+[models.smart]
+targets = [
+  { backend = "b", model = "big" },
+  { backend = "Main_1", weight = 26, priority = 27 },
+]
+[models."*"]
+targets = [{ backend = "b" }]
 
 [[backends]]
 name = "Main_1"
@@ -57,7 +78,11 @@ weight = 1000
 health_path = "/h"
 api_key = "sk-CANARY"
 default_model = "m"
-chat_path = "/c"
+chat_path = "/c?v=1"
+auth_header = "api-key"
+extra_headers = { X-Title = "it ${PORT}", "HTTP-Referer" = "sk-CANARY" }
+drop_fields = ["store", "n", "store"]
+models = { "z*" = "own/*", "a" = "b" }
 priority = 20
 max_in_flight = 21
 requests_per_minute = 22
@@ -66,6 +91,7 @@ requests_per_minute = 22
 url = "http://[::1]:${PORT}"
 weight = 0
 api_key = "${KEY}"
+models = ["m-1", "m-*"]
 
 [[backends]]
 url = "http://b"
@@ -183,6 +209,10 @@ fn defaults_are_those_of_the_table() {
         weight: 1,
         health_path: "/health".to_owned(),
         api_key: None,
+        auth_header: None,
+        extra_headers: vec![],
+        drop_fields: vec![],
+        models: None,
         default_model: None,
         chat_path: "/v1/chat/completions".to_owned(),
         priority: 0,
@@ -223,9 +253,16 @@ fn every_key_is_read() {
         c.backends[0].priority.into(),
         c.backends[0].max_in_flight.unwrap() as u64,
         c.backends[0].requests_per_minute.unwrap().into(),
+        c.prefix_bytes as u64,
+        c.rate_limit.requests_per_minute_per_address.unwrap().into(),
+        c.clients[0].requests_per_minute.unwrap().into(),
+        c.routes[0].targets[1].weight.unwrap().into(),
+        c.routes[0].targets[1].priority.unwrap().into(),
     ];
-    let expected =
-        [3, 1024, 5, 0, 7, 0, 8, 9, 10, 11, 12, 13, 14, 0, 15, 15, 0, 16, 17, 18, 19, 1000, 20, 21, 22];
+    let expected = [
+        3, 1024, 5, 0, 7, 0, 8, 9, 10, 11, 12, 13, 14, 0, 15, 15, 0, 16, 17, 18, 19, 1000, 20, 21, 22, 23,
+        24, 25, 26, 27,
+    ];
     assert_eq!(numbers, expected);
     assert_eq!(c.server.host.to_string(), "::1");
     assert_eq!(c.strategy, Strategy::LeastLoaded);
@@ -235,7 +272,28 @@ fn every_key_is_read() {
     assert_eq!(names, ["Main_1", "--1", "b"]);
     assert_eq!(c.backends[0].url.path, "/v1");
     assert_eq!(c.backends[0].health_path, "/h");
-    assert_eq!(c.backends[0].chat_path, "/c");
+    assert_eq!(c.backends[0].chat_path, "/c?v=1");
+    assert_eq!(c.backends[0].auth_header.as_ref().unwrap(), "api-key");
+    let extra: Vec<_> = c.backends[0].extra_headers.iter().map(|(n, v)| (n.as_str(), v.as_bytes())).collect();
+    assert_eq!(extra, [("x-title", &b"it 9000"[..]), ("http-referer", b"sk-CANARY")]);
+    assert_eq!(c.backends[0].drop_fields, ["store".into(), "n".into()]);
+    let rule = |public: &str, own: Option<&str>| Rule {
+        public: Pattern::parse(public).unwrap(),
+        own: own.map(Into::into),
+    };
+    assert_eq!(c.backends[0].models, Some(vec![rule("z*", Some("own/*")), rule("a", Some("b"))]));
+    assert_eq!(c.backends[1].models, Some(vec![rule("m-1", None), rule("m-*", None)]));
+    assert_eq!(c.backends[2].models, None);
+    let names: Vec<_> = c.routes.iter().map(|r| r.name.as_str()).collect();
+    assert_eq!(names, ["smart", "*"]);
+    let targets: Vec<_> = c.routes[0].targets.iter().map(|t| (t.backend, t.model.as_deref())).collect();
+    assert_eq!(targets, [(2, Some("big")), (0, None)]);
+    assert_eq!((c.clients[0].name.as_str(), c.clients[1].name.as_str()), ("team", "other"));
+    let models = c.clients[0].models.as_ref().unwrap();
+    assert!(models[0].matches("smart") && models[1].matches("gpt-5") && c.clients[1].models.is_none());
+    assert_eq!((c.clients[0].digest[0], c.clients[1].digest[..3].to_vec()), (0x8F, vec![0xE3, 0xB0, 0xC4]));
+    let proxies: Vec<_> = c.server.trusted_proxies.iter().map(ToString::to_string).collect();
+    assert_eq!(proxies, ["10.0.0.0/8", "::1/128"]);
     assert_eq!(c.backends[0].default_model.as_deref(), Some("m"));
     assert_eq!(c.backends[1].url.authority, "[::1]:9000");
     assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
@@ -283,14 +341,68 @@ fn faults_of_sections_are_told_with_line_and_range() {
             "[server.tls]\nx = 1",
             "1: unknown key `server.tls`; \
              allowed: `host`, `port`, `workers`, `max_body_bytes`, `max_connections`, \
-             `drain_secs`, `keep_alive_secs`",
+             `drain_secs`, `keep_alive_secs`, `trusted_proxies`",
         ),
         ("[[server]]\nport = 1", "1: `server` is an array; a table is needed"),
         ("server = 1", "1: `server` is an integer; a table is needed"),
         (
             "[load_balancer]\nstrategy = \"random\"",
             "2: `load_balancer.strategy` is none of its words; \
-             allowed: \"round_robin\", \"least_loaded\"",
+             allowed: \"round_robin\", \"least_loaded\", \"prefix_hash\"",
+        ),
+        ("[load_balancer]\nprefix_bytes = 0", "2: `load_balancer.prefix_bytes` is 0; allowed: 1 to 1048576"),
+        (
+            "[server]\ntrusted_proxies = [\"10.0.0.0/8\",\n\"lan\"]",
+            "3: `server.trusted_proxies` holds what is no address; \
+             allowed: addresses as `10.0.0.1`, networks as `10.0.0.0/8`",
+        ),
+        (
+            "[server]\ntrusted_proxies = \"10.0.0.1\"",
+            "2: `server.trusted_proxies` is a string; an array of strings is needed",
+        ),
+        (
+            "[models.\"sk-CANARY*\"]\ntargets = [{ backend = \"a\" }]",
+            "1: a name in `models` is no model; \
+             allowed: 1 to 256 bytes, no control character; or `*` for any other name",
+        ),
+        (
+            "[models.x]\ntargets = []",
+            "2: `models.<name>.targets` is missing or empty; \
+             `{ backend = \"name\", model = \"name\" }`, at least one, is needed",
+        ),
+        ("[models]\nx = 1", "2: `models` is an integer; a table for each name is needed"),
+        (
+            "[models.x]\ntargets = [{ backend = \"b\" }]",
+            "2: `models.<name>.targets.backend` is the name of no backend; did you mean `a`?",
+        ),
+        (
+            "[models.x]\ntargets = [{ backend = \"somebody\" }]",
+            "2: `models.<name>.targets.backend` is the name of no backend; there are: `a`",
+        ),
+        (
+            "[models.x]\ntargets = [{ backend = \"a\", weight = 1001 }]",
+            "2: `models.<name>.targets.weight` is 1001; allowed: 0 to 1000",
+        ),
+        (
+            "[models.x]\ntarget = 1",
+            "1: `models.<name>.targets` is missing or empty; \
+             `{ backend = \"name\", model = \"name\" }`, at least one, is needed
+config.toml:2: unknown key `models.<name>.target`; did you mean `targets`?",
+        ),
+        ("[[client_keys]]\nkey = \"sk-CANARY\"", "1: `client_keys.name` is missing; a string is needed"),
+        ("[[client_keys]]\nname = \"a\"", "1: `client_keys.key` is missing; either it or `sha256` is needed"),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\nsha256 = \"00\"",
+            "4: `client_keys.sha256` is no SHA-256; allowed: 64 hexadecimal digits
+config.toml:4: `client_keys.sha256` stands beside a `key`; allowed: one of the two",
+        ),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\n[[client_keys]]\nname = \"b\"\nkey = \"sk-CANARY\"",
+            "4: this key is that of line 1 again; keys must differ",
+        ),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\n[[client_keys]]\nname = \"a\"\nkey = \"y\"",
+            "4: `client_keys.name` is that of line 1 again; each key needs a name of its own",
         ),
         ("[health]\nfailure_threshold = 0", "2: `health.failure_threshold` is 0; allowed: 1 to 1000"),
         ("[retry]\nmax_retries = 11", "2: `retry.max_retries` is 11; allowed: 0 to 10"),
@@ -314,7 +426,7 @@ fn faults_of_sections_are_told_with_line_and_range() {
         ("[log]\nevents = \"xml\"", "2: `log.events` is none of its words; allowed: \"text\", \"json\""),
     ] {
         let expected = format!("config.toml:{expected}");
-        assert_eq!(faults(&format!("{text}\n{BACKEND}")), [expected], "{text}");
+        assert_eq!(faults(&format!("{text}\n{BACKEND}")).join("\n"), expected, "{text}");
     }
 }
 
@@ -364,12 +476,84 @@ fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
         ("api_keys = \"sk-CANARY\"", "unknown key `backends.api_keys`; did you mean `api_key`?".to_owned()),
         (
             "chat_path = \"chat\"",
-            "`backends.chat_path` is no path; allowed: `/` and visible ASCII, without `?` and `#`".to_owned(),
+            "`backends.chat_path` is no path; \
+             allowed: `/` and visible ASCII without `#`, and a query behind `?`"
+                .to_owned(),
         ),
         (
-            "health_path = \"/h?x\"",
-            "`backends.health_path` is no path; allowed: `/` and visible ASCII, without `?` and `#`"
+            "health_path = \"/h#x\"",
+            "`backends.health_path` is no path; \
+             allowed: `/` and visible ASCII without `#`, and a query behind `?`"
                 .to_owned(),
+        ),
+        (
+            "auth_header = \"api-key\"",
+            "`backends.auth_header` stands without an `api_key`; set both or neither".to_owned(),
+        ),
+        (
+            "api_key = \"k\"\nauth_header = \"Host\"",
+            "`backends.auth_header` is no header that may carry a key; \
+             allowed: a header name such as `api-key` that Zap does not set itself"
+                .to_owned(),
+        ),
+        (
+            "extra_headers = { \"sk-CANARY \" = \"x\" }",
+            "`backends.extra_headers` holds what is no header that may be added; \
+             allowed: header names but those that Zap sets itself"
+                .to_owned(),
+        ),
+        (
+            "api_key = \"k\"\nextra_headers = { Authorization = \"x\" }",
+            "`backends.extra_headers` holds what is no header that may be added; \
+             allowed: header names but those that Zap sets itself"
+                .to_owned(),
+        ),
+        (
+            "extra_headers = { x = \"sk-CANARY\\n\" }",
+            "`backends.extra_headers` holds a value with a control character; \
+             allowed: visible ASCII and spaces"
+                .to_owned(),
+        ),
+        (
+            "extra_headers = { x = 1 }",
+            "`backends.extra_headers` is an integer; a string for each name is needed".to_owned(),
+        ),
+        (
+            "drop_fields = [\"model\"]",
+            "`backends.drop_fields` holds what cannot be dropped; \
+             allowed: 1 to 64 bytes, not `messages`, `model`, `stream`"
+                .to_owned(),
+        ),
+        (
+            "drop_fields = [1]",
+            "`backends.drop_fields` is an integer; a string in each place is needed".to_owned(),
+        ),
+        (
+            "models = []",
+            "`backends.models` is empty; leave it out where the backend serves any model".to_owned(),
+        ),
+        (
+            "models = [\"a*b\"]",
+            "`backends.models` holds what is no model; \
+             allowed: 1 to 256 bytes, no control character, `*` at the end alone"
+                .to_owned(),
+        ),
+        ("models = [\"a\", \"a\"]", "`backends.models` holds a name twice; once is enough".to_owned()),
+        (
+            "models = { a = \"b*\" }",
+            "`backends.models` maps a name to one that ends in `*`; \
+             allowed: only where the name itself ends in `*`"
+                .to_owned(),
+        ),
+        (
+            "models = { a = \"\" }",
+            "`backends.models` maps a name to what is no model; \
+             allowed: 1 to 256 bytes, no control character, `*` at the end alone"
+                .to_owned(),
+        ),
+        (
+            "models = true",
+            "`backends.models` is a boolean; an array or a table of strings is needed".to_owned(),
         ),
         (
             "default_model = \"\"",
@@ -381,7 +565,8 @@ fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
                 .to_owned(),
         ),
     ] {
-        let expected = format!("config.toml:4: {expected}");
+        let line = if text.starts_with("api_key = \"k\"") { 5 } else { 4 };
+        let expected = format!("config.toml:{line}: {expected}");
         assert_eq!(faults(&format!("{BACKEND}{text}\n")), [expected], "{text}");
     }
 }

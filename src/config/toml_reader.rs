@@ -6,7 +6,8 @@
 
 use std::{cell::RefCell, fmt::Display, time::Duration};
 
-use toml::de::{DeTable, DeValue};
+use toml::Spanned;
+use toml::de::{DeArray, DeString, DeTable, DeValue};
 
 use super::suggest::{is_harmless, nearest};
 
@@ -297,6 +298,111 @@ impl<'s, 'i> Section<'s, 'i> {
             }
         }
         Some(results)
+    }
+
+    /// An array of strings. One that is no array is noted, and so is what is no string in it.
+    pub(super) fn texts(&mut self, key: &'static str) -> Option<Vec<Text>> {
+        match self.take(key)? {
+            Field { value: DeValue::Array(array), .. } => Some(self.strings(key, array)),
+            Field { value, line } => {
+                self.wrong_type(line, key, &value, "an array of strings");
+                None
+            }
+        }
+    }
+
+    /// A table of strings, in the order of the file.
+    pub(super) fn pairs(&mut self, key: &'static str) -> Option<Vec<(Text, Text)>> {
+        match self.take(key)? {
+            Field { value: DeValue::Table(table), .. } => Some(self.string_pairs(key, table)),
+            Field { value, line } => {
+                self.wrong_type(line, key, &value, "a table of strings");
+                None
+            }
+        }
+    }
+
+    /// An array of strings, or a table of them: then each has its value.
+    pub(super) fn texts_or_pairs(&mut self, key: &'static str) -> Option<Vec<(Text, Option<Text>)>> {
+        match self.take(key)? {
+            Field { value: DeValue::Array(array), .. } => {
+                Some(self.strings(key, array).into_iter().map(|text| (text, None)).collect())
+            }
+            Field { value: DeValue::Table(table), .. } => {
+                let pairs = self.string_pairs(key, table).into_iter();
+                Some(pairs.map(|(name, value)| (name, Some(value))).collect())
+            }
+            Field { value, line } => {
+                self.wrong_type(line, key, &value, "an array or a table of strings");
+                None
+            }
+        }
+    }
+
+    /// A table of tables with names of the operator's own, in the order of the file.
+    pub(super) fn named_sections<R>(
+        &mut self,
+        key: &'static str,
+        mut read: impl FnMut(&mut Section<'s, '_>, Text) -> R,
+    ) -> Vec<R> {
+        let table = match self.take(key) {
+            None => return Vec::new(),
+            Some(Field { value: DeValue::Table(table), .. }) => table,
+            Some(Field { value, line }) => {
+                self.wrong_type(line, key, &value, "a table of tables");
+                return Vec::new();
+            }
+        };
+        let mut results = Vec::new();
+        for (name, value) in self.in_order(table) {
+            match value {
+                DeValue::Table(table) => {
+                    // Not the name itself: what stands where no key is expected may be a secret.
+                    let inner = format!("{key}.<name>");
+                    let line = name.line;
+                    results.push(self.child(&inner, table, line, |t| read(t, name)));
+                }
+                other => self.wrong_type(name.line, key, &other, "a table for each name"),
+            }
+        }
+        results
+    }
+
+    fn strings(&self, key: &str, array: DeArray<'_>) -> Vec<Text> {
+        let mut texts = Vec::new();
+        for item in array {
+            let (line, _) = self.sink.position(item.span().start);
+            match item.into_inner() {
+                DeValue::String(text) => texts.push(Text { value: text.into_owned(), line }),
+                other => self.wrong_type(line, key, &other, "a string in each place"),
+            }
+        }
+        texts
+    }
+
+    fn string_pairs(&self, key: &str, table: DeTable<'_>) -> Vec<(Text, Text)> {
+        let mut pairs = Vec::new();
+        for (name, value) in self.in_order(table) {
+            match value {
+                DeValue::String(text) => {
+                    let line = name.line;
+                    pairs.push((name, Text { value: text.into_owned(), line }));
+                }
+                other => self.wrong_type(name.line, key, &other, "a string for each name"),
+            }
+        }
+        pairs
+    }
+
+    /// The entries of a table in the order of the file; the reader itself sorts them by name.
+    fn in_order<'v>(&self, table: DeTable<'v>) -> Vec<(Text, DeValue<'v>)> {
+        let mut entries: Vec<_> = table.into_iter().collect();
+        entries.sort_by_key(|(name, _)| name.span().start);
+        let text = |(name, value): (Spanned<DeString<'v>>, Spanned<DeValue<'v>>)| {
+            let (line, _) = self.sink.position(name.span().start);
+            (Text { value: name.into_inner().into_owned(), line }, value.into_inner())
+        };
+        entries.into_iter().map(text).collect()
     }
 
     /// A string, or a table that `read` makes something of. `Err` holds the

@@ -1,5 +1,8 @@
-//! A slot, or a wait for one; and the wait for a backend to reopen.
+//! A slot, or a wait for one; and the wait for a backend to reopen, in the lines before it.
 
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::sleep;
@@ -8,12 +11,14 @@ use super::Gateway;
 use crate::clock;
 use crate::error::GatewayError;
 use crate::policy::Nanos;
-use crate::policy::queue::{Entry, QueueFull, Slot};
+use crate::policy::balance::BackendId;
+use crate::policy::queue::{Entry, Place, QueueFull, Slot};
+use crate::policy::quota::Turn;
+use crate::server::alarm::Elapsed;
 use crate::server::io::Conn;
+use crate::state::snapshot::{Busy, Snapshot};
 use crate::telemetry::{Completion, Phase};
-
-/// A backend that was full may have got room between the look at it and the wait: look again after this.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+use crate::upstream::InLine;
 
 impl From<QueueFull> for GatewayError {
     fn from(_: QueueFull) -> Self {
@@ -43,34 +48,141 @@ pub async fn admit(
     slot.ok().filter(|_| clock::now() < deadline).ok_or(GatewayError::QueueTimeout)
 }
 
-/// Waits, without a slot, until a backend may have reopened: at `opens`, or when one that was full has room.
-///
-/// # Errors
-/// At once where `opens` lies too far ahead or too many wait already; else [`GatewayError::QueueTimeout`].
-pub async fn wait_for_backend(
-    gateway: &Gateway,
-    conn: &Conn,
-    completion: &mut Completion,
-    opens: Option<Nanos>,
-    deadline: Nanos,
-) -> Result<(), GatewayError> {
-    let since = clock::now();
-    let latest = deadline.min(completion.started + clock::nanos(gateway.config().queue.max_wait));
-    if let Some(at) = opens.filter(|at| *at > latest) {
-        return Err(GatewayError::UpstreamRateLimited(at.saturating_sub(since)));
+/// Where a request stands in the lines before busy backends. Dropping it leaves them all.
+#[derive(Default)]
+pub struct Line {
+    /// Before a quota.
+    quota: Option<(BackendId, InLine)>,
+    /// Before full backends.
+    places: Vec<(BackendId, Place)>,
+    /// A place that came.
+    pub granted: Option<(BackendId, Slot)>,
+}
+
+/// What ended a wait.
+enum Woken {
+    /// Somebody has left the line, so that the others moved up.
+    Moved,
+    /// A backend may have reopened, or has a place.
+    Opened,
+}
+
+impl Line {
+    /// The turn at a quota, if it waits for one.
+    pub fn turn(&self) -> Option<&Turn> {
+        self.quota.as_ref().map(|(_, line)| line.turn())
     }
-    let _outside = gateway.shared().admission.wait_outside()?;
-    completion.phase = Phase::Queued;
-    let wait = opens.map_or(LOOK_AGAIN, |at| Duration::from_nanos(at.saturating_sub(since) + 1));
-    let reopened = async {
-        tokio::select! {
-            () = sleep(wait) => {}
-            () = gateway.shared().room.notified() => {}
+
+    /// Leaves all lines, as `backend` is asked now.
+    pub fn served(&mut self, backend: BackendId) {
+        if let Some((_, line)) = self.quota.take_if(|(id, _)| *id == backend) {
+            line.served();
         }
+        *self = Line::default();
+    }
+
+    /// Waits, without a slot, until one of `busy` may have reopened: at its time, or when a full one has a place.
+    ///
+    /// # Errors
+    /// At once where none opens in time or too many wait already; else [`GatewayError::QueueTimeout`].
+    pub async fn wait(
+        &mut self,
+        gateway: &Gateway,
+        conn: &Conn,
+        completion: &mut Completion,
+        snapshot: &Snapshot,
+        busy: &Busy,
+        deadline: Nanos,
+    ) -> Result<(), GatewayError> {
+        let since = clock::now();
+        let latest = deadline.min(completion.started + clock::nanos(gateway.config().queue.max_wait));
+        let in_time = |at: &Nanos| *at <= latest;
+        let first = busy.opens.filter(|(at, ..)| in_time(at));
+        if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
+            return Err(GatewayError::UpstreamRateLimited(at.saturating_sub(since)));
+        }
+        let _outside = gateway.shared().admission.wait_outside()?;
+        completion.phase = Phase::Queued;
+        self.stand(snapshot, busy, first);
+        let result = loop {
+            let mut moved = pin!(self.quota.as_ref().map(|(id, _)| snapshot.backends[*id].moved.notified()));
+            if let Some(moved) = moved.as_mut().as_pin_mut() {
+                moved.enable();
+            }
+            let now = clock::now();
+            let at = match &self.quota {
+                Some((_, line)) => Some(line.opens_at(now)),
+                None => first.map(|(at, ..)| at),
+            };
+            match at {
+                _ if self.granted.is_some() => break Ok(()),
+                None if self.places.is_empty() => break Err(GatewayError::QueueFull),
+                Some(at) if self.places.is_empty() && !in_time(&at) => {
+                    break Err(GatewayError::UpstreamRateLimited(at.saturating_sub(now)));
+                }
+                _ => {}
+            }
+            let mut opened = pin!(at.filter(in_time).map(|at| sleep(nap(at, now))));
+            let (places, granted) = (&mut self.places, &mut self.granted);
+            let woken = poll_fn(|cx| {
+                *granted = poll_places(places, cx);
+                if granted.is_some() || is_ready(opened.as_mut().as_pin_mut(), cx) {
+                    return Poll::Ready(Woken::Opened);
+                }
+                if is_ready(moved.as_mut().as_pin_mut(), cx) {
+                    return Poll::Ready(Woken::Moved);
+                }
+                Poll::Pending
+            });
+            match conn.alarm.limit(deadline, woken).await {
+                Ok(Woken::Opened) => break Ok(()),
+                Ok(Woken::Moved) => {}
+                Err(Elapsed) => break Err(GatewayError::QueueTimeout),
+            }
+        };
+        waited(completion, since);
+        result
+    }
+
+    /// Stands before those that are full, and before the quota that opens `first`; where it stands already, it stays.
+    fn stand(&mut self, snapshot: &Snapshot, busy: &Busy, first: Option<(Nanos, BackendId, bool)>) {
+        self.places.retain(|(id, _)| busy.full.contains(id));
+        for id in &busy.full {
+            if self.places.iter().any(|(known, _)| known == id) {
+                continue;
+            }
+            match snapshot.backends[*id].wait_for_place() {
+                Ok(Some(Entry::Queued(place))) => self.places.push((*id, place)),
+                Ok(Some(Entry::Passed(slot))) => self.granted = Some((*id, slot)),
+                // As many wait for it as may: then for the others alone.
+                Ok(None) | Err(QueueFull) => {}
+            }
+        }
+        let quota = first.filter(|(_, _, by_quota)| *by_quota).map(|(_, id, _)| id);
+        if self.quota.as_ref().map(|(id, _)| *id) != quota {
+            self.quota = quota.and_then(|id| Some((id, InLine::new(&snapshot.backends[id])?)));
+        }
+    }
+}
+
+/// Just past `at`, from `now` on.
+fn nap(at: Nanos, now: Nanos) -> Duration {
+    Duration::from_nanos(at.saturating_sub(now) + 1)
+}
+
+/// The first place whose turn has come.
+fn poll_places(places: &mut Vec<(BackendId, Place)>, cx: &mut Context<'_>) -> Option<(BackendId, Slot)> {
+    let ready = |(i, (id, place)): (usize, &mut (BackendId, Place))| match Pin::new(place).poll(cx) {
+        Poll::Ready(slot) => Some((i, *id, slot)),
+        Poll::Pending => None,
     };
-    let result = conn.alarm.limit(deadline, reopened).await;
-    waited(completion, since);
-    result.map_err(|_| GatewayError::QueueTimeout)
+    let (i, id, slot) = places.iter_mut().enumerate().find_map(ready)?;
+    drop(places.swap_remove(i));
+    Some((id, slot))
+}
+
+fn is_ready<F: Future>(future: Option<Pin<&mut F>>, cx: &mut Context<'_>) -> bool {
+    future.is_some_and(|future| future.poll(cx).is_ready())
 }
 
 fn waited(completion: &mut Completion, since: Nanos) {

@@ -1,33 +1,29 @@
-//! The attempt loop: pick, patch, send, judge, again. It ends with an answer to relay or with an error.
+//! The attempt loop: pick, send, judge, again. It ends with an answer to relay or with an error. What one try is, is
+//! [`super::once`]'s business.
 
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
+use http::header::{HeaderValue, RETRY_AFTER};
 use http::response::Parts;
 
 use super::Gateway;
-use super::admit::{admit, wait_for_backend};
+use super::admit::{Line, admit};
 use super::intake::ChatRequest;
 use crate::clock;
 use crate::error::{Code, GatewayError};
-use crate::policy::balance::BackendId;
-use crate::policy::patch::{model_splice, slices};
 use crate::policy::queue::Slot;
-use crate::policy::retry::{Outcome, backoff, cooling, judge, retry_after_secs};
-use crate::policy::{Nanos, SECOND, headers, quota};
+use crate::policy::retry::{backoff, retry_after_secs};
+use crate::policy::route::TargetId;
+use crate::policy::{Nanos, SECOND};
 use crate::server::io::Conn;
-use crate::state::Pick;
+use crate::state::snapshot::{Ask, Chosen, Pick, Snapshot};
 use crate::telemetry::{Completion, Phase};
-use crate::upstream::link::{Link, SendBody};
+use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
-use crate::upstream::probe::announce;
-use crate::upstream::send::{Answer, Outgoing, send};
-use crate::upstream::{Ask, Closed, InFlight, Upstream};
+use crate::upstream::{Closed, InFlight};
 
 /// Frames that are read of an answer nobody wants, to keep its connection.
 const MAX_LEFTOVER: usize = 16;
@@ -47,19 +43,30 @@ pub struct Delivery {
 }
 
 /// What the last try left, should there be no further one.
-enum Last {
-    Answer { head: Box<Parts>, lease: Lease, entered: InFlight },
+pub enum Last {
+    /// An answer that was not worth delivering yet.
+    Answer {
+        /// Its head.
+        head: Box<Parts>,
+        /// Its connection.
+        lease: Lease,
+        /// The place at the backend.
+        entered: InFlight,
+    },
+    /// No answer.
     Error(GatewayError),
 }
 
 /// A try's result that is no delivery: why, and what could be delivered all the same.
-struct Failed {
-    code: Code,
-    last: Last,
+pub struct Failed {
+    /// Why.
+    pub code: Code,
+    /// What it left.
+    pub last: Last,
     /// Counts against the backend.
-    blame: bool,
+    pub blame: bool,
     /// No other backend is asked.
-    fatal: bool,
+    pub fatal: bool,
 }
 
 /// One request's way through the backends.
@@ -73,7 +80,9 @@ pub struct Attempts<'a> {
     /// The client's body.
     pub chat: &'a ChatRequest,
     /// What it asks for.
-    pub ask: Ask,
+    pub ask: Ask<'a>,
+    /// The fleet, of the configuration that the request came under.
+    pub snapshot: Arc<Snapshot>,
     /// The record.
     pub completion: &'a mut Completion,
     /// When the first byte must be on its way.
@@ -88,23 +97,29 @@ impl Attempts<'_> {
     pub async fn run(mut self, slot: Slot) -> Result<Delivery, GatewayError> {
         let mut slot = Some(slot);
         let mut last = None;
-        // In the first round backends are picked; later rounds go through them in the same order.
-        let (mut order, mut tried) = (Vec::<BackendId>::new(), Vec::<BackendId>::new());
+        let mut line = Line::default();
+        // In the first round targets are picked; later rounds go through them in the same order.
+        let (mut order, mut tried) = (Vec::<TargetId>::new(), Vec::<TargetId>::new());
         let mut rounds = 0;
         loop {
             let now = clock::now();
             if self.completion.tries > 0 && !self.may_retry(now) {
                 return self.give_up(last, slot);
             }
-            let picked = match self.pick(now, rounds, &order, &tried) {
-                Pick::Backend(entered) => Some((entered, false)),
-                Pick::Out => {
-                    self.gateway.snapshot().pick_in_panic(now, self.ask).map(|entered| (entered, true))
-                }
-                Pick::Nobody => None,
-                Pick::Busy { opens } => {
+            self.refresh();
+            let picked = self.pick(now, rounds, &order, &tried, &mut line);
+            self.pass_over(now, &tried, &picked);
+            let (chosen, panic) = match picked {
+                Pick::Backend(chosen) => (chosen, false),
+                Pick::Out => match self.snapshot.pick_in_panic(now, &self.ask) {
+                    Some(chosen) => (chosen, true),
+                    None => return Err(GatewayError::NoBackend),
+                },
+                Pick::Nobody => return Err(GatewayError::NoBackend),
+                Pick::Busy(busy) => {
                     drop(slot.take());
-                    wait_for_backend(self.gateway, self.conn, self.completion, opens, self.deadline).await?;
+                    line.wait(self.gateway, self.conn, self.completion, &self.snapshot, &busy, self.deadline)
+                        .await?;
                     slot = Some(admit(self.gateway, self.conn, self.completion, self.deadline).await?);
                     continue;
                 }
@@ -117,17 +132,17 @@ impl Attempts<'_> {
                     continue;
                 }
             };
-            let Some((entered, panic)) = picked else { return Err(GatewayError::NoBackend) };
+            let Chosen { target, entered } = chosen;
+            line.served(self.snapshot.route(&self.ask).targets[target].backend);
             if self.completion.tries > 0 {
                 self.count_retry(now, &last);
             }
             if panic {
                 self.gateway.recorder().lane().panic_picks.add(1);
             }
-            let id = self.gateway.snapshot().id_of(entered.upstream());
-            let limit = self.share(now, &tried, id);
+            let limit = self.share(now, &tried);
             self.let_go(last.take());
-            let failed = match (self.try_one(entered, limit).await, slot.take()) {
+            let failed = match (self.try_one(target, entered, limit).await, slot.take()) {
                 (Ok((head, lease, entered, first)), Some(slot)) => {
                     return Ok(Delivery { head, lease, entered, slot, first });
                 }
@@ -141,10 +156,45 @@ impl Attempts<'_> {
             if failed.fatal || panic {
                 return self.give_up(last, slot);
             }
-            tried.extend(id);
+            tried.push(target);
             if rounds == 0 {
-                order.extend(id);
+                order.push(target);
             }
+        }
+    }
+
+    /// Looks at the fleet as it is now, unless a reload has made it another's.
+    fn refresh(&mut self) {
+        let fresh = self.gateway.snapshot();
+        if !Arc::ptr_eq(&fresh, &self.snapshot) && fresh.is_of(&self.snapshot) {
+            self.snapshot = fresh.clone();
+        }
+    }
+
+    fn pick(&self, now: Nanos, rounds: u32, order: &[TargetId], tried: &[TargetId], line: &mut Line) -> Pick {
+        if rounds == 0 {
+            let waited = line.granted.take();
+            let waited = waited.and_then(|place| self.snapshot.pick_waited(now, &self.ask, tried, place));
+            return match waited {
+                Some(chosen) => Pick::Backend(chosen),
+                None => self.snapshot.pick(now, &self.ask, tried, line.turn()),
+            };
+        }
+        let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
+        self.snapshot.pick_in_order(now, &self.ask, &rest).map_or(Pick::Tried, Pick::Backend)
+    }
+
+    /// Notes for the log who was passed over.
+    fn pass_over(&mut self, now: Nanos, tried: &[TargetId], picked: &Pick) {
+        if !self.gateway.shared().log_requests() {
+            return;
+        }
+        let chosen = match picked {
+            Pick::Backend(chosen) => Some(chosen.target),
+            _ => None,
+        };
+        for (upstream, why) in self.snapshot.passed(now, &self.ask, tried, chosen) {
+            self.completion.pass_over(upstream, why);
         }
     }
 
@@ -161,19 +211,10 @@ impl Attempts<'_> {
         }
     }
 
-    fn pick(&self, now: Nanos, rounds: u32, order: &[BackendId], tried: &[BackendId]) -> Pick {
-        let snapshot = self.gateway.snapshot();
-        if rounds == 0 {
-            return snapshot.pick(now, self.ask, tried);
-        }
-        let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
-        snapshot.pick_in_order(now, self.ask, &rest).map_or(Pick::Tried, Pick::Backend)
-    }
-
     /// Whether one of those tried may be asked once more.
-    fn may_come_again(&self, order: &[BackendId]) -> bool {
-        let (snapshot, now) = (self.gateway.snapshot(), clock::now());
-        order.iter().filter_map(|id| snapshot.backends.get(*id)).any(|b| b.check(now, self.ask).is_ok())
+    fn may_come_again(&self, order: &[TargetId]) -> bool {
+        let now = clock::now();
+        order.iter().any(|id| self.snapshot.check(now, &self.ask, *id, None).is_ok())
     }
 
     /// Whether the rules allow one more try.
@@ -206,17 +247,10 @@ impl Attempts<'_> {
         true
     }
 
-    /// Until when a try may wait for its head: its share of what is left, by the backends still untried.
-    fn share(&self, now: Nanos, tried: &[BackendId], id: Option<BackendId>) -> Nanos {
-        let snapshot = self.gateway.snapshot();
-        let untried = |(other, b): (BackendId, &Arc<Upstream>)| {
-            Some(other) != id
-                && !tried.contains(&other)
-                && b.conf.weight > 0
-                && b.check(now, self.ask).is_ok()
-        };
-        let others = snapshot.backends.iter().enumerate().filter(|b| untried((b.0, b.1))).count() as u64;
-        now + self.deadline.saturating_sub(now) / (others + 1)
+    /// Until when a try may wait for its head: its share of what is left, by the targets still untried that are up.
+    fn share(&self, now: Nanos, tried: &[TargetId]) -> Nanos {
+        let untried = self.snapshot.up(&self.ask).saturating_sub(tried.len()).max(1) as u64;
+        now + self.deadline.saturating_sub(now) / untried
     }
 
     /// Nothing further is tried: the last answer as it came, or the last error.
@@ -237,159 +271,13 @@ impl Attempts<'_> {
         }
     }
 
-    /// Time until the first of all backends that cool for this model reopens.
+    /// Time until the first of all targets that cannot be asked now reopens.
     fn soonest(&self) -> Nanos {
-        let (snapshot, now) = (self.gateway.snapshot(), clock::now());
-        let opens = |b: &Arc<Upstream>| match b.check(now, self.ask) {
-            Err(Closed::Until(at)) => Some(at - now),
+        let now = clock::now();
+        let opens = |id| match self.snapshot.check(now, &self.ask, id, None) {
+            Err(Closed::Cooling(at) | Closed::Quota(at)) => Some(at.saturating_sub(now)),
             _ => None,
         };
-        snapshot.backends.iter().filter_map(opens).min().unwrap_or(SECOND)
+        (0..self.snapshot.route(&self.ask).targets.len()).filter_map(opens).min().unwrap_or(SECOND)
     }
-
-    /// One try at one backend.
-    async fn try_one(
-        &mut self,
-        entered: InFlight,
-        limit: Nanos,
-    ) -> Result<(Parts, Lease, InFlight, Option<Bytes>), Box<Failed>> {
-        let upstream = entered.upstream().clone();
-        self.completion.tries += 1;
-        self.completion.phase = Phase::Waiting;
-        let since = clock::now();
-        let outgoing = self.outgoing(&upstream);
-        let (gateway, conn) = (self.gateway, self.conn);
-        let completion = &mut *self.completion;
-        let on_connect =
-            |opening| completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
-        let sending = send(gateway.pool(), gateway.recorder().worker, &upstream, outgoing, on_connect);
-        let answer = conn.alarm.limit(limit, sending).await.unwrap_or(Err(Code::UpstreamTimeout));
-        if gateway.is_cut() {
-            return Err(Box::new(cut()));
-        }
-        let result = match answer {
-            Ok(answer) => self.judge(answer, entered, limit).await,
-            Err(code) => Err(broken(code)),
-        };
-        self.completion.others += clock::now() - since;
-        if let Err(failed) = &result {
-            self.note(&upstream, failed);
-        }
-        result.map_err(Box::new)
-    }
-
-    /// What goes to `upstream`: fresh headers, and the body with its default model spliced in where none is named.
-    fn outgoing(&self, upstream: &Upstream) -> Outgoing {
-        let mut to = HeaderMap::with_capacity(24);
-        to.insert(HOST, upstream.host.clone());
-        headers::to_backend(self.headers, upstream.conf.forward_authorization, &mut to);
-        if let Some(key) = &upstream.authorization {
-            to.insert(AUTHORIZATION, key.clone());
-        }
-        to.insert(headers::X_REQUEST_ID, self.completion.request_id.clone());
-        let splice = model_splice(&self.chat.fields, upstream.model.as_ref());
-        let body = SendBody::new(slices(&self.chat.chunks, splice.as_ref()));
-        let target = upstream.target(self.ask.endpoint).cloned().unwrap_or_default();
-        Outgoing { target, headers: to, body }
-    }
-
-    /// Judges an answer by its status; of one that is delivered and no stream, waits for the first frame too.
-    async fn judge(
-        &mut self,
-        answer: Answer,
-        entered: InFlight,
-        limit: Nanos,
-    ) -> Result<(Parts, Lease, InFlight, Option<Bytes>), Failed> {
-        let Answer { head, mut lease } = answer;
-        let upstream = entered.upstream();
-        if let Some(span) = quota::exhausted(&head.headers, SystemTime::now()) {
-            self.cool(upstream, span);
-        }
-        let fail = |code, blame| {
-            move |head: Parts, lease, entered| Failed {
-                code,
-                blame,
-                fatal: false,
-                last: Last::Answer { head: Box::new(head), lease, entered },
-            }
-        };
-        match judge(head.status.as_u16(), upstream.authorization.is_some()) {
-            Outcome::Deliver => {}
-            Outcome::Failure => return Err(fail(Code::UpstreamError, true)(head, lease, entered)),
-            Outcome::Busy => {
-                self.cool(upstream, cooling(&head.headers, SystemTime::now()));
-                return Err(fail(Code::UpstreamRateLimited, false)(head, lease, entered));
-            }
-            Outcome::BadKey => {
-                if upstream.breaker.bad_key(clock::now()) {
-                    let text =
-                        format!("{} answered {} to its api_key", upstream.name(), head.status.as_u16());
-                    self.gateway.shared().log.event("error", "backend_misconfigured", &text);
-                    self.gateway.shared().fleet_changed.notify_one();
-                }
-                let last = Last::Error(GatewayError::UpstreamAuth);
-                return Err(Failed { code: Code::UpstreamAuthError, last, blame: false, fatal: false });
-            }
-            Outcome::Redirect => {
-                let last = Last::Error(GatewayError::UpstreamRedirect);
-                return Err(Failed { code: Code::UpstreamRedirect, last, blame: false, fatal: true });
-            }
-        }
-        if is_event_stream(&head.headers) || lease.link.is_end() {
-            return Ok((head, lease, entered, None));
-        }
-        let frame = poll_fn(|cx| lease.link.poll_frame(cx));
-        match self.conn.alarm.limit(limit, frame).await {
-            Ok(Some(Ok(first))) => Ok((head, lease, entered, Some(first))),
-            Ok(None) => Ok((head, lease, entered, None)),
-            Ok(Some(Err(_))) => Err(broken(Code::UpstreamUnreachable)),
-            Err(_) => Err(broken(Code::UpstreamTimeout)),
-        }
-    }
-
-    /// Leaves a backend alone, with the model that it was asked for.
-    fn cool(&self, upstream: &Upstream, span: Duration) {
-        let now = clock::now();
-        upstream.breaker.cool(upstream.sent_model(self.ask.model), now + clock::nanos(span), now);
-    }
-
-    /// Counts a failed try.
-    fn note(&mut self, upstream: &Arc<Upstream>, failed: &Failed) {
-        let recorder = self.gateway.recorder();
-        if failed.code != Code::UpstreamRedirect {
-            upstream.lanes[recorder.worker].failed(failed.code);
-        }
-        upstream.note_error(failed.code);
-        self.completion.failed.push((upstream.clone(), failed.code));
-        if failed.blame {
-            upstream.penalty.add(clock::now());
-            if let Some(change) = upstream.breaker.failure(self.gateway.snapshot().thresholds()) {
-                announce(&recorder.shared, upstream, change, "a request");
-            }
-        }
-    }
-}
-
-/// A try that the way out has ended: nobody's fault, and nobody is asked any more.
-fn cut() -> Failed {
-    let last = Last::Error(GatewayError::Draining);
-    Failed { code: Code::Draining, last, blame: false, fatal: true }
-}
-
-/// A try that ended without an answer.
-fn broken(code: Code) -> Failed {
-    let error = match code {
-        Code::UpstreamInvalidResponse => GatewayError::UpstreamInvalid,
-        Code::UpstreamTimeout => GatewayError::UpstreamTimeout,
-        Code::UpstreamTlsError => GatewayError::UpstreamTls,
-        _ => GatewayError::UpstreamUnreachable,
-    };
-    Failed { code, last: Last::Error(error), blame: true, fatal: false }
-}
-
-/// Whether an answer is a stream of events, whatever was asked for.
-pub fn is_event_stream(headers: &HeaderMap) -> bool {
-    let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    let name = b"text/event-stream";
-    kind.len() >= name.len() && kind[..name.len()].eq_ignore_ascii_case(name)
 }

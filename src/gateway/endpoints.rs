@@ -1,4 +1,4 @@
-//! What Zap answers by itself: `/health`, `/ready`, `/metrics`, `/status`.
+//! What Zap answers by itself: `/health`, `/ready`, `/metrics`, `/status`, `/v1/models`.
 
 use std::time::SystemTime;
 
@@ -9,11 +9,15 @@ use serde_json::json;
 
 use super::body::Body;
 use crate::clock;
-use crate::policy::SECOND;
+use crate::error::GatewayError;
 use crate::policy::breaker::Status;
+use crate::policy::route::{Listed, MAX_NAME};
+use crate::policy::{Nanos, SECOND};
 use crate::state::Shared;
+use crate::state::clients::Client;
+use crate::state::snapshot::Snapshot;
 use crate::telemetry::{encode, metrics};
-use crate::upstream::Upstream;
+use crate::upstream::{Closed, Upstream};
 
 /// `/health`: the process lives.
 pub fn health() -> Response<Body> {
@@ -51,23 +55,96 @@ pub fn status(shared: &Shared) -> Response<Body> {
 fn backend(b: &Upstream) -> serde_json::Value {
     let now = clock::now();
     let status = b.breaker.status(now);
-    let (state, cooling) = match status {
-        Status::Cooling(until) => ("cooling", Some((until - now).div_ceil(SECOND / 10) as f64 / 10.0)),
-        Status::Ejected => ("ejected", None),
-        Status::Healthy => ("healthy", None),
-        Status::Misconfigured => ("misconfigured", None),
+    let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
+    let cooling = match status {
+        Status::Cooling(until) => Some(secs_to(until)),
+        _ => None,
+    };
+    let closed = b.closed(now);
+    let quota = match closed {
+        Some(Closed::Quota(until)) => Some(secs_to(until)),
+        _ => None,
+    };
+    // The words of the log for a candidate that is passed over.
+    let state = match (b.conf.weight, status, closed) {
+        (0, ..) => "drained",
+        (_, Status::Misconfigured, _) => "misconfigured",
+        (_, Status::Ejected, _) => "ejected",
+        (_, Status::Cooling(_), _) => "cooling",
+        (_, _, Some(Closed::Full)) => "full",
+        (_, _, Some(Closed::Quota(_))) => "quota",
+        _ => "healthy",
     };
     let until = |secs: f64| clock::timestamp(SystemTime::now() + std::time::Duration::from_secs_f64(secs));
     json!({
         "name": b.name(),
-        "state": if b.conf.weight == 0 { "drained" } else { state },
+        "state": state,
         "weight": b.conf.weight,
         "priority": b.conf.priority,
         "in_flight": b.in_flight(),
         "cooling_secs": cooling,
         "cooling_until": cooling.map(until),
+        "quota_opens_secs": quota,
         "last_error": b.last_error().map(|(at, code)| json!({ "code": code.text(), "at": clock::timestamp(at) })),
     })
+}
+
+/// `/v1/models`: what `client` may use, in OpenAI's shape.
+pub fn models(snapshot: &Snapshot, client: Option<&Client>) -> Response<Body> {
+    let listed = snapshot.table().listed().iter().filter(|l| may_see(client, l));
+    let data: Vec<_> = listed.map(|l| model_object(snapshot, l)).collect();
+    let list = json!({ "object": "list", "data": data });
+    text(StatusCode::OK, "application/json", list.to_string().into())
+}
+
+/// `/v1/models/{id}`; `id` as it stands in the path.
+///
+/// # Errors
+/// [`GatewayError::ModelNotFound`], with names that are near.
+pub fn model(snapshot: &Snapshot, client: Option<&Client>, id: &str) -> Result<Response<Body>, GatewayError> {
+    let id = percent_decoded(id);
+    let listed = snapshot.table().listed().iter().find(|l| *l.name == *id && may_see(client, l));
+    match listed {
+        Some(l) => Ok(text(StatusCode::OK, "application/json", model_object(snapshot, l).to_string().into())),
+        None => Err(model_not_found(snapshot, client, &id)),
+    }
+}
+
+/// The refusal of a model that nobody serves, or that `client` may not use.
+pub fn model_not_found(snapshot: &Snapshot, client: Option<&Client>, name: &str) -> GatewayError {
+    let near = snapshot.table().near(name, |name| client.is_none_or(|c| c.may_use(name, true)));
+    let name = name.get(..name.floor_char_boundary(MAX_NAME)).unwrap_or_default();
+    GatewayError::ModelNotFound(name.into(), near.into_iter().map(Into::into).collect())
+}
+
+fn may_see(client: Option<&Client>, listed: &Listed) -> bool {
+    client.is_none_or(|c| c.may_use(&listed.name, true))
+}
+
+fn model_object(snapshot: &Snapshot, listed: &Listed) -> serde_json::Value {
+    let owner = listed.owner.and_then(|id| snapshot.backends.get(id)).map_or("zap", |b| b.name());
+    json!({ "id": &*listed.name, "object": "model", "created": 0, "owned_by": owner })
+}
+
+/// A path's segment with its `%XX` read; what is not UTF-8 then names nothing.
+fn percent_decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let digit = |at: usize| bytes.get(at).and_then(|b| (*b as char).to_digit(16));
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while let Some(b) = bytes.get(at) {
+        match (b, digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => {
+                out.push((high * 16 + low) as u8);
+                at += 3;
+            }
+            _ => {
+                out.push(*b);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 fn text(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body> {
@@ -75,4 +152,24 @@ fn text(status: StatusCode, content_type: &'static str, body: Bytes) -> Response
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_a_models_id_as_clients_encode_it() {
+        for (text, want) in [
+            ("gpt-4o", "gpt-4o"),
+            ("meta-llama%2FLlama-3", "meta-llama/Llama-3"),
+            ("meta-llama/Llama-3", "meta-llama/Llama-3"),
+            ("a%3Ab%c3%a9%", "a:b\u{e9}%"),
+            ("%4", "%4"),
+            ("%zz", "%zz"),
+            ("%ff", "\u{FFFD}"),
+        ] {
+            assert_eq!(percent_decoded(text), want);
+        }
+    }
 }

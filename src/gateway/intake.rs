@@ -1,15 +1,18 @@
 //! A request's body: read within bounds of size and time, scanned as it comes, kept as it came.
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HeaderMap};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use xxhash_rust::xxh64::Xxh64;
 
 use crate::clock;
 use crate::error::GatewayError;
 use crate::policy::patch::BodyFault;
-use crate::policy::scan::{Fields, Member, ScanError, Scanner};
+use crate::policy::scan::{Affinity, Fields, ScanError, Scanner, Watch};
 use crate::policy::{Nanos, SECOND};
 use crate::server::io::Conn;
 use crate::telemetry::Endpoint;
@@ -50,7 +53,7 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
     Ok(())
 }
 
-/// Reads and scans the body of a request to `endpoint`, of at most `max` bytes.
+/// Reads and scans the body of a request to `endpoint`, of at most `max` bytes, for what `watch` names.
 ///
 /// # Errors
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
@@ -58,10 +61,12 @@ pub async fn read(
     mut body: Incoming,
     conn: &Conn,
     endpoint: Endpoint,
+    watch: &Watch,
     max: u64,
     deadline: Nanos,
 ) -> Result<ChatRequest, GatewayError> {
-    let mut scanner = Scanner::new();
+    let refuse = |error| refuse(error, watch);
+    let mut scanner = Scanner::new(watch);
     let mut pieces = Pieces::default();
     let (mut length, mut marked) = (0u64, 0u64);
     let mut until = deadline.min(conn.coarse_now() + PATIENCE);
@@ -86,26 +91,57 @@ pub async fn read(
     Ok(ChatRequest { chunks: pieces.finish(), fields })
 }
 
-fn refuse(error: ScanError) -> GatewayError {
+fn refuse(error: ScanError, watch: &Watch) -> GatewayError {
     match error {
-        ScanError::Duplicate(member) => GatewayError::DuplicateKey(member.name()),
+        ScanError::Duplicate(member) => GatewayError::DuplicateKey(member.name(watch).to_owned().into()),
         ScanError::Invalid { offset } => GatewayError::InvalidJson(offset),
     }
 }
 
 fn refuse_fault(fault: BodyFault) -> GatewayError {
     match fault {
-        BodyFault::InvalidType(member @ Member::Model) => {
-            GatewayError::InvalidType(member.name(), "a string")
-        }
-        BodyFault::InvalidType(member @ Member::Stream) => {
-            GatewayError::InvalidType(member.name(), "true or false")
-        }
-        BodyFault::InvalidType(member @ Member::Messages) => {
-            GatewayError::InvalidType(member.name(), "an array")
-        }
+        BodyFault::ModelType => GatewayError::InvalidType("model", "a string"),
+        BodyFault::StreamType => GatewayError::InvalidType("stream", "true or false"),
         BodyFault::MissingMessages => GatewayError::MissingMessages,
         BodyFault::MissingModel => GatewayError::MissingModel,
+    }
+}
+
+impl ChatRequest {
+    /// What tells the conversation from others, the first that is there: the header `x-zap-session`, the body's
+    /// `prompt_cache_key`, its `user`, else the model with at most `most` bytes of the opening messages. The same on
+    /// every turn, in every process; `None` where there is nothing.
+    pub fn affinity(&self, session: Option<&HeaderValue>, model: Option<&str>, most: usize) -> Option<u64> {
+        let Affinity { cache_key, user, opening } = &self.fields.affinity;
+        // One may not pass for another.
+        let hash = |seed, first: &[u8], span: Range<u64>| {
+            let mut hash = Xxh64::new(seed);
+            hash.update(first);
+            self.bytes(span).for_each(|piece| hash.update(piece));
+            hash.digest()
+        };
+        if let Some(session) = session.filter(|s| !s.is_empty()) {
+            return Some(hash(0, session.as_bytes(), 0..0));
+        }
+        if let Some(span) = cache_key {
+            return Some(hash(1, b"", span.clone()));
+        }
+        if let Some(span) = user {
+            return Some(hash(2, b"", span.clone()));
+        }
+        let Range { start, end } = opening.clone()?;
+        Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + most as u64)))
+    }
+
+    /// A stretch of the body, in pieces.
+    fn bytes(&self, span: Range<u64>) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0u64;
+        self.chunks.iter().filter_map(move |chunk| {
+            let (from, end) = (start, start + chunk.len() as u64);
+            start = end;
+            let part = span.start.clamp(from, end)..span.end.clamp(from, end);
+            (part.start < part.end).then(|| &chunk[(part.start - from) as usize..(part.end - from) as usize])
+        })
     }
 }
 
@@ -146,9 +182,45 @@ impl Pieces {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
+
+    fn scanned(body: &str, size: usize) -> ChatRequest {
+        let watch = Watch { affinity: true, ..Watch::default() };
+        let chunks: Vec<Bytes> = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+        let mut scanner = Scanner::new(&watch);
+        chunks.iter().for_each(|c| scanner.feed(c).unwrap());
+        ChatRequest { chunks, fields: scanner.finish().unwrap() }
+    }
+
+    #[test]
+    fn a_conversation_is_the_same_on_every_turn_and_however_it_is_cut() {
+        let opening = r#"{"role":"system","content":"s"},{"role":"user","content":"hello"}"#;
+        let turn = |more: &str| format!(r#"{{"messages":[{opening}{more}],"model":"m"}}"#);
+        let first = turn("");
+        let later = turn(r#",{"role":"assistant","content":"hi"},{"role":"user","content":"and?"}"#);
+        let key = |body: &str, size| scanned(body, size).affinity(None, Some("m"), 4096);
+        for size in [1, 7, 1000] {
+            assert_eq!(key(&first, size), key(&later, 64));
+        }
+        assert_ne!(key(&first, 9), key(&first.replace("hello", "hallo"), 9));
+        assert_ne!(key(&first, 9), scanned(&first, 9).affinity(None, Some("other"), 4096));
+        let short = |body: &str| scanned(body, 9).affinity(None, Some("m"), 40);
+        assert_eq!(short(&first), short(&first.replace("hello", "hallo")), "beyond what is looked at");
+    }
+
+    #[test]
+    fn a_session_counts_before_a_cache_key_before_a_user() {
+        let body = |more: &str| format!(r#"{{"messages":[]{more}}}"#);
+        let session = HeaderValue::from_static("x");
+        let key = |more: &str, session| scanned(&body(more), 8).affinity(session, None, 9);
+        let all = r#","user":"x","prompt_cache_key":"x""#;
+        let keys = [key(all, Some(&session)), key(all, None), key(r#","user":"x""#, None), key("", None)];
+        for (i, one) in keys.iter().enumerate() {
+            assert!(one.is_some() && !keys[..i].contains(one), "{keys:?}");
+        }
+        assert_eq!(keys[0], key("", Some(&session)));
+        assert_eq!(scanned("{}", 8).affinity(None, Some("m"), 9), None, "nothing to go by");
+    }
 
     #[test]
     fn the_head_alone_may_be_refused() {

@@ -2,11 +2,15 @@
 
 pub mod endpoints;
 
+pub mod caller;
+
 pub mod intake;
 
 pub mod admit;
 
 pub mod attempt;
+
+pub mod once;
 
 pub mod relay;
 
@@ -21,11 +25,13 @@ use http::header::{CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap, Head
 use http::{Method, Request, Response, Version};
 use hyper::body::Incoming;
 
-use self::attempt::{Attempts, Delivery, is_event_stream};
+use self::attempt::{Attempts, Delivery};
 use self::body::Body;
+use self::intake::ChatRequest;
+use self::once::is_event_stream;
 use self::relay::{Held, Redactor, RelayBody, Shape};
 use crate::clock;
-use crate::config::Config;
+use crate::config::{Config, Strategy};
 use crate::error::GatewayError;
 use crate::policy::limit::Decision;
 use crate::policy::scan::Model;
@@ -33,13 +39,17 @@ use crate::policy::{MILLI, headers};
 use crate::server::alarm::Alarms;
 use crate::server::io::Conn;
 use crate::server::worker::Load;
-use crate::state::{Shared, Snapshot};
+use crate::state::Shared;
+use crate::state::snapshot::{Ask, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
 use crate::upstream::pool::Pool;
-use crate::upstream::{Ask, model_key};
+
+/// Where the models are listed.
+const MODELS: &str = "/v1/models";
 
 const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
 const X_ZAP_BACKEND: HeaderName = HeaderName::from_static("x-zap-backend");
+const X_ZAP_SESSION: HeaderName = HeaderName::from_static("x-zap-session");
 const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
@@ -67,12 +77,21 @@ impl Gateway {
         if let Some(why) = conn.refusal() {
             return self.refuse_head(why, conn);
         }
-        let (endpoint, allow) = route(request.uri().path());
+        let path = request.uri().path();
+        let (endpoint, allow) = route(path);
         let request_id = headers::request_id(request.headers()).cloned();
         let request_id =
             request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
-        let mut completion =
-            Completion::new(self.recorder.clone(), endpoint, request.uri().path(), request_id);
+        let mut completion = Completion::new(self.recorder.clone(), endpoint, path, request_id);
+        if is_guarded(path) {
+            match caller::identify(&self, request.headers()) {
+                Ok(caller) => completion.caller = caller,
+                Err(error) => {
+                    let response = self.refuse(&error, &mut completion);
+                    return self.finish(response, completion, None, conn);
+                }
+            }
+        }
         if allow == "POST" && request.method() == Method::POST {
             return self.forward(request, conn, completion).await;
         }
@@ -82,12 +101,24 @@ impl Gateway {
             _ if !is_read || allow == "POST" => Err(GatewayError::MethodNotAllowed(allow)),
             Endpoint::Health => Ok(endpoints::health()),
             Endpoint::Metrics => Ok(endpoints::metrics(self.shared())),
+            Endpoint::Models => self.models(path, &completion),
             Endpoint::Ready => Ok(endpoints::ready(self.shared())),
             // What is left are POST endpoints, which were refused just now.
             _ => Ok(endpoints::status(self.shared())),
         };
-        let response = result.unwrap_or_else(|error| self.refuse(error, &mut completion));
+        let response = result.unwrap_or_else(|error| self.refuse(&error, &mut completion));
         self.finish(response, completion, None, conn)
+    }
+
+    fn models(&self, path: &str, completion: &Completion) -> Result<Response<Body>, GatewayError> {
+        if self.shared().is_draining() {
+            return Err(GatewayError::Draining);
+        }
+        let (snapshot, client) = (self.snapshot(), caller::known(&completion.caller).map(|c| &**c));
+        match path.strip_prefix(MODELS).and_then(|rest| rest.strip_prefix('/')) {
+            Some(id) => endpoints::model(&snapshot, client, id),
+            None => Ok(endpoints::models(&snapshot, client)),
+        }
     }
 
     /// A request to a backend, phase by phase.
@@ -104,27 +135,34 @@ impl Gateway {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            decision = self.check_limit(&head.headers, &mut completion);
+            decision = caller::check_limits(&self, &head.headers, conn.peer(), &completion);
             if let Some(refused) = decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
-            intake::check_head(&head.headers, self.config.server.max_body_bytes)?;
+            let max = self.config.server.max_body_bytes;
+            intake::check_head(&head.headers, max)?;
             let deadline = completion.started + clock::nanos(self.config().queue.timeout);
-            let chat =
-                intake::read(body, &conn, completion.endpoint, self.config.server.max_body_bytes, deadline)
-                    .await?;
+            let snapshot = self.shared().snapshot.load_full();
+            let endpoint = completion.endpoint;
+            let chat = intake::read(body, &conn, endpoint, snapshot.watch(), max, deadline).await?;
             completion.others = clock::now() - completion.started;
             completion.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 completion.model = Some(name.clone());
             }
+            let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
             let slot = admit::admit(&self, &conn, &mut completion, deadline).await?;
             self.shared().budget.offer(completion.started);
-            let (headers, completion) = (&head.headers, &mut *completion);
-            let ask =
-                Ask { endpoint: completion.endpoint, model: completion.model.as_deref().map(model_key) };
-            let attempts =
-                Attempts { gateway: &self, conn: &conn, headers, chat: &chat, ask, completion, deadline };
+            let attempts = Attempts {
+                gateway: &self,
+                conn: &conn,
+                headers: &head.headers,
+                chat: &chat,
+                ask,
+                snapshot,
+                completion: &mut completion,
+                deadline,
+            };
             attempts.run(slot).await
         }
         .await;
@@ -133,19 +171,41 @@ impl Gateway {
             Err(error) => {
                 // Whatever a cut request was waiting for, the way out ended it.
                 let error = if self.is_cut() { GatewayError::Draining } else { error };
-                let response = self.refuse(error, &mut completion);
+                let response = self.refuse(&error, &mut completion);
                 self.finish(response, completion, decision, conn)
             }
         }
     }
 
-    /// Counts the request against its key's limit, if there is one.
-    fn check_limit(&self, headers: &HeaderMap, completion: &mut Completion) -> Option<Decision> {
-        let credential = headers::credential(headers);
-        completion.client = credential.map(|c| self.shared().client_key(c));
-        let limit = self.snapshot().config.rate_limit.requests_per_minute?;
-        let key = completion.client.unwrap_or_else(|| self.shared().client_key(b""));
-        Some(self.shared().limiter.check(key, limit, completion.started))
+    /// What is asked of the fleet: the route of the model, if the caller may use it.
+    fn ask<'c>(
+        &self,
+        snapshot: &Snapshot,
+        headers: &HeaderMap,
+        chat: &'c ChatRequest,
+        completion: &Completion,
+    ) -> Result<Ask<'c>, GatewayError> {
+        let (model, whole) = match &chat.fields.model {
+            Model::Named { name, whole, .. } => (Some(name.as_str()), *whole),
+            _ => (None, true),
+        };
+        let client = caller::known(&completion.caller).map(|client| &**client);
+        let not_found = || match model {
+            Some(name) => endpoints::model_not_found(snapshot, client, name),
+            None => GatewayError::MissingModel,
+        };
+        let may = client.is_none_or(|c| match model {
+            Some(name) => c.may_use(name, whole),
+            None => c.conf.models.is_none(),
+        });
+        let route = Some(()).filter(|()| may).and_then(|()| snapshot.table().find(model, whole));
+        let route = route.ok_or_else(not_found)?;
+        let affinity = if snapshot.config.strategy == Strategy::PrefixHash {
+            chat.affinity(headers.get(X_ZAP_SESSION), model, snapshot.config.prefix_bytes)
+        } else {
+            None
+        };
+        Ok(Ask { endpoint: completion.endpoint, route, model, affinity })
     }
 
     /// An upstream's answer on its way out.
@@ -238,7 +298,7 @@ impl Gateway {
         }
     }
 
-    fn refuse(&self, error: GatewayError, completion: &mut Completion) -> Response<Body> {
+    fn refuse(&self, error: &GatewayError, completion: &mut Completion) -> Response<Body> {
         self.recorder.lane().rejected(error.code());
         if matches!(
             error,
@@ -256,7 +316,7 @@ impl Gateway {
     fn refuse_head(&self, why: &'static str, conn: Rc<Conn>) -> Response<Body> {
         let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
         let mut completion = Completion::new(self.recorder.clone(), Endpoint::Other, "", id);
-        let response = self.refuse(GatewayError::BadRequest(why), &mut completion);
+        let response = self.refuse(&GatewayError::BadRequest(why), &mut completion);
         self.finish(response, completion, None, conn)
     }
 
@@ -317,12 +377,19 @@ fn route(path: &str) -> (Endpoint, &'static str) {
         "/v1/moderations" => (Endpoint::Moderations, "POST"),
         "/v1/rerank" => (Endpoint::Rerank, "POST"),
         "/v1/responses" => (Endpoint::Responses, "POST"),
+        MODELS => (Endpoint::Models, "GET, HEAD"),
         "/health" => (Endpoint::Health, "GET, HEAD"),
         "/metrics" => (Endpoint::Metrics, "GET, HEAD"),
         "/ready" => (Endpoint::Ready, "GET, HEAD"),
         "/status" => (Endpoint::Status, "GET, HEAD"),
+        one if one.starts_with("/v1/models/") => (Endpoint::Models, "GET, HEAD"),
         _ => (Endpoint::Other, ""),
     }
+}
+
+/// Whether a path is for those alone who may call.
+fn is_guarded(path: &str) -> bool {
+    path == "/chat" || path.starts_with("/v1/")
 }
 
 /// A number as a header's value; the usual ones cost nothing.
@@ -354,7 +421,8 @@ mod tests {
     fn paths_are_exact() {
         assert_eq!(route("/chat").0, Endpoint::Chat);
         assert_eq!(route("/v1/chat/completions").0, Endpoint::Chat);
-        for path in ["/chat/", "/v1//chat", "/%63hat", "/Chat", "/", ""] {
+        assert_eq!((route("/v1/models").0, route("/v1/models/a/b").0), (Endpoint::Models, Endpoint::Models));
+        for path in ["/v1/modelsx", "/chat/", "/v1//chat", "/%63hat", "/Chat", "/", ""] {
             assert_eq!(route(path).0, Endpoint::Other, "{path}");
         }
     }

@@ -92,6 +92,26 @@ impl Schedule {
         best.map(|(_, id)| id)
     }
 
+    /// The member that a conversation with this `key` belongs to: the first in the order of its weighted rendezvous
+    /// hash whose load stays in bounds ([`bound`]). `view`: a member's identity and what it has in flight; `None`:
+    /// not eligible.
+    pub fn by_affinity(
+        &self,
+        key: u64,
+        view: impl Fn(BackendId) -> Option<(u64, usize)>,
+    ) -> Option<BackendId> {
+        let eligible = || self.members.iter().filter_map(|(id, weight)| Some((*id, *weight, view(*id)?)));
+        let sum =
+            |(all, weights), (_, weight, (_, in_flight))| (all + in_flight, weights + u64::from(weight));
+        let (all, weights) = eligible().fold((0, 0), sum);
+        // Within its bound, then by the hash: others may come between the two looks, so the bound is a wish.
+        let rank = |(id, weight, (identity, in_flight)): (BackendId, u32, (u64, usize))| {
+            (in_flight < bound(all, weight, weights), rendezvous(key, identity, weight), id)
+        };
+        let best = eligible().map(rank).max_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)))?;
+        Some(best.2)
+    }
+
     fn draw(&self) -> usize {
         self.cursor.fetch_add(1, Ordering::Relaxed) as usize
     }
@@ -99,6 +119,29 @@ impl Schedule {
 
 fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// A member's score for a key; the highest takes it. A weighted rendezvous hash (Thaler and Ravishankar 1998; the
+/// weights by Schindelhauer and Schomaker 2005): who comes or goes takes or leaves its own share alone.
+pub fn rendezvous(key: u64, identity: u64, weight: u32) -> f64 {
+    let hash = mix(key ^ mix(identity));
+    // Uniform in (0, 1), never at an end.
+    let unit = ((hash >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+    f64::from(weight) / -unit.ln()
+}
+
+/// SplitMix64's finalizer (Steele, Lea and Flood 2014).
+fn mix(x: u64) -> u64 {
+    let x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ x >> 31
+}
+
+/// Most that a member of `weight` may have in flight: ceil(1.25 x (`all` + 1) x `weight` / `weights`), where `all` are
+/// in flight over members of `weights` in all (consistent hashing with bounded loads, Mirrokni et al. 2016).
+pub fn bound(all: usize, weight: u32, weights: u64) -> usize {
+    let share = 5 * (all as u64 + 1) * u64::from(weight);
+    share.div_ceil(4 * weights.max(1)) as usize
 }
 
 /// Load of a backend for [`Schedule::least_loaded`]: (in flight + 1 + penalty) over its weight, where the weight
@@ -162,6 +205,39 @@ mod tests {
     fn picks(weights: &[u32], n: usize) -> String {
         let s = Schedule::new(weights.iter().copied().enumerate());
         (0..n).map(|_| char::from(b'A' + s.round_robin(|_| true).unwrap() as u8)).collect()
+    }
+
+    /// 1,000 conversations over members of these weights, none in flight.
+    fn homes(weights: &[u32], is_there: impl Fn(usize) -> bool) -> Vec<usize> {
+        let s = Schedule::new(weights.iter().copied().enumerate());
+        let view = |id| is_there(id).then_some((id as u64, 0));
+        (0..1_000).map(|key| s.by_affinity(mix(key), view).unwrap()).collect()
+    }
+
+    #[test]
+    fn conversations_spread_by_weight_and_stay_when_others_go() {
+        let all = homes(&[1, 2, 1], |_| true);
+        let share = |homes: &[usize], id| homes.iter().filter(|h| **h == id).count();
+        assert!((200..300).contains(&share(&all, 0)) && (450..550).contains(&share(&all, 1)), "{all:?}");
+        let without = homes(&[1, 2, 1], |id| id != 1);
+        for (before, after) in all.iter().zip(&without) {
+            assert!(*before == 1 || before == after, "one moved that need not");
+        }
+        assert!((400..600).contains(&share(&without, 0)));
+    }
+
+    #[test]
+    fn a_full_home_passes_a_conversation_on_to_the_next() {
+        let s = Schedule::new([(0, 1), (1, 1), (2, 1), (3, 1)]);
+        let home = s.by_affinity(7, |id| Some((id as u64, 0))).unwrap();
+        let next = s.by_affinity(7, |id| (id != home).then_some((id as u64, 0))).unwrap();
+        // 40 in flight: ceil(1.25 x 41 / 4) = 13 each.
+        let spread =
+            |busy: usize| move |id: usize| Some((id as u64, if id == home { busy } else { (40 - busy) / 3 }));
+        assert_eq!(s.by_affinity(7, spread(12)), Some(home));
+        assert_eq!(s.by_affinity(7, spread(13)), Some(next));
+        assert_eq!(s.by_affinity(7, |_| None), None);
+        assert_eq!((bound(40, 1, 4), bound(0, 1, 4), bound(0, 1, 1), bound(7, 3, 4)), (13, 1, 2, 8));
     }
 
     #[test]

@@ -129,8 +129,9 @@ impl Breaker {
         }
     }
 
-    /// The state at `now` for requests of `model`, a hash of the name that it is sent.
-    pub fn status_for(&self, model: u64, now: Nanos) -> Status {
+    /// The state at `now` for requests of `model`, a hash of the name that it is sent, which is asked for only where it
+    /// cools for any.
+    pub fn status_for(&self, model: impl FnOnce() -> u64, now: Nanos) -> Status {
         self.status_and(now, || self.cooling.until(model, now))
     }
 
@@ -139,7 +140,7 @@ impl Breaker {
         self.status_and(now, || self.cooling.latest(now))
     }
 
-    fn status_and(&self, now: Nanos, cooling: impl Fn() -> Option<Nanos>) -> Status {
+    fn status_and(&self, now: Nanos, cooling: impl FnOnce() -> Option<Nanos>) -> Status {
         let state = Word::unpack(self.word.load(Ordering::Relaxed)).state;
         if state == State::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
             return Status::Misconfigured;
@@ -263,7 +264,11 @@ impl Cooling {
         self.len.store(all.len(), Ordering::Release);
     }
 
-    fn until(&self, model: u64, now: Nanos) -> Option<Nanos> {
+    fn until(&self, model: impl FnOnce() -> u64, now: Nanos) -> Option<Nanos> {
+        if self.len.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let model = model();
         self.find(now, |entry| entry.0 == model)
     }
 
@@ -275,7 +280,12 @@ impl Cooling {
         if self.len.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let all = self.until.lock();
+        let mut all = self.until.lock();
+        if all.iter().all(|entry| entry.1 <= now) {
+            // So that the next look need not take the lock.
+            all.clear();
+            self.len.store(0, Ordering::Release);
+        }
         all.iter().filter(|entry| entry.1 > now && wanted(entry)).map(|entry| entry.1).max()
     }
 }
@@ -339,9 +349,9 @@ mod tests {
         let b = Breaker::new();
         b.cool(7, 100, 1);
         b.cool(7, 50, 1);
-        assert_eq!(b.status_for(7, 99), Status::Cooling(100));
+        assert_eq!(b.status_for(|| 7, 99), Status::Cooling(100));
         assert!(b.is_up(99));
-        assert_eq!(b.status_for(7, 100), Status::Healthy);
+        assert_eq!(b.status_for(|| 7, 100), Status::Healthy);
     }
 
     #[test]
@@ -349,7 +359,7 @@ mod tests {
         let b = Breaker::new();
         b.cool(1, 100, 0);
         b.cool(2, 200, 0);
-        assert_eq!((b.status_for(1, 50), b.status_for(3, 50)), (Status::Cooling(100), Status::Healthy));
+        assert_eq!((b.status_for(|| 1, 50), b.status_for(|| 3, 50)), (Status::Cooling(100), Status::Healthy));
         assert_eq!(
             (b.status(50), b.status(150), b.status(200)),
             (Status::Cooling(200), Status::Cooling(200), Status::Healthy)

@@ -3,6 +3,8 @@
 //! To a backend the header map is built afresh from a short list; to a client the upstream's map passes less
 //! what belongs to the connection (RFC 9110, section 7.6.1). Nothing here knows a backend's key.
 
+use std::net::IpAddr;
+
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
     SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
@@ -97,6 +99,29 @@ pub fn credential(headers: &HeaderMap) -> Option<&[u8]> {
 fn bearer_token(value: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = value.split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
+}
+
+/// Whose request it is: the peer, or where that is a proxy that is `trusted` the last address in `x-forwarded-for` that
+/// is not. An IPv6 address stands for its /64, which is what one household or host is given.
+pub fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn(&IpAddr) -> bool) -> IpAddr {
+    let mut address = peer.to_canonical();
+    let lines: Vec<&HeaderValue> = headers.get_all("x-forwarded-for").iter().collect();
+    let hops = lines.iter().rev().flat_map(|line| line.as_bytes().rsplit(|b| *b == b','));
+    for hop in hops {
+        if !trusted(&address) {
+            break;
+        }
+        // What a trusted proxy did not write as an address ends the chain: nothing before it can be believed.
+        let Some(next) = std::str::from_utf8(hop).ok().and_then(|hop| hop.trim().parse::<IpAddr>().ok())
+        else {
+            break;
+        };
+        address = next.to_canonical();
+    }
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 64 << 64).into()),
+    }
 }
 
 /// The client's request id if it is 1 to 128 visible ASCII characters.
@@ -215,6 +240,34 @@ mod tests {
             (&[], None),
         ] {
             assert_eq!(credential(&map(pairs)), want, "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn believes_only_what_trusted_proxies_forward() {
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        let trusted = |a: &IpAddr| [address("10.0.0.1"), address("10.0.0.2")].contains(a);
+        for (peer, forwarded, want) in [
+            ("9.9.9.9", &["1.1.1.1"][..], "9.9.9.9"),
+            ("10.0.0.1", &[], "10.0.0.1"),
+            ("10.0.0.1", &["1.1.1.1"], "1.1.1.1"),
+            ("10.0.0.1", &["6.6.6.6, 1.1.1.1 , 10.0.0.2"], "1.1.1.1"),
+            ("10.0.0.1", &["6.6.6.6", "1.1.1.1, 10.0.0.2"], "1.1.1.1"),
+            ("10.0.0.1", &["10.0.0.2"], "10.0.0.2"),
+            ("10.0.0.1", &["6.6.6.6, unknown"], "10.0.0.1"),
+            ("10.0.0.1", &["6.6.6.6,"], "10.0.0.1"),
+            ("::ffff:10.0.0.1", &["::ffff:1.1.1.1"], "1.1.1.1"),
+            ("2001:db8:1:2:3:4:5:6", &[], "2001:db8:1:2::"),
+        ] {
+            let mut headers = HeaderMap::new();
+            for line in forwarded {
+                headers.append("x-forwarded-for", HeaderValue::from_static(line));
+            }
+            assert_eq!(
+                client_address(&headers, address(peer), trusted),
+                address(want),
+                "{peer} {forwarded:?}"
+            );
         }
     }
 

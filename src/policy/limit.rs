@@ -86,6 +86,17 @@ impl Window {
         0
     }
 
+    /// Takes the youngest admission back.
+    pub fn refund(&mut self) {
+        if let Some(entry) = self.log.back_mut() {
+            entry.n -= 1;
+            self.count -= 1;
+            if entry.n == 0 {
+                self.log.pop_back();
+            }
+        }
+    }
+
     fn expire(&mut self, now: Nanos) {
         while let Some(entry) = self.log.front() {
             if entry.last + WINDOW > now {
@@ -189,6 +200,13 @@ impl Limiter {
             self.reap(shard, now);
         }
         decision
+    }
+
+    /// Takes back the admission of a request of `key` that went no further.
+    pub fn refund(&self, key: u64) {
+        if let Some(mut slot) = self.map.get_mut(&key) {
+            slot.window.refund();
+        }
     }
 
     /// Keys tracked now.
@@ -369,6 +387,17 @@ mod tests {
         let admitted = (0..3_000_000u64).filter(|i| w.check(limit, i * 10_000).admitted).count();
         assert_eq!(admitted, 1_000_000);
         assert!(w.log.len() <= MAX_LOG + 1, "{}", w.log.len());
+    }
+
+    #[test]
+    fn what_is_refunded_can_be_had_again() {
+        let l = Limiter::new(10);
+        assert!(l.check(1, 2, 0).admitted && l.check(1, 2, 5).admitted);
+        l.refund(1);
+        l.refund(7);
+        let d = l.check(1, 2, 6);
+        assert_eq!((d.admitted, d.remaining, d.reset), (true, 0, WINDOW - 6));
+        assert!(!l.check(1, 2, 7).admitted);
     }
 
     #[test]

@@ -14,6 +14,10 @@ pub mod limit;
 
 pub mod scan;
 
+pub mod route;
+
+pub mod near;
+
 pub mod queue;
 
 pub mod balance;
@@ -25,6 +29,8 @@ pub mod patch;
 pub mod retry;
 
 pub mod quota;
+
+pub mod advertised;
 
 /// Monotonic time in nanoseconds since the process started.
 pub type Nanos = u64;

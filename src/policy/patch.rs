@@ -4,17 +4,19 @@
 
 use bytes::Bytes;
 
-use super::scan::{Fields, Kind, Member, Model};
+use super::scan::{Fields, Kind, Model};
 
 /// A body that is JSON but not a request that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyFault {
-    /// A member has a type that it must not have.
-    InvalidType(Member),
     /// `messages` is absent or not an array.
     MissingMessages,
     /// No model is named where one must be.
     MissingModel,
+    /// `model` is neither a string nor null.
+    ModelType,
+    /// `stream` is neither true nor false nor null.
+    StreamType,
 }
 
 /// A replacement of `skip` bytes from offset `at` by `insert`.
@@ -63,10 +65,10 @@ impl Fields {
     /// The first rule that is broken.
     pub fn check(&self, is_chat: bool, has_default_model: bool) -> Result<(), BodyFault> {
         if self.model == Model::Other {
-            return Err(BodyFault::InvalidType(Member::Model));
+            return Err(BodyFault::ModelType);
         }
         if !matches!(self.stream, Kind::Absent | Kind::False | Kind::Null | Kind::True) {
-            return Err(BodyFault::InvalidType(Member::Stream));
+            return Err(BodyFault::StreamType);
         }
         if is_chat && self.messages != Kind::Array {
             return Err(BodyFault::MissingMessages);
@@ -78,42 +80,67 @@ impl Fields {
     }
 }
 
-/// The splice that makes a body ask for `default` where it names no model itself.
-pub fn model_splice(fields: &Fields, default: Option<&ModelText>) -> Option<Splice> {
-    let default = default?;
+/// The splices that make a body say what one backend is to get: `model` as its model, where there is one to put in,
+/// and no member that `drops`, by its index in [`Watch::droppable`](super::scan::Watch).
+pub fn splices(fields: &Fields, model: Option<&ModelText>, drops: impl Fn(usize) -> bool) -> Vec<Splice> {
+    let mut out = Vec::new();
+    let mut dropped = 0;
+    for place in fields.droppable.iter().filter(|place| drops(place.name)) {
+        // Where a member stays before it, its comma goes with it; else the one behind.
+        let is_led = place.nth > dropped;
+        let start = if is_led { place.comma } else { place.span.start };
+        let end = if is_led { place.span.end } else { place.next.unwrap_or(place.span.end) };
+        out.push(Splice { at: start, skip: end - start, insert: Bytes::new() });
+        dropped += 1;
+    }
+    if let Some(splice) = model.and_then(|model| model_splice(fields, model, fields.members == dropped)) {
+        out.insert(out.partition_point(|other| other.at < splice.at), splice);
+    }
+    out
+}
+
+/// `is_only`: no other member is left.
+fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Splice> {
     match &fields.model {
         Model::Absent => Some(Splice {
             at: fields.inside,
             skip: 0,
-            insert: if fields.empty { default.only_member.clone() } else { default.first_member.clone() },
+            insert: if is_only { model.only_member.clone() } else { model.first_member.clone() },
         }),
-        Model::Nothing(span) => {
-            Some(Splice { at: span.start, skip: span.end - span.start, insert: default.value.clone() })
+        Model::Named { span, .. } | Model::Nothing(span) => {
+            Some(Splice { at: span.start, skip: span.end - span.start, insert: model.value.clone() })
         }
-        Model::Named { .. } | Model::Other => None,
+        Model::Other => None,
     }
 }
 
-/// The slices to send, in order: the chunks with the splice applied. Nothing is copied and none is empty.
-pub fn slices(chunks: &[Bytes], splice: Option<&Splice>) -> Vec<Bytes> {
-    let Some(splice) = splice else { return chunks.to_vec() };
-    let mut out = Vec::with_capacity(chunks.len() + 2);
-    let (cut, resume) = (splice.at, splice.at + splice.skip);
-    let mut inserted = false;
-    let mut start = 0u64;
+/// The slices to send, in order: the chunks with the splices (in order, none reaching into the next) applied. Nothing
+/// is copied and none is empty.
+pub fn slices(chunks: &[Bytes], splices: &[Splice]) -> Vec<Bytes> {
+    if splices.is_empty() {
+        return chunks.to_vec();
+    }
+    let mut out = Vec::with_capacity(chunks.len() + 2 * splices.len());
+    let mut todo = splices.iter().peekable();
+    // `at`: everything before it is out or left out. `start..end`: where the chunk stands in the body.
+    let (mut at, mut start) = (0u64, 0u64);
     for chunk in chunks {
         let end = start + chunk.len() as u64;
-        let before = cut.clamp(start, end) - start;
-        let after = resume.clamp(start, end) - start;
-        if before > 0 {
-            out.push(chunk.slice(..before as usize));
+        let part = |from: u64, to: u64| chunk.slice((from - start) as usize..(to - start) as usize);
+        while at < end
+            && let Some(splice) = todo.next_if(|splice| splice.at <= end)
+        {
+            if splice.at > at {
+                out.push(part(at, splice.at));
+            }
+            if !splice.insert.is_empty() {
+                out.push(splice.insert.clone());
+            }
+            at = splice.at + splice.skip;
         }
-        if !inserted && cut <= end {
-            inserted = true;
-            out.push(splice.insert.clone());
-        }
-        if (after as usize) < chunk.len() {
-            out.push(chunk.slice(after as usize..));
+        if at < end {
+            out.push(part(at, end));
+            at = end;
         }
         start = end;
     }
@@ -125,15 +152,29 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::scan::Scanner;
+    use crate::policy::scan::{Scanner, Watch};
 
+    /// `body` as a backend gets it whose default is `model`.
     fn patched(body: &str, model: &str, chunk: usize) -> String {
+        let model = ModelText::new(model);
+        let default = |fields: &Fields| match fields.model {
+            Model::Named { .. } => None,
+            _ => Some(&model),
+        };
+        spliced(body, chunk, &[], |fields| splices(fields, default(fields), |_| true))
+    }
+
+    fn spliced(
+        body: &str,
+        chunk: usize,
+        droppable: &[&str],
+        make: impl Fn(&Fields) -> Vec<Splice>,
+    ) -> String {
         let chunks: Vec<Bytes> = body.as_bytes().chunks(chunk).map(Bytes::copy_from_slice).collect();
-        let mut scanner = Scanner::new();
+        let watch = Watch { affinity: false, droppable: droppable.iter().map(|d| (*d).into()).collect() };
+        let mut scanner = Scanner::new(&watch);
         chunks.iter().for_each(|c| scanner.feed(c).unwrap());
-        let fields = scanner.finish().unwrap();
-        let splice = model_splice(&fields, Some(&ModelText::new(model)));
-        let out = slices(&chunks, splice.as_ref());
+        let out = slices(&chunks, &make(&scanner.finish().unwrap()));
         assert!(out.iter().all(|s| !s.is_empty()));
         String::from_utf8(out.concat()).unwrap()
     }
@@ -157,8 +198,39 @@ mod tests {
     }
 
     #[test]
-    fn no_default_leaves_the_body_alone() {
-        assert_eq!(model_splice(&Fields::default(), None), None);
+    fn nothing_to_change_leaves_the_body_alone() {
+        assert_eq!(splices(&Fields::default(), None, |_| true), []);
+        let chunks = [Bytes::from_static(b"{"), Bytes::from_static(b"}")];
+        assert_eq!(slices(&chunks, &[]), chunks);
+    }
+
+    #[test]
+    fn members_go_with_their_commas_and_models_are_replaced() {
+        for (body, drops, model, want) in [
+            (r#"{"x":1}"#, "x", "", r#"{}"#),
+            (r#"{ "x":1 }"#, "x", "m", r#"{"model":"m"  }"#),
+            (r#"{"x":1,"a":2}"#, "x", "", r#"{"a":2}"#),
+            (r#"{"a":2 , "x":[1,{"x":2}] }"#, "x", "", r#"{"a":2  }"#),
+            (r#"{"a":2,"x":1,"b":3}"#, "x", "", r#"{"a":2,"b":3}"#),
+            (r#"{"x":1,"y":2}"#, "xy", "", r#"{}"#),
+            (r#"{"x":1 , "y":2,"a":3}"#, "xy", "m", r#"{"model":"m", "a":3}"#),
+            (r#"{"a":3,"x":1,"y":2}"#, "xy", "", r#"{"a":3}"#),
+            (r#"{"x":1,"a":3,"y":2}"#, "xy", "", r#"{"a":3}"#),
+            (r#"{"x":1,"a":3,"y":2}"#, "y", "", r#"{"x":1,"a":3}"#),
+            (r#"{"x":1,"y":2}"#, "y", "m", r#"{"model":"m","x":1}"#),
+            (r#"{"x":1,"y":2}"#, "x", "m", r#"{"model":"m","y":2}"#),
+            (r#"{"x":1,"y":2}"#, "xy", "m", r#"{"model":"m"}"#),
+            (r#"{"model":"old","x":1}"#, "x", "new", r#"{"model":"new"}"#),
+            (r#"{"x":1,"model" : null}"#, "x", "new", r#"{"model" : "new"}"#),
+            (r#"{"x":1,"model":"old","y":2}"#, "", "new", r#"{"x":1,"model":"new","y":2}"#),
+        ] {
+            let model = Some(model).filter(|m| !m.is_empty()).map(ModelText::new);
+            let names = ["x", "y"];
+            for chunk in 1..=body.len() {
+                let make = |fields: &Fields| splices(fields, model.as_ref(), |i| drops.contains(names[i]));
+                assert_eq!(spliced(body, chunk, &names, make), want, "{body} in chunks of {chunk}");
+            }
+        }
     }
 
     #[test]
@@ -169,11 +241,11 @@ mod tests {
             (r#"{}"#, Err(BodyFault::MissingMessages)),
             (r#"{"messages":{}}"#, Err(BodyFault::MissingMessages)),
             (r#"{"messages":null}"#, Err(BodyFault::MissingMessages)),
-            (r#"{"messages":[],"stream":1}"#, Err(BodyFault::InvalidType(Member::Stream))),
-            (r#"{"messages":[],"stream":"true"}"#, Err(BodyFault::InvalidType(Member::Stream))),
-            (r#"{"messages":[],"model":false}"#, Err(BodyFault::InvalidType(Member::Model))),
+            (r#"{"messages":[],"stream":1}"#, Err(BodyFault::StreamType)),
+            (r#"{"messages":[],"stream":"true"}"#, Err(BodyFault::StreamType)),
+            (r#"{"messages":[],"model":false}"#, Err(BodyFault::ModelType)),
         ] {
-            let mut scanner = Scanner::new();
+            let mut scanner = Scanner::default();
             scanner.feed(body.as_bytes()).unwrap();
             assert_eq!(scanner.finish().unwrap().check(true, true), want, "{body}");
         }
@@ -182,9 +254,9 @@ mod tests {
             (r#"{"input":"a"}"#, Err(BodyFault::MissingModel)),
             (r#"{"input":"a","model":""}"#, Err(BodyFault::MissingModel)),
             (r#"{"input":"a","model":null}"#, Err(BodyFault::MissingModel)),
-            (r#"{"input":"a","model":1}"#, Err(BodyFault::InvalidType(Member::Model))),
+            (r#"{"input":"a","model":1}"#, Err(BodyFault::ModelType)),
         ] {
-            let mut scanner = Scanner::new();
+            let mut scanner = Scanner::default();
             scanner.feed(body.as_bytes()).unwrap();
             assert_eq!(scanner.finish().unwrap().check(false, false), want, "{body}");
         }
@@ -255,7 +327,7 @@ mod tests {
             let mut body = b"{\"a\":".to_vec();
             body.extend_from_slice(&bytes);
             body.push(b'}');
-            let mut scanner = Scanner::new();
+            let mut scanner = Scanner::default();
             let ours = scanner.feed(&body).and_then(|()| scanner.finish());
             let theirs = std::str::from_utf8(&body).is_ok_and(|s| serde_json::from_str::<&serde_json::value::RawValue>(s).is_ok());
             prop_assert_eq!(matches!(ours, Ok(_) | Err(crate::policy::scan::ScanError::Duplicate(_))), theirs);

@@ -163,6 +163,20 @@ impl Admission {
         Ok(Entry::Queued(Place { admission: self.clone(), waiter, done: false }))
     }
 
+    /// Takes a slot if one is free and nobody waits for it.
+    pub fn try_pass(self: &Arc<Self>) -> Option<Slot> {
+        let free = |mut c: Counts| {
+            c.in_flight += 1;
+            (c.in_flight <= self.slots).then_some(c)
+        };
+        self.update(free).map(|_| Slot(self.clone()))
+    }
+
+    /// Whether [`try_pass`](Self::try_pass) would fail now.
+    pub fn is_full(&self) -> bool {
+        Counts::unpack(self.word.load(Ordering::Relaxed)).in_flight >= self.slots
+    }
+
     /// Counts a request as waiting without a place in line: it waits for a backend, not for a slot.
     ///
     /// # Errors
@@ -352,6 +366,19 @@ mod tests {
         assert_eq!(a.enter().unwrap_err(), QueueFull);
         drop(s);
         drop(slot(&a));
+        assert!(is_idle(&a));
+    }
+
+    #[test]
+    fn who_does_not_wait_overtakes_nobody() {
+        let a = Admission::new(1, 2);
+        let s = a.try_pass().expect("it is free");
+        assert!(a.is_full() && a.try_pass().is_none());
+        let mut waiting = place(&a);
+        drop(s);
+        assert!(a.is_full() && a.try_pass().is_none(), "the slot is owed to the line");
+        drop(poll(&mut waiting).expect("its turn"));
+        assert!(!a.is_full() && a.try_pass().is_some());
         assert!(is_idle(&a));
     }
 

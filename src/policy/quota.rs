@@ -1,147 +1,182 @@
-//! What providers say of their own limits, so that they are steered around and not run into.
+//! A provider's quota as the operator wrote it, and the line of those who wait for it to open.
 //!
-//! Each provider names its buckets in its own way, but all say `x-ratelimit-remaining-BUCKET` and
-//! `x-ratelimit-reset-BUCKET`; a bucket that has nothing left closes the backend until its reset.
+//! An exact sliding [`Window`], shared by all workers. Who waits has a ticket; a request is admitted only where the
+//! window has room for it *and* for everybody before it, so that nobody is overtaken, and the time at which its turn
+//! comes is known beforehand. Time and waking are the caller's.
 
-use std::time::{Duration, SystemTime};
+use std::collections::VecDeque;
+use std::sync::Arc;
 
-use http::HeaderMap;
+use parking_lot::Mutex;
 
-/// Longest time that a bucket's reset keeps a backend closed: some count by the day.
-pub const MAX_RESET: Duration = Duration::from_secs(86_400);
+use super::Nanos;
+use super::limit::{WINDOW, Window};
 
-const REMAINING: &str = "x-ratelimit-remaining";
-const RESET: &str = "x-ratelimit-reset";
-
-/// How long the fullest of the buckets that have nothing left stays so; `None` where all have something.
-pub fn exhausted(headers: &HeaderMap, wall: SystemTime) -> Option<Duration> {
-    let empty = headers.iter().filter_map(|(name, value)| {
-        let bucket = name.as_str().strip_prefix(REMAINING)?;
-        (value.to_str().ok()?.trim().parse::<f64>().ok()? <= 0.0).then_some(bucket)
-    });
-    let reset = |bucket: &str| {
-        // The names are short and come with an answer that is rare: no need to avoid the allocation.
-        let value = headers.get(format!("{RESET}{bucket}"))?;
-        reset_in(value.to_str().ok()?, wall)
-    };
-    empty.filter_map(reset).max()
+/// So many requests in any [`WINDOW`].
+#[derive(Debug)]
+pub struct Quota {
+    limit: u32,
+    state: Mutex<State>,
 }
 
-/// Reads a reset: `2m30s`, `1s`, `6ms`, seconds as a number, or the epoch (above 1e9 in seconds, above 1e12 in
-/// milliseconds). At most [`MAX_RESET`]; `None` for anything else.
-pub fn reset_in(text: &str, wall: SystemTime) -> Option<Duration> {
-    let text = text.trim();
-    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase() || b == b'.') {
-        return None;
-    }
-    if !text.bytes().any(|b| b.is_ascii_lowercase())
-        && let Ok(number) = text.parse::<f64>()
-    {
-        let epoch = match number {
-            n if n > 1e12 => n / 1e3,
-            n if n > 1e9 => n,
-            n => return seconds(n),
-        };
-        let now = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        return seconds((epoch - now.as_secs_f64()).max(0.0));
-    }
-    let mut rest = text;
-    let mut total = 0.0;
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| c.is_ascii_lowercase())?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        let after = &rest[digits..];
-        let unit = after.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(after.len());
-        total += number
-            * match &after[..unit] {
-                "d" => 86_400.0,
-                "h" => 3_600.0,
-                "m" => 60.0,
-                "s" => 1.0,
-                "ms" => 1e-3,
-                "us" => 1e-6,
-                "ns" => 1e-9,
-                _ => return None,
-            };
-        rest = &after[unit..];
-    }
-    seconds(total)
+#[derive(Debug, Default)]
+struct State {
+    window: Window,
+    /// Tickets of those who wait, rising.
+    line: VecDeque<u64>,
+    next: u64,
 }
 
-fn seconds(n: f64) -> Option<Duration> {
-    Duration::try_from_secs_f64(n.min(MAX_RESET.as_secs_f64())).ok()
+/// A place in the line; dropping it leaves it.
+#[derive(Debug)]
+#[must_use = "dropping a turn leaves the line"]
+pub struct Turn {
+    quota: Arc<Quota>,
+    ticket: u64,
+}
+
+impl Quota {
+    /// `limit` is at least 1.
+    pub fn new(limit: u32) -> Arc<Self> {
+        Arc::new(Quota { limit: limit.max(1), state: Mutex::default() })
+    }
+
+    /// Time until a request would be admitted that has this `turn`, or stands behind all that wait; 0: now.
+    pub fn opens_in(&self, now: Nanos, turn: Option<&Turn>) -> Nanos {
+        let mut state = self.state.lock();
+        let before = self.before(&state, turn);
+        let (turns, rest) = (before / u64::from(self.limit), before % u64::from(self.limit));
+        let wait = state.window.opens_in(self.limit - rest as u32, now);
+        wait.saturating_add(WINDOW.saturating_mul(turns))
+    }
+
+    /// Takes one request of the quota, if it is this request's turn.
+    pub fn take(&self, now: Nanos, turn: Option<&Turn>) -> bool {
+        let mut state = self.state.lock();
+        let before = self.before(&state, turn);
+        before < u64::from(self.limit) && state.window.check(self.limit - before as u32, now).admitted
+    }
+
+    /// Stands in line.
+    pub fn wait(self: &Arc<Self>) -> Turn {
+        let mut state = self.state.lock();
+        let ticket = state.next;
+        state.next += 1;
+        state.line.push_back(ticket);
+        Turn { quota: self.clone(), ticket }
+    }
+
+    /// Requests that wait for it.
+    pub fn waiting(&self) -> usize {
+        self.state.lock().line.len()
+    }
+
+    fn before(&self, state: &State, turn: Option<&Turn>) -> u64 {
+        match turn.filter(|turn| turn.is_of(self)) {
+            Some(turn) => state.line.partition_point(|ticket| *ticket < turn.ticket) as u64,
+            None => state.line.len() as u64,
+        }
+    }
+}
+
+impl Turn {
+    /// Whether it is a turn of this quota.
+    pub fn is_of(&self, quota: &Quota) -> bool {
+        std::ptr::eq(&*self.quota, quota)
+    }
+
+    /// Leaves the line. Dropping it does the same.
+    pub fn leave(&self) {
+        let mut state = self.quota.state.lock();
+        if let Ok(at) = state.line.binary_search(&self.ticket) {
+            state.line.remove(at);
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.leave();
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
+    use crate::policy::SECOND;
 
-    fn wall() -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_000_000)
+    /// A quota whose 3 were taken at 0, 1 and 2 s.
+    fn spent() -> Arc<Quota> {
+        let q = Quota::new(3);
+        (0..3).for_each(|s| assert!(q.take(s * SECOND, None)));
+        assert!(!q.take(3 * SECOND, None));
+        q
     }
 
     #[test]
-    fn reads_every_form_of_a_reset() {
-        let ms = Duration::from_millis;
-        for (text, want) in [
-            ("2m30s", Some(ms(150_000))),
-            ("1s", Some(ms(1_000))),
-            (" 6ms ", Some(ms(6))),
-            ("1h0m0.5s", Some(ms(3_600_500))),
-            ("33011.38", Some(ms(33_011_380))),
-            ("0", Some(ms(0))),
-            ("1795000007", Some(ms(7_000))),
-            ("1795000007500", Some(ms(7_500))),
-            ("1700000000", Some(ms(0))),
-            ("999999999", Some(MAX_RESET)),
-            ("9d", Some(MAX_RESET)),
-            ("", None),
-            ("soon", None),
-            ("5x", None),
-            ("s", None),
-            ("1.2.3s", None),
-            ("-5", None),
-            ("inf", None),
-            ("nan", None),
-            ("2026-11-24T00:00:00Z", None),
-        ] {
-            assert_eq!(reset_in(text, wall()), want, "{text}");
+    fn who_waits_knows_when_and_is_not_overtaken() {
+        let q = spent();
+        let now = 10 * SECOND;
+        let turns: Vec<_> = (0..4).map(|_| q.wait()).collect();
+        let opens: Vec<_> = turns.iter().map(|t| q.opens_in(now, Some(t)) / SECOND).collect();
+        assert_eq!(opens, [50, 51, 52, 110]);
+        assert_eq!(q.opens_in(now, None) / SECOND, 111, "a newcomer comes behind them");
+        let first = WINDOW;
+        assert!(!q.take(first, None) && !q.take(first, Some(&turns[1])), "the first has room, no other");
+        assert!(q.take(first, Some(&turns[0])));
+        assert!(!q.take(first, Some(&turns[0])));
+    }
+
+    #[test]
+    fn who_leaves_lets_the_others_move_up() {
+        let q = spent();
+        let (first, second) = (q.wait(), q.wait());
+        assert_eq!(q.waiting(), 2);
+        drop(first);
+        assert_eq!(q.opens_in(10 * SECOND, Some(&second)), 50 * SECOND);
+        assert!(q.take(WINDOW, Some(&second)));
+        drop(second);
+        assert!(q.take(WINDOW + SECOND, None));
+        assert_eq!(q.waiting(), 0);
+    }
+
+    #[test]
+    fn a_turn_elsewhere_is_no_turn_here() {
+        let (q, other) = (spent(), spent());
+        let elsewhere = other.wait();
+        let _line = q.wait();
+        assert!(!q.take(WINDOW, Some(&elsewhere)));
+        assert!(q.take(WINDOW + SECOND, Some(&elsewhere)), "there is room for both");
+    }
+
+    #[test]
+    fn ten_times_the_load_from_two_threads_gets_exactly_the_quota_in_every_window() {
+        let q = Quota::new(30);
+        let mut times: Vec<Nanos> = std::thread::scope(|s| {
+            let run = |offset: u64| {
+                let q = &q;
+                // Five a second, each thread, for five minutes.
+                move || (0..1_500).map(|i| i * 200_000_000 + offset).filter(|t| q.take(*t, None)).collect()
+            };
+            let threads = [s.spawn(run(0)), s.spawn(run(100_000_000))];
+            threads.into_iter().flat_map(|t| -> Vec<Nanos> { t.join().unwrap() }).collect()
+        });
+        times.sort_unstable();
+        // The threads' clocks run apart: by how much does not matter to the law, only that no window has more.
+        for (i, t) in times.iter().enumerate() {
+            let within = times[i..].iter().take_while(|other| **other < t + WINDOW).count();
+            assert!(within <= 30, "{within} from {t}");
         }
+        assert!(times.len() >= 30);
     }
 
     #[test]
-    fn a_bucket_with_nothing_left_closes_until_its_own_reset() {
-        let read = |pairs: &[(&'static str, &'static str)]| {
-            let mut headers = HeaderMap::new();
-            for (name, value) in pairs {
-                headers.append(*name, value.parse().unwrap());
-            }
-            exhausted(&headers, wall())
-        };
-        let requests = ("x-ratelimit-remaining-requests", "0");
-        let reset = ("x-ratelimit-reset-requests", "3s");
-        assert_eq!(read(&[requests, reset]), Some(Duration::from_secs(3)));
-        assert_eq!(read(&[requests]), None, "no reset: nothing is known");
-        assert_eq!(read(&[("x-ratelimit-remaining-requests", "1"), reset]), None);
-        assert_eq!(read(&[requests, ("x-ratelimit-reset-tokens", "9s")]), None, "another bucket's reset");
-        let cerebras = [
-            ("x-ratelimit-remaining-tokens-minute", "0"),
-            ("x-ratelimit-reset-tokens-minute", "12.5"),
-            ("x-ratelimit-remaining-requests-day", "100"),
-            ("x-ratelimit-reset-requests-day", "33011.38"),
-        ];
-        assert_eq!(read(&cerebras), Some(Duration::from_millis(12_500)));
-        let both =
-            [requests, reset, ("x-ratelimit-remaining-tokens", "0"), ("x-ratelimit-reset-tokens", "7s")];
-        assert_eq!(read(&both), Some(Duration::from_secs(7)));
-    }
-
-    proptest! {
-        #[test]
-        fn no_text_panics_or_closes_for_longer_than_a_day(text in "\\PC{0,24}") {
-            prop_assert!(reset_in(&text, wall()).is_none_or(|d| d <= MAX_RESET));
+    fn ten_times_the_load_in_one_order_gets_exactly_the_quota_in_every_window() {
+        let q = Quota::new(30);
+        let times: Vec<Nanos> = (0..3_000).map(|i| i * 200_000_000).filter(|t| q.take(*t, None)).collect();
+        for start in (0..540).map(|s| s * SECOND) {
+            let within = times.iter().filter(|t| (start..start + WINDOW).contains(*t)).count();
+            assert_eq!(within, 30, "from {start}");
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The resumable JSON scanner: reads a request body as it arrives and finds the members that Zap cares about.
 //!
 //! It accepts exactly what RFC 8259 allows as one object (UTF-8, depth at most [`MAX_DEPTH`]), in one pass, with
-//! constant state, whatever the chunking. It keeps no copy of the body: only the name of the model. It does not
-//! judge what an endpoint needs; that is [`crate::policy::patch`].
+//! constant state, whatever the chunking. It keeps no copy of the body: only the name of the model. What else it
+//! looks for is a [`Watch`]; of that it notes the places alone. It does not judge what an endpoint needs; that is
+//! [`crate::policy::patch`].
 
 use std::ops::Range;
 
@@ -24,26 +25,84 @@ pub enum ScanError {
     },
 }
 
+/// What a scan looks for beside `model`, `stream` and `messages`.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    /// Find what tells one conversation from another: [`Affinity`].
+    pub affinity: bool,
+    /// Names of top-level members whose [`Place`] is noted; none of those that Zap reads.
+    pub droppable: Vec<Box<str>>,
+}
+
+/// Looks for nothing more.
+static NOTHING: Watch = Watch { affinity: false, droppable: Vec::new() };
+
 /// A top-level member that Zap reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Member {
+    /// One of [`Watch::droppable`], by its index.
+    Droppable(usize),
     /// `messages`
     Messages,
     /// `model`
     Model,
+    /// `prompt_cache_key`
+    PromptCacheKey,
     /// `stream`
     Stream,
+    /// `user`
+    User,
 }
 
 impl Member {
     /// The member's key as written in JSON.
-    pub fn name(self) -> &'static str {
+    pub fn name(self, watch: &Watch) -> &str {
         match self {
+            Member::Droppable(index) => watch.droppable.get(index).map_or("", |name| name),
             Member::Messages => "messages",
             Member::Model => "model",
+            Member::PromptCacheKey => "prompt_cache_key",
             Member::Stream => "stream",
+            Member::User => "user",
         }
     }
+
+    fn of(key: &[u8], affinity: bool) -> Option<Self> {
+        match key {
+            b"messages" => Some(Member::Messages),
+            b"model" => Some(Member::Model),
+            b"stream" => Some(Member::Stream),
+            b"prompt_cache_key" if affinity => Some(Member::PromptCacheKey),
+            b"user" if affinity => Some(Member::User),
+            _ => None,
+        }
+    }
+}
+
+/// Where a member stands that may have to be left out. All are offsets in the body, from 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which of [`Watch::droppable`].
+    pub name: usize,
+    /// How many members stand before it.
+    pub nth: u64,
+    /// The comma before it; of no meaning where it is the first.
+    pub comma: u64,
+    /// Its key's quote, and just past its value.
+    pub span: Range<u64>,
+    /// Just past the comma behind it, if there is one.
+    pub next: Option<u64>,
+}
+
+/// What tells one conversation from another, where it stands. Values are strings that are not empty, quotes included.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Affinity {
+    /// `prompt_cache_key`
+    pub cache_key: Option<Range<u64>>,
+    /// `user`
+    pub user: Option<Range<u64>>,
+    /// From the beginning of `messages` to the end of the first whose `role` is `user`, or of all.
+    pub opening: Option<Range<u64>>,
 }
 
 /// The top-level `model` as the body has it.
@@ -58,6 +117,8 @@ pub enum Model {
         span: Range<u64>,
         /// The unescaped text, cut at [`MAX_NAME`] bytes.
         name: String,
+        /// Nothing was cut.
+        whole: bool,
     },
     /// `null` or `""`: where it stands.
     Nothing(Range<u64>),
@@ -94,15 +155,20 @@ pub struct Fields {
     pub messages: Kind,
     /// Offset just past the opening brace.
     pub inside: u64,
-    /// The object has no member at all.
-    pub empty: bool,
+    /// Members of the object.
+    pub members: u64,
+    /// What there is of [`Watch::droppable`], in the body's order.
+    pub droppable: Vec<Place>,
+    /// Found only where it is watched for.
+    pub affinity: Affinity,
     /// Length of the body in bytes.
     pub length: u64,
 }
 
 /// A scan under way. Feed it chunks in order, then [`finish`](Scanner::finish) it.
 #[derive(Debug)]
-pub struct Scanner {
+pub struct Scanner<'w> {
+    watch: &'w Watch,
     state: State,
     /// Bit `d` is set where the container at depth `d + 1` is an object. `depth <= MAX_DEPTH`.
     objects: u128,
@@ -111,13 +177,35 @@ pub struct Scanner {
     base: u64,
     /// The member whose value comes or is being read; only at depth 1.
     member: Option<Member>,
+    /// The same, where it is one of [`Watch::droppable`]: it may be both.
+    droppable: Option<usize>,
     /// What the string being read is kept for.
     keep: Keep,
     text: Vec<u8>,
     text_is_cut: bool,
     high_surrogate: u16,
     value_start: u64,
+    /// Where the last key at the top level began.
+    key_start: u64,
+    /// The last comma at the top level.
+    comma: u64,
+    opening: Opening,
+    /// `prompt_cache_key` and `user` have stood already, whatever their values.
+    seen: (bool, bool),
     fields: Fields,
+}
+
+/// How far the search for the first message of a user has come. Messages are at depth 3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opening {
+    /// Inside a message of a user.
+    Found,
+    /// Not inside `messages`, or done.
+    Off,
+    /// At the value of a message's `role`.
+    Role,
+    /// Inside `messages`.
+    Seeking,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +213,8 @@ enum Keep {
     Key,
     Name,
     Nothing,
+    /// A string's value, of which only its end matters.
+    Value,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,27 +269,33 @@ enum Number {
     Exponent,
 }
 
-impl Default for Scanner {
+impl Default for Scanner<'_> {
     fn default() -> Self {
-        Scanner::new()
+        Scanner::new(&NOTHING)
     }
 }
 
-impl Scanner {
+impl<'w> Scanner<'w> {
     /// A scanner before the first byte.
-    pub fn new() -> Self {
+    pub fn new(watch: &'w Watch) -> Self {
         Scanner {
+            watch,
             state: State::Start,
             objects: 0,
             depth: 0,
             base: 0,
             member: None,
+            droppable: None,
             keep: Keep::Nothing,
             text: Vec::new(),
             text_is_cut: false,
             high_surrogate: 0,
             value_start: 0,
-            fields: Fields { empty: true, ..Fields::default() },
+            key_start: 0,
+            comma: 0,
+            opening: Opening::Off,
+            seen: (false, false),
+            fields: Fields::default(),
         }
     }
 
@@ -271,7 +367,10 @@ impl Scanner {
             }
             (State::FirstKey | State::Key, b'"') => {
                 if self.depth == 1 {
-                    self.fields.empty = false;
+                    self.key_start = self.base + i as u64;
+                    self.fields.members += 1;
+                    self.start_keeping(Keep::Key);
+                } else if self.depth == 3 && self.opening == Opening::Seeking {
                     self.start_keeping(Keep::Key);
                 }
                 self.state = State::Text { key: true };
@@ -280,6 +379,9 @@ impl Scanner {
             (State::Colon, b':') => self.state = State::Value,
             (State::Value | State::FirstItem, _) => return self.value(b, i),
             (State::AfterValue, b',') => {
+                if self.depth == 1 {
+                    self.comma_at(self.base + i as u64);
+                }
                 self.state = if self.in_object() { State::Key } else { State::Value };
             }
             (State::AfterValue, b'}') if self.in_object() => self.close(i),
@@ -308,14 +410,22 @@ impl Scanner {
                 if self.depth == MAX_DEPTH {
                     return self.invalid(i);
                 }
+                if self.watch.affinity && self.depth == 1 && self.member == Some(Member::Messages) {
+                    self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
+                }
                 let bit = 1u128 << self.depth;
                 self.depth += 1;
                 self.objects = if b == b'{' { self.objects | bit } else { self.objects & !bit };
                 self.state = if b == b'{' { State::FirstKey } else { State::FirstItem };
             }
             b'"' => {
-                if self.depth == 1 && self.member == Some(Member::Model) {
-                    self.start_keeping(Keep::Name);
+                match self.member {
+                    Some(Member::Model) if self.depth == 1 => self.start_keeping(Keep::Name),
+                    Some(Member::PromptCacheKey | Member::User) if self.depth == 1 => {
+                        self.start_keeping(Keep::Value);
+                    }
+                    _ if self.depth == 3 && self.opening == Opening::Role => self.start_keeping(Keep::Value),
+                    _ => {}
                 }
                 self.state = State::Text { key: false };
             }
@@ -343,35 +453,72 @@ impl Scanner {
             Some(Member::Messages) => self.fields.messages = kind,
             Some(Member::Stream) => self.fields.stream = kind,
             Some(Member::Model) if b != b'n' && b != b'"' => self.fields.model = Model::Other,
-            Some(Member::Model) | None => {}
+            Some(Member::Droppable(_) | Member::Model | Member::PromptCacheKey | Member::User) | None => {}
         }
     }
 
     /// A value ended; `end` is the index just past it.
     fn value_ends(&mut self, end: usize) {
         self.state = State::AfterValue;
-        if self.depth != 1 {
-            return;
+        if self.depth == 1 {
+            self.member_ends(self.base + end as u64);
+        } else if self.depth == 3 && self.opening == Opening::Role {
+            let is_user = self.keep == Keep::Value && self.text == b"user";
+            self.opening = if is_user { Opening::Found } else { Opening::Seeking };
+            self.keep = Keep::Nothing;
         }
-        if self.member.take() == Some(Member::Model) && self.fields.model == Model::Absent {
-            let span = self.value_start..self.base + end as u64;
-            self.fields.model = if self.keep == Keep::Name && !self.text.is_empty() {
-                let name = String::from_utf8_lossy(&self.text).into_owned();
-                Model::Named { span, name }
-            } else {
-                Model::Nothing(span)
-            };
+    }
+
+    /// A member at the top level ended just before offset `end`.
+    fn member_ends(&mut self, end: u64) {
+        let span = self.value_start..end;
+        let text = matches!(self.keep, Keep::Name | Keep::Value) && !self.text.is_empty();
+        match self.member.take() {
+            Some(Member::Model) if self.fields.model == Model::Absent => {
+                self.fields.model = if text {
+                    let name = String::from_utf8_lossy(&self.text).into_owned();
+                    Model::Named { span, name, whole: !self.text_is_cut }
+                } else {
+                    Model::Nothing(span)
+                };
+            }
+            Some(Member::PromptCacheKey) => self.fields.affinity.cache_key = text.then_some(span),
+            Some(Member::User) => self.fields.affinity.user = text.then_some(span),
+            Some(Member::Messages) if self.opening != Opening::Off => self.opening_ends(end),
+            Some(Member::Droppable(_) | Member::Messages | Member::Model | Member::Stream) | None => {}
+        }
+        if let Some(name) = self.droppable.take() {
+            let nth = self.fields.members - 1;
+            let (comma, span) = (self.comma, self.key_start..end);
+            self.fields.droppable.push(Place { name, nth, comma, span, next: None });
         }
         self.keep = Keep::Nothing;
+    }
+
+    fn comma_at(&mut self, offset: u64) {
+        self.comma = offset;
+        if let Some(last) = self.fields.droppable.last_mut()
+            && last.nth + 1 == self.fields.members
+        {
+            last.next = Some(offset + 1);
+        }
+    }
+
+    fn opening_ends(&mut self, end: u64) {
+        self.opening = Opening::Off;
+        self.fields.affinity.opening = Some(self.value_start..end);
     }
 
     fn close(&mut self, i: usize) {
         self.depth -= 1;
         if self.depth == 0 {
             self.state = State::End;
-        } else {
-            self.value_ends(i + 1);
+            return;
         }
+        if self.depth == 2 && self.opening == Opening::Found {
+            self.opening_ends(self.base + i as u64 + 1);
+        }
+        self.value_ends(i + 1);
     }
 
     fn number(&mut self, b: u8, i: usize, number: Number) -> Result<usize, ScanError> {
@@ -431,25 +578,35 @@ impl Scanner {
             return Ok(());
         }
         self.state = State::Colon;
-        if self.depth == 1 {
-            self.member = match (self.text_is_cut, self.text.as_slice()) {
-                (false, b"model") => Some(Member::Model),
-                (false, b"stream") => Some(Member::Stream),
-                (false, b"messages") => Some(Member::Messages),
-                _ => None,
-            };
-            self.keep = Keep::Nothing;
-            let seen = match self.member {
-                Some(Member::Messages) => self.fields.messages != Kind::Absent,
-                Some(Member::Model) => self.fields.model != Model::Absent,
-                Some(Member::Stream) => self.fields.stream != Kind::Absent,
-                None => false,
-            };
-            if let (true, Some(member)) = (seen, self.member) {
+        if self.keep != Keep::Key {
+            return Ok(());
+        }
+        self.keep = Keep::Nothing;
+        let text = if self.text_is_cut { &[][..] } else { self.text.as_slice() };
+        if self.depth != 1 {
+            self.opening = if text == b"role" { Opening::Role } else { Opening::Seeking };
+            return Ok(());
+        }
+        self.member = Member::of(text, self.watch.affinity);
+        self.droppable = self.watch.droppable.iter().position(|name| name.as_bytes() == text);
+        for member in [self.member, self.droppable.map(Member::Droppable)].into_iter().flatten() {
+            if self.has_seen(member) {
                 return Err(ScanError::Duplicate(member));
             }
         }
         Ok(())
+    }
+
+    /// Whether a member's key stood before; now it does.
+    fn has_seen(&mut self, member: Member) -> bool {
+        match member {
+            Member::Droppable(name) => self.fields.droppable.iter().any(|place| place.name == name),
+            Member::Messages => self.fields.messages != Kind::Absent,
+            Member::Model => self.fields.model != Model::Absent,
+            Member::PromptCacheKey => std::mem::replace(&mut self.seen.0, true),
+            Member::Stream => self.fields.stream != Kind::Absent,
+            Member::User => std::mem::replace(&mut self.seen.1, true),
+        }
     }
 
     fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, ScanError> {
@@ -578,9 +735,13 @@ mod tests {
     use super::*;
 
     fn scan(body: &[u8]) -> Result<Fields, ScanError> {
-        let mut whole = Scanner::new();
+        scan_for(&NOTHING, body)
+    }
+
+    fn scan_for(watch: &Watch, body: &[u8]) -> Result<Fields, ScanError> {
+        let mut whole = Scanner::new(watch);
         let all = whole.feed(body).and_then(|()| whole.finish());
-        let mut bytewise = Scanner::new();
+        let mut bytewise = Scanner::new(watch);
         let one = body.iter().try_for_each(|b| bytewise.feed(&[*b])).and_then(|()| bytewise.finish());
         assert_eq!(all, one, "chunking changes the verdict on {}", String::from_utf8_lossy(body));
         all
@@ -592,8 +753,72 @@ mod tests {
             scan(br#"{"messages":[{"model":"inner","stream":true}],"stream":false,"model":"gpt"}"#).unwrap();
         assert_eq!(fields.messages, Kind::Array);
         assert_eq!(fields.stream, Kind::False);
-        assert_eq!(fields.model, Model::Named { span: 69..74, name: "gpt".into() });
-        assert_eq!((fields.inside, fields.empty, fields.length), (1, false, 75));
+        assert_eq!(fields.model, Model::Named { span: 69..74, name: "gpt".into(), whole: true });
+        assert_eq!((fields.inside, fields.members, fields.length), (1, 3, 75));
+    }
+
+    #[test]
+    fn finds_what_tells_one_conversation_from_another() {
+        let watch = Watch { affinity: true, droppable: Vec::new() };
+        let found = |body: &str| {
+            let fields = scan_for(&watch, body.as_bytes()).unwrap();
+            let text =
+                |span: Option<Range<u64>>| span.map(|s| body[s.start as usize..s.end as usize].to_owned());
+            let Affinity { cache_key, user, opening } = fields.affinity;
+            (text(cache_key), text(user), text(opening))
+        };
+        for (body, want) in [
+            (r#"{"messages":[]}"#, (None, None, Some("[]"))),
+            (r#"{"messages":{"role":"user"}}"#, (None, None, None)),
+            (r#"{"us\u0065r":"u","prompt_cache_key":""}"#, (None, Some(r#""u""#), None)),
+            (r#"{"us\\u0065r":"u","prompt_cache_key":null}"#, (None, None, None)),
+            (r#"{"user":7,"x":{"user":"v"}}"#, (None, None, None)),
+            (
+                r#"{"messages":[{"role":"system","content":"s"},{"content":[{"role":"user"}],"role":"\u0075ser"},{"role":"user"}]}"#,
+                (
+                    None,
+                    None,
+                    Some(
+                        r#"[{"role":"system","content":"s"},{"content":[{"role":"user"}],"role":"\u0075ser"}"#,
+                    ),
+                ),
+            ),
+            (
+                r#"{"messages":[{"role":["user"]},{"role":{"role":"user"}},"user",["role","user"],{"Role":"user"}],"z":1}"#,
+                (
+                    None,
+                    None,
+                    Some(
+                        r#"[{"role":["user"]},{"role":{"role":"user"}},"user",["role","user"],{"Role":"user"}]"#,
+                    ),
+                ),
+            ),
+        ] {
+            let (cache_key, user, opening) = want;
+            let want = [cache_key, user, opening].map(|part| part.map(str::to_owned));
+            assert_eq!(<[_; 3]>::from(found(body)), want, "{body}");
+        }
+        for (body, member) in [
+            (r#"{"user":null,"user":"u"}"#, Member::User),
+            (r#"{"prompt_cache_key":1,"prompt_cache_key":2}"#, Member::PromptCacheKey),
+        ] {
+            assert_eq!(scan_for(&watch, body.as_bytes()), Err(ScanError::Duplicate(member)), "{body}");
+        }
+    }
+
+    #[test]
+    fn notes_the_places_of_what_may_have_to_go() {
+        let watch = Watch { affinity: false, droppable: vec!["store".into(), "n".into()] };
+        let fields =
+            scan_for(&watch, br#"{ "a":1 , "n" : {"store":[1,2]} ,"st\\u006fre":0, "st\u006Fre":1}"#)
+                .unwrap();
+        let places = vec![
+            Place { name: 1, nth: 1, comma: 8, span: 10..31, next: Some(33) },
+            Place { name: 0, nth: 3, comma: 48, span: 50..64, next: None },
+        ];
+        assert_eq!(fields.droppable, places);
+        let twice = scan_for(&watch, br#"{"store":1,"st\\u006fre":2,"st\u006fre":3}"#);
+        assert_eq!(twice, Err(ScanError::Duplicate(Member::Droppable(0))));
     }
 
     #[test]
@@ -603,9 +828,15 @@ mod tests {
             (r#"{"Model":"x"}"#, Model::Absent),
             (r#"{"model":null}"#, Model::Nothing(9..13)),
             (r#"{"model": "" }"#, Model::Nothing(10..12)),
-            (r#"{"mod\u0065l":"a"}"#, Model::Named { span: 14..17, name: "a".into() }),
-            (r#"{"model":"\ud83d\ude00\n\u00e9é"}"#, Model::Named { span: 9..33, name: "😀\néé".into() }),
-            (r#"{"model":"\ud83dx\udc00"}"#, Model::Named { span: 9..24, name: "\u{FFFD}x\u{FFFD}".into() }),
+            (r#"{"mod\u0065l":"a"}"#, Model::Named { span: 14..17, name: "a".into(), whole: true }),
+            (
+                r#"{"model":"\ud83d\ude00\n\u00e9é"}"#,
+                Model::Named { span: 9..33, name: "😀\néé".into(), whole: true },
+            ),
+            (
+                r#"{"model":"\ud83dx\udc00"}"#,
+                Model::Named { span: 9..24, name: "\u{FFFD}x\u{FFFD}".into(), whole: true },
+            ),
             (r#"{"model":3}"#, Model::Other),
             (r#"{"model":{"model":1}}"#, Model::Other),
             (r#"{"model":["a"],"x":"y"}"#, Model::Other),
@@ -617,8 +848,10 @@ mod tests {
     #[test]
     fn a_long_name_is_cut_but_not_refused() {
         let body = format!(r#"{{"model":"{}"}}"#, "m".repeat(100_000));
-        let Model::Named { span, name } = scan(body.as_bytes()).unwrap().model else { panic!("not named") };
-        assert_eq!((span, name.len()), (9..100_011, MAX_NAME));
+        let Model::Named { span, name, whole } = scan(body.as_bytes()).unwrap().model else {
+            panic!("not named")
+        };
+        assert_eq!((span, name.len(), whole), (9..100_011, MAX_NAME, false));
         let key = format!(r#"{{"model{}":1}}"#, "x".repeat(MAX_NAME));
         assert_eq!(scan(key.as_bytes()).unwrap().model, Model::Absent);
     }

@@ -1,6 +1,7 @@
 //! One client connection: hyper's settings, the time limits between requests, and how it ends.
 
 use std::future::poll_fn;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
@@ -28,9 +29,9 @@ const LINGER: Nanos = 2 * SECOND;
 const MAX_DISCARD: usize = 64 << 20;
 
 /// Serves one connection to its end.
-pub async fn serve(stream: TcpStream, gateway: Rc<Gateway>) {
+pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
     let keep_alive = clock::nanos(gateway.config().server.keep_alive);
-    let conn = Conn::new(stream, gateway.alarms().clone(), keep_alive);
+    let conn = Conn::new(stream, peer, gateway.alarms().clone(), keep_alive);
     // A connection that says nothing costs no buffers: hyper comes in with the first byte.
     let first = poll_fn(|cx| {
         conn.alarm.register(cx);

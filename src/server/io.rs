@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -34,6 +35,7 @@ const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\
 #[derive(Debug)]
 pub struct Conn {
     stream: RefCell<TcpStream>,
+    peer: IpAddr,
     /// Its time limit.
     pub alarm: Rc<Alarm>,
     alarms: Rc<Alarms>,
@@ -71,9 +73,10 @@ enum Reading {
 
 impl Conn {
     /// A fresh connection. `keep_alive`: how long it may be idle.
-    pub fn new(stream: TcpStream, alarms: Rc<Alarms>, keep_alive: Nanos) -> Rc<Self> {
+    pub fn new(stream: TcpStream, peer: IpAddr, alarms: Rc<Alarms>, keep_alive: Nanos) -> Rc<Self> {
         Rc::new(Conn {
             stream: RefCell::new(stream),
+            peer,
             alarm: alarms.add(alarms.coarse_now() + HEAD_TIME),
             alarms,
             keep_alive,
@@ -86,6 +89,11 @@ impl Conn {
             flushed: Cell::new(true),
             wants_flush: Cell::new(false),
         })
+    }
+
+    /// Where it comes from.
+    pub fn peer(&self) -> IpAddr {
+        self.peer
     }
 
     /// Why the head that hyper has just read must be refused, if it must.

@@ -82,11 +82,11 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((client, _)) => {
+            Ok((client, peer)) => {
                 let _ = client.set_nodelay(true);
                 let fewest = workers.iter().min_by_key(|w| w.connections());
                 if let (Some(worker), Ok(client)) = (fewest, client.into_std()) {
-                    worker.take(client, permit);
+                    worker.take(client, peer.ip(), permit);
                 }
             }
             Err(e) if is_of_one_client(&e) => {}

@@ -1,6 +1,7 @@
 //! One worker: a thread with a runtime of its own, which owns its clients and its upstream connections.
 
 use std::io;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -43,7 +44,7 @@ pub struct Load {
     news: Notify,
 }
 
-type Client = (std::net::TcpStream, OwnedSemaphorePermit);
+type Client = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
 
 impl Load {
     /// Whether streams are to be cut.
@@ -78,9 +79,9 @@ impl Worker {
     }
 
     /// Hands it a client. `permit` is given back when the connection ends.
-    pub fn take(&self, client: std::net::TcpStream, permit: OwnedSemaphorePermit) {
+    pub fn take(&self, client: std::net::TcpStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
-        if self.clients.send((client, permit)).is_err() {
+        if self.clients.send((client, peer, permit)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -134,13 +135,13 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
     while open || load.connections.load(Ordering::Relaxed) > 0 {
         tokio::select! {
             client = inbox.recv(), if open => match client {
-                Some((client, permit)) => {
+                Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
                         let gateway = gateway.clone();
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            conn::serve(client, gateway).await;
+                            conn::serve(client, peer, gateway).await;
                         });
                     }
                 }

@@ -13,6 +13,7 @@ use super::{Endpoint, Phase};
 use crate::clock;
 use crate::error::Code;
 use crate::state::Shared;
+use crate::state::clients::Clients;
 use crate::upstream::Upstream;
 
 /// Who ended a stream before its end.
@@ -177,6 +178,7 @@ pub fn encode(shared: &Shared) -> String {
     let mut e = Encoder::default();
     requests(&mut e, shared, &snapshot.backends);
     gateway(&mut e, shared);
+    clients(&mut e, &snapshot.clients);
     backends(&mut e, &snapshot.backends);
     process(&mut e);
     e.finish()
@@ -288,6 +290,15 @@ fn gateway(e: &mut Encoder, shared: &Shared) {
     }
     e.family("zap_build_info", "gauge", "Always 1; the version is the label.");
     e.sample("zap_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+}
+
+/// One series for each configured key; the family stands without samples where there is none.
+fn clients(e: &mut Encoder, clients: &Clients) {
+    e.family("zap_client_requests_total", "counter", "Requests by the client key that sent them.");
+    for client in clients.iter() {
+        let n = sum(&client.lanes, |lane| lane.get());
+        e.sample("zap_client_requests_total", &[("client", &client.conf.name)], n);
+    }
 }
 
 fn backends(e: &mut Encoder, backends: &[std::sync::Arc<Upstream>]) {

@@ -8,6 +8,7 @@ pub mod encode;
 
 pub mod log;
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,9 +20,12 @@ use self::log::push_json;
 use self::metrics::{Lane, Side};
 use crate::clock;
 use crate::error::Code;
-use crate::policy::{MILLI, Nanos};
+use crate::policy::breaker::Status;
+use crate::policy::{MILLI, Nanos, SECOND};
 use crate::state::Shared;
-use crate::upstream::Upstream;
+use crate::state::clients::Client;
+use crate::state::snapshot::Passed;
+use crate::upstream::{Closed, Upstream};
 
 /// What a path is for: the `endpoint` of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,7 @@ pub enum Endpoint {
     Health,
     Images,
     Metrics,
+    Models,
     Moderations,
     Other,
     Ready,
@@ -44,13 +49,14 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// All of them, in the order of their discriminants.
-    pub const ALL: [Endpoint; 13] = [
+    pub const ALL: [Endpoint; 14] = [
         Endpoint::Chat,
         Endpoint::Completions,
         Endpoint::Embeddings,
         Endpoint::Health,
         Endpoint::Images,
         Endpoint::Metrics,
+        Endpoint::Models,
         Endpoint::Moderations,
         Endpoint::Other,
         Endpoint::Ready,
@@ -69,6 +75,7 @@ impl Endpoint {
             Endpoint::Health => "health",
             Endpoint::Images => "images",
             Endpoint::Metrics => "metrics",
+            Endpoint::Models => "models",
             Endpoint::Moderations => "moderations",
             Endpoint::Other => "other",
             Endpoint::Ready => "ready",
@@ -90,9 +97,12 @@ impl Endpoint {
             Endpoint::Rerank => "/rerank",
             Endpoint::Responses => "/responses",
             Endpoint::Speech => "/audio/speech",
-            Endpoint::Health | Endpoint::Metrics | Endpoint::Other | Endpoint::Ready | Endpoint::Status => {
-                return None;
-            }
+            Endpoint::Health
+            | Endpoint::Metrics
+            | Endpoint::Models
+            | Endpoint::Other
+            | Endpoint::Ready
+            | Endpoint::Status => return None,
         })
     }
 
@@ -161,6 +171,17 @@ impl End {
     }
 }
 
+/// Who sent a request.
+#[derive(Clone, Debug)]
+pub enum Caller {
+    /// Somebody without a credential.
+    Anonymous,
+    /// One of the configured client keys.
+    Known(Arc<Client>),
+    /// Somebody with a credential that nobody looked at: its keyed hash.
+    Unknown(u64),
+}
+
 /// A worker's telemetry: its lane and the way to the log.
 #[derive(Clone, Debug)]
 pub struct Recorder {
@@ -189,8 +210,8 @@ pub struct Completion {
     pub path: String,
     /// The id in the answer's `x-request-id`.
     pub request_id: HeaderValue,
-    /// Keyed hash of the client's credential.
-    pub client: Option<u64>,
+    /// Who sent it.
+    pub caller: Caller,
     /// The model that was asked for, if any.
     pub model: Option<String>,
     /// The body asked for a stream.
@@ -203,6 +224,8 @@ pub struct Completion {
     pub tries: u32,
     /// Backend and outcome of every try that failed.
     pub failed: Vec<(Arc<Upstream>, Code)>,
+    /// Candidates that were passed over, and why; kept only where requests are logged.
+    pub passed: Vec<(Arc<Upstream>, Passed)>,
     /// Time in the queue, if it was queued.
     pub queued: Option<Nanos>,
     /// Time spent waiting for others: the client's body, the queue, upstreams, backoff.
@@ -227,13 +250,14 @@ impl Completion {
             endpoint,
             path,
             request_id,
-            client: None,
+            caller: Caller::Anonymous,
             model: None,
             stream: false,
             status: 0,
             backend: None,
             tries: 0,
             failed: Vec::new(),
+            passed: Vec::new(),
             queued: None,
             others: 0,
             first_byte: None,
@@ -246,6 +270,17 @@ impl Completion {
     /// The worker's telemetry.
     pub fn recorder(&self) -> &Rc<Recorder> {
         &self.recorder
+    }
+
+    /// Notes that a candidate was passed over, each once for each kind of reason.
+    pub fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed) {
+        let kind = |why: &Passed| match why {
+            Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
+            Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
+        };
+        if !self.passed.iter().any(|(b, known)| b.id == backend.id && kind(known) == kind(&why)) {
+            self.passed.push((backend.clone(), why));
+        }
     }
 
     /// The head of the answer is ready.
@@ -270,11 +305,13 @@ impl Completion {
         let mut out = String::with_capacity(400);
         let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
         push_json(&mut out, self.request_id.to_str().unwrap_or_default());
-        match self.client {
-            Some(client) => {
-                let _ = write!(out, ",\"client\":\"{client:016x}\"");
+        out.push_str(",\"client\":");
+        match &self.caller {
+            Caller::Anonymous => out.push_str("\"anonymous\""),
+            Caller::Known(client) => push_json(&mut out, &client.conf.name),
+            Caller::Unknown(key) => {
+                let _ = write!(out, "\"{key:016x}\"");
             }
-            None => out.push_str(",\"client\":\"anonymous\""),
         }
         out.push_str(",\"path\":");
         push_json(&mut out, self.path.get(..self.path.floor_char_boundary(256)).unwrap_or_default());
@@ -301,6 +338,12 @@ impl Completion {
             push_json(&mut out, backend.name());
             let _ = write!(out, ",\"{}\"]", self.status);
         }
+        out.push_str("],\"passed\":[");
+        for (i, (backend, why)) in self.passed.iter().enumerate() {
+            out.push_str(if i == 0 { "[" } else { ",[" });
+            push_json(&mut out, backend.name());
+            let _ = write!(out, ",\"{}\"]", reason(*why, self.started));
+        }
         let _ = write!(
             out,
             "],\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
@@ -311,6 +354,21 @@ impl Completion {
             self.end.name()
         );
         out
+    }
+}
+
+/// Why a candidate was passed over, with how long it still cooled or kept its quota closed at `now`.
+fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
+    let left =
+        |what, at: Nanos| format!("{what} {:.1}s", at.saturating_sub(now) as f64 / SECOND as f64).into();
+    match why {
+        Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
+        Passed::Closed(Closed::Full) => "full".into(),
+        Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),
+        Passed::Closed(Closed::Out(_)) => "ejected".into(),
+        Passed::Closed(Closed::Quota(until)) => left("quota", until),
+        Passed::Load => "load".into(),
+        Passed::Tried => "tried".into(),
     }
 }
 
@@ -331,6 +389,9 @@ impl Drop for Completion {
         }
         if let Some(queued) = self.queued {
             lane.queue_wait.record(queued);
+        }
+        if let Caller::Known(client) = &self.caller {
+            client.lanes[self.recorder.worker].add(1);
         }
         lane.lasted(self.endpoint, total);
         if self.recorder.shared.log_requests() {

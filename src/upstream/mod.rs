@@ -10,14 +10,15 @@ pub mod send;
 
 pub mod probe;
 
-use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
-use http::{HeaderValue, Uri};
+use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use xxhash_rust::xxh64::xxh64;
 
 use self::connect::Connector;
 use crate::config;
@@ -25,8 +26,8 @@ use crate::error::Code;
 use crate::policy::Nanos;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
-use crate::policy::limit::Window;
-use crate::policy::patch::ModelText;
+use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
+use crate::policy::quota::{Quota, Turn};
 use crate::telemetry::Endpoint;
 use crate::telemetry::metrics::BackendLane;
 
@@ -51,50 +52,56 @@ pub struct Upstream {
     pub health: Uri,
     /// `Host`.
     pub host: HeaderValue,
-    /// `Authorization` with Zap's own key.
-    pub authorization: Option<HeaderValue>,
+    /// The header with Zap's own key.
+    pub key: Option<(HeaderName, HeaderValue)>,
     /// `x-zap-backend`.
     pub label: HeaderValue,
-    /// The default model, spelled for the splice.
-    pub model: Option<ModelText>,
+    /// A hash of its name, the same in every process.
+    pub identity: u64,
     connector: Connector,
-    /// A hash of its default model's name; 0 where it has none.
-    default_model: u64,
     in_flight: CachePadded<AtomicUsize>,
-    quota: Mutex<Window>,
-    room: Arc<Notify>,
+    /// Its own limit of requests at once, and the line before it.
+    places: Option<Arc<Admission>>,
+    quota: Option<Arc<Quota>>,
+    /// Rung when somebody has left the line of the quota.
+    pub moved: Notify,
     last_error: Mutex<Option<(std::time::SystemTime, Code)>>,
-}
-
-/// What a request asks for, as far as the choice of a backend goes.
-#[derive(Clone, Copy, Debug)]
-pub struct Ask {
-    /// The endpoint.
-    pub endpoint: Endpoint,
-    /// A hash of the model that the client names ([`model_key`]), if it names one.
-    pub model: Option<u64>,
 }
 
 /// A request that a backend serves; dropping it ends that.
 #[derive(Debug)]
 #[must_use = "dropping it says that the backend is done"]
-pub struct InFlight(Arc<Upstream>);
+pub struct InFlight {
+    upstream: Arc<Upstream>,
+    /// Its place, where there is a limit.
+    _place: Option<Slot>,
+}
+
+/// A turn in the line of a backend's quota; dropping it lets those behind move up.
+#[derive(Debug)]
+#[must_use = "dropping it leaves the line"]
+pub struct InLine {
+    turn: Turn,
+    quota: Arc<Quota>,
+    upstream: Arc<Upstream>,
+    served: bool,
+}
 
 /// Why a backend cannot take a request now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Closed {
+    /// It cools until then.
+    Cooling(Nanos),
     /// Its own `max_in_flight` is reached.
     Full,
     /// Out, or its key is refused.
     Out(Status),
-    /// It does not serve the endpoint.
-    Unfit,
-    /// It may be asked again then.
-    Until(Nanos),
+    /// Its quota opens for this request then.
+    Quota(Nanos),
 }
 
 impl Upstream {
-    /// Makes a configured backend ready. `room` is rung when a backend that was full has room again.
+    /// Makes a configured backend ready. At most `waiters` may wait for it.
     ///
     /// # Errors
     /// What is wrong with its URL or its certificates, for the operator.
@@ -102,7 +109,7 @@ impl Upstream {
         conf: config::Backend,
         workers: usize,
         roots: &connect::Roots,
-        room: Arc<Notify>,
+        waiters: usize,
     ) -> Result<Self, String> {
         let name = conf.name.clone();
         let bad = |what: &str| format!("backend {name}: {what}");
@@ -116,14 +123,17 @@ impl Upstream {
             targets: targets(&conf).map_err(bad)?,
             health: path(&conf.health_path)?,
             host: HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?,
-            authorization: conf.api_key.as_ref().map(config::Secret::bearer),
+            key: conf.api_key.as_ref().map(|key| match &conf.auth_header {
+                Some(name) => (name.clone(), key.bare()),
+                None => (AUTHORIZATION, key.bearer()),
+            }),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
-            model: conf.default_model.as_deref().map(ModelText::new),
+            identity: xxh64(conf.name.as_bytes(), 0),
             connector: Connector::new(&conf, roots).map_err(|e| bad(&e))?,
-            default_model: conf.default_model.as_deref().map_or(0, model_key),
             in_flight: CachePadded::default(),
-            quota: Mutex::default(),
-            room,
+            places: conf.max_in_flight.map(|max| Admission::new(max, waiters)),
+            quota: conf.requests_per_minute.map(Quota::new),
+            moved: Notify::new(),
             last_error: Mutex::default(),
             conf,
         })
@@ -149,45 +159,89 @@ impl Upstream {
         self.targets[endpoint as usize].as_ref()
     }
 
-    /// Whether it may be asked at `now`.
+    /// Whether it serves other endpoints than chat.
+    pub fn serves_all(&self) -> bool {
+        self.target(Endpoint::Completions).is_some()
+    }
+
+    /// Whether it may be asked at `now` for a model of this `key`, asked for only where it matters. `turn`: a place in
+    /// the line of a quota, this one's or another's.
     ///
     /// # Errors
     /// Why not.
-    pub fn check(&self, now: Nanos, ask: Ask) -> Result<(), Closed> {
-        if self.target(ask.endpoint).is_none() {
-            return Err(Closed::Unfit);
-        }
-        match self.breaker.status_for(self.sent_model(ask.model), now) {
-            Status::Healthy => {}
-            Status::Cooling(until) => return Err(Closed::Until(until)),
-            out => return Err(Closed::Out(out)),
-        }
-        if self.conf.max_in_flight.is_some_and(|max| self.in_flight() >= max) {
+    pub fn check(&self, now: Nanos, key: impl FnOnce() -> u64, turn: Option<&Turn>) -> Result<(), Closed> {
+        self.check_place(now, key, turn)?;
+        if self.places.as_ref().is_some_and(|places| places.is_full()) {
             return Err(Closed::Full);
-        }
-        if let Some(limit) = self.conf.requests_per_minute {
-            match self.quota.lock().opens_in(limit, now) {
-                0 => {}
-                wait => return Err(Closed::Until(now + wait)),
-            }
         }
         Ok(())
     }
 
-    /// A hash of the model's name as this backend is sent it.
-    pub fn sent_model(&self, asked: Option<u64>) -> u64 {
-        asked.unwrap_or(self.default_model)
+    /// [`check`](Self::check) for who has a place already.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_place(
+        &self,
+        now: Nanos,
+        key: impl FnOnce() -> u64,
+        turn: Option<&Turn>,
+    ) -> Result<(), Closed> {
+        match self.breaker.status_for(key, now) {
+            Status::Healthy => {}
+            Status::Cooling(until) => return Err(Closed::Cooling(until)),
+            out => return Err(Closed::Out(out)),
+        }
+        match self.quota.as_ref().map_or(0, |quota| quota.opens_in(now, turn)) {
+            0 => Ok(()),
+            wait => Err(Closed::Quota(now.saturating_add(wait))),
+        }
     }
 
     /// Takes one of its places and one of its quota, both or neither.
-    pub fn enter(self: &Arc<Self>, now: Nanos) -> Option<InFlight> {
-        let max = self.conf.max_in_flight.unwrap_or(usize::MAX);
-        let one_more = |n| (n < max).then_some(n + 1);
-        self.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
-        let guard = InFlight(self.clone());
-        match self.conf.requests_per_minute {
-            Some(limit) if !self.quota.lock().check(limit, now).admitted => None,
-            _ => Some(guard),
+    pub fn enter(self: &Arc<Self>, now: Nanos, turn: Option<&Turn>) -> Option<InFlight> {
+        let place = match &self.places {
+            Some(places) => Some(places.try_pass()?),
+            None => None,
+        };
+        self.enter_at(place, now, turn)
+    }
+
+    /// Takes one of its quota, at a place that was waited for.
+    pub fn enter_at(
+        self: &Arc<Self>,
+        place: Option<Slot>,
+        now: Nanos,
+        turn: Option<&Turn>,
+    ) -> Option<InFlight> {
+        if self.quota.as_ref().is_some_and(|quota| !quota.take(now, turn)) {
+            return None;
+        }
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        Some(InFlight { upstream: self.clone(), _place: place })
+    }
+
+    /// Stands in line for a place; `None`: it has no limit.
+    ///
+    /// # Errors
+    /// [`QueueFull`] where as many wait as may.
+    pub fn wait_for_place(&self) -> Result<Option<Entry>, QueueFull> {
+        self.places.as_ref().map(Admission::enter).transpose()
+    }
+
+    /// Why it would refuse a request for any model at `now`, but for cooling, which goes by model.
+    pub fn closed(&self, now: Nanos) -> Option<Closed> {
+        self.check(now, || 0, None).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
+    }
+
+    /// The headers that every request to it has.
+    pub fn dress(&self, headers: &mut HeaderMap) {
+        headers.insert(http::header::HOST, self.host.clone());
+        if let Some((name, key)) = &self.key {
+            headers.insert(name.clone(), key.clone());
+        }
+        for (name, value) in &self.conf.extra_headers {
+            headers.insert(name.clone(), value.clone());
         }
     }
 
@@ -204,12 +258,13 @@ impl Upstream {
 
 /// The API base is the chat path less `/chat/completions`; a chat path that ends otherwise serves chat alone.
 fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()], &'static str> {
-    let base = Endpoint::Chat.tail().and_then(|tail| conf.chat_path.strip_suffix(tail));
+    let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
+    let base = Endpoint::Chat.tail().and_then(|tail| chat.strip_suffix(tail));
     let mut targets = [const { None }; Endpoint::ALL.len()];
     for endpoint in Endpoint::ALL {
         let path = match (endpoint, base, endpoint.tail()) {
             (Endpoint::Chat, ..) => format!("{}{}", conf.url.path, conf.chat_path),
-            (_, Some(base), Some(tail)) => format!("{}{base}{tail}", conf.url.path),
+            (_, Some(base), Some(tail)) => format!("{}{base}{tail}{query}", conf.url.path),
             _ => continue,
         };
         targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
@@ -217,23 +272,48 @@ fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()],
     Ok(targets)
 }
 
-/// A hash of a model's name, by which cooling is kept.
-pub fn model_key(name: &str) -> u64 {
-    BuildHasherDefault::<DefaultHasher>::default().hash_one(name)
+impl InLine {
+    /// Stands in the line of a backend's quota, if it has one.
+    pub fn new(upstream: &Arc<Upstream>) -> Option<Self> {
+        let quota = upstream.quota.clone()?;
+        let turn = quota.wait();
+        Some(InLine { turn, quota, upstream: upstream.clone(), served: false })
+    }
+
+    /// Its turn.
+    pub fn turn(&self) -> &Turn {
+        &self.turn
+    }
+
+    /// When its turn comes, as far as is known at `now`.
+    pub fn opens_at(&self, now: Nanos) -> Nanos {
+        now.saturating_add(self.quota.opens_in(now, Some(&self.turn)))
+    }
+
+    /// Leaves it because its turn has come: those behind wait on as before.
+    pub fn served(mut self) {
+        self.served = true;
+    }
+}
+
+impl Drop for InLine {
+    fn drop(&mut self) {
+        self.turn.leave();
+        if !self.served {
+            self.upstream.moved.notify_waiters();
+        }
+    }
 }
 
 impl InFlight {
     /// The backend.
     pub fn upstream(&self) -> &Arc<Upstream> {
-        &self.0
+        &self.upstream
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-        if self.0.conf.max_in_flight.is_some() {
-            self.0.room.notify_waiters();
-        }
+        self.upstream.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{ACCEPT, AUTHORIZATION, CONNECTION, HOST, HeaderValue, USER_AGENT};
+use http::header::{ACCEPT, CONNECTION, HeaderValue, USER_AGENT};
 use http::{Method, Request};
 use tokio::time::{sleep, timeout};
 
@@ -54,13 +54,10 @@ async fn check(upstream: &Upstream) -> Probe {
     *request.method_mut() = Method::GET;
     *request.uri_mut() = upstream.health.clone();
     let headers = request.headers_mut();
-    headers.insert(HOST, upstream.host.clone());
     headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
     headers.insert(USER_AGENT, HeaderValue::from_static(concat!("zap/", env!("CARGO_PKG_VERSION"))));
+    upstream.dress(headers);
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    if let Some(key) = &upstream.authorization {
-        headers.insert(AUTHORIZATION, key.clone());
-    }
     link.start(request);
     match poll_fn(|cx| link.poll_head(cx)).await {
         Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),

@@ -1,0 +1,82 @@
+//! Who calls, what it may use, and how often.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use http::HeaderMap;
+
+use super::Gateway;
+use crate::error::GatewayError;
+use crate::policy::headers;
+use crate::policy::limit::Decision;
+use crate::state::clients::Client;
+use crate::telemetry::{Caller, Completion};
+
+/// What is counted by: one map holds them all, and none can pass for another.
+#[derive(Hash)]
+enum Counted<'a> {
+    Address(IpAddr),
+    /// Everybody without a credential.
+    Anonymous,
+    Credential(&'a [u8]),
+    Named(&'a str),
+}
+
+/// Finds out who calls.
+///
+/// # Errors
+/// [`GatewayError::InvalidApiKey`] where client keys are configured and this is none of them.
+pub fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, GatewayError> {
+    let credential = headers::credential(headers);
+    let snapshot = gateway.snapshot();
+    if snapshot.clients.is_open() {
+        let key = |c| gateway.shared().key_of(Counted::Credential(c));
+        return Ok(credential.map_or(Caller::Anonymous, |c| Caller::Unknown(key(c))));
+    }
+    let known = credential.and_then(|c| snapshot.clients.find(c));
+    known.cloned().map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
+}
+
+/// Counts the request against its caller's limits, if it has any. `peer`: whom the connection comes from.
+pub fn check_limits(
+    gateway: &Gateway,
+    headers: &HeaderMap,
+    peer: IpAddr,
+    completion: &Completion,
+) -> Option<Decision> {
+    let (shared, snapshot) = (gateway.shared(), gateway.snapshot());
+    let limits = &snapshot.config.rate_limit;
+    let now = completion.started;
+    let (key, limit) = match &completion.caller {
+        Caller::Anonymous => (shared.key_of(Counted::Anonymous), limits.requests_per_minute),
+        Caller::Known(client) => {
+            let limit = client.conf.requests_per_minute.or(limits.requests_per_minute);
+            (shared.key_of(Counted::Named(&client.conf.name)), limit)
+        }
+        Caller::Unknown(key) => (*key, limits.requests_per_minute),
+    };
+    let by_address = limits.requests_per_minute_per_address.filter(|_| snapshot.clients.is_open());
+    let address = by_address.map(|limit| {
+        let proxies = &snapshot.config.server.trusted_proxies;
+        let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
+        (shared.key_of(Counted::Address(headers::client_address(headers, peer, trusted))), limit)
+    });
+    let first = address.map(|(key, limit)| shared.limiter.check(key, limit, now));
+    if first.is_some_and(|d| !d.admitted) {
+        return first;
+    }
+    let second = limit.map(|limit| shared.limiter.check(key, limit, now));
+    if let (Some((key, _)), Some(false)) = (address, second.map(|d| d.admitted)) {
+        // A refused request costs nothing, at either limit.
+        shared.limiter.refund(key);
+    }
+    [first, second].into_iter().flatten().min_by_key(|d| (d.admitted, d.remaining))
+}
+
+/// The client, where it is one that is known.
+pub fn known(caller: &Caller) -> Option<&Arc<Client>> {
+    match caller {
+        Caller::Known(client) => Some(client),
+        Caller::Anonymous | Caller::Unknown(_) => None,
+    }
+}

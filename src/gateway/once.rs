@@ -1,0 +1,179 @@
+//! One try at one target: what it is sent, and what its answer means.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use http::response::Parts;
+
+use super::attempt::{Attempts, Failed, Last};
+use crate::clock;
+use crate::error::{Code, GatewayError};
+use crate::policy::patch::{slices, splices};
+use crate::policy::retry::{Outcome, cooling, judge};
+use crate::policy::route::TargetId;
+use crate::policy::{Nanos, advertised, headers};
+use crate::telemetry::Phase;
+use crate::upstream::link::{Link, SendBody};
+use crate::upstream::pool::Lease;
+use crate::upstream::probe::announce;
+use crate::upstream::send::{Answer, Outgoing, send};
+use crate::upstream::{InFlight, Upstream};
+
+/// An answer worth delivering.
+type Good = (Parts, Lease, InFlight, Option<Bytes>);
+
+impl Attempts<'_> {
+    /// One try at one backend.
+    pub(super) async fn try_one(
+        &mut self,
+        target: TargetId,
+        entered: InFlight,
+        limit: Nanos,
+    ) -> Result<Good, Box<Failed>> {
+        let upstream = entered.upstream().clone();
+        self.completion.tries += 1;
+        self.completion.phase = Phase::Waiting;
+        let since = clock::now();
+        let outgoing = self.outgoing(target, &upstream);
+        let (gateway, conn) = (self.gateway, self.conn);
+        let completion = &mut *self.completion;
+        let on_connect =
+            |opening| completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
+        let sending = send(gateway.pool(), gateway.recorder().worker, &upstream, outgoing, on_connect);
+        let answer = conn.alarm.limit(limit, sending).await.unwrap_or(Err(Code::UpstreamTimeout));
+        if gateway.is_cut() {
+            return Err(Box::new(cut()));
+        }
+        let result = match answer {
+            Ok(answer) => self.judge(target, answer, entered, limit).await,
+            Err(code) => Err(broken(code)),
+        };
+        self.completion.others += clock::now() - since;
+        if let Err(failed) = &result {
+            self.note(&upstream, failed);
+        }
+        result.map_err(Box::new)
+    }
+
+    /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
+    fn outgoing(&self, target: TargetId, upstream: &Upstream) -> Outgoing {
+        let mut to = HeaderMap::with_capacity(24);
+        headers::to_backend(self.headers, upstream.conf.forward_authorization, &mut to);
+        upstream.dress(&mut to);
+        to.insert(headers::X_REQUEST_ID, self.completion.request_id.clone());
+        let target = &self.snapshot.route(&self.ask).targets[target];
+        let model = target.text(self.ask.model);
+        let drops = |member| self.snapshot.drops(target.backend, member);
+        let splices = splices(&self.chat.fields, model.as_deref(), drops);
+        let body = SendBody::new(slices(&self.chat.chunks, &splices));
+        let target = upstream.target(self.ask.endpoint).cloned().unwrap_or_default();
+        Outgoing { target, headers: to, body }
+    }
+
+    /// Judges an answer by its status; of one that is delivered and no stream, waits for the first frame too.
+    async fn judge(
+        &mut self,
+        target: TargetId,
+        answer: Answer,
+        entered: InFlight,
+        limit: Nanos,
+    ) -> Result<Good, Failed> {
+        let Answer { head, mut lease } = answer;
+        let upstream = entered.upstream();
+        if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now()) {
+            self.cool(target, span);
+        }
+        let fail = |code, blame| {
+            move |head: Parts, lease, entered| Failed {
+                code,
+                blame,
+                fatal: false,
+                last: Last::Answer { head: Box::new(head), lease, entered },
+            }
+        };
+        match judge(head.status.as_u16(), upstream.key.is_some()) {
+            Outcome::Deliver => {}
+            Outcome::Failure => return Err(fail(Code::UpstreamError, true)(head, lease, entered)),
+            Outcome::Busy => {
+                self.cool(target, cooling(&head.headers, SystemTime::now()));
+                return Err(fail(Code::UpstreamRateLimited, false)(head, lease, entered));
+            }
+            Outcome::BadKey => {
+                if upstream.breaker.bad_key(clock::now()) {
+                    let text =
+                        format!("{} answered {} to its api_key", upstream.name(), head.status.as_u16());
+                    self.gateway.shared().log.event("error", "backend_misconfigured", &text);
+                    self.gateway.shared().fleet_changed.notify_one();
+                }
+                let last = Last::Error(GatewayError::UpstreamAuth);
+                return Err(Failed { code: Code::UpstreamAuthError, last, blame: false, fatal: false });
+            }
+            Outcome::Redirect => {
+                let last = Last::Error(GatewayError::UpstreamRedirect);
+                return Err(Failed { code: Code::UpstreamRedirect, last, blame: false, fatal: true });
+            }
+        }
+        if is_event_stream(&head.headers) || lease.link.is_end() {
+            return Ok((head, lease, entered, None));
+        }
+        let frame = poll_fn(|cx| lease.link.poll_frame(cx));
+        match self.conn.alarm.limit(limit, frame).await {
+            Ok(Some(Ok(first))) => Ok((head, lease, entered, Some(first))),
+            Ok(None) => Ok((head, lease, entered, None)),
+            Ok(Some(Err(_))) => Err(broken(Code::UpstreamUnreachable)),
+            Err(_) => Err(broken(Code::UpstreamTimeout)),
+        }
+    }
+
+    /// Leaves a target alone: its backend, with the model that it was sent.
+    fn cool(&self, target: TargetId, span: Duration) {
+        let now = clock::now();
+        let target = &self.snapshot.route(&self.ask).targets[target];
+        let until = now + clock::nanos(span);
+        self.snapshot.upstream(target).breaker.cool(target.key(self.ask.model), until, now);
+    }
+
+    /// Counts a failed try.
+    fn note(&mut self, upstream: &Arc<Upstream>, failed: &Failed) {
+        let recorder = self.gateway.recorder();
+        if failed.code != Code::UpstreamRedirect {
+            upstream.lanes[recorder.worker].failed(failed.code);
+        }
+        upstream.note_error(failed.code);
+        self.completion.failed.push((upstream.clone(), failed.code));
+        if failed.blame {
+            upstream.penalty.add(clock::now());
+            if let Some(change) = upstream.breaker.failure(self.snapshot.thresholds()) {
+                announce(&recorder.shared, upstream, change, "a request");
+            }
+        }
+    }
+}
+
+/// A try that the way out has ended: nobody's fault, and nobody is asked any more.
+fn cut() -> Failed {
+    let last = Last::Error(GatewayError::Draining);
+    Failed { code: Code::Draining, last, blame: false, fatal: true }
+}
+
+/// A try that ended without an answer.
+fn broken(code: Code) -> Failed {
+    let error = match code {
+        Code::UpstreamInvalidResponse => GatewayError::UpstreamInvalid,
+        Code::UpstreamTimeout => GatewayError::UpstreamTimeout,
+        Code::UpstreamTlsError => GatewayError::UpstreamTls,
+        _ => GatewayError::UpstreamUnreachable,
+    };
+    Failed { code, last: Last::Error(error), blame: true, fatal: false }
+}
+
+/// Whether an answer is a stream of events, whatever was asked for.
+pub fn is_event_stream(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    let name = b"text/event-stream";
+    kind.len() >= name.len() && kind[..name.len()].eq_ignore_ascii_case(name)
+}

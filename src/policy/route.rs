@@ -1,0 +1,536 @@
+//! Which backends serve a model, and what each of them calls it.
+//!
+//! All that can be known beforehand is: a [`Table`] holds a [`Route`] for every named route, every exact public name
+//! and every prefix, so that a request costs a look-up or two, however many backends there are. The table is pure
+//! configuration; which of a route's targets may be asked *now* is for [`crate::policy::balance`] and
+//! [`crate::policy::breaker`].
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+
+use super::balance::BackendId;
+use super::near::nearest;
+use super::patch::ModelText;
+
+/// Bytes of the longest name that a configuration may hold.
+pub const MAX_NAME: usize = super::scan::MAX_NAME;
+
+/// The named route that catches what nothing else serves.
+pub const CATCH_ALL: &str = "*";
+
+/// A name, or with a trailing `*` every name that begins so.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Pattern {
+    stem: Box<str>,
+    is_prefix: bool,
+}
+
+impl Pattern {
+    /// Reads a pattern: 1 to [`MAX_NAME`] bytes, no control character, `*` at the end alone.
+    pub fn parse(text: &str) -> Option<Self> {
+        let stem = text.strip_suffix('*').unwrap_or(text);
+        let valid = (1..=MAX_NAME).contains(&text.len())
+            && !stem.contains('*')
+            && !text.chars().any(char::is_control);
+        valid.then(|| Pattern { stem: stem.into(), is_prefix: stem.len() < text.len() })
+    }
+
+    /// Whether it stands for more names than one.
+    pub fn is_prefix(&self) -> bool {
+        self.is_prefix
+    }
+
+    /// Whether it stands for `name`.
+    pub fn matches(&self, name: &str) -> bool {
+        if self.is_prefix { name.starts_with(&*self.stem) } else { *self.stem == *name }
+    }
+}
+
+/// One line of a backend's `models`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// What clients call it.
+    pub public: Pattern,
+    /// What the backend calls it, where that is something else; behind a prefix it may end in `*`, for the rest of
+    /// the name.
+    pub own: Option<Box<str>>,
+}
+
+/// What one backend serves, as far as routes go.
+#[derive(Clone, Debug, Default)]
+pub struct Serves {
+    /// `None`: any model, by its name.
+    pub models: Option<Vec<Rule>>,
+    /// What it is sent where no model is named.
+    pub default_model: Option<String>,
+    /// Its share; 0: it takes nothing, in no route.
+    pub weight: u32,
+    /// Lower first.
+    pub priority: u32,
+}
+
+/// A route that has a name of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The name, or [`CATCH_ALL`].
+    pub name: String,
+    /// In order; not empty.
+    pub targets: Vec<NamedTarget>,
+}
+
+/// One target of a [`Named`] route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedTarget {
+    /// Index of the backend.
+    pub backend: BackendId,
+    /// The backend's own name for the model; `None`: the name that the client gave.
+    pub model: Option<String>,
+    /// In place of the backend's.
+    pub weight: Option<u32>,
+    /// In place of the backend's.
+    pub priority: Option<u32>,
+}
+
+/// A route's index in its [`Table`].
+pub type RouteId = usize;
+
+/// A target's index in its [`Route`].
+pub type TargetId = usize;
+
+/// A backend with what it is to be sent.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Whom to ask.
+    pub backend: BackendId,
+    /// For which model.
+    pub sent: Sent,
+    /// Its share; 0: drained.
+    pub weight: u32,
+    /// Lower first.
+    pub priority: u32,
+}
+
+/// What a target is sent as the model.
+#[derive(Clone, Debug)]
+pub enum Sent {
+    /// What the client sent, be it nothing.
+    AsIs,
+    /// This, whatever the client sent.
+    Fixed {
+        /// Spelled for the splice.
+        text: ModelText,
+        /// [`model_key`] of it.
+        key: u64,
+    },
+    /// The name with its first `cut` bytes replaced by `stem`.
+    Rest {
+        /// Bytes that go.
+        cut: usize,
+        /// What comes for them.
+        stem: Box<str>,
+    },
+}
+
+/// The targets of one model, or of none. Never empty.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// In the order of the configuration.
+    pub targets: Box<[Target]>,
+}
+
+/// A model that `/v1/models` lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its public name.
+    pub name: Box<str>,
+    /// The first backend that has it; `None`: a named route.
+    pub owner: Option<BackendId>,
+}
+
+/// All routes of a configuration.
+#[derive(Debug, Default)]
+pub struct Table {
+    routes: Vec<Route>,
+    exact: HashMap<Box<str>, RouteId>,
+    prefixes: HashMap<Box<[u8]>, RouteId>,
+    /// Lengths of `prefixes`, longest first.
+    lengths: Vec<usize>,
+    /// For names that are not served by name: backends that take any.
+    open: Option<RouteId>,
+    /// Where no model is named.
+    unnamed: Option<RouteId>,
+    catch_all: Option<RouteId>,
+    listed: Vec<Listed>,
+}
+
+impl Target {
+    /// What `asked` becomes at this target; `None`: the body's model stays as it is.
+    pub fn text(&self, asked: Option<&str>) -> Option<Cow<'_, ModelText>> {
+        match &self.sent {
+            Sent::AsIs => None,
+            Sent::Fixed { text, .. } => Some(Cow::Borrowed(text)),
+            Sent::Rest { .. } => Some(Cow::Owned(ModelText::new(&self.rest(asked)))),
+        }
+    }
+
+    /// [`model_key`] of the name that goes out for `asked`; 0 where none does.
+    pub fn key(&self, asked: Option<&str>) -> u64 {
+        match &self.sent {
+            Sent::AsIs => asked.map_or(0, model_key),
+            Sent::Fixed { key, .. } => *key,
+            Sent::Rest { .. } => model_key(&self.rest(asked)),
+        }
+    }
+
+    fn rest(&self, asked: Option<&str>) -> String {
+        match (&self.sent, asked) {
+            (Sent::Rest { cut, stem }, Some(asked)) => [stem, asked.get(*cut..).unwrap_or_default()].concat(),
+            _ => String::new(),
+        }
+    }
+}
+
+impl Sent {
+    fn fixed(name: &str) -> Self {
+        Sent::Fixed { text: ModelText::new(name), key: model_key(name) }
+    }
+}
+
+impl Table {
+    /// The routes of these backends (by index) and named routes.
+    pub fn new(backends: &[Serves], named: &[Named]) -> Self {
+        let mut table = Table::default();
+        for route in named {
+            let id =
+                table.add(route.targets.iter().filter_map(|t| named_target(t, backends.get(t.backend)?)));
+            if route.name == CATCH_ALL {
+                table.catch_all = id;
+            } else if let Some(id) = id {
+                table.exact.insert(route.name.as_str().into(), id);
+                table.listed.push(Listed { name: route.name.as_str().into(), owner: None });
+            }
+        }
+        for (backend, name) in exact_names(backends) {
+            if !table.exact.contains_key(name)
+                && let Some(id) = table.add_shared(backends, |b| sent_for(b, name))
+            {
+                table.exact.insert(name.into(), id);
+                table.listed.push(Listed { name: name.into(), owner: Some(backend) });
+            }
+        }
+        for stem in prefixes(backends) {
+            if !table.prefixes.contains_key(stem.as_bytes())
+                && let Some(id) = table.add_shared(backends, |b| sent_under(b, stem))
+            {
+                table.prefixes.insert(stem.as_bytes().into(), id);
+                table.lengths.push(stem.len());
+            }
+        }
+        table.lengths.sort_unstable_by(|a, b| b.cmp(a));
+        table.lengths.dedup();
+        table.open = table.add_shared(backends, |b| b.models.is_none().then_some(Sent::AsIs));
+        table.unnamed = table.add_shared(backends, |b| match (&b.default_model, &b.models) {
+            (Some(name), _) => Some(Sent::fixed(name)),
+            (None, None) => Some(Sent::AsIs),
+            (None, Some(_)) => None,
+        });
+        table
+    }
+
+    /// The route for a model's name, or for none. `whole`: the name was not cut.
+    pub fn find(&self, name: Option<&str>, whole: bool) -> Option<RouteId> {
+        let Some(name) = name else { return self.unnamed };
+        let exact = || self.exact.get(name).copied();
+        let prefix = || {
+            let at = |length: &usize| self.prefixes.get(name.as_bytes().get(..*length)?).copied();
+            self.lengths.iter().find_map(at)
+        };
+        let known = if whole { exact().or_else(prefix) } else { None };
+        known.or(self.open).or(self.catch_all)
+    }
+
+    /// A route by its index.
+    pub fn route(&self, id: RouteId) -> &Route {
+        &self.routes[id]
+    }
+
+    /// All routes, by index.
+    pub fn routes(&self) -> &[Route] {
+        &self.routes
+    }
+
+    /// What `/v1/models` lists, each name once.
+    pub fn listed(&self) -> &[Listed] {
+        &self.listed
+    }
+
+    /// Up to three listed names near `name`, of those that `may` be used.
+    pub fn near(&self, name: &str, may: impl Fn(&str) -> bool) -> Vec<&str> {
+        nearest(name, self.listed.iter().map(|l| &*l.name).filter(|name| may(name)), 3)
+    }
+
+    fn add(&mut self, targets: impl Iterator<Item = Target>) -> Option<RouteId> {
+        let targets: Box<[Target]> = targets.collect();
+        if targets.is_empty() {
+            return None;
+        }
+        self.routes.push(Route { targets });
+        Some(self.routes.len() - 1)
+    }
+
+    /// A route over all backends that `sent` gives something for.
+    fn add_shared(&mut self, backends: &[Serves], sent: impl Fn(&Serves) -> Option<Sent>) -> Option<RouteId> {
+        let target = |(backend, b): (BackendId, &Serves)| {
+            Some(Target { backend, sent: sent(b)?, weight: b.weight, priority: b.priority })
+        };
+        self.add(backends.iter().enumerate().filter_map(target))
+    }
+}
+
+fn named_target(target: &NamedTarget, backend: &Serves) -> Option<Target> {
+    Some(Target {
+        backend: target.backend,
+        sent: target.model.as_deref().map_or(Sent::AsIs, Sent::fixed),
+        weight: if backend.weight == 0 { 0 } else { target.weight.unwrap_or(backend.weight) },
+        priority: target.priority.unwrap_or(backend.priority),
+    })
+}
+
+/// Every name that a backend serves by itself, with the backend: a default model is one, listed or not.
+fn exact_names(backends: &[Serves]) -> impl Iterator<Item = (BackendId, &str)> {
+    backends.iter().enumerate().flat_map(|(id, b)| {
+        let rules = b.models.iter().flatten().filter(|r| !r.public.is_prefix).map(|r| &*r.public.stem);
+        rules.chain(b.default_model.as_deref()).map(move |name| (id, name))
+    })
+}
+
+fn prefixes(backends: &[Serves]) -> impl Iterator<Item = &str> {
+    backends
+        .iter()
+        .flat_map(|b| b.models.iter().flatten())
+        .filter(|r| r.public.is_prefix)
+        .map(|r| &*r.public.stem)
+}
+
+/// What a backend is sent for `name`: an exact rule, its longest prefix, its own default, any model at all.
+fn sent_for(backend: &Serves, name: &str) -> Option<Sent> {
+    let Some(rules) = &backend.models else { return Some(Sent::AsIs) };
+    let exact = rules.iter().find(|r| !r.public.is_prefix && r.public.matches(name));
+    if let Some(rule) = exact {
+        return Some(rule.own.as_deref().map_or(Sent::AsIs, Sent::fixed));
+    }
+    let is_default = || (backend.default_model.as_deref() == Some(name)).then_some(Sent::AsIs);
+    sent_under(backend, name).or_else(is_default)
+}
+
+/// What a backend is sent for names that begin with `stem` and match no longer prefix.
+fn sent_under(backend: &Serves, stem: &str) -> Option<Sent> {
+    let Some(rules) = &backend.models else { return Some(Sent::AsIs) };
+    let fitting = rules.iter().filter(|r| r.public.is_prefix && stem.starts_with(&*r.public.stem));
+    let rule = fitting.max_by_key(|r| r.public.stem.len())?;
+    Some(match rule.own.as_deref() {
+        None => Sent::AsIs,
+        Some(own) => match own.strip_suffix('*') {
+            Some(head) => Sent::Rest { cut: rule.public.stem.len(), stem: head.into() },
+            None => Sent::fixed(own),
+        },
+    })
+}
+
+/// A hash of a model's name, by which cooling is kept.
+pub fn model_key(name: &str) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn rules(models: &[(&str, &str)]) -> Option<Vec<Rule>> {
+        let rule = |(public, own): &(&str, &str)| Rule {
+            public: Pattern::parse(public).unwrap(),
+            own: Some(*own).filter(|own| !own.is_empty()).map(Into::into),
+        };
+        Some(models.iter().map(rule).collect())
+    }
+
+    fn serves(models: Option<Vec<Rule>>, default: &str) -> Serves {
+        let default_model = Some(default).filter(|d| !d.is_empty()).map(str::to_owned);
+        Serves { models, default_model, weight: 1, priority: 0 }
+    }
+
+    /// Who gets a request for `name` and what it is sent, as `0:own 2:`.
+    fn found(table: &Table, name: Option<&str>) -> String {
+        let Some(id) = table.find(name, true) else { return "none".to_owned() };
+        let show = |t: &Target| {
+            let text = t.text(name);
+            let body = super::super::patch::splices(
+                &super::super::scan::Fields { members: 1, ..Default::default() },
+                text.as_deref(),
+                |_| false,
+            );
+            let sent = body.first().map_or(String::new(), |s| {
+                String::from_utf8_lossy(&s.insert)
+                    .trim_start_matches("\"model\":")
+                    .trim_matches(['"', ','])
+                    .to_owned()
+            });
+            assert_eq!(
+                t.key(name),
+                match (&*sent, name) {
+                    ("", None) => 0,
+                    ("", Some(name)) => model_key(name),
+                    (sent, _) => model_key(sent),
+                }
+            );
+            format!("{}:{sent}", t.backend)
+        };
+        table.route(id).targets.iter().map(show).collect::<Vec<_>>().join(" ")
+    }
+
+    fn fleet() -> Table {
+        let backends = [
+            serves(rules(&[("llama-8b", ""), ("llama-70*", "")]), "llama-8b"),
+            serves(rules(&[("llama-8b", "llama3:8b"), ("lla*", "any"), ("llama-70b-*", "l70/*")]), ""),
+            serves(None, ""),
+            serves(None, "own-default"),
+        ];
+        let target = |backend, model: &str| NamedTarget {
+            backend,
+            model: Some(model.to_owned()),
+            weight: Some(3),
+            priority: Some(backend as u32),
+        };
+        let named = [
+            Named { name: "smart".into(), targets: vec![target(2, "gpt"), target(0, "x"), target(0, "y")] },
+            Named { name: "llama-8b".into(), targets: vec![target(3, "hidden")] },
+        ];
+        Table::new(&backends, &named)
+    }
+
+    #[test]
+    fn a_name_goes_to_those_who_serve_it_by_their_own_names() {
+        let table = fleet();
+        for (name, want) in [
+            (Some("llama-8b"), "3:hidden"),
+            (Some("smart"), "2:gpt 0:x 0:y"),
+            (Some("llama-70b-x"), "0: 1:l70/x 2: 3:"),
+            (Some("llama-70b-"), "0: 1:l70/ 2: 3:"),
+            (Some("llama-70"), "0: 1:any 2: 3:"),
+            (Some("llama-7"), "1:any 2: 3:"),
+            (Some("lla"), "1:any 2: 3:"),
+            (Some("gpt-4o"), "2: 3:"),
+            (Some("own-default"), "2: 3:"),
+            (None, "0:llama-8b 2: 3:own-default"),
+        ] {
+            assert_eq!(found(&table, name), want, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_backend_for_all_there_are_names_that_nobody_serves() {
+        let only = [serves(rules(&[("a", ""), ("b*", "")]), ""), serves(rules(&[("c", "")]), "d")];
+        let table = Table::new(&only, &[]);
+        for (name, want) in
+            [(Some("a"), "0:"), (Some("bb"), "0:"), (Some("d"), "1:"), (Some("e"), "none"), (None, "1:d")]
+        {
+            assert_eq!(found(&table, name), want, "{name:?}");
+        }
+        assert_eq!(table.find(Some("a"), false), None, "a name that was cut is nobody's");
+        assert_eq!(table.near("aa", |_| true), ["a"]);
+        assert_eq!(Table::new(&only[..1], &[]).find(None, true), None);
+        let catch = Named {
+            name: CATCH_ALL.into(),
+            targets: vec![NamedTarget { backend: 1, model: None, weight: None, priority: None }],
+        };
+        let table = Table::new(&only, &[catch]);
+        assert_eq!(found(&table, Some("e")), "1:");
+        assert_eq!(found(&table, None), "1:d", "the star is for names that are given");
+    }
+
+    #[test]
+    fn lists_each_name_once_with_the_first_that_has_it() {
+        let names: Vec<_> = fleet().listed().iter().map(|l| (l.name.to_string(), l.owner)).collect();
+        let want = [("smart", None), ("llama-8b", None), ("own-default", Some(3))];
+        assert_eq!(names, want.map(|(name, owner)| (name.to_owned(), owner)));
+    }
+
+    #[test]
+    fn weights_and_priorities_are_the_backends_unless_the_target_has_its_own() {
+        let mut backends = [serves(None, ""), serves(None, "")];
+        backends[0].priority = 7;
+        backends[1].weight = 0;
+        let target = |backend, weight, priority| NamedTarget { backend, model: None, weight, priority };
+        let named = Named {
+            name: "n".into(),
+            targets: vec![target(0, None, None), target(0, Some(5), Some(2)), target(1, Some(5), None)],
+        };
+        let table = Table::new(&backends, &[named]);
+        let targets = &table.route(table.find(Some("n"), true).unwrap()).targets;
+        let got: Vec<_> = targets.iter().map(|t| (t.weight, t.priority)).collect();
+        assert_eq!(got, [(1, 7), (5, 2), (0, 0)], "a drained backend is drained everywhere");
+    }
+
+    #[test]
+    fn patterns_have_their_star_at_the_end() {
+        for (text, valid) in [
+            ("a", true),
+            ("a*", true),
+            ("*", true),
+            ("a*b", false),
+            ("**", false),
+            ("", false),
+            ("a\n", false),
+        ] {
+            assert_eq!(Pattern::parse(text).is_some(), valid, "{text:?}");
+        }
+        assert!(Pattern::parse(&"x".repeat(MAX_NAME)).is_some());
+        assert!(Pattern::parse(&"x".repeat(MAX_NAME + 1)).is_none());
+    }
+
+    proptest! {
+        /// What the table finds beforehand is what a look at every backend finds.
+        #[test]
+        fn the_table_agrees_with_a_look_at_every_backend(
+            fleet in prop::collection::vec(prop::option::of(prop::collection::vec(("[ab]{0,3}\\*?", "([xy]{1,2}\\*?)?"), 1..4)), 1..5),
+            name in "[ab]{1,4}",
+        ) {
+            let read = |models: &Option<Vec<(String, String)>>| models.as_ref().map(|models| {
+                models.iter().filter_map(|(public, own)| {
+                    let public = Pattern::parse(public)?;
+                    let own = if public.is_prefix { own.clone() } else { own.replace('*', "") };
+                    let own = Some(own).filter(|o| !o.is_empty()).map(Into::into);
+                    Some(Rule { public, own })
+                }).collect::<Vec<_>>()
+            });
+            let backends: Vec<_> = fleet.iter().map(|models| serves(read(models), "")).collect();
+            let table = Table::new(&backends, &[]);
+            let naive = backends.iter().enumerate().filter_map(|(id, b)| {
+                let sent = match &b.models {
+                    None => String::new(),
+                    Some(rules) => {
+                        let fitting = rules.iter().filter(|r| r.public.matches(&name));
+                        // The first of equals, but exact before prefix, long before short.
+                        let rank = |r: &Rule| if r.public.is_prefix { r.public.stem.len() } else { usize::MAX };
+                        let best = fitting.clone().map(rank).max()?;
+                        let mut equals = fitting.filter(|r| rank(r) == best);
+                        let rule = if best == usize::MAX { equals.next()? } else { equals.next_back()? };
+                        match rule.own.as_deref() {
+                            None => String::new(),
+                            Some(own) => match own.strip_suffix('*') {
+                                Some(head) => format!("{head}{}", &name[rule.public.stem.len()..]),
+                                None => own.to_owned(),
+                            },
+                        }
+                    }
+                };
+                Some(format!("{id}:{sent}"))
+            }).collect::<Vec<_>>().join(" ");
+            let naive = if naive.is_empty() { "none".to_owned() } else { naive };
+            prop_assert_eq!(found(&table, Some(&name)), naive);
+        }
+    }
+}

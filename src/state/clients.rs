@@ -1,0 +1,59 @@
+//! The client keys that may call, where any are configured.
+
+use std::sync::Arc;
+
+use crossbeam_utils::CachePadded;
+use ring::digest::{SHA256, digest};
+use subtle::ConstantTimeEq;
+
+use crate::config::{ClientKey, Config};
+use crate::telemetry::histogram::Counter;
+
+/// All of them. Empty: anyone may call.
+#[derive(Debug)]
+pub struct Clients(Box<[Arc<Client>]>);
+
+/// One of them.
+#[derive(Debug)]
+pub struct Client {
+    /// As configured.
+    pub conf: ClientKey,
+    /// Its requests, one counter a worker.
+    pub lanes: Box<[CachePadded<Counter>]>,
+}
+
+impl Clients {
+    /// Those of `config`.
+    pub fn new(config: &Config) -> Self {
+        let client = |conf: &ClientKey| {
+            let lanes = (0..config.server.workers).map(|_| CachePadded::default()).collect();
+            Arc::new(Client { conf: conf.clone(), lanes })
+        };
+        Clients(config.clients.iter().map(client).collect())
+    }
+
+    /// Whether anyone may call.
+    pub fn is_open(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of them, in the order of the configuration.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Client>> {
+        self.0.iter()
+    }
+
+    /// Whose key `credential` is. All are compared, each in constant time, so the time tells nothing.
+    pub fn find(&self, credential: &[u8]) -> Option<&Arc<Client>> {
+        let hash = digest(&SHA256, credential);
+        let is_it = |client: &Arc<Client>| bool::from(client.conf.digest[..].ct_eq(hash.as_ref()));
+        self.0.iter().fold(None, |found, client| if is_it(client) { Some(client) } else { found })
+    }
+}
+
+impl Client {
+    /// Whether it may use the model of this name. `whole`: the name was not cut.
+    pub fn may_use(&self, model: &str, whole: bool) -> bool {
+        let Some(models) = &self.conf.models else { return true };
+        models.iter().any(|pattern| (whole || pattern.is_prefix()) && pattern.matches(model))
+    }
+}

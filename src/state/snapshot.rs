@@ -1,0 +1,437 @@
+//! The fleet as it is at a moment, and the choice of a backend in it.
+//!
+//! What a configuration fixes (routes, and which of them have the same targets) is made once and shared by all
+//! snapshots of it; what changes with the backends' states (which of them stand in the turns) is made anew. So a pick
+//! by round robin costs the same whether a route has two targets or two hundred.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::clients::Clients;
+use crate::clock;
+use crate::config::{Config, Strategy};
+use crate::policy::Nanos;
+use crate::policy::balance::{BackendId, Schedule, load, rendezvous};
+use crate::policy::breaker::{Status, Thresholds};
+use crate::policy::queue::Slot;
+use crate::policy::quota::Turn;
+use crate::policy::route::{Route, RouteId, Serves, Table, Target, TargetId};
+use crate::policy::scan::Watch;
+use crate::telemetry::Endpoint;
+use crate::upstream::{Closed, InFlight, Upstream};
+
+/// The fleet and its settings; replaced as a whole.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// What the operator wrote.
+    pub config: Arc<Config>,
+    /// All backends, drained ones too.
+    pub backends: Arc<[Arc<Upstream>]>,
+    /// Who may call.
+    pub clients: Arc<Clients>,
+    layout: Arc<Layout>,
+    /// By [`Shape`].
+    plans: Box<[Plan]>,
+}
+
+/// What a configuration fixes.
+#[derive(Debug)]
+struct Layout {
+    table: Table,
+    /// What the scanner must look for; `drops[backend][index]`: the backend is not sent that member.
+    watch: Watch,
+    drops: Box<[Box<[bool]>]>,
+    shapes: Vec<Shape>,
+    /// By route: its shape for chats, and for the other endpoints.
+    shape_of: Vec<[usize; 2]>,
+}
+
+/// Targets as far as turns go: routes that differ in models alone share one, and with it their turns.
+#[derive(Debug, PartialEq, Eq, Hash, Clone)]
+struct Shape(Vec<Place>);
+
+#[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
+struct Place {
+    backend: BackendId,
+    /// 0: it takes nothing.
+    weight: u32,
+    priority: u32,
+}
+
+/// The turns of a shape; members are [`TargetId`]s.
+#[derive(Debug)]
+struct Plan {
+    /// By priority, lowest first: those that were up when this was made.
+    tiers: Vec<Arc<Schedule>>,
+    /// Every target with a weight, up or not.
+    all: Arc<Schedule>,
+    /// Those that were up.
+    up: usize,
+}
+
+/// What a request asks for, as far as the choice of a backend goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// The route of its model.
+    pub route: RouteId,
+    /// The model that the client names, if it names one.
+    pub model: Option<&'a str>,
+    /// What tells its conversation from others.
+    pub affinity: Option<u64>,
+}
+
+/// A target that was chosen, and the place taken there.
+#[derive(Debug)]
+pub struct Chosen {
+    /// Which of the route's targets.
+    pub target: TargetId,
+    /// The place.
+    pub entered: InFlight,
+}
+
+/// What [`Snapshot::pick`] found.
+#[derive(Debug)]
+pub enum Pick {
+    /// Ask this one.
+    Backend(Chosen),
+    /// Everybody that could be asked is busy.
+    Busy(Busy),
+    /// Nobody can be asked: drained or misconfigured.
+    Nobody,
+    /// All that could be asked are out.
+    Out,
+    /// All that could be asked were tried.
+    Tried,
+}
+
+/// Whom one may wait for.
+#[derive(Debug, Default)]
+pub struct Busy {
+    /// The first that reopens by itself: when, who, and whether its quota is what one waits for.
+    pub opens: Option<(Nanos, BackendId, bool)>,
+    /// Those that are full, each once.
+    pub full: Vec<BackendId>,
+}
+
+/// Why a candidate was passed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// It cannot take the request now.
+    Closed(Closed),
+    /// It has more than its share in flight.
+    Load,
+    /// This request has asked it already.
+    Tried,
+}
+
+impl Snapshot {
+    /// The first snapshot of a configuration.
+    pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>) -> Self {
+        let clients = Arc::new(Clients::new(&config));
+        let layout = Arc::new(Layout::new(&config, &backends));
+        Self::with_plans(config, backends, clients, layout, &[])
+    }
+
+    /// The same fleet in its present state.
+    pub fn rebuilt(&self) -> Self {
+        let Snapshot { config, backends, clients, layout, plans } = self;
+        Self::with_plans(config.clone(), backends.clone(), clients.clone(), layout.clone(), plans)
+    }
+
+    fn with_plans(
+        config: Arc<Config>,
+        backends: Arc<[Arc<Upstream>]>,
+        clients: Arc<Clients>,
+        layout: Arc<Layout>,
+        before: &[Plan],
+    ) -> Self {
+        let now = clock::now();
+        let plan = |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i));
+        let plans = layout.shapes.iter().enumerate().map(plan).collect();
+        Snapshot { config, backends, clients, layout, plans }
+    }
+
+    /// Whether both are of one configuration: then what one's ids mean the other's mean too.
+    pub fn is_of(&self, other: &Snapshot) -> bool {
+        Arc::ptr_eq(&self.layout, &other.layout)
+    }
+
+    /// All routes.
+    pub fn table(&self) -> &Table {
+        &self.layout.table
+    }
+
+    /// The route of an [`Ask`].
+    pub fn route(&self, ask: &Ask<'_>) -> &Route {
+        self.layout.table.route(ask.route)
+    }
+
+    /// What the scanner must look for.
+    pub fn watch(&self) -> &Watch {
+        &self.layout.watch
+    }
+
+    /// Whether a backend is not to be sent a member, by its index in [`watch`](Self::watch).
+    pub fn drops(&self, backend: BackendId, member: usize) -> bool {
+        self.layout.drops[backend][member]
+    }
+
+    /// The backend of a target.
+    pub fn upstream(&self, target: &Target) -> &Arc<Upstream> {
+        &self.backends[target.backend]
+    }
+
+    /// Failures and successes that change a backend's state.
+    pub fn thresholds(&self) -> Thresholds {
+        let health = &self.config.health;
+        Thresholds { failures: health.failure_threshold, successes: health.success_threshold }
+    }
+
+    /// Targets of `ask` that were up when this was made.
+    pub fn up(&self, ask: &Ask<'_>) -> usize {
+        self.plan(ask).up
+    }
+
+    /// Chooses a target that is eligible at `now` and not in `tried`, and takes a place there.
+    pub fn pick(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
+        let plan = self.plan(ask);
+        for tier in plan.tiers.iter().chain([&plan.all]) {
+            // Another request may take the last place between the choice and the entry: then choose again.
+            for _ in 0..=tier.members().len() {
+                let Some(target) = self.choose(tier, now, ask, tried, turn) else { break };
+                let upstream = self.upstream(&self.route(ask).targets[target]);
+                if let Some(entered) = upstream.enter(now, turn) {
+                    return Pick::Backend(Chosen { target, entered });
+                }
+            }
+        }
+        self.why_nobody(now, ask, tried, turn)
+    }
+
+    /// Takes the `place` at a backend that was waited for, if it may still be asked for something untried.
+    pub fn pick_waited(
+        &self,
+        now: Nanos,
+        ask: &Ask<'_>,
+        tried: &[TargetId],
+        (backend, place): (BackendId, Slot),
+    ) -> Option<Chosen> {
+        let may = |target: &TargetId| {
+            let t = &self.route(ask).targets[*target];
+            t.backend == backend
+                && t.weight > 0
+                && !tried.contains(target)
+                && self.backends[backend].check_place(now, || t.key(ask.model), None).is_ok()
+        };
+        let target = (0..self.route(ask).targets.len()).find(may)?;
+        let entered = self.backends[backend].enter_at(Some(place), now, None)?;
+        Some(Chosen { target, entered })
+    }
+
+    /// Takes a place at the first of `order` that may be asked: the second round goes as the first went.
+    pub fn pick_in_order(&self, now: Nanos, ask: &Ask<'_>, order: &[TargetId]) -> Option<Chosen> {
+        let open = |target: &&TargetId| self.check(now, ask, **target, None).is_ok();
+        order.iter().filter(open).find_map(|target| {
+            let entered = self.upstream(&self.route(ask).targets[*target]).enter(now, None)?;
+            Some(Chosen { target: *target, entered })
+        })
+    }
+
+    /// The least bad of those that are out: the one that failed least of late.
+    pub fn pick_in_panic(&self, now: Nanos, ask: &Ask<'_>) -> Option<Chosen> {
+        let out = |id| self.check(now, ask, id, None) == Err(Closed::Out(Status::Ejected));
+        let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
+        let target = self.plan(ask).all.least_loaded(|id, weight| {
+            let b = upstream(id);
+            out(id).then(|| load(b.in_flight(), weight, b.penalty.at(now), 0))
+        })?;
+        let entered = upstream(target).enter(now, None)?;
+        Some(Chosen { target, entered })
+    }
+
+    /// Whether a target may be asked at `now`.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(
+        &self,
+        now: Nanos,
+        ask: &Ask<'_>,
+        target: TargetId,
+        turn: Option<&Turn>,
+    ) -> Result<(), Closed> {
+        let t = &self.route(ask).targets[target];
+        self.upstream(t).check(now, || t.key(ask.model), turn)
+    }
+
+    /// Candidates that were passed over for `chosen`, or for nobody: all of its priority and of lower ones that could
+    /// not be asked, and under affinity those that would have come first.
+    pub fn passed(
+        &self,
+        now: Nanos,
+        ask: &Ask<'_>,
+        tried: &[TargetId],
+        chosen: Option<TargetId>,
+    ) -> impl Iterator<Item = (&Arc<Upstream>, Passed)> {
+        let targets = &self.route(ask).targets;
+        let last = chosen.map_or(u32::MAX, |id| targets[id].priority);
+        let rank = |id: TargetId| {
+            let t = &targets[id];
+            rendezvous(ask.affinity.unwrap_or(0), self.upstream(t).identity, t.weight)
+        };
+        let by_hash = self.config.strategy == Strategy::PrefixHash && ask.affinity.is_some();
+        let home = chosen.filter(|_| by_hash).map(|id| (rank(id), targets[id].priority));
+        self.plan(ask).all.members().iter().filter_map(move |(id, _)| {
+            let t = &targets[*id];
+            if chosen == Some(*id) || t.priority > last {
+                return None;
+            }
+            let passed = match self.check(now, ask, *id, None) {
+                _ if tried.contains(id) => Passed::Tried,
+                Err(closed) => Passed::Closed(closed),
+                Ok(()) if home.is_some_and(|(r, p)| p == t.priority && rank(*id) > r) => Passed::Load,
+                Ok(()) => return None,
+            };
+            Some((self.upstream(t), passed))
+        })
+    }
+
+    fn plan(&self, ask: &Ask<'_>) -> &Plan {
+        let class = usize::from(ask.endpoint != Endpoint::Chat);
+        &self.plans[self.layout.shape_of[ask.route][class]]
+    }
+
+    fn choose(
+        &self,
+        tier: &Schedule,
+        now: Nanos,
+        ask: &Ask<'_>,
+        tried: &[TargetId],
+        turn: Option<&Turn>,
+    ) -> Option<TargetId> {
+        let eligible = |id: TargetId| !tried.contains(&id) && self.check(now, ask, id, turn).is_ok();
+        let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
+        match (self.config.strategy, ask.affinity) {
+            (Strategy::PrefixHash, Some(key)) => tier.by_affinity(key, |id| {
+                let b = upstream(id);
+                eligible(id).then(|| (b.identity, b.in_flight()))
+            }),
+            (Strategy::LeastLoaded, _) => tier.least_loaded(|id, weight| {
+                let b = upstream(id);
+                eligible(id).then(|| load(b.in_flight(), weight, b.penalty.at(now), b.breaker.up_for(now)))
+            }),
+            (Strategy::RoundRobin | Strategy::PrefixHash, _) => tier.round_robin(eligible),
+        }
+    }
+
+    fn why_nobody(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
+        if !tried.is_empty() {
+            return Pick::Tried;
+        }
+        let (mut busy, mut out) = (Busy::default(), false);
+        for (id, _) in self.plan(ask).all.members() {
+            let backend = self.route(ask).targets[*id].backend;
+            match self.check(now, ask, *id, turn) {
+                Err(Closed::Cooling(at)) => busy.opens(at, backend, false),
+                Err(Closed::Quota(at)) => busy.opens(at, backend, true),
+                Err(Closed::Full) if !busy.full.contains(&backend) => busy.full.push(backend),
+                Err(Closed::Full) => {}
+                Err(Closed::Out(Status::Ejected)) => out = true,
+                Err(Closed::Out(_)) => {}
+                // It has just opened.
+                Ok(()) => busy.opens(now, backend, false),
+            }
+        }
+        match busy {
+            Busy { opens: None, full } if full.is_empty() && out => Pick::Out,
+            Busy { opens: None, full } if full.is_empty() => Pick::Nobody,
+            busy => Pick::Busy(busy),
+        }
+    }
+}
+
+impl Busy {
+    fn opens(&mut self, at: Nanos, backend: BackendId, by_quota: bool) {
+        if self.opens.is_none_or(|(first, ..)| at < first) {
+            self.opens = Some((at, backend, by_quota));
+        }
+    }
+}
+
+impl Layout {
+    fn new(config: &Config, backends: &[Arc<Upstream>]) -> Self {
+        let serves = |b: &crate::config::Backend| Serves {
+            models: b.models.clone(),
+            default_model: b.default_model.clone(),
+            weight: b.weight,
+            priority: b.priority,
+        };
+        let table = Table::new(&config.backends.iter().map(serves).collect::<Vec<_>>(), &config.routes);
+        let mut droppable: Vec<Box<str>> =
+            config.backends.iter().flat_map(|b| b.drop_fields.iter().cloned()).collect();
+        droppable.sort_unstable();
+        droppable.dedup();
+        let drops =
+            config.backends.iter().map(|b| droppable.iter().map(|d| b.drop_fields.contains(d)).collect());
+        let drops = drops.collect();
+        let watch = Watch { affinity: config.strategy == Strategy::PrefixHash, droppable };
+        let mut known = HashMap::new();
+        let mut shapes = Vec::new();
+        let mut intern = |shape: Shape| {
+            *known.entry(shape).or_insert_with_key(|shape| {
+                shapes.push(shape.clone());
+                shapes.len() - 1
+            })
+        };
+        let shape_of = table.routes().iter().map(|route| {
+            [false, true]
+                .map(|others| intern(Shape::new(route, |t| !others || backends[t.backend].serves_all())))
+        });
+        let shape_of = shape_of.collect();
+        Layout { table, watch, drops, shapes, shape_of }
+    }
+}
+
+impl Shape {
+    fn new(route: &Route, fits: impl Fn(&Target) -> bool) -> Self {
+        let place = |t: &Target| Place {
+            backend: t.backend,
+            weight: if fits(t) { t.weight } else { 0 },
+            priority: t.priority,
+        };
+        Shape(route.targets.iter().map(place).collect())
+    }
+}
+
+impl Plan {
+    /// `before`: the plan that this one replaces; turns whose members are the same go on.
+    fn new(Shape(places): &Shape, backends: &[Arc<Upstream>], now: Nanos, before: Option<&Plan>) -> Self {
+        let is_up = |id: &TargetId| backends[places[*id].backend].breaker.is_up(now);
+        let weighted = || (0..places.len()).filter(|id| places[*id].weight > 0);
+        let before: Vec<_> = before.iter().flat_map(|plan| plan.tiers.iter().chain([&plan.all])).collect();
+        let kept = |next: Schedule| {
+            let same = before.iter().find(|s| s.members() == next.members());
+            same.map_or_else(|| Arc::new(next), |s| Arc::clone(s))
+        };
+        let schedule = |ids: Vec<TargetId>| Schedule::new(ids.into_iter().map(|id| (id, places[id].weight)));
+        let mut priorities: Vec<u32> = weighted().map(|id| places[id].priority).collect();
+        priorities.sort_unstable();
+        priorities.dedup();
+        let mut up = 0;
+        let tiers = priorities.into_iter().map(|priority| {
+            let (mut listed, rest): (Vec<_>, Vec<_>) =
+                weighted().filter(|id| places[*id].priority == priority).partition(is_up);
+            up += listed.len();
+            // Nobody up: the state may change before the next rebuild, so the whole tier stays listed.
+            if listed.is_empty() {
+                listed = rest;
+            }
+            kept(schedule(listed))
+        });
+        let tiers = tiers.collect();
+        let all = kept(schedule(weighted().collect()));
+        Plan { tiers, all, up }
+    }
+}
