@@ -157,7 +157,7 @@ impl Attempts<'_> {
                 return self.give_up(last, slot);
             }
             tried.push(target);
-            if rounds == 0 {
+            if !order.contains(&target) {
                 order.push(target);
             }
         }
@@ -179,6 +179,10 @@ impl Attempts<'_> {
                 Some(chosen) => Pick::Backend(chosen),
                 None => self.snapshot.pick(now, &self.ask, tried, line.turn()),
             };
+        }
+        // Whoever has reopened since comes before those that failed already.
+        if let fresh @ Pick::Backend(_) = self.snapshot.pick(now, &self.ask, order, None) {
+            return fresh;
         }
         let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
         self.snapshot.pick_in_order(now, &self.ask, &rest).map_or(Pick::Tried, Pick::Backend)

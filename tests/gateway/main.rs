@@ -6,17 +6,23 @@ mod support;
 
 mod admission;
 
+mod affinity;
+
 mod balance;
 
 mod body;
 
 mod cancel;
 
+mod clients;
+
 mod drain;
 
 mod edge;
 
 mod endpoints;
+
+mod fleet;
 
 mod headers;
 
@@ -26,7 +32,13 @@ mod json_suite;
 
 mod limit;
 
+mod lines;
+
+mod models;
+
 mod observe;
+
+mod providers;
 
 mod streams;
 

@@ -157,7 +157,7 @@ fn a_provider_that_says_it_has_nothing_left_is_left_alone_until_its_reset() {
     let n = AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
         let headers = match n.fetch_add(1, Ordering::SeqCst) {
-            0 => "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1s\r\n",
+            0 => "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 3s\r\n",
             _ => "x-ratelimit-remaining-requests: 9\r\n",
         };
         reply(stream, 200, headers, b"a");
@@ -167,9 +167,11 @@ fn a_provider_that_says_it_has_nothing_left_is_left_alone_until_its_reset() {
     let zap = Zap::with("", &[a.backend("a", "weight = 9"), b.backend("b", "")]);
     assert_eq!(zap.chat(CHAT).text(), "a");
     let since = Instant::now();
-    while since.elapsed() < Duration::from_millis(800) {
-        assert_eq!(zap.chat(CHAT).text(), "b");
+    let mut client = zap.client();
+    while since.elapsed() < Duration::from_millis(2_900) {
+        assert_eq!(client.chat("", CHAT).text(), "b");
     }
+    assert_eq!(a.count(), 1, "not one request in those three seconds");
     assert_eq!(zap.metric("zap_backend_cooling{backend=\"a\"}"), 1.0);
     eventually("it serves again", || zap.chat(CHAT).text() == "a");
 }

@@ -1,0 +1,143 @@
+//! Who may call, for which models, and how often.
+
+use crate::support::{CHAT, Provider, Response, Zap};
+
+const KEYS: &str = "[rate_limit]\nrequests_per_minute = 2\n\
+    [[client_keys]]\nname = \"search\"\nkey = \"zk-search\"\nrequests_per_minute = 3\nmodels = [\"cheap\", \"gpt-*\"]\n\
+    [[client_keys]]\nname = \"batch\"\nsha256 = \"2c7225aeb459ea4f342eaaca79a86dd40fc33f30e399f787624ab48aa2aed209\"\n";
+
+fn start() -> (Provider, Zap) {
+    let a = Provider::named("a");
+    let routes = "[models.cheap]\ntargets = [{ backend = \"a\", model = \"own\" }]\n";
+    let zap = Zap::with(
+        &format!("{KEYS}{routes}"),
+        &[a.backend("a", "models = [\"gpt-4o\", \"llama\"]\ndefault_model = \"llama\"")],
+    );
+    (a, zap)
+}
+
+fn ask(zap: &Zap, key: &str, model: &str) -> Response {
+    let headers = format!("authorization: Bearer {key}\r\n");
+    zap.client().chat(&headers, format!("{{\"messages\":[],\"model\":\"{model}\"}}"))
+}
+
+#[test]
+fn other_keys_and_none_are_refused_everywhere_under_v1() {
+    let (a, zap) = start();
+    for (path, method) in [
+        ("/chat", "POST"),
+        ("/v1/chat/completions", "POST"),
+        ("/v1/embeddings", "POST"),
+        ("/v1/models", "GET"),
+        ("/v1/models/cheap", "GET"),
+        ("/v1/nothing", "GET"),
+        ("/chat", "DELETE"),
+    ] {
+        for headers in [
+            "",
+            "authorization: Bearer nope\r\n",
+            "authorization: Basic zk-search\r\n",
+            "x-api-key: nope\r\n",
+        ] {
+            let mut client = zap.client();
+            client.send(format!(
+                "{method} {path} HTTP/1.1\r\nhost: z\r\ncontent-length: 2\r\n{headers}\r\n{{}}"
+            ));
+            let refused = client.response();
+            assert_eq!(
+                (refused.status, refused.code().as_str()),
+                (401, "invalid_api_key"),
+                "{path} {headers}"
+            );
+            assert_eq!(refused.header("www-authenticate"), Some("Bearer"));
+            assert_eq!(refused.json()["error"]["type"], "authentication_error");
+        }
+    }
+    for path in ["/health", "/ready", "/metrics", "/status"] {
+        assert_eq!(zap.client().get(path).status, 200, "{path}");
+    }
+    assert_eq!(zap.client().get("/nothing").status, 404);
+    assert_eq!(a.count(), 0);
+    assert_eq!(zap.metric("zap_rejected_total{reason=\"invalid_api_key\"}"), 28.0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_key_may_use_what_is_on_its_list_and_sees_no_more() {
+    let (a, zap) = start();
+    assert_eq!(ask(&zap, "zk-search", "cheap").status, 200);
+    assert_eq!(ask(&zap, "zk-search", "gpt-4o").status, 200);
+    let refused = ask(&zap, "zk-search", "llama");
+    assert_eq!((refused.status, refused.code().as_str()), (404, "model_not_found"));
+    assert!(!refused.text().contains("near it"), "what it may not use is not named: {}", refused.text());
+    let zap = start().1;
+    let refused = zap.client().chat("authorization: Bearer zk-search\r\n", CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (400, "missing_model"));
+    let listed = |key: &str| {
+        let mut client = zap.client();
+        client.send(format!("GET /v1/models HTTP/1.1\r\nhost: z\r\nx-api-key: {key}\r\n\r\n"));
+        let list = client.response().json();
+        let ids = list["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap().to_owned());
+        ids.collect::<Vec<_>>()
+    };
+    assert_eq!(listed("zk-search"), ["cheap", "gpt-4o"]);
+    assert_eq!(listed("zk-batch"), ["cheap", "gpt-4o", "llama"]);
+    assert_eq!(a.count(), 2);
+}
+
+#[test]
+fn a_key_without_a_list_may_use_all_and_a_default() {
+    let (a, zap) = start();
+    assert_eq!(zap.client().chat("authorization: Bearer zk-batch\r\n", CHAT).status, 200);
+    assert_eq!(ask(&zap, "zk-batch", "llama").status, 200);
+    assert_eq!(a.count(), 2);
+}
+
+#[test]
+fn limits_are_the_keys_own_and_lists_cost_nothing() {
+    let (_a, zap) = start();
+    let mut client = zap.client();
+    for _ in 0..5 {
+        client.send("GET /v1/models HTTP/1.1\r\nhost: z\r\napi-key: zk-search\r\n\r\n");
+        assert_eq!(client.response().status, 200);
+    }
+    for (key, limit) in [("zk-search", 3), ("zk-batch", 2)] {
+        for left in (0..limit).rev() {
+            let answer = ask(&zap, key, "cheap");
+            assert_eq!(answer.status, 200);
+            assert_eq!(answer.header("x-ratelimit-limit-requests"), Some(limit.to_string().as_str()));
+            assert_eq!(answer.header("x-ratelimit-remaining-requests"), Some(left.to_string().as_str()));
+        }
+        let refused = ask(&zap, key, "cheap");
+        assert_eq!((refused.status, refused.code().as_str()), (429, "rate_limit_exceeded"));
+    }
+    assert_eq!(zap.metric("zap_client_requests_total{client=\"search\"}"), 9.0);
+    assert_eq!(zap.metric("zap_client_requests_total{client=\"batch\"}"), 3.0);
+}
+
+#[test]
+fn in_the_open_mode_addresses_are_limited_too_and_a_refusal_costs_nothing() {
+    let a = Provider::named("a");
+    let settings = "[server]\ntrusted_proxies = [\"127.0.0.1\"]\n\
+        [rate_limit]\nrequests_per_minute = 2\nrequests_per_minute_per_address = 3\n";
+    let zap = Zap::with(settings, &[a.backend("a", "")]);
+    let ask = |key: &str, address: &str| {
+        let headers = format!("authorization: Bearer {key}\r\nx-forwarded-for: 6.6.6.6, {address}\r\n");
+        let answer = zap.client().chat(&headers, CHAT);
+        let header = |name: &str| answer.header(&format!("x-ratelimit-{name}-requests")).unwrap().to_owned();
+        (answer.status, header("limit"), header("remaining"))
+    };
+    let want = |status, limit: &str, remaining: &str| (status, limit.to_owned(), remaining.to_owned());
+    assert_eq!(ask("k1", "1.1.1.1"), want(200, "2", "1"));
+    assert_eq!(ask("k1", "1.1.1.1"), want(200, "2", "0"));
+    assert_eq!(ask("k1", "1.1.1.1"), want(429, "2", "0"));
+    assert_eq!(ask("k2", "1.1.1.1"), want(200, "3", "0"), "the refusal before cost the address nothing");
+    assert_eq!(ask("k3", "1.1.1.1"), want(429, "3", "0"), "new keys are no way around");
+    assert_eq!(ask("k3", "2.2.2.2"), want(200, "2", "1"));
+    assert_eq!(a.count(), 4);
+
+    let zap = Zap::with("[rate_limit]\nrequests_per_minute_per_address = 1\n", &[a.backend("a", "")]);
+    let passed =
+        (0..5).filter(|i| zap.client().chat(&format!("x-forwarded-for: 1.1.1.{i}\r\n"), CHAT).status == 200);
+    assert_eq!(passed.count(), 1, "nobody is believed who is not trusted");
+}

@@ -1,0 +1,155 @@
+//! The lines before busy backends.
+
+use crate::support::provider::{After, Gate, end_chunks, reply, start_events};
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
+
+/// A provider that lets requests go one by one, and says which it was sent.
+fn gated(gate: &Gate) -> Provider {
+    let held = gate.clone();
+    Provider::start(move |seen, stream| {
+        held.pass();
+        reply(stream, 200, "", &seen.body);
+        After::Keep
+    })
+}
+
+fn ask(model: &str) -> String {
+    format!("{{\"messages\":[],\"model\":\"{model}\"}}")
+}
+
+#[test]
+fn those_who_wait_for_a_full_backend_are_served_in_order_and_not_overtaken() {
+    let gate = Gate::default();
+    let a = gated(&gate);
+    let zap = Zap::with("[server]\nworkers = 2", &[a.backend("a", "max_in_flight = 1")]);
+    let mut clients = Vec::new();
+    for i in 0..8 {
+        let mut client = zap.client();
+        client.post("/chat", "", ask(&format!("m{i}")));
+        eventually("it has its place", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64);
+        clients.push(client);
+    }
+    for client in &mut clients {
+        gate.open(1);
+        assert_eq!(client.response().status, 200);
+    }
+    let order: Vec<_> = a.seen().iter().map(|s| String::from_utf8(s.body.clone()).unwrap()).collect();
+    assert_eq!(order, (0..8).map(|i| ask(&format!("m{i}"))).collect::<Vec<_>>());
+    zap.is_clean();
+}
+
+#[test]
+fn who_waits_for_two_takes_whichever_has_room_first() {
+    let (gate_a, gate_b) = (Gate::default(), Gate::default());
+    let (a, b) = (gated(&gate_a), gated(&gate_b));
+    let backends = [a.backend("a", "max_in_flight = 1"), b.backend("b", "max_in_flight = 1")];
+    let zap = Zap::with("", &backends);
+    let mut clients: Vec<_> = (0..3).map(|_| zap.client()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.post("/chat", "", CHAT);
+        eventually("it has its place", || {
+            gate_a.waiting() + gate_b.waiting() + zap.metric("zap_queue_depth") as usize == i + 1
+        });
+    }
+    gate_b.open(2);
+    eventually("b has served two", || b.count() == 2 && gate_b.waiting() == 0);
+    assert_eq!(a.count(), 1);
+    gate_a.open(1);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    zap.is_clean();
+}
+
+#[test]
+fn who_leaves_the_line_gives_its_place_to_the_next() {
+    let gate = Gate::default();
+    let a = gated(&gate);
+    let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1")]);
+    let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.post("/chat", "", ask(&format!("m{i}")));
+        eventually("it has its place", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64);
+    }
+    drop(clients.remove(1));
+    eventually("it has left", || zap.metric("zap_queue_depth") == 2.0);
+    gate.open(3);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    assert_eq!(a.count(), 3);
+    assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"queued\"}"), 1.0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_request_that_waits_for_one_model_never_blocks_one_for_another() {
+    let gate = Gate::default();
+    let (slow, free) = (gated(&gate), Provider::named("free"));
+    let backends = [
+        slow.backend("slow", "max_in_flight = 1\nmodels = [\"slow\"]"),
+        free.backend("free", "models = [\"free\"]"),
+    ];
+    // Two slots in all: one is taken by the request that is served, and none by those that wait.
+    let zap = Zap::with("[queue]\nmax_in_flight = 2\nmax_size = 5", &backends);
+    let mut clients: Vec<_> = (0..6).map(|_| zap.client()).collect();
+    clients.iter_mut().for_each(|c| c.post("/chat", "", ask("slow")));
+    eventually("five wait", || zap.metric("zap_queue_depth") == 5.0 && gate.waiting() == 1);
+    (0..20).for_each(|_| assert_eq!(zap.chat(ask("free")).text(), "free"));
+    let refused = zap.chat(ask("slow"));
+    assert_eq!((refused.status, refused.code().as_str()), (503, "queue_full"));
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    gate.open(6);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    zap.is_clean();
+}
+
+#[test]
+fn a_wait_for_a_full_backend_ends_with_its_time() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    // A stream that has begun holds its place for longer than anybody may wait.
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        held.pass();
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("[queue]\ntimeout_secs = 1", &[a.backend("a", "max_in_flight = 1")]);
+    let mut first = zap.client();
+    first.post("/chat", "", STREAM);
+    assert_eq!(first.head().status, 200);
+    let late = zap.chat(CHAT);
+    assert_eq!((late.status, late.code().as_str()), (504, "queue_timeout"));
+    gate.open(1);
+    assert_eq!(a.count(), 1, "it never saw the one that was late");
+    drop(first);
+    zap.is_clean();
+}
+
+#[test]
+fn a_quota_that_opens_too_late_refuses_at_once_and_says_when() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "requests_per_minute = 2")]);
+    (0..2).for_each(|_| assert_eq!(zap.chat(CHAT).status, 200));
+    let since = std::time::Instant::now();
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (429, "upstream_rate_limited"));
+    let after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((55..=60).contains(&after), "{after}");
+    assert!(since.elapsed().as_secs() < 5);
+    let status = &zap.client().get("/status").json()["backends"][0];
+    assert_eq!(status["state"], "quota");
+    assert!(status["quota_opens_secs"].as_f64().unwrap() > 50.0, "{status}");
+    zap.is_clean();
+}
+
+#[test]
+fn a_full_backend_says_so() {
+    let gate = Gate::default();
+    let a = gated(&gate);
+    let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1")]);
+    let mut client = zap.client();
+    client.post("/chat", "", CHAT);
+    eventually("it is served", || gate.waiting() == 1);
+    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "full");
+    gate.open(1);
+    assert_eq!(client.response().status, 200);
+    eventually("it has room", || zap.client().get("/status").json()["backends"][0]["state"] == "healthy");
+}

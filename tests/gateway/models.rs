@@ -1,0 +1,222 @@
+//! Which backend gets a model, and under which name.
+
+use std::collections::HashMap;
+
+use crate::support::provider::{After, reply};
+use crate::support::{CHAT, Provider, Zap};
+
+/// A chat for `model`.
+fn ask(model: &str) -> String {
+    format!("{{\"messages\":[],\"model\":\"{model}\"}}")
+}
+
+/// The models that a provider was asked for, in order; empty where none was named.
+fn models(provider: &Provider) -> Vec<String> {
+    let model = |body: &[u8]| {
+        let value: serde_json::Value = serde_json::from_slice(body).unwrap();
+        value["model"].as_str().unwrap_or_default().to_owned()
+    };
+    provider.seen().iter().map(|seen| model(&seen.body)).collect()
+}
+
+const GROQ: &str = "weight = 2\ndefault_model = \"llama-3.1-8b-instant\"\nmodels = [\"llama-3.1-8b-instant\", \"llama-3.3-*\"]";
+const LOCAL: &str = "priority = 1\nmodels = { \"llama-3.1-8b-instant\" = \"llama3.1:8b\", \"llama-3.3-*\" = \"l33-*\", \"llama-*\" = \"any\" }";
+
+#[test]
+fn a_named_model_goes_to_those_who_serve_it_by_their_own_names() {
+    let (groq, local) = (Provider::named("groq"), Provider::named("local"));
+    let zap = Zap::with("", &[groq.backend("groq", GROQ), local.backend("local", LOCAL)]);
+    for (model, want) in [
+        ("llama-3.1-8b-instant", "groq"),
+        ("llama-3.3-70b", "groq"),
+        // Only the local one has a pattern for it, of lower rank or not.
+        ("llama-4", "local"),
+    ] {
+        assert_eq!(zap.chat(ask(model)).text(), want, "{model}");
+    }
+    assert_eq!(models(&groq), ["llama-3.1-8b-instant", "llama-3.3-70b"]);
+    assert_eq!(models(&local), ["any"]);
+}
+
+#[test]
+fn a_failover_asks_for_the_other_backends_own_name() {
+    let (groq, local) = (Provider::fixed(503, "", "down"), Provider::named("local"));
+    let settings = "[retry]\nbase_delay_ms = 1\n[health]\nfailure_threshold = 1000";
+    let zap = Zap::with(settings, &[groq.backend("groq", GROQ), local.backend("local", LOCAL)]);
+    for model in ["llama-3.1-8b-instant", "llama-3.3-70b"] {
+        let answer = zap.chat(ask(model));
+        assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("local", Some("2")));
+    }
+    assert_eq!(models(&groq), ["llama-3.1-8b-instant", "llama-3.3-70b"]);
+    assert_eq!(models(&local), ["llama3.1:8b", "l33-70b"], "the longest prefix counts, its star is the rest");
+}
+
+#[test]
+fn the_body_is_patched_in_place_and_nothing_else_changes() {
+    let local = Provider::named("local");
+    let zap = Zap::with("", &[local.backend("local", "models = { a = \"b/\\\"c\\\"\" }")]);
+    let body = "{ \"x\":1e400 , \"mod\\u0065l\" : \"\\u0061\",\"messages\":[ {\"model\":\"a\"} ] }";
+    assert_eq!(zap.chat(body).status, 200);
+    let want = "{ \"x\":1e400 , \"mod\\u0065l\" : \"b/\\\"c\\\"\",\"messages\":[ {\"model\":\"a\"} ] }";
+    assert_eq!(String::from_utf8(local.seen()[0].body.clone()).unwrap(), want);
+}
+
+#[test]
+fn no_model_goes_to_those_with_a_default_and_to_those_that_take_any() {
+    let (a, b, c) = (Provider::named("a"), Provider::named("b"), Provider::named("c"));
+    let backends = [
+        a.backend("a", "default_model = \"own\"\nmodels = { own = \"mapped\" }"),
+        b.backend("b", "models = [\"x\"]"),
+        c.backend("c", ""),
+    ];
+    let zap = Zap::with("", &backends);
+    for body in [CHAT, "{\"messages\":[],\"model\":null}", "{\"messages\":[],\"model\":\"\"}", CHAT] {
+        assert_eq!(zap.chat(body).status, 200);
+    }
+    assert_eq!(models(&a), ["own", "own"], "a default is the backend's own name already");
+    assert_eq!((b.count(), c.count()), (0, 2));
+    // Its own name for the model may be asked for too: through the map where that has it.
+    let zap = Zap::with("", &backends[..1]);
+    zap.chat(ask("own"));
+    assert_eq!(models(&a).last().unwrap(), "mapped");
+
+    let zap = Zap::with("", &backends[1..2]);
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (400, "missing_model"));
+    assert_eq!(b.count(), 0);
+}
+
+#[test]
+fn a_model_that_nobody_serves_is_not_found_and_near_ones_are_named() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "models = [\"gpt-4o\", \"gpt-4o-mini\", \"o3\", \"llama-*\"]")]);
+    let refused = zap.chat(ask("gpt-4"));
+    assert_eq!((refused.status, refused.code().as_str()), (404, "model_not_found"));
+    let error = &refused.json()["error"];
+    assert_eq!(
+        (error["param"].as_str(), error["type"].as_str()),
+        (Some("model"), Some("invalid_request_error"))
+    );
+    assert!(error["message"].as_str().unwrap().contains("`gpt-4o`, `gpt-4o-mini`"), "{error}");
+    assert_eq!(refused.header("x-zap-attempts"), Some("0"));
+    // Longer than any name may be: a prefix of it is no name either.
+    let long = zap.chat(ask(&format!("llama-{}", "x".repeat(1000))));
+    assert_eq!((long.status, long.code().as_str()), (404, "model_not_found"));
+    assert_eq!(a.count(), 0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_route_of_its_own_name_has_weights_ranks_and_hides_what_has_the_same_name() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let routes = "[models.cheap]\ntargets = [{ backend = \"a\", model = \"a-8b\", weight = 3 }, { backend = \"b\", model = \"b-8b\", weight = 1 }]\n\
+        [models.smart]\ntargets = [{ backend = \"b\", model = \"b-70b\" }, { backend = \"a\", model = \"a-70b\", priority = 1 }]\n\
+        [models.gpt]\ntargets = [{ backend = \"a\" }]\n";
+    let zap = Zap::with(routes, &[a.backend("a", ""), b.backend("b", "models = [\"gpt\"]")]);
+    let count = |model: &str, n: usize| {
+        let mut served = HashMap::<String, usize>::new();
+        (0..n).for_each(|_| *served.entry(zap.chat(ask(model)).text().to_owned()).or_default() += 1);
+        (served.get("a").copied().unwrap_or(0), served.get("b").copied().unwrap_or(0))
+    };
+    assert_eq!(count("cheap", 40), (30, 10));
+    assert_eq!(count("smart", 5), (0, 5));
+    assert_eq!(count("gpt", 5), (5, 0), "the route hides b's own model of that name");
+    let mut seen = models(&a);
+    seen.dedup();
+    assert_eq!(seen, ["a-8b", "gpt"], "a target without a model is sent the name that was asked for");
+    assert!(models(&b)[10..].iter().all(|model| model == "b-70b"));
+}
+
+#[test]
+fn one_provider_may_be_tried_with_two_models() {
+    let a = Provider::start(|seen, stream| {
+        match String::from_utf8_lossy(&seen.body).contains("small") {
+            true => reply(stream, 200, "", b"small"),
+            false => reply(stream, 503, "", b"big is down"),
+        }
+        After::Keep
+    });
+    let routes = "[models.smart]\ntargets = [{ backend = \"a\", model = \"big\" }, { backend = \"a\", model = \"small\", priority = 1 }]\n";
+    let zap = Zap::with(routes, &[a.backend("a", "")]);
+    let answer = zap.chat(ask("smart"));
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("small", Some("2")));
+    assert_eq!(models(&a), ["big", "small"]);
+}
+
+#[test]
+fn the_star_catches_names_that_nothing_else_serves() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let routes = "[models.\"*\"]\ntargets = [{ backend = \"b\", model = \"b-any\" }]\n";
+    let zap = Zap::with(routes, &[a.backend("a", "models = [\"gpt\"]"), b.backend("b", "models = [\"x\"]")]);
+    assert_eq!((zap.chat(ask("gpt")).text(), zap.chat(ask("other")).text()), ("a", "b"));
+    assert_eq!(models(&b), ["b-any"]);
+    assert_eq!(zap.chat(CHAT).code(), "missing_model", "it is for names that are given");
+}
+
+#[test]
+fn models_are_listed_once_with_their_owners() {
+    let a = Provider::named("a");
+    let routes = "[models.smart]\ntargets = [{ backend = \"b\", model = \"x\" }]\n[models.\"*\"]\ntargets = [{ backend = \"a\" }]\n";
+    let zap = Zap::with(
+        routes,
+        &[
+            a.backend("a", "default_model = \"d\"\nmodels = [\"meta/llama\", \"gpt-*\"]"),
+            a.backend("b", "default_model = \"d\"\nmodels = { \"meta/llama\" = \"l\", other = \"o\" }"),
+        ],
+    );
+    let list = zap.client().get("/v1/models");
+    assert_eq!((list.status, list.json()["object"].as_str()), (200, Some("list")));
+    let shown: Vec<_> = list.json()["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| {
+            assert_eq!((m["object"].as_str(), m["created"].as_u64()), (Some("model"), Some(0)));
+            format!("{} {}", m["id"].as_str().unwrap(), m["owned_by"].as_str().unwrap())
+        })
+        .collect();
+    assert_eq!(shown, ["smart zap", "meta/llama a", "d a", "other b"]);
+    for id in ["meta/llama", "meta%2Fllama"] {
+        let one = zap.client().get(&format!("/v1/models/{id}"));
+        assert_eq!((one.status, one.json()["id"].as_str()), (200, Some("meta/llama")));
+    }
+    for id in ["none", "", "gpt-4", "*"] {
+        let none = zap.client().get(&format!("/v1/models/{id}"));
+        assert_eq!((none.status, none.code().as_str()), (404, "model_not_found"), "{id}");
+    }
+    let mut client = zap.client();
+    client.post("/v1/models", "", "{}");
+    let refused = client.response();
+    assert_eq!((refused.status, refused.header("allow")), (405, Some("GET, HEAD")));
+    assert_eq!(zap.metric("zap_requests_total{endpoint=\"models\",backend=\"\",status=\"200\"}"), 3.0);
+    assert_eq!(a.count(), 0);
+}
+
+#[test]
+fn other_endpoints_route_by_model_too_and_pass_over_who_serves_chat_alone() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let backends = [
+        a.backend("a", "weight = 9\nmodels = [\"e\"]\nchat_path = \"/only/chat\""),
+        b.backend("b", "models = { e = \"e-of-b\" }"),
+    ];
+    let zap = Zap::with("", &backends);
+    for path in [
+        "/v1/embeddings",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/moderations",
+        "/v1/rerank",
+        "/v1/images/generations",
+        "/v1/audio/speech",
+    ] {
+        let mut client = zap.client();
+        client.post(path, "", "{\"model\":\"e\",\"input\":\"x\"}");
+        assert_eq!(client.response().text(), "b", "{path}");
+        assert_eq!(b.seen().last().unwrap().line, format!("POST {path} HTTP/1.1"));
+    }
+    assert_eq!(a.count(), 0);
+    assert!(models(&b).iter().all(|model| model == "e-of-b"));
+    let mut client = zap.client();
+    client.post("/v1/embeddings", "", "{\"input\":\"x\"}");
+    assert_eq!(client.response().code(), "missing_model");
+}

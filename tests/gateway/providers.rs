@@ -1,0 +1,81 @@
+//! What one provider wants otherwise than the rest.
+
+use crate::support::{CHAT, Provider, Zap, eventually};
+
+#[test]
+fn a_key_may_go_in_a_header_of_its_own() {
+    let a = Provider::named("a");
+    let more = "api_key = \"sk-CANARY\"\nauth_header = \"api-key\"";
+    let zap = Zap::with("", &[a.backend("a", more)]);
+    eventually("it is probed", || !a.probes().is_empty());
+    assert_eq!(a.probes()[0].header("api-key"), Some("sk-CANARY"));
+    zap.client().chat("api-key: client\r\nauthorization: Bearer client\r\n", CHAT);
+    let seen = a.seen().remove(0);
+    assert_eq!((seen.header("api-key"), seen.header("authorization")), (Some("sk-CANARY"), None));
+}
+
+#[test]
+fn a_key_in_a_header_of_its_own_is_hidden_and_judged_like_any_other() {
+    let a = Provider::fixed(400, "", "bad sk-CANARY");
+    let more = "api_key = \"sk-CANARY\"\nauth_header = \"api-key\"";
+    assert_eq!(Zap::with("", &[a.backend("a", more)]).chat(CHAT).text(), "bad ***");
+    let b = Provider::fixed(401, "", "sk-CANARY");
+    assert_eq!(Zap::with("", &[b.backend("b", more)]).chat(CHAT).code(), "upstream_auth_error");
+}
+
+#[test]
+fn further_headers_take_the_place_of_the_clients() {
+    let a = Provider::named("a");
+    let more = "extra_headers = { HTTP-Referer = \"https://example.org\", user-agent = \"own\" }";
+    let zap = Zap::with("", &[a.backend("a", more)]);
+    eventually("it is probed", || !a.probes().is_empty());
+    assert_eq!(a.probes()[0].header("http-referer"), Some("https://example.org"));
+    zap.client().chat("http-referer: x\r\nuser-agent: client\r\n", CHAT);
+    let seen = a.seen().remove(0);
+    assert_eq!(seen.header("http-referer"), Some("https://example.org"));
+    let agents: Vec<_> = seen.headers.iter().filter(|(n, _)| n == "user-agent").collect();
+    assert_eq!(agents, [&("user-agent".to_owned(), "own".to_owned())]);
+}
+
+#[test]
+fn a_query_in_the_chat_path_goes_along_to_every_endpoint() {
+    let a = Provider::named("a");
+    let more = "chat_path = \"/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21\"";
+    let zap = Zap::with("", &[a.backend("a", more)]);
+    let mut client = zap.client();
+    client.post("/v1/chat/completions?mine=1", "", CHAT);
+    assert_eq!(client.response().status, 200);
+    client.post("/v1/embeddings", "", "{\"model\":\"e\"}");
+    assert_eq!(client.response().status, 200);
+    let lines: Vec<_> = a.seen().iter().map(|seen| seen.line.clone()).collect();
+    let base = "POST /openai/deployments/gpt-4o";
+    let query = "?api-version=2024-10-21 HTTP/1.1";
+    assert_eq!(lines, [format!("{base}/chat/completions{query}"), format!("{base}/embeddings{query}")]);
+}
+
+#[test]
+fn members_that_a_provider_refuses_are_left_out_for_it_alone() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let backends = [
+        a.backend("a", "drop_fields = [\"store\", \"logprobs\"]\ndefault_model = \"m\""),
+        b.backend("b", "drop_fields = [\"user\"]"),
+    ];
+    let zap = Zap::with("", &backends);
+    let body = "{ \"store\":true , \"messages\":[{\"store\":1}],\"user\":\"u\", \"logprobs\" : [1,{}] }";
+    (0..2).for_each(|_| assert_eq!(zap.chat(body).status, 200));
+    let sent = |p: &Provider| String::from_utf8(p.seen()[0].body.clone()).unwrap();
+    assert_eq!(sent(&a), "{\"model\":\"m\",  \"messages\":[{\"store\":1}],\"user\":\"u\" }");
+    assert_eq!(sent(&b), "{ \"store\":true , \"messages\":[{\"store\":1}], \"logprobs\" : [1,{}] }");
+    let twice = zap.chat("{\"messages\":[],\"store\":1,\"st\\u006fre\":2}");
+    assert_eq!((twice.status, twice.code().as_str()), (400, "duplicate_key"));
+    assert_eq!(twice.json()["error"]["param"], "store");
+}
+
+#[test]
+fn several_keys_of_one_provider_are_several_backends() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("one", "api_key = \"k1\""), a.backend("two", "api_key = \"k2\"")]);
+    (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).status, 200));
+    let keys: Vec<_> = a.seen().iter().map(|s| s.header("authorization").unwrap().to_owned()).collect();
+    assert_eq!(keys, ["Bearer k1", "Bearer k2", "Bearer k1", "Bearer k2"]);
+}
