@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hint::black_box;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,11 +16,16 @@ use std::time::{Duration, Instant};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use tokio::sync::Semaphore;
+use zap::config::{Config, LogFormat};
 use zap::policy::Nanos;
 use zap::policy::balance::Schedule;
 use zap::policy::breaker::{Breaker, Status, Thresholds};
 use zap::policy::limit::{Limiter, WINDOW};
 use zap::policy::queue::Admission;
+use zap::state::Shared;
+use zap::state::snapshot::Ask;
+use zap::telemetry::Endpoint;
+use zap::telemetry::log::Log;
 
 /// Measures `call` on one thread and on two. It is given the thread's number and a number that rises.
 fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64, u64) + Sync) {
@@ -127,6 +133,41 @@ fn schedule(c: &mut Criterion) {
     }
 }
 
+/// The whole choice as a request makes it: the route of its model, a backend of that, a place there.
+fn pick(c: &mut Criterion) {
+    for backends in [2, 20, 200] {
+        let mut group = c.benchmark_group(format!("pick/{backends} backends"));
+        for strategy in ["round_robin", "least_loaded", "prefix_hash"] {
+            let shared = fleet(strategy, backends);
+            let snapshot = shared.snapshot.load_full();
+            on_threads(&mut group, strategy, |_, i| {
+                let model = ["llama-8b", "llama-3.3-70b", "some-other"][i as usize % 3];
+                let route = snapshot.table().find(Some(model), true).unwrap_or_default();
+                let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity: Some(i) };
+                black_box(snapshot.pick(i, &ask, &[], None));
+            });
+        }
+        group.finish();
+    }
+}
+
+/// So many backends that all serve all models of [`pick`], every other one under a name of its own.
+fn fleet(strategy: &str, backends: usize) -> Shared {
+    let mut text = format!("[load_balancer]\nstrategy = \"{strategy}\"\n");
+    for i in 0..backends {
+        let models = [
+            "[\"llama-8b\", \"llama-*\", \"*\"]",
+            "{ llama-8b = \"l8\", \"llama-*\" = \"l\", \"*\" = \"o\" }",
+        ][i % 2];
+        let weight = 1 + i % 5;
+        text +=
+            &format!("[[backends]]\nurl = \"http://127.0.0.1:1\"\nweight = {weight}\nmodels = {models}\n");
+    }
+    let config = Config::parse(&text, "bench", Path::new(""), &|_| None);
+    let config = config.unwrap_or_else(|faults| unreachable!("{faults}"));
+    Shared::new(config, Log::start(LogFormat::Text)).unwrap_or_else(|what| unreachable!("{what}"))
+}
+
 /// What a healthy backend's request asks and tells; the alternative is a struct behind a lock.
 fn breaker(c: &mut Criterion) {
     #[derive(Default)]
@@ -182,6 +223,6 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = limiter, queue, schedule, breaker
+    targets = limiter, queue, schedule, pick, breaker
 }
 criterion_main!(benches);

@@ -332,6 +332,73 @@ fn every_request_is_one_json_line_without_keys_or_control_characters() {
 }
 
 #[test]
+fn a_line_names_who_called_and_every_candidate_that_was_passed_over() {
+    let good = provider(OK, Duration::ZERO);
+    let busy = provider(
+        "HTTP/1.1 429 X\r\nretry-after: 30\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        Duration::ZERO,
+    );
+    let failing =
+        provider("HTTP/1.1 500 X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n", Duration::ZERO);
+    let backend = |name: &str, at: SocketAddr, more: &str| {
+        format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{at}\"\n{more}\n")
+    };
+    let text = [
+        config(
+            good,
+            "[health]\nfailure_threshold = 1\n[[client_keys]]\nname = \"team\"\nkey = \"sk-CLIENT\"",
+        ),
+        backend("busy", busy, "weight = 9"),
+        backend("failing", failing, "weight = 9"),
+        backend("spent", good, "weight = 9\nrequests_per_minute = 1"),
+        backend("unlikely", good, "weight = 1\npriority = 7"),
+        backend("other", good, "weight = 9\nmodels = [\"other\"]"),
+    ]
+    .concat();
+    let zap = Running::with(&text);
+    let chat = |id: usize| {
+        let head = format!("POST /chat HTTP/1.1\r\nx-api-key: sk-CLIENT\r\nx-request-id: line-{id}.");
+        assert!(ask(zap.address, &head, CHAT).ends_with("ok"));
+        serde_json::from_str::<serde_json::Value>(&zap.line(&format!("line-{id}."))).unwrap()
+    };
+    let tried = |line: &serde_json::Value| {
+        let pairs = |key: &str| -> Vec<String> {
+            line[key]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|p| format!("{} {}", p[0], p[1]).replace('"', ""))
+                .collect()
+        };
+        (pairs("attempts"), pairs("passed"))
+    };
+    // Whoever is asked on the way says why it is passed over later on; in the end all three are.
+    for id in 0..4 {
+        let (attempts, passed) = tried(&chat(id));
+        for attempt in &attempts[..attempts.len() - 1] {
+            let name = attempt.split(' ').next().unwrap();
+            assert!(passed.contains(&format!("{name} tried")), "{attempts:?} {passed:?}");
+        }
+    }
+    let line = chat(9);
+    assert_eq!((line["client"].as_str(), line["backend"].as_str()), (Some("team"), Some("a")));
+    let (attempts, mut passed) = tried(&line);
+    assert_eq!(attempts, ["a 200"]);
+    passed.sort();
+    assert_eq!(passed.len(), 3, "{passed:?}");
+    assert!(passed[0].starts_with("busy cooling ") && passed[0].ends_with('s'), "{passed:?}");
+    assert_eq!(passed[1], "failing ejected");
+    assert!(passed[2].starts_with("spent quota 5") || passed[2] == "spent quota 60.0s", "{passed:?}");
+    let refused =
+        ask(zap.address, "POST /chat HTTP/1.1\r\nauthorization: Bearer sk-WRONG\r\nx-request-id: no", CHAT);
+    assert!(refused.starts_with("HTTP/1.1 401 ") && refused.contains("invalid_api_key"), "{refused}");
+    let metrics = ask(zap.address, "GET /metrics HTTP/1.1", "");
+    assert!(metrics.contains("zap_client_requests_total{client=\"team\"} 5\n"), "{metrics}");
+    let all = [zap.log.lock().unwrap().join("\n"), metrics, refused].concat();
+    assert!(!all.contains("sk-C") && !all.contains("sk-W"), "{all}");
+}
+
+#[test]
 fn events_can_be_json_and_requests_can_be_silent() {
     let text = config(provider(OK, Duration::ZERO), "[log]\nrequests = false\nevents = \"json\"");
     let mut zap = Running::with(&text);
