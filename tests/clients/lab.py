@@ -21,6 +21,20 @@ CASES = {
     "CUT": (["alpha"], ""),
     "SHORT": (["alpha"], ""),
     "SLOW": (["alpha"], ""),
+    "ROUTES": (["alpha", "beta"], """[[client_keys]]
+name = "team"
+key = "team-key"
+models = ["smart", "meta/*"]
+[[client_keys]]
+name = "all"
+key = "all-key"
+[models.smart]
+targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "big", priority = 1 }]
+"""),
+}
+# What the backends of a case serve beyond their defaults.
+SERVES = {
+    "ROUTES": {"alpha": 'models = ["meta/llama"]', "beta": 'models = { "meta/llama" = "llama-of-beta", other = "o" }'},
 }
 
 
@@ -50,7 +64,8 @@ max_wait_secs = 1
 interval_secs = 1
 """
     return head + extra + "".join(
-        "[[backends]]\nweight = 1\n" + "".join(f'{key} = "{value}"\n' for key, value in b.items()) for b in backends)
+        "[[backends]]\nweight = 1\n" + b.pop("more", "") + "".join(f'{key} = "{value}"\n' for key, value in b.items())
+        for b in backends)
 
 
 class Zap:
@@ -100,7 +115,8 @@ def build(folder, opened):
         for name in names:
             mocks.append(Provider(name))
             opened.append(mocks[-1])
-        backends = [dict(name=m.name, url=m.url, api_key=f"key-of-{m.name}", default_model=f"default-{m.name}") for m in mocks]
+        backends = [dict(name=m.name, url=m.url, api_key=f"key-of-{m.name}", default_model=f"default-{m.name}",
+                         more=SERVES.get(case, {}).get(m.name, "") + "\n") for m in mocks]
         if not mocks:
             for name in ("gone", "lost"):
                 sock, port = dead_port()

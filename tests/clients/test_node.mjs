@@ -166,6 +166,32 @@ const cases = {
     assert.ok(!(error instanceof OpenAI.APIConnectionTimeoutError));
   },
 
+  async "models are listed and looked up, those that the key may use"() {
+    const listed = async (apiKey) => {
+      const models = [];
+      for await (const model of client("ROUTES", { apiKey }).models.list()) models.push(`${model.id} ${model.owned_by}`);
+      return models;
+    };
+    assert.deepEqual(await listed("team-key"), ["smart zap", "meta/llama alpha"]);
+    assert.equal((await listed("all-key")).length, 5);
+    assert.equal((await client("ROUTES", { apiKey: "team-key" }).models.retrieve("meta/llama")).id, "meta/llama");
+    const error = await raises(OpenAI.NotFoundError, () => client("ROUTES", { apiKey: "team-key" }).models.retrieve("other"));
+    assert.equal(error.code, "model_not_found");
+  },
+
+  async "AuthenticationError and NotFoundError: who may call, and for what"() {
+    let error = await raises(OpenAI.AuthenticationError, () => ask(client("ROUTES", { apiKey: "wrong" }), "hello"));
+    assert.deepEqual([error.code, error.type], ["invalid_api_key", "authentication_error"]);
+    error = await raises(OpenAI.NotFoundError, () => ask(client("ROUTES", { apiKey: "team-key" }), "hello", { model: "other" }));
+    assert.deepEqual([error.code, error.param], ["model_not_found", "model"]);
+  },
+
+  async "a route falls back to another backend's model"() {
+    const { data, response } = await raw(client("ROUTES", { apiKey: "all-key" }), "hello", { model: "smart" });
+    assert.equal(data.choices[0].message.content, "beta got big: hello");
+    assert.equal(response.headers.get("x-zap-attempts"), "2");
+  },
+
   async "APIConnectionTimeoutError: a client that leaves frees the provider"() {
     await raises(OpenAI.APIConnectionTimeoutError, () => ask(client("SLOW"), "slow", {}, { timeout: 500 }));
     const deadline = performance.now() + 2000;

@@ -200,4 +200,33 @@ def _():
         time.sleep(0.02)
 
 
+@case("models are listed and looked up, those that the key may use")
+def _():
+    listed = lambda key: [(m.id, m.owned_by) for m in client("ROUTES", key=key).models.list()]
+    assert listed("team-key") == [("smart", "zap"), ("meta/llama", "alpha")], listed("team-key")
+    assert [name for name, _ in listed("all-key")] == ["smart", "meta/llama", "default-alpha", "other", "default-beta"]
+    assert client("ROUTES", key="team-key").models.retrieve("meta/llama").id == "meta/llama"
+    error = raises(openai.NotFoundError, lambda: client("ROUTES", key="team-key").models.retrieve("other"))
+    assert error.code == "model_not_found", error.body
+
+
+@case("AuthenticationError, NotFoundError and BadRequestError: who may call, and for what")
+def _():
+    error = raises(openai.AuthenticationError, lambda: ask(client("ROUTES", key="wrong"), "hello"))
+    assert (error.code, error.type) == ("invalid_api_key", "authentication_error"), error.body
+    error = raises(openai.NotFoundError, lambda: ask(client("ROUTES", key="team-key"), "hello", model="other"))
+    assert (error.code, error.param) == ("model_not_found", "model"), error.body
+    error = raises(openai.BadRequestError, lambda: ask(client("ROUTES", key="team-key"), "hello", model=""))
+    assert (error.code, error.param) == ("missing_model", "model"), error.body
+
+
+@case("a model has each backend's own name, and a route its fallback")
+def _():
+    zap = client("ROUTES", key="all-key")
+    said = {ask(zap, "hello", model="meta/llama").choices[0].message.content for _ in range(2)}
+    assert said == {"alpha got meta/llama: hello", "beta got llama-of-beta: hello"}, said
+    raw = ask(zap, "hello", model="smart", raw=True)
+    assert raw.parse().choices[0].message.content == "beta got big: hello" and raw.headers["x-zap-attempts"] == "2"
+
+
 finish("python")
