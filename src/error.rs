@@ -291,12 +291,12 @@ impl GatewayError {
                 Code::ModelNotFound,
                 match near.is_empty() {
                     true => format!(
-                        "No backend serves the model `{name}` for you; GET /v1/models lists those that are."
+                        "The model `{name}` is not served here, or not to this key. GET /v1/models lists what is."
                     ),
                     false => {
                         let near = near.join("`, `");
                         format!(
-                            "No backend serves the model `{name}` for you; near it: `{near}`. GET /v1/models lists all."
+                            "The model `{name}` is not served here, or not to this key; near it: `{near}`. GET /v1/models lists what is."
                         )
                     }
                 },

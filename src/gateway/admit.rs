@@ -111,8 +111,9 @@ impl Line {
             }
             let now = clock::now();
             let at = match &self.quota {
-                Some((_, line)) => Some(line.opens_at(now)),
-                None => first.map(|(at, ..)| at),
+                // Where the backend is full as well, only a place helps.
+                Some((id, line)) if !busy.full.contains(id) => Some(line.opens_at(now)),
+                _ => first.map(|(at, ..)| at),
             };
             match at {
                 _ if self.granted.is_some() => break Ok(()),
@@ -158,7 +159,9 @@ impl Line {
                 Ok(None) | Err(QueueFull) => {}
             }
         }
-        let quota = first.filter(|(_, _, by_quota)| *by_quota).map(|(_, id, _)| id);
+        // Whose turn at a quota has come while the backend is full keeps it.
+        let kept = self.quota.as_ref().map(|(id, _)| *id).filter(|id| busy.full.contains(id));
+        let quota = first.filter(|(_, _, by_quota)| *by_quota).map(|(_, id, _)| id).or(kept);
         if self.quota.as_ref().map(|(id, _)| *id) != quota {
             self.quota = quota.and_then(|id| Some((id, InLine::new(&snapshot.backends[id])?)));
         }

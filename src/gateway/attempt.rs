@@ -174,7 +174,8 @@ impl Attempts<'_> {
     fn pick(&self, now: Nanos, rounds: u32, order: &[TargetId], tried: &[TargetId], line: &mut Line) -> Pick {
         if rounds == 0 {
             let waited = line.granted.take();
-            let waited = waited.and_then(|place| self.snapshot.pick_waited(now, &self.ask, tried, place));
+            let at = |place| self.snapshot.pick_waited(now, &self.ask, tried, place, line.turn());
+            let waited = waited.and_then(at);
             return match waited {
                 Some(chosen) => Pick::Backend(chosen),
                 None => self.snapshot.pick(now, &self.ask, tried, line.turn()),

@@ -217,16 +217,17 @@ impl Snapshot {
         ask: &Ask<'_>,
         tried: &[TargetId],
         (backend, place): (BackendId, Slot),
+        turn: Option<&Turn>,
     ) -> Option<Chosen> {
         let may = |target: &TargetId| {
             let t = &self.route(ask).targets[*target];
             t.backend == backend
                 && t.weight > 0
                 && !tried.contains(target)
-                && self.backends[backend].check_place(now, || t.key(ask.model), None).is_ok()
+                && self.backends[backend].check_place(now, || t.key(ask.model), turn).is_ok()
         };
         let target = (0..self.route(ask).targets.len()).find(may)?;
-        let entered = self.backends[backend].enter_at(Some(place), now, None)?;
+        let entered = self.backends[backend].enter_at(Some(place), now, turn)?;
         Some(Chosen { target, entered })
     }
 
