@@ -14,6 +14,8 @@ pub mod limit;
 
 pub mod scan;
 
+pub mod skip;
+
 pub mod route;
 
 pub mod near;

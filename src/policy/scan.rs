@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use super::skip;
+
 /// Deepest nesting that is accepted; the object itself is 1.
 pub const MAX_DEPTH: u32 = 128;
 
@@ -170,9 +172,13 @@ pub struct Fields {
 pub struct Scanner<'w> {
     watch: &'w Watch,
     state: State,
-    /// Bit `d` is set where the container at depth `d + 1` is an object. `depth <= MAX_DEPTH`.
+    /// The container that is read is an object, not an array.
+    is_object: bool,
+    /// The same of those around it, the next one in the lowest bit. `depth <= MAX_DEPTH`.
     objects: u128,
     depth: u32,
+    /// Up to there the chunk is known to be UTF-8.
+    sound: usize,
     /// Bytes consumed by earlier chunks.
     base: u64,
     /// The member whose value comes or is being read; only at depth 1.
@@ -281,8 +287,10 @@ impl<'w> Scanner<'w> {
         Scanner {
             watch,
             state: State::Start,
+            is_object: false,
             objects: 0,
             depth: 0,
+            sound: 0,
             base: 0,
             member: None,
             droppable: None,
@@ -304,9 +312,18 @@ impl<'w> Scanner<'w> {
     /// # Errors
     /// The first fault. The scanner is of no use afterwards.
     pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        self.sound = 0;
         let mut i = 0;
         while i < chunk.len() {
-            i = self.step(chunk, i)?;
+            i = match self.state {
+                State::Text { key } => self.text(chunk, i, key)?,
+                State::Escape { key } => self.escape(chunk[i], i, key)?,
+                State::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
+                State::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
+                State::Number(number) => self.number(chunk, i, number)?,
+                State::Literal(rest) => self.literal(chunk, i, rest)?,
+                _ => self.structure(chunk, i)?,
+            };
         }
         self.base += chunk.len() as u64;
         Ok(())
@@ -324,83 +341,65 @@ impl<'w> Scanner<'w> {
         Ok(self.fields)
     }
 
-    /// Consumes at least one byte of `chunk` from `i` on, or changes the state; returns the next index.
-    fn step(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
-        let b = chunk[i];
-        match self.state {
-            State::Text { key } => return self.text(chunk, i, key),
-            State::Escape { key } => return self.escape(b, i, key),
-            State::Hex { key, left, code } => return self.hex(b, i, key, left, code),
-            State::Utf8 { key, left, low, high } => {
-                if b < low || b > high {
+    /// What stands between strings, numbers and literals, as far as it goes; returns the next index.
+    fn structure(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, ScanError> {
+        while let Some(&b) = chunk.get(i) {
+            if matches!(b, b' ' | b'\n' | b'\r' | b'\t') {
+                i += 1;
+                continue;
+            }
+            i = match (self.state, b) {
+                (State::FirstKey | State::Key, b'"') => self.key(chunk, i)?,
+                (State::Colon, b':') => {
+                    self.state = State::Value;
+                    i + 1
+                }
+                (State::AfterValue, b',') => {
+                    if self.depth == 1 {
+                        self.comma_at(self.base + i as u64);
+                    }
+                    self.state = if self.is_object { State::Key } else { State::Value };
+                    i + 1
+                }
+                (State::FirstItem, b']') => self.close(i),
+                (State::Value | State::FirstItem, _) => self.value(chunk, i)?,
+                (State::AfterValue, b'}') if self.is_object => self.close(i),
+                (State::AfterValue, b']') if !self.is_object => self.close(i),
+                (State::FirstKey, b'}') => self.close(i),
+                (State::Start, b'{') => {
+                    self.fields.inside = self.base + i as u64 + 1;
+                    self.open(true);
+                    i + 1
+                }
+                (State::Start | State::FirstKey | State::Key | State::Colon | State::AfterValue | State::End, _) => {
                     return self.invalid(i);
                 }
-                self.push(b);
-                self.state = match left {
-                    1 => State::Text { key },
-                    _ => State::Utf8 { key, left: left - 1, low: 0x80, high: 0xBF },
-                };
-                return Ok(i + 1);
-            }
-            State::Number(number) => return self.number(b, i, number),
-            State::Literal(rest) => {
-                if b != rest[0] {
-                    return self.invalid(i);
-                }
-                self.state = State::Literal(&rest[1..]);
-                if rest.len() == 1 {
-                    self.value_ends(i + 1);
-                }
-                return Ok(i + 1);
-            }
-            _ => {}
+                // In the middle of something that is no structure.
+                _ => return Ok(i),
+            };
         }
-        if matches!(b, b' ' | b'\n' | b'\r' | b'\t') {
-            return Ok(i + 1);
-        }
-        match (self.state, b) {
-            (State::Start, b'{') => {
-                self.depth = 1;
-                self.objects = 1;
-                self.fields.inside = self.base + i as u64 + 1;
-                self.state = State::FirstKey;
-            }
-            (State::FirstKey | State::Key, b'"') => {
-                if self.depth == 1 {
-                    self.key_start = self.base + i as u64;
-                    self.fields.members += 1;
-                    self.start_keeping(Keep::Key);
-                } else if self.depth == 3 && self.opening == Opening::Seeking {
-                    self.start_keeping(Keep::Key);
-                }
-                self.state = State::Text { key: true };
-            }
-            (State::FirstKey, b'}') | (State::FirstItem, b']') => self.close(i),
-            (State::Colon, b':') => self.state = State::Value,
-            (State::Value | State::FirstItem, _) => return self.value(b, i),
-            (State::AfterValue, b',') => {
-                if self.depth == 1 {
-                    self.comma_at(self.base + i as u64);
-                }
-                self.state = if self.in_object() { State::Key } else { State::Value };
-            }
-            (State::AfterValue, b'}') if self.in_object() => self.close(i),
-            (State::AfterValue, b']') if !self.in_object() => self.close(i),
-            _ => return self.invalid(i),
-        }
-        Ok(i + 1)
-    }
-
-    fn in_object(&self) -> bool {
-        self.objects >> (self.depth - 1) & 1 == 1
+        Ok(i)
     }
 
     fn invalid<T>(&self, i: usize) -> Result<T, ScanError> {
         Err(ScanError::Invalid { offset: self.base + i as u64 })
     }
 
-    /// A value begins with `b`.
-    fn value(&mut self, b: u8, i: usize) -> Result<usize, ScanError> {
+    /// A key begins at `i`, with its quote.
+    fn key(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
+        if self.depth == 1 {
+            self.key_start = self.base + i as u64;
+            self.fields.members += 1;
+            self.start_keeping(Keep::Key);
+        } else if self.depth == 3 && self.opening == Opening::Seeking {
+            self.start_keeping(Keep::Key);
+        }
+        self.text(chunk, i + 1, true)
+    }
+
+    /// A value begins at `i`.
+    fn value(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
+        let b = chunk[i];
         if self.depth == 1 {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
@@ -413,10 +412,8 @@ impl<'w> Scanner<'w> {
                 if self.watch.affinity && self.depth == 1 && self.member == Some(Member::Messages) {
                     self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
                 }
-                let bit = 1u128 << self.depth;
-                self.depth += 1;
-                self.objects = if b == b'{' { self.objects | bit } else { self.objects & !bit };
-                self.state = if b == b'{' { State::FirstKey } else { State::FirstItem };
+                self.open(b == b'{');
+                Ok(i + 1)
             }
             b'"' => {
                 match self.member {
@@ -427,17 +424,16 @@ impl<'w> Scanner<'w> {
                     _ if self.depth == 3 && self.opening == Opening::Role => self.start_keeping(Keep::Value),
                     _ => {}
                 }
-                self.state = State::Text { key: false };
+                self.text(chunk, i + 1, false)
             }
-            b'-' => self.state = State::Number(Number::Minus),
-            b'0' => self.state = State::Number(Number::Zero),
-            b'1'..=b'9' => self.state = State::Number(Number::Integer),
-            b't' => self.state = State::Literal(b"rue"),
-            b'f' => self.state = State::Literal(b"alse"),
-            b'n' => self.state = State::Literal(b"ull"),
-            _ => return self.invalid(i),
+            b'-' => self.number(chunk, i + 1, Number::Minus),
+            b'0' => self.number(chunk, i + 1, Number::Zero),
+            b'1'..=b'9' => self.number(chunk, i + 1, Number::Integer),
+            b't' => self.literal(chunk, i + 1, b"rue"),
+            b'f' => self.literal(chunk, i + 1, b"alse"),
+            b'n' => self.literal(chunk, i + 1, b"ull"),
+            _ => self.invalid(i),
         }
-        Ok(i + 1)
     }
 
     /// Notes the type of a top-level member's value from its first byte.
@@ -509,45 +505,80 @@ impl<'w> Scanner<'w> {
         self.fields.affinity.opening = Some(self.value_start..end);
     }
 
-    fn close(&mut self, i: usize) {
+    /// A container begins.
+    fn open(&mut self, is_object: bool) {
+        // The one around it is remembered by a bit.
+        self.objects = self.objects << 1 | u128::from(self.is_object);
+        self.depth += 1;
+        self.is_object = is_object;
+        self.state = if is_object { State::FirstKey } else { State::FirstItem };
+    }
+
+    /// A container ends at `i`; returns the next index.
+    fn close(&mut self, i: usize) -> usize {
         self.depth -= 1;
+        self.is_object = self.objects & 1 == 1;
+        self.objects >>= 1;
         if self.depth == 0 {
             self.state = State::End;
-            return;
+            return i + 1;
         }
         if self.depth == 2 && self.opening == Opening::Found {
             self.opening_ends(self.base + i as u64 + 1);
         }
         self.value_ends(i + 1);
+        i + 1
     }
 
-    fn number(&mut self, b: u8, i: usize, number: Number) -> Result<usize, ScanError> {
+    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<usize, ScanError> {
         use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
-        let next = match (number, b) {
-            (Minus, b'0') => Zero,
-            (Minus | Integer, b'0'..=b'9') => Integer,
-            (Zero | Integer, b'.') => Point,
-            (Point | Fraction, b'0'..=b'9') => Fraction,
-            (Zero | Integer | Fraction, b'e' | b'E') => E,
-            (E, b'+' | b'-') => Sign,
-            (E | Sign | Exponent, b'0'..=b'9') => Exponent,
-            (Zero | Integer | Fraction | Exponent, _) => {
-                self.value_ends(i);
-                return Ok(i);
-            }
-            (Minus | Point | E | Sign, _) => return self.invalid(i),
-        };
-        self.state = State::Number(next);
-        Ok(i + 1)
+        while let Some(&b) = chunk.get(i) {
+            number = match (number, b) {
+                (Integer, b'0'..=b'9') => Integer,
+                (Point | Fraction, b'0'..=b'9') => Fraction,
+                (Minus, b'0') => Zero,
+                (Minus, b'1'..=b'9') => Integer,
+                (Zero | Integer, b'.') => Point,
+                (Zero | Integer | Fraction, b'e' | b'E') => E,
+                (E, b'+' | b'-') => Sign,
+                (E | Sign | Exponent, b'0'..=b'9') => Exponent,
+                (Zero | Integer | Fraction | Exponent, _) => {
+                    self.value_ends(i);
+                    return Ok(i);
+                }
+                (Minus | Point | E | Sign, _) => return self.invalid(i),
+            };
+            i += 1;
+        }
+        self.state = State::Number(number);
+        Ok(i)
     }
 
-    /// Ordinary characters of a string, from `i` on.
-    fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, ScanError> {
-        let end =
-            if self.keep == Keep::Nothing { i + skip_text(&chunk[i..]) } else { i + plain_run(&chunk[i..]) };
-        if end > i {
-            self.keep_run(&chunk[i..end]);
+    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<usize, ScanError> {
+        let here = &chunk[i..chunk.len().min(i + rest.len())];
+        if let Some(wrong) = here.iter().zip(rest).position(|(b, want)| b != want) {
+            return self.invalid(i + wrong);
         }
+        let end = i + here.len();
+        self.state = State::Literal(&rest[here.len()..]);
+        if here.len() == rest.len() {
+            self.value_ends(end);
+        }
+        Ok(end)
+    }
+
+    /// The text of a string, from `i` on.
+    fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, ScanError> {
+        let end = if self.keep == Keep::Nothing {
+            skip::text(chunk, i, &mut self.sound)
+        } else {
+            let end = skip::plain(chunk, i);
+            if end > i {
+                self.keep_run(&chunk[i..end]);
+            }
+            end
+        };
+        self.state = State::Text { key };
         let Some(&b) = chunk.get(end) else { return Ok(end) };
         match b {
             b'"' => self.text_ends(end + 1, key)?,
@@ -569,6 +600,18 @@ impl<'w> Scanner<'w> {
             }
         }
         Ok(end + 1)
+    }
+
+    fn utf8(&mut self, b: u8, i: usize, key: bool, left: u8, low: u8, high: u8) -> Result<usize, ScanError> {
+        if b < low || b > high {
+            return self.invalid(i);
+        }
+        self.push(b);
+        self.state = match left {
+            1 => State::Text { key },
+            _ => State::Utf8 { key, left: left - 1, low: 0x80, high: 0xBF },
+        };
+        Ok(i + 1)
     }
 
     fn text_ends(&mut self, end: usize, key: bool) -> Result<(), ScanError> {
@@ -685,49 +728,6 @@ impl<'w> Scanner<'w> {
             self.keep_run("\u{FFFD}".as_bytes());
         }
     }
-}
-
-/// Length of what can be skipped of a string: whole characters and plain escapes up to its end, to something
-/// wrong, or to what may go on in the next chunk. What it leaves is read with care, byte by byte.
-fn skip_text(bytes: &[u8]) -> usize {
-    let mut at = 0;
-    loop {
-        at += plain_run(&bytes[at..]);
-        let rest = &bytes[at..];
-        at += match rest {
-            [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
-            [0xC2..=0xDF, 0x80..=0xBF, ..] => 2,
-            [0xE1..=0xEC | 0xEE..=0xEF, 0x80..=0xBF, 0x80..=0xBF, ..] => 3,
-            [0xF1..=0xF3, 0x80..=0xBF, 0x80..=0xBF, 0x80..=0xBF, ..] => 4,
-            _ => return at,
-        };
-    }
-}
-
-/// Length of the leading run of bytes that need no look inside a string: printable ASCII but `"` and `\`.
-fn plain_run(bytes: &[u8]) -> usize {
-    let (words, tail) = bytes.as_chunks::<8>();
-    for (i, word) in words.iter().enumerate() {
-        let special = special_bytes(u64::from_le_bytes(*word));
-        if special != 0 {
-            return i * 8 + special.trailing_zeros() as usize / 8;
-        }
-    }
-    let start = bytes.len() - tail.len();
-    let is_special = |b: &u8| *b == b'"' || *b == b'\\' || !(0x20..0x80).contains(b);
-    start + tail.iter().position(is_special).unwrap_or(tail.len())
-}
-
-/// Marks, by their high bits, the bytes of `word` that are `"`, `\`, below 0x20 or above 0x7F. The lowest mark is
-/// exact; those above it may be false (Hacker's Delight, 6-1).
-fn special_bytes(word: u64) -> u64 {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGHS: u64 = ONES << 7;
-    let zero_bytes = |x: u64| x.wrapping_sub(ONES) & !x;
-    let quotes = zero_bytes(word ^ (ONES * b'"' as u64));
-    let escapes = zero_bytes(word ^ (ONES * b'\\' as u64));
-    let controls = word.wrapping_sub(ONES * 0x20) & !word;
-    (quotes | escapes | controls | word) & HIGHS
 }
 
 #[cfg(test)]
@@ -897,22 +897,6 @@ mod tests {
         ] {
             assert_eq!(scan(body), Err(ScanError::Invalid { offset }), "{}", String::from_utf8_lossy(body));
         }
-    }
-
-    #[test]
-    fn finds_the_first_special_byte_wherever_it_stands() {
-        for len in 0..40 {
-            for at in 0..=len {
-                for special in (0..=255u8).filter(|b| !(0x20..0x80).contains(b) || b"\"\\".contains(b)) {
-                    let mut bytes = vec![b'!'; len];
-                    bytes.extend([b' ', b'~', 0x7F]);
-                    bytes.insert(at, special);
-                    bytes.push(special);
-                    assert_eq!(plain_run(&bytes), at, "{special:x} at {at} of {len}");
-                }
-            }
-        }
-        assert_eq!(plain_run("printable ASCII, all of it: ~{}[]!#".as_bytes()), 35);
     }
 
     #[test]

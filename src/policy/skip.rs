@@ -1,0 +1,184 @@
+//! How far the text of a JSON string goes without anything that needs a look.
+//!
+//! Most of a body is text. It is skipped sixteen bytes at a time, and characters outside of ASCII are judged by a
+//! validator over a whole stretch at once; what is left for [`super::scan`] to read byte by byte is the end of a
+//! string, what may go on in the next chunk, and what is wrong.
+
+use wide::i8x16;
+
+/// Bytes of a block.
+const BLOCK: usize = 16;
+
+/// Index, from `at` on, of the first byte of a string's text that needs a look: a quote, a control character, or an
+/// escape or a character that is not whole in this chunk or not right.
+///
+/// `sound`: up to there the chunk is known to be UTF-8; it rises as more is found to be. Linear: every byte is skipped
+/// once and validated at most twice.
+pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
+    loop {
+        if at < *sound {
+            at = special::<false>(&chunk[..*sound], at);
+            if at == *sound {
+                continue;
+            }
+        } else {
+            at = special::<true>(chunk, at);
+        }
+        match &chunk[at..] {
+            [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => at += 2,
+            [b'\\', b'u', hex @ ..] if hex.len() >= 4 && hex[..4].iter().all(u8::is_ascii_hexdigit) => at += 6,
+            [0x80..=0xFF, ..] => {
+                let valid = at + valid_prefix(&chunk[at..]);
+                if valid == at {
+                    return at;
+                }
+                *sound = valid;
+            }
+            _ => return at,
+        }
+    }
+}
+
+/// Index, from `at` on, of the first quote, backslash, control character or byte outside of ASCII.
+pub fn plain(bytes: &[u8], at: usize) -> usize {
+    special::<true>(bytes, at)
+}
+
+/// Index, from `at` on, of the first quote, backslash or control character, and with `ASCII` of the first byte that
+/// is outside of it; the length where there is none.
+fn special<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
+    while let Some(block) = bytes.get(at..).and_then(<[u8]>::first_chunk::<BLOCK>) {
+        let found = marks::<ASCII>(*block);
+        if found != 0 {
+            return at + found.trailing_zeros() as usize;
+        }
+        at += BLOCK;
+        // In the middle of a long text: four blocks at a time, and only whether there is anything.
+        while let Some(blocks) = bytes.get(at..).and_then(<[u8]>::first_chunk::<{ 4 * BLOCK }>) {
+            if is_plain::<ASCII>(blocks) {
+                at += 4 * BLOCK;
+            } else {
+                break;
+            }
+        }
+    }
+    let rest = &bytes[at.min(bytes.len())..];
+    let is_special = |b: &u8| matches!(b, b'"' | b'\\' | 0..0x20) || ASCII && *b >= 0x80;
+    at + rest.iter().position(is_special).unwrap_or(rest.len())
+}
+
+/// A bit for each byte of the block that is special.
+fn marks<const ASCII: bool>(block: [u8; BLOCK]) -> u32 {
+    special_lanes::<ASCII>(block).to_bitmask()
+}
+
+fn is_plain<const ASCII: bool>(blocks: &[u8; 4 * BLOCK]) -> bool {
+    let (parts, _) = blocks.as_chunks::<BLOCK>();
+    let any = parts.iter().fold(i8x16::ZERO, |any, block| any | special_lanes::<ASCII>(*block));
+    any.to_bitmask() == 0
+}
+
+fn special_lanes<const ASCII: bool>(block: [u8; BLOCK]) -> i8x16 {
+    let signed = i8x16::new(block.map(u8::cast_signed));
+    let quotes = signed.simd_eq(i8x16::splat(b'"'.cast_signed()));
+    let escapes = signed.simd_eq(i8x16::splat(b'\\'.cast_signed()));
+    // As signed numbers, bytes outside of ASCII lie below the control characters.
+    let low = signed.simd_lt(i8x16::splat(0x20));
+    let low = if ASCII { low } else { low & !signed.simd_lt(i8x16::ZERO) };
+    quotes | escapes | low
+}
+
+/// Length of the longest prefix that is UTF-8 and ends with a whole character.
+fn valid_prefix(bytes: &[u8]) -> usize {
+    // What a chunk cuts off is no fault: without it most chunks are valid at the first look.
+    let whole = bytes.len() - cut_off(bytes);
+    match simdutf8::basic::from_utf8(&bytes[..whole]) {
+        Ok(_) => whole,
+        Err(_) => std::str::from_utf8(&bytes[..whole]).map_or_else(|e| e.valid_up_to(), str::len),
+    }
+}
+
+/// Bytes at the end that begin a character of more bytes than are there.
+fn cut_off(bytes: &[u8]) -> usize {
+    for (back, b) in bytes.iter().rev().take(3).enumerate() {
+        let needs = match b {
+            0x80..=0xBF => continue,
+            0xC0..=0xDF => 2,
+            0xE0..=0xEF => 3,
+            0xF0.. => 4,
+            _ => 1,
+        };
+        return if needs > back + 1 { back + 1 } else { 0 };
+    }
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_first_special_byte_wherever_it_stands() {
+        for len in 0..100 {
+            for at in 0..=len {
+                for special in [0, 0x1F, b'"', b'\\', 0x80, 0xC3, 0xFF] {
+                    let mut bytes = vec![b'!'; len];
+                    bytes.extend([b' ', b'~', 0x7F]);
+                    bytes.insert(at, special);
+                    bytes.push(special);
+                    assert_eq!(plain(&bytes, 0), at, "{special:x} at {at} of {len}");
+                    let want = if special < 0x80 { at } else { bytes.len() };
+                    assert_eq!(super::special::<false>(&bytes, 0), want, "{special:x} at {at} of {len}");
+                    assert_eq!(plain(&bytes, at), at);
+                }
+            }
+        }
+        for b in 0..=255u8 {
+            let (block, special) = ([b; BLOCK], b < 0x20 || b == b'"' || b == b'\\');
+            assert_eq!(marks::<false>(block), if special { 0xFFFF } else { 0 }, "{b:x}");
+            assert_eq!(marks::<true>(block), if special || b >= 0x80 { 0xFFFF } else { 0 }, "{b:x}");
+        }
+    }
+
+    #[test]
+    fn skips_what_is_whole_and_right_and_stops_before_what_is_not() {
+        let long = "x".repeat(70);
+        for (start, stop) in [
+            ("", "\""),
+            ("ab", "\n"),
+            (r#"a\"\\\/\b\f\n\r\tb"#, "\""),
+            (r"\u00e9\uD83D", "\""),
+            ("é中😀é", "\""),
+            ("é\\n中", "\u{1f}"),
+            ("", r"\"),
+            ("a", r"\x"),
+            ("é", r"\u12"),
+            ("é", r"\u12g4"),
+        ] {
+            for padding in ["", &long] {
+                let body = format!("{padding}{start}{padding}{stop}");
+                assert_eq!(text(body.as_bytes(), 0, &mut 0), body.len() - stop.len(), "{body}");
+            }
+        }
+        for (start, stop) in [
+            ("é", &b"\xC3"[..]),
+            ("é", b"\xE4\xB8"),
+            ("é", b"\xF0\x9F\x98"),
+            ("é", b"\xC3\""),
+            ("", b"\x80"),
+            ("中", b"\xED\xA0\x80 and on"),
+            ("a", b"\xFF\xFF"),
+        ] {
+            let body = [start.as_bytes(), stop].concat();
+            assert_eq!(text(&body, 0, &mut 0), start.len(), "{body:x?}");
+        }
+    }
+
+    #[test]
+    fn a_stretch_is_validated_once() {
+        let body = "é".repeat(100) + "\"";
+        let mut sound = 0;
+        assert_eq!(text(body.as_bytes(), 0, &mut sound), 200);
+        assert_eq!(sound, 201, "all of the chunk is known to be UTF-8 now");
+    }
+}
