@@ -14,7 +14,7 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use zap::policy::patch::{ModelText, slices, splices};
+use zap::policy::patch::{ModelText, Slices, slices, splices};
 use zap::policy::scan::Scanner;
 
 const SIZES: [(&str, usize); 6] = [
@@ -66,7 +66,7 @@ fn one_message(content: Value) -> Value {
     json!({"messages": [{"role": "user", "content": content}], "stream": true, "temperature": 0.7})
 }
 
-fn zap(chunks: &[Bytes], model: &ModelText) -> Option<Vec<Bytes>> {
+fn zap(chunks: &[Bytes], model: &ModelText) -> Option<Slices> {
     let mut scanner = Scanner::default();
     chunks.iter().try_for_each(|c| scanner.feed(c)).ok()?;
     let fields = scanner.finish().ok()?;

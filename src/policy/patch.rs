@@ -3,6 +3,7 @@
 //! Works on what [`crate::policy::scan`] found and on reference-counted chunks; it never looks at the bytes.
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 
 use super::scan::{Fields, Kind, Model};
 
@@ -29,6 +30,12 @@ pub struct Splice {
     /// Bytes that go in.
     pub insert: Bytes,
 }
+
+/// Splices in the order of the body; most often there is one.
+pub type Splices = SmallVec<[Splice; 1]>;
+
+/// What is to be sent, in order; most often a small body around one splice.
+pub type Slices = SmallVec<[Bytes; 4]>;
 
 /// A model's name in the three spellings that a splice may need, made once per backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,8 +89,8 @@ impl Fields {
 
 /// The splices that make a body say what one backend is to get: `model` as its model, where there is one to put in,
 /// and no member that `drops`, by its index in [`Watch::droppable`](super::scan::Watch).
-pub fn splices(fields: &Fields, model: Option<&ModelText>, drops: impl Fn(usize) -> bool) -> Vec<Splice> {
-    let mut out = Vec::new();
+pub fn splices(fields: &Fields, model: Option<&ModelText>, drops: impl Fn(usize) -> bool) -> Splices {
+    let mut out = Splices::new();
     let mut dropped = 0;
     for place in fields.droppable.iter().filter(|place| drops(place.name)) {
         // Where a member stays before it, its comma goes with it; else the one behind.
@@ -116,11 +123,11 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
 
 /// The slices to send, in order: the chunks with the splices (in order, none reaching into the next) applied. Nothing
 /// is copied and none is empty.
-pub fn slices(chunks: &[Bytes], splices: &[Splice]) -> Vec<Bytes> {
+pub fn slices(chunks: &[Bytes], splices: &[Splice]) -> Slices {
     if splices.is_empty() {
-        return chunks.to_vec();
+        return chunks.iter().cloned().collect();
     }
-    let mut out = Vec::with_capacity(chunks.len() + 2 * splices.len());
+    let mut out = Slices::with_capacity(chunks.len() + 2 * splices.len());
     let mut todo = splices.iter().peekable();
     // `at`: everything before it is out or left out. `start..end`: where the chunk stands in the body.
     let (mut at, mut start) = (0u64, 0u64);
@@ -164,12 +171,7 @@ mod tests {
         spliced(body, chunk, &[], |fields| splices(fields, default(fields), |_| true))
     }
 
-    fn spliced(
-        body: &str,
-        chunk: usize,
-        droppable: &[&str],
-        make: impl Fn(&Fields) -> Vec<Splice>,
-    ) -> String {
+    fn spliced(body: &str, chunk: usize, droppable: &[&str], make: impl Fn(&Fields) -> Splices) -> String {
         let chunks: Vec<Bytes> = body.as_bytes().chunks(chunk).map(Bytes::copy_from_slice).collect();
         let watch = Watch { affinity: false, droppable: droppable.iter().map(|d| (*d).into()).collect() };
         let mut scanner = Scanner::new(&watch);
@@ -199,9 +201,9 @@ mod tests {
 
     #[test]
     fn nothing_to_change_leaves_the_body_alone() {
-        assert_eq!(splices(&Fields::default(), None, |_| true), []);
+        assert!(splices(&Fields::default(), None, |_| true).is_empty());
         let chunks = [Bytes::from_static(b"{"), Bytes::from_static(b"}")];
-        assert_eq!(slices(&chunks, &[]), chunks);
+        assert_eq!(slices(&chunks, &[])[..], chunks);
     }
 
     #[test]

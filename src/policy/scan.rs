@@ -171,7 +171,8 @@ pub struct Fields {
 #[derive(Debug)]
 pub struct Scanner<'w> {
     watch: &'w Watch,
-    state: State,
+    at: At,
+    within: Within,
     /// The container that is read is an object, not an array.
     is_object: bool,
     /// The same of those around it, the next one in the lowest bit. `depth <= MAX_DEPTH`.
@@ -223,36 +224,44 @@ enum Keep {
     Value,
 }
 
+/// Where in the grammar a scan is, between tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Before the object.
-    Start,
+enum At {
+    /// After a value: `,` or the closer.
+    AfterValue,
+    /// After a key.
+    Colon,
+    /// After the object: only whitespace.
+    End,
+    /// After `[`: a value or `]`.
+    FirstItem,
     /// After `{`: a key or `}`.
     FirstKey,
     /// After `,` in an object.
     Key,
-    /// After a key.
-    Colon,
+    /// Before the object.
+    Start,
     /// After `:`, or `,` in an array.
     Value,
-    /// After `[`: a value or `]`.
-    FirstItem,
-    /// After a value: `,` or the closer.
-    AfterValue,
-    /// Inside a string, at an ordinary character.
-    Text { key: bool },
+}
+
+/// The token that a scan is in the middle of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Within {
     /// After a backslash.
     Escape { key: bool },
     /// Inside `\uHHHH`: digits still to come and their value so far.
     Hex { key: bool, left: u8, code: u16 },
-    /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
-    Utf8 { key: bool, left: u8, low: u8, high: u8 },
-    /// Inside a number.
-    Number(Number),
     /// Inside `true`, `false` or `null`: what must still come.
     Literal(&'static [u8]),
-    /// After the object: only whitespace.
-    End,
+    /// None.
+    Nothing,
+    /// Inside a number.
+    Number(Number),
+    /// Inside a string, at an ordinary character.
+    Text { key: bool },
+    /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
+    Utf8 { key: bool, left: u8, low: u8, high: u8 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,7 +295,8 @@ impl<'w> Scanner<'w> {
     pub fn new(watch: &'w Watch) -> Self {
         Scanner {
             watch,
-            state: State::Start,
+            at: At::Start,
+            within: Within::Nothing,
             is_object: false,
             objects: 0,
             depth: 0,
@@ -315,14 +325,15 @@ impl<'w> Scanner<'w> {
         self.sound = 0;
         let mut i = 0;
         while i < chunk.len() {
-            i = match self.state {
-                State::Text { key } => self.text(chunk, i, key)?,
-                State::Escape { key } => self.escape(chunk[i], i, key)?,
-                State::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
-                State::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
-                State::Number(number) => self.number(chunk, i, number)?,
-                State::Literal(rest) => self.literal(chunk, i, rest)?,
-                _ => self.structure(chunk, i)?,
+            i = match self.within {
+                Within::Nothing if self.is_noted() => self.structure::<true>(chunk, i)?,
+                Within::Nothing => self.structure::<false>(chunk, i)?,
+                Within::Text { key } => self.text(chunk, i, key)?,
+                Within::Escape { key } => self.escape(chunk[i], i, key)?,
+                Within::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
+                Within::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
+                Within::Number(number) => self.number(chunk, i, number)?,
+                Within::Literal(rest) => self.literal(chunk, i, rest)?,
             };
         }
         self.base += chunk.len() as u64;
@@ -334,87 +345,166 @@ impl<'w> Scanner<'w> {
     /// # Errors
     /// [`ScanError::Invalid`] at the body's length if the object is not complete.
     pub fn finish(mut self) -> Result<Fields, ScanError> {
-        if self.state != State::End {
+        if self.at != At::End {
             return Err(ScanError::Invalid { offset: self.base });
         }
         self.fields.length = self.base;
         Ok(self.fields)
     }
 
-    /// What stands between strings, numbers and literals, as far as it goes; returns the next index.
-    fn structure(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, ScanError> {
+    /// Whether something may have to be noted where the scan is: at the top level, and in the search for the opening.
+    fn is_noted(&self) -> bool {
+        self.depth <= 1 || self.opening != Opening::Off
+    }
+
+    /// Reads tokens as far as they go; returns the next index. Ends where the chunk does, in the middle of a token that
+    /// needs care, and where `NOTED` (see [`is_noted`](Self::is_noted)) is no longer right.
+    fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, ScanError> {
+        let mut at = self.at;
         while let Some(&b) = chunk.get(i) {
-            if matches!(b, b' ' | b'\n' | b'\r' | b'\t') {
-                i += 1;
-                continue;
-            }
-            i = match (self.state, b) {
-                (State::FirstKey | State::Key, b'"') => self.key(chunk, i)?,
-                (State::Colon, b':') => {
-                    self.state = State::Value;
-                    i + 1
-                }
-                (State::AfterValue, b',') => {
-                    if self.depth == 1 {
-                        self.comma_at(self.base + i as u64);
+            match at {
+                At::Key | At::FirstKey => {
+                    if b == b'"' {
+                        i = if NOTED { self.noted_key(chunk, i)? } else { self.string(chunk, i, true) };
+                        if self.within != Within::Nothing {
+                            break;
+                        }
+                        // Most often the colon is next.
+                        let is_next = chunk.get(i) == Some(&b':');
+                        at = if is_next { At::Value } else { At::Colon };
+                        i += usize::from(is_next);
+                        continue;
                     }
-                    self.state = if self.is_object { State::Key } else { State::Value };
-                    i + 1
+                    if b == b'}' && at == At::FirstKey {
+                        at = self.close::<NOTED>(i);
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
                 }
-                (State::FirstItem, b']') => self.close(i),
-                (State::Value | State::FirstItem, _) => self.value(chunk, i)?,
-                (State::AfterValue, b'}') if self.is_object => self.close(i),
-                (State::AfterValue, b']') if !self.is_object => self.close(i),
-                (State::FirstKey, b'}') => self.close(i),
-                (State::Start, b'{') => {
-                    self.fields.inside = self.base + i as u64 + 1;
-                    self.open(true);
-                    i + 1
+                At::Value | At::FirstItem => {
+                    if b == b'"' && !NOTED {
+                        i = self.string(chunk, i, false);
+                        if self.within != Within::Nothing {
+                            break;
+                        }
+                        at = At::AfterValue;
+                        continue;
+                    }
+                    if b == b'{' || b == b'[' {
+                        at = self.open::<NOTED>(b, i)?;
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
+                    if b == b']' && at == At::FirstItem {
+                        at = self.close::<NOTED>(i);
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
+                    if !is_space(b) {
+                        i = self.value(chunk, i, b)?;
+                        if self.within != Within::Nothing {
+                            break;
+                        }
+                        at = At::AfterValue;
+                        continue;
+                    }
                 }
-                (State::Start | State::FirstKey | State::Key | State::Colon | State::AfterValue | State::End, _) => {
-                    return self.invalid(i);
+                At::AfterValue => {
+                    if b == b',' {
+                        if NOTED && self.depth == 1 {
+                            self.comma_at(self.base + i as u64);
+                        }
+                        at = if self.is_object { At::Key } else { At::Value };
+                        i += 1;
+                        continue;
+                    }
+                    if b == if self.is_object { b'}' } else { b']' } {
+                        at = self.close::<NOTED>(i);
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
                 }
-                // In the middle of something that is no structure.
-                _ => return Ok(i),
-            };
+                At::Colon => {
+                    if b == b':' {
+                        at = At::Value;
+                        i += 1;
+                        continue;
+                    }
+                }
+                At::Start => {
+                    if b == b'{' {
+                        at = self.open::<NOTED>(b, i)?;
+                        i += 1;
+                        continue;
+                    }
+                }
+                At::End => {}
+            }
+            if !is_space(b) {
+                return self.invalid(i);
+            }
+            i += 1;
         }
+        self.at = at;
         Ok(i)
+    }
+
+    /// A string that nobody wants to know, with its quotes, `i` at the first; where it is not whole here, `within` it.
+    #[inline(always)] // Most strings are short, and end in the first block that is looked at.
+    fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> usize {
+        let end = match skip::short(chunk, i + 1) {
+            Ok(end) => return end + 1,
+            Err(from) => skip::text(chunk, from, &mut self.sound),
+        };
+        if chunk.get(end) == Some(&b'"') {
+            return end + 1;
+        }
+        self.within = Within::Text { key };
+        end
     }
 
     fn invalid<T>(&self, i: usize) -> Result<T, ScanError> {
         Err(ScanError::Invalid { offset: self.base + i as u64 })
     }
 
-    /// A key begins at `i`, with its quote.
-    fn key(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
+    /// A key that may have to be noted, with its quotes, `i` at the first.
+    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
         if self.depth == 1 {
             self.key_start = self.base + i as u64;
             self.fields.members += 1;
-            self.start_keeping(Keep::Key);
-        } else if self.depth == 3 && self.opening == Opening::Seeking {
-            self.start_keeping(Keep::Key);
+        } else if self.depth != 3 || self.opening != Opening::Seeking {
+            return Ok(self.string(chunk, i, true));
         }
-        self.text(chunk, i + 1, true)
+        let end = skip::plain(chunk, i + 1);
+        if chunk.get(end) == Some(&b'"') {
+            // Most often it is here as a whole and plain: then nothing need be kept.
+            self.name(&chunk[i + 1..end])?;
+            return Ok(end + 1);
+        }
+        self.start_keeping(Keep::Key);
+        self.within = Within::Text { key: true };
+        Ok(i + 1)
     }
 
-    /// A value begins at `i`.
-    fn value(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
-        let b = chunk[i];
+    /// A value that is no container begins at `i` with `b`.
+    fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, ScanError> {
         if self.depth == 1 {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
         }
         match b {
-            b'{' | b'[' => {
-                if self.depth == MAX_DEPTH {
-                    return self.invalid(i);
-                }
-                if self.watch.affinity && self.depth == 1 && self.member == Some(Member::Messages) {
-                    self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
-                }
-                self.open(b == b'{');
-                Ok(i + 1)
-            }
             b'"' => {
                 match self.member {
                     Some(Member::Model) if self.depth == 1 => self.start_keeping(Keep::Name),
@@ -455,7 +545,8 @@ impl<'w> Scanner<'w> {
 
     /// A value ended; `end` is the index just past it.
     fn value_ends(&mut self, end: usize) {
-        self.state = State::AfterValue;
+        self.at = At::AfterValue;
+        self.within = Within::Nothing;
         if self.depth == 1 {
             self.member_ends(self.base + end as u64);
         } else if self.depth == 3 && self.opening == Opening::Role {
@@ -505,29 +596,44 @@ impl<'w> Scanner<'w> {
         self.fields.affinity.opening = Some(self.value_start..end);
     }
 
-    /// A container begins.
-    fn open(&mut self, is_object: bool) {
+    /// A container begins at `i`, with `b`.
+    #[inline(always)] // Without notes it is a handful of instructions.
+    fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, ScanError> {
+        if self.depth == MAX_DEPTH {
+            return self.invalid(i);
+        }
+        if NOTED && self.depth == 0 {
+            self.fields.inside = self.base + i as u64 + 1;
+        } else if NOTED && self.depth == 1 {
+            self.value_start = self.base + i as u64;
+            self.note_kind(b);
+            if self.watch.affinity && self.member == Some(Member::Messages) {
+                self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
+            }
+        }
         // The one around it is remembered by a bit.
         self.objects = self.objects << 1 | u128::from(self.is_object);
         self.depth += 1;
-        self.is_object = is_object;
-        self.state = if is_object { State::FirstKey } else { State::FirstItem };
+        self.is_object = b == b'{';
+        Ok(if self.is_object { At::FirstKey } else { At::FirstItem })
     }
 
-    /// A container ends at `i`; returns the next index.
-    fn close(&mut self, i: usize) -> usize {
+    /// A container ends at `i`.
+    #[inline(always)] // As above.
+    fn close<const NOTED: bool>(&mut self, i: usize) -> At {
         self.depth -= 1;
         self.is_object = self.objects & 1 == 1;
         self.objects >>= 1;
         if self.depth == 0 {
-            self.state = State::End;
-            return i + 1;
+            return At::End;
         }
-        if self.depth == 2 && self.opening == Opening::Found {
+        if NOTED && self.depth == 2 && self.opening == Opening::Found {
             self.opening_ends(self.base + i as u64 + 1);
         }
-        self.value_ends(i + 1);
-        i + 1
+        if NOTED || self.depth == 1 {
+            self.value_ends(i + 1);
+        }
+        At::AfterValue
     }
 
     fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<usize, ScanError> {
@@ -550,7 +656,7 @@ impl<'w> Scanner<'w> {
             };
             i += 1;
         }
-        self.state = State::Number(number);
+        self.within = Within::Number(number);
         Ok(i)
     }
 
@@ -560,7 +666,7 @@ impl<'w> Scanner<'w> {
             return self.invalid(i + wrong);
         }
         let end = i + here.len();
-        self.state = State::Literal(&rest[here.len()..]);
+        self.within = Within::Literal(&rest[here.len()..]);
         if here.len() == rest.len() {
             self.value_ends(end);
         }
@@ -578,11 +684,11 @@ impl<'w> Scanner<'w> {
             }
             end
         };
-        self.state = State::Text { key };
+        self.within = Within::Text { key };
         let Some(&b) = chunk.get(end) else { return Ok(end) };
         match b {
             b'"' => self.text_ends(end + 1, key)?,
-            b'\\' => self.state = State::Escape { key },
+            b'\\' => self.within = Within::Escape { key },
             0x00..0x20 => return self.invalid(end),
             _ => {
                 let (left, low, high) = match b {
@@ -596,7 +702,7 @@ impl<'w> Scanner<'w> {
                     _ => return self.invalid(end),
                 };
                 self.push(b);
-                self.state = State::Utf8 { key, left, low, high };
+                self.within = Within::Utf8 { key, left, low, high };
             }
         }
         Ok(end + 1)
@@ -607,9 +713,9 @@ impl<'w> Scanner<'w> {
             return self.invalid(i);
         }
         self.push(b);
-        self.state = match left {
-            1 => State::Text { key },
-            _ => State::Utf8 { key, left: left - 1, low: 0x80, high: 0xBF },
+        self.within = match left {
+            1 => Within::Text { key },
+            _ => Within::Utf8 { key, left: left - 1, low: 0x80, high: 0xBF },
         };
         Ok(i + 1)
     }
@@ -620,36 +726,43 @@ impl<'w> Scanner<'w> {
             self.value_ends(end);
             return Ok(());
         }
-        self.state = State::Colon;
+        self.at = At::Colon;
+        self.within = Within::Nothing;
         if self.keep != Keep::Key {
             return Ok(());
         }
         self.keep = Keep::Nothing;
-        let text = if self.text_is_cut { &[][..] } else { self.text.as_slice() };
+        let text = std::mem::take(&mut self.text);
+        let named = self.name(if self.text_is_cut { &[] } else { &text });
+        self.text = text;
+        named
+    }
+
+    /// A key's text is known: a member's at the top level, or a message's.
+    fn name(&mut self, text: &[u8]) -> Result<(), ScanError> {
         if self.depth != 1 {
             self.opening = if text == b"role" { Opening::Role } else { Opening::Seeking };
             return Ok(());
         }
         self.member = Member::of(text, self.watch.affinity);
         self.droppable = self.watch.droppable.iter().position(|name| name.as_bytes() == text);
-        for member in [self.member, self.droppable.map(Member::Droppable)].into_iter().flatten() {
-            if self.has_seen(member) {
-                return Err(ScanError::Duplicate(member));
-            }
+        if let Some(member) = self.member {
+            self.note_member(member)?;
         }
-        Ok(())
+        self.droppable.map_or(Ok(()), |name| self.note_member(Member::Droppable(name)))
     }
 
-    /// Whether a member's key stood before; now it does.
-    fn has_seen(&mut self, member: Member) -> bool {
-        match member {
+    /// A member's key stands here: once is enough.
+    fn note_member(&mut self, member: Member) -> Result<(), ScanError> {
+        let seen = match member {
             Member::Droppable(name) => self.fields.droppable.iter().any(|place| place.name == name),
             Member::Messages => self.fields.messages != Kind::Absent,
             Member::Model => self.fields.model != Model::Absent,
             Member::PromptCacheKey => std::mem::replace(&mut self.seen.0, true),
             Member::Stream => self.fields.stream != Kind::Absent,
             Member::User => std::mem::replace(&mut self.seen.1, true),
-        }
+        };
+        if seen { Err(ScanError::Duplicate(member)) } else { Ok(()) }
     }
 
     fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, ScanError> {
@@ -661,14 +774,14 @@ impl<'w> Scanner<'w> {
             b'r' => b'\r',
             b't' => b'\t',
             b'u' => {
-                self.state = State::Hex { key, left: 4, code: 0 };
+                self.within = Within::Hex { key, left: 4, code: 0 };
                 return Ok(i + 1);
             }
             _ => return self.invalid(i),
         };
         self.flush_surrogate();
         self.push(plain);
-        self.state = State::Text { key };
+        self.within = Within::Text { key };
         Ok(i + 1)
     }
 
@@ -676,13 +789,13 @@ impl<'w> Scanner<'w> {
         let Some(digit) = (b as char).to_digit(16) else { return self.invalid(i) };
         let code = code << 4 | digit as u16;
         if left > 1 {
-            self.state = State::Hex { key, left: left - 1, code };
+            self.within = Within::Hex { key, left: left - 1, code };
             return Ok(i + 1);
         }
         if self.keep != Keep::Nothing {
             self.push_unit(code);
         }
-        self.state = State::Text { key };
+        self.within = Within::Text { key };
         Ok(i + 1)
     }
 
@@ -728,6 +841,10 @@ impl<'w> Scanner<'w> {
             self.keep_run("\u{FFFD}".as_bytes());
         }
     }
+}
+
+fn is_space(b: u8) -> bool {
+    matches!(b, b' ' | b'\n' | b'\r' | b'\t')
 }
 
 #[cfg(test)]

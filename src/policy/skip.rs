@@ -6,8 +6,9 @@
 
 use wide::i8x16;
 
-/// Bytes of a block.
+/// Bytes of a block, and of as many as are looked at together in the middle of a long text.
 const BLOCK: usize = 16;
+const WIDE: usize = 4 * BLOCK;
 
 /// Index, from `at` on, of the first byte of a string's text that needs a look: a quote, a control character, or an
 /// escape or a character that is not whole in this chunk or not right.
@@ -17,17 +18,15 @@ const BLOCK: usize = 16;
 pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
     loop {
         if at < *sound {
-            at = special::<false>(&chunk[..*sound], at);
+            at = escaped::<false>(&chunk[..*sound], at);
             if at == *sound {
                 continue;
             }
         } else {
-            at = special::<true>(chunk, at);
+            at = escaped::<true>(chunk, at);
         }
-        match &chunk[at..] {
-            [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => at += 2,
-            [b'\\', b'u', hex @ ..] if hex.len() >= 4 && hex[..4].iter().all(u8::is_ascii_hexdigit) => at += 6,
-            [0x80..=0xFF, ..] => {
+        match chunk.get(at) {
+            Some(0x80..) => {
                 let valid = at + valid_prefix(&chunk[at..]);
                 if valid == at {
                     return at;
@@ -39,53 +38,106 @@ pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
     }
 }
 
-/// Index, from `at` on, of the first quote, backslash, control character or byte outside of ASCII.
-pub fn plain(bytes: &[u8], at: usize) -> usize {
-    special::<true>(bytes, at)
+/// The end of a string whose text begins at `at`, if it is plain and ends in the first block; else where
+/// [`text`](self::text) is to go on.
+#[inline(always)]
+pub fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
+    let Some(block) = chunk.get(at..).and_then(<[u8]>::first_chunk) else { return Err(at) };
+    let found = marks::<true>(block);
+    if found == 0 {
+        return Err(at + BLOCK);
+    }
+    let end = at + found.trailing_zeros() as usize;
+    if chunk[end] == b'"' { Ok(end) } else { Err(end) }
 }
 
-/// Index, from `at` on, of the first quote, backslash or control character, and with `ASCII` of the first byte that
-/// is outside of it; the length where there is none.
-fn special<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
-    while let Some(block) = bytes.get(at..).and_then(<[u8]>::first_chunk::<BLOCK>) {
-        let found = marks::<ASCII>(*block);
+/// Index, from `at` on, of the first quote, backslash, control character or byte outside of ASCII.
+pub fn plain(bytes: &[u8], mut at: usize) -> usize {
+    while at < bytes.len() {
+        let (found, length) = narrow::<true>(bytes, at);
         if found != 0 {
             return at + found.trailing_zeros() as usize;
         }
-        at += BLOCK;
-        // In the middle of a long text: four blocks at a time, and only whether there is anything.
-        while let Some(blocks) = bytes.get(at..).and_then(<[u8]>::first_chunk::<{ 4 * BLOCK }>) {
-            if is_plain::<ASCII>(blocks) {
-                at += 4 * BLOCK;
-            } else {
-                break;
+        at += length;
+    }
+    at
+}
+
+/// Index, from `at` on, of what is special and no whole escape.
+fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
+    // Most strings are short: their end is in the first block.
+    let mut is_long = false;
+    while at < bytes.len() {
+        if is_long && let Some(wide) = bytes[at..].first_chunk() {
+            let mut found = wide_marks::<ASCII>(wide);
+            let mut next = WIDE;
+            while found != 0 {
+                let special = found.trailing_zeros() as usize;
+                match escape(bytes, at + special) {
+                    0 => return at + special,
+                    length => next = special + length,
+                }
+                // What belongs to the escape is no mark of its own.
+                found = if next < WIDE { found & (u64::MAX << next) } else { 0 };
             }
+            at += next.max(WIDE);
+            continue;
+        }
+        is_long = true;
+        let (found, length) = narrow::<ASCII>(bytes, at);
+        if found == 0 {
+            at += length;
+            continue;
+        }
+        at += found.trailing_zeros() as usize;
+        match escape(bytes, at) {
+            0 => return at,
+            length => at += length,
         }
     }
-    let rest = &bytes[at.min(bytes.len())..];
-    let is_special = |b: &u8| matches!(b, b'"' | b'\\' | 0..0x20) || ASCII && *b >= 0x80;
-    at + rest.iter().position(is_special).unwrap_or(rest.len())
+    at
 }
 
-/// A bit for each byte of the block that is special.
-fn marks<const ASCII: bool>(block: [u8; BLOCK]) -> u32 {
-    special_lanes::<ASCII>(block).to_bitmask()
+/// Length of the escape at `at`; 0 where there is none, or none that is whole and right.
+fn escape(bytes: &[u8], at: usize) -> usize {
+    match &bytes[at..] {
+        [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
+        [b'\\', b'u', a, b, c, d, ..] if [a, b, c, d].iter().all(|b| b.is_ascii_hexdigit()) => 6,
+        _ => 0,
+    }
 }
 
-fn is_plain<const ASCII: bool>(blocks: &[u8; 4 * BLOCK]) -> bool {
-    let (parts, _) = blocks.as_chunks::<BLOCK>();
-    let any = parts.iter().fold(i8x16::ZERO, |any, block| any | special_lanes::<ASCII>(*block));
-    any.to_bitmask() == 0
+/// A bit for each of the next bytes that is special, and how many they are: a block, or all that is left. `at` is an
+/// index of `bytes`.
+fn narrow<const ASCII: bool>(bytes: &[u8], at: usize) -> (u32, usize) {
+    if let Some(block) = bytes[at..].first_chunk() {
+        return (marks::<ASCII>(block), BLOCK);
+    }
+    let left = bytes.len() - at;
+    // The last block reaches back over what was looked at before.
+    if let Some(block) = bytes.last_chunk() {
+        return (marks::<ASCII>(block) >> (BLOCK - left), left);
+    }
+    let mut block = [b' '; BLOCK];
+    block[..left].copy_from_slice(&bytes[at..]);
+    (marks::<ASCII>(&block), left)
 }
 
-fn special_lanes<const ASCII: bool>(block: [u8; BLOCK]) -> i8x16 {
+/// A bit for each byte of a block that is a quote, a backslash or a control character, or with `ASCII` outside of it.
+fn marks<const ASCII: bool>(block: &[u8; BLOCK]) -> u32 {
     let signed = i8x16::new(block.map(u8::cast_signed));
     let quotes = signed.simd_eq(i8x16::splat(b'"'.cast_signed()));
     let escapes = signed.simd_eq(i8x16::splat(b'\\'.cast_signed()));
     // As signed numbers, bytes outside of ASCII lie below the control characters.
     let low = signed.simd_lt(i8x16::splat(0x20));
     let low = if ASCII { low } else { low & !signed.simd_lt(i8x16::ZERO) };
-    quotes | escapes | low
+    (quotes | escapes | low).to_bitmask()
+}
+
+fn wide_marks<const ASCII: bool>(wide: &[u8; WIDE]) -> u64 {
+    let (blocks, _) = wide.as_chunks::<BLOCK>();
+    let shifted = |(i, block)| u64::from(marks::<ASCII>(block)) << (i * BLOCK);
+    blocks.iter().enumerate().map(shifted).fold(0, |all, some| all | some)
 }
 
 /// Length of the longest prefix that is UTF-8 and ends with a whole character.
@@ -128,15 +180,16 @@ mod tests {
                     bytes.push(special);
                     assert_eq!(plain(&bytes, 0), at, "{special:x} at {at} of {len}");
                     let want = if special < 0x80 { at } else { bytes.len() };
-                    assert_eq!(super::special::<false>(&bytes, 0), want, "{special:x} at {at} of {len}");
+                    assert_eq!(escaped::<false>(&bytes, 0), want, "{special:x} at {at} of {len}");
+                    assert_eq!(escaped::<true>(&bytes, 0), at, "{special:x} at {at} of {len}");
                     assert_eq!(plain(&bytes, at), at);
                 }
             }
         }
         for b in 0..=255u8 {
             let (block, special) = ([b; BLOCK], b < 0x20 || b == b'"' || b == b'\\');
-            assert_eq!(marks::<false>(block), if special { 0xFFFF } else { 0 }, "{b:x}");
-            assert_eq!(marks::<true>(block), if special || b >= 0x80 { 0xFFFF } else { 0 }, "{b:x}");
+            assert_eq!(marks::<false>(&block), if special { 0xFFFF } else { 0 }, "{b:x}");
+            assert_eq!(marks::<true>(&block), if special || b >= 0x80 { 0xFFFF } else { 0 }, "{b:x}");
         }
     }
 

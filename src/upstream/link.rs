@@ -16,6 +16,7 @@ use hyper::client::conn::http1::{self, Connection, SendRequest};
 
 use super::connect::Io;
 use crate::error::Code;
+use crate::policy::patch::Slices;
 
 /// Largest head of a response, and what is buffered of a body at most.
 const MAX_BUFFER: usize = 64 * 1024;
@@ -54,16 +55,22 @@ pub trait Link {
 }
 
 /// A request's body: slices of the client's chunks and what was spliced in between.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct SendBody {
-    slices: std::vec::IntoIter<Bytes>,
+    slices: smallvec::IntoIter<[Bytes; 4]>,
     left: u64,
 }
 
 impl SendBody {
     /// A body of these slices in order.
-    pub fn new(slices: Vec<Bytes>) -> Self {
+    pub fn new(slices: Slices) -> Self {
         SendBody { left: slices.iter().map(|s| s.len() as u64).sum(), slices: slices.into_iter() }
+    }
+}
+
+impl Default for SendBody {
+    fn default() -> Self {
+        SendBody::new(Slices::new())
     }
 }
 
