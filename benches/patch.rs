@@ -1,14 +1,15 @@
 //! Putting a model into a body: Zap's scan and splice beside the obvious ways.
 //!
-//! `cargo bench --bench patch` runs all, `cargo bench --bench patch -- --quick text/1KB` a part. A body has no
-//! `model` of its own, so every way has to put one in; `memchr` looks for a byte that is not there and `copy`
-//! copies the body: the floors of anything that reads every byte, or moves it.
+//! `cargo bench --bench patch` runs all, `cargo bench --bench patch -- --quick text/1KB` a part, `-- no-such` the table
+//! of what is wanted alone, which is printed first. A body has no
+//! `model` of its own, so every way has to put one in; `memchr` looks for a byte that is not there, `quotes` for every
+//! quote, and `copy` copies the body: the floors of anything that reads every byte, or moves it.
 
 #![allow(missing_docs, reason = "criterion's macro writes a public function")]
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -37,8 +38,16 @@ const MIXED: &str = "Запрос ждёт, пока не освободится
 /// A body's shape: its name, and what makes one of about so many bytes.
 type Shape = (&'static str, fn(usize) -> Value);
 
-/// Long strings, many short members, text outside of ASCII, an image in base64.
-const SHAPES: [Shape; 4] = [
+/// A conversation of many turns, long strings, many short members, text outside of ASCII, an image in base64.
+const SHAPES: [Shape; 5] = [
+    ("chat", |size| {
+        let turn = |i: usize| {
+            let role = if i == 0 { "system" } else { ["assistant", "user"][i % 2] };
+            json!({"role": role, "content": repeated(ENGLISH, 90 + (i * 37 % 8) * 30)})
+        };
+        let turns = (0..size.div_ceil(160)).map(turn).collect::<Vec<_>>();
+        json!({"messages": turns, "stream": true, "temperature": 0.7, "max_tokens": 256, "top_p": 1, "user": "u-1"})
+    }),
     ("text", |size| one_message(json!(repeated(ENGLISH, size)))),
     ("members", |size| {
         let message =
@@ -71,7 +80,7 @@ fn zap(chunks: &[Bytes], model: &ModelText) -> Option<Slices> {
     chunks.iter().try_for_each(|c| scanner.feed(c)).ok()?;
     let fields = scanner.finish().ok()?;
     fields.check(true, true).ok()?;
-    Some(slices(chunks, &splices(&fields, Some(model), |_| false)))
+    Some(slices(chunks, splices(&fields, Some(model), |_| false)))
 }
 
 fn parse_and_rewrite(body: &[u8]) -> Option<Vec<u8>> {
@@ -84,6 +93,13 @@ fn raw_values(body: &[u8]) -> Option<Vec<u8>> {
     let mut members: BTreeMap<String, &RawValue> = serde_json::from_slice(body).ok()?;
     members.insert("model".to_owned(), serde_json::from_str("\"gpt-4o\"").ok()?);
     serde_json::to_vec(&members).ok()
+}
+
+/// Finds every quote, one after the other.
+fn quotes(body: &[u8]) {
+    for at in memchr::memchr_iter(b'"', body) {
+        black_box(at);
+    }
 }
 
 fn patch(c: &mut Criterion) {
@@ -102,9 +118,87 @@ fn patch(c: &mut Criterion) {
             group.bench_function("serde_json", |b| b.iter(|| parse_and_rewrite(black_box(&body))));
             group.bench_function("raw_value", |b| b.iter(|| raw_values(black_box(&body))));
             group.bench_function("memchr", |b| b.iter(|| memchr::memchr(0, black_box(&body))));
+            group
+                .bench_function("quotes", |b| b.iter(|| memchr::memchr_iter(b'"', black_box(&body)).count()));
             group.bench_function("copy", |b| b.iter(|| black_box(&body).to_vec()));
             group.finish();
         }
+    }
+}
+
+/// A row of the table: its shape, its size, and what is wanted of it: microseconds at most or GB/s at least, and how many
+/// times another way's speed.
+type Row = (&'static str, usize, Wanted, &'static str, f64);
+
+enum Wanted {
+    Micros(f64),
+    Gigabytes(f64),
+}
+
+const ROWS: [Row; 6] = [
+    ("chat", 1_000, Wanted::Micros(0.4), "serde_json", 8.0),
+    ("text", 1_000, Wanted::Micros(0.4), "serde_json", 8.0),
+    ("text", 100_000, Wanted::Gigabytes(4.0), "quotes", 0.5),
+    ("non-ascii", 100_000, Wanted::Gigabytes(2.0), "serde_json", 1.0),
+    ("base64", 1_000_000, Wanted::Gigabytes(8.0), "serde_json", 1.0),
+    ("members", 100_000, Wanted::Gigabytes(0.8), "serde_json", 1.0),
+];
+
+/// The least time of one call, in seconds, over batches that take turns with the other ways'.
+fn least(ways: &mut [&mut dyn FnMut()]) -> Vec<f64> {
+    const BATCHES: usize = 40;
+    let mut best = vec![f64::INFINITY; ways.len()];
+    for _ in 0..BATCHES {
+        for (way, best) in ways.iter_mut().zip(&mut best) {
+            let start = Instant::now();
+            let mut calls = 0;
+            while start.elapsed() < Duration::from_millis(3) {
+                (0..8).for_each(|_| way());
+                calls += 8;
+            }
+            *best = best.min(start.elapsed().as_secs_f64() / f64::from(calls));
+        }
+    }
+    best
+}
+
+/// Prints what is wanted of the patcher beside what it does, all in one run.
+fn table(_: &mut Criterion) {
+    let model = ModelText::new("gpt-4o");
+    println!(
+        "\nbody              bytes     zap us   GB/s  of serde_json  of raw_value  of quotes  of memchr  wanted"
+    );
+    for (name, size, wanted, other, times) in ROWS {
+        let Some((_, build)) = SHAPES.iter().find(|(shape, _)| *shape == name) else { continue };
+        let body = Bytes::from(build(size).to_string());
+        let chunks: Vec<Bytes> =
+            (0..body.len()).step_by(PIECE).map(|at| body.slice(at..body.len().min(at + PIECE))).collect();
+        let t = least(&mut [
+            &mut || drop(black_box(zap(black_box(&chunks), &model))),
+            &mut || drop(black_box(parse_and_rewrite(black_box(&body)))),
+            &mut || drop(black_box(raw_values(black_box(&body)))),
+            &mut || quotes(black_box(&body)),
+            &mut || {
+                black_box(memchr::memchr(0, black_box(&body)));
+            },
+        ]);
+        let ratio = |i: usize| t[i] / t[0];
+        let speed = body.len() as f64 / t[0] / 1e9;
+        let (met, text) = match wanted {
+            Wanted::Micros(most) => (t[0] * 1e6 <= most, format!("{most} us")),
+            Wanted::Gigabytes(least) => (speed >= least, format!("{least} GB/s")),
+        };
+        let met = met && ratio(if other == "quotes" { 3 } else { 1 }) >= times;
+        println!(
+            "{name:10} {:>12} {:>10.3} {speed:>6.2} {:>13.1}x {:>12.1}x {:>9.2}x {:>9.2}x  {text}, {times}x {other}: {}",
+            body.len(),
+            t[0] * 1e6,
+            ratio(1),
+            ratio(2),
+            ratio(3),
+            ratio(4),
+            if met { "met" } else { "not met" }
+        );
     }
 }
 
@@ -130,6 +224,6 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = patch, pieces
+    targets = table, patch, pieces
 }
 criterion_main!(benches);

@@ -6,12 +6,13 @@
 //! from its data alone, so an input that fails once fails always.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -22,7 +23,7 @@ use crate::policy::patch::{ModelText, slices, splices};
 use crate::policy::scan::{
     Fields, Kind, MAX_DEPTH, MAX_NAME, Member, Model, Place, ScanError, Scanner, Watch,
 };
-use crate::policy::{MILLI, Nanos, advertised, head, retry};
+use crate::policy::{MILLI, Nanos, advertised, head, headers as policy_headers, retry};
 
 /// `policy::scan` and `policy::patch` on a request body, against serde_json.
 ///
@@ -92,6 +93,80 @@ pub fn head(data: &[u8]) {
         assert_eq!(head::inspect(&data[..head.len]), whole);
         assert_eq!(head::inspect(&data[..head.len - 1]), Ok(None));
     }
+}
+
+/// `policy::headers`: whatever a client or a provider sends, what crosses Zap is on the short list, or off the long one,
+/// and nothing that `Connection` nominates. One header a line.
+pub fn headers(data: &[u8]) {
+    let mut map = HeaderMap::new();
+    for line in data.split(|b| *b == b'\n').take(100) {
+        let Some(colon) = line.iter().position(|b| *b == b':') else { continue };
+        let (name, value) =
+            (HeaderName::from_bytes(&line[..colon]), HeaderValue::from_bytes(&line[colon + 1..]));
+        if let (Ok(name), Ok(value)) = (name, value) {
+            map.append(name, value);
+        }
+    }
+    let nominated = |name: &str| {
+        let lines =
+            map.get_all("connection").iter().map(|v| String::from_utf8_lossy(v.as_bytes()).to_lowercase());
+        lines.into_iter().any(|line| line.split(',').any(|token| token.trim_matches([' ', '\t']) == name))
+    };
+    let is_clients = |name: &HeaderName, value: &HeaderValue| map.get_all(name).iter().any(|v| v == value);
+    for forward in [false, true] {
+        let mut to = HeaderMap::new();
+        policy_headers::to_backend(&map, forward, &mut to);
+        assert_eq!(
+            (&to["content-type"], &to["accept-encoding"]),
+            (&HeaderValue::from_static("application/json"), &HeaderValue::from_static("identity"))
+        );
+        for (name, value) in &to {
+            let name_text = name.as_str();
+            let default = match name_text {
+                "accept" => value == "*/*",
+                "user-agent" => value == "zap",
+                "accept-encoding" | "content-type" => true,
+                _ => false,
+            };
+            let listed =
+                ["accept", "idempotency-key", "openai-beta", "traceparent", "tracestate", "user-agent"];
+            let account = ["authorization", "openai-organization", "openai-project"];
+            let passes = listed.contains(&name_text)
+                || forward && account.contains(&name_text)
+                || name_text.starts_with("x-stainless-");
+            assert!(
+                default || passes && is_clients(name, value) && !nominated(name_text),
+                "{name} got through"
+            );
+        }
+    }
+    let mut out = map.clone();
+    policy_headers::to_client(&mut out);
+    for name in out.keys().map(HeaderName::as_str) {
+        let ends_here = [
+            "connection",
+            "keep-alive",
+            "proxy-connection",
+            "proxy-authenticate",
+            "te",
+            "trailer",
+            "transfer-encoding",
+            "upgrade",
+            "set-cookie",
+            "alt-svc",
+        ];
+        assert!(!ends_here.contains(&name), "{name} reached the client");
+        let needed = name == "content-length" || name == "content-type";
+        assert!(needed || !nominated(name), "{name} was nominated");
+    }
+    if let Some(key) = policy_headers::credential(&map) {
+        assert!(!key.is_empty() && key == key.trim_ascii());
+    }
+    let id = policy_headers::request_id(&map).map(HeaderValue::as_bytes);
+    assert!(id.is_none_or(|id| (1..=128).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic)));
+    let peer = IpAddr::from([9, 9, 9, 9]);
+    assert_eq!(policy_headers::client_address(&map, peer, |_| false), peer, "nobody is believed");
+    policy_headers::client_address(&map, peer, |_| true);
 }
 
 const CANARY: &str = "sk-CANARY";
@@ -435,9 +510,9 @@ fn same_fields(ours: &Fields, naive: &Fields) {
 fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: Option<&str>, set: u8) {
     let spelled = model.map(ModelText::new);
     let drops = |i: usize| set >> i & 1 == 1;
-    assert_eq!(slices(chunks, &splices(fields, None, |_| false))[..], *chunks, "nothing to do, nothing done");
+    assert_eq!(slices(chunks, splices(fields, None, |_| false))[..], *chunks, "nothing to do, nothing done");
     let splices = splices(fields, spelled.as_ref(), drops);
-    let sent = slices(chunks, &splices);
+    let sent = slices(chunks, splices.clone());
     assert!(sent.iter().all(|s| !s.is_empty()), "an empty slice");
     let out = String::from_utf8_lossy(&sent.concat()).into_owned();
     let (mut want, mut at) = (String::new(), 0);
@@ -608,6 +683,11 @@ mod tests {
     #[test]
     fn the_seeds_of_head_keep_the_law() {
         replay("head", head);
+    }
+
+    #[test]
+    fn the_seeds_of_headers_keep_the_law() {
+        replay("headers", headers);
     }
 
     #[test]

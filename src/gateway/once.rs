@@ -41,8 +41,12 @@ impl Attempts<'_> {
         let outgoing = self.outgoing(target, &upstream);
         let (gateway, conn) = (self.gateway, self.conn);
         let completion = &mut *self.completion;
-        let on_connect =
-            |opening| completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
+        let on_connect = |opening| {
+            completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
+            if !opening {
+                entered.connected(clock::now());
+            }
+        };
         let sending = send(gateway.pool(), gateway.recorder().worker, &upstream, outgoing, on_connect);
         let answer = conn.alarm.limit(limit, sending).await.unwrap_or(Err(Code::UpstreamTimeout));
         if gateway.is_cut() {
@@ -69,7 +73,7 @@ impl Attempts<'_> {
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
-        let body = SendBody::new(slices(&self.chat.chunks, &splices));
+        let body = SendBody::new(slices(&self.chat.chunks, splices));
         let target = upstream.target(self.ask.endpoint).cloned().unwrap_or_default();
         Outgoing { target, headers: to, body }
     }

@@ -59,10 +59,15 @@ impl Window {
     ///
     /// `now` may run behind an earlier call's by a little: clocks are read before the lock is taken.
     pub fn check(&mut self, limit: u32, now: Nanos) -> Decision {
+        self.check_late(limit, now, 0)
+    }
+
+    /// The same for a request that may arrive up to `late` after `now`: its place reopens so much later.
+    pub fn check_late(&mut self, limit: u32, now: Nanos, late: Nanos) -> Decision {
         self.expire(now);
         let admitted = self.count < limit;
         if admitted {
-            self.admit(limit, now);
+            self.admit(limit, now + late);
         }
         let remaining = limit.saturating_sub(self.count);
         let reset = if remaining > 0 { 0 } else { self.opens_in(limit, now) };
@@ -84,6 +89,14 @@ impl Window {
             over -= entry.n;
         }
         0
+    }
+
+    /// Moves the admission at `from` to `to`, which is later, where it is logged by itself.
+    pub fn restamp(&mut self, from: Nanos, to: Nanos) {
+        let Some(i) = self.log.iter().rposition(|e| e.n == 1 && e.first == from) else { return };
+        self.log.remove(i);
+        let to = to.max(self.log.back().map_or(0, |e| e.last));
+        self.log.push_back(Entry { first: to, last: to, n: 1 });
     }
 
     /// Takes the youngest admission back.
@@ -377,6 +390,18 @@ mod tests {
         let d = w.check(2, 10 * SECOND);
         assert_eq!((d.admitted, d.reset), (false, WINDOW + 3 * SECOND - 10 * SECOND));
         assert!(!w.check(2, WINDOW + 3 * SECOND - 1).admitted);
+        assert!(w.check(2, WINDOW + 3 * SECOND).admitted);
+    }
+
+    #[test]
+    fn an_admission_can_be_moved_to_when_it_took_place() {
+        let mut w = Window::default();
+        assert!(w.check(2, 0).admitted && w.check(2, SECOND).admitted);
+        w.restamp(0, 3 * SECOND);
+        w.restamp(7, 9 * SECOND);
+        assert!(!w.check(2, WINDOW).admitted);
+        assert_eq!(w.opens_in(2, WINDOW), SECOND);
+        assert!(w.check(2, WINDOW + SECOND).admitted && !w.check(2, WINDOW + 3 * SECOND - 1).admitted);
         assert!(w.check(2, WINDOW + 3 * SECOND).admitted);
     }
 

@@ -37,7 +37,7 @@ pub type Splices = SmallVec<[Splice; 1]>;
 /// What is to be sent, in order; most often a small body around one splice.
 pub type Slices = SmallVec<[Bytes; 4]>;
 
-/// A model's name in the three spellings that a splice may need, made once per backend.
+/// A model's name in the spellings that a splice may need, made once per backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelText {
     /// `"name"`
@@ -46,6 +46,8 @@ pub struct ModelText {
     only_member: Bytes,
     /// `"model":"name",`
     first_member: Bytes,
+    /// `{"model":"name",`
+    opening: Bytes,
 }
 
 impl ModelText {
@@ -55,6 +57,7 @@ impl ModelText {
         ModelText {
             only_member: Bytes::from(format!("\"model\":{value}")),
             first_member: Bytes::from(format!("\"model\":{value},")),
+            opening: Bytes::from(format!("{{\"model\":{value},")),
             value: Bytes::from(value),
         }
     }
@@ -109,6 +112,10 @@ pub fn splices(fields: &Fields, model: Option<&ModelText>, drops: impl Fn(usize)
 /// `is_only`: no other member is left.
 fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Splice> {
     match &fields.model {
+        // Nearly always the brace is the first byte: put in anew with the member, it is no piece of its own.
+        Model::Absent if fields.inside == 1 && !is_only => {
+            Some(Splice { at: 0, skip: 1, insert: model.opening.clone() })
+        }
         Model::Absent => Some(Splice {
             at: fields.inside,
             skip: 0,
@@ -123,12 +130,12 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
 
 /// The slices to send, in order: the chunks with the splices (in order, none reaching into the next) applied. Nothing
 /// is copied and none is empty.
-pub fn slices(chunks: &[Bytes], splices: &[Splice]) -> Slices {
+pub fn slices(chunks: &[Bytes], splices: Splices) -> Slices {
     if splices.is_empty() {
         return chunks.iter().cloned().collect();
     }
     let mut out = Slices::with_capacity(chunks.len() + 2 * splices.len());
-    let mut todo = splices.iter().peekable();
+    let mut todo = splices.into_iter().peekable();
     // `at`: everything before it is out or left out. `start..end`: where the chunk stands in the body.
     let (mut at, mut start) = (0u64, 0u64);
     for chunk in chunks {
@@ -141,7 +148,7 @@ pub fn slices(chunks: &[Bytes], splices: &[Splice]) -> Slices {
                 out.push(part(at, splice.at));
             }
             if !splice.insert.is_empty() {
-                out.push(splice.insert.clone());
+                out.push(splice.insert);
             }
             at = splice.at + splice.skip;
         }
@@ -176,7 +183,7 @@ mod tests {
         let watch = Watch { affinity: false, droppable: droppable.iter().map(|d| (*d).into()).collect() };
         let mut scanner = Scanner::new(&watch);
         chunks.iter().for_each(|c| scanner.feed(c).unwrap());
-        let out = slices(&chunks, &make(&scanner.finish().unwrap()));
+        let out = slices(&chunks, make(&scanner.finish().unwrap()));
         assert!(out.iter().all(|s| !s.is_empty()));
         String::from_utf8(out.concat()).unwrap()
     }
@@ -203,7 +210,7 @@ mod tests {
     fn nothing_to_change_leaves_the_body_alone() {
         assert!(splices(&Fields::default(), None, |_| true).is_empty());
         let chunks = [Bytes::from_static(b"{"), Bytes::from_static(b"}")];
-        assert_eq!(slices(&chunks, &[])[..], chunks);
+        assert_eq!(slices(&chunks, Splices::new())[..], chunks);
     }
 
     #[test]

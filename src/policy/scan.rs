@@ -325,6 +325,7 @@ impl<'w> Scanner<'w> {
         self.sound = 0;
         let mut i = 0;
         while i < chunk.len() {
+            skip::work::add(1);
             i = match self.within {
                 Within::Nothing if self.is_noted() => self.structure::<true>(chunk, i)?,
                 Within::Nothing => self.structure::<false>(chunk, i)?,
@@ -362,6 +363,7 @@ impl<'w> Scanner<'w> {
     fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, ScanError> {
         let mut at = self.at;
         while let Some(&b) = chunk.get(i) {
+            skip::work::add(1);
             match at {
                 At::Key | At::FirstKey => {
                     if b == b'"' {
@@ -639,6 +641,7 @@ impl<'w> Scanner<'w> {
     fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<usize, ScanError> {
         use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
         while let Some(&b) = chunk.get(i) {
+            skip::work::add(1);
             number = match (number, b) {
                 (Integer, b'0'..=b'9') => Integer,
                 (Point | Fraction, b'0'..=b'9') => Fraction,
@@ -1013,6 +1016,64 @@ mod tests {
             (br#"{"a" 1}"#, 5),
         ] {
             assert_eq!(scan(body), Err(ScanError::Invalid { offset }), "{}", String::from_utf8_lossy(body));
+        }
+    }
+
+    /// Twice the input is at most twice the work, whatever the input and however it is cut.
+    #[test]
+    fn the_work_grows_with_the_input_and_no_faster() {
+        let watch = Watch {
+            affinity: true,
+            droppable: vec!["store".into(), "n".into(), "metadata".into(), "user".into()],
+        };
+        type Shape = (&'static str, fn(usize) -> Vec<u8>);
+        let shapes: [Shape; 21] = [
+            ("nested arrays", |n| [&b"{\"a\":"[..], &b"[".repeat(n)].concat()),
+            ("deep again and again", |n| {
+                let deep = format!("{}{}", "[".repeat(126), "]".repeat(126));
+                format!("{{\"a\":[{}0]}}", format!("{deep},").repeat(n / 252)).into_bytes()
+            }),
+            ("brackets in a string", |n| format!("{{\"a\":\"{}\"}}", "[".repeat(n)).into_bytes()),
+            ("quotes escaped", |n| format!("{{\"a\":\"{}\"}}", "\\\"".repeat(n / 2)).into_bytes()),
+            ("escaped units", |n| format!("{{\"a\":\"{}\"}}", "\\ud83d".repeat(n / 6)).into_bytes()),
+            ("quotes unended", |n| format!("{{\"a\":\"{}", "\\\"".repeat(n / 2)).into_bytes()),
+            ("two bytes each", |n| format!("{{\"a\":\"{}\"}}", "é".repeat(n / 2)).into_bytes()),
+            ("four bytes each", |n| format!("{{\"a\":\"{}\"}}", "😀".repeat(n / 4)).into_bytes()),
+            ("few outside of ASCII", |n| {
+                format!("{{\"a\":\"{}\"}}", ("x".repeat(99) + "é").repeat(n / 101)).into_bytes()
+            }),
+            ("wrong at the end", |n| {
+                [format!("{{\"a\":\"{}", "é".repeat(n / 2)).as_bytes(), b"\xFF"].concat()
+            }),
+            ("wrong outside of strings", |n| [&b"{\"a\":"[..], &"é".repeat(n / 2).into_bytes()].concat()),
+            ("strings with a character each", |n| {
+                format!("{{\"a\":[{}0]}}", "\"é\",".repeat(n / 5)).into_bytes()
+            }),
+            ("empty strings", |n| format!("{{\"a\":[{}0]}}", "\"\",".repeat(n / 3)).into_bytes()),
+            ("members", |n| format!("{{\"b\":0{}}}", ",\"a\":1".repeat(n / 6)).into_bytes()),
+            ("droppable twice", |n| format!("{{\"store\":0{}}}", ",\"store\":1".repeat(n / 10)).into_bytes()),
+            ("members inside", |n| format!("{{\"a\":{{\"b\":0{}}}}}", ",\"a\":1".repeat(n / 6)).into_bytes()),
+            ("roles", |n| {
+                format!("{{\"messages\":[{{\"role\":0{}}}]}}", ",\"role\":\"u\"".repeat(n / 11)).into_bytes()
+            }),
+            ("escaped keys", |n| format!("{{\"b\":0{}}}", ",\"\\u0061\":1".repeat(n / 11)).into_bytes()),
+            ("a long key", |n| format!("{{\"{}é\":1}}", "k".repeat(n)).into_bytes()),
+            ("a long number", |n| format!("{{\"a\":{}}}", "9".repeat(n)).into_bytes()),
+            ("spaces", |n| format!("{{{}}}", " \n".repeat(n / 2)).into_bytes()),
+        ];
+        for (name, shape) in shapes {
+            for piece in [1, 2, 17, 1_000, usize::MAX] {
+                let work = |n: usize| {
+                    let body = shape(n);
+                    let mut scanner = Scanner::new(&watch);
+                    skip::work::take();
+                    let _ = body.chunks(piece.min(body.len())).try_for_each(|chunk| scanner.feed(chunk));
+                    (skip::work::take(), body.len() as u64)
+                };
+                let ((once, _), (twice, length)) = (work(20_000), work(40_000));
+                assert!(twice <= 2 * once + 2_000, "{name} in pieces of {piece}: {once}, then {twice}");
+                assert!(twice <= 40 * length + 2_000, "{name} in pieces of {piece}: {twice} for {length}");
+            }
         }
     }
 

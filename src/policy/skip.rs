@@ -43,6 +43,7 @@ pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
 #[inline(always)]
 pub fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
     let Some(block) = chunk.get(at..).and_then(<[u8]>::first_chunk) else { return Err(at) };
+    work::add(BLOCK);
     let found = marks::<true>(block);
     if found == 0 {
         return Err(at + BLOCK);
@@ -65,10 +66,8 @@ pub fn plain(bytes: &[u8], mut at: usize) -> usize {
 
 /// Index, from `at` on, of what is special and no whole escape.
 fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
-    // Most strings are short: their end is in the first block.
-    let mut is_long = false;
     while at < bytes.len() {
-        if is_long && let Some(wide) = bytes[at..].first_chunk() {
+        if let Some(wide) = bytes[at..].first_chunk() {
             let mut found = wide_marks::<ASCII>(wide);
             let mut next = WIDE;
             while found != 0 {
@@ -83,7 +82,6 @@ fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
             at += next.max(WIDE);
             continue;
         }
-        is_long = true;
         let (found, length) = narrow::<ASCII>(bytes, at);
         if found == 0 {
             at += length;
@@ -100,6 +98,7 @@ fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
 
 /// Length of the escape at `at`; 0 where there is none, or none that is whole and right.
 fn escape(bytes: &[u8], at: usize) -> usize {
+    work::add(1);
     match &bytes[at..] {
         [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
         [b'\\', b'u', a, b, c, d, ..] if [a, b, c, d].iter().all(|b| b.is_ascii_hexdigit()) => 6,
@@ -110,6 +109,7 @@ fn escape(bytes: &[u8], at: usize) -> usize {
 /// A bit for each of the next bytes that is special, and how many they are: a block, or all that is left. `at` is an
 /// index of `bytes`.
 fn narrow<const ASCII: bool>(bytes: &[u8], at: usize) -> (u32, usize) {
+    work::add(BLOCK);
     if let Some(block) = bytes[at..].first_chunk() {
         return (marks::<ASCII>(block), BLOCK);
     }
@@ -135,13 +135,15 @@ fn marks<const ASCII: bool>(block: &[u8; BLOCK]) -> u32 {
 }
 
 fn wide_marks<const ASCII: bool>(wide: &[u8; WIDE]) -> u64 {
+    work::add(WIDE);
     let (blocks, _) = wide.as_chunks::<BLOCK>();
-    let shifted = |(i, block)| u64::from(marks::<ASCII>(block)) << (i * BLOCK);
-    blocks.iter().enumerate().map(shifted).fold(0, |all, some| all | some)
+    let [a, b, c, d] = std::array::from_fn(|i| u64::from(marks::<ASCII>(&blocks[i])));
+    a | b << BLOCK | c << (2 * BLOCK) | d << (3 * BLOCK)
 }
 
 /// Length of the longest prefix that is UTF-8 and ends with a whole character.
 fn valid_prefix(bytes: &[u8]) -> usize {
+    work::add(bytes.len());
     // What a chunk cuts off is no fault: without it most chunks are valid at the first look.
     let whole = bytes.len() - cut_off(bytes);
     match simdutf8::basic::from_utf8(&bytes[..whole]) {
@@ -163,6 +165,29 @@ fn cut_off(bytes: &[u8]) -> usize {
         return if needs > back + 1 { back + 1 } else { 0 };
     }
     0
+}
+
+/// The work that a scan does, in bytes looked at: counted in tests, so that they can tell its growth.
+pub(super) mod work {
+    #[cfg(test)]
+    thread_local! {
+        static DONE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+    }
+
+    /// Counts `bytes` more.
+    #[inline(always)]
+    pub fn add(bytes: usize) {
+        #[cfg(test)]
+        DONE.set(DONE.get() + bytes as u64);
+        #[cfg(not(test))]
+        let _ = bytes;
+    }
+
+    /// What was counted since the last call.
+    #[cfg(test)]
+    pub fn take() -> u64 {
+        DONE.take()
+    }
 }
 
 #[cfg(test)]

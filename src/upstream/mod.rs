@@ -73,6 +73,7 @@ pub struct Upstream {
 #[must_use = "dropping it says that the backend is done"]
 pub struct InFlight {
     upstream: Arc<Upstream>,
+    taken: Nanos,
     /// Its place, where there is a limit.
     _place: Option<Slot>,
 }
@@ -218,7 +219,7 @@ impl Upstream {
             return None;
         }
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(InFlight { upstream: self.clone(), _place: place })
+        Some(InFlight { upstream: self.clone(), taken: now, _place: place })
     }
 
     /// Stands in line for a place; `None`: it has no limit.
@@ -309,6 +310,13 @@ impl InFlight {
     /// The backend.
     pub fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream
+    }
+
+    /// A fresh connection stands, and the request goes out: the provider counts it from now on.
+    pub fn connected(&self, now: Nanos) {
+        if let Some(quota) = &self.upstream.quota {
+            quota.sent(self.taken, now);
+        }
     }
 }
 
