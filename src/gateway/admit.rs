@@ -13,7 +13,7 @@ use crate::error::GatewayError;
 use crate::policy::Nanos;
 use crate::policy::balance::BackendId;
 use crate::policy::queue::{Entry, Place, QueueFull, Slot};
-use crate::policy::quota::Turn;
+use crate::policy::quota::{LEEWAY, Turn};
 use crate::server::alarm::Elapsed;
 use crate::server::io::Conn;
 use crate::state::snapshot::{Busy, Snapshot};
@@ -99,7 +99,7 @@ impl Line {
         let in_time = |at: &Nanos| *at <= latest;
         let first = busy.opens.filter(|(at, ..)| in_time(at));
         if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
-            return Err(GatewayError::UpstreamRateLimited(at.saturating_sub(since)));
+            return Err(too_late(at, since));
         }
         let _outside = gateway.shared().admission.wait_outside()?;
         completion.phase = Phase::Queued;
@@ -119,7 +119,7 @@ impl Line {
                 _ if self.granted.is_some() => break Ok(()),
                 None if self.places.is_empty() => break Err(GatewayError::QueueFull),
                 Some(at) if self.places.is_empty() && !in_time(&at) => {
-                    break Err(GatewayError::UpstreamRateLimited(at.saturating_sub(now)));
+                    break Err(too_late(at, now));
                 }
                 _ => {}
             }
@@ -166,6 +166,11 @@ impl Line {
             self.quota = quota.and_then(|id| Some((id, InLine::new(&snapshot.backends[id])?)));
         }
     }
+}
+
+/// Nothing opens in time. Who comes back as long before `at` as a quota allows for is in time: it waits that little.
+fn too_late(at: Nanos, now: Nanos) -> GatewayError {
+    GatewayError::UpstreamRateLimited(at.saturating_sub(now).saturating_sub(LEEWAY))
 }
 
 /// Just past `at`, from `now` on.
