@@ -8,10 +8,10 @@
 //! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest. A worker is
 //!    a thread with a runtime of its own; it owns its clients and its upstream connections, so nothing on a
 //!    request's way crosses threads but atomics.
-//! 3. [`gateway`] tells the story: rate limit, body, slot, tries, answer. The future and the body of the answer own
-//!    all that a request holds; when the client leaves, dropping them ends everything at once.
-//! 4. [`policy`] decides, without I/O: the head's rules, headers, limiter, JSON scanner, admission, balancing,
-//!    breaker, splice, retries.
+//! 3. [`gateway`] tells the story: who calls, rate limit, body, route, slot, tries, answer. The future and the body of
+//!    the answer own all that a request holds; when the client leaves, dropping them ends everything at once.
+//! 4. [`policy`] decides, without I/O: the head's rules, headers, limiter, JSON scanner, routes by model, admission,
+//!    balancing, breaker, splice, retries, quotas.
 //! 5. [`upstream`] speaks to the backends: pool, connections, one try, probes.
 //! 6. [`telemetry`] takes one record per finished request and makes metrics and log lines of it.
 //! 7. [`error`] is the one table of refusals; [`demo`] the built-in mock provider; [`cli`] the command line.

@@ -264,6 +264,12 @@ enum Within {
     Utf8 { key: bool, left: u8, low: u8, high: u8 },
 }
 
+/// How far a token was read, and the next index.
+enum Read {
+    Part(usize),
+    Whole(usize),
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Number {
     /// After `-`.
@@ -367,9 +373,14 @@ impl<'w> Scanner<'w> {
             match at {
                 At::Key | At::FirstKey => {
                     if b == b'"' {
-                        i = if NOTED { self.noted_key(chunk, i)? } else { self.string(chunk, i, true) };
-                        if self.within != Within::Nothing {
-                            break;
+                        let read =
+                            if NOTED { self.noted_key(chunk, i)? } else { self.string(chunk, i, true) };
+                        match read {
+                            Read::Whole(next) => i = next,
+                            Read::Part(next) => {
+                                i = next;
+                                break;
+                            }
                         }
                         // Most often the colon is next.
                         let is_next = chunk.get(i) == Some(&b':');
@@ -388,9 +399,12 @@ impl<'w> Scanner<'w> {
                 }
                 At::Value | At::FirstItem => {
                     if b == b'"' && !NOTED {
-                        i = self.string(chunk, i, false);
-                        if self.within != Within::Nothing {
-                            break;
+                        match self.string(chunk, i, false) {
+                            Read::Whole(next) => i = next,
+                            Read::Part(next) => {
+                                i = next;
+                                break;
+                            }
                         }
                         at = At::AfterValue;
                         continue;
@@ -465,24 +479,25 @@ impl<'w> Scanner<'w> {
 
     /// A string that nobody wants to know, with its quotes, `i` at the first; where it is not whole here, `within` it.
     #[inline(always)] // Most strings are short, and end in the first block that is looked at.
-    fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> usize {
+    fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> Read {
         let end = match skip::short(chunk, i + 1) {
-            Ok(end) => return end + 1,
+            Ok(end) => return Read::Whole(end + 1),
             Err(from) => skip::text(chunk, from, &mut self.sound),
         };
         if chunk.get(end) == Some(&b'"') {
-            return end + 1;
+            return Read::Whole(end + 1);
         }
         self.within = Within::Text { key };
-        end
+        Read::Part(end)
     }
 
+    #[cold]
     fn invalid<T>(&self, i: usize) -> Result<T, ScanError> {
         Err(ScanError::Invalid { offset: self.base + i as u64 })
     }
 
     /// A key that may have to be noted, with its quotes, `i` at the first.
-    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<usize, ScanError> {
+    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<Read, ScanError> {
         if self.depth == 1 {
             self.key_start = self.base + i as u64;
             self.fields.members += 1;
@@ -493,11 +508,11 @@ impl<'w> Scanner<'w> {
         if chunk.get(end) == Some(&b'"') {
             // Most often it is here as a whole and plain: then nothing need be kept.
             self.name(&chunk[i + 1..end])?;
-            return Ok(end + 1);
+            return Ok(Read::Whole(end + 1));
         }
         self.start_keeping(Keep::Key);
         self.within = Within::Text { key: true };
-        Ok(i + 1)
+        Ok(Read::Part(i + 1))
     }
 
     /// A value that is no container begins at `i` with `b`.

@@ -99,9 +99,15 @@ fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
 /// Length of the escape at `at`; 0 where there is none, or none that is whole and right.
 fn escape(bytes: &[u8], at: usize) -> usize {
     work::add(1);
-    match &bytes[at..] {
-        [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', ..] => 2,
-        [b'\\', b'u', a, b, c, d, ..] if [a, b, c, d].iter().all(|b| b.is_ascii_hexdigit()) => 6,
+    if bytes[at] != b'\\' {
+        return 0;
+    }
+    match bytes.get(at + 1) {
+        Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => 2,
+        Some(b'u') => match bytes.get(at + 2..at + 6) {
+            Some(hex) if hex.iter().all(u8::is_ascii_hexdigit) => 6,
+            _ => 0,
+        },
         _ => 0,
     }
 }
@@ -136,8 +142,9 @@ fn marks<const ASCII: bool>(block: &[u8; BLOCK]) -> u32 {
 
 fn wide_marks<const ASCII: bool>(wide: &[u8; WIDE]) -> u64 {
     work::add(WIDE);
-    let (blocks, _) = wide.as_chunks::<BLOCK>();
-    let [a, b, c, d] = std::array::from_fn(|i| u64::from(marks::<ASCII>(&blocks[i])));
+    let [a, b, c, d] = wide.as_chunks::<BLOCK>().0 else { return 0 };
+    let (a, b) = (u64::from(marks::<ASCII>(a)), u64::from(marks::<ASCII>(b)));
+    let (c, d) = (u64::from(marks::<ASCII>(c)), u64::from(marks::<ASCII>(d)));
     a | b << BLOCK | c << (2 * BLOCK) | d << (3 * BLOCK)
 }
 
