@@ -39,7 +39,7 @@ pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
 }
 
 /// The end of a string whose text begins at `at`, if it is plain and ends in the first block; else where
-/// [`text`](self::text) is to go on.
+/// [`text`] is to go on.
 #[inline(always)]
 pub fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
     let Some(block) = chunk.get(at..).and_then(<[u8]>::first_chunk) else { return Err(at) };

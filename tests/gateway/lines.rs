@@ -1,5 +1,7 @@
 //! The lines before busy backends.
 
+use std::time::Duration;
+
 use crate::support::provider::{After, Gate, end_chunks, reply, start_events};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
@@ -98,6 +100,51 @@ fn a_request_that_waits_for_one_model_never_blocks_one_for_another() {
     gate.open(6);
     clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
     zap.is_clean();
+}
+
+#[test]
+fn a_crowd_that_comes_and_goes_leaves_nothing_behind() {
+    let provider = || {
+        Provider::start(|_, stream| {
+            std::thread::sleep(Duration::from_millis(1));
+            reply(stream, 200, "", b"ok");
+            After::Keep
+        })
+    };
+    let (a, b) = (provider(), provider());
+    let backends = [
+        a.backend("a", "max_in_flight = 2\nmodels = [\"x\", \"y\"]"),
+        b.backend("b", "max_in_flight = 1\nrequests_per_minute = 40\nmodels = [\"y\"]"),
+    ];
+    let zap = Zap::with("[queue]\nmax_in_flight = 4\nmax_size = 30", &backends);
+    let served: usize = std::thread::scope(|s| {
+        let crowd: Vec<_> = (0..8u64)
+            .map(|seed| {
+                let zap = &zap;
+                s.spawn(move || {
+                    let mut rng = fastrand::Rng::with_seed(seed);
+                    let mut served = 0;
+                    for _ in 0..60 {
+                        let mut client = zap.client();
+                        client.post("/chat", "", ask(if rng.bool() { "x" } else { "y" }));
+                        if rng.u8(..3) == 0 {
+                            std::thread::sleep(Duration::from_micros(rng.u64(..3_000)));
+                            continue;
+                        }
+                        let answer = client.response();
+                        assert_eq!(answer.status, 200, "{}", answer.text());
+                        served += 1;
+                    }
+                    served
+                })
+            })
+            .collect();
+        crowd.into_iter().map(|t| t.join().unwrap()).sum()
+    });
+    assert!(served > 250, "{served}");
+    assert!(b.count() <= 40, "the quota held: {}", b.count());
+    zap.is_clean();
+    (0..10).for_each(|_| assert_eq!(zap.chat(ask("x")).status, 200));
 }
 
 #[test]
