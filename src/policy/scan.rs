@@ -372,20 +372,23 @@ impl<'w> Scanner<'w> {
             skip::work::add(1);
             match at {
                 At::Key | At::FirstKey => {
+                    if b == b'"' && !NOTED {
+                        let is_whole;
+                        (at, i, is_whole) = self.members(chunk, i);
+                        if !is_whole {
+                            break;
+                        }
+                        continue;
+                    }
                     if b == b'"' {
-                        let read =
-                            if NOTED { self.noted_key(chunk, i)? } else { self.string(chunk, i, true) };
-                        match read {
+                        match self.noted_key(chunk, i)? {
                             Read::Whole(next) => i = next,
                             Read::Part(next) => {
                                 i = next;
                                 break;
                             }
                         }
-                        // Most often the colon is next.
-                        let is_next = chunk.get(i) == Some(&b':');
-                        at = if is_next { At::Value } else { At::Colon };
-                        i += usize::from(is_next);
+                        at = At::Colon;
                         continue;
                     }
                     if b == b'}' && at == At::FirstKey {
@@ -477,6 +480,37 @@ impl<'w> Scanner<'w> {
         Ok(i)
     }
 
+    /// Members that nobody wants to know, from a key's quote at `i` on, for as long as they are strings close together,
+    /// as most of a conversation is. Returns where that ends, and whether it is between tokens.
+    #[inline(always)] // One place calls it.
+    fn members(&mut self, chunk: &[u8], mut i: usize) -> (At, usize, bool) {
+        loop {
+            skip::work::add(1);
+            match self.string(chunk, i, true) {
+                Read::Whole(next) => i = next,
+                Read::Part(next) => return (At::Key, next, false),
+            }
+            if chunk.get(i) != Some(&b':') {
+                return (At::Colon, i, true);
+            }
+            i += 1;
+            if chunk.get(i) != Some(&b'"') {
+                return (At::Value, i, true);
+            }
+            match self.string(chunk, i, false) {
+                Read::Whole(next) => i = next,
+                Read::Part(next) => return (At::Value, next, false),
+            }
+            if chunk.get(i) != Some(&b',') {
+                return (At::AfterValue, i, true);
+            }
+            i += 1;
+            if chunk.get(i) != Some(&b'"') {
+                return (At::Key, i, true);
+            }
+        }
+    }
+
     /// A string that nobody wants to know, with its quotes, `i` at the first; where it is not whole here, `within` it.
     #[inline(always)] // Most strings are short, and end in the first block that is looked at.
     fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> Read {
@@ -504,7 +538,7 @@ impl<'w> Scanner<'w> {
         } else if self.depth != 3 || self.opening != Opening::Seeking {
             return Ok(self.string(chunk, i, true));
         }
-        let end = skip::plain(chunk, i + 1);
+        let end = skip::short(chunk, i + 1).unwrap_or_else(|from| skip::plain(chunk, from));
         if chunk.get(end) == Some(&b'"') {
             // Most often it is here as a whole and plain: then nothing need be kept.
             self.name(&chunk[i + 1..end])?;
@@ -655,17 +689,22 @@ impl<'w> Scanner<'w> {
 
     fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<usize, ScanError> {
         use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
-        while let Some(&b) = chunk.get(i) {
+        loop {
+            if matches!(number, Integer | Fraction | Exponent) {
+                let digits = chunk[i..].iter().take_while(|b| b.is_ascii_digit()).count();
+                skip::work::add(digits);
+                i += digits;
+            }
+            let Some(&b) = chunk.get(i) else { break };
             skip::work::add(1);
             number = match (number, b) {
-                (Integer, b'0'..=b'9') => Integer,
-                (Point | Fraction, b'0'..=b'9') => Fraction,
                 (Minus, b'0') => Zero,
                 (Minus, b'1'..=b'9') => Integer,
                 (Zero | Integer, b'.') => Point,
+                (Point, b'0'..=b'9') => Fraction,
                 (Zero | Integer | Fraction, b'e' | b'E') => E,
                 (E, b'+' | b'-') => Sign,
-                (E | Sign | Exponent, b'0'..=b'9') => Exponent,
+                (E | Sign, b'0'..=b'9') => Exponent,
                 (Zero | Integer | Fraction | Exponent, _) => {
                     self.value_ends(i);
                     return Ok(i);
@@ -680,8 +719,9 @@ impl<'w> Scanner<'w> {
 
     fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<usize, ScanError> {
         let here = &chunk[i..chunk.len().min(i + rest.len())];
-        if let Some(wrong) = here.iter().zip(rest).position(|(b, want)| b != want) {
-            return self.invalid(i + wrong);
+        if *here != rest[..here.len()] {
+            let wrong = here.iter().zip(rest).position(|(b, want)| b != want);
+            return self.invalid(i + wrong.unwrap_or(0));
         }
         let end = i + here.len();
         self.within = Within::Literal(&rest[here.len()..]);
