@@ -18,11 +18,10 @@ use serde_json::value::RawValue;
 
 use crate::config::Config;
 use crate::policy::balance::Schedule;
+use crate::policy::fields::{Fields, Kind, MAX_NAME, Member, Model, Place, ScanError, Watch};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
 use crate::policy::patch::{ModelText, slices, splices};
-use crate::policy::scan::{
-    Fields, Kind, MAX_DEPTH, MAX_NAME, Member, Model, Place, ScanError, Scanner, Watch,
-};
+use crate::policy::scan::{MAX_DEPTH, Scanner};
 use crate::policy::{MILLI, Nanos, advertised, head, headers as policy_headers, retry};
 
 /// `policy::scan` and `policy::patch` on a request body, against serde_json.

@@ -11,8 +11,9 @@ use xxhash_rust::xxh64::Xxh64;
 
 use crate::clock;
 use crate::error::GatewayError;
+use crate::policy::fields::{Affinity, Fields, ScanError, Watch};
 use crate::policy::patch::BodyFault;
-use crate::policy::scan::{Affinity, Fields, ScanError, Scanner, Watch};
+use crate::policy::scan::Scanner;
 use crate::policy::{Nanos, SECOND};
 use crate::server::io::Conn;
 use crate::telemetry::Endpoint;

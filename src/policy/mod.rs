@@ -12,9 +12,9 @@ pub mod headers;
 
 pub mod limit;
 
-pub mod scan;
+pub mod fields;
 
-pub mod skip;
+pub mod scan;
 
 pub mod route;
 

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use super::scan::{Fields, Kind, Model};
+use super::fields::{Fields, Kind, Model};
 
 /// A body that is JSON but not a request that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ impl Fields {
 }
 
 /// The splices that make a body say what one backend is to get: `model` as its model, where there is one to put in,
-/// and no member that `drops`, by its index in [`Watch::droppable`](super::scan::Watch).
+/// and no member that `drops`, by its index in [`Watch::droppable`](super::fields::Watch).
 pub fn splices(fields: &Fields, model: Option<&ModelText>, drops: impl Fn(usize) -> bool) -> Splices {
     let mut out = Splices::new();
     let mut dropped = 0;
@@ -166,7 +166,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::scan::{Scanner, Watch};
+    use crate::policy::fields::{ScanError, Watch};
+    use crate::policy::scan::Scanner;
 
     /// `body` as a backend gets it whose default is `model`.
     fn patched(body: &str, model: &str, chunk: usize) -> String {
@@ -339,7 +340,7 @@ mod tests {
             let mut scanner = Scanner::default();
             let ours = scanner.feed(&body).and_then(|()| scanner.finish());
             let theirs = std::str::from_utf8(&body).is_ok_and(|s| serde_json::from_str::<&serde_json::value::RawValue>(s).is_ok());
-            prop_assert_eq!(matches!(ours, Ok(_) | Err(crate::policy::scan::ScanError::Duplicate(_))), theirs);
+            prop_assert_eq!(matches!(ours, Ok(_) | Err(ScanError::Duplicate(_))), theirs);
         }
     }
 }

@@ -14,7 +14,7 @@ use super::near::nearest;
 use super::patch::ModelText;
 
 /// Bytes of the longest name that a configuration may hold.
-pub const MAX_NAME: usize = super::scan::MAX_NAME;
+pub const MAX_NAME: usize = super::fields::MAX_NAME;
 
 /// The named route that catches what nothing else serves.
 pub const CATCH_ALL: &str = "*";
@@ -368,7 +368,7 @@ mod tests {
         let show = |t: &Target| {
             let text = t.text(name);
             let body = super::super::patch::splices(
-                &super::super::scan::Fields { members: 1, ..Default::default() },
+                &super::super::fields::Fields { members: 1, ..Default::default() },
                 text.as_deref(),
                 |_| false,
             );

@@ -13,10 +13,10 @@ use crate::config::{Config, Strategy};
 use crate::policy::Nanos;
 use crate::policy::balance::{BackendId, Schedule, load, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
+use crate::policy::fields::Watch;
 use crate::policy::queue::Slot;
 use crate::policy::quota::Turn;
 use crate::policy::route::{Route, RouteId, Serves, Table, Target, TargetId};
-use crate::policy::scan::Watch;
 use crate::telemetry::Endpoint;
 use crate::upstream::{Closed, InFlight, Upstream};
 

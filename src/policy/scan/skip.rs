@@ -1,7 +1,7 @@
 //! How far the text of a JSON string goes without anything that needs a look.
 //!
 //! Most of a body is text. It is skipped sixteen bytes at a time, and characters outside of ASCII are judged by a
-//! validator over a whole stretch at once; what is left for [`super::scan`] to read byte by byte is the end of a
+//! validator over a whole stretch at once; what is left for the scanner to read byte by byte is the end of a
 //! string, what may go on in the next chunk, and what is wrong.
 
 use wide::i8x16;

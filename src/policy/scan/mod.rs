@@ -1,0 +1,500 @@
+//! The resumable JSON scanner: reads a request body as it arrives and finds the members that Zap cares about.
+//!
+//! It accepts exactly what RFC 8259 allows as one object (UTF-8, depth at most [`MAX_DEPTH`]), in one pass, with
+//! constant state, whatever the chunking. It keeps no copy of the body: only the name of the model. What else it
+//! looks for is a [`Watch`]; of that it notes the places alone. It does not judge what an endpoint needs; that is
+//! [`crate::policy::patch`]. Text, which is most of a body, is `skip`'s.
+
+mod notes;
+
+mod skip;
+
+mod text;
+
+use super::fields::{Fields, Kind, MAX_NAME, Member, Model, NOTHING, Place, ScanError, Watch};
+
+/// Deepest nesting that is accepted; the object itself is 1.
+pub const MAX_DEPTH: u32 = 128;
+
+/// A scan under way. Feed it chunks in order, then [`finish`](Scanner::finish) it.
+#[derive(Debug)]
+pub struct Scanner<'w> {
+    watch: &'w Watch,
+    at: At,
+    within: Within,
+    /// The container that is read is an object, not an array.
+    is_object: bool,
+    /// The same of those around it, the next one in the lowest bit. `depth <= MAX_DEPTH`.
+    objects: u128,
+    depth: u32,
+    /// Up to there the chunk is known to be UTF-8.
+    sound: usize,
+    /// Bytes consumed by earlier chunks.
+    base: u64,
+    /// The member whose value comes or is being read; only at depth 1.
+    member: Option<Member>,
+    /// The same, where it is one of [`Watch::droppable`]: it may be both.
+    droppable: Option<usize>,
+    /// What the string being read is kept for.
+    keep: Keep,
+    text: Vec<u8>,
+    text_is_cut: bool,
+    high_surrogate: u16,
+    value_start: u64,
+    /// Where the last key at the top level began.
+    key_start: u64,
+    /// The last comma at the top level.
+    comma: u64,
+    opening: Opening,
+    /// `prompt_cache_key` and `user` have stood already, whatever their values.
+    seen: (bool, bool),
+    fields: Fields,
+}
+
+/// How far the search for the first message of a user has come. Messages are at depth 3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opening {
+    /// Inside a message of a user.
+    Found,
+    /// Not inside `messages`, or done.
+    Off,
+    /// At the value of a message's `role`.
+    Role,
+    /// Inside `messages`.
+    Seeking,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    Key,
+    Name,
+    Nothing,
+    /// A string's value, of which only its end matters.
+    Value,
+}
+
+/// Where in the grammar a scan is, between tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// After a value: `,` or the closer.
+    AfterValue,
+    /// After a key.
+    Colon,
+    /// After the object: only whitespace.
+    End,
+    /// After `[`: a value or `]`.
+    FirstItem,
+    /// After `{`: a key or `}`.
+    FirstKey,
+    /// After `,` in an object.
+    Key,
+    /// Before the object.
+    Start,
+    /// After `:`, or `,` in an array.
+    Value,
+}
+
+/// The token that a scan is in the middle of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Within {
+    /// After a backslash.
+    Escape { key: bool },
+    /// Inside `\uHHHH`: digits still to come and their value so far.
+    Hex { key: bool, left: u8, code: u16 },
+    /// Inside `true`, `false` or `null`: what must still come.
+    Literal(&'static [u8]),
+    /// None.
+    Nothing,
+    /// Inside a number.
+    Number(Number),
+    /// Inside a string, at an ordinary character.
+    Text { key: bool },
+    /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
+    Utf8 { key: bool, left: u8, low: u8, high: u8 },
+}
+
+/// How far a token was read, and the next index.
+enum Read {
+    Part(usize),
+    Whole(usize),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    /// After `-`.
+    Minus,
+    /// After a leading `0`.
+    Zero,
+    /// In the integer part.
+    Integer,
+    /// After `.`.
+    Point,
+    /// In the fraction.
+    Fraction,
+    /// After `e`.
+    E,
+    /// After the exponent's sign.
+    Sign,
+    /// In the exponent.
+    Exponent,
+}
+
+impl Default for Scanner<'_> {
+    fn default() -> Self {
+        Scanner::new(&NOTHING)
+    }
+}
+
+impl<'w> Scanner<'w> {
+    /// A scanner before the first byte.
+    pub fn new(watch: &'w Watch) -> Self {
+        Scanner {
+            watch,
+            at: At::Start,
+            within: Within::Nothing,
+            is_object: false,
+            objects: 0,
+            depth: 0,
+            sound: 0,
+            base: 0,
+            member: None,
+            droppable: None,
+            keep: Keep::Nothing,
+            text: Vec::new(),
+            text_is_cut: false,
+            high_surrogate: 0,
+            value_start: 0,
+            key_start: 0,
+            comma: 0,
+            opening: Opening::Off,
+            seen: (false, false),
+            fields: Fields::default(),
+        }
+    }
+
+    /// Takes the next bytes of the body.
+    ///
+    /// # Errors
+    /// The first fault. The scanner is of no use afterwards.
+    pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        self.sound = 0;
+        let mut i = 0;
+        while i < chunk.len() {
+            skip::work::add(1);
+            i = match self.within {
+                Within::Nothing if self.is_noted() => self.structure::<true>(chunk, i)?,
+                Within::Nothing => self.structure::<false>(chunk, i)?,
+                Within::Text { key } => self.text(chunk, i, key)?,
+                Within::Escape { key } => self.escape(chunk[i], i, key)?,
+                Within::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
+                Within::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
+                Within::Number(number) => self.number(chunk, i, number)?,
+                Within::Literal(rest) => self.literal(chunk, i, rest)?,
+            };
+        }
+        self.base += chunk.len() as u64;
+        Ok(())
+    }
+
+    /// Ends the scan.
+    ///
+    /// # Errors
+    /// [`ScanError::Invalid`] at the body's length if the object is not complete.
+    pub fn finish(mut self) -> Result<Fields, ScanError> {
+        if self.at != At::End {
+            return Err(ScanError::Invalid { offset: self.base });
+        }
+        self.fields.length = self.base;
+        Ok(self.fields)
+    }
+
+    /// Whether something may have to be noted where the scan is: at the top level, and in the search for the opening.
+    fn is_noted(&self) -> bool {
+        self.depth <= 1 || self.opening != Opening::Off
+    }
+
+    /// Reads tokens as far as they go; returns the next index. Ends where the chunk does, in the middle of a token that
+    /// needs care, and where `NOTED` (see [`is_noted`](Self::is_noted)) is no longer right.
+    fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, ScanError> {
+        let mut at = self.at;
+        while let Some(&b) = chunk.get(i) {
+            skip::work::add(1);
+            match at {
+                At::Key | At::FirstKey => {
+                    if b == b'"' && !NOTED {
+                        let is_whole;
+                        (at, i, is_whole) = self.members(chunk, i);
+                        if !is_whole {
+                            break;
+                        }
+                        continue;
+                    }
+                    if b == b'"' {
+                        match self.noted_key(chunk, i)? {
+                            Read::Whole(next) => i = next,
+                            Read::Part(next) => {
+                                i = next;
+                                break;
+                            }
+                        }
+                        at = At::Colon;
+                        continue;
+                    }
+                    if b == b'}' && at == At::FirstKey {
+                        at = self.close::<NOTED>(i);
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
+                }
+                At::Value | At::FirstItem => {
+                    if b == b'"' && !NOTED {
+                        match self.string(chunk, i, false) {
+                            Read::Whole(next) => i = next,
+                            Read::Part(next) => {
+                                i = next;
+                                break;
+                            }
+                        }
+                        at = At::AfterValue;
+                        continue;
+                    }
+                    if b == b'{' || b == b'[' {
+                        at = self.open::<NOTED>(b, i)?;
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
+                    if b == b']' && at == At::FirstItem {
+                        at = self.close::<NOTED>(i);
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
+                    if !is_space(b) {
+                        i = self.value(chunk, i, b)?;
+                        if self.within != Within::Nothing {
+                            break;
+                        }
+                        at = At::AfterValue;
+                        continue;
+                    }
+                }
+                At::AfterValue => {
+                    if b == b',' {
+                        if NOTED && self.depth == 1 {
+                            self.comma_at(self.base + i as u64);
+                        }
+                        at = if self.is_object { At::Key } else { At::Value };
+                        i += 1;
+                        continue;
+                    }
+                    if b == if self.is_object { b'}' } else { b']' } {
+                        at = self.close::<NOTED>(i);
+                        i += 1;
+                        if NOTED != self.is_noted() {
+                            break;
+                        }
+                        continue;
+                    }
+                }
+                At::Colon => {
+                    if b == b':' {
+                        at = At::Value;
+                        i += 1;
+                        continue;
+                    }
+                }
+                At::Start => {
+                    if b == b'{' {
+                        at = self.open::<NOTED>(b, i)?;
+                        i += 1;
+                        continue;
+                    }
+                }
+                At::End => {}
+            }
+            if !is_space(b) {
+                return self.invalid(i);
+            }
+            i += 1;
+        }
+        self.at = at;
+        Ok(i)
+    }
+
+    /// Members that nobody wants to know, from a key's quote at `i` on, for as long as they are strings close together,
+    /// as most of a conversation is. Returns where that ends, and whether it is between tokens.
+    #[inline(always)] // One place calls it.
+    fn members(&mut self, chunk: &[u8], mut i: usize) -> (At, usize, bool) {
+        loop {
+            skip::work::add(1);
+            match self.string(chunk, i, true) {
+                Read::Whole(next) => i = next,
+                Read::Part(next) => return (At::Key, next, false),
+            }
+            if chunk.get(i) != Some(&b':') {
+                return (At::Colon, i, true);
+            }
+            i += 1;
+            if chunk.get(i) != Some(&b'"') {
+                return (At::Value, i, true);
+            }
+            match self.string(chunk, i, false) {
+                Read::Whole(next) => i = next,
+                Read::Part(next) => return (At::Value, next, false),
+            }
+            if chunk.get(i) != Some(&b',') {
+                return (At::AfterValue, i, true);
+            }
+            i += 1;
+            if chunk.get(i) != Some(&b'"') {
+                return (At::Key, i, true);
+            }
+        }
+    }
+
+    /// A string that nobody wants to know, with its quotes, `i` at the first; where it is not whole here, `within` it.
+    #[inline(always)] // Most strings are short, and end in the first block that is looked at.
+    fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> Read {
+        let end = match skip::short(chunk, i + 1) {
+            Ok(end) => return Read::Whole(end + 1),
+            Err(from) => skip::text(chunk, from, &mut self.sound),
+        };
+        if chunk.get(end) == Some(&b'"') {
+            return Read::Whole(end + 1);
+        }
+        self.within = Within::Text { key };
+        Read::Part(end)
+    }
+
+    #[cold]
+    fn invalid<T>(&self, i: usize) -> Result<T, ScanError> {
+        Err(ScanError::Invalid { offset: self.base + i as u64 })
+    }
+
+    /// A value that is no container begins at `i` with `b`.
+    fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, ScanError> {
+        if self.depth == 1 {
+            self.value_start = self.base + i as u64;
+            self.note_kind(b);
+        }
+        match b {
+            b'"' => {
+                match self.member {
+                    Some(Member::Model) if self.depth == 1 => self.start_keeping(Keep::Name),
+                    Some(Member::PromptCacheKey | Member::User) if self.depth == 1 => {
+                        self.start_keeping(Keep::Value);
+                    }
+                    _ if self.depth == 3 && self.opening == Opening::Role => self.start_keeping(Keep::Value),
+                    _ => {}
+                }
+                self.text(chunk, i + 1, false)
+            }
+            b'-' => self.number(chunk, i + 1, Number::Minus),
+            b'0' => self.number(chunk, i + 1, Number::Zero),
+            b'1'..=b'9' => self.number(chunk, i + 1, Number::Integer),
+            b't' => self.literal(chunk, i + 1, b"rue"),
+            b'f' => self.literal(chunk, i + 1, b"alse"),
+            b'n' => self.literal(chunk, i + 1, b"ull"),
+            _ => self.invalid(i),
+        }
+    }
+
+    /// A container begins at `i`, with `b`.
+    #[inline(always)] // Without notes it is a handful of instructions.
+    fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, ScanError> {
+        if self.depth == MAX_DEPTH {
+            return self.invalid(i);
+        }
+        if NOTED && self.depth == 0 {
+            self.fields.inside = self.base + i as u64 + 1;
+        } else if NOTED && self.depth == 1 {
+            self.value_start = self.base + i as u64;
+            self.note_kind(b);
+            if self.watch.affinity && self.member == Some(Member::Messages) {
+                self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
+            }
+        }
+        // The one around it is remembered by a bit.
+        self.objects = self.objects << 1 | u128::from(self.is_object);
+        self.depth += 1;
+        self.is_object = b == b'{';
+        Ok(if self.is_object { At::FirstKey } else { At::FirstItem })
+    }
+
+    /// A container ends at `i`.
+    #[inline(always)] // As above.
+    fn close<const NOTED: bool>(&mut self, i: usize) -> At {
+        self.depth -= 1;
+        self.is_object = self.objects & 1 == 1;
+        self.objects >>= 1;
+        if self.depth == 0 {
+            return At::End;
+        }
+        if NOTED && self.depth == 2 && self.opening == Opening::Found {
+            self.opening_ends(self.base + i as u64 + 1);
+        }
+        if NOTED || self.depth == 1 {
+            self.value_ends(i + 1);
+        }
+        At::AfterValue
+    }
+
+    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<usize, ScanError> {
+        use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
+        loop {
+            if matches!(number, Integer | Fraction | Exponent) {
+                let digits = chunk[i..].iter().take_while(|b| b.is_ascii_digit()).count();
+                skip::work::add(digits);
+                i += digits;
+            }
+            let Some(&b) = chunk.get(i) else { break };
+            skip::work::add(1);
+            number = match (number, b) {
+                (Minus, b'0') => Zero,
+                (Minus, b'1'..=b'9') => Integer,
+                (Zero | Integer, b'.') => Point,
+                (Point, b'0'..=b'9') => Fraction,
+                (Zero | Integer | Fraction, b'e' | b'E') => E,
+                (E, b'+' | b'-') => Sign,
+                (E | Sign, b'0'..=b'9') => Exponent,
+                (Zero | Integer | Fraction | Exponent, _) => {
+                    self.value_ends(i);
+                    return Ok(i);
+                }
+                (Minus | Point | E | Sign, _) => return self.invalid(i),
+            };
+            i += 1;
+        }
+        self.within = Within::Number(number);
+        Ok(i)
+    }
+
+    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<usize, ScanError> {
+        let here = &chunk[i..chunk.len().min(i + rest.len())];
+        if *here != rest[..here.len()] {
+            let wrong = here.iter().zip(rest).position(|(b, want)| b != want);
+            return self.invalid(i + wrong.unwrap_or(0));
+        }
+        let end = i + here.len();
+        self.within = Within::Literal(&rest[here.len()..]);
+        if here.len() == rest.len() {
+            self.value_ends(end);
+        }
+        Ok(end)
+    }
+}
+
+fn is_space(b: u8) -> bool {
+    matches!(b, b' ' | b'\n' | b'\r' | b'\t')
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! What a scan notes of the members at the top level, and of the messages up to the first of a user.
+
+use super::skip;
+use super::{At, Keep, Kind, Member, Model, Opening, Place, Read, ScanError, Scanner, Within};
+
+impl Scanner<'_> {
+    /// A key that may have to be noted, with its quotes, `i` at the first.
+    pub(super) fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<Read, ScanError> {
+        if self.depth == 1 {
+            self.key_start = self.base + i as u64;
+            self.fields.members += 1;
+        } else if self.depth != 3 || self.opening != Opening::Seeking {
+            return Ok(self.string(chunk, i, true));
+        }
+        let end = skip::short(chunk, i + 1).unwrap_or_else(|from| skip::plain(chunk, from));
+        if chunk.get(end) == Some(&b'"') {
+            // Most often it is here as a whole and plain: then nothing need be kept.
+            self.name(&chunk[i + 1..end])?;
+            return Ok(Read::Whole(end + 1));
+        }
+        self.start_keeping(Keep::Key);
+        self.within = Within::Text { key: true };
+        Ok(Read::Part(i + 1))
+    }
+
+    /// Notes the type of a top-level member's value from its first byte.
+    pub(super) fn note_kind(&mut self, b: u8) {
+        let kind = match b {
+            b'[' => Kind::Array,
+            b'f' => Kind::False,
+            b'n' => Kind::Null,
+            b't' => Kind::True,
+            _ => Kind::Other,
+        };
+        match self.member {
+            Some(Member::Messages) => self.fields.messages = kind,
+            Some(Member::Stream) => self.fields.stream = kind,
+            Some(Member::Model) if b != b'n' && b != b'"' => self.fields.model = Model::Other,
+            Some(Member::Droppable(_) | Member::Model | Member::PromptCacheKey | Member::User) | None => {}
+        }
+    }
+
+    /// A value ended; `end` is the index just past it.
+    pub(super) fn value_ends(&mut self, end: usize) {
+        self.at = At::AfterValue;
+        self.within = Within::Nothing;
+        if self.depth == 1 {
+            self.member_ends(self.base + end as u64);
+        } else if self.depth == 3 && self.opening == Opening::Role {
+            let is_user = self.keep == Keep::Value && self.text == b"user";
+            self.opening = if is_user { Opening::Found } else { Opening::Seeking };
+            self.keep = Keep::Nothing;
+        }
+    }
+
+    /// A member at the top level ended just before offset `end`.
+    pub(super) fn member_ends(&mut self, end: u64) {
+        let span = self.value_start..end;
+        let text = matches!(self.keep, Keep::Name | Keep::Value) && !self.text.is_empty();
+        match self.member.take() {
+            Some(Member::Model) if self.fields.model == Model::Absent => {
+                self.fields.model = if text {
+                    let name = String::from_utf8_lossy(&self.text).into_owned();
+                    Model::Named { span, name, whole: !self.text_is_cut }
+                } else {
+                    Model::Nothing(span)
+                };
+            }
+            Some(Member::PromptCacheKey) => self.fields.affinity.cache_key = text.then_some(span),
+            Some(Member::User) => self.fields.affinity.user = text.then_some(span),
+            Some(Member::Messages) if self.opening != Opening::Off => self.opening_ends(end),
+            Some(Member::Droppable(_) | Member::Messages | Member::Model | Member::Stream) | None => {}
+        }
+        if let Some(name) = self.droppable.take() {
+            let nth = self.fields.members - 1;
+            let (comma, span) = (self.comma, self.key_start..end);
+            self.fields.droppable.push(Place { name, nth, comma, span, next: None });
+        }
+        self.keep = Keep::Nothing;
+    }
+
+    pub(super) fn comma_at(&mut self, offset: u64) {
+        self.comma = offset;
+        if let Some(last) = self.fields.droppable.last_mut()
+            && last.nth + 1 == self.fields.members
+        {
+            last.next = Some(offset + 1);
+        }
+    }
+
+    pub(super) fn opening_ends(&mut self, end: u64) {
+        self.opening = Opening::Off;
+        self.fields.affinity.opening = Some(self.value_start..end);
+    }
+
+    pub(super) fn text_ends(&mut self, end: usize, key: bool) -> Result<(), ScanError> {
+        self.flush_surrogate();
+        if !key {
+            self.value_ends(end);
+            return Ok(());
+        }
+        self.at = At::Colon;
+        self.within = Within::Nothing;
+        if self.keep != Keep::Key {
+            return Ok(());
+        }
+        self.keep = Keep::Nothing;
+        let text = std::mem::take(&mut self.text);
+        let named = self.name(if self.text_is_cut { &[] } else { &text });
+        self.text = text;
+        named
+    }
+
+    /// A key's text is known: a member's at the top level, or a message's.
+    pub(super) fn name(&mut self, text: &[u8]) -> Result<(), ScanError> {
+        if self.depth != 1 {
+            self.opening = if text == b"role" { Opening::Role } else { Opening::Seeking };
+            return Ok(());
+        }
+        self.member = Member::of(text, self.watch.affinity);
+        self.droppable = self.watch.droppable.iter().position(|name| name.as_bytes() == text);
+        if let Some(member) = self.member {
+            self.note_member(member)?;
+        }
+        self.droppable.map_or(Ok(()), |name| self.note_member(Member::Droppable(name)))
+    }
+
+    /// A member's key stands here: once is enough.
+    pub(super) fn note_member(&mut self, member: Member) -> Result<(), ScanError> {
+        let seen = match member {
+            Member::Droppable(name) => self.fields.droppable.iter().any(|place| place.name == name),
+            Member::Messages => self.fields.messages != Kind::Absent,
+            Member::Model => self.fields.model != Model::Absent,
+            Member::PromptCacheKey => std::mem::replace(&mut self.seen.0, true),
+            Member::Stream => self.fields.stream != Kind::Absent,
+            Member::User => std::mem::replace(&mut self.seen.1, true),
+        };
+        if seen { Err(ScanError::Duplicate(member)) } else { Ok(()) }
+    }
+}
