@@ -1,0 +1,283 @@
+//! The law of scan and splice, against serde_json and a naive look.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use bytes::Bytes;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use crate::policy::fields::{Fields, Kind, MAX_NAME, Member, Model, Place, ScanError, Watch};
+use crate::policy::patch::{ModelText, slices, splices};
+use crate::policy::scan::{MAX_DEPTH, Scanner};
+
+/// `policy::scan` and `policy::patch` on a request body, against serde_json.
+///
+/// A body is accepted where serde_json takes it as one object, it nests no deeper than [`MAX_DEPTH`] and no member
+/// that Zap reads stands twice; what the scan found is what a naive look finds; chunking changes nothing; and the
+/// patched body is the body with its model set, all other bytes as they were. What does not begin as an object is
+/// tried as a member's value too, so that it is read beyond its first byte.
+pub fn patch(data: &[u8]) {
+    patch_body(data);
+    if data.first() != Some(&b'{') {
+        patch_body(&[b"{\"a\":", data, b"}"].concat());
+    }
+}
+
+fn patch_body(data: &[u8]) {
+    let body = Bytes::copy_from_slice(data);
+    let mut rng = fastrand::Rng::with_seed(hash(data));
+    let chunks = chunked(&body, &mut rng);
+    // Nothing, or all that can be: one of the droppable ones is also a mark of affinity.
+    let watch = match rng.bool() {
+        true => Watch { affinity: true, droppable: DROPPABLE.map(Into::into).to_vec() },
+        false => Watch::default(),
+    };
+    let verdict = scan(&watch, std::slice::from_ref(&body));
+    assert_eq!(verdict, scan(&watch, &chunks), "chunking changes the verdict");
+    let Some(text) = one_object(data) else {
+        let refused = match verdict {
+            Err(ScanError::Invalid { offset }) => offset <= data.len() as u64,
+            // The scan ends at the repeated key and does not see what follows.
+            Err(ScanError::Duplicate(_)) => true,
+            Ok(_) => false,
+        };
+        assert!(refused, "serde_json refuses, the scan says {verdict:?}");
+        return;
+    };
+    let looked = look(text);
+    if looked.depth > MAX_DEPTH {
+        assert!(verdict.is_err(), "{} levels accepted", looked.depth);
+        return;
+    }
+    match (verdict, looked.fields(text, &watch)) {
+        (Ok(fields), Ok(want)) => {
+            same_fields(&fields, &want);
+            let names = ["gpt", "", "a \"b\"\\\u{1}\n", "модель 😀"];
+            let model = rng.bool().then(|| names[rng.usize(..names.len())]);
+            patched(text, &chunks, &fields, &watch, model, rng.u8(..));
+        }
+        (ours, naive) => assert_eq!(ours, naive.map_err(ScanError::Duplicate)),
+    }
+}
+
+/// What the patcher may have to leave out.
+const DROPPABLE: [&str; 4] = ["store", "user", "n", "é"];
+
+fn scan(watch: &Watch, chunks: &[Bytes]) -> Result<Fields, ScanError> {
+    let mut scanner = Scanner::new(watch);
+    chunks.iter().try_for_each(|c| scanner.feed(c))?;
+    scanner.finish()
+}
+
+/// FNV-1a.
+fn hash(data: &[u8]) -> u64 {
+    data.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01B3))
+}
+
+/// `body` in pieces of up to 1, 8, 64 or 4096 bytes, none empty.
+fn chunked(body: &Bytes, rng: &mut fastrand::Rng) -> Vec<Bytes> {
+    let most = [1, 8, 64, 4096][rng.usize(..4)];
+    let mut rest = body.clone();
+    let mut chunks = Vec::new();
+    while !rest.is_empty() {
+        chunks.push(rest.split_to(rng.usize(1..=most).min(rest.len())));
+    }
+    chunks
+}
+
+/// The text, where serde_json says that it is one object. Skipping a value it does not recurse, so it takes any
+/// depth.
+fn one_object(data: &[u8]) -> Option<&str> {
+    let text = std::str::from_utf8(data).ok()?;
+    let raw: &RawValue = serde_json::from_str(text).ok()?;
+    raw.get().starts_with('{').then_some(text)
+}
+
+/// What a naive look finds in a valid object.
+struct Look {
+    depth: u32,
+    inside: usize,
+    /// Where keys and values stand, quotes included, and the commas behind.
+    members: Vec<(Range<usize>, Range<usize>, Option<usize>)>,
+}
+
+fn look(text: &str) -> Look {
+    let mut look = Look { depth: 0, inside: text.find('{').map_or(0, |at| at + 1), members: Vec::new() };
+    let (mut depth, mut in_string, mut escaped) = (0u32, false, false);
+    let mut start = look.inside;
+    let mut key = None;
+    let trimmed = |range: Range<usize>| {
+        let from = range.start + (text[range.clone()].len() - text[range.clone()].trim_start().len());
+        from..from + text[range].trim().len()
+    };
+    for (at, b) in text.bytes().enumerate() {
+        if in_string {
+            in_string = escaped || b != b'"';
+            escaped = !escaped && b == b'\\';
+            continue;
+        }
+        match b {
+            b'"' => in_string = true,
+            b'{' | b'[' => depth += 1,
+            b':' if depth == 1 => {
+                key = Some(trimmed(start..at));
+                start = at + 1;
+            }
+            b',' | b'}' if depth == 1 => {
+                let comma = (b == b',').then_some(at);
+                look.members.extend(key.take().map(|key| (key, trimmed(start..at), comma)));
+                start = at + 1;
+                depth -= u32::from(b == b'}');
+            }
+            b'}' | b']' => depth -= 1,
+            _ => {}
+        }
+        look.depth = look.depth.max(depth);
+    }
+    look
+}
+
+impl Look {
+    /// What the scan should find, or the member that stands twice first. A name that only the scan can read, as
+    /// it holds a lone surrogate, is empty.
+    fn fields(&self, text: &str, watch: &Watch) -> Result<Fields, Member> {
+        let mut fields = Fields {
+            inside: self.inside as u64,
+            members: self.members.len() as u64,
+            length: text.len() as u64,
+            ..Fields::default()
+        };
+        let mut seen = HashSet::new();
+        let mut comma = 0;
+        for (nth, (key, span, behind)) in self.members.iter().enumerate() {
+            let value = &text[span.clone()];
+            let kind = match &value[..1] {
+                "[" => Kind::Array,
+                "f" => Kind::False,
+                "n" => Kind::Null,
+                "t" => Kind::True,
+                _ => Kind::Other,
+            };
+            let key_text = serde_json::from_str::<String>(&text[key.clone()]).unwrap_or_default();
+            let wide = span.start as u64..span.end as u64;
+            let mark = || Some(wide.clone()).filter(|_| value.starts_with('"') && value != "\"\"");
+            let member = match key_text.as_str() {
+                "messages" => Some(Member::Messages),
+                "stream" => Some(Member::Stream),
+                "model" => Some(Member::Model),
+                "prompt_cache_key" if watch.affinity => Some(Member::PromptCacheKey),
+                "user" if watch.affinity => Some(Member::User),
+                _ => None,
+            };
+            let droppable = watch.droppable.iter().position(|name| **name == *key_text);
+            if !seen.insert(key_text) {
+                // What Zap does not read may stand as often as it likes.
+                if let Some(member) = member.or(droppable.map(Member::Droppable)) {
+                    return Err(member);
+                }
+            }
+            match member {
+                Some(Member::Messages) => {
+                    fields.messages = kind;
+                    if watch.affinity && kind == Kind::Array {
+                        fields.affinity.opening = Some(wide.start..span.start as u64 + opening(value));
+                    }
+                }
+                Some(Member::Stream) => fields.stream = kind,
+                Some(Member::PromptCacheKey) => fields.affinity.cache_key = mark(),
+                Some(Member::User) => fields.affinity.user = mark(),
+                Some(Member::Model) => {
+                    fields.model = match &value[..1] {
+                        "n" => Model::Nothing(wide.clone()),
+                        "\"" if value == "\"\"" => Model::Nothing(wide.clone()),
+                        "\"" => {
+                            let name: String = serde_json::from_str(value).unwrap_or_default();
+                            let kept = &name.as_bytes()[..name.len().min(MAX_NAME)];
+                            let whole = name.len() <= MAX_NAME;
+                            let name = String::from_utf8_lossy(kept).into_owned();
+                            Model::Named { span: wide.clone(), name, whole }
+                        }
+                        _ => Model::Other,
+                    };
+                }
+                Some(Member::Droppable(_)) | None => {}
+            }
+            if let Some(name) = droppable {
+                let next = behind.map(|at| at as u64 + 1);
+                let span = key.start as u64..span.end as u64;
+                fields.droppable.push(Place { name, nth: nth as u64, comma, span, next });
+            }
+            comma = behind.map_or(0, |at| at as u64);
+        }
+        Ok(fields)
+    }
+}
+
+/// Length of `messages` up to the end of the first whose role is `user`, or of all. serde_json takes the last of
+/// equal keys, the scan any that says so; so each is looked at by itself.
+fn opening(messages: &str) -> u64 {
+    let Ok(all) = serde_json::from_str::<Vec<&RawValue>>(messages) else { return messages.len() as u64 };
+    let base = messages.as_ptr() as usize;
+    let is_user = |message: &str| {
+        let looked = look(message);
+        message.starts_with('{')
+            && looked.members.iter().any(|(key, value, _)| {
+                let is = |range: &Range<usize>, want: &str| {
+                    serde_json::from_str::<String>(&message[range.clone()]).is_ok_and(|text| text == want)
+                };
+                is(key, "role") && is(value, "user")
+            })
+    };
+    let first = all.iter().map(|message| message.get()).find(|message| is_user(message));
+    first.map_or(messages.len(), |message| message.as_ptr() as usize - base + message.len()) as u64
+}
+
+fn same_fields(ours: &Fields, naive: &Fields) {
+    let mut ours = ours.clone();
+    if let (Model::Named { name, whole, .. }, Model::Named { name: read, .. }) =
+        (&mut ours.model, &naive.model)
+        && read.is_empty()
+    {
+        name.clear();
+        *whole = true;
+    }
+    assert_eq!(ours, *naive);
+}
+
+/// The laws of the splices, on an accepted body. `set` has a bit for each droppable member that is to go.
+fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: Option<&str>, set: u8) {
+    let spelled = model.map(ModelText::new);
+    let drops = |i: usize| set >> i & 1 == 1;
+    assert_eq!(slices(chunks, splices(fields, None, |_| false))[..], *chunks, "nothing to do, nothing done");
+    let splices = splices(fields, spelled.as_ref(), drops);
+    let sent = slices(chunks, splices.clone());
+    assert!(sent.iter().all(|s| !s.is_empty()), "an empty slice");
+    let out = String::from_utf8_lossy(&sent.concat()).into_owned();
+    let (mut want, mut at) = (String::new(), 0);
+    for splice in &splices {
+        want.push_str(&text[at..splice.at as usize]);
+        want.push_str(&String::from_utf8_lossy(&splice.insert));
+        at = (splice.at + splice.skip) as usize;
+    }
+    want.push_str(&text[at..]);
+    assert_eq!(out, want, "a byte outside the splices changed");
+    assert!(one_object(out.as_bytes()).is_some(), "no longer JSON: {out}");
+    // Member by member as written: what goes is gone, the model is as it must be, all else is as it was.
+    let members = |text: &str| -> Vec<(String, String)> {
+        let raw = |range: Range<usize>| text[range].to_owned();
+        look(text).members.into_iter().map(|(key, value, _)| (raw(key), raw(value))).collect()
+    };
+    let is = |key: &str, name: &str| serde_json::from_str::<String>(key).is_ok_and(|key| key == name);
+    let dropped = |key: &str| watch.droppable.iter().enumerate().any(|(i, name)| drops(i) && is(key, name));
+    let mut expected = members(text);
+    expected.retain(|(key, _)| !dropped(key));
+    if let Some(model) = model.filter(|_| fields.model != Model::Other) {
+        let value = Value::from(model).to_string();
+        match expected.iter_mut().find(|(key, _)| is(key, "model")) {
+            Some((_, old)) => *old = value,
+            None => expected.insert(0, ("\"model\"".to_owned(), value)),
+        }
+    }
+    assert_eq!(members(&out), expected, "other members: {out}");
+}
