@@ -70,7 +70,7 @@ enum Woken {
 impl Line {
     /// The turn at a quota, if it waits for one.
     pub fn turn(&self) -> Option<&Turn> {
-        self.quota.as_ref().map(|(_, line)| line.turn())
+        self.quota.as_ref().and_then(|(_, line)| line.turn())
     }
 
     /// Leaves all lines, as `backend` is asked now.

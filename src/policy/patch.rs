@@ -130,31 +130,28 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
 
 /// The slices to send, in order: the chunks with the splices (in order, none reaching into the next) applied. Nothing
 /// is copied and none is empty.
-pub fn slices(chunks: &[Bytes], splices: Splices) -> Slices {
-    if splices.is_empty() {
-        return chunks.iter().cloned().collect();
-    }
+pub fn slices(chunks: &[Bytes], mut splices: Splices) -> Slices {
     let mut out = Slices::with_capacity(chunks.len() + 2 * splices.len());
-    let mut todo = splices.into_iter().peekable();
+    let mut todo = splices.iter_mut();
+    let mut next = todo.next();
     // `at`: everything before it is out or left out. `start..end`: where the chunk stands in the body.
     let (mut at, mut start) = (0u64, 0u64);
     for chunk in chunks {
         let end = start + chunk.len() as u64;
-        let part = |from: u64, to: u64| chunk.slice((from - start) as usize..(to - start) as usize);
-        while at < end
-            && let Some(splice) = todo.next_if(|splice| splice.at <= end)
-        {
-            if splice.at > at {
-                out.push(part(at, splice.at));
+        while at < end {
+            let stop = next.as_ref().map_or(end, |splice| splice.at.min(end));
+            if stop > at {
+                out.push(chunk.slice((at - start) as usize..(stop - start) as usize));
             }
-            if !splice.insert.is_empty() {
-                out.push(splice.insert);
+            at = stop;
+            if let Some(splice) = next.take_if(|splice| splice.at == stop) {
+                at += splice.skip;
+                let insert = std::mem::take(&mut splice.insert);
+                if !insert.is_empty() {
+                    out.push(insert);
+                }
+                next = todo.next();
             }
-            at = splice.at + splice.skip;
-        }
-        if at < end {
-            out.push(part(at, end));
-            at = end;
         }
         start = end;
     }

@@ -6,7 +6,9 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 
 use super::limit::{WINDOW, Window};
@@ -21,6 +23,8 @@ pub const LEEWAY: Nanos = 25 * MILLI;
 pub struct Quota {
     limit: u32,
     state: Mutex<State>,
+    /// When a newcomer would be admitted, behind all that wait; kept beside the state, so that a look takes no lock.
+    opens: CachePadded<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
@@ -31,9 +35,9 @@ struct State {
     next: u64,
 }
 
-/// A place in the line; dropping it leaves it.
+/// A place in the line, until it is [left](Turn::leave).
 #[derive(Debug)]
-#[must_use = "dropping a turn leaves the line"]
+#[must_use = "who does not leave blocks those behind"]
 pub struct Turn {
     quota: Arc<Quota>,
     ticket: u64,
@@ -42,37 +46,47 @@ pub struct Turn {
 impl Quota {
     /// `limit` is at least 1.
     pub fn new(limit: u32) -> Arc<Self> {
-        Arc::new(Quota { limit: limit.max(1), state: Mutex::default() })
+        Arc::new(Quota { limit: limit.max(1), state: Mutex::default(), opens: CachePadded::default() })
     }
 
-    /// Time until a request would be admitted that has this `turn`, or stands behind all that wait; 0: now.
-    pub fn opens_in(&self, now: Nanos, turn: Option<&Turn>) -> Nanos {
-        let mut state = self.state.lock();
-        let before = self.before(&state, turn);
-        let (turns, rest) = (before / u64::from(self.limit), before % u64::from(self.limit));
-        let wait = state.window.opens_in(self.limit - rest as u32, now);
-        wait.saturating_add(WINDOW.saturating_mul(turns))
+    /// When a request is admitted that has this `turn`, or stands behind all that wait; not after `now`: at once.
+    pub fn opens_at(&self, now: Nanos, turn: Option<&Turn>) -> Nanos {
+        match turn.filter(|turn| turn.is_of(self)) {
+            Some(turn) => {
+                let mut state = self.state.lock();
+                let before = state.line.partition_point(|ticket| *ticket < turn.ticket);
+                self.opening(&mut state, now, before)
+            }
+            None => self.opens.load(Ordering::Acquire),
+        }
     }
 
     /// Takes one request of the quota, if it is this request's turn.
     pub fn take(&self, now: Nanos, turn: Option<&Turn>) -> bool {
-        let mut state = self.state.lock();
-        let before = self.before(&state, turn);
-        before < u64::from(self.limit)
-            && state.window.check_late(self.limit - before as u32, now, LEEWAY).admitted
+        self.change(now, |state| {
+            let before = match turn.filter(|turn| turn.is_of(self)) {
+                Some(turn) => state.line.partition_point(|ticket| *ticket < turn.ticket),
+                None => state.line.len(),
+            };
+            let free = u32::try_from(before).ok().and_then(|before| self.limit.checked_sub(before));
+            free.filter(|free| *free > 0)
+                .is_some_and(|free| state.window.check_late(free, now, LEEWAY).admitted)
+        })
     }
 
     /// A request that was admitted at `taken` goes out only now: it took a while to connect.
     pub fn sent(&self, taken: Nanos, now: Nanos) {
-        self.state.lock().window.restamp(taken + LEEWAY, now + LEEWAY);
+        self.change(now, |state| state.window.restamp(taken + LEEWAY, now + LEEWAY));
     }
 
-    /// Stands in line.
-    pub fn wait(self: &Arc<Self>) -> Turn {
-        let mut state = self.state.lock();
-        let ticket = state.next;
-        state.next += 1;
-        state.line.push_back(ticket);
+    /// Stands in line at `now`.
+    pub fn wait(self: &Arc<Self>, now: Nanos) -> Turn {
+        let ticket = self.change(now, |state| {
+            let ticket = state.next;
+            state.next += 1;
+            state.line.push_back(ticket);
+            ticket
+        });
         Turn { quota: self.clone(), ticket }
     }
 
@@ -81,10 +95,22 @@ impl Quota {
         self.state.lock().line.len()
     }
 
-    fn before(&self, state: &State, turn: Option<&Turn>) -> u64 {
-        match turn.filter(|turn| turn.is_of(self)) {
-            Some(turn) => state.line.partition_point(|ticket| *ticket < turn.ticket) as u64,
-            None => state.line.len() as u64,
+    /// Changes the state, and says anew when a newcomer would be admitted.
+    fn change<T>(&self, now: Nanos, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state.lock();
+        let result = change(&mut state);
+        let waiting = state.line.len();
+        let opens = self.opening(&mut state, now, waiting);
+        self.opens.store(opens, Ordering::Release);
+        result
+    }
+
+    /// When a request is admitted that has so many `before` it; 0 where that is now.
+    fn opening(&self, state: &mut State, now: Nanos, before: usize) -> Nanos {
+        let (turns, rest) = (before as u64 / u64::from(self.limit), before as u64 % u64::from(self.limit));
+        match state.window.opens_in(self.limit - rest as u32, now) {
+            0 if turns == 0 => 0,
+            wait => now.saturating_add(wait).saturating_add(WINDOW.saturating_mul(turns)),
         }
     }
 }
@@ -95,23 +121,20 @@ impl Turn {
         std::ptr::eq(&*self.quota, quota)
     }
 
-    /// Leaves the line. Dropping it does the same.
-    pub fn leave(&self) {
-        let mut state = self.quota.state.lock();
-        if let Ok(at) = state.line.binary_search(&self.ticket) {
-            state.line.remove(at);
-        }
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.leave();
+    /// Leaves the line at `now`.
+    pub fn leave(self, now: Nanos) {
+        self.quota.change(now, |state| {
+            if let Ok(at) = state.line.binary_search(&self.ticket) {
+                state.line.remove(at);
+            }
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::policy::SECOND;
 
@@ -127,10 +150,10 @@ mod tests {
     fn who_waits_knows_when_and_is_not_overtaken() {
         let q = spent();
         let now = 10 * SECOND;
-        let turns: Vec<_> = (0..4).map(|_| q.wait()).collect();
-        let opens: Vec<_> = turns.iter().map(|t| q.opens_in(now, Some(t)) / SECOND).collect();
-        assert_eq!(opens, [50, 51, 52, 110]);
-        assert_eq!(q.opens_in(now, None) / SECOND, 111, "a newcomer comes behind them");
+        let turns: Vec<_> = (0..4).map(|_| q.wait(now)).collect();
+        let opens: Vec<_> = turns.iter().map(|t| q.opens_at(now, Some(t)) / SECOND).collect();
+        assert_eq!(opens, [60, 61, 62, 120]);
+        assert_eq!(q.opens_at(now, None) / SECOND, 121, "a newcomer comes behind them");
         let first = WINDOW + LEEWAY;
         assert!(!q.take(first, None) && !q.take(first, Some(&turns[1])), "the first has room, no other");
         assert!(q.take(first, Some(&turns[0])));
@@ -140,12 +163,13 @@ mod tests {
     #[test]
     fn who_leaves_lets_the_others_move_up() {
         let q = spent();
-        let (first, second) = (q.wait(), q.wait());
+        let now = 10 * SECOND;
+        let (first, second) = (q.wait(now), q.wait(now));
         assert_eq!(q.waiting(), 2);
-        drop(first);
-        assert_eq!(q.opens_in(10 * SECOND, Some(&second)), 50 * SECOND + LEEWAY);
+        first.leave(now);
+        assert_eq!(q.opens_at(now, Some(&second)), WINDOW + LEEWAY);
         assert!(q.take(WINDOW + LEEWAY, Some(&second)));
-        drop(second);
+        second.leave(WINDOW + LEEWAY);
         assert!(q.take(WINDOW + SECOND + LEEWAY, None));
         assert_eq!(q.waiting(), 0);
     }
@@ -153,10 +177,35 @@ mod tests {
     #[test]
     fn a_turn_elsewhere_is_no_turn_here() {
         let (q, other) = (spent(), spent());
-        let elsewhere = other.wait();
-        let _line = q.wait();
+        let elsewhere = other.wait(SECOND);
+        let _line = q.wait(SECOND);
         assert!(!q.take(WINDOW + LEEWAY, Some(&elsewhere)));
         assert!(q.take(WINDOW + SECOND + LEEWAY, Some(&elsewhere)), "there is room for both");
+    }
+
+    proptest! {
+        /// Without a lock one sees what one would see with it: open exactly where a newcomer is admitted.
+        #[test]
+        fn what_is_said_of_a_newcomer_is_true(limit in 1u32..5, steps in prop::collection::vec((0u8..4, 0u64..20), 1..120)) {
+            let q = Quota::new(limit);
+            let (mut turns, mut now) = (Vec::new(), 0);
+            for (what, step) in steps {
+                now += step * SECOND;
+                match what {
+                    0 => turns.push(q.wait(now)),
+                    1 if !turns.is_empty() => turns.remove(turns.len() / 2).leave(now),
+                    2 if !turns.is_empty() => {
+                        if q.take(now, Some(&turns[0])) {
+                            turns.remove(0).leave(now);
+                        }
+                    }
+                    _ => {
+                        let opens = q.opens_at(now, None);
+                        prop_assert_eq!(q.take(now, None), opens <= now, "{} at {}", opens, now);
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
 use self::connect::Connector;
+use crate::clock;
 use crate::config;
 use crate::error::Code;
 use crate::policy::Nanos;
@@ -82,7 +83,8 @@ pub struct InFlight {
 #[derive(Debug)]
 #[must_use = "dropping it leaves the line"]
 pub struct InLine {
-    turn: Turn,
+    /// Until it is left.
+    turn: Option<Turn>,
     quota: Arc<Quota>,
     upstream: Arc<Upstream>,
     served: bool,
@@ -193,9 +195,9 @@ impl Upstream {
             Status::Cooling(until) => return Err(Closed::Cooling(until)),
             out => return Err(Closed::Out(out)),
         }
-        match self.quota.as_ref().map_or(0, |quota| quota.opens_in(now, turn)) {
-            0 => Ok(()),
-            wait => Err(Closed::Quota(now.saturating_add(wait))),
+        match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, turn)) {
+            at if at <= now => Ok(()),
+            at => Err(Closed::Quota(at)),
         }
     }
 
@@ -277,18 +279,18 @@ impl InLine {
     /// Stands in the line of a backend's quota, if it has one.
     pub fn new(upstream: &Arc<Upstream>) -> Option<Self> {
         let quota = upstream.quota.clone()?;
-        let turn = quota.wait();
+        let turn = Some(quota.wait(clock::now()));
         Some(InLine { turn, quota, upstream: upstream.clone(), served: false })
     }
 
     /// Its turn.
-    pub fn turn(&self) -> &Turn {
-        &self.turn
+    pub fn turn(&self) -> Option<&Turn> {
+        self.turn.as_ref()
     }
 
     /// When its turn comes, as far as is known at `now`.
     pub fn opens_at(&self, now: Nanos) -> Nanos {
-        now.saturating_add(self.quota.opens_in(now, Some(&self.turn)))
+        self.quota.opens_at(now, self.turn())
     }
 
     /// Leaves it because its turn has come: those behind wait on as before.
@@ -299,7 +301,9 @@ impl InLine {
 
 impl Drop for InLine {
     fn drop(&mut self) {
-        self.turn.leave();
+        if let Some(turn) = self.turn.take() {
+            turn.leave(clock::now());
+        }
         if !self.served {
             self.upstream.moved.notify_waiters();
         }
