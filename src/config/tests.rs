@@ -732,6 +732,10 @@ fn a_world_readable_key_is_warned_about() {
         ("api_key = { file = \"key\" }", 0o644, 0),
         ("api_key = \"${PATH}\"", 0o644, 0),
         ("api_key = \"sk-${PATH}\"", 0o644, 1),
+        ("[[client_keys]]\nname = \"t\"\nkey = \"sk-CANARY\"", 0o644, 1),
+        ("[[client_keys]]\nname = \"t\"\nkey = \"sk-CANARY\"", 0o640, 0),
+        ("[[client_keys]]\nname = \"t\"\nkey = { file = \"key\" }", 0o644, 0),
+        ("[[client_keys]]\nname = \"t\"\nkey = \"${PATH}\"", 0o644, 0),
         ("", 0o644, 0),
     ] {
         let path = directory.write("config.toml", format!("{BACKEND}{key}\n"));
