@@ -51,24 +51,20 @@ impl Quota {
 
     /// When a request is admitted that has this `turn`, or stands behind all that wait; not after `now`: at once.
     pub fn opens_at(&self, now: Nanos, turn: Option<&Turn>) -> Nanos {
-        match turn.filter(|turn| turn.is_of(self)) {
-            Some(turn) => {
-                let mut state = self.state.lock();
-                let before = state.line.partition_point(|ticket| *ticket < turn.ticket);
-                self.opening(&mut state, now, before)
-            }
-            None => self.opens.load(Ordering::Acquire),
+        if !turn.is_some_and(|turn| turn.is_of(self)) {
+            return self.opens.load(Ordering::Acquire);
         }
+        let mut state = self.state.lock();
+        let before = self.before(&state, turn);
+        self.opening(&mut state, now, before)
     }
 
     /// Takes one request of the quota, if it is this request's turn.
     pub fn take(&self, now: Nanos, turn: Option<&Turn>) -> bool {
         self.change(now, |state| {
-            let before = match turn.filter(|turn| turn.is_of(self)) {
-                Some(turn) => state.line.partition_point(|ticket| *ticket < turn.ticket),
-                None => state.line.len(),
-            };
-            let free = u32::try_from(before).ok().and_then(|before| self.limit.checked_sub(before));
+            let free = u32::try_from(self.before(state, turn))
+                .ok()
+                .and_then(|before| self.limit.checked_sub(before));
             free.filter(|free| *free > 0)
                 .is_some_and(|free| state.window.check_late(free, now, LEEWAY).admitted)
         })
@@ -90,17 +86,20 @@ impl Quota {
         Turn { quota: self.clone(), ticket }
     }
 
-    /// Requests that wait for it.
-    pub fn waiting(&self) -> usize {
-        self.state.lock().line.len()
+    /// Those that come before a request with this `turn`: all that wait, where it is no turn of this quota.
+    fn before(&self, state: &State, turn: Option<&Turn>) -> usize {
+        match turn.filter(|turn| turn.is_of(self)) {
+            Some(turn) => state.line.partition_point(|ticket| *ticket < turn.ticket),
+            None => state.line.len(),
+        }
     }
 
     /// Changes the state, and says anew when a newcomer would be admitted.
     fn change<T>(&self, now: Nanos, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state.lock();
         let result = change(&mut state);
-        let waiting = state.line.len();
-        let opens = self.opening(&mut state, now, waiting);
+        let before = self.before(&state, None);
+        let opens = self.opening(&mut state, now, before);
         self.opens.store(opens, Ordering::Release);
         result
     }
@@ -165,13 +164,13 @@ mod tests {
         let q = spent();
         let now = 10 * SECOND;
         let (first, second) = (q.wait(now), q.wait(now));
-        assert_eq!(q.waiting(), 2);
+        assert_eq!(q.state.lock().line.len(), 2);
         first.leave(now);
         assert_eq!(q.opens_at(now, Some(&second)), WINDOW + LEEWAY);
         assert!(q.take(WINDOW + LEEWAY, Some(&second)));
         second.leave(WINDOW + LEEWAY);
         assert!(q.take(WINDOW + SECOND + LEEWAY, None));
-        assert_eq!(q.waiting(), 0);
+        assert_eq!(q.state.lock().line.len(), 0);
     }
 
     #[test]
