@@ -250,8 +250,8 @@ fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: 
     let spelled = model.map(ModelText::new);
     let drops = |i: usize| set >> i & 1 == 1;
     assert_eq!(slices(chunks, splices(fields, None, |_| false))[..], *chunks, "nothing to do, nothing done");
-    let splices = splices(fields, spelled.as_ref(), drops);
-    let sent = slices(chunks, splices.clone());
+    let splices: Vec<_> = splices(fields, spelled.as_ref(), drops).collect();
+    let sent = slices(chunks, splices.iter().cloned());
     assert!(sent.iter().all(|s| !s.is_empty()), "an empty slice");
     let out = String::from_utf8_lossy(&sent.concat()).into_owned();
     let (mut want, mut at) = (String::new(), 0);

@@ -31,9 +31,6 @@ pub struct Splice {
     pub insert: Bytes,
 }
 
-/// Splices in the order of the body; most often there is one.
-pub type Splices = SmallVec<[Splice; 1]>;
-
 /// What is to be sent, in order; most often a small body around one splice.
 pub type Slices = SmallVec<[Bytes; 4]>;
 
@@ -90,23 +87,26 @@ impl Fields {
     }
 }
 
-/// The splices that make a body say what one backend is to get: `model` as its model, where there is one to put in,
-/// and no member that `drops`, by its index in [`Watch::droppable`](super::fields::Watch).
-pub fn splices(fields: &Fields, model: Option<&ModelText>, drops: impl Fn(usize) -> bool) -> Splices {
-    let mut out = Splices::new();
-    let mut dropped = 0;
-    for place in fields.droppable.iter().filter(|place| drops(place.name)) {
+/// The splices that make a body say what one backend is to get, in the order of the body: `model` as its model, where
+/// there is one to put in, and no member that `drops`, by its index in [`Watch::droppable`](super::fields::Watch).
+pub fn splices<'f>(
+    fields: &'f Fields,
+    model: Option<&ModelText>,
+    drops: impl Fn(usize) -> bool + Copy + 'f,
+) -> impl Iterator<Item = Splice> + 'f {
+    let dropped = fields.droppable.iter().filter(move |place| drops(place.name));
+    let is_only = fields.members == dropped.clone().count() as u64;
+    let model = model.and_then(|model| model_splice(fields, model, is_only));
+    let gone = dropped.zip(0..).map(|(place, before)| {
         // Where a member stays before it, its comma goes with it; else the one behind.
-        let is_led = place.nth > dropped;
-        let start = if is_led { place.comma } else { place.span.start };
+        let is_led = place.nth > before;
+        let at = if is_led { place.comma } else { place.span.start };
         let end = if is_led { place.span.end } else { place.next.unwrap_or(place.span.end) };
-        out.push(Splice { at: start, skip: end - start, insert: Bytes::new() });
-        dropped += 1;
-    }
-    if let Some(splice) = model.and_then(|model| model_splice(fields, model, fields.members == dropped)) {
-        out.insert(out.partition_point(|other| other.at < splice.at), splice);
-    }
-    out
+        Splice { at, skip: end - at, insert: Bytes::new() }
+    });
+    let at = model.as_ref().map_or(u64::MAX, |model| model.at);
+    let before = gone.clone().take_while(move |splice| splice.at < at);
+    before.chain(model).chain(gone.skip_while(move |splice| splice.at < at))
 }
 
 /// `is_only`: no other member is left.
@@ -130,10 +130,9 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
 
 /// The slices to send, in order: the chunks with the splices (in order, none reaching into the next) applied. Nothing
 /// is copied and none is empty.
-pub fn slices(chunks: &[Bytes], mut splices: Splices) -> Slices {
-    let mut out = Slices::with_capacity(chunks.len() + 2 * splices.len());
-    let mut todo = splices.iter_mut();
-    let mut next = todo.next();
+pub fn slices(chunks: &[Bytes], mut splices: impl Iterator<Item = Splice>) -> Slices {
+    let mut out = Slices::new();
+    let mut next = splices.next();
     // `at`: everything before it is out or left out. `start..end`: where the chunk stands in the body.
     let (mut at, mut start) = (0u64, 0u64);
     for chunk in chunks {
@@ -146,11 +145,10 @@ pub fn slices(chunks: &[Bytes], mut splices: Splices) -> Slices {
             at = stop;
             if let Some(splice) = next.take_if(|splice| splice.at == stop) {
                 at += splice.skip;
-                let insert = std::mem::take(&mut splice.insert);
-                if !insert.is_empty() {
-                    out.push(insert);
+                if !splice.insert.is_empty() {
+                    out.push(splice.insert);
                 }
-                next = todo.next();
+                next = splices.next();
             }
         }
         start = end;
@@ -173,15 +171,15 @@ mod tests {
             Model::Named { .. } => None,
             _ => Some(&model),
         };
-        spliced(body, chunk, &[], |fields| splices(fields, default(fields), |_| true))
+        spliced(body, chunk, &[], |fields| splices(fields, default(fields), |_| true).collect())
     }
 
-    fn spliced(body: &str, chunk: usize, droppable: &[&str], make: impl Fn(&Fields) -> Splices) -> String {
+    fn spliced(body: &str, chunk: usize, droppable: &[&str], make: impl Fn(&Fields) -> Vec<Splice>) -> String {
         let chunks: Vec<Bytes> = body.as_bytes().chunks(chunk).map(Bytes::copy_from_slice).collect();
         let watch = Watch { affinity: false, droppable: droppable.iter().map(|d| (*d).into()).collect() };
         let mut scanner = Scanner::new(&watch);
         chunks.iter().for_each(|c| scanner.feed(c).unwrap());
-        let out = slices(&chunks, make(&scanner.finish().unwrap()));
+        let out = slices(&chunks, make(&scanner.finish().unwrap()).into_iter());
         assert!(out.iter().all(|s| !s.is_empty()));
         String::from_utf8(out.concat()).unwrap()
     }
@@ -206,9 +204,9 @@ mod tests {
 
     #[test]
     fn nothing_to_change_leaves_the_body_alone() {
-        assert!(splices(&Fields::default(), None, |_| true).is_empty());
+        assert!(splices(&Fields::default(), None, |_| true).next().is_none());
         let chunks = [Bytes::from_static(b"{"), Bytes::from_static(b"}")];
-        assert_eq!(slices(&chunks, Splices::new())[..], chunks);
+        assert_eq!(slices(&chunks, std::iter::empty())[..], chunks);
     }
 
     #[test]
@@ -234,7 +232,7 @@ mod tests {
             let model = Some(model).filter(|m| !m.is_empty()).map(ModelText::new);
             let names = ["x", "y"];
             for chunk in 1..=body.len() {
-                let make = |fields: &Fields| splices(fields, model.as_ref(), |i| drops.contains(names[i]));
+                let make = |fields: &Fields| splices(fields, model.as_ref(), |i| drops.contains(names[i])).collect();
                 assert_eq!(spliced(body, chunk, &names, make), want, "{body} in chunks of {chunk}");
             }
         }

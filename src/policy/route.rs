@@ -367,12 +367,13 @@ mod tests {
         let Some(id) = table.find(name, true) else { return "none".to_owned() };
         let show = |t: &Target| {
             let text = t.text(name);
-            let body = super::super::patch::splices(
+            let first = super::super::patch::splices(
                 &super::super::fields::Fields { members: 1, ..Default::default() },
                 text.as_deref(),
                 |_| false,
-            );
-            let sent = body.first().map_or(String::new(), |s| {
+            )
+            .next();
+            let sent = first.map_or(String::new(), |s| {
                 String::from_utf8_lossy(&s.insert)
                     .trim_start_matches("\"model\":")
                     .trim_matches(['"', ','])

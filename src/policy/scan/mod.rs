@@ -113,6 +113,9 @@ enum Within {
     Utf8 { key: bool, left: u8, low: u8, high: u8 },
 }
 
+/// A fault on its way out: boxed, so that what is returned where there is none fits into registers.
+type Fault = Box<ScanError>;
+
 /// How far a token was read, and the next index.
 enum Read {
     Part(usize),
@@ -177,6 +180,12 @@ impl<'w> Scanner<'w> {
     /// # Errors
     /// The first fault. The scanner is of no use afterwards.
     pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        self.tokens(chunk).map_err(|fault| *fault)?;
+        self.base += chunk.len() as u64;
+        Ok(())
+    }
+
+    fn tokens(&mut self, chunk: &[u8]) -> Result<(), Fault> {
         self.sound = 0;
         let mut i = 0;
         while i < chunk.len() {
@@ -188,11 +197,16 @@ impl<'w> Scanner<'w> {
                 Within::Escape { key } => self.escape(chunk[i], i, key)?,
                 Within::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
                 Within::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
-                Within::Number(number) => self.number(chunk, i, number)?,
-                Within::Literal(rest) => self.literal(chunk, i, rest)?,
+                Within::Number(number) => {
+                    let read = self.number(chunk, i, number)?;
+                    self.value_read(&read)
+                }
+                Within::Literal(rest) => {
+                    let read = self.literal(chunk, i, rest)?;
+                    self.value_read(&read)
+                }
             };
         }
-        self.base += chunk.len() as u64;
         Ok(())
     }
 
@@ -215,29 +229,17 @@ impl<'w> Scanner<'w> {
 
     /// Reads tokens as far as they go; returns the next index. Ends where the chunk does, in the middle of a token that
     /// needs care, and where `NOTED` (see [`is_noted`](Self::is_noted)) is no longer right.
-    fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, ScanError> {
+    fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, Fault> {
         let mut at = self.at;
         while let Some(&b) = chunk.get(i) {
             skip::work::add(1);
             match at {
                 At::Key | At::FirstKey => {
-                    if b == b'"' && !NOTED {
-                        let is_whole;
-                        (at, i, is_whole) = self.members(chunk, i);
-                        if !is_whole {
+                    if b == b'"' {
+                        (at, i) = if NOTED { self.noted_members(chunk, i)? } else { self.members(chunk, i) };
+                        if self.within != Within::Nothing {
                             break;
                         }
-                        continue;
-                    }
-                    if b == b'"' {
-                        match self.noted_key(chunk, i)? {
-                            Read::Whole(next) => i = next,
-                            Read::Part(next) => {
-                                i = next;
-                                break;
-                            }
-                        }
-                        at = At::Colon;
                         continue;
                     }
                     if b == b'}' && at == At::FirstKey {
@@ -330,32 +332,32 @@ impl<'w> Scanner<'w> {
     }
 
     /// Members that nobody wants to know, from a key's quote at `i` on, for as long as they are strings close together,
-    /// as most of a conversation is. Returns where that ends, and whether it is between tokens.
+    /// as most of a conversation is. Returns where that ends: between tokens, or `within` a string.
     #[inline(always)] // One place calls it.
-    fn members(&mut self, chunk: &[u8], mut i: usize) -> (At, usize, bool) {
+    fn members(&mut self, chunk: &[u8], mut i: usize) -> (At, usize) {
         loop {
             skip::work::add(1);
             match self.string(chunk, i, true) {
                 Read::Whole(next) => i = next,
-                Read::Part(next) => return (At::Key, next, false),
+                Read::Part(next) => return (At::Key, next),
             }
             if chunk.get(i) != Some(&b':') {
-                return (At::Colon, i, true);
+                return (At::Colon, i);
             }
             i += 1;
             if chunk.get(i) != Some(&b'"') {
-                return (At::Value, i, true);
+                return (At::Value, i);
             }
             match self.string(chunk, i, false) {
                 Read::Whole(next) => i = next,
-                Read::Part(next) => return (At::Value, next, false),
+                Read::Part(next) => return (At::Value, next),
             }
             if chunk.get(i) != Some(&b',') {
-                return (At::AfterValue, i, true);
+                return (At::AfterValue, i);
             }
             i += 1;
             if chunk.get(i) != Some(&b'"') {
-                return (At::Key, i, true);
+                return (At::Key, i);
             }
         }
     }
@@ -375,28 +377,33 @@ impl<'w> Scanner<'w> {
     }
 
     #[cold]
-    fn invalid<T>(&self, i: usize) -> Result<T, ScanError> {
-        Err(ScanError::Invalid { offset: self.base + i as u64 })
+    fn invalid<T>(&self, i: usize) -> Result<T, Fault> {
+        Err(Box::new(ScanError::Invalid { offset: self.base + i as u64 }))
     }
 
     /// A value that is no container begins at `i` with `b`.
-    fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, ScanError> {
+    fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, Fault> {
         if self.depth == 1 {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
         }
+        if b != b'"' {
+            let read = self.scalar(chunk, i, b)?;
+            return Ok(self.value_read(&read));
+        }
+        match self.member {
+            Some(Member::Model) if self.depth == 1 => self.start_keeping(Keep::Name),
+            Some(Member::PromptCacheKey | Member::User) if self.depth == 1 => self.start_keeping(Keep::Value),
+            _ if self.depth == 3 && self.opening == Opening::Role => self.start_keeping(Keep::Value),
+            _ => {}
+        }
+        self.text(chunk, i + 1, false)
+    }
+
+    /// A number, `true`, `false` or `null` begins at `i` with `b`.
+    #[inline(always)] // Two places call it.
+    fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<Read, Fault> {
         match b {
-            b'"' => {
-                match self.member {
-                    Some(Member::Model) if self.depth == 1 => self.start_keeping(Keep::Name),
-                    Some(Member::PromptCacheKey | Member::User) if self.depth == 1 => {
-                        self.start_keeping(Keep::Value);
-                    }
-                    _ if self.depth == 3 && self.opening == Opening::Role => self.start_keeping(Keep::Value),
-                    _ => {}
-                }
-                self.text(chunk, i + 1, false)
-            }
             b'-' => self.number(chunk, i + 1, Number::Minus),
             b'0' => self.number(chunk, i + 1, Number::Zero),
             b'1'..=b'9' => self.number(chunk, i + 1, Number::Integer),
@@ -407,9 +414,20 @@ impl<'w> Scanner<'w> {
         }
     }
 
+    /// A value was read so far; returns the next index.
+    fn value_read(&mut self, read: &Read) -> usize {
+        match *read {
+            Read::Part(next) => next,
+            Read::Whole(end) => {
+                self.value_ends(end);
+                end
+            }
+        }
+    }
+
     /// A container begins at `i`, with `b`.
     #[inline(always)] // Without notes it is a handful of instructions.
-    fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, ScanError> {
+    fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, Fault> {
         if self.depth == MAX_DEPTH {
             return self.invalid(i);
         }
@@ -447,7 +465,7 @@ impl<'w> Scanner<'w> {
         At::AfterValue
     }
 
-    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<usize, ScanError> {
+    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<Read, Fault> {
         use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
         loop {
             if matches!(number, Integer | Fraction | Exponent) {
@@ -465,30 +483,27 @@ impl<'w> Scanner<'w> {
                 (Zero | Integer | Fraction, b'e' | b'E') => E,
                 (E, b'+' | b'-') => Sign,
                 (E | Sign, b'0'..=b'9') => Exponent,
-                (Zero | Integer | Fraction | Exponent, _) => {
-                    self.value_ends(i);
-                    return Ok(i);
-                }
+                (Zero | Integer | Fraction | Exponent, _) => return Ok(Read::Whole(i)),
                 (Minus | Point | E | Sign, _) => return self.invalid(i),
             };
             i += 1;
         }
         self.within = Within::Number(number);
-        Ok(i)
+        Ok(Read::Part(i))
     }
 
-    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<usize, ScanError> {
+    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<Read, Fault> {
         let here = &chunk[i..chunk.len().min(i + rest.len())];
         if *here != rest[..here.len()] {
             let wrong = here.iter().zip(rest).position(|(b, want)| b != want);
             return self.invalid(i + wrong.unwrap_or(0));
         }
         let end = i + here.len();
-        self.within = Within::Literal(&rest[here.len()..]);
         if here.len() == rest.len() {
-            self.value_ends(end);
+            return Ok(Read::Whole(end));
         }
-        Ok(end)
+        self.within = Within::Literal(&rest[here.len()..]);
+        Ok(Read::Part(end))
     }
 }
 

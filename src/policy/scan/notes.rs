@@ -1,11 +1,50 @@
 //! What a scan notes of the members at the top level, and of the messages up to the first of a user.
 
 use super::skip;
-use super::{At, Keep, Kind, Member, Model, Opening, Place, Read, ScanError, Scanner, Within};
+use super::{At, Fault, Keep, Kind, Member, Model, Opening, Place, Read, ScanError, Scanner, Within};
 
 impl Scanner<'_> {
+    /// Members that may have to be noted, from a key's quote at `i` on, for as long as they are short and close together,
+    /// as most are. Returns where that ends: between tokens, or `within` one.
+    #[inline(always)] // One place calls it.
+    pub(super) fn noted_members(&mut self, chunk: &[u8], mut i: usize) -> Result<(At, usize), Fault> {
+        loop {
+            skip::work::add(1);
+            match self.noted_key(chunk, i)? {
+                Read::Whole(next) => i = next,
+                Read::Part(next) => return Ok((At::Key, next)),
+            }
+            if self.depth != 1 || chunk.get(i) != Some(&b':') {
+                return Ok((At::Colon, i));
+            }
+            i += 1;
+            let Some(&b) = chunk.get(i) else { return Ok((At::Value, i)) };
+            let read = match b {
+                b'"' if self.member.is_none() && self.keep == Keep::Nothing => self.string(chunk, i, false),
+                b'"' | b'{' | b'[' | b' ' | b'\n' | b'\r' | b'\t' => return Ok((At::Value, i)),
+                _ => self.scalar(chunk, i, b)?,
+            };
+            self.value_start = self.base + i as u64;
+            self.note_kind(b);
+            match read {
+                Read::Whole(next) => i = next,
+                Read::Part(next) => return Ok((At::Value, next)),
+            }
+            self.member_ends(self.base + i as u64);
+            if chunk.get(i) != Some(&b',') {
+                return Ok((At::AfterValue, i));
+            }
+            self.comma_at(self.base + i as u64);
+            i += 1;
+            if chunk.get(i) != Some(&b'"') {
+                return Ok((At::Key, i));
+            }
+        }
+    }
+
     /// A key that may have to be noted, with its quotes, `i` at the first.
-    pub(super) fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<Read, ScanError> {
+    #[inline(always)] // One place calls it.
+    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<Read, Fault> {
         if self.depth == 1 {
             self.key_start = self.base + i as u64;
             self.fields.members += 1;
@@ -93,7 +132,7 @@ impl Scanner<'_> {
         self.fields.affinity.opening = Some(self.value_start..end);
     }
 
-    pub(super) fn text_ends(&mut self, end: usize, key: bool) -> Result<(), ScanError> {
+    pub(super) fn text_ends(&mut self, end: usize, key: bool) -> Result<(), Fault> {
         self.flush_surrogate();
         if !key {
             self.value_ends(end);
@@ -112,7 +151,7 @@ impl Scanner<'_> {
     }
 
     /// A key's text is known: a member's at the top level, or a message's.
-    pub(super) fn name(&mut self, text: &[u8]) -> Result<(), ScanError> {
+    pub(super) fn name(&mut self, text: &[u8]) -> Result<(), Fault> {
         if self.depth != 1 {
             self.opening = if text == b"role" { Opening::Role } else { Opening::Seeking };
             return Ok(());
@@ -126,7 +165,7 @@ impl Scanner<'_> {
     }
 
     /// A member's key stands here: once is enough.
-    pub(super) fn note_member(&mut self, member: Member) -> Result<(), ScanError> {
+    pub(super) fn note_member(&mut self, member: Member) -> Result<(), Fault> {
         let seen = match member {
             Member::Droppable(name) => self.fields.droppable.iter().any(|place| place.name == name),
             Member::Messages => self.fields.messages != Kind::Absent,
@@ -135,6 +174,6 @@ impl Scanner<'_> {
             Member::Stream => self.fields.stream != Kind::Absent,
             Member::User => std::mem::replace(&mut self.seen.1, true),
         };
-        if seen { Err(ScanError::Duplicate(member)) } else { Ok(()) }
+        if seen { Err(Box::new(ScanError::Duplicate(member))) } else { Ok(()) }
     }
 }

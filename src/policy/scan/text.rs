@@ -1,10 +1,10 @@
 //! Strings, of which some are kept: keys that may matter, a model's name, a role.
 
-use super::{Keep, MAX_NAME, ScanError, Scanner, Within, skip};
+use super::{Fault, Keep, MAX_NAME, Scanner, Within, skip};
 
 impl Scanner<'_> {
     /// The text of a string, from `i` on.
-    pub(super) fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, ScanError> {
+    pub(super) fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, Fault> {
         let end = if self.keep == Keep::Nothing {
             skip::text(chunk, i, &mut self.sound)
         } else {
@@ -46,7 +46,7 @@ impl Scanner<'_> {
         left: u8,
         low: u8,
         high: u8,
-    ) -> Result<usize, ScanError> {
+    ) -> Result<usize, Fault> {
         if b < low || b > high {
             return self.invalid(i);
         }
@@ -58,7 +58,7 @@ impl Scanner<'_> {
         Ok(i + 1)
     }
 
-    pub(super) fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, ScanError> {
+    pub(super) fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, Fault> {
         let plain = match b {
             b'"' | b'\\' | b'/' => b,
             b'b' => 0x08,
@@ -85,7 +85,7 @@ impl Scanner<'_> {
         key: bool,
         left: u8,
         code: u16,
-    ) -> Result<usize, ScanError> {
+    ) -> Result<usize, Fault> {
         let Some(digit) = (b as char).to_digit(16) else { return self.invalid(i) };
         let code = code << 4 | digit as u16;
         if left > 1 {
