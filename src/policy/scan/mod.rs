@@ -233,99 +233,66 @@ impl<'w> Scanner<'w> {
         let mut at = self.at;
         while let Some(&b) = chunk.get(i) {
             skip::work::add(1);
-            match at {
-                At::Key | At::FirstKey => {
-                    if b == b'"' {
-                        (at, i) = if NOTED { self.noted_members(chunk, i)? } else { self.members(chunk, i) };
-                        if self.within != Within::Nothing {
-                            break;
-                        }
-                        continue;
+            let nested = match at {
+                At::Key | At::FirstKey if b == b'"' => {
+                    (at, i) = if NOTED { self.noted_members(chunk, i)? } else { self.members(chunk, i) };
+                    if self.within != Within::Nothing {
+                        break;
                     }
-                    if b == b'}' && at == At::FirstKey {
-                        at = self.close::<NOTED>(i);
-                        i += 1;
-                        if NOTED != self.is_noted() {
-                            break;
-                        }
-                        continue;
-                    }
+                    continue;
                 }
-                At::Value | At::FirstItem => {
-                    if b == b'"' && !NOTED {
-                        match self.string(chunk, i, false) {
-                            Read::Whole(next) => i = next,
-                            Read::Part(next) => {
-                                i = next;
-                                break;
-                            }
-                        }
-                        at = At::AfterValue;
-                        continue;
-                    }
-                    if b == b'{' || b == b'[' {
-                        at = self.open::<NOTED>(b, i)?;
-                        i += 1;
-                        if NOTED != self.is_noted() {
+                At::FirstKey if b == b'}' => Some(self.close::<NOTED>(i)),
+                At::FirstItem if b == b']' => Some(self.close::<NOTED>(i)),
+                At::Value | At::FirstItem if b == b'{' || b == b'[' => Some(self.open::<NOTED>(b, i)?),
+                At::Start if b == b'{' => Some(self.open::<NOTED>(b, i)?),
+                At::Value | At::FirstItem if b == b'"' && !NOTED => {
+                    match self.string(chunk, i, false) {
+                        Read::Whole(next) => i = next,
+                        Read::Part(next) => {
+                            i = next;
                             break;
                         }
-                        continue;
                     }
-                    if b == b']' && at == At::FirstItem {
-                        at = self.close::<NOTED>(i);
-                        i += 1;
-                        if NOTED != self.is_noted() {
-                            break;
-                        }
-                        continue;
-                    }
-                    if !is_space(b) {
-                        i = self.value(chunk, i, b)?;
-                        if self.within != Within::Nothing {
-                            break;
-                        }
-                        at = At::AfterValue;
-                        continue;
-                    }
+                    at = At::AfterValue;
+                    continue;
                 }
-                At::AfterValue => {
-                    if b == b',' {
-                        if NOTED && self.depth == 1 {
-                            self.comma_at(self.base + i as u64);
-                        }
-                        at = if self.is_object { At::Key } else { At::Value };
-                        i += 1;
-                        continue;
+                At::Value | At::FirstItem if !is_space(b) => {
+                    i = self.value(chunk, i, b)?;
+                    if self.within != Within::Nothing {
+                        break;
                     }
-                    if b == if self.is_object { b'}' } else { b']' } {
-                        at = self.close::<NOTED>(i);
-                        i += 1;
-                        if NOTED != self.is_noted() {
-                            break;
-                        }
-                        continue;
-                    }
+                    at = At::AfterValue;
+                    continue;
                 }
-                At::Colon => {
-                    if b == b':' {
-                        at = At::Value;
-                        i += 1;
-                        continue;
+                At::AfterValue if b == b',' => {
+                    if NOTED && self.depth == 1 {
+                        self.comma_at(self.base + i as u64);
                     }
+                    at = if self.is_object { At::Key } else { At::Value };
+                    i += 1;
+                    continue;
                 }
-                At::Start => {
-                    if b == b'{' {
-                        at = self.open::<NOTED>(b, i)?;
-                        i += 1;
-                        continue;
-                    }
+                At::AfterValue if b == if self.is_object { b'}' } else { b']' } => {
+                    Some(self.close::<NOTED>(i))
                 }
-                At::End => {}
-            }
-            if !is_space(b) {
+                At::Colon if b == b':' => {
+                    at = At::Value;
+                    i += 1;
+                    continue;
+                }
+                _ => None,
+            };
+            if let Some(next) = nested {
+                at = next;
+                i += 1;
+                if NOTED != self.is_noted() {
+                    break;
+                }
+            } else if is_space(b) {
+                i += 1;
+            } else {
                 return self.invalid(i);
             }
-            i += 1;
         }
         self.at = at;
         Ok(i)
