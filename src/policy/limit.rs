@@ -142,7 +142,7 @@ pub struct Limiter {
     order: Box<[CachePadded<Shard>]>,
     len: AtomicUsize,
     clock: CachePadded<AtomicU64>,
-    max_keys: usize,
+    max_keys: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -188,8 +188,14 @@ impl Limiter {
             order: (0..ORDER_SHARDS).map(|_| shard()).collect(),
             len: AtomicUsize::new(0),
             clock: CachePadded::new(AtomicU64::new(0)),
-            max_keys: max_keys.max(1),
+            max_keys: AtomicUsize::new(max_keys.max(1)),
         }
+    }
+
+    /// Changes how many keys are tracked at most (at least 1): what is too much goes at once, the oldest first.
+    pub fn set_max_keys(&self, max_keys: usize) {
+        self.max_keys.store(max_keys.max(1), Ordering::Relaxed);
+        while self.keys() > max_keys.max(1) && self.evict_oldest() {}
     }
 
     /// Decides on one request of `key` at `now`, as one atomic step.
@@ -205,7 +211,7 @@ impl Limiter {
             slot.node = shard.touch(slot.node, key, ticket, now);
             slot.window.check(limit, now)
         };
-        if is_new && self.len.fetch_add(1, Ordering::Relaxed) >= self.max_keys {
+        if is_new && self.len.fetch_add(1, Ordering::Relaxed) >= self.max_keys.load(Ordering::Relaxed) {
             self.evict_oldest();
         }
         if is_new {
@@ -231,17 +237,18 @@ impl Limiter {
         &self.order[(key >> 32) as usize % ORDER_SHARDS]
     }
 
-    /// Takes out the key whose last use lies furthest back, over all shards.
-    fn evict_oldest(&self) {
+    /// Takes out the key whose last use lies furthest back, over all shards; `false` where there is none to take.
+    fn evict_oldest(&self) -> bool {
         for _ in 0..ORDER_SHARDS {
             let Some(shard) = self.order.iter().min_by_key(|s| s.oldest.load(Ordering::Acquire)) else {
-                return;
+                return false;
             };
-            let Some(node) = shard.order.lock().oldest() else { return };
+            let Some(node) = shard.order.lock().oldest() else { return false };
             if self.remove(shard, node) {
-                return;
+                return true;
             }
         }
+        false
     }
 
     /// Takes out the shard's oldest key if it was idle for a whole window.
@@ -445,6 +452,17 @@ mod tests {
         assert_eq!(l.keys(), 100);
         assert!(!l.check(key(0), 1, 102).admitted, "0 was used and must have stayed");
         assert!(l.check(key(1), 1, 103).admitted, "1 was the oldest and must have gone");
+    }
+
+    #[test]
+    fn with_fewer_keys_the_oldest_go_at_once() {
+        let l = Limiter::new(1000);
+        let key = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        (0..1000).for_each(|i| assert!(l.check(key(i), 1, i).admitted));
+        l.set_max_keys(10);
+        assert_eq!((l.keys(), l.map.len()), (10, 10));
+        assert!(!l.check(key(990), 1, 1001).admitted, "the youngest are still known");
+        assert!(l.check(key(989), 1, 1002).admitted && l.keys() == 10);
     }
 
     #[test]

@@ -174,7 +174,12 @@ mod tests {
         spliced(body, chunk, &[], |fields| splices(fields, default(fields), |_| true).collect())
     }
 
-    fn spliced(body: &str, chunk: usize, droppable: &[&str], make: impl Fn(&Fields) -> Vec<Splice>) -> String {
+    fn spliced(
+        body: &str,
+        chunk: usize,
+        droppable: &[&str],
+        make: impl Fn(&Fields) -> Vec<Splice>,
+    ) -> String {
         let chunks: Vec<Bytes> = body.as_bytes().chunks(chunk).map(Bytes::copy_from_slice).collect();
         let watch = Watch { affinity: false, droppable: droppable.iter().map(|d| (*d).into()).collect() };
         let mut scanner = Scanner::new(&watch);
@@ -232,7 +237,8 @@ mod tests {
             let model = Some(model).filter(|m| !m.is_empty()).map(ModelText::new);
             let names = ["x", "y"];
             for chunk in 1..=body.len() {
-                let make = |fields: &Fields| splices(fields, model.as_ref(), |i| drops.contains(names[i])).collect();
+                let make =
+                    |fields: &Fields| splices(fields, model.as_ref(), |i| drops.contains(names[i])).collect();
                 assert_eq!(spliced(body, chunk, &names, make), want, "{body} in chunks of {chunk}");
             }
         }

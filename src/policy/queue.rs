@@ -29,10 +29,10 @@ pub struct QueueFull;
 #[derive(Debug)]
 pub struct Admission {
     word: CachePadded<AtomicU64>,
-    slots: u64,
-    places: u64,
+    slots: AtomicU64,
+    places: AtomicU64,
     queue: ArrayQueue<Arc<Waiter>>,
-    /// Waiters taken out of `queue` but not yet served: they come first. Held by the one who settles.
+    /// Waiters taken out of `queue` but not yet served: they come first.
     front: Mutex<VecDeque<Arc<Waiter>>>,
     /// Calls to `settle` not yet answered; whoever raises it from 0 settles for all.
     unsettled: AtomicUsize,
@@ -42,8 +42,8 @@ pub struct Admission {
     outside: AtomicU64,
 }
 
-/// The counts as one word. Invariants: `in_flight <= slots`, `owed <= waiting`,
-/// and `waiting > owed` only while `in_flight == slots`.
+/// The counts as one word. Invariants: `owed <= waiting`, and but for the moment in which the limits change
+/// `in_flight <= slots`, and `waiting > owed` only while `in_flight == slots`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
     /// Slots taken, those owed included.
@@ -118,8 +118,8 @@ impl Admission {
         let (slots, places) = (slots.clamp(1, MAX), places.min(MAX));
         Arc::new(Admission {
             word: CachePadded::new(AtomicU64::new(0)),
-            slots: slots as u64,
-            places: places as u64,
+            slots: AtomicU64::new(slots as u64),
+            places: AtomicU64::new(places as u64),
             // Room for every living waiter and as many dead ones; at `places` dead they are swept out.
             queue: ArrayQueue::new(2 * places + 2),
             front: Mutex::new(VecDeque::new()),
@@ -127,6 +127,13 @@ impl Admission {
             dead: AtomicUsize::new(0),
             outside: AtomicU64::new(0),
         })
+    }
+
+    /// Changes the limits: those who wait get what is free now, those who hold more than there is keep it.
+    pub fn resize(&self, slots: usize, places: usize) {
+        self.slots.store(slots.clamp(1, MAX) as u64, Ordering::SeqCst);
+        self.places.store(places.min(MAX) as u64, Ordering::SeqCst);
+        self.settle();
     }
 
     /// Takes a slot, or a place in the queue.
@@ -137,10 +144,10 @@ impl Admission {
         let outside = self.outside.load(Ordering::Relaxed);
         let mut passed = false;
         self.update(|mut c| {
-            passed = c.in_flight < self.slots;
+            passed = c.in_flight < self.slots.load(Ordering::SeqCst);
             if passed {
                 c.in_flight += 1;
-            } else if c.waiting - c.owed + outside < self.places {
+            } else if c.waiting - c.owed + outside < self.places.load(Ordering::Relaxed) {
                 c.waiting += 1;
             } else {
                 return None;
@@ -152,12 +159,11 @@ impl Admission {
             return Ok(Entry::Passed(Slot(self.clone())));
         }
         let waiter = Arc::new(Waiter { state: AtomicU8::new(WAITING), waker: Mutex::new(None) });
-        let mut node = waiter.clone();
-        while let Err(back) = self.queue.push(node) {
-            // Full of dead waiters that somebody is about to sweep out.
-            node = back;
-            self.settle();
-            std::hint::spin_loop();
+        if let Err(waiter) = self.queue.push(waiter.clone()) {
+            // Made for fewer, or full of dead ones: the line goes on in front.
+            let mut front = self.front.lock();
+            front.extend(std::iter::from_fn(|| self.queue.pop()));
+            front.push_back(waiter);
         }
         self.settle();
         Ok(Entry::Queued(Place { admission: self.clone(), waiter, done: false }))
@@ -167,14 +173,14 @@ impl Admission {
     pub fn try_pass(self: &Arc<Self>) -> Option<Slot> {
         let free = |mut c: Counts| {
             c.in_flight += 1;
-            (c.in_flight <= self.slots).then_some(c)
+            (c.in_flight <= self.slots.load(Ordering::Relaxed)).then_some(c)
         };
         self.update(free).map(|_| Slot(self.clone()))
     }
 
     /// Whether [`try_pass`](Self::try_pass) would fail now.
     pub fn is_full(&self) -> bool {
-        Counts::unpack(self.word.load(Ordering::Relaxed)).in_flight >= self.slots
+        Counts::unpack(self.word.load(Ordering::Relaxed)).in_flight >= self.slots.load(Ordering::Relaxed)
     }
 
     /// Counts a request as waiting without a place in line: it waits for a backend, not for a slot.
@@ -183,7 +189,7 @@ impl Admission {
     /// [`QueueFull`] where as many wait already as may.
     pub fn wait_outside(self: &Arc<Self>) -> Result<Outside, QueueFull> {
         let c = Counts::unpack(self.word.load(Ordering::SeqCst));
-        let room = self.places.saturating_sub(c.waiting - c.owed);
+        let room = self.places.load(Ordering::Relaxed).saturating_sub(c.waiting - c.owed);
         let more = |n| (n < room).then_some(n + 1);
         match self.outside.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
             Ok(_) => Ok(Outside(self.clone())),
@@ -210,15 +216,17 @@ impl Admission {
     }
 
     fn release(&self) {
+        let slots = self.slots.load(Ordering::Relaxed);
+        let passes_on = |c: Counts| c.waiting > c.owed && c.in_flight <= slots;
         let before = self.update(|mut c| {
-            if c.waiting > c.owed {
+            if passes_on(c) {
                 c.owed += 1;
             } else {
                 c.in_flight -= 1;
             }
             Some(c)
         });
-        if before.is_some_and(|c| c.waiting > c.owed) {
+        if before.is_some_and(passes_on) {
             self.settle();
         }
     }
@@ -229,7 +237,7 @@ impl Admission {
             c.waiting -= 1;
             Some(c.settle_surplus())
         });
-        if self.dead.fetch_add(1, Ordering::SeqCst) + 1 >= self.places.max(1) as usize {
+        if self.dead.fetch_add(1, Ordering::SeqCst) + 1 >= self.most_dead() {
             self.settle();
         }
     }
@@ -249,9 +257,26 @@ impl Admission {
         }
     }
 
+    /// Waiters that may have given up before they are swept out.
+    fn most_dead(&self) -> usize {
+        self.places.load(Ordering::Relaxed).max(1) as usize
+    }
+
+    /// Owes the line what is free: there is such only where the limits were changed.
+    fn owe_what_is_free(&self) {
+        let owe = |mut c: Counts| {
+            let owes = c.waiting > c.owed && c.in_flight < self.slots.load(Ordering::SeqCst);
+            c.owed += 1;
+            c.in_flight += 1;
+            owes.then_some(c)
+        };
+        while self.update(owe).is_some() {}
+    }
+
     fn serve_front(&self) {
+        self.owe_what_is_free();
         let mut front = self.front.lock();
-        if self.dead.load(Ordering::SeqCst) >= self.places.max(1) as usize {
+        if self.dead.load(Ordering::SeqCst) >= self.most_dead() {
             self.dead.store(0, Ordering::SeqCst);
             front.extend(std::iter::from_fn(|| self.queue.pop()));
             front.retain(|w| w.state.load(Ordering::SeqCst) == WAITING);
@@ -439,6 +464,27 @@ mod tests {
     }
 
     #[test]
+    fn limits_can_be_changed_while_some_wait() {
+        let a = Admission::new(2, 2);
+        let slots = [slot(&a), slot(&a)];
+        let mut line = vec![place(&a), place(&a)];
+        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        a.resize(3, 40);
+        let third = poll(&mut line.remove(0)).expect("the new slot is the first one's");
+        // More than the queue was made for.
+        line.extend((0..30).map(|_| place(&a)));
+        assert_eq!((a.in_flight(), a.depth()), (3, 31));
+        a.resize(1, 3);
+        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        drop((slots, third));
+        for mut next in line {
+            drop(poll(&mut next).expect("in the order they came"));
+        }
+        assert!(is_idle(&a));
+        assert!(a.try_pass().is_some_and(|_s| a.try_pass().is_none()), "one slot is left");
+    }
+
+    #[test]
     fn threads_never_exceed_the_slots_and_lose_no_wakeup() {
         let a = Admission::new(3, 5);
         let inside = AtomicUsize::new(0);
@@ -489,26 +535,29 @@ mod tests {
     proptest! {
         /// Operation sequences against a plain model of slots and a line.
         #[test]
-        fn behaves_as_a_line_at_a_counter(slots in 1usize..4, places in 0usize..4, ops in prop::collection::vec((0u8..3, any::<prop::sample::Index>()), 1..120)) {
+        fn behaves_as_a_line_at_a_counter(slots in 1usize..4, places in 0usize..4, ops in prop::collection::vec((0u8..4, any::<prop::sample::Index>()), 1..120)) {
             let a = Admission::new(slots, places);
             let (mut held, mut line): (Vec<Slot>, VecDeque<Place>) = Default::default();
+            let (mut slots, mut places) = (slots, places);
             for (op, index) in ops {
                 match op {
                     0 => match a.enter() {
                         Ok(Entry::Passed(s)) => { prop_assert!(held.len() < slots); held.push(s); }
-                        Ok(Entry::Queued(p)) => { prop_assert!(held.len() == slots && line.len() < places); line.push_back(p); }
-                        Err(QueueFull) => prop_assert!(held.len() == slots && line.len() == places),
+                        Ok(Entry::Queued(p)) => { prop_assert!(held.len() >= slots && line.len() < places); line.push_back(p); }
+                        Err(QueueFull) => prop_assert!(held.len() >= slots && line.len() >= places),
                     },
-                    1 if !held.is_empty() => {
-                        drop(held.swap_remove(index.index(held.len())));
-                        if let Some(mut first) = line.pop_front() {
-                            let slot = poll(&mut first);
-                            prop_assert!(slot.is_some(), "the first in line was passed over");
-                            held.extend(slot);
-                        }
-                    }
+                    1 if !held.is_empty() => drop(held.swap_remove(index.index(held.len()))),
                     2 if !line.is_empty() => { line.remove(index.index(line.len())); }
+                    3 => {
+                        (slots, places) = (1 + index.index(5), index.index(7));
+                        a.resize(slots, places);
+                    }
                     _ => {}
+                }
+                while held.len() < slots && !line.is_empty() {
+                    let slot = line.pop_front().and_then(|mut first| poll(&mut first));
+                    prop_assert!(slot.is_some(), "the first in line was passed over");
+                    held.extend(slot);
                 }
                 prop_assert!(line.iter_mut().all(|p| poll(p).is_none()));
                 prop_assert_eq!((a.in_flight(), a.depth()), (held.len(), line.len()));

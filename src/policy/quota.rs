@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
@@ -21,7 +21,7 @@ pub const LEEWAY: Nanos = 25 * MILLI;
 /// So many requests in any [`WINDOW`].
 #[derive(Debug)]
 pub struct Quota {
-    limit: u32,
+    limit: AtomicU32,
     state: Mutex<State>,
     /// When a newcomer would be admitted, behind all that wait; kept beside the state, so that a look takes no lock.
     opens: CachePadded<AtomicU64>,
@@ -46,7 +46,18 @@ pub struct Turn {
 impl Quota {
     /// `limit` is at least 1.
     pub fn new(limit: u32) -> Arc<Self> {
-        Arc::new(Quota { limit: limit.max(1), state: Mutex::default(), opens: CachePadded::default() })
+        let limit = AtomicU32::new(limit.max(1));
+        Arc::new(Quota { limit, state: Mutex::default(), opens: CachePadded::default() })
+    }
+
+    /// Changes the limit (at least 1) at `now`; what was taken before counts on.
+    pub fn set_limit(&self, limit: u32, now: Nanos) {
+        self.limit.store(limit.max(1), Ordering::Relaxed);
+        self.change(now, |_| ());
+    }
+
+    fn limit(&self) -> u32 {
+        self.limit.load(Ordering::Relaxed)
     }
 
     /// When a request is admitted that has this `turn`, or stands behind all that wait; not after `now`: at once.
@@ -64,7 +75,7 @@ impl Quota {
         self.change(now, |state| {
             let free = u32::try_from(self.before(state, turn))
                 .ok()
-                .and_then(|before| self.limit.checked_sub(before));
+                .and_then(|before| self.limit().checked_sub(before));
             free.filter(|free| *free > 0)
                 .is_some_and(|free| state.window.check_late(free, now, LEEWAY).admitted)
         })
@@ -106,8 +117,9 @@ impl Quota {
 
     /// When a request is admitted that has so many `before` it; 0 where that is now.
     fn opening(&self, state: &mut State, now: Nanos, before: usize) -> Nanos {
-        let (turns, rest) = (before as u64 / u64::from(self.limit), before as u64 % u64::from(self.limit));
-        match state.window.opens_in(self.limit - rest as u32, now) {
+        let limit = self.limit();
+        let (turns, rest) = (before as u64 / u64::from(limit), before as u64 % u64::from(limit));
+        match state.window.opens_in(limit - rest as u32, now) {
             0 if turns == 0 => 0,
             wait => now.saturating_add(wait).saturating_add(WINDOW.saturating_mul(turns)),
         }
@@ -171,6 +183,20 @@ mod tests {
         second.leave(WINDOW + LEEWAY);
         assert!(q.take(WINDOW + SECOND + LEEWAY, None));
         assert_eq!(q.state.lock().line.len(), 0);
+    }
+
+    #[test]
+    fn a_new_limit_counts_what_was_taken_and_moves_the_line() {
+        let q = spent();
+        let now = 10 * SECOND;
+        let turn = q.wait(now);
+        q.set_limit(5, now);
+        assert_eq!(q.opens_at(now, Some(&turn)), 0);
+        assert!(q.take(now, Some(&turn)));
+        turn.leave(now);
+        assert!(q.take(now, None) && !q.take(now, None), "five in all");
+        q.set_limit(1, now);
+        assert_eq!(q.opens_at(now, None), now + WINDOW + LEEWAY, "the last of them must go first");
     }
 
     #[test]

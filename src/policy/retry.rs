@@ -81,7 +81,7 @@ const BUCKETS: usize = 10;
 /// though never fewer than [`ALWAYS`] a second.
 #[derive(Debug)]
 pub struct Budget {
-    percent: u64,
+    percent: AtomicU64,
     /// One second each: the second's number modulo 2^16, the requests and the retries in it, 24 bits each.
     buckets: [AtomicU64; BUCKETS],
 }
@@ -89,7 +89,12 @@ pub struct Budget {
 impl Budget {
     /// A budget of `percent` (0 to 100).
     pub fn new(percent: u32) -> Self {
-        Budget { percent: u64::from(percent), buckets: Default::default() }
+        Budget { percent: AtomicU64::new(u64::from(percent)), buckets: Default::default() }
+    }
+
+    /// Changes the share to `percent` (0 to 100).
+    pub fn set_percent(&self, percent: u32) {
+        self.percent.store(u64::from(percent), Ordering::Relaxed);
     }
 
     /// Counts a request that was offered.
@@ -122,7 +127,7 @@ impl Budget {
                 this_second = word & 0xFF_FFFF;
             }
         }
-        this_second < ALWAYS || (retries + 1) * 100 <= requests * self.percent
+        this_second < ALWAYS || (retries + 1) * 100 <= requests * self.percent.load(Ordering::Relaxed)
     }
 
     fn add(&self, now: Nanos, what: u64) {
@@ -226,6 +231,8 @@ mod tests {
             granted += u64::from(b.withdraw(now)) + u64::from(b.withdraw(now));
         }
         assert!((5_900..=6_050).contains(&granted), "{granted}");
+        b.set_percent(0);
+        assert!(!b.has_room(30 * SECOND - 1), "what was spent counts against the new share");
     }
 
     proptest! {

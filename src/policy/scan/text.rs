@@ -78,14 +78,7 @@ impl Scanner<'_> {
         Ok(i + 1)
     }
 
-    pub(super) fn hex(
-        &mut self,
-        b: u8,
-        i: usize,
-        key: bool,
-        left: u8,
-        code: u16,
-    ) -> Result<usize, Fault> {
+    pub(super) fn hex(&mut self, b: u8, i: usize, key: bool, left: u8, code: u16) -> Result<usize, Fault> {
         let Some(digit) = (b as char).to_digit(16) else { return self.invalid(i) };
         let code = code << 4 | digit as u16;
         if left > 1 {
