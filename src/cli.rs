@@ -5,8 +5,10 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use tokio::sync::mpsc::Sender;
+
 use crate::config::{Config, LoadError};
-use crate::server::drain::{on_signals, orders};
+use crate::server::drain::{Order, Signals, orders};
 use crate::{RunError, demo};
 
 const HELP: &str = "\
@@ -104,11 +106,13 @@ fn check(file: &Path) -> ExitCode {
     for warning in &config.warnings {
         eprintln!("warning: {warning}");
     }
-    if let Err(what) = crate::state::check(&config) {
-        eprintln!("{}: {what}", file.display());
-        return ExitCode::from(BAD_USAGE);
+    match crate::state::prepare(config, None) {
+        Ok(fleet) => println!("{}: fine, {} backends", file.display(), fleet.backends.len()),
+        Err(what) => {
+            eprintln!("{}: {what}", file.display());
+            return ExitCode::from(BAD_USAGE);
+        }
     }
-    println!("{}: fine, {} backends", file.display(), config.backends.len());
     ExitCode::SUCCESS
 }
 
@@ -121,12 +125,8 @@ fn listen_and_serve(config: Config) -> ExitCode {
 
 fn serve(config: Config, listener: TcpListener) -> ExitCode {
     let (sender, receiver) = orders();
-    let signals = std::thread::Builder::new().name("zap-signals".into()).spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(on_signals(sender))
-    });
-    if let Err(e) = signals {
-        eprintln!("zap: no thread for signals: {e}");
+    if let Err(e) = on_signals(sender) {
+        eprintln!("zap: signals cannot be caught: {e}");
         return ExitCode::from(FAILED);
     }
     match crate::run(config, listener, receiver) {
@@ -141,6 +141,17 @@ fn serve(config: Config, listener: TcpListener) -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// Has the process's signals sent as orders, from now on.
+fn on_signals(orders: Sender<Order>) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let signals = {
+        let _inside = runtime.enter();
+        Signals::catch()?
+    };
+    let run = move || runtime.block_on(signals.send(orders));
+    std::thread::Builder::new().name("zap-signals".into()).spawn(run).map(drop)
 }
 
 fn listen(address: SocketAddr) -> Result<TcpListener, ExitCode> {

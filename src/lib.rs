@@ -5,7 +5,8 @@
 //!
 //! 1. [`config`] is what the operator wrote, valid by construction; [`state`] is what the workers share: the fleet
 //!    as a snapshot that is replaced as a whole, and the policies' counters.
-//! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest. A worker is
+//! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest; it also probes the
+//!    fleet, keeps the schedule in step with it and puts a new configuration in place. A worker is
 //!    a thread with a runtime of its own; it owns its clients and its upstream connections, so nothing on a
 //!    request's way crosses threads but atomics.
 //! 3. [`gateway`] tells the story: who calls, rate limit, body, route, slot, tries, answer. The future and the body of
@@ -48,7 +49,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::Receiver;
 
 use self::config::Config;
-use self::server::drain::Stop;
+use self::server::drain::Order;
 use self::state::Shared;
 use self::telemetry::log::Log;
 
@@ -65,7 +66,7 @@ pub enum RunError {
 ///
 /// # Errors
 /// It could not start, or the listener failed.
-pub fn run(config: Config, listener: TcpListener, orders: Receiver<Stop>) -> Result<bool, RunError> {
+pub fn run(config: Config, listener: TcpListener, orders: Receiver<Order>) -> Result<bool, RunError> {
     clock::now();
     let log = Log::start(config.log.events);
     for warning in &config.warnings {

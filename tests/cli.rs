@@ -303,6 +303,35 @@ fn zap_is_busy(zap: &Running) {
 }
 
 #[test]
+fn sighup_reads_the_file_anew_and_says_what_it_found() {
+    let (a, b) = (provider(OK, Duration::ZERO), provider(OK.replace("ok", "OK").leak(), Duration::ZERO));
+    let file = File::new("reload", &config(a, ""));
+    let mut command = zap();
+    command.args(["--config", file.path()]);
+    let mut zap = Running::start(command);
+    let chat = || ask(zap.address, "POST /chat HTTP/1.1", CHAT);
+    assert!(chat().ends_with("ok"));
+    std::fs::write(&file.0, config(b, "drain_secs = 3").replace("port = 0", "port = 1")).unwrap();
+    zap.signal("HUP");
+    zap.line("the new configuration is in place: 1 backends");
+    let warning = zap.line("needs a restart");
+    assert!(warning.contains("server.port, server.drain_secs changed"), "{warning}");
+    assert!(chat().ends_with("OK"));
+    std::fs::write(&file.0, config(a, "[queue]\nmax_sise = 1")).unwrap();
+    zap.signal("HUP");
+    let refused = zap.line("the configuration stays as it was");
+    assert!(refused.contains("reload.toml:6: ") && refused.contains("max_size"), "{refused}");
+    assert!(!refused.contains("CANARY"));
+    assert!(chat().ends_with("OK"));
+    std::fs::remove_file(&file.0).unwrap();
+    zap.signal("HUP");
+    zap.line("no file at");
+    assert!(chat().ends_with("OK"));
+    zap.signal("TERM");
+    assert_eq!(zap.exit_code(), Some(0));
+}
+
+#[test]
 fn every_request_is_one_json_line_without_keys_or_control_characters() {
     let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
     let head = "POST /chat HTTP/1.1\r\nauthorization: Bearer sk-CLIENT\r\nx-request-id: line-1";

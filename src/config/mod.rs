@@ -68,6 +68,8 @@ pub struct Config {
     pub clients: Vec<ClientKey>,
     /// What is allowed but unwise, one line each, no newline at the end.
     pub warnings: Vec<String>,
+    /// The file it was read from, if any: a reload reads it again.
+    pub file: Option<PathBuf>,
 }
 
 /// `[server]`: the listener and its limits.
@@ -89,6 +91,25 @@ pub struct Server {
     pub keep_alive: Duration,
     /// Peers whose `x-forwarded-for` is believed.
     pub trusted_proxies: Vec<IpNet>,
+}
+
+impl Server {
+    /// The keys in which `other` is not the same, in the file's words.
+    pub fn differs(&self, other: &Server) -> Vec<&'static str> {
+        [
+            ("server.host", self.host != other.host),
+            ("server.port", self.port != other.port),
+            ("server.workers", self.workers != other.workers),
+            ("server.max_body_bytes", self.max_body_bytes != other.max_body_bytes),
+            ("server.max_connections", self.max_connections != other.max_connections),
+            ("server.drain_secs", self.drain != other.drain),
+            ("server.keep_alive_secs", self.keep_alive != other.keep_alive),
+            ("server.trusted_proxies", self.trusted_proxies != other.trusted_proxies),
+        ]
+        .into_iter()
+        .filter_map(|(key, differs)| differs.then_some(key))
+        .collect()
+    }
 }
 
 /// `[queue]`: admission.
@@ -287,6 +308,7 @@ impl Config {
                  `chmod o-r` it, or take the key from the environment or a file"
             ));
         }
+        read.config.file = Some(path.to_owned());
         Ok(read.config)
     }
 

@@ -123,6 +123,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> R
         routes,
         clients,
         warnings: Vec::new(),
+        file: None,
     };
     Read { config, inline_key: inline_key || inline_client }
 }

@@ -95,7 +95,7 @@ impl Line {
         deadline: Nanos,
     ) -> Result<(), GatewayError> {
         let since = clock::now();
-        let latest = deadline.min(completion.started + clock::nanos(gateway.config().queue.max_wait));
+        let latest = deadline.min(completion.started + clock::nanos(snapshot.config.queue.max_wait));
         let in_time = |at: &Nanos| *at <= latest;
         let first = busy.opens.filter(|(at, ..)| in_time(at));
         if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
@@ -105,7 +105,8 @@ impl Line {
         completion.phase = Phase::Queued;
         self.stand(snapshot, busy, first);
         let result = loop {
-            let mut moved = pin!(self.quota.as_ref().map(|(id, _)| snapshot.backends[*id].moved.notified()));
+            let mut moved =
+                pin!(self.quota.as_ref().map(|(id, _)| snapshot.backends[*id].live.moved.notified()));
             if let Some(moved) = moved.as_mut().as_pin_mut() {
                 moved.enable();
             }

@@ -40,6 +40,8 @@ pub struct Delivery {
     pub slot: Slot,
     /// The body's first frame, where it was waited for.
     pub first: Option<Bytes>,
+    /// How long the answer may make no progress.
+    pub patience: Nanos,
 }
 
 /// What the last try left, should there be no further one.
@@ -144,7 +146,7 @@ impl Attempts<'_> {
             self.let_go(last.take());
             let failed = match (self.try_one(target, entered, limit).await, slot.take()) {
                 (Ok((head, lease, entered, first)), Some(slot)) => {
-                    return Ok(Delivery { head, lease, entered, slot, first });
+                    return Ok(Delivery { head, lease, entered, slot, first, patience: self.patience() });
                 }
                 (Ok(_), None) => return Err(GatewayError::Internal),
                 (Err(failed), held) => {
@@ -224,7 +226,7 @@ impl Attempts<'_> {
 
     /// Whether the rules allow one more try.
     fn may_retry(&self, now: Nanos) -> bool {
-        self.completion.tries <= self.gateway.config().retry.max_retries
+        self.completion.tries <= self.snapshot.config.retry.max_retries
             && now < self.deadline
             && self.gateway.shared().budget.has_room(now)
     }
@@ -239,7 +241,7 @@ impl Attempts<'_> {
 
     /// Waits before the next round. `false`: there is no time, or no try, left for one.
     async fn back_off(&mut self, rounds: u32) -> bool {
-        let retry = &self.gateway.config().retry;
+        let retry = &self.snapshot.config.retry;
         let wait = backoff(retry.base_delay, retry.max_delay, rounds, self.gateway.random());
         let since = clock::now();
         if since + clock::nanos(wait) >= self.deadline {
@@ -269,11 +271,15 @@ impl Attempts<'_> {
                 }
                 // The answer that is delivered did not fail for the log's purposes: its status says it all.
                 self.completion.failed.pop();
-                Ok(Delivery { head: *head, lease, entered, slot, first: None })
+                Ok(Delivery { head: *head, lease, entered, slot, first: None, patience: self.patience() })
             }
             (Some((_, Last::Error(error))), _) => Err(error),
             _ => Err(GatewayError::UpstreamTimeout),
         }
+    }
+
+    fn patience(&self) -> Nanos {
+        clock::nanos(self.snapshot.config.timeouts.stream_idle)
     }
 
     /// Time until the first of all targets that cannot be asked now reopens.

@@ -54,7 +54,7 @@ pub fn status(shared: &Shared) -> Response<Body> {
 
 fn backend(b: &Upstream) -> serde_json::Value {
     let now = clock::now();
-    let status = b.breaker.status(now);
+    let status = b.live.breaker.status(now);
     let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
     let cooling = match status {
         Status::Cooling(until) => Some(secs_to(until)),

@@ -31,7 +31,7 @@ use self::intake::ChatRequest;
 use self::once::is_event_stream;
 use self::relay::{Held, Redactor, RelayBody, Shape};
 use crate::clock;
-use crate::config::{Config, Strategy};
+use crate::config::{Server, Strategy};
 use crate::error::GatewayError;
 use crate::policy::fields::Model;
 use crate::policy::limit::Decision;
@@ -60,16 +60,16 @@ pub struct Gateway {
     pool: Pool,
     alarms: Rc<Alarms>,
     load: Arc<Load>,
-    config: Arc<Config>,
+    server: Server,
     rng: RefCell<fastrand::Rng>,
 }
 
 impl Gateway {
     /// The gateway of worker number `worker`.
     pub fn new(worker: usize, shared: Arc<Shared>, alarms: Rc<Alarms>, load: Arc<Load>) -> Rc<Self> {
-        let config = shared.snapshot.load().config.clone();
+        let server = shared.snapshot.load().config.server.clone();
         let recorder = Rc::new(Recorder { worker, shared });
-        Rc::new(Gateway { recorder, pool: Pool::default(), alarms, load, config, rng: RefCell::default() })
+        Rc::new(Gateway { recorder, pool: Pool::default(), alarms, load, server, rng: RefCell::default() })
     }
 
     /// Answers one request. Everything it does is owned by the future and by the body of the answer.
@@ -139,10 +139,10 @@ impl Gateway {
             if let Some(refused) = decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
-            let max = self.config.server.max_body_bytes;
+            let max = self.server.max_body_bytes;
             intake::check_head(&head.headers, max)?;
-            let deadline = completion.started + clock::nanos(self.config().queue.timeout);
             let snapshot = self.shared().snapshot.load_full();
+            let deadline = completion.started + clock::nanos(snapshot.config.queue.timeout);
             let endpoint = completion.endpoint;
             let chat = intake::read(body, &conn, endpoint, snapshot.watch(), max, deadline).await?;
             completion.others = clock::now() - completion.started;
@@ -217,7 +217,7 @@ impl Gateway {
         conn: Rc<Conn>,
         version: Version,
     ) -> Response<Body> {
-        let Delivery { mut head, lease, entered, slot, first } = delivery;
+        let Delivery { mut head, lease, entered, slot, first, patience } = delivery;
         let upstream = entered.upstream().clone();
         headers::to_client(&mut head.headers);
         let events = is_event_stream(&head.headers);
@@ -247,6 +247,7 @@ impl Gateway {
         }
         self.dress(&mut head.headers, &mut completion, decision, &conn);
         completion.answered(head.status.as_u16());
+        conn.begin_answer(patience);
         let held = Held { lease, entered, slot, completion };
         let relay = RelayBody::new(held, self, conn.clone(), first, redactor, shape);
         let mut response = Response::new(Body::relay(relay).on(conn));
@@ -269,7 +270,7 @@ impl Gateway {
         if completion.end == End::ClientGone {
             completion.end = End::Complete;
         }
-        conn.begin_answer(clock::nanos(self.config().timeouts.stream_idle));
+        conn.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
         response.map(|body| body.on(conn))
     }
 
@@ -330,9 +331,9 @@ impl Gateway {
         self.shared().snapshot.load()
     }
 
-    /// The configuration this worker was started with.
-    pub fn config(&self) -> &Config {
-        &self.config
+    /// `[server]`, which a reload does not change.
+    pub fn server(&self) -> &Server {
+        &self.server
     }
 
     /// The worker's telemetry.

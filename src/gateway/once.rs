@@ -75,7 +75,7 @@ impl Attempts<'_> {
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
         let body = SendBody::new(slices(&self.chat.chunks, splices));
         let target = upstream.target(self.ask.endpoint).cloned().unwrap_or_default();
-        Outgoing { target, headers: to, body }
+        Outgoing { target, headers: to, body, connect: self.snapshot.config.timeouts.connect }
     }
 
     /// Judges an answer by its status; of one that is delivered and no stream, waits for the first frame too.
@@ -107,7 +107,7 @@ impl Attempts<'_> {
                 return Err(fail(Code::UpstreamRateLimited, false)(head, lease, entered));
             }
             Outcome::BadKey => {
-                if upstream.breaker.bad_key(clock::now()) {
+                if upstream.live.breaker.bad_key(clock::now()) {
                     let text =
                         format!("{} answered {} to its api_key", upstream.name(), head.status.as_u16());
                     self.gateway.shared().log.event("error", "backend_misconfigured", &text);
@@ -138,7 +138,7 @@ impl Attempts<'_> {
         let now = clock::now();
         let target = &self.snapshot.route(&self.ask).targets[target];
         let until = now + clock::nanos(span);
-        self.snapshot.upstream(target).breaker.cool(target.key(self.ask.model), until, now);
+        self.snapshot.upstream(target).live.breaker.cool(target.key(self.ask.model), until, now);
     }
 
     /// Counts a failed try.
@@ -150,8 +150,8 @@ impl Attempts<'_> {
         upstream.note_error(failed.code);
         self.completion.failed.push((upstream.clone(), failed.code));
         if failed.blame {
-            upstream.penalty.add(clock::now());
-            if let Some(change) = upstream.breaker.failure(self.snapshot.thresholds()) {
+            upstream.live.penalty.add(clock::now());
+            if let Some(change) = upstream.live.breaker.failure(self.snapshot.thresholds()) {
                 announce(&recorder.shared, upstream, change, "a request");
             }
         }

@@ -86,7 +86,6 @@ impl RelayBody {
         redactor: Option<Redactor>,
         shape: Shape,
     ) -> Self {
-        conn.begin_answer(clock::nanos(gateway.config().timeouts.stream_idle));
         let mut relay = RelayBody {
             first,
             redactor,
@@ -183,7 +182,7 @@ impl RelayBody {
         self.state = State::Ended;
         let Some(mut held) = self.held.take() else { return };
         let now = clock::now();
-        held.entered.upstream().breaker.success(now);
+        held.entered.upstream().live.breaker.success(now);
         held.completion.end = End::Complete;
         if self.shape.done_expected && !self.tail.has_done() {
             held.completion.end = End::UpstreamError;
@@ -203,8 +202,8 @@ impl RelayBody {
                 let code = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
                 upstream.lanes[recorder.worker].failed(code);
                 upstream.note_error(code);
-                upstream.penalty.add(clock::now());
-                if let Some(change) = upstream.breaker.failure(self.gateway.snapshot().thresholds()) {
+                upstream.live.penalty.add(clock::now());
+                if let Some(change) = upstream.live.breaker.failure(self.gateway.snapshot().thresholds()) {
                     announce(&recorder.shared, &upstream, change, "a request");
                 }
             }
@@ -231,7 +230,7 @@ impl Drop for RelayBody {
     /// Only a body that nobody wants any more still holds something: the client has left.
     fn drop(&mut self) {
         if let Some(held) = &self.held {
-            held.entered.upstream().breaker.success(clock::now());
+            held.entered.upstream().live.breaker.success(clock::now());
         }
     }
 }

@@ -30,7 +30,7 @@ const MAX_DISCARD: usize = 64 << 20;
 
 /// Serves one connection to its end.
 pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
-    let keep_alive = clock::nanos(gateway.config().server.keep_alive);
+    let keep_alive = clock::nanos(gateway.server().keep_alive);
     let conn = Conn::new(stream, peer, gateway.alarms().clone(), keep_alive);
     // A connection that says nothing costs no buffers: hyper comes in with the first byte.
     let first = poll_fn(|cx| {

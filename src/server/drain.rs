@@ -3,41 +3,64 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::worker::Worker;
 
-/// An order to end.
+/// What an operator asks of a running gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum Order {
     /// Let what runs end, within `server.drain_secs`.
     Drain,
     /// End at once.
     Now,
+    /// Read the configuration anew.
+    Reload,
 }
 
-/// A way to send [`Stop`] orders, and the end that [`crate::run`] takes.
-pub fn orders() -> (Sender<Stop>, Receiver<Stop>) {
+/// A way to send orders, and the end that [`crate::run`] takes.
+pub fn orders() -> (Sender<Order>, Receiver<Order>) {
     channel(4)
 }
 
-/// Turns SIGTERM and SIGINT into orders: the first drains, the second ends at once.
-///
-/// # Errors
-/// The signals cannot be caught.
-pub async fn on_signals(orders: Sender<Stop>) -> io::Result<()> {
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    for order in [Stop::Drain, Stop::Now] {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
-        if orders.send(order).await.is_err() {
-            break;
+/// The signals that are orders. From when it exists they end the process no more.
+#[derive(Debug)]
+pub struct Signals {
+    term: Signal,
+    int: Signal,
+    hup: Signal,
+}
+
+impl Signals {
+    /// Catches them; within a runtime.
+    ///
+    /// # Errors
+    /// The signals cannot be caught.
+    pub fn catch() -> io::Result<Self> {
+        let [term, int, hup] =
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Signals { term: term?, int: int?, hup: hup? })
+    }
+
+    /// Turns SIGHUP into [`Order::Reload`], the first SIGTERM or SIGINT into [`Order::Drain`], and every further one into
+    /// [`Order::Now`].
+    pub async fn send(mut self, orders: Sender<Order>) {
+        let mut end = Order::Drain;
+        loop {
+            let order = tokio::select! {
+                _ = self.hup.recv() => Order::Reload,
+                _ = self.term.recv() => std::mem::replace(&mut end, Order::Now),
+                _ = self.int.recv() => std::mem::replace(&mut end, Order::Now),
+            };
+            match order {
+                // Where so many wait already, one of them will do.
+                Order::Reload => drop(orders.try_send(order)),
+                order if orders.send(order).await.is_err() => return,
+                _ => {}
+            }
         }
     }
-    std::future::pending().await
 }
 
 /// How often the way out looks at what still runs.
@@ -51,7 +74,7 @@ pub async fn drain(
     workers: &[Worker],
     running: impl Fn() -> usize,
     limit: Duration,
-    orders: &mut Receiver<Stop>,
+    orders: &mut Receiver<Order>,
 ) -> bool {
     let end = Instant::now() + limit;
     let connections = || workers.iter().map(Worker::connections).sum::<usize>();
@@ -67,10 +90,10 @@ pub async fn drain(
 }
 
 /// Waits until `count` says 0: `false` at `end` or on an order to end at once.
-async fn wait(count: &impl Fn() -> usize, end: Instant, orders: &mut Receiver<Stop>) -> bool {
+async fn wait(count: &impl Fn() -> usize, end: Instant, orders: &mut Receiver<Order>) -> bool {
     while count() > 0 {
         tokio::select! {
-            order = orders.recv(), if !orders.is_closed() => if order == Some(Stop::Now) { return false },
+            order = orders.recv(), if !orders.is_closed() => if order == Some(Order::Now) { return false },
             () = tokio::time::sleep(LOOK) => if Instant::now() >= end { return false },
         }
     }

@@ -8,6 +8,8 @@ pub mod conn;
 
 pub mod worker;
 
+pub mod fleet;
+
 pub mod drain;
 
 use std::sync::Arc;
@@ -16,13 +18,10 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
-use tokio::task::LocalSet;
 
-use self::drain::Stop;
+use self::drain::Order;
 use self::worker::Worker;
-use crate::clock;
 use crate::state::Shared;
-use crate::upstream::probe;
 
 /// How long accepting pauses when the system has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -34,7 +33,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub async fn serve(
     shared: Arc<Shared>,
     listener: std::net::TcpListener,
-    mut orders: Receiver<Stop>,
+    mut orders: Receiver<Order>,
 ) -> std::io::Result<bool> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
@@ -43,18 +42,23 @@ pub async fn serve(
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone())).collect();
     let workers = workers?;
     let whole = {
-        let fleet = watch_fleet(&shared);
+        let fleet = fleet::watch(&shared);
         let clients = accept(&shared, &listener, &workers, config.server.max_connections);
         // Accepting and probing go on while the running requests end.
         let ending = async {
-            let order = orders.recv().await;
+            let order = loop {
+                match orders.recv().await {
+                    Some(Order::Reload) => shared.reload_wanted.notify_one(),
+                    order => break order,
+                }
+            };
             shared.start_draining();
             shared.log.event(
                 "info",
                 "drain",
                 "shutting down: new requests are refused, running ones may end",
             );
-            let limit = if order == Some(Stop::Drain) { config.server.drain } else { Duration::ZERO };
+            let limit = if order == Some(Order::Drain) { config.server.drain } else { Duration::ZERO };
             drain::drain(&workers, || running(&shared), limit, &mut orders).await
         };
         tokio::select! {
@@ -101,26 +105,4 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
 fn is_of_one_client(e: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     matches!(e.kind(), ConnectionAborted | ConnectionReset | Interrupted)
-}
-
-/// Probes all backends and keeps the schedule in step with their states.
-async fn watch_fleet(shared: &Arc<Shared>) {
-    let local = LocalSet::new();
-    let snapshot = shared.snapshot.load_full();
-    for upstream in snapshot.backends.iter().filter(|b| b.conf.weight > 0) {
-        local.spawn_local(probe::watch(shared.clone(), upstream.clone(), snapshot.config.health.clone()));
-    }
-    local
-        .run_until(async {
-            loop {
-                let next = shared.rebuild();
-                let wait = next
-                    .map_or(Duration::MAX, |at| Duration::from_nanos(at.saturating_sub(clock::now()) + 1));
-                tokio::select! {
-                    () = shared.fleet_changed.notified() => {}
-                    () = tokio::time::sleep(wait) => {}
-                }
-            }
-        })
-        .await;
 }

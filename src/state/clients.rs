@@ -19,14 +19,16 @@ pub struct Client {
     /// As configured.
     pub conf: ClientKey,
     /// Its requests, one counter a worker.
-    pub lanes: Box<[CachePadded<Counter>]>,
+    pub lanes: Arc<[CachePadded<Counter>]>,
 }
 
 impl Clients {
-    /// Those of `config`.
-    pub fn new(config: &Config) -> Self {
+    /// Those of `config`; those who were known `before` keep their counters.
+    pub fn new(config: &Config, before: Option<&Clients>) -> Self {
+        let known = |name: &str| before?.iter().find(|c| c.conf.name == name).map(|c| c.lanes.clone());
         let client = |conf: &ClientKey| {
-            let lanes = (0..config.server.workers).map(|_| CachePadded::default()).collect();
+            let fresh = || (0..config.server.workers).map(|_| CachePadded::default()).collect();
+            let lanes = known(&conf.name).unwrap_or_else(fresh);
             Arc::new(Client { conf: conf.clone(), lanes })
         };
         Clients(config.clients.iter().map(client).collect())

@@ -43,8 +43,11 @@ pub struct Shared {
     pub log: Log,
     /// Rung when a backend's state changed, so that the schedule is rebuilt.
     pub fleet_changed: Notify,
+    /// Rung when the configuration is to be read anew.
+    pub reload_wanted: Notify,
+    /// Rung when it was.
+    pub reloaded: Notify,
     draining: AtomicBool,
-    log_requests: bool,
     hasher: RandomState,
 }
 
@@ -54,31 +57,41 @@ impl Shared {
     /// # Errors
     /// What is wrong with a backend's URL or certificates, for the operator.
     pub fn new(config: Config, log: Log) -> Result<Self, String> {
-        let workers = config.server.workers;
-        let roots = Roots::load(&config.backends, config.timeouts.connect);
-        let backends: Result<Vec<_>, String> = config
-            .backends
-            .iter()
-            .map(|b| Upstream::new(b.clone(), workers, &roots, config.queue.max_size).map(Arc::new))
-            .collect();
+        let snapshot = prepare(config, None)?;
+        let config = &snapshot.config;
         Ok(Shared {
             limiter: Limiter::new(config.rate_limit.max_keys),
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
-            lanes: (0..workers).map(|_| CachePadded::default()).collect(),
+            lanes: (0..config.server.workers).map(|_| CachePadded::default()).collect(),
             reloads: Reloads::default(),
             fleet_changed: Notify::new(),
+            reload_wanted: Notify::new(),
+            reloaded: Notify::new(),
             draining: AtomicBool::new(false),
-            log_requests: config.log.requests,
             hasher: RandomState::new(),
             log,
-            snapshot: ArcSwap::from_pointee(Snapshot::new(Arc::new(config), backends?.into())),
+            snapshot: ArcSwap::from_pointee(snapshot),
         })
     }
 
     /// Whether every request gets a line in the log.
     pub fn log_requests(&self) -> bool {
-        self.log_requests
+        self.snapshot.load().config.log.requests
+    }
+
+    /// Puts another configuration's fleet, made by [`prepare`] of the present one, in its place. Requests under way keep
+    /// the old; what is counted goes on under the new limits.
+    pub fn replace(&self, next: Snapshot) {
+        let config = &next.config;
+        self.limiter.set_max_keys(config.rate_limit.max_keys);
+        self.admission.resize(config.queue.max_in_flight, config.queue.max_size);
+        self.budget.set_percent(config.retry.budget_percent);
+        self.log.set_format(config.log.events);
+        let now = clock::now();
+        next.backends.iter().for_each(|b| b.apply(config.queue.max_size, now));
+        self.snapshot.store(Arc::new(next));
+        self.reloaded.notify_waiters();
     }
 
     /// The process is on its way out.
@@ -102,18 +115,31 @@ impl Shared {
         let current = self.snapshot.load_full();
         self.snapshot.store(Arc::new(current.rebuilt()));
         let now = clock::now();
-        current.backends.iter().filter_map(|b| b.breaker.retries_key_at(now)).min()
+        current.backends.iter().filter_map(|b| b.live.breaker.retries_key_at(now)).min()
     }
 }
 
-/// What only trying shows: certificates that do not load, addresses that are none.
+/// The fleet of a configuration, with what lives on of the one `before`; that one is left as it is. Reads certificates,
+/// so it may block.
 ///
 /// # Errors
-/// The first fault, for the operator.
-pub fn check(config: &Config) -> Result<(), String> {
-    let roots = Roots::load(&config.backends, config.timeouts.connect);
-    for backend in &config.backends {
-        Upstream::new(backend.clone(), 1, &roots, 0)?;
-    }
-    Ok(())
+/// What only trying shows, for the operator: the first certificate that does not load or address that is none.
+pub fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
+    let roots = Roots::load(&config.backends);
+    let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
+    let backends: Result<Vec<_>, String> = config
+        .backends
+        .iter()
+        .map(|b| {
+            let upstream = Upstream::new(
+                b.clone(),
+                config.server.workers,
+                &roots,
+                config.queue.max_size,
+                known(&b.name),
+            );
+            upstream.map(Arc::new)
+        })
+        .collect();
+    Ok(Snapshot::new(Arc::new(config), backends?.into(), before))
 }

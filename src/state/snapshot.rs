@@ -127,17 +127,28 @@ pub enum Passed {
 }
 
 impl Snapshot {
-    /// The first snapshot of a configuration.
-    pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>) -> Self {
-        let clients = Arc::new(Clients::new(&config));
+    /// The first snapshot of a configuration. Of the one `before` clients keep their counters, and turns among the same
+    /// backends go on.
+    pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>, before: Option<&Snapshot>) -> Self {
+        let clients = Arc::new(Clients::new(&config, before.map(|b| &*b.clients)));
         let layout = Arc::new(Layout::new(&config, &backends));
-        Self::with_plans(config, backends, clients, layout, &[])
+        let same_names =
+            |b: &&Snapshot| b.backends.iter().map(|u| u.name()).eq(backends.iter().map(|u| u.name()));
+        let before = before.filter(same_names);
+        let turns = |shape: &Shape| {
+            let before = before?;
+            let place = before.layout.shapes.iter().position(|known| known == shape)?;
+            before.plans.get(place)
+        };
+        let before: Vec<_> = layout.shapes.iter().map(turns).collect();
+        Self::with_plans(config, backends, clients, layout.clone(), &before)
     }
 
     /// The same fleet in its present state.
     pub fn rebuilt(&self) -> Self {
         let Snapshot { config, backends, clients, layout, plans } = self;
-        Self::with_plans(config.clone(), backends.clone(), clients.clone(), layout.clone(), plans)
+        let before: Vec<_> = plans.iter().map(Some).collect();
+        Self::with_plans(config.clone(), backends.clone(), clients.clone(), layout.clone(), &before)
     }
 
     fn with_plans(
@@ -145,10 +156,11 @@ impl Snapshot {
         backends: Arc<[Arc<Upstream>]>,
         clients: Arc<Clients>,
         layout: Arc<Layout>,
-        before: &[Plan],
+        before: &[Option<&Plan>],
     ) -> Self {
         let now = clock::now();
-        let plan = |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i));
+        let plan =
+            |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i).copied().flatten());
         let plans = layout.shapes.iter().enumerate().map(plan).collect();
         Snapshot { config, backends, clients, layout, plans }
     }
@@ -246,7 +258,7 @@ impl Snapshot {
         let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
         let target = self.plan(ask).all.least_loaded(|id, weight| {
             let b = upstream(id);
-            out(id).then(|| load(b.in_flight(), weight, b.penalty.at(now), 0))
+            out(id).then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
         })?;
         let entered = upstream(target).enter(now, None)?;
         Some(Chosen { target, entered })
@@ -321,7 +333,8 @@ impl Snapshot {
             }),
             (Strategy::LeastLoaded, _) => tier.least_loaded(|id, weight| {
                 let b = upstream(id);
-                eligible(id).then(|| load(b.in_flight(), weight, b.penalty.at(now), b.breaker.up_for(now)))
+                eligible(id)
+                    .then(|| load(b.in_flight(), weight, b.live.penalty.at(now), b.live.breaker.up_for(now)))
             }),
             (Strategy::RoundRobin | Strategy::PrefixHash, _) => tier.round_robin(eligible),
         }
@@ -409,7 +422,7 @@ impl Shape {
 impl Plan {
     /// `before`: the plan that this one replaces; turns whose members are the same go on.
     fn new(Shape(places): &Shape, backends: &[Arc<Upstream>], now: Nanos, before: Option<&Plan>) -> Self {
-        let is_up = |id: &TargetId| backends[places[*id].backend].breaker.is_up(now);
+        let is_up = |id: &TargetId| backends[places[*id].backend].live.breaker.is_up(now);
         let weighted = || (0..places.len()).filter(|id| places[*id].weight > 0);
         let before: Vec<_> = before.iter().flat_map(|plan| plan.tiers.iter().chain([&plan.all])).collect();
         let kept = |next: Schedule| {

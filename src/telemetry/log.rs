@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -24,7 +24,8 @@ const FLUSH: Duration = Duration::from_secs(1);
 pub struct Log {
     lines: Option<SyncSender<String>>,
     dropped: Arc<AtomicU64>,
-    format: LogFormat,
+    /// Whether events are JSON.
+    json: Arc<AtomicBool>,
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
@@ -36,7 +37,13 @@ impl Log {
         let lost = dropped.clone();
         let writer =
             std::thread::Builder::new().name("zap-log".into()).spawn(move || write(&receiver, &lost)).ok();
-        Log { lines: Some(lines), dropped, format, writer: Arc::new(Mutex::new(writer)) }
+        let json = Arc::new(AtomicBool::new(format == LogFormat::Json));
+        Log { lines: Some(lines), dropped, json, writer: Arc::new(Mutex::new(writer)) }
+    }
+
+    /// Changes the shape of events.
+    pub fn set_format(&self, format: LogFormat) {
+        self.json.store(format == LogFormat::Json, Ordering::Relaxed);
     }
 
     /// Hands one line over, without its line break; drops and counts it where the writer is behind.
@@ -50,8 +57,8 @@ impl Log {
     pub fn event(&self, level: &str, event: &str, text: &str) {
         let time = clock::timestamp(SystemTime::now());
         let mut line = String::with_capacity(96 + text.len());
-        match self.format {
-            LogFormat::Json => {
+        match self.json.load(Ordering::Relaxed) {
+            true => {
                 let _ = write!(
                     line,
                     "{{\"time\":\"{time}\",\"level\":\"{level}\",\"event\":\"{event}\",\"message\":"
@@ -59,7 +66,7 @@ impl Log {
                 push_json(&mut line, text);
                 line.push('}');
             }
-            LogFormat::Text => {
+            false => {
                 let _ = write!(line, "{time} {level} {event}: ");
                 for c in text.chars() {
                     if c.is_control() {
@@ -143,7 +150,7 @@ mod tests {
         let log = Log {
             lines: Some(lines),
             dropped: Arc::default(),
-            format: LogFormat::Json,
+            json: Arc::new(AtomicBool::new(true)),
             writer: Arc::default(),
         };
         log.event("info", "x", "first");

@@ -278,7 +278,7 @@ impl Completion {
             Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
             Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
         };
-        if !self.passed.iter().any(|(b, known)| b.id == backend.id && kind(known) == kind(&why)) {
+        if !self.passed.iter().any(|(b, known)| b.live.id == backend.live.id && kind(known) == kind(&why)) {
             self.passed.push((backend.clone(), why));
         }
     }

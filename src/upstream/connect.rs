@@ -33,24 +33,23 @@ type BoxError = Box<dyn Error + Send + Sync>;
 #[derive(Debug)]
 pub struct Roots {
     system: RootCertStore,
-    timeout: Duration,
 }
 
 impl Roots {
-    /// Loads the system's roots if any of `backends` speaks TLS. `timeout`: of every connection.
-    pub fn load(backends: &[config::Backend], timeout: Duration) -> Self {
+    /// Loads the system's roots if any of `backends` speaks TLS.
+    pub fn load(backends: &[config::Backend]) -> Self {
         let mut system = RootCertStore::empty();
         if backends.iter().any(|b| b.url.https) {
             system.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         }
-        Roots { system, timeout }
+        Roots { system }
     }
 
-    fn config(&self, ca_file: Option<&Path>) -> Result<ClientConfig, String> {
+    fn config(&self, more: &[CertificateDer<'static>]) -> Result<ClientConfig, String> {
         let mut roots = self.system.clone();
-        if let Some(path) = ca_file {
-            let added = add_pem(&mut roots, path);
-            added.map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?;
+        for certificate in more {
+            let added = roots.add(certificate.clone());
+            added.map_err(|e| format!("ca_file holds a certificate that is none ({e})"))?;
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
@@ -60,13 +59,9 @@ impl Roots {
     }
 }
 
-fn add_pem(roots: &mut RootCertStore, path: &Path) -> Result<(), BoxError> {
-    let mut found = false;
-    for certificate in CertificateDer::pem_file_iter(path)? {
-        roots.add(certificate?)?;
-        found = true;
-    }
-    if found { Ok(()) } else { Err("it is empty".into()) }
+fn read_pem(path: &Path) -> Result<Vec<CertificateDer<'static>>, BoxError> {
+    let all = CertificateDer::pem_file_iter(path)?.collect::<Result<Vec<_>, _>>()?;
+    if all.is_empty() { Err("it is empty".into()) } else { Ok(all) }
 }
 
 /// Opens connections to one backend.
@@ -74,12 +69,13 @@ fn add_pem(roots: &mut RootCertStore, path: &Path) -> Result<(), BoxError> {
 pub struct Connector {
     https: HttpsConnector<Tcp>,
     to: Uri,
-    timeout: Duration,
+    /// What stands in `ca_file`.
+    own_roots: Arc<[CertificateDer<'static>]>,
 }
 
 impl fmt::Debug for Connector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connector").field("timeout", &self.timeout).finish_non_exhaustive()
+        f.debug_struct("Connector").field("to", &self.to).finish_non_exhaustive()
     }
 }
 
@@ -97,28 +93,33 @@ impl Connector {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
-        let tls = if url.https { roots.config(backend.ca_file.as_deref())? } else { Roots::none()? };
-        Ok(Connector { https: HttpsConnector::from((Tcp(tcp), tls)), to, timeout: roots.timeout })
+        let own_roots = match backend.ca_file.as_deref().filter(|_| url.https) {
+            Some(path) => {
+                read_pem(path).map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?
+            }
+            None => Vec::new(),
+        };
+        let tls = roots.config(&own_roots)?;
+        Ok(Connector { https: HttpsConnector::from((Tcp(tcp), tls)), to, own_roots: own_roots.into() })
     }
 
-    /// Opens one connection.
+    /// Whether both trust the same certificates beside the system's.
+    pub fn trusts_as(&self, other: &Connector) -> bool {
+        self.own_roots == other.own_roots
+    }
+
+    /// Opens one connection within `limit`.
     ///
     /// # Errors
     /// [`Code::UpstreamUnreachable`], [`Code::UpstreamTlsError`] or, past the time limit, [`Code::UpstreamTimeout`].
-    pub async fn connect(&self) -> Result<Io, Code> {
+    pub async fn connect(&self, limit: Duration) -> Result<Io, Code> {
         let opening = self.https.clone().call(self.to.clone());
-        match tokio::time::timeout(self.timeout, opening).await {
+        match tokio::time::timeout(limit, opening).await {
             Ok(Ok(io)) => Ok(io),
             Ok(Err(e)) if e.is::<TcpFailed>() => Err(Code::UpstreamUnreachable),
             Ok(Err(_)) => Err(Code::UpstreamTlsError),
             Err(_) => Err(Code::UpstreamTimeout),
         }
-    }
-}
-
-impl Roots {
-    fn none() -> Result<ClientConfig, String> {
-        Roots { system: RootCertStore::empty(), timeout: Duration::ZERO }.config(None)
     }
 }
 

@@ -34,19 +34,15 @@ use crate::telemetry::metrics::BackendLane;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
-/// One backend at run time: what never changes, made ready for use, and what all workers share.
+/// One backend at run time: what its configuration fixes, made ready for use, and what all workers share.
 #[derive(Debug)]
 pub struct Upstream {
-    /// Never used twice in a process: pools know connections by it.
-    pub id: u64,
     /// As configured.
     pub conf: config::Backend,
-    /// Health, cooling, key.
-    pub breaker: Breaker,
-    /// Recent failures, for the least loaded.
-    pub penalty: Penalty,
-    /// One lane a worker.
-    pub lanes: Box<[CachePadded<BackendLane>]>,
+    /// What a reload leaves alone where the provider stays the same.
+    pub live: Arc<Live>,
+    /// One lane a worker; they stay with the name.
+    pub lanes: Arc<[CachePadded<BackendLane>]>,
     /// Where each endpoint goes, by its discriminant; `None` where it is not served.
     targets: [Option<Uri>; Endpoint::ALL.len()],
     /// Where probes go.
@@ -60,13 +56,37 @@ pub struct Upstream {
     /// A hash of its name, the same in every process.
     pub identity: u64,
     connector: Connector,
-    in_flight: CachePadded<AtomicUsize>,
     /// Its own limit of requests at once, and the line before it.
     places: Option<Arc<Admission>>,
     quota: Option<Arc<Quota>>,
-    /// Rung when somebody has left the line of the quota.
+}
+
+/// What is known of a provider, from its first configuration to its last.
+#[derive(Debug)]
+pub struct Live {
+    /// Never used twice in a process: pools and probes know it by it.
+    pub id: u64,
+    /// Health, cooling, key.
+    pub breaker: Breaker,
+    /// Recent failures, for the least loaded.
+    pub penalty: Penalty,
+    /// Rung when somebody has left the line of the quota, or its limit has changed.
     pub moved: Notify,
+    in_flight: CachePadded<AtomicUsize>,
     last_error: Mutex<Option<(std::time::SystemTime, Code)>>,
+}
+
+impl Live {
+    fn new() -> Self {
+        Live {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            breaker: Breaker::new(),
+            penalty: Penalty::default(),
+            moved: Notify::new(),
+            in_flight: CachePadded::default(),
+            last_error: Mutex::default(),
+        }
+    }
 }
 
 /// A request that a backend serves; dropping it ends that.
@@ -104,7 +124,9 @@ pub enum Closed {
 }
 
 impl Upstream {
-    /// Makes a configured backend ready. At most `waiters` may wait for it.
+    /// Makes a configured backend ready. At most `waiters` may wait for it. `before`: the backend of that name, if there
+    /// was one: its counters go on, and where the provider and the account are the same, all that is known of it.
+    /// Nothing that `before` shares is changed until [`apply`](Self::apply).
     ///
     /// # Errors
     /// What is wrong with its URL or its certificates, for the operator.
@@ -113,16 +135,24 @@ impl Upstream {
         workers: usize,
         roots: &connect::Roots,
         waiters: usize,
+        before: Option<&Upstream>,
     ) -> Result<Self, String> {
         let name = conf.name.clone();
         let bad = |what: &str| format!("backend {name}: {what}");
         let path =
             |tail: &str| format!("{}{tail}", conf.url.path).parse().map_err(|_| bad("its path is not valid"));
+        let connector = Connector::new(&conf, roots).map_err(|e| bad(&e))?;
+        let lanes = before.map(|b| b.lanes.clone());
+        let same = before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.trusts_as(&connector));
+        let places = conf
+            .max_in_flight
+            .map(|max| same.and_then(|b| b.places.clone()).unwrap_or_else(|| Admission::new(max, waiters)));
+        let quota = conf
+            .requests_per_minute
+            .map(|limit| same.and_then(|b| b.quota.clone()).unwrap_or_else(|| Quota::new(limit)));
         Ok(Upstream {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            breaker: Breaker::new(),
-            penalty: Penalty::default(),
-            lanes: (0..workers).map(|_| CachePadded::default()).collect(),
+            live: same.map_or_else(|| Arc::new(Live::new()), |b| b.live.clone()),
+            lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
             targets: targets(&conf).map_err(bad)?,
             health: path(&conf.health_path)?,
             host: HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?,
@@ -132,14 +162,22 @@ impl Upstream {
             }),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),
-            connector: Connector::new(&conf, roots).map_err(|e| bad(&e))?,
-            in_flight: CachePadded::default(),
-            places: conf.max_in_flight.map(|max| Admission::new(max, waiters)),
-            quota: conf.requests_per_minute.map(Quota::new),
-            moved: Notify::new(),
-            last_error: Mutex::default(),
+            connector,
+            places,
+            quota,
             conf,
         })
+    }
+
+    /// Gives what it took over from the backend before it its own limits. At most `waiters` may wait for it.
+    pub fn apply(&self, waiters: usize, now: Nanos) {
+        if let (Some(places), Some(max)) = (&self.places, self.conf.max_in_flight) {
+            places.resize(max, waiters);
+        }
+        if let (Some(quota), Some(limit)) = (&self.quota, self.conf.requests_per_minute) {
+            quota.set_limit(limit, now);
+            self.live.moved.notify_waiters();
+        }
     }
 
     /// Its name in labels, headers and logs.
@@ -154,7 +192,7 @@ impl Upstream {
 
     /// Requests it serves now.
     pub fn in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::Relaxed)
+        self.live.in_flight.load(Ordering::Relaxed)
     }
 
     /// Where it wants requests to `endpoint`.
@@ -190,7 +228,7 @@ impl Upstream {
         key: impl FnOnce() -> u64,
         turn: Option<&Turn>,
     ) -> Result<(), Closed> {
-        match self.breaker.status_for(key, now) {
+        match self.live.breaker.status_for(key, now) {
             Status::Healthy => {}
             Status::Cooling(until) => return Err(Closed::Cooling(until)),
             out => return Err(Closed::Out(out)),
@@ -220,7 +258,7 @@ impl Upstream {
         if self.quota.as_ref().is_some_and(|quota| !quota.take(now, turn)) {
             return None;
         }
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.live.in_flight.fetch_add(1, Ordering::Relaxed);
         Some(InFlight { upstream: self.clone(), taken: now, _place: place })
     }
 
@@ -250,13 +288,25 @@ impl Upstream {
 
     /// Notes a failed try for `/status`.
     pub fn note_error(&self, code: Code) {
-        *self.last_error.lock() = Some((std::time::SystemTime::now(), code));
+        *self.live.last_error.lock() = Some((std::time::SystemTime::now(), code));
     }
 
     /// The last failed try.
     pub fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
-        *self.last_error.lock()
+        *self.live.last_error.lock()
     }
+}
+
+/// Whether both are the same account at the same provider: then what was learnt of one is true of the other, and its
+/// connections may be used for the other.
+fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
+    a.name == b.name
+        && a.url == b.url
+        && a.ca_file == b.ca_file
+        && a.api_key == b.api_key
+        && a.auth_header == b.auth_header
+        && a.extra_headers == b.extra_headers
+        && a.forward_authorization == b.forward_authorization
 }
 
 /// The API base is the chat path less `/chat/completions`; a chat path that ends otherwise serves chat alone.
@@ -305,7 +355,7 @@ impl Drop for InLine {
             turn.leave(clock::now());
         }
         if !self.served {
-            self.upstream.moved.notify_waiters();
+            self.upstream.live.moved.notify_waiters();
         }
     }
 }
@@ -326,6 +376,6 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.upstream.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.upstream.live.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -82,7 +82,7 @@ impl Pool {
     /// An idle connection to `upstream` that its peer still holds open.
     pub fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
-        let parked = idle.get_mut(&upstream.id)?;
+        let parked = idle.get_mut(&upstream.live.id)?;
         while let Some(mut lease) = parked.pop() {
             if lease.is_fresh(now) && lease.link.is_idle() {
                 lease.count.set_idle(false);
@@ -100,7 +100,7 @@ impl Pool {
         }
         lease.count.set_idle(true);
         let mut idle = self.idle.borrow_mut();
-        let parked = idle.entry(lease.count.upstream.id).or_default();
+        let parked = idle.entry(lease.count.upstream.live.id).or_default();
         if parked.len() < MAX_PER_BACKEND {
             parked.push(lease);
         }

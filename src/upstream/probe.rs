@@ -6,30 +6,54 @@ use std::time::Duration;
 
 use http::header::{ACCEPT, CONNECTION, HeaderValue, USER_AGENT};
 use http::{Method, Request};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Upstream;
 use super::link::{HyperLink, Link, SendBody};
 use crate::clock;
-use crate::config::Health;
-use crate::policy::breaker::{Change, Probe, Status, Thresholds};
+use crate::policy::breaker::{Change, Probe, Status};
 use crate::state::Shared;
+use crate::state::snapshot::Snapshot;
 
-/// Probes `upstream` for as long as it is polled. A check is skipped while real traffic went well.
-pub async fn watch(shared: Arc<Shared>, upstream: Arc<Upstream>, health: Health) {
-    let thresholds = Thresholds { failures: health.failure_threshold, successes: health.success_threshold };
-    let interval = clock::nanos(health.interval);
-    sleep(health.interval.min(Duration::from_millis(200)).mul_f64(fastrand::f64())).await;
-    loop {
+/// Probes the backend that is known by `id`, as the configuration of the moment says, until there is none. A check is
+/// skipped while real traffic went well.
+pub async fn watch(shared: Arc<Shared>, id: u64) {
+    // Not all at the same time.
+    sleep(Duration::from_millis(200).mul_f64(fastrand::f64())).await;
+    while let Some((snapshot, upstream)) = find(&shared, id) {
+        let health = &snapshot.config.health;
         let now = clock::now();
-        let proven = upstream.breaker.succeeded_within(interval, now);
-        if !(proven && matches!(upstream.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
-            let probe = timeout(health.timeout, check(&upstream)).await.unwrap_or(Probe::Failed);
-            if let Some(change) = upstream.breaker.probed(probe, thresholds, clock::now()) {
+        let proven = upstream.live.breaker.succeeded_within(clock::nanos(health.interval), now);
+        if !(proven && matches!(upstream.live.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
+            let checking = check(&upstream, snapshot.config.timeouts.connect);
+            let probe = timeout(health.timeout, checking).await.unwrap_or(Probe::Failed);
+            if let Some(change) = upstream.live.breaker.probed(probe, snapshot.thresholds(), clock::now()) {
                 announce(&shared, &upstream, change, "the health check");
             }
         }
-        sleep(health.interval.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
+        drop((snapshot, upstream));
+        pause(&shared, id).await;
+    }
+}
+
+/// The backend known by `id`, while it is one that takes requests.
+fn find(shared: &Shared, id: u64) -> Option<(Arc<Snapshot>, Arc<Upstream>)> {
+    let snapshot = shared.snapshot.load_full();
+    let upstream = snapshot.backends.iter().find(|b| b.live.id == id && b.conf.weight > 0)?.clone();
+    Some((snapshot, upstream))
+}
+
+/// Waits for the time of the next check; a reload may change it.
+async fn pause(shared: &Shared, id: u64) {
+    let (since, jitter) = (Instant::now(), 0.9 + 0.2 * fastrand::f64());
+    loop {
+        let reloaded = shared.reloaded.notified();
+        let Some((snapshot, _)) = find(shared, id) else { return };
+        let until = since + snapshot.config.health.interval.mul_f64(jitter);
+        tokio::select! {
+            () = sleep_until(until) => return,
+            () = reloaded => {}
+        }
     }
 }
 
@@ -47,8 +71,8 @@ pub fn announce(shared: &Shared, upstream: &Upstream, change: Change, cause: &st
 }
 
 /// One check: GET of `health_path` with the backend's key.
-async fn check(upstream: &Upstream) -> Probe {
-    let Ok(io) = upstream.connector().connect().await else { return Probe::Failed };
+async fn check(upstream: &Upstream, connect: Duration) -> Probe {
+    let Ok(io) = upstream.connector().connect(connect).await else { return Probe::Failed };
     let Ok(mut link) = HyperLink::new(io).await else { return Probe::Failed };
     let mut request = Request::new(SendBody::default());
     *request.method_mut() = Method::GET;

@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, Method, Request, StatusCode, Uri, response};
 
@@ -27,6 +28,8 @@ pub struct Outgoing {
     pub headers: HeaderMap,
     /// The body.
     pub body: SendBody,
+    /// How long a fresh connection may take.
+    pub connect: Duration,
 }
 
 impl Outgoing {
@@ -53,13 +56,14 @@ pub async fn send(
     outgoing: Outgoing,
     mut on_connect: impl FnMut(bool),
 ) -> Result<Answer, Code> {
+    let limit = outgoing.connect;
     let mut request = outgoing.into_request();
     loop {
         let (mut lease, reused) = match pool.take(upstream, clock::now()) {
             Some(lease) => (lease, true),
             None => {
                 on_connect(true);
-                let link = HyperLink::new(upstream.connector().connect().await?).await?;
+                let link = HyperLink::new(upstream.connector().connect(limit).await?).await?;
                 on_connect(false);
                 (Lease::new(link, upstream.clone(), worker, clock::now()), false)
             }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use zap::server::drain::Stop;
+use zap::server::drain::Order;
 
 use crate::support::provider::{After, Gate, chunk, end_chunks, start_events, wait_closed};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
@@ -26,7 +26,7 @@ fn what_runs_may_end_and_what_is_new_is_refused() {
     stream.post("/chat", "", STREAM);
     stream.head();
     assert_eq!(stream.chunk().unwrap(), b"data: one\n\n");
-    zap.order(Stop::Drain);
+    zap.order(Order::Drain);
     eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
     let refused = zap.chat(CHAT);
     assert_eq!((refused.status, refused.code().as_str()), (503, "draining"));
@@ -53,7 +53,7 @@ fn what_overstays_is_cut_visibly() {
     let mut answer = stream.head();
     assert_eq!(stream.chunk().unwrap(), b"data: one\n\n");
     let since = Instant::now();
-    zap.order(Stop::Drain);
+    zap.order(Order::Drain);
     stream.body(&mut answer);
     assert!(answer.text().contains("stream_interrupted") && !answer.whole, "{}", answer.text());
     assert!(!zap.join(), "something was cut");
@@ -72,8 +72,8 @@ fn a_second_order_ends_it_at_once() {
     client.post("/chat", "", CHAT);
     eventually("it is being served", || a.count() == 1);
     let since = Instant::now();
-    zap.order(Stop::Drain);
-    zap.order(Stop::Now);
+    zap.order(Order::Drain);
+    zap.order(Order::Now);
     let answer = client.response();
     assert_eq!((answer.status, answer.code().as_str()), (503, "draining"));
     assert!(!zap.join());
@@ -88,7 +88,7 @@ fn with_nothing_to_do_it_ends_at_once() {
     let mut idle = zap.client();
     assert_eq!(idle.chat("", CHAT).status, 200);
     let since = Instant::now();
-    zap.order(Stop::Drain);
+    zap.order(Order::Drain);
     assert!(zap.join());
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
     assert_eq!(idle.rest(), (Vec::new(), true));

@@ -40,6 +40,8 @@ mod observe;
 
 mod providers;
 
+mod reload;
+
 mod streams;
 
 mod tls;

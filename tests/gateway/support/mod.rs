@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 pub use self::provider::Provider;
 pub use self::wire::{Client, Response};
-pub use self::zap::Zap;
+pub use self::zap::{File, Zap};
 
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(10);

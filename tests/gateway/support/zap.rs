@@ -2,27 +2,40 @@
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use tokio::sync::mpsc::Sender;
-use zap::config::Config;
-use zap::server::drain::{Stop, orders};
+use zap::config::{Config, Faults, LoadError};
+use zap::server::drain::{Order, orders};
 
 use super::{Client, Response, eventually};
 
 /// A running gateway. Dropping it stops it at once.
 pub struct Zap {
     pub address: SocketAddr,
-    orders: Sender<Stop>,
+    orders: Sender<Order>,
     thread: Option<JoinHandle<bool>>,
 }
 
 impl Zap {
     /// Starts it with a configuration text. Two workers and no request log, unless the text says otherwise.
     pub fn start(text: &str) -> Self {
-        let mut config =
-            Config::parse(text, "test", Path::new(""), &|_| None).unwrap_or_else(|faults| panic!("{faults}"));
+        Self::run(Config::parse(text, "test", Path::new(""), &|_| None), text)
+    }
+
+    /// Starts it with a file that holds these `[[backends]]` and settings, so that it can be [reloaded](Self::reload).
+    pub fn with_file(file: &File, settings: &str, backends: &[String]) -> Self {
+        let text = file.write(settings, backends);
+        let config = Config::load(&file.0).map_err(|error| match error {
+            LoadError::Invalid(faults) => faults,
+            LoadError::Missing(path) => panic!("no file at {}", path.display()),
+        });
+        Self::run(config, &text)
+    }
+
+    fn run(config: Result<Config, Faults>, text: &str) -> Self {
+        let mut config = config.unwrap_or_else(|faults| panic!("{faults}"));
         if !text.contains("workers") {
             config.server.workers = 2;
         }
@@ -50,9 +63,18 @@ impl Zap {
         self.client().chat("", body)
     }
 
-    /// Sends an order to end.
-    pub fn order(&self, stop: Stop) {
-        self.orders.blocking_send(stop).unwrap();
+    /// Has it read its file anew; `true` where the new configuration was taken.
+    pub fn reload(&self) -> bool {
+        let count = |result: &str| self.metric(&format!("zap_config_reloads_total{{result=\"{result}\"}}"));
+        let before = (count("applied"), count("rejected"));
+        self.order(Order::Reload);
+        eventually("a reload", || (count("applied"), count("rejected")) != before);
+        count("applied") > before.0
+    }
+
+    /// Sends an order.
+    pub fn order(&self, order: Order) {
+        self.orders.blocking_send(order).unwrap();
     }
 
     /// Waits for its end: whether nothing was cut.
@@ -91,10 +113,33 @@ impl Zap {
     }
 }
 
+/// A configuration file, gone when dropped.
+pub struct File(PathBuf);
+
+impl File {
+    pub fn new() -> Self {
+        let name = format!("zap-test-{}-{:x}.toml", std::process::id(), fastrand::u64(..));
+        File(std::env::temp_dir().join(name))
+    }
+
+    /// Writes these `[[backends]]` and settings, without a request log; returns the text.
+    pub fn write(&self, settings: &str, backends: &[String]) -> String {
+        let text = format!("{settings}\n[log]\nrequests = false\n{}", backends.concat());
+        std::fs::write(&self.0, &text).unwrap();
+        text
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 impl Drop for Zap {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            let _ = self.orders.blocking_send(Stop::Now);
+            let _ = self.orders.blocking_send(Order::Now);
             let ended = thread.join();
             assert!(ended.is_ok() || std::thread::panicking(), "Zap panicked");
         }
