@@ -5,10 +5,9 @@
 //! backend exactly its weight, across all threads together. What makes a backend eligible is the caller's
 //! business and comes in as a closure.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use crossbeam_utils::CachePadded;
 
+use super::sync::{AtomicU64, Ordering};
 use super::{Nanos, SECOND};
 
 /// A backend's index in its snapshot.

@@ -4,11 +4,8 @@
 //! and probes feed the same streak of failures; only probes bring a backend back. Who probes, and when, is
 //! [`crate::upstream::probe`]'s business. Providers count by model, so a backend cools for one model at a time.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-
-use parking_lot::Mutex;
-
 use super::balance::SLOW_START;
+use super::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
 use super::{Nanos, SECOND};
 
 /// How long a refused key keeps a backend out.

@@ -34,6 +34,11 @@ pub mod quota;
 
 pub mod advertised;
 
+mod sync;
+
+#[cfg(all(test, zap_loom))]
+mod races;
+
 /// Monotonic time in nanoseconds since the process started.
 pub type Nanos = u64;
 
