@@ -1,6 +1,7 @@
 //! The command line: what was asked for, and doing it.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -124,6 +125,12 @@ fn listen_and_serve(config: Config) -> ExitCode {
 }
 
 fn serve(config: Config, listener: TcpListener) -> ExitCode {
+    // Where, and not what: a message could hold anything.
+    std::panic::set_hook(Box::new(|bug| {
+        let at = bug.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+        // Nobody may be there to read it.
+        let _ = writeln!(std::io::stderr(), "zap: a bug{at} ended one task; everything else goes on");
+    }));
     let (sender, receiver) = orders();
     if let Err(e) = on_signals(sender) {
         eprintln!("zap: signals cannot be caught: {e}");

@@ -102,6 +102,8 @@ impl Attempts<'_> {
         let mut line = Line::default();
         // In the first round targets are picked; later rounds go through them in the same order.
         let (mut order, mut tried) = (Vec::<TargetId>::new(), Vec::<TargetId>::new());
+        // Who let its share of the time pass is not asked again.
+        let mut silent = Vec::<TargetId>::new();
         let mut rounds = 0;
         loop {
             let now = clock::now();
@@ -126,10 +128,10 @@ impl Attempts<'_> {
                     continue;
                 }
                 Pick::Tried => {
-                    if !self.may_come_again(&order) || !self.back_off(rounds).await {
+                    if !self.may_come_again(&order, &silent) || !self.back_off(rounds).await {
                         return self.give_up(last, slot);
                     }
-                    tried.clear();
+                    tried.clone_from(&silent);
                     rounds += 1;
                     continue;
                 }
@@ -159,6 +161,9 @@ impl Attempts<'_> {
                 return self.give_up(last, slot);
             }
             tried.push(target);
+            if failed.code == Code::UpstreamTimeout {
+                silent.push(target);
+            }
             if !order.contains(&target) {
                 order.push(target);
             }
@@ -219,9 +224,9 @@ impl Attempts<'_> {
     }
 
     /// Whether one of those tried may be asked once more.
-    fn may_come_again(&self, order: &[TargetId]) -> bool {
+    fn may_come_again(&self, order: &[TargetId], silent: &[TargetId]) -> bool {
         let now = clock::now();
-        order.iter().any(|id| self.snapshot.check(now, &self.ask, *id, None).is_ok())
+        order.iter().any(|id| !silent.contains(id) && self.snapshot.check(now, &self.ask, *id, None).is_ok())
     }
 
     /// Whether the rules allow one more try.

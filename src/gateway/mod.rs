@@ -16,7 +16,9 @@ pub mod relay;
 
 pub mod body;
 
-use std::cell::RefCell;
+pub mod bug;
+
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -35,7 +37,7 @@ use crate::config::{Server, Strategy};
 use crate::error::GatewayError;
 use crate::policy::fields::Model;
 use crate::policy::limit::Decision;
-use crate::policy::{MILLI, headers};
+use crate::policy::{MILLI, SECOND, headers};
 use crate::server::alarm::Alarms;
 use crate::server::io::Conn;
 use crate::server::worker::Load;
@@ -43,6 +45,9 @@ use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
 use crate::upstream::pool::Pool;
+
+/// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
+const MAX_REFUSED_LINES: u32 = 10;
 
 /// Where the models are listed.
 const MODELS: &str = "/v1/models";
@@ -62,14 +67,24 @@ pub struct Gateway {
     load: Arc<Load>,
     server: Server,
     rng: RefCell<fastrand::Rng>,
+    /// Heads refused in the present second, and which one that is.
+    refused_heads: Cell<(u64, u32)>,
 }
 
 impl Gateway {
     /// The gateway of worker number `worker`.
     pub fn new(worker: usize, shared: Arc<Shared>, alarms: Rc<Alarms>, load: Arc<Load>) -> Rc<Self> {
         let server = shared.snapshot.load().config.server.clone();
-        let recorder = Rc::new(Recorder { worker, shared });
-        Rc::new(Gateway { recorder, pool: Pool::default(), alarms, load, server, rng: RefCell::default() })
+        let recorder = Rc::new(Recorder { worker, shared, broken: RefCell::default() });
+        Rc::new(Gateway {
+            recorder,
+            pool: Pool::default(),
+            alarms,
+            load,
+            server,
+            rng: RefCell::default(),
+            refused_heads: Cell::default(),
+        })
     }
 
     /// Answers one request. Everything it does is owned by the future and by the body of the answer.
@@ -313,10 +328,25 @@ impl Gateway {
         error.response(spent)
     }
 
+    /// The answer to a request that a bug has ended: the record is written already.
+    pub fn broken(&self) -> Response<Body> {
+        let mut response = GatewayError::Internal.response(false);
+        let id = self.recorder.broken.take();
+        let id = id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
+        response.headers_mut().insert(headers::X_REQUEST_ID, id);
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        response
+    }
+
     /// A head that broke the rules: hyper has read a stand-in for it.
     fn refuse_head(&self, why: &'static str, conn: Rc<Conn>) -> Response<Body> {
         let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
         let mut completion = Completion::new(self.recorder.clone(), Endpoint::Other, "", id);
+        let (second, n) = self.refused_heads.get();
+        let this = completion.started / SECOND;
+        let n = if second == this { n + 1 } else { 1 };
+        self.refused_heads.set((this, n));
+        completion.is_noise = n > MAX_REFUSED_LINES;
         let response = self.refuse(&GatewayError::BadRequest(why), &mut completion);
         self.finish(response, completion, None, conn)
     }

@@ -10,6 +10,7 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use http::response::Parts;
 
 use super::attempt::{Attempts, Failed, Last};
+use super::bug;
 use crate::clock;
 use crate::error::{Code, GatewayError};
 use crate::policy::patch::{slices, splices};
@@ -18,9 +19,9 @@ use crate::policy::route::TargetId;
 use crate::policy::{Nanos, advertised, headers};
 use crate::telemetry::Phase;
 use crate::upstream::link::{Link, SendBody};
-use crate::upstream::pool::Lease;
+use crate::upstream::pool::{Lease, Pool};
 use crate::upstream::probe::announce;
-use crate::upstream::send::{Answer, Outgoing, send};
+use crate::upstream::send::{Answer, Outgoing, SendError, send};
 use crate::upstream::{InFlight, Upstream};
 
 /// An answer worth delivering.
@@ -38,8 +39,37 @@ impl Attempts<'_> {
         self.completion.tries += 1;
         self.completion.phase = Phase::Waiting;
         let since = clock::now();
-        let outgoing = self.outgoing(target, &upstream);
-        let (gateway, conn) = (self.gateway, self.conn);
+        bug::here("try", &self.completion.request_id);
+        let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool())).await;
+        if matches!(answer, Err(SendError::Stale)) {
+            answer = self.ask_once(target, &entered, limit, None).await;
+        }
+        if self.gateway.is_cut() {
+            return Err(Box::new(cut()));
+        }
+        let result = match answer {
+            Ok(answer) => self.judge(target, answer, entered, limit).await,
+            Err(SendError::Broken(code)) => Err(broken(code)),
+            Err(SendError::Exhausted) => Err(Failed { blame: false, ..broken(Code::UpstreamUnreachable) }),
+            Err(SendError::Stale) => Err(broken(Code::UpstreamUnreachable)),
+        };
+        self.completion.others += clock::now() - since;
+        if let Err(failed) = &result {
+            self.note(&upstream, failed);
+        }
+        result.map_err(Box::new)
+    }
+
+    /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection where there is no
+    /// `pool`.
+    async fn ask_once(
+        &mut self,
+        target: TargetId,
+        entered: &InFlight,
+        limit: Nanos,
+        pool: Option<&Pool>,
+    ) -> Result<Answer, SendError> {
+        let outgoing = self.outgoing(target, entered.upstream());
         let completion = &mut *self.completion;
         let on_connect = |opening| {
             completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
@@ -47,20 +77,10 @@ impl Attempts<'_> {
                 entered.connected(clock::now());
             }
         };
-        let sending = send(gateway.pool(), gateway.recorder().worker, &upstream, outgoing, on_connect);
-        let answer = conn.alarm.limit(limit, sending).await.unwrap_or(Err(Code::UpstreamTimeout));
-        if gateway.is_cut() {
-            return Err(Box::new(cut()));
-        }
-        let result = match answer {
-            Ok(answer) => self.judge(target, answer, entered, limit).await,
-            Err(code) => Err(broken(code)),
-        };
-        self.completion.others += clock::now() - since;
-        if let Err(failed) = &result {
-            self.note(&upstream, failed);
-        }
-        result.map_err(Box::new)
+        let worker = self.gateway.recorder().worker;
+        let sending = send(pool, worker, entered.upstream(), outgoing, on_connect);
+        let late = || Err(Code::UpstreamTimeout.into());
+        self.conn.alarm.limit(limit, sending).await.unwrap_or_else(|_| late())
     }
 
     /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
@@ -128,7 +148,7 @@ impl Attempts<'_> {
         match self.conn.alarm.limit(limit, frame).await {
             Ok(Some(Ok(first))) => Ok((head, lease, entered, Some(first))),
             Ok(None) => Ok((head, lease, entered, None)),
-            Ok(Some(Err(_))) => Err(broken(Code::UpstreamUnreachable)),
+            Ok(Some(Err(code))) => Err(broken(code)),
             Err(_) => Err(broken(Code::UpstreamTimeout)),
         }
     }

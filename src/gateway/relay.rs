@@ -14,6 +14,7 @@ use memchr::memmem::Finder;
 
 use super::Gateway;
 use super::body::Cut;
+use super::bug;
 use crate::clock;
 use crate::error::{Code, STREAM_INTERRUPTED};
 use crate::policy::queue::Slot;
@@ -165,6 +166,7 @@ impl RelayBody {
         self.tail.push(&data);
         self.conn.progress();
         if let Some(held) = &mut self.held {
+            bug::here("body", &held.completion.request_id);
             held.completion.bytes += data.len() as u64;
         }
         if self.redactor.is_none() && self.upstream_is_done() {
@@ -195,6 +197,8 @@ impl RelayBody {
     fn interrupt(&mut self, end: End) -> Poll<Option<Result<Bytes, Cut>>> {
         self.state = State::Flushing;
         self.conn.expect_flush();
+        // A client that reads nothing any more has as long again for the last of it.
+        self.conn.progress();
         if let Some(mut held) = self.held.take() {
             let upstream = held.entered.upstream().clone();
             let recorder = held.completion.recorder().clone();

@@ -48,9 +48,12 @@ impl Probe {
     }
 }
 
-/// Failures and successes in a row that change the state.
+/// Failures and successes in a row that change the state, and how fast it may change back.
 #[derive(Clone, Copy, Debug)]
 pub struct Thresholds {
+    /// Time between two checks. A backend comes back once in two of them at most, so that one that flaps changes its
+    /// state no more than once in each.
+    pub interval: Nanos,
     /// Failures that take a backend out.
     pub failures: u32,
     /// Successful probes that take it back.
@@ -167,12 +170,16 @@ impl Breaker {
 
     /// A probe ended.
     pub fn probed(&self, probe: Probe, limits: Thresholds, now: Nanos) -> Option<Change> {
+        let may_return = match self.up_since.load(Ordering::Relaxed) {
+            0 => true,
+            last => now >= last.saturating_add(2 * limits.interval),
+        };
         let change = self.change(|w| match (probe, w.state) {
             (Probe::Alive, State::Up) => Word { failures: 0, ..w },
-            (Probe::Alive, _) if w.successes + 1 >= limits.successes => {
+            (Probe::Alive, _) if may_return && w.successes + 1 >= limits.successes => {
                 Word { state: State::Up, failures: 0, successes: 0 }
             }
-            (Probe::Alive, _) => Word { successes: w.successes + 1, ..w },
+            (Probe::Alive, _) => Word { successes: (w.successes + 1).min(0xFFFF), ..w },
             (Probe::BadKey, _) => Word { state: State::Misconfigured, failures: 0, successes: 0 },
             (Probe::Failed, State::Misconfigured) => {
                 Word { state: State::Ejected, failures: 0, successes: 0 }
@@ -180,7 +187,7 @@ impl Breaker {
             (Probe::Failed, _) => failed(w, limits),
         });
         if change == Some(Change::Up) {
-            self.up_since.store(now, Ordering::Relaxed);
+            self.up_since.store(now.max(1), Ordering::Relaxed);
         }
         change
     }
@@ -298,7 +305,7 @@ fn failed(w: Word, limits: Thresholds) -> Word {
 mod tests {
     use super::*;
 
-    const LIMITS: Thresholds = Thresholds { failures: 3, successes: 2 };
+    const LIMITS: Thresholds = Thresholds { interval: 0, failures: 3, successes: 2 };
 
     #[test]
     fn three_failures_in_a_row_take_it_out() {
@@ -310,6 +317,28 @@ mod tests {
         assert_eq!(b.failure(LIMITS), Some(Change::Down));
         assert_eq!(b.failure(LIMITS), None, "one change has one author");
         assert_eq!(b.status(2), Status::Ejected);
+    }
+
+    #[test]
+    fn one_that_flaps_changes_its_state_once_an_interval_at_most() {
+        let limits = Thresholds { interval: 10 * SECOND, failures: 1, successes: 1 };
+        let b = Breaker::new();
+        let changes = (0..1000u64)
+            .filter(|second| {
+                let now = (second + 1) * SECOND;
+                let traffic = b.failure(limits).is_some();
+                // Far more probes than there would be.
+                traffic | b.probed(Probe::Alive, limits, now).is_some()
+            })
+            .count();
+        assert!((90..=101).contains(&changes), "{changes} in 100 intervals");
+        let first = Breaker::new();
+        first.failure(limits);
+        assert_eq!(
+            first.probed(Probe::Alive, limits, 1),
+            Some(Change::Up),
+            "one that never flapped need not wait"
+        );
     }
 
     #[test]

@@ -5,9 +5,10 @@
 
 use std::net::IpAddr;
 
+use http::Version;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
-    SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName,
+    HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
 };
 
 /// `x-request-id`
@@ -76,6 +77,20 @@ pub fn to_client(upstream: &mut HeaderMap) {
         upstream.remove(name);
     }
     upstream.remove("alt-svc");
+}
+
+/// Whether an answer says in one way alone where it ends (RFC 9112, section 6.3): no length beside a coding, none twice,
+/// no coding but `chunked`. One that can be read two ways is not passed on.
+pub fn is_framed_once(version: Version, headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let lengths = headers.get_all(CONTENT_LENGTH).iter().count();
+    match (codings.next(), codings.next()) {
+        (None, _) => lengths <= 1,
+        (Some(one), None) => {
+            lengths == 0 && version > Version::HTTP_10 && one.as_bytes().eq_ignore_ascii_case(b"chunked")
+        }
+        (Some(_), Some(_)) => false,
+    }
 }
 
 fn eq_name(token: &[u8], name: &HeaderName) -> bool {
@@ -150,6 +165,27 @@ mod tests {
             headers.append(*name, HeaderValue::from_static(value));
         }
         headers
+    }
+
+    #[test]
+    fn an_answer_that_can_be_read_two_ways_is_not_sound() {
+        const LENGTH: (&str, &str) = ("content-length", "5");
+        const CHUNKED: (&str, &str) = ("transfer-encoding", "chunked");
+        for (headers, version, want) in [
+            (&[][..], Version::HTTP_11, true),
+            (&[LENGTH], Version::HTTP_10, true),
+            (&[LENGTH, LENGTH], Version::HTTP_11, false),
+            (&[CHUNKED], Version::HTTP_11, true),
+            (&[("transfer-encoding", "Chunked")], Version::HTTP_11, true),
+            (&[CHUNKED], Version::HTTP_10, false),
+            (&[CHUNKED, LENGTH], Version::HTTP_11, false),
+            (&[CHUNKED, CHUNKED], Version::HTTP_11, false),
+            (&[("transfer-encoding", "chunked, chunked")], Version::HTTP_11, false),
+            (&[("transfer-encoding", "gzip, chunked")], Version::HTTP_11, false),
+            (&[("transfer-encoding", "identity")], Version::HTTP_11, false),
+        ] {
+            assert_eq!(is_framed_once(version, &map(headers)), want, "{headers:?}");
+        }
     }
 
     #[test]

@@ -135,7 +135,7 @@ fn a_turn_gives_each_its_weight_over_all_threads() {
     });
 }
 
-const LIMITS: Thresholds = Thresholds { failures: 2, successes: 1 };
+const LIMITS: Thresholds = Thresholds { interval: 0, failures: 2, successes: 1 };
 
 #[test]
 fn one_change_of_state_has_one_author() {

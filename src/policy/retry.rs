@@ -18,13 +18,14 @@ pub enum Outcome {
     Deliver,
     /// The backend failed: count it and try another.
     Failure,
-    /// 3xx: never followed.
+    /// 3xx but 304, which goes nowhere else: never followed.
     Redirect,
 }
 
 /// Judges a response by its status. `own_key`: the request carried a key that Zap put in.
 pub fn judge(status: u16, own_key: bool) -> Outcome {
     match status {
+        304 => Outcome::Deliver,
         300..=399 => Outcome::Redirect,
         401..=403 if own_key => Outcome::BadKey,
         408 | 498 | 500..=599 => Outcome::Failure,
@@ -155,7 +156,8 @@ mod tests {
             (200, true, Outcome::Deliver),
             (204, true, Outcome::Deliver),
             (301, true, Outcome::Redirect),
-            (304, true, Outcome::Redirect),
+            (304, true, Outcome::Deliver),
+            (308, true, Outcome::Redirect),
             (400, true, Outcome::Deliver),
             (401, true, Outcome::BadKey),
             (402, true, Outcome::BadKey),

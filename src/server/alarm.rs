@@ -25,6 +25,8 @@ pub struct Elapsed;
 pub struct Alarm {
     at: Cell<Nanos>,
     rang: Cell<bool>,
+    /// The task is to be woken by every sweep.
+    attentive: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -50,6 +52,11 @@ impl Alarm {
         self.at.set(Nanos::MAX);
         self.rang.set(true);
         self.wake();
+    }
+
+    /// Has every sweep wake the task, or none.
+    pub fn be_attentive(&self, attentive: bool) {
+        self.attentive.set(attentive);
     }
 
     /// Wakes the connection's task.
@@ -112,6 +119,8 @@ impl Alarms {
             let Some(alarm) = weak.upgrade() else { return false };
             if alarm.at.get() <= now {
                 alarm.ring();
+            } else if alarm.attentive.get() {
+                alarm.wake();
             }
             true
         });

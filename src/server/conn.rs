@@ -1,11 +1,15 @@
 //! One client connection: hyper's settings, the time limits between requests, and how it ends.
 
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
+use http::{Request, Response};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -14,6 +18,7 @@ use tokio::net::TcpStream;
 use super::io::{ClientIo, Conn};
 use crate::clock;
 use crate::gateway::Gateway;
+use crate::gateway::body::Body;
 use crate::policy::{Nanos, SECOND};
 
 /// Largest head and largest piece of a body that hyper buffers.
@@ -51,11 +56,21 @@ pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
     }
 }
 
+/// The answer to one request. A bug on its way ends that request alone: what it held is dropped, its client gets a 500.
+async fn guarded(gateway: Rc<Gateway>, request: Request<Incoming>, conn: Rc<Conn>) -> Response<Body> {
+    let mut story = pin!(gateway.clone().handle(request, conn));
+    let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| story.as_mut().poll(cx))) {
+        Ok(polled) => polled.map(Some),
+        Err(_) => Poll::Ready(None),
+    });
+    answer.await.unwrap_or_else(|| gateway.broken())
+}
+
 /// `true`: hyper ended it; `false`: an alarm did, and nobody waits for an answer.
 async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) -> bool {
     let service = service_fn(|request| {
         let (gateway, conn) = (gateway.clone(), conn.clone());
-        async move { Ok::<_, std::convert::Infallible>(gateway.handle(request, conn).await) }
+        async move { Ok::<_, Infallible>(guarded(gateway, request, conn).await) }
     });
     let mut builder = http1::Builder::new();
     // No timer: `alarm` does what hyper's would, for less. No half-close: a client that stops sending has left.
@@ -72,7 +87,7 @@ async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) -> bool {
             return Poll::Ready(true);
         }
         // An alarm that no phase of a request has answered: idle, a slow head, or a write that nobody reads.
-        if conn.alarm.is_ringing() { Poll::Ready(false) } else { Poll::Pending }
+        if conn.alarm.is_ringing() || conn.has_left(cx) { Poll::Ready(false) } else { Poll::Pending }
     })
     .await
 }

@@ -8,11 +8,11 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::IpAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::alarm::{Alarm, Alarms};
@@ -174,6 +174,23 @@ impl Conn {
         let stream = self.stream.borrow();
         // A socket that refuses the option is closed the ordinary way.
         let _ = socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO));
+    }
+
+    /// Whether the client has gone, where nobody reads on and would see it: behind a chunked body, and behind as many
+    /// bytes as are put aside. Then every sweep looks anew.
+    pub fn has_left(&self, cx: &mut Context<'_>) -> bool {
+        let is_deaf = match self.reading.get() {
+            Reading::Chunked => true,
+            Reading::Done => self.aside.borrow().len() >= MAX_AHEAD,
+            Reading::Head | Reading::Length(_) | Reading::Refused => false,
+        };
+        self.alarm.be_attentive(is_deaf);
+        if !is_deaf {
+            return false;
+        }
+        let stream = self.stream.borrow();
+        let ready = pin!(stream.ready(Interest::READABLE));
+        matches!(ready.poll(cx), Poll::Ready(Ok(ready)) if ready.is_read_closed())
     }
 
     /// Ready once the socket has something to read.

@@ -13,15 +13,24 @@ pub mod fleet;
 pub mod drain;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
 use self::drain::Order;
 use self::worker::Worker;
+use crate::config::Config;
 use crate::state::Shared;
+
+/// Open files that Zap needs beside connections: its runtimes, streams and the listener.
+const OWN_FILES: u64 = 32;
+const FILES_PER_WORKER: u64 = 4;
+
+/// How long nothing is said anew of the same trouble with accepting.
+const ACCEPT_SILENCE: Duration = Duration::from_secs(10);
 
 /// How long accepting pauses when the system has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -43,7 +52,7 @@ pub async fn serve(
     let workers = workers?;
     let whole = {
         let fleet = fleet::watch(&shared);
-        let clients = accept(&shared, &listener, &workers, config.server.max_connections);
+        let clients = accept(&shared, &listener, &workers, most_connections(&shared, &config));
         // Accepting and probing go on while the running requests end.
         let ending = async {
             let order = loop {
@@ -81,8 +90,29 @@ fn running(shared: &Shared) -> usize {
     shared.admission.in_flight() + shared.admission.depth()
 }
 
+/// As many client connections as there are files for, two each: fewer than configured where the system gives less.
+fn most_connections(shared: &Shared, config: &Config) -> usize {
+    let files = getrlimit(Resource::Nofile);
+    if let Some(most) = files.maximum {
+        // Where the soft limit may not be raised, it stays.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..files });
+    }
+    let Some(files) = getrlimit(Resource::Nofile).current else { return config.server.max_connections };
+    let own = OWN_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
+    let fit = usize::try_from(files.saturating_sub(own) / 2).unwrap_or(usize::MAX).max(1);
+    if fit < config.server.max_connections {
+        let wanted = config.server.max_connections;
+        let text = format!(
+            "the limit of {files} open files has room for {fit} connections, not for {wanted}: further ones wait"
+        );
+        shared.log.event("warn", "start", &text);
+    }
+    fit.min(config.server.max_connections)
+}
+
 async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max: usize) {
     let permits = Arc::new(Semaphore::new(max));
+    let mut said: Option<Instant> = None;
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
@@ -95,7 +125,10 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
             }
             Err(e) if is_of_one_client(&e) => {}
             Err(e) => {
-                shared.log.event("error", "accept", &format!("no connection can be accepted: {e}"));
+                if said.is_none_or(|at| at.elapsed() > ACCEPT_SILENCE) {
+                    said = Some(Instant::now());
+                    shared.log.event("error", "accept", &format!("no connection can be accepted: {e}"));
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -198,7 +198,11 @@ impl Snapshot {
     /// Failures and successes that change a backend's state.
     pub fn thresholds(&self) -> Thresholds {
         let health = &self.config.health;
-        Thresholds { failures: health.failure_threshold, successes: health.success_threshold }
+        Thresholds {
+            interval: clock::nanos(health.interval),
+            failures: health.failure_threshold,
+            successes: health.success_threshold,
+        }
     }
 
     /// Targets of `ask` that were up when this was made.

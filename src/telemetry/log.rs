@@ -17,7 +17,7 @@ use crate::config::LogFormat;
 const BACKLOG: usize = 8192;
 
 /// How long the last lines may take at exit.
-const FLUSH: Duration = Duration::from_secs(1);
+const FLUSH: Duration = Duration::from_millis(300);
 
 /// The way to stderr. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ impl Log {
     /// Hands one line over, without its line break; drops and counts it where the writer is behind.
     pub fn line(&self, line: String) {
         if self.lines.as_ref().is_none_or(|l| l.try_send(line).is_err()) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.lose(1);
         }
     }
 
@@ -78,6 +78,11 @@ impl Log {
             }
         }
         self.line(line);
+    }
+
+    /// Counts `lines` that are not written.
+    pub fn lose(&self, lines: u64) {
+        self.dropped.fetch_add(lines, Ordering::Relaxed);
     }
 
     /// Lines lost so far.

@@ -9,6 +9,7 @@ pub mod encode;
 pub mod log;
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -183,12 +184,14 @@ pub enum Caller {
 }
 
 /// A worker's telemetry: its lane and the way to the log.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Recorder {
     /// The worker's number.
     pub worker: usize,
     /// Everything that is shared, the lanes among it.
     pub shared: Arc<Shared>,
+    /// The id of a request that a bug has just ended.
+    pub broken: RefCell<Option<HeaderValue>>,
 }
 
 impl Recorder {
@@ -238,6 +241,8 @@ pub struct Completion {
     pub phase: Phase,
     /// How it ended, as far as known.
     pub end: End,
+    /// One of very many that are no requests: it gets no line.
+    pub is_noise: bool,
 }
 
 impl Completion {
@@ -264,6 +269,7 @@ impl Completion {
             bytes: 0,
             phase: Phase::Body,
             end: End::ClientGone,
+            is_noise: false,
         })
     }
 
@@ -281,6 +287,18 @@ impl Completion {
         if !self.passed.iter().any(|(b, known)| b.live.id == backend.live.id && kind(known) == kind(&why)) {
             self.passed.push((backend.clone(), why));
         }
+    }
+
+    /// A bug ends the request: it is answered with 500, or cut.
+    fn breaks(&mut self) {
+        let lane = self.recorder.lane();
+        lane.rejected(Code::InternalError);
+        self.end = if self.status == 0 { End::Complete } else { End::UpstreamError };
+        if self.status == 0 {
+            self.status = 500;
+            lane.answered(self.endpoint, self.status);
+        }
+        *self.recorder.broken.borrow_mut() = Some(self.request_id.clone());
     }
 
     /// The head of the answer is ready.
@@ -374,6 +392,9 @@ fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
 
 impl Drop for Completion {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.breaks();
+        }
         let total = clock::now() - self.started;
         let lane = self.recorder.lane();
         if self.status == 0 {
@@ -394,8 +415,11 @@ impl Drop for Completion {
             client.lanes[self.recorder.worker].add(1);
         }
         lane.lasted(self.endpoint, total);
-        if self.recorder.shared.log_requests() {
-            self.recorder.shared.log.line(self.line(total));
+        let log = &self.recorder.shared.log;
+        match self.recorder.shared.log_requests() {
+            true if self.is_noise => log.lose(1),
+            true => log.line(self.line(total)),
+            false => {}
         }
     }
 }

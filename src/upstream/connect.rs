@@ -15,6 +15,7 @@ use http::Uri;
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
@@ -23,6 +24,13 @@ use tower_service::Service;
 
 use crate::config;
 use crate::error::Code;
+
+/// Silence after which a peer is asked whether it is still there; then again every half of it.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// How long a peer may leave the kernel's questions, or bytes, unanswered.
+#[cfg(target_os = "linux")]
+const GONE: Duration = Duration::from_secs(25);
 
 /// An open connection, plain or TLS.
 pub type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
@@ -93,6 +101,12 @@ impl Connector {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
+        // A peer that is gone without a word is noticed after `GONE`, whether bytes are under way or not.
+        tcp.set_keepalive(Some(KEEPALIVE));
+        tcp.set_keepalive_interval(Some(KEEPALIVE / 2));
+        tcp.set_keepalive_retries(Some(3));
+        #[cfg(target_os = "linux")]
+        tcp.set_tcp_user_timeout(Some(GONE));
         let own_roots = match backend.ca_file.as_deref().filter(|_| url.https) {
             Some(path) => {
                 read_pem(path).map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?
@@ -111,14 +125,18 @@ impl Connector {
     /// Opens one connection within `limit`.
     ///
     /// # Errors
-    /// [`Code::UpstreamUnreachable`], [`Code::UpstreamTlsError`] or, past the time limit, [`Code::UpstreamTimeout`].
-    pub async fn connect(&self, limit: Duration) -> Result<Io, Code> {
+    /// [`Code::UpstreamUnreachable`], [`Code::UpstreamTlsError`] or, past the time limit, [`Code::UpstreamTimeout`]; or
+    /// that this machine has nothing to connect with.
+    pub async fn connect(&self, limit: Duration) -> Result<Io, ConnectError> {
         let opening = self.https.clone().call(self.to.clone());
         match tokio::time::timeout(limit, opening).await {
             Ok(Ok(io)) => Ok(io),
-            Ok(Err(e)) if e.is::<TcpFailed>() => Err(Code::UpstreamUnreachable),
-            Ok(Err(_)) => Err(Code::UpstreamTlsError),
-            Err(_) => Err(Code::UpstreamTimeout),
+            Ok(Err(e)) => Err(match e.downcast_ref::<TcpFailed>() {
+                Some(TcpFailed { exhausted: true }) => ConnectError::Exhausted,
+                Some(_) => ConnectError::Peer(Code::UpstreamUnreachable),
+                None => ConnectError::Peer(Code::UpstreamTlsError),
+            }),
+            Err(_) => Err(ConnectError::Peer(Code::UpstreamTimeout)),
         }
     }
 }
@@ -127,8 +145,33 @@ impl Connector {
 #[derive(Clone)]
 struct Tcp(HttpConnector);
 
+/// `exhausted`: no file, port or memory was left here.
 #[derive(Debug)]
-struct TcpFailed;
+struct TcpFailed {
+    exhausted: bool,
+}
+
+impl TcpFailed {
+    fn new(error: &(dyn Error + 'static)) -> Self {
+        let mut causes = std::iter::successors(Some(error), |e| Error::source(*e));
+        let io = causes.find_map(|e| e.downcast_ref::<std::io::Error>());
+        let exhausted = io.and_then(std::io::Error::raw_os_error).map(Errno::from_raw_os_error);
+        let exhausted = matches!(
+            exhausted,
+            Some(Errno::MFILE | Errno::NFILE | Errno::ADDRNOTAVAIL | Errno::NOBUFS | Errno::NOMEM)
+        );
+        TcpFailed { exhausted }
+    }
+}
+
+/// Why there is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectError {
+    /// This machine has no file, port or memory for it: no fault of the peer.
+    Exhausted,
+    /// What the peer did, as a code of the error table.
+    Peer(Code),
+}
 
 impl fmt::Display for TcpFailed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -144,11 +187,11 @@ impl Service<Uri> for Tcp {
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, TcpFailed>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TcpFailed>> {
-        self.0.poll_ready(cx).map_err(|_| TcpFailed)
+        self.0.poll_ready(cx).map_err(|e| TcpFailed::new(&e))
     }
 
     fn call(&mut self, to: Uri) -> Self::Future {
         let opening = self.0.call(to);
-        Box::pin(async { opening.await.map_err(|_| TcpFailed) })
+        Box::pin(async { opening.await.map_err(|e| TcpFailed::new(&e)) })
     }
 }

@@ -5,6 +5,7 @@
 //! [`HyperLink`] fulfils it with hyper's client.
 
 use std::convert::Infallible;
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
@@ -29,8 +30,8 @@ const MAX_HEADERS: usize = 100;
 pub enum LinkError {
     /// It broke, or what came is not an answer.
     Broken(Code),
-    /// It had died before a byte of the request was written; here is the request.
-    Unsent(Box<Request<SendBody>>),
+    /// It had died, of what the code says, before a byte of the request was written; here is the request.
+    Unsent(Box<Request<SendBody>>, Code),
 }
 
 /// One connection that carries one exchange at a time.
@@ -103,6 +104,8 @@ pub struct HyperLink {
     reply: Reply,
     /// The connection's future has ended; it must not be polled again.
     over: bool,
+    /// What it ended of.
+    fault: Code,
 }
 
 type Head = Pin<Box<dyn Future<Output = Result<Response<Incoming>, Failed>>>>;
@@ -128,12 +131,24 @@ impl HyperLink {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS);
         let (sender, connection) = builder.handshake(io).await.map_err(|_| Code::UpstreamUnreachable)?;
-        Ok(HyperLink { connection, sender, reply: Reply::Idle, over: false })
+        Ok(HyperLink {
+            connection,
+            sender,
+            reply: Reply::Idle,
+            over: false,
+            fault: Code::UpstreamUnreachable,
+        })
     }
 
     fn drive(&mut self, cx: &mut Context<'_>) {
-        if !self.over {
-            self.over = Pin::new(&mut self.connection).poll(cx).is_ready();
+        if self.over {
+            return;
+        }
+        if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
+            self.over = true;
+            if let Err(error) = end {
+                self.fault = code_of(&error);
+            }
         }
     }
 
@@ -149,14 +164,13 @@ impl HyperLink {
                 return Some(Ok(parts));
             }
             Poll::Ready(Err(failed)) => failed,
-            Poll::Pending if self.over => return Some(Err(LinkError::Broken(Code::UpstreamUnreachable))),
+            Poll::Pending if self.over => return Some(Err(LinkError::Broken(self.fault))),
             Poll::Pending => return None,
         };
         self.reply = Reply::Idle;
         Some(Err(match failed.unsent {
-            Some(request) => LinkError::Unsent(request),
-            None if failed.error.is_parse() => LinkError::Broken(Code::UpstreamInvalidResponse),
-            None => LinkError::Broken(Code::UpstreamUnreachable),
+            Some(request) => LinkError::Unsent(request, self.fault),
+            None => LinkError::Broken(code_of(&failed.error)),
         }))
     }
 
@@ -170,9 +184,9 @@ impl HyperLink {
                     // Trailers end at Zap.
                     Err(_) => continue,
                 },
-                Poll::Ready(Some(Err(_))) => Some(Some(Err(Code::UpstreamError))),
+                Poll::Ready(Some(Err(error))) => Some(Some(Err(code_of(&error)))),
                 Poll::Ready(None) => Some(None),
-                Poll::Pending if self.over => Some(Some(Err(Code::UpstreamError))),
+                Poll::Pending if self.over => Some(Some(Err(self.fault))),
                 Poll::Pending => None,
             };
         }
@@ -193,6 +207,20 @@ impl HyperLink {
             }
         }
         None
+    }
+}
+
+/// What came is not HTTP, or nothing came.
+fn code_of(error: &hyper::Error) -> Code {
+    let source = std::error::Error::source(error).and_then(|e| e.downcast_ref::<std::io::Error>());
+    let is_chunking =
+        source.is_some_and(|e| matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData));
+    // hyper has no question for what comes unasked, but a text.
+    let is_unasked = || error.to_string().ends_with("unexpected message from connection");
+    if error.is_parse() || is_chunking || is_unasked() {
+        Code::UpstreamInvalidResponse
+    } else {
+        Code::UpstreamUnreachable
     }
 }
 

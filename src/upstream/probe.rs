@@ -9,6 +9,7 @@ use http::{Method, Request};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Upstream;
+use super::connect::ConnectError;
 use super::link::{HyperLink, Link, SendBody};
 use crate::clock;
 use crate::policy::breaker::{Change, Probe, Status};
@@ -26,8 +27,10 @@ pub async fn watch(shared: Arc<Shared>, id: u64) {
         let proven = upstream.live.breaker.succeeded_within(clock::nanos(health.interval), now);
         if !(proven && matches!(upstream.live.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
-            let probe = timeout(health.timeout, checking).await.unwrap_or(Probe::Failed);
-            if let Some(change) = upstream.live.breaker.probed(probe, snapshot.thresholds(), clock::now()) {
+            let probe = timeout(health.timeout, checking).await.unwrap_or(Some(Probe::Failed));
+            if let Some(probe) = probe
+                && let Some(change) = upstream.live.breaker.probed(probe, snapshot.thresholds(), clock::now())
+            {
                 announce(&shared, &upstream, change, "the health check");
             }
         }
@@ -45,7 +48,7 @@ fn find(shared: &Shared, id: u64) -> Option<(Arc<Snapshot>, Arc<Upstream>)> {
 
 /// Waits for the time of the next check; a reload may change it.
 async fn pause(shared: &Shared, id: u64) {
-    let (since, jitter) = (Instant::now(), 0.9 + 0.2 * fastrand::f64());
+    let (since, jitter) = (Instant::now(), 0.8 + 0.2 * fastrand::f64());
     loop {
         let reloaded = shared.reloaded.notified();
         let Some((snapshot, _)) = find(shared, id) else { return };
@@ -70,10 +73,14 @@ pub fn announce(shared: &Shared, upstream: &Upstream, change: Change, cause: &st
     shared.fleet_changed.notify_one();
 }
 
-/// One check: GET of `health_path` with the backend's key.
-async fn check(upstream: &Upstream, connect: Duration) -> Probe {
-    let Ok(io) = upstream.connector().connect(connect).await else { return Probe::Failed };
-    let Ok(mut link) = HyperLink::new(io).await else { return Probe::Failed };
+/// One check: GET of `health_path` with the backend's key. `None`: this machine could not ask.
+async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
+    let io = match upstream.connector().connect(connect).await {
+        Ok(io) => io,
+        Err(ConnectError::Exhausted) => return None,
+        Err(ConnectError::Peer(_)) => return Some(Probe::Failed),
+    };
+    let Ok(mut link) = HyperLink::new(io).await else { return Some(Probe::Failed) };
     let mut request = Request::new(SendBody::default());
     *request.method_mut() = Method::GET;
     *request.uri_mut() = upstream.health.clone();
@@ -83,8 +90,8 @@ async fn check(upstream: &Upstream, connect: Duration) -> Probe {
     upstream.dress(headers);
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
     link.start(request);
-    match poll_fn(|cx| link.poll_head(cx)).await {
+    Some(match poll_fn(|cx| link.poll_head(cx)).await {
         Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),
         Err(_) => Probe::Failed,
-    }
+    })
 }

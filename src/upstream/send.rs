@@ -7,10 +7,13 @@ use std::time::Duration;
 use http::{HeaderMap, Method, Request, StatusCode, Uri, response};
 
 use super::Upstream;
+use super::connect::ConnectError;
 use super::link::{HyperLink, Link, LinkError, SendBody};
 use super::pool::{Lease, Pool};
 use crate::clock;
 use crate::error::Code;
+use crate::policy::headers::is_framed_once;
+use crate::policy::{Nanos, SECOND};
 
 /// An answer whose head is here and whose body is still to be read from `lease`.
 pub struct Answer {
@@ -42,24 +45,55 @@ impl Outgoing {
     }
 }
 
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendError {
+    /// What broke, as a code of the error table.
+    Broken(Code),
+    /// No connection could be opened, and the backend has no part in that.
+    Exhausted,
+    /// A connection that had served before broke as soon as the request was written: the peer had most likely closed it
+    /// meanwhile, and a fresh one will do.
+    Stale,
+}
+
+impl From<Code> for SendError {
+    fn from(code: Code) -> Self {
+        SendError::Broken(code)
+    }
+}
+
+impl From<ConnectError> for SendError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Exhausted => SendError::Exhausted,
+            ConnectError::Peer(code) => SendError::Broken(code),
+        }
+    }
+}
+
+/// A peer's close crosses the request within the time of a round trip, however far it is.
+const CROSSING: Nanos = SECOND;
+
 /// Sends `outgoing` to `upstream` and waits for the head of the answer; the caller limits the time.
 ///
-/// A pooled connection that had died before a byte was written costs nothing: the next one is taken.
-/// `on_connect` is told before a fresh connection is opened and again when it stands.
+/// A pooled connection that had died before a byte was written costs nothing: the next one is taken. `pool`: where to
+/// look for one; `on_connect` is told before a fresh connection is opened and again when it stands.
 ///
 /// # Errors
-/// What broke, as a code of the error table.
+/// Why there is no answer.
 pub async fn send(
-    pool: &Pool,
+    pool: Option<&Pool>,
     worker: usize,
     upstream: &Arc<Upstream>,
     outgoing: Outgoing,
     mut on_connect: impl FnMut(bool),
-) -> Result<Answer, Code> {
+) -> Result<Answer, SendError> {
     let limit = outgoing.connect;
     let mut request = outgoing.into_request();
     loop {
-        let (mut lease, reused) = match pool.take(upstream, clock::now()) {
+        let since = clock::now();
+        let (mut lease, reused) = match pool.and_then(|pool| pool.take(upstream, since)) {
             Some(lease) => (lease, true),
             None => {
                 on_connect(true);
@@ -70,13 +104,21 @@ pub async fn send(
         };
         lease.link.start(*request);
         match poll_fn(|cx| lease.link.poll_head(cx)).await {
-            Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                return Err(Code::UpstreamInvalidResponse);
+            Ok(head)
+                if head.status == StatusCode::SWITCHING_PROTOCOLS
+                    || !is_framed_once(head.version, &head.headers) =>
+            {
+                return Err(Code::UpstreamInvalidResponse.into());
             }
             Ok(head) => return Ok(Answer { head, lease }),
-            Err(LinkError::Broken(code)) => return Err(code),
-            Err(LinkError::Unsent(back)) if reused => request = back,
-            Err(LinkError::Unsent(_)) => return Err(Code::UpstreamUnreachable),
+            Err(LinkError::Broken(Code::UpstreamUnreachable))
+                if reused && clock::now() < since + CROSSING =>
+            {
+                return Err(SendError::Stale);
+            }
+            Err(LinkError::Broken(code)) => return Err(code.into()),
+            Err(LinkError::Unsent(back, _)) if reused => request = back,
+            Err(LinkError::Unsent(_, code)) => return Err(code.into()),
         }
     }
 }

@@ -22,8 +22,13 @@ pub const CHAT: &str = r#"{"messages":[{"role":"user","content":"hi"}]}"#;
 pub const STREAM: &str = r#"{"stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
 
 /// Waits until `done` says so.
-pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+pub fn eventually(what: &str, done: impl FnMut() -> bool) {
+    within(PATIENCE, what, done);
+}
+
+/// Waits until `done` says so, for so long at most.
+pub fn within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + limit;
     while !done() {
         assert!(Instant::now() < end, "never came true: {what}");
         std::thread::sleep(Duration::from_millis(2));

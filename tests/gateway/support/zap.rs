@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::mpsc::Sender;
 use zap::config::{Config, Faults, LoadError};
 use zap::server::drain::{Order, orders};
 
-use super::{Client, Response, eventually};
+use super::{Client, Response, eventually, within};
 
 /// A running gateway. Dropping it stops it at once.
 pub struct Zap {
@@ -98,9 +99,9 @@ impl Zap {
         *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
     }
 
-    /// Waits until nothing is held any more: slots, queue, backends, upstream connections in use.
+    /// Waits, a second at most, until nothing is held any more: slots, queue, backends, upstream connections in use.
     pub fn is_clean(&self) {
-        eventually("the gauges return to idle", || {
+        within(Duration::from_secs(1), "the gauges return to idle", || {
             let all = self.metrics();
             let sum = |name: &str, part: &str| -> f64 {
                 all.iter().filter(|(k, _)| k.starts_with(name) && k.contains(part)).map(|(_, v)| *v).sum()
