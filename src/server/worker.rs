@@ -152,7 +152,7 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                 alarms.sweep();
                 sweeps = sweeps.wrapping_add(1);
                 if sweeps.is_multiple_of(POOL_SWEEP) {
-                    gateway.pool().sweep(clock::now());
+                    gateway.pool().sweep(clock::now(), &gateway.snapshot().backends);
                 }
             }
         }

@@ -106,11 +106,11 @@ impl Pool {
         }
     }
 
-    /// Closes what is too old or was closed by its peer.
-    pub fn sweep(&self, now: Nanos) {
-        self.idle.borrow_mut().retain(|_, parked| {
+    /// Closes what is too old, was closed by its peer, or leads to a backend that is none of `fleet` any more.
+    pub fn sweep(&self, now: Nanos, fleet: &[Arc<Upstream>]) {
+        self.idle.borrow_mut().retain(|id, parked| {
             parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_idle());
-            !parked.is_empty()
+            !parked.is_empty() && fleet.iter().any(|b| b.live.id == *id)
         });
     }
 }

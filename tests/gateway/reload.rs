@@ -136,6 +136,7 @@ fn requests_under_way_keep_the_old_configuration() {
     assert!(streamed.whole && streamed.text().ends_with("[DONE]\n\n"));
     assert_eq!(plain.response().text(), "slow");
     zap.is_clean();
+    eventually("connections to what is gone are closed", || a.connections() + slow.connections() == 0);
     // The next on the same connections goes to the new fleet.
     assert_eq!((stream.chat("", CHAT).text(), plain.chat("", CHAT).text()), ("b", "b"));
 }

@@ -1,0 +1,174 @@
+//! Clients that know what they must get.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A connection that is used again while it can be.
+pub struct Client {
+    address: SocketAddr,
+    stream: Option<TcpStream>,
+    buf: Vec<u8>,
+}
+
+/// An answer, as far as it came.
+#[derive(Debug, Default)]
+pub struct Answer {
+    pub status: u16,
+    pub body: Vec<u8>,
+    /// It ended as its framing says.
+    pub whole: bool,
+}
+
+impl Answer {
+    pub fn is_good(&self) -> bool {
+        self.status == 200 && self.whole
+    }
+
+    /// A stream with its end, and nothing behind it.
+    pub fn is_done(&self) -> bool {
+        self.is_good() && self.body.ends_with(b"data: [DONE]\n\n")
+    }
+
+    /// A stream that was cut, and says so.
+    pub fn is_visibly_cut(&self) -> bool {
+        !self.whole && memchr::memmem::find(&self.body, b"stream_interrupted").is_some()
+    }
+
+    pub fn text(&self) -> String {
+        let from = self.body.len().saturating_sub(200);
+        format!("{} whole={} {}", self.status, self.whole, String::from_utf8_lossy(&self.body[from..]))
+    }
+}
+
+impl Client {
+    pub fn new(address: SocketAddr) -> Self {
+        Client { address, stream: None, buf: Vec::new() }
+    }
+
+    /// Sends a chat whose `user` tells the provider what to do.
+    pub async fn start(&mut self, user: &str) -> std::io::Result<()> {
+        let stream = user.starts_with("stream");
+        let body = format!(
+            "{{\"stream\":{stream},\"user\":\"{user}\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}"
+        );
+        let length = body.len();
+        let request = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: zap\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        if self.stream.is_none() {
+            let stream = TcpStream::connect(self.address).await?;
+            stream.set_nodelay(true)?;
+            self.stream = Some(stream);
+            self.buf.clear();
+        }
+        self.stream.as_mut().unwrap().write_all(request.as_bytes()).await
+    }
+
+    /// A chat and its answer.
+    pub async fn chat(&mut self, user: &str) -> Result<Answer, String> {
+        self.start(user).await.map_err(|e| e.to_string())?;
+        match tokio::time::timeout(PATIENCE, self.answer()).await {
+            Ok(answer) => answer,
+            Err(_) => Err("no answer".into()),
+        }
+    }
+
+    /// Leaves: politely, or by a reset.
+    pub fn leave(&mut self, reset: bool) {
+        if let Some(stream) = self.stream.take()
+            && reset
+        {
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Reads one answer.
+    pub async fn answer(&mut self) -> Result<Answer, String> {
+        let mut answer = Answer::default();
+        let result = self.read(&mut answer).await;
+        let close = result.as_ref().is_ok_and(|close| *close);
+        if !answer.whole || close {
+            self.stream = None;
+        }
+        match result {
+            Err(e) if answer.status == 0 => Err(e),
+            _ => Ok(answer),
+        }
+    }
+
+    /// Reads an answer as far as it comes; whether the connection closes behind it.
+    async fn read(&mut self, answer: &mut Answer) -> Result<bool, String> {
+        let end = loop {
+            if let Some(end) = memchr::memmem::find(&self.buf, b"\r\n\r\n") {
+                break end + 4;
+            }
+            self.fill().await?;
+        };
+        let head = String::from_utf8_lossy(&self.buf[..end]).to_lowercase();
+        self.buf.drain(..end);
+        answer.status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or("no status")?;
+        let close = head.contains("\r\nconnection: close");
+        let value = |name: &str| head.split(name).nth(1).and_then(|t| t.lines().next()).map(str::to_owned);
+        if let Some(length) = value("\r\ncontent-length: ") {
+            let length: usize = length.parse().map_err(|_| "bad length")?;
+            while self.buf.len() < length {
+                self.fill().await?;
+            }
+            answer.body.extend(self.buf.drain(..length));
+            answer.whole = true;
+            return Ok(close);
+        }
+        loop {
+            let line = loop {
+                match memchr::memmem::find(&self.buf, b"\r\n") {
+                    Some(line) => break line,
+                    None => self.fill().await?,
+                }
+            };
+            let size =
+                std::str::from_utf8(&self.buf[..line]).ok().and_then(|t| usize::from_str_radix(t, 16).ok());
+            let size = size.ok_or("bad chunk")?;
+            while self.buf.len() < line + 2 + size + 2 {
+                self.fill().await?;
+            }
+            answer.body.extend_from_slice(&self.buf[line + 2..line + 2 + size]);
+            self.buf.drain(..line + 2 + size + 2);
+            if size == 0 {
+                answer.whole = true;
+                return Ok(close);
+            }
+        }
+    }
+
+    async fn fill(&mut self) -> Result<(), String> {
+        let stream = self.stream.as_mut().ok_or("closed")?;
+        match stream.read_buf(&mut self.buf).await {
+            Ok(0) => Err("closed early".into()),
+            Ok(_) => Ok(()),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+}
+
+/// GETs a path on a connection of its own.
+pub async fn get(address: SocketAddr, path: &str) -> String {
+    let mut client = Client::new(address);
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n").as_bytes()).await.unwrap();
+    client.stream = Some(stream);
+    let answer = client.answer().await.unwrap();
+    String::from_utf8(answer.body).unwrap()
+}
+
+/// The value that `share` of all are not above; sorts them.
+pub fn percentile(values: &mut [Duration], share: f64) -> Duration {
+    values.sort_unstable();
+    let last = values.len().saturating_sub(1);
+    values.get(((last as f64) * share).ceil() as usize).copied().unwrap_or_default()
+}

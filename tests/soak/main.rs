@@ -1,0 +1,59 @@
+//! Zap's real binary under load for as long as one likes, and the figures that take too long for a test.
+//!
+//! `cargo test --release --test soak -- [--secs N]` mixes plain and streamed requests, clients that leave, providers that
+//! fail and reloads for N seconds (60), then looks at memory, open files, gauges and every answer that is not
+//! explained; it ends with 1 where any is off. `-- leave | kill | reload | drain | hold [--secs N] | dead | keys` each
+//! print one figure of the README and end with 1 where it is missed; `-- figures` does all of them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // What cannot go on must say so.
+
+mod load;
+
+mod mixed;
+
+mod provider;
+
+mod scenes;
+
+mod zap;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let after = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1));
+    let number = |name: &str, otherwise: u64| {
+        after(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} needs a number")))
+    };
+    let scene = args.first().filter(|a| !a.starts_with("--")).map_or("mixed", String::as_str);
+    if let Err(e) = zap::raise_file_limit() {
+        eprintln!("the limit of open files stays as it is: {e}");
+    }
+    let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let secs = number("--secs", if scene == "hold" { 300 } else { 60 });
+    let fine = match scene {
+        "provider" => {
+            threads.block_on(provider::run(number("--port", 0) as u16, number("--fail", 0)));
+            true
+        }
+        "mixed" => threads.block_on(mixed::run(secs)),
+        "leave" => threads.block_on(scenes::leave()),
+        "kill" => threads.block_on(scenes::kill()),
+        "reload" => threads.block_on(scenes::reload()),
+        "drain" => threads.block_on(scenes::drain()),
+        "hold" => threads.block_on(scenes::hold(secs)),
+        "dead" => threads.block_on(scenes::dead()),
+        "keys" => scenes::keys(),
+        "figures" => threads.block_on(async {
+            let mut fine = scenes::leave().await;
+            fine &= scenes::kill().await;
+            fine &= scenes::reload().await;
+            fine &= scenes::drain().await;
+            fine &= scenes::dead().await;
+            fine &= scenes::keys();
+            fine & scenes::hold(number("--secs", 300)).await
+        }),
+        other => panic!("no scene {other}"),
+    };
+    ExitCode::from(u8::from(!fine))
+}
