@@ -11,10 +11,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::clock;
-use crate::policy::Nanos;
+use crate::policy::{Nanos, SECOND};
 
 /// Time between two sweeps: how late an alarm may ring.
 pub const GRAIN: Duration = Duration::from_millis(100);
+
+/// A sweep that comes so late tells that the process was stopped, and with it all that the limits are for.
+const STOPPED: Nanos = SECOND;
 
 /// The time limit of a phase has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,10 +116,17 @@ impl Alarms {
 
     /// Rings what is due and forgets the connections that have gone.
     pub fn sweep(&self) {
-        let now = clock::now();
-        self.now.set(now);
+        self.sweep_at(clock::now());
+    }
+
+    fn sweep_at(&self, now: Nanos) {
+        let last = self.now.replace(now);
+        let late = now.saturating_sub(last).saturating_sub(clock::nanos(GRAIN));
+        // What came meanwhile has not been seen yet: nobody is late by this.
+        let grace = if last > 0 && late >= STOPPED { late } else { 0 };
         self.all.borrow_mut().retain(|weak| {
             let Some(alarm) = weak.upgrade() else { return false };
+            alarm.at.set(alarm.at.get().saturating_add(grace));
             if alarm.at.get() <= now {
                 alarm.ring();
             } else if alarm.attentive.get() {
@@ -149,6 +159,19 @@ mod tests {
         alarms.sweep();
         assert!(!due.is_ringing(), "a deadline rings once");
         assert_eq!(alarms.all.borrow().len(), 2);
+    }
+
+    #[test]
+    fn a_process_that_was_stopped_gives_everybody_that_time() {
+        let alarms = Alarms::default();
+        alarms.sweep_at(SECOND);
+        let alarm = alarms.add(3 * SECOND);
+        alarms.sweep_at(61 * SECOND);
+        assert!(!alarm.is_ringing(), "a minute was lost");
+        (0..15).for_each(|i| alarms.sweep_at(61 * SECOND + i * SECOND / 10));
+        assert!(!alarm.is_ringing());
+        (15..25).for_each(|i| alarms.sweep_at(61 * SECOND + i * SECOND / 10));
+        assert!(alarm.is_ringing(), "two seconds were left of three");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot go on must say so.
 
+mod faults;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -54,7 +56,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(mut command: Command) -> Self {
+    fn start(command: &mut Command) -> Self {
         let mut child = Killed(command.stderr(Stdio::piped()).spawn().unwrap());
         let mut lines = BufReader::new(child.0.stderr.take().unwrap()).lines();
         let address = loop {
@@ -73,7 +75,7 @@ impl Running {
         let file = File::new(&format!("run-{:x}", fastrand::u64(..)), config);
         let mut command = zap();
         command.args(["--config", file.path()]);
-        Running::start(command)
+        Running::start(&mut command)
     }
 
     fn signal(&self, name: &str) {
@@ -248,7 +250,7 @@ fn a_port_that_is_taken_is_1() {
 fn the_demo_serves_two_to_one_and_streams_and_ends_on_a_signal() {
     let mut command = zap();
     command.args(["demo", "--port", "0"]).stdout(Stdio::piped());
-    let mut demo = Running::start(command);
+    let mut demo = Running::start(&mut command);
     let mut names = Vec::new();
     for _ in 0..6 {
         let answer = ask(demo.address, "POST /v1/chat/completions HTTP/1.1", CHAT);
@@ -308,7 +310,7 @@ fn sighup_reads_the_file_anew_and_says_what_it_found() {
     let file = File::new("reload", &config(a, ""));
     let mut command = zap();
     command.args(["--config", file.path()]);
-    let mut zap = Running::start(command);
+    let mut zap = Running::start(&mut command);
     let chat = || ask(zap.address, "POST /chat HTTP/1.1", CHAT);
     assert!(chat().ends_with("ok"));
     std::fs::write(&file.0, config(b, "drain_secs = 3").replace("port = 0", "port = 1")).unwrap();

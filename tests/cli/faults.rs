@@ -1,0 +1,326 @@
+//! Faults that only the real process can have: its files, its memory, its signals, its stderr.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::{CHAT, File, Killed, OK, Running, ask, config, provider, zap};
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < end, "never came true: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A number from `/metrics`.
+fn metric(address: SocketAddr, series: &str) -> f64 {
+    let text = ask(address, "GET /metrics HTTP/1.1", "");
+    let line = text.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {series}")).parse().unwrap()
+}
+
+fn clean(address: SocketAddr) {
+    eventually("the gauges are idle", || {
+        let active = "zap_upstream_connections{backend=\"a\",state=\"active\"}";
+        [active, "zap_in_flight{backend=\"a\"}", "zap_queue_depth"].iter().all(|s| metric(address, s) == 0.0)
+    });
+}
+
+impl Running {
+    fn proc(&self, file: &str) -> String {
+        std::fs::read_to_string(format!("/proc/{}/{file}", self.child.0.id())).unwrap()
+    }
+
+    /// Anonymous memory in KiB.
+    fn rss_anon(&self) -> u64 {
+        let status = self.proc("status");
+        let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// CPU time so far, in ticks of 10 ms.
+    fn ticks(&self) -> u64 {
+        let stat = self.proc("stat");
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+}
+
+/// A provider of one stream without an end, as fast as it is read or `pace` apart, and of `OK` where none is asked for.
+fn endless(pace: Duration) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let open = Arc::<AtomicUsize>::default();
+    let count = open.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, open) = (stream.unwrap(), count.clone());
+            std::thread::spawn(move || {
+                let mut buf = [0; 8192];
+                let n = stream.read(&mut buf).unwrap_or(0);
+                if !buf[..n].windows(6).any(|w| w == b"stream") {
+                    let _ = stream.write_all(OK.replace("ok", "ok").as_bytes());
+                    return;
+                }
+                open.fetch_add(1, Ordering::SeqCst);
+                let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+                let mut going = stream.write_all(head.as_bytes()).is_ok();
+                let chunk = format!("{:x}\r\ndata: {}\n\n\r\n", 8000 + 8, "x".repeat(8000));
+                while going {
+                    going = stream.write_all(chunk.as_bytes()).is_ok();
+                    std::thread::sleep(pace);
+                }
+                open.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    });
+    (address, open)
+}
+
+const STREAM: &str = "{\"stream\":true,\"messages\":[]}";
+
+fn start_stream(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let head = format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{STREAM}", STREAM.len());
+    stream.write_all(head.as_bytes()).unwrap();
+    stream
+}
+
+#[test]
+fn o05_with_64_files_nothing_spins_and_streams_live() {
+    let (backend, open) = endless(Duration::from_millis(20));
+    let file = File::new("files", &config(backend, "[health]\ninterval_secs = 1"));
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "ulimit -n 64; exec \"$0\" --config \"$1\"", env!("CARGO_BIN_EXE_zap"), file.path()]);
+    let zap = Running::start(command.stdin(Stdio::null()));
+    let mut running = start_stream(zap.address);
+    eventually("it streams", || open.load(Ordering::SeqCst) == 1);
+    let crowd: Vec<_> = (0..200).map(|_| TcpStream::connect(zap.address).unwrap()).collect();
+    let (ticks, since) = (zap.ticks(), Instant::now());
+    let mut buf = [0; 65536];
+    while since.elapsed() < Duration::from_secs(3) {
+        assert!(running.read(&mut buf).unwrap() > 0, "the stream goes on");
+    }
+    let used = zap.ticks() - ticks;
+    assert!(used <= 15 + 15, "{used} ticks in 3 s, the stream's own among them");
+    drop(crowd);
+    let since = Instant::now();
+    assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
+    assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+    assert!(running.read(&mut buf).unwrap() > 0, "the stream goes on still");
+    drop(running);
+    eventually("its upstream too has ended", || open.load(Ordering::SeqCst) == 0);
+    clean(zap.address);
+    let log = zap.log.lock().unwrap().join("\n");
+    assert!(!log.contains("backend_down"), "running out of files is no backend's fault: {log}");
+    assert!(log.lines().filter(|l| l.contains(" accept: ")).count() <= 2, "{log}");
+}
+
+#[test]
+fn u10_an_endless_stream_takes_no_memory_and_ends_with_its_client() {
+    let (backend, open) = endless(Duration::ZERO);
+    let zap = Running::with(&config(backend, ""));
+    let mut client = start_stream(zap.address);
+    let mut buf = vec![0; 1 << 20];
+    let mut read = |limit: usize| {
+        let mut sum = 0;
+        while sum < limit {
+            let n = client.read(&mut buf).unwrap();
+            assert!(n > 0);
+            sum += n;
+        }
+    };
+    read(64 << 20);
+    let before = zap.rss_anon();
+    read(512 << 20);
+    let after = zap.rss_anon();
+    assert!(after <= before + 1024, "{before} KiB and then {after} KiB");
+    drop(client);
+    let since = Instant::now();
+    eventually("the upstream has ended", || open.load(Ordering::SeqCst) == 0);
+    assert!(since.elapsed() < Duration::from_millis(250), "{:?}", since.elapsed());
+    clean(zap.address);
+}
+
+#[test]
+fn c08_readers_that_stop_cost_little_memory() {
+    const READERS: u64 = 40;
+    let (backend, open) = endless(Duration::ZERO);
+    let zap = Running::with(&config(backend, ""));
+    drop(start_stream(zap.address));
+    clean(zap.address);
+    let before = zap.rss_anon();
+    let readers: Vec<_> = (0..READERS).map(|_| start_stream(zap.address)).collect();
+    eventually("all stream", || open.load(Ordering::SeqCst) == READERS as usize);
+    // What the kernel takes fills up; then nothing moves any more.
+    let (mut last, mut since) = (zap.ticks(), Instant::now());
+    while since.elapsed() < Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(20));
+        if zap.ticks() > last + 1 {
+            (last, since) = (zap.ticks(), Instant::now());
+        }
+    }
+    let each = (zap.rss_anon() - before) / READERS;
+    assert!(each <= MOST_HELD, "{each} KiB for each");
+    drop(readers);
+    clean(zap.address);
+}
+
+/// KiB that a stream whose client does not read may take in all: hyper's buffers on both sides (README, limits).
+const MOST_HELD: u64 = 256;
+
+#[test]
+fn c09_a_body_without_an_end_takes_no_more_memory_than_the_limit() {
+    let backend = provider(OK, Duration::ZERO);
+    let zap = Running::with(&config(backend, "max_body_bytes = 1048576"));
+    assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
+    let before = zap.rss_anon();
+    for size in [1usize, 65536] {
+        let mut stream = TcpStream::connect(zap.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.write_all(b"POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n").unwrap();
+        let chunk = format!("{size:x}\r\n{}\r\n", " ".repeat(size)).repeat((65536 / size).max(1));
+        let mut most = 0;
+        // Until it is refused, which ends the writing.
+        for _ in 0..40 {
+            if stream.write_all(chunk.as_bytes()).is_err() {
+                break;
+            }
+            most = most.max(zap.rss_anon());
+        }
+        assert!(most < before + 4096, "{before} KiB and then {most} KiB with chunks of {size}");
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    }
+    clean(zap.address);
+}
+
+#[test]
+fn c19_noise_does_not_fill_the_log() {
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    let since = Instant::now();
+    for i in 0..300u32 {
+        let mut stream = TcpStream::connect(zap.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let noise =
+            [&b"\x16\x03\x01\x02\x00\x01\x00\n\n"[..], b"\x00\xff\xfe\n\x1b]0;x\x07\n", b"SSH-2.0-x\r\n\r\n"];
+        stream.write_all(noise[i as usize % 3]).unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        assert!(answer.starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&answer));
+    }
+    let seconds = since.elapsed().as_secs() as usize + 1;
+    assert!(ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: last", CHAT).ends_with("ok"));
+    zap.line("\"last\"");
+    let log = zap.log.lock().unwrap();
+    let lines = log.iter().filter(|l| l.contains("\"status\":400")).count();
+    assert!((1..=10 * (seconds + 1)).contains(&lines), "{lines} lines in {seconds} s");
+    assert!(log.iter().all(|l| l.chars().all(|c| !c.is_control())));
+    drop(log);
+    let lost = metric(zap.address, "zap_log_lines_dropped_total");
+    assert_eq!(lost as usize + lines, 300, "each is a line or counted");
+    clean(zap.address);
+}
+
+#[test]
+fn o10_a_process_that_was_stopped_blames_nobody() {
+    let (backend, open) = endless(Duration::from_millis(20));
+    let zap = Running::with(&config(
+        backend,
+        "[health]\ninterval_secs = 1\ntimeout_secs = 1\n[timeouts]\nstream_idle_secs = 2",
+    ));
+    let mut stream = start_stream(zap.address);
+    let mut buf = [0; 65536];
+    assert!(stream.read(&mut buf).unwrap() > 0);
+    zap.signal("STOP");
+    std::thread::sleep(Duration::from_secs(4));
+    zap.signal("CONT");
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(3) {
+        assert!(stream.read(&mut buf).unwrap() > 0, "the stream goes on");
+    }
+    assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
+    assert_eq!(metric(zap.address, "zap_backend_up{backend=\"a\"}"), 1.0);
+    assert!(!zap.log.lock().unwrap().join("\n").contains("backend_down"));
+    drop(stream);
+    eventually("the stream has ended", || open.load(Ordering::SeqCst) == 0);
+    clean(zap.address);
+}
+
+#[test]
+fn o11_a_stderr_that_is_closed_or_that_nobody_reads_stops_no_request() {
+    let backend = provider(OK, Duration::ZERO);
+    let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    for kind in ["closed", "reader gone", "not read"] {
+        let port = port();
+        let text = config(backend, "").replace("port = 0", &format!("port = {port}"));
+        let file = File::new(&format!("stderr-{port}"), &text);
+        let mut command = zap();
+        command.args(["--config", file.path()]);
+        let mut held: Option<OwnedFd> = None;
+        let child = match kind {
+            "closed" => {
+                let mut sh = std::process::Command::new("sh");
+                let run = "exec \"$0\" --config \"$1\" 2>&-";
+                sh.args(["-c", run, env!("CARGO_BIN_EXE_zap"), file.path()]);
+                sh.stdin(Stdio::null()).spawn()
+            }
+            _ => {
+                let (reader, writer) = std::io::pipe().unwrap();
+                if kind == "not read" {
+                    held = Some(reader.into());
+                }
+                command.stderr(writer).spawn()
+            }
+        };
+        let _child = Killed(child.unwrap());
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        eventually("it listens", || TcpStream::connect(address).is_ok());
+        // More lines than a pipe takes.
+        let id = "x".repeat(120);
+        for _ in 0..if kind == "not read" { 400 } else { 5 } {
+            let head = format!("POST /chat HTTP/1.1\r\nx-request-id: {id}");
+            assert!(ask(address, &head, CHAT).ends_with("ok"), "{kind}");
+        }
+        clean(address);
+        drop(held);
+    }
+}
+
+#[test]
+fn s04_control_characters_come_out_as_one_escaped_line() {
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    for (id, head) in [
+        ("line-a", "POST /chat HTTP/1.1\r\nx-request-id: line-a\r\nauthorization: Bearer a\u{9b}31mb"),
+        ("line-b", "GET /%0d%0a%1b HTTP/1.1\r\nx-request-id: line-b"),
+        ("line-c", "GET /\u{9b}\u{85} HTTP/1.1\r\nx-request-id: line-c"),
+    ] {
+        ask(zap.address, head, CHAT);
+        let line = zap.line(id);
+        assert!(line.chars().all(|c| !c.is_control()), "{line:?}");
+        let _: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(zap.log.lock().unwrap().iter().filter(|l| l.contains(id)).count(), 1);
+    }
+    // Such a head is refused, and none of it is written.
+    let before = zap.log.lock().unwrap().len();
+    for head in ["GET /\u{1b}[31m HTTP/1.1", "GET / HTTP/1.1\r\nx-request-id: a\u{1b}b", "GET /a\rb HTTP/1.1"]
+    {
+        let answer = ask(zap.address, head, "");
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{head:?}: {answer}");
+    }
+    ask(zap.address, "GET /health HTTP/1.1\r\nx-request-id: last", "");
+    zap.line("\"last\"");
+    let log = zap.log.lock().unwrap();
+    for line in &log[before..] {
+        let _: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(line.chars().all(|c| !c.is_control()) && !line.contains("31m"), "{line:?}");
+    }
+}
