@@ -182,7 +182,7 @@ fn breaker(c: &mut Criterion) {
         Plain { cooling_until, .. } if *cooling_until > now => Status::Cooling(*cooling_until),
         _ => Status::Healthy,
     };
-    let limits = Thresholds { failures: 1_000, successes: 1 };
+    let limits = Thresholds { interval: 0, failures: 1_000, successes: 1 };
 
     let mut group = c.benchmark_group("breaker");
     let ours = Breaker::new();

@@ -69,6 +69,8 @@ pub struct Failed {
     pub blame: bool,
     /// No other backend is asked.
     pub fatal: bool,
+    /// It let its share of the time pass: it is not asked again.
+    pub silent: bool,
 }
 
 /// One request's way through the backends.
@@ -161,7 +163,7 @@ impl Attempts<'_> {
                 return self.give_up(last, slot);
             }
             tried.push(target);
-            if failed.code == Code::UpstreamTimeout {
+            if failed.silent {
                 silent.push(target);
             }
             if !order.contains(&target) {

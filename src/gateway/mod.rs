@@ -240,7 +240,10 @@ impl Gateway {
             events: events
                 && !head.headers.contains_key(CONTENT_ENCODING)
                 && !head.headers.contains_key(CONTENT_LENGTH),
-            done_expected: events && head.status.is_success() && completion.endpoint.ends_with_done(),
+            done_expected: events
+                && head.status.is_success()
+                && completion.endpoint.ends_with_done()
+                && !head.headers.contains_key(CONTENT_ENCODING),
             version,
         };
         let secret = upstream.conf.api_key.as_ref().filter(|_| head.status.as_u16() >= 400);

@@ -17,6 +17,7 @@ use crate::policy::patch::{slices, splices};
 use crate::policy::retry::{Outcome, cooling, judge};
 use crate::policy::route::TargetId;
 use crate::policy::{Nanos, advertised, headers};
+use crate::server::alarm::Elapsed;
 use crate::telemetry::Phase;
 use crate::upstream::link::{Link, SendBody};
 use crate::upstream::pool::{Lease, Pool};
@@ -50,6 +51,7 @@ impl Attempts<'_> {
         let result = match answer {
             Ok(answer) => self.judge(target, answer, entered, limit).await,
             Err(SendError::Broken(code)) => Err(broken(code)),
+            Err(SendError::Silent) => Err(silent()),
             Err(SendError::Exhausted) => Err(Failed { blame: false, ..broken(Code::UpstreamUnreachable) }),
             Err(SendError::Stale) => Err(broken(Code::UpstreamUnreachable)),
         };
@@ -79,8 +81,7 @@ impl Attempts<'_> {
         };
         let worker = self.gateway.recorder().worker;
         let sending = send(pool, worker, entered.upstream(), outgoing, on_connect);
-        let late = || Err(Code::UpstreamTimeout.into());
-        self.conn.alarm.limit(limit, sending).await.unwrap_or_else(|_| late())
+        self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 
     /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
@@ -116,6 +117,7 @@ impl Attempts<'_> {
                 code,
                 blame,
                 fatal: false,
+                silent: false,
                 last: Last::Answer { head: Box::new(head), lease, entered },
             }
         };
@@ -134,11 +136,11 @@ impl Attempts<'_> {
                     self.gateway.shared().fleet_changed.notify_one();
                 }
                 let last = Last::Error(GatewayError::UpstreamAuth);
-                return Err(Failed { code: Code::UpstreamAuthError, last, blame: false, fatal: false });
+                return Err(Failed { blame: false, last, ..broken(Code::UpstreamAuthError) });
             }
             Outcome::Redirect => {
                 let last = Last::Error(GatewayError::UpstreamRedirect);
-                return Err(Failed { code: Code::UpstreamRedirect, last, blame: false, fatal: true });
+                return Err(Failed { blame: false, fatal: true, last, ..broken(Code::UpstreamRedirect) });
             }
         }
         if is_event_stream(&head.headers) || lease.link.is_end() {
@@ -149,7 +151,7 @@ impl Attempts<'_> {
             Ok(Some(Ok(first))) => Ok((head, lease, entered, Some(first))),
             Ok(None) => Ok((head, lease, entered, None)),
             Ok(Some(Err(code))) => Err(broken(code)),
-            Err(_) => Err(broken(Code::UpstreamTimeout)),
+            Err(Elapsed) => Err(silent()),
         }
     }
 
@@ -181,7 +183,12 @@ impl Attempts<'_> {
 /// A try that the way out has ended: nobody's fault, and nobody is asked any more.
 fn cut() -> Failed {
     let last = Last::Error(GatewayError::Draining);
-    Failed { code: Code::Draining, last, blame: false, fatal: true }
+    Failed { code: Code::Draining, last, blame: false, fatal: true, silent: false }
+}
+
+/// A try that let its time pass.
+fn silent() -> Failed {
+    Failed { silent: true, ..broken(Code::UpstreamTimeout) }
 }
 
 /// A try that ended without an answer.
@@ -192,7 +199,7 @@ fn broken(code: Code) -> Failed {
         Code::UpstreamTlsError => GatewayError::UpstreamTls,
         _ => GatewayError::UpstreamUnreachable,
     };
-    Failed { code, last: Last::Error(error), blame: true, fatal: false }
+    Failed { code, last: Last::Error(error), blame: true, fatal: false, silent: false }
 }
 
 /// Whether an answer is a stream of events, whatever was asked for.

@@ -43,7 +43,7 @@ pub struct Held {
 pub struct Shape {
     /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
     pub events: bool,
-    /// A stream that must end with `[DONE]`.
+    /// A stream that must end with a `[DONE]` that can be read.
     pub done_expected: bool,
     /// The client's version: before 1.1 a body without a length ends with the connection.
     pub version: Version,

@@ -83,11 +83,13 @@ pub fn to_client(upstream: &mut HeaderMap) {
 /// no coding but `chunked`. One that can be read two ways is not passed on.
 pub fn is_framed_once(version: Version, headers: &HeaderMap) -> bool {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
-    let lengths = headers.get_all(CONTENT_LENGTH).iter().count();
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let is_number = |v: &HeaderValue| !v.is_empty() && v.as_bytes().iter().all(u8::is_ascii_digit);
+    let (length, second) = (lengths.next(), lengths.next());
     match (codings.next(), codings.next()) {
-        (None, _) => lengths <= 1,
+        (None, _) => length.is_none_or(is_number) && second.is_none(),
         (Some(one), None) => {
-            lengths == 0 && version > Version::HTTP_10 && one.as_bytes().eq_ignore_ascii_case(b"chunked")
+            length.is_none() && version > Version::HTTP_10 && one.as_bytes().eq_ignore_ascii_case(b"chunked")
         }
         (Some(_), Some(_)) => false,
     }
@@ -175,6 +177,9 @@ mod tests {
             (&[][..], Version::HTTP_11, true),
             (&[LENGTH], Version::HTTP_10, true),
             (&[LENGTH, LENGTH], Version::HTTP_11, false),
+            (&[("content-length", "5, 5")], Version::HTTP_11, false),
+            (&[("content-length", "+5")], Version::HTTP_11, false),
+            (&[("content-length", "")], Version::HTTP_11, false),
             (&[CHUNKED], Version::HTTP_11, true),
             (&[("transfer-encoding", "Chunked")], Version::HTTP_11, true),
             (&[CHUNKED], Version::HTTP_10, false),

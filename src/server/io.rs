@@ -15,7 +15,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::alarm::{Alarm, Alarms};
+use super::alarm::{Alarm, Alarms, GRAIN};
+use crate::clock;
 use crate::policy::head::{Framing, inspect};
 use crate::policy::{Nanos, SECOND};
 
@@ -133,7 +134,8 @@ impl Conn {
     pub fn progress(&self) {
         match self.patience.get() {
             0 => {}
-            patience => self.alarm.set(self.coarse_now() + patience),
+            // The time of the last sweep is up to a grain behind.
+            patience => self.alarm.set(self.coarse_now() + clock::nanos(GRAIN) + patience),
         }
     }
 

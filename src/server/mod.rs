@@ -100,14 +100,15 @@ fn most_connections(shared: &Shared, config: &Config) -> usize {
     let Some(files) = getrlimit(Resource::Nofile).current else { return config.server.max_connections };
     let own = OWN_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
     let fit = usize::try_from(files.saturating_sub(own) / 2).unwrap_or(usize::MAX).max(1);
-    if fit < config.server.max_connections {
-        let wanted = config.server.max_connections;
+    let wanted = config.server.max_connections;
+    // A few less are no news.
+    if fit + fit / 10 < wanted {
         let text = format!(
             "the limit of {files} open files has room for {fit} connections, not for {wanted}: further ones wait"
         );
         shared.log.event("warn", "start", &text);
     }
-    fit.min(config.server.max_connections)
+    fit.min(wanted)
 }
 
 async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max: usize) {

@@ -195,3 +195,35 @@ impl Service<Uri> for Tcp {
         Box::pin(async { opening.await.map_err(|e| TcpFailed::new(&e)) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn a_peer_that_is_gone_without_a_word_will_be_noticed() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
+        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let connector = Connector::new(&config.backends[0], &Roots::load(&config.backends)).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let io = runtime.block_on(connector.connect(Duration::from_secs(5))).unwrap();
+        let MaybeHttpsStream::Http(tcp) = io else { panic!("it is plain") };
+        let socket = socket2::SockRef::from(tcp.inner());
+        assert!(socket.keepalive().unwrap() && socket.tcp_nodelay().unwrap());
+        let asked = socket.tcp_keepalive_time().unwrap()
+            + socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
+        assert!(asked <= Duration::from_secs(30), "{asked:?}");
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(GONE));
+    }
+
+    #[test]
+    fn what_this_machine_lacks_is_no_fault_of_the_peer() {
+        for (code, ours) in [(Errno::MFILE, true), (Errno::ADDRNOTAVAIL, true), (Errno::CONNREFUSED, false)] {
+            let error = std::io::Error::from_raw_os_error(code.raw_os_error());
+            assert_eq!(TcpFailed::new(&error).exhausted, ours, "{code:?}");
+        }
+    }
+}

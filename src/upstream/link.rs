@@ -5,6 +5,7 @@
 //! [`HyperLink`] fulfils it with hyper's client.
 
 use std::convert::Infallible;
+use std::error::Error;
 use std::io::ErrorKind;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
@@ -168,9 +169,10 @@ impl HyperLink {
             Poll::Pending => return None,
         };
         self.reply = Reply::Idle;
+        let code = code_of(&failed.error);
         Some(Err(match failed.unsent {
-            Some(request) => LinkError::Unsent(request, self.fault),
-            None => LinkError::Broken(code_of(&failed.error)),
+            Some(request) => LinkError::Unsent(request, code),
+            None => LinkError::Broken(code),
         }))
     }
 
@@ -212,16 +214,16 @@ impl HyperLink {
 
 /// What came is not HTTP, or nothing came.
 fn code_of(error: &hyper::Error) -> Code {
-    let source = std::error::Error::source(error).and_then(|e| e.downcast_ref::<std::io::Error>());
-    let is_chunking =
-        source.is_some_and(|e| matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData));
-    // hyper has no question for what comes unasked, but a text.
-    let is_unasked = || error.to_string().ends_with("unexpected message from connection");
-    if error.is_parse() || is_chunking || is_unasked() {
-        Code::UpstreamInvalidResponse
-    } else {
-        Code::UpstreamUnreachable
-    }
+    let mut causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |e| Error::source(*e));
+    let is_not_http = |e: &(dyn Error + 'static)| match (e.downcast_ref(), e.downcast_ref()) {
+        (Some(io), _) => matches!(std::io::Error::kind(io), ErrorKind::InvalidInput | ErrorKind::InvalidData),
+        // hyper has no question for what comes unasked, but a text.
+        (_, Some(e)) => {
+            hyper::Error::is_parse(e) || e.to_string().ends_with("unexpected message from connection")
+        }
+        (None, None) => false,
+    };
+    if causes.any(is_not_http) { Code::UpstreamInvalidResponse } else { Code::UpstreamUnreachable }
 }
 
 impl Link for HyperLink {

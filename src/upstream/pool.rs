@@ -114,3 +114,51 @@ impl Pool {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::upstream::connect::Roots;
+
+    #[test]
+    fn a_connection_serves_while_it_is_young_and_its_backend_known() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
+        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let roots = Roots::load(&config.backends);
+        let upstream = Arc::new(Upstream::new(config.backends[0].clone(), 1, &roots, 1, None).unwrap());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let pool = Pool::default();
+        let fresh = |born| {
+            let link = runtime.block_on(async {
+                let io = upstream.connector().connect(Duration::from_secs(5)).await.unwrap();
+                HyperLink::new(io).await.unwrap()
+            });
+            Lease::new(link, upstream.clone(), 0, born)
+        };
+        let idle = || upstream.lanes[0].idle.get();
+        let _inside = runtime.enter();
+        pool.park(fresh(0), 0);
+        assert!(pool.take(&upstream, MAX_IDLE).is_none(), "it waited too long");
+        // Busy all the time, it is replaced all the same, so that a name that moves is followed.
+        let mut lease = fresh(0);
+        let mut now = 0;
+        while now + MAX_IDLE / 2 < MAX_AGE {
+            pool.park(lease, now);
+            now += MAX_IDLE / 2;
+            lease = pool.take(&upstream, now).expect("it is young");
+        }
+        pool.park(lease, MAX_AGE);
+        assert!(pool.take(&upstream, MAX_AGE).is_none(), "it is too old");
+        pool.park(fresh(MAX_AGE), MAX_AGE);
+        pool.sweep(MAX_AGE, std::slice::from_ref(&upstream));
+        assert_eq!(idle(), 1);
+        pool.sweep(MAX_AGE, &[]);
+        assert_eq!(idle(), 0, "its backend is gone");
+    }
+}

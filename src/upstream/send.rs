@@ -50,6 +50,8 @@ impl Outgoing {
 pub enum SendError {
     /// What broke, as a code of the error table.
     Broken(Code),
+    /// The caller's time has passed.
+    Silent,
     /// No connection could be opened, and the backend has no part in that.
     Exhausted,
     /// A connection that had served before broke as soon as the request was written: the peer had most likely closed it

@@ -18,7 +18,7 @@ fn a_head_that_can_be_read_two_ways_is_refused_and_the_connection_closed() {
         format!("POST /chat HTTP/1.1\r\n{body}"),
         format!("POST /chat HTTP/1.1\r\nhost: a\r\nhost: a\r\n{body}"),
         format!("POST /chat HTTP/1.1\r\nhost: a b\r\n{body}"),
-        "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n{body}".to_owned(),
+        format!("POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n{body}"),
         "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".to_owned(),
         "POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, chunked\r\n\r\n0\r\n\r\n".to_owned(),
         format!("POST http://b/chat HTTP/1.1\r\nhost: a\r\n{body}"),

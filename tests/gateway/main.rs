@@ -22,6 +22,10 @@ mod edge;
 
 mod endpoints;
 
+mod faults_clients;
+
+mod faults_upstreams;
+
 mod fleet;
 
 mod headers;

@@ -12,19 +12,25 @@ use crate::support::{CHAT, Provider, Zap};
 
 /// A TLS server for `name` whose certificate signs itself: its address and a PEM file of the certificate.
 fn server(name: &str) -> (SocketAddr, PathBuf) {
-    let made = rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
-    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+    server_with(rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap())
+}
+
+/// The same for any certificate.
+pub fn server_with(params: rcgen::CertificateParams) -> (SocketAddr, PathBuf) {
+    let own = rcgen::KeyPair::generate().unwrap();
+    let made = params.self_signed(&own).unwrap();
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(own.serialize_der()));
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
+        .with_single_cert(vec![made.der().clone()], key)
         .unwrap();
     let (config, listener) = (Arc::new(config), TcpListener::bind("127.0.0.1:0").unwrap());
     let address = listener.local_addr().unwrap();
     let pem = std::env::temp_dir().join(format!("zap-test-{}-{}.pem", std::process::id(), address.port()));
-    std::fs::write(&pem, made.cert.pem()).unwrap();
+    std::fs::write(&pem, made.pem()).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let config = config.clone();
@@ -40,7 +46,8 @@ fn server(name: &str) -> (SocketAddr, PathBuf) {
     (address, pem)
 }
 
-fn backend(address: SocketAddr, more: &str) -> String {
+/// A backend that is one.
+pub fn backend(address: SocketAddr, more: &str) -> String {
     format!(
         "[[backends]]\nname = \"tls\"\nurl = \"https://localhost:{}\"\nweight = 1\n{more}\n",
         address.port()

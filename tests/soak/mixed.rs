@@ -142,7 +142,7 @@ async fn report(
     let (plain, streams) = (tally.plain.get(), tally.streams.get());
     say("answers", format!("{plain} plain, {streams} streams"), plain > 0 && streams > 0);
     say("left and cut", format!("{} left, {} visibly cut", tally.left.get(), tally.cut.get()), true);
-    let unexplained = tally.unexplained.borrow();
+    let unexplained = tally.unexplained.take();
     say("unexplained", unexplained.len().to_string(), unexplained.is_empty());
     unexplained.iter().take(5).for_each(|what| println!("    {what}"));
     let counted = (

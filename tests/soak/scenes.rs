@@ -279,7 +279,7 @@ pub async fn reload() -> bool {
             sleep(Duration::from_millis(200)).await;
         })
         .await;
-    let failed = failed.borrow();
+    let failed = failed.take();
     failed.iter().take(3).for_each(|what| println!("    {what}"));
     let rejected = zap.metric("zap_config_reloads_total", "rejected").await;
     let text = format!(
