@@ -5,6 +5,7 @@
 //! law compares with something plainer: serde_json, a shorter input, a naive log. What is random in a body comes
 //! from its data alone, so an input that fails once fails always.
 
+mod answers;
 mod patch;
 
 use std::collections::HashSet;
@@ -14,6 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+pub use self::answers::upstream_response;
 pub use self::patch::patch;
 use crate::config::Config;
 use crate::policy::balance::Schedule;
@@ -432,5 +434,10 @@ mod tests {
     #[test]
     fn the_seeds_of_balance_ops_keep_the_law() {
         replay("balance_ops", balance_ops);
+    }
+
+    #[test]
+    fn the_seeds_of_upstream_response_keep_its_laws() {
+        replay("upstream_response", upstream_response);
     }
 }

@@ -183,6 +183,8 @@ impl Gateway {
         .await;
         match result {
             Ok(delivery) => self.deliver(delivery, completion, decision, conn, version),
+            // It left in its body: nobody is there to be told, and it is counted as gone.
+            Err(error @ GatewayError::BodyIncomplete) if conn.has_ended() => error.response(false),
             Err(error) => {
                 // Whatever a cut request was waiting for, the way out ended it.
                 let error = if self.is_cut() { GatewayError::Draining } else { error };

@@ -130,6 +130,8 @@ impl RelayBody {
             let Some(held) = &mut self.held else { return Poll::Ready(None) };
             let frame = match self.first.take() {
                 Some(first) => Poll::Ready(Some(Ok(first))),
+                // Should it never catch up, its alarm is not for the upstream.
+                None if self.conn.is_behind() => return Poll::Pending,
                 None => held.lease.link.poll_frame(cx),
             };
             match frame {
@@ -165,6 +167,7 @@ impl RelayBody {
     fn pass(&mut self, data: Bytes) -> Bytes {
         self.tail.push(&data);
         self.conn.progress();
+        self.conn.hand_over(data.len());
         if let Some(held) = &mut self.held {
             bug::here("body", &held.completion.request_id);
             held.completion.bytes += data.len() as u64;

@@ -29,6 +29,9 @@ const MAX_HEAD: usize = 64 * 1024;
 /// Bytes put aside behind a message; a client that sends more before its answer is not read on.
 const MAX_AHEAD: usize = 64 * 1024;
 
+/// Bytes of an answer that wait for a client before no more are read for it; a frame may come on top.
+const MAX_UNFLUSHED: usize = 32 * 1024;
+
 /// What hyper reads in place of a head that is refused.
 const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
 
@@ -56,6 +59,8 @@ pub struct Conn {
     flushed: Cell<bool>,
     /// Someone waits for `flushed`.
     wants_flush: Cell<bool>,
+    /// Bytes of the answer that hyper was given since it last had nothing left to write.
+    unflushed: Cell<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +94,7 @@ impl Conn {
             eof: Cell::new(false),
             flushed: Cell::new(true),
             wants_flush: Cell::new(false),
+            unflushed: Cell::new(0),
         })
     }
 
@@ -111,6 +117,11 @@ impl Conn {
     pub fn is_idle(&self) -> bool {
         let between = self.reading.get() == Reading::Head || self.turn_over.get();
         between && self.aside.borrow().is_empty()
+    }
+
+    /// Whether the client has ended its side, in whatever way.
+    pub fn has_ended(&self) -> bool {
+        self.eof.get()
     }
 
     /// Whether the client may still be sending what nobody will read.
@@ -166,6 +177,20 @@ impl Conn {
         Poll::Pending
     }
 
+    /// Says that hyper is given `n` bytes more of an answer.
+    pub fn hand_over(&self, n: usize) {
+        self.unflushed.set(self.unflushed.get() + n);
+    }
+
+    /// Whether the client is so far behind that nothing more is to be read for it. Its task is woken when it is not.
+    pub fn is_behind(&self) -> bool {
+        let behind = self.unflushed.get() >= MAX_UNFLUSHED;
+        if behind {
+            self.wants_flush.set(true);
+        }
+        behind
+    }
+
     /// Says that a write is coming whose flush will be asked for.
     pub fn expect_flush(&self) {
         self.flushed.set(false);
@@ -214,9 +239,10 @@ impl Conn {
 
     fn poll_socket(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<usize>> {
         let before = buf.filled().len();
-        ready!(Pin::new(&mut *self.stream.borrow_mut()).poll_read(cx, buf))?;
+        let read = ready!(Pin::new(&mut *self.stream.borrow_mut()).poll_read(cx, buf));
         let n = buf.filled().len() - before;
-        self.eof.set(n == 0 && buf.remaining() > 0);
+        self.eof.set(read.is_err() || n == 0 && buf.remaining() > 0);
+        read?;
         Poll::Ready(Ok(n))
     }
 
@@ -394,6 +420,7 @@ impl AsyncWrite for ClientIo {
     /// hyper calls this once its own buffer is empty.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.0.flushed.set(true);
+        self.0.unflushed.set(0);
         if self.0.wants_flush.take() {
             self.0.alarm.wake();
         }

@@ -1,30 +1,40 @@
 //! One upstream HTTP/1.1 connection, as the pool, the attempt loop and the relay see it.
 //!
 //! A link is driven by whoever holds it: there is no task behind it, so dropping it closes the connection at
-//! once, and a reply that nobody reads is not read ahead. [`Link`] is all that the rest of Zap knows;
-//! [`HyperLink`] fulfils it with hyper's client.
+//! once, and a reply that nobody reads is not read ahead. [`Link`] is all that the rest of Zap knows; [`Http1`] fulfils
+//! it: head and body slices leave in one vectored write, what one read brings is one frame, and nothing is buffered
+//! between two reads, so an idle connection and a silent stream take no memory but their socket's.
 
-use std::convert::Infallible;
-use std::error::Error;
-use std::io::ErrorKind;
+use std::cell::RefCell;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use http::{Request, Response, response};
-use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, Connection, SendRequest};
+use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName};
+use http::{Method, Request, Uri, response};
+use http_body::SizeHint;
+use hyper::rt::{Read, ReadBuf, Write};
+use hyper_rustls::MaybeHttpsStream;
+use smallvec::SmallVec;
+use socket2::SockRef;
 
 use super::connect::Io;
+use super::decode::Decoder;
 use crate::error::Code;
 use crate::policy::patch::Slices;
 
-/// Largest head of a response, and what is buffered of a body at most.
-const MAX_BUFFER: usize = 64 * 1024;
+/// Most that one read brings, and so the largest frame.
+const READ: usize = 32 * 1024;
 
-/// Most headers of a response.
-const MAX_HEADERS: usize = 100;
+/// Slices of a request that one write takes.
+const MAX_SLICES: usize = 64;
+
+thread_local! {
+    /// What is read goes through here, and into a frame of its own size: one buffer for all connections of a worker.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
+}
 
 /// Why a link gave no answer.
 #[derive(Debug)]
@@ -37,8 +47,8 @@ pub enum LinkError {
 
 /// One connection that carries one exchange at a time.
 pub trait Link {
-    /// Begins an exchange. Only on a link that [`is_idle`](Link::is_idle).
-    fn start(&mut self, request: Request<SendBody>);
+    /// Begins an exchange. Only on a link that [`is_reusable`](Link::is_reusable).
+    fn start(&mut self, request: Box<Request<SendBody>>);
 
     /// Drives the exchange to the head of the answer.
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>>;
@@ -49,219 +59,272 @@ pub trait Link {
     /// Bytes of the body still to come, where the answer says so.
     fn remaining(&self) -> SizeHint;
 
-    /// The body is known to be at its end without another poll.
+    /// The body is at its end.
     fn is_end(&self) -> bool;
 
-    /// Whether the last exchange ended exactly and the peer still holds the connection open.
-    fn is_idle(&mut self) -> bool;
+    /// Whether the last exchange ended exactly, with nothing behind it, and the peer means to go on.
+    fn is_reusable(&self) -> bool;
+
+    /// Whether the peer still holds the connection open and has sent nothing unasked.
+    fn is_open(&mut self) -> bool;
 }
 
 /// A request's body: slices of the client's chunks and what was spliced in between.
-#[derive(Debug)]
-pub struct SendBody {
-    slices: smallvec::IntoIter<[Bytes; 4]>,
-    left: u64,
-}
+#[derive(Debug, Default)]
+pub struct SendBody(Slices);
 
 impl SendBody {
     /// A body of these slices in order.
     pub fn new(slices: Slices) -> Self {
-        SendBody { left: slices.iter().map(|s| s.len() as u64).sum(), slices: slices.into_iter() }
+        SendBody(slices)
     }
 }
 
-impl Default for SendBody {
-    fn default() -> Self {
-        SendBody::new(Slices::new())
+/// Zap's own HTTP/1.1 client connection.
+#[derive(Debug)]
+pub struct Http1 {
+    io: Io,
+    /// The request under way.
+    request: Option<Box<Request<SendBody>>>,
+    outbox: Outbox,
+    decoder: Decoder,
+    /// The beginning of the body, which came with the head.
+    ahead: Option<Bytes>,
+    /// No exchange has begun yet.
+    idle: bool,
+}
+
+/// What is still to be written.
+#[derive(Debug, Default)]
+struct Outbox {
+    head: Vec<u8>,
+    /// Bytes of the head that are written, then the slices that are, then the bytes of the next one.
+    written: usize,
+    slices: usize,
+    of_slice: usize,
+    state: Sending,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Sending {
+    /// Nothing to do.
+    #[default]
+    Done,
+    /// All is written, and must leave what is between here and the socket.
+    Flushing,
+    Writing,
+    /// It broke: what the peer has said before that may still be read.
+    Broken,
+}
+
+impl Http1 {
+    /// An open connection.
+    pub fn new(io: Io) -> Self {
+        Http1 {
+            io,
+            request: None,
+            outbox: Outbox::default(),
+            decoder: Decoder::default(),
+            ahead: None,
+            idle: true,
+        }
     }
-}
 
-impl Body for SendBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let Some(slice) = self.slices.next() else { return Poll::Ready(None) };
-        self.left -= slice.len() as u64;
-        Poll::Ready(Some(Ok(Frame::data(slice))))
+    /// Writes on.
+    fn send(&mut self, cx: &mut Context<'_>) {
+        let Some(request) = &self.request else { return };
+        match self.outbox.poll(Pin::new(&mut self.io), cx, &request.body().0) {
+            // The client's body is not held any longer than that.
+            Poll::Ready(Ok(())) => self.request = None,
+            Poll::Ready(Err(_)) => self.outbox.state = Sending::Broken,
+            Poll::Pending => {}
+        }
     }
 
-    fn is_end_stream(&self) -> bool {
-        self.left == 0
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.left)
-    }
-}
-
-/// hyper's client connection, polled in place.
-pub struct HyperLink {
-    connection: Connection<Io, SendBody>,
-    sender: SendRequest<SendBody>,
-    reply: Reply,
-    /// The connection's future has ended; it must not be polled again.
-    over: bool,
-    /// What it ended of.
-    fault: Code,
-}
-
-type Head = Pin<Box<dyn Future<Output = Result<Response<Incoming>, Failed>>>>;
-
-/// hyper's error, and the request where not a byte of it was written.
-struct Failed {
-    error: hyper::Error,
-    unsent: Option<Box<Request<SendBody>>>,
-}
-
-enum Reply {
-    Idle,
-    Waiting(Head),
-    Body(Incoming),
-}
-
-impl HyperLink {
-    /// Prepares an open connection.
-    ///
-    /// # Errors
-    /// [`Code::UpstreamUnreachable`]; hyper has no reason to fail here.
-    pub async fn new(io: Io) -> Result<Self, Code> {
-        let mut builder = http1::Builder::new();
-        builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS);
-        let (sender, connection) = builder.handshake(io).await.map_err(|_| Code::UpstreamUnreachable)?;
-        Ok(HyperLink {
-            connection,
-            sender,
-            reply: Reply::Idle,
-            over: false,
-            fault: Code::UpstreamUnreachable,
+    /// Reads once and hands what came to `take`; `Ok(None)`: the peer has ended its side.
+    fn read<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        take: impl FnOnce(&mut Decoder, &[u8]) -> T,
+    ) -> Poll<std::io::Result<Option<T>>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buf = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut self.io).poll_read(cx, buf.unfilled()))?;
+            let came = buf.filled();
+            Poll::Ready(Ok((!came.is_empty()).then(|| take(&mut self.decoder, came))))
         })
     }
 
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        if self.over {
-            return;
-        }
-        if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
-            self.over = true;
-            if let Err(error) = end {
-                self.fault = code_of(&error);
-            }
-        }
-    }
-
-    /// The head of the answer, if it is here, or what came instead.
-    fn take_head(&mut self) -> Option<Result<response::Parts, LinkError>> {
-        let Reply::Waiting(head) = &mut self.reply else {
-            return Some(Err(LinkError::Broken(Code::UpstreamUnreachable)));
-        };
-        let failed = match head.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Ok(response)) => {
-                let (parts, body) = response.into_parts();
-                self.reply = Reply::Body(body);
-                return Some(Ok(parts));
-            }
-            Poll::Ready(Err(failed)) => failed,
-            Poll::Pending if self.over => return Some(Err(LinkError::Broken(self.fault))),
-            Poll::Pending => return None,
-        };
-        self.reply = Reply::Idle;
-        let code = code_of(&failed.error);
-        Some(Err(match failed.unsent {
+    /// Why there is no head: what is left of the request goes back if none of it was written.
+    fn broken(&mut self, code: Code) -> LinkError {
+        let unsent = self.outbox.state == Sending::Broken && self.outbox.written == 0;
+        match self.request.take().filter(|_| unsent) {
             Some(request) => LinkError::Unsent(request, code),
             None => LinkError::Broken(code),
-        }))
-    }
-
-    /// The next frame of the body, if it is here; `Some(None)` at the end.
-    fn take_frame(&mut self) -> Option<Option<Result<Bytes, Code>>> {
-        loop {
-            let Reply::Body(body) = &mut self.reply else { return Some(None) };
-            return match Pin::new(body).poll_frame(&mut Context::from_waker(Waker::noop())) {
-                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                    Ok(data) => Some(Some(Ok(data))),
-                    // Trailers end at Zap.
-                    Err(_) => continue,
-                },
-                Poll::Ready(Some(Err(error))) => Some(Some(Err(code_of(&error)))),
-                Poll::Ready(None) => Some(None),
-                Poll::Pending if self.over => Some(Some(Err(self.fault))),
-                Poll::Pending => None,
-            };
         }
     }
+}
 
-    /// Drives the connection until `take` has something. hyper's halves wake each other, which here would only
-    /// wake the task that runs already; so they get a waker that does nothing, and the task's own one last, when
-    /// there is nothing left to do but to wait for the socket.
-    fn drive_for<T>(
+impl Outbox {
+    /// Begins with the head of `request`.
+    fn fill(&mut self, request: &Request<SendBody>) {
+        let length: u64 = request.body().0.iter().map(|s| s.len() as u64).sum();
+        let mut head = std::mem::take(&mut self.head);
+        head.clear();
+        write_head(&mut head, request.method(), request.uri(), request.headers(), length);
+        *self = Outbox { head, state: Sending::Writing, ..Outbox::default() };
+    }
+
+    /// Writes as much as the socket takes of the head and `body`.
+    fn poll(
         &mut self,
+        mut io: Pin<&mut Io>,
         cx: &mut Context<'_>,
-        mut take: impl FnMut(&mut Self) -> Option<T>,
-    ) -> Option<T> {
-        for waker in [Waker::noop(), cx.waker()] {
-            self.drive(&mut Context::from_waker(waker));
-            if let Some(got) = take(self) {
-                return Some(got);
+        body: &[Bytes],
+    ) -> Poll<std::io::Result<()>> {
+        while self.state == Sending::Writing {
+            let mut slices = SmallVec::<[IoSlice<'_>; 8]>::new();
+            if self.written < self.head.len() {
+                slices.push(IoSlice::new(&self.head[self.written..]));
+            }
+            let mut skip = self.of_slice;
+            for slice in body[self.slices..].iter().take(MAX_SLICES) {
+                slices.push(IoSlice::new(&slice[skip..]));
+                skip = 0;
+            }
+            if slices.is_empty() {
+                self.state = Sending::Flushing;
+                break;
+            }
+            let mut n = ready!(io.as_mut().poll_write_vectored(cx, &slices))?;
+            if n == 0 {
+                return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
+            }
+            let of_head = n.min(self.head.len() - self.written);
+            self.written += of_head;
+            n -= of_head;
+            while n > 0 && self.slices < body.len() {
+                let left = body[self.slices].len() - self.of_slice;
+                if n < left {
+                    self.of_slice += n;
+                    break;
+                }
+                n -= left;
+                (self.slices, self.of_slice) = (self.slices + 1, 0);
             }
         }
-        None
+        if self.state == Sending::Flushing {
+            ready!(io.poll_flush(cx))?;
+            self.state = Sending::Done;
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
-/// What came is not HTTP, or nothing came.
-fn code_of(error: &hyper::Error) -> Code {
-    let mut causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |e| Error::source(*e));
-    let is_not_http = |e: &(dyn Error + 'static)| match (e.downcast_ref(), e.downcast_ref()) {
-        (Some(io), _) => matches!(std::io::Error::kind(io), ErrorKind::InvalidInput | ErrorKind::InvalidData),
-        // hyper has no question for what comes unasked, but a text.
-        (_, Some(e)) => {
-            hyper::Error::is_parse(e) || e.to_string().ends_with("unexpected message from connection")
-        }
-        (None, None) => false,
+/// The head of a request (RFC 9112, section 3), its length stated where a body may be.
+fn write_head(out: &mut Vec<u8>, method: &Method, uri: &Uri, headers: &HeaderMap, length: u64) {
+    out.reserve(512);
+    out.extend_from_slice(method.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(uri.path_and_query().map_or("/", |p| p.as_str()).as_bytes());
+    out.extend_from_slice(b" HTTP/1.1\r\n");
+    let mut line = |name: &HeaderName, value: &[u8]| {
+        out.extend_from_slice(name.as_str().as_bytes());
+        out.extend_from_slice(b": ");
+        out.extend_from_slice(value);
+        out.extend_from_slice(b"\r\n");
     };
-    if causes.any(is_not_http) { Code::UpstreamInvalidResponse } else { Code::UpstreamUnreachable }
+    for (name, value) in headers {
+        line(name, value.as_bytes());
+    }
+    if *method == Method::POST {
+        line(&CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
+    }
+    out.extend_from_slice(b"\r\n");
 }
 
-impl Link for HyperLink {
-    fn start(&mut self, request: Request<SendBody>) {
-        let sending = self.sender.try_send_request(request);
-        let head = async {
-            sending.await.map_err(|mut e| {
-                let unsent = e.take_message().map(Box::new);
-                Failed { error: e.into_error(), unsent }
-            })
-        };
-        // hyper answers through a channel whose other end is polled just before: a waker of its own would only
-        // wake the task that runs already, and the runtime's budget must not hide an answer that is there.
-        self.reply = Reply::Waiting(Box::pin(tokio::task::unconstrained(head)));
+impl Link for Http1 {
+    fn start(&mut self, request: Box<Request<SendBody>>) {
+        self.outbox.fill(&request);
+        self.request = Some(request);
+        self.decoder.begin();
+        self.ahead = None;
+        self.idle = false;
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {
-        self.drive_for(cx, Self::take_head).map_or(Poll::Pending, Poll::Ready)
-    }
-
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>> {
-        self.drive_for(cx, Self::take_frame).map_or(Poll::Pending, Poll::Ready)
-    }
-
-    fn remaining(&self) -> SizeHint {
-        match &self.reply {
-            Reply::Body(body) => body.size_hint(),
-            Reply::Idle | Reply::Waiting(_) => SizeHint::with_exact(0),
+        self.send(cx);
+        loop {
+            let read = self.read(cx, |decoder, came| {
+                let head = decoder.head(came)?;
+                let Some((parts, rest)) = head else { return Ok(None) };
+                let ahead = if rest.is_empty() { Bytes::new() } else { decoder.body(rest)? };
+                Ok(Some((parts, ahead)))
+            });
+            let failed = match read {
+                Poll::Ready(Ok(Some(Ok(Some((parts, ahead)))))) => {
+                    self.ahead = Some(ahead).filter(|a| !a.is_empty());
+                    return Poll::Ready(Ok(parts));
+                }
+                Poll::Ready(Ok(Some(Ok(None)))) => continue,
+                Poll::Ready(Ok(Some(Err(super::decode::Invalid)))) => Code::UpstreamInvalidResponse,
+                Poll::Ready(Ok(None) | Err(_)) => Code::UpstreamUnreachable,
+                // A broken connection says so to the reader too; until then what it has said may come.
+                Poll::Pending if self.outbox.state == Sending::Broken => Code::UpstreamUnreachable,
+                Poll::Pending => return Poll::Pending,
+            };
+            return Poll::Ready(Err(self.broken(failed)));
         }
     }
 
-    fn is_end(&self) -> bool {
-        matches!(&self.reply, Reply::Body(body) if body.is_end_stream())
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>> {
+        if let Some(ahead) = self.ahead.take() {
+            return Poll::Ready(Some(Ok(ahead)));
+        }
+        if self.outbox.state != Sending::Done {
+            self.send(cx);
+        }
+        while !self.decoder.is_done() {
+            if self.decoder.is_broken() {
+                return Poll::Ready(Some(Err(Code::UpstreamInvalidResponse)));
+            }
+            match ready!(self.read(cx, Decoder::body)) {
+                Ok(Some(Ok(data))) if data.is_empty() => {}
+                Ok(Some(Ok(data))) => return Poll::Ready(Some(Ok(data))),
+                Ok(Some(Err(_))) => return Poll::Ready(Some(Err(Code::UpstreamInvalidResponse))),
+                Ok(None) if self.decoder.end() => {}
+                Ok(None) | Err(_) => return Poll::Ready(Some(Err(Code::UpstreamUnreachable))),
+            }
+        }
+        Poll::Ready(None)
     }
 
-    fn is_idle(&mut self) -> bool {
-        self.reply = Reply::Idle;
-        self.drive(&mut Context::from_waker(Waker::noop()));
-        !self.over && self.sender.is_ready()
+    fn remaining(&self) -> SizeHint {
+        let ahead = self.ahead.as_ref().map_or(0, |a| a.len() as u64);
+        self.decoder.remaining().map_or_else(SizeHint::default, |left| SizeHint::with_exact(left + ahead))
+    }
+
+    fn is_end(&self) -> bool {
+        self.ahead.is_none() && self.decoder.is_done()
+    }
+
+    fn is_reusable(&self) -> bool {
+        let is_over = self.ahead.is_none() && self.decoder.may_go_on() && self.request.is_none();
+        self.idle || is_over
+    }
+
+    fn is_open(&mut self) -> bool {
+        match &mut self.io {
+            // The kernel knows at once; the runtime only when it looks next.
+            MaybeHttpsStream::Http(tcp) => {
+                let mut one = [MaybeUninit::uninit()];
+                let peeked = SockRef::from(tcp.inner()).peek(&mut one);
+                matches!(peeked, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+            }
+            MaybeHttpsStream::Https(_) => {
+                let read = self.read(&mut Context::from_waker(Waker::noop()), |_, _| ());
+                read.is_pending()
+            }
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod connect;
 
+pub mod decode;
+
 pub mod link;
 
 pub mod pool;

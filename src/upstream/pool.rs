@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Upstream;
-use super::link::{HyperLink, Link};
+use super::link::{Http1, Link};
 use crate::policy::{Nanos, SECOND};
 use crate::telemetry::histogram::Counter;
 
@@ -30,7 +30,7 @@ pub struct Pool {
 /// A connection, in use or idle; dropping it closes it.
 pub struct Lease {
     /// The connection itself.
-    pub link: Box<HyperLink>,
+    pub link: Box<Http1>,
     count: Count,
     born: Nanos,
     parked: Nanos,
@@ -69,7 +69,7 @@ impl Drop for Count {
 
 impl Lease {
     /// A fresh connection, in use from now on.
-    pub fn new(link: HyperLink, upstream: Arc<Upstream>, worker: usize, now: Nanos) -> Self {
+    pub fn new(link: Http1, upstream: Arc<Upstream>, worker: usize, now: Nanos) -> Self {
         Lease { link: Box::new(link), count: Count::new(upstream, worker), born: now, parked: now }
     }
 
@@ -84,7 +84,7 @@ impl Pool {
         let mut idle = self.idle.borrow_mut();
         let parked = idle.get_mut(&upstream.live.id)?;
         while let Some(mut lease) = parked.pop() {
-            if lease.is_fresh(now) && lease.link.is_idle() {
+            if lease.is_fresh(now) && lease.link.is_open() {
                 lease.count.set_idle(false);
                 return Some(lease);
             }
@@ -95,7 +95,7 @@ impl Pool {
     /// Takes a connection back, if it can serve again.
     pub fn park(&self, mut lease: Lease, now: Nanos) {
         lease.parked = now;
-        if !lease.is_fresh(now) || !lease.link.is_idle() {
+        if !lease.is_fresh(now) || !lease.link.is_reusable() {
             return;
         }
         lease.count.set_idle(true);
@@ -109,7 +109,7 @@ impl Pool {
     /// Closes what is too old, was closed by its peer, or leads to a backend that is none of `fleet` any more.
     pub fn sweep(&self, now: Nanos, fleet: &[Arc<Upstream>]) {
         self.idle.borrow_mut().retain(|id, parked| {
-            parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_idle());
+            parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_open());
             !parked.is_empty() && fleet.iter().any(|b| b.live.id == *id)
         });
     }
@@ -137,7 +137,7 @@ mod tests {
         let fresh = |born| {
             let link = runtime.block_on(async {
                 let io = upstream.connector().connect(Duration::from_secs(5)).await.unwrap();
-                HyperLink::new(io).await.unwrap()
+                Http1::new(io)
             });
             Lease::new(link, upstream.clone(), 0, born)
         };

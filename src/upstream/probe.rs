@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Upstream;
 use super::connect::ConnectError;
-use super::link::{HyperLink, Link, SendBody};
+use super::link::{Http1, Link, SendBody};
 use crate::clock;
 use crate::policy::breaker::{Change, Probe, Status};
 use crate::state::Shared;
@@ -80,8 +80,8 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
         Err(ConnectError::Exhausted) => return None,
         Err(ConnectError::Peer(_)) => return Some(Probe::Failed),
     };
-    let Ok(mut link) = HyperLink::new(io).await else { return Some(Probe::Failed) };
-    let mut request = Request::new(SendBody::default());
+    let mut link = Http1::new(io);
+    let mut request = Box::new(Request::new(SendBody::default()));
     *request.method_mut() = Method::GET;
     *request.uri_mut() = upstream.health.clone();
     let headers = request.headers_mut();

@@ -8,11 +8,10 @@ use http::{HeaderMap, Method, Request, StatusCode, Uri, response};
 
 use super::Upstream;
 use super::connect::ConnectError;
-use super::link::{HyperLink, Link, LinkError, SendBody};
+use super::link::{Http1, Link, LinkError, SendBody};
 use super::pool::{Lease, Pool};
 use crate::clock;
 use crate::error::Code;
-use crate::policy::headers::is_framed_once;
 use crate::policy::{Nanos, SECOND};
 
 /// An answer whose head is here and whose body is still to be read from `lease`.
@@ -99,17 +98,14 @@ pub async fn send(
             Some(lease) => (lease, true),
             None => {
                 on_connect(true);
-                let link = HyperLink::new(upstream.connector().connect(limit).await?).await?;
+                let link = Http1::new(upstream.connector().connect(limit).await?);
                 on_connect(false);
                 (Lease::new(link, upstream.clone(), worker, clock::now()), false)
             }
         };
-        lease.link.start(*request);
+        lease.link.start(request);
         match poll_fn(|cx| lease.link.poll_head(cx)).await {
-            Ok(head)
-                if head.status == StatusCode::SWITCHING_PROTOCOLS
-                    || !is_framed_once(head.version, &head.headers) =>
-            {
+            Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
                 return Err(Code::UpstreamInvalidResponse.into());
             }
             Ok(head) => return Ok(Answer { head, lease }),

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::support::provider::{After, blackhole, chunk, start_events, wait_closed};
-use crate::support::{CHAT, Client, Provider, STREAM, Zap, eventually};
+use crate::support::{CHAT, Client, Provider, STREAM, Zap, eventually, within};
 
 /// Says nothing until the other side closes.
 fn silent() -> Provider {
@@ -104,4 +104,86 @@ fn one_that_leaves_while_a_connection_opens_or_a_retry_waits_is_counted_there() 
     drop(client);
     eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"connecting\"}") == 1.0);
     zap.is_clean();
+}
+
+#[test]
+fn a_walk_through_every_phase_leaves_nothing_behind() {
+    let (hole, _held) = blackhole();
+    let silent = silent();
+    let streams = starts();
+    let failing = Provider::fixed(500, "", "failed");
+    let model = |name: &str| format!("models = [\"{name}\"]");
+    let backends = [
+        silent.backend("silent", &format!("{}\nmax_in_flight = 1", model("silent"))),
+        streams.backend("streams", &model("streams")),
+        failing.backend("failing", &model("failing")),
+        crate::support::provider::backend(hole, "hole", &model("hole")),
+    ];
+    let settings = "[queue]\nmax_in_flight = 8\n[retry]\nbase_delay_ms = 60000\nmax_delay_ms = 60000\nbudget_percent = 100\n\
+        [timeouts]\nconnect_ms = 60000\n[health]\nfailure_threshold = 1000\ninterval_secs = 3600\n\
+        [rate_limit]\nrequests_per_minute = 100000\n";
+    let zap = Zap::with(settings, &backends);
+    let ask = |model: &str| {
+        let mut client = zap.client();
+        client.post("/chat", "", format!("{{\"model\":\"{model}\",\"stream\":true,\"messages\":[]}}"));
+        client
+    };
+    let gauge = |series: &str| zap.metric(series);
+    for reset in [false, true] {
+        for phase in ["body", "queued", "connecting", "waiting", "backoff", "streaming"] {
+            let series = format!("zap_client_disconnects_total{{phase=\"{phase}\"}}");
+            let before = gauge(&series);
+            let mut others = Vec::new();
+            let client = match phase {
+                "body" => {
+                    let mut client = zap.client();
+                    client.send("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: 99\r\n\r\n{\"model\":");
+                    client
+                }
+                "queued" => {
+                    others.push(ask("silent"));
+                    eventually("the backend is full", || gauge("zap_in_flight{backend=\"silent\"}") == 1.0);
+                    let client = ask("silent");
+                    eventually("it waits", || gauge("zap_queue_depth") == 1.0);
+                    client
+                }
+                "connecting" => {
+                    let client = ask("hole");
+                    eventually("it connects", || gauge("zap_in_flight{backend=\"hole\"}") == 1.0);
+                    client
+                }
+                "waiting" => {
+                    let client = ask("silent");
+                    eventually("it is sent", || {
+                        gauge("zap_upstream_connections{backend=\"silent\",state=\"active\"}") == 1.0
+                    });
+                    client
+                }
+                "backoff" => {
+                    let failures =
+                        gauge("zap_upstream_errors_total{backend=\"failing\",kind=\"upstream_error\"}");
+                    let client = ask("failing");
+                    let again =
+                        || gauge("zap_upstream_errors_total{backend=\"failing\",kind=\"upstream_error\"}");
+                    eventually("it has failed", || again() > failures);
+                    client
+                }
+                _ => {
+                    let mut client = ask("streams");
+                    assert_eq!(client.head().status, 200);
+                    client
+                }
+            };
+            if reset {
+                client.reset();
+            } else {
+                drop(client);
+            }
+            within(Duration::from_secs(1), phase, || gauge(&series) > before);
+            others.into_iter().for_each(drop);
+            zap.is_clean();
+        }
+    }
+    eventually("no provider is left with work", || silent.connections() + streams.connections() == 0);
+    assert_eq!(gauge("zap_rate_limit_keys"), 1.0);
 }

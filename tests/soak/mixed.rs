@@ -46,7 +46,12 @@ pub async fn run(secs: u64) -> bool {
         config(settings, &[("steady", steady.port, &a), ("shaky", shaky.port, &b)])
     };
     let zap = Rc::new(Zap::start(&fleet((2, 1))));
-    let files = zap.open_files();
+    // Its threads open theirs one after the other.
+    let mut files = 0;
+    while files != zap.open_files() {
+        files = zap.open_files();
+        sleep(Duration::from_millis(300)).await;
+    }
     let tally = Rc::new(Tally::default());
     let mut memory = Vec::new();
     let mut reloads = (0u64, 0u64);

@@ -1,0 +1,472 @@
+//! The reader of HTTP/1.1 answers (RFC 9112), without I/O: bytes in, heads and bodies out, however they are cut.
+//!
+//! Strict where a lenient reader could be led to see another message than its neighbour does: one framing, exact chunks,
+//! no folded lines, no bare CR or LF. What it refuses ends the connection. Heads are read by `httparse`, as hyper's are.
+
+use bytes::{Bytes, BytesMut};
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use http::{Response, StatusCode, Version, response};
+
+use crate::policy::headers::is_framed_once;
+
+/// Largest head of an answer, interim ones included.
+pub const MAX_HEAD: usize = 64 * 1024;
+
+/// Largest trailers, line ends left out.
+const MAX_TRAILERS: u16 = 8 * 1024;
+
+/// Most headers of an answer.
+pub const MAX_HEADERS: usize = 100;
+
+/// Longest line of a chunk's size, extensions included.
+const MAX_SIZE_LINE: usize = 1024;
+
+/// What came is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Invalid;
+
+/// Reads one answer after the other.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    state: State,
+    /// The peer keeps the connection open behind this answer.
+    keep_alive: bool,
+    /// The head said how long the body is.
+    stated: bool,
+    /// Of a head that is not whole.
+    head: BytesMut,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    /// It is no answer from here on.
+    Broken,
+    /// The answer is whole.
+    Done,
+    /// Waits for a head.
+    #[default]
+    Head,
+    /// In a body of a stated length, with so many bytes to come.
+    Length(u64),
+    /// In a body that ends with the connection.
+    Open,
+    /// In a chunk, with so many bytes of data to come.
+    Data(u64),
+    /// Behind a chunk's data: its CR, its LF.
+    DataCr,
+    DataLf,
+    /// In the line of a chunk's size: the size so far, and the bytes of the line.
+    Size {
+        size: u64,
+        digits: u8,
+        read: u16,
+    },
+    /// Behind the size: white space, or an extension, which means nothing here.
+    Extension {
+        size: u64,
+        read: u16,
+        begun: bool,
+    },
+    /// Behind the line's CR.
+    SizeLf(u64),
+    /// In the trailers, which end at Zap.
+    Trailer(Trailer),
+    /// Behind a trailer line's CR.
+    TrailerLf(Trailer),
+}
+
+/// How far trailers have been read: their bytes and lines, and what is known of the present line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Trailer {
+    read: u16,
+    lines: u8,
+    line: Line,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Line {
+    #[default]
+    Empty,
+    Name,
+    Value,
+}
+
+impl Decoder {
+    /// Waits for the next answer.
+    pub fn begin(&mut self) {
+        self.state = State::Head;
+        self.head = BytesMut::new();
+    }
+
+    /// The answer is whole.
+    pub fn is_done(&self) -> bool {
+        self.state == State::Done
+    }
+
+    /// Nothing that comes now is of the answer.
+    pub fn is_broken(&self) -> bool {
+        self.state == State::Broken
+    }
+
+    /// The answer is whole, and the next may come on the same connection.
+    pub fn may_go_on(&self) -> bool {
+        self.is_done() && self.keep_alive
+    }
+
+    /// Bytes of the body still to come, where the head said so.
+    pub fn remaining(&self) -> Option<u64> {
+        match self.state {
+            State::Length(left) => Some(left),
+            _ => self.stated.then_some(0),
+        }
+    }
+
+    /// The connection ended; whether the answer did too.
+    pub fn end(&mut self) -> bool {
+        if self.state == State::Open {
+            self.state = State::Done;
+        }
+        self.is_done()
+    }
+
+    /// Reads on in a head. Once it is whole: the head, and what of `input` stands behind it. Interim answers but 101 are
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`Invalid`]: it is none, or too large.
+    pub fn head<'i>(&mut self, input: &'i [u8]) -> Result<Option<(response::Parts, &'i [u8])>, Invalid> {
+        // Nearly always it is whole at once, and is not kept.
+        let before = self.head.len();
+        let read = if before == 0 {
+            read_head(input)?
+        } else {
+            self.head.extend_from_slice(input);
+            read_head(&self.head)?
+        };
+        let Some((parts, end)) = read else {
+            if before == 0 {
+                self.head.extend_from_slice(input);
+            }
+            return Ok(None);
+        };
+        self.head = BytesMut::new();
+        self.state = framing(parts.status, parts.version, &parts.headers)?;
+        self.keep_alive = keeps_alive(parts.version, &parts.headers) && self.state != State::Open;
+        self.stated = matches!(self.state, State::Done | State::Length(_));
+        // What was here before is of the head: it was not whole then.
+        Ok(Some((parts, &input[end - before..])))
+    }
+
+    /// Reads on in a body: what of it is in `input`, in one piece. What stands behind the answer ends the connection.
+    ///
+    /// # Errors
+    /// [`Invalid`]: the chunks are none, here or where the last call ended.
+    pub fn body(&mut self, input: &[u8]) -> Result<Bytes, Invalid> {
+        let (data, read) = match self.state {
+            State::Length(left) => {
+                let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
+                self.state = if left == n as u64 { State::Done } else { State::Length(left - n as u64) };
+                (Bytes::copy_from_slice(&input[..n]), n)
+            }
+            State::Open => (Bytes::copy_from_slice(input), input.len()),
+            _ => self.chunks(input)?,
+        };
+        if read < input.len() {
+            self.keep_alive = false;
+        }
+        Ok(data)
+    }
+
+    /// The data of all chunks in `input`, and how many bytes of it were read.
+    fn chunks(&mut self, input: &[u8]) -> Result<(Bytes, usize), Invalid> {
+        let mut data = Vec::new();
+        let mut at = 0;
+        while at < input.len() && self.state != State::Done {
+            if let State::Data(left) = self.state {
+                let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len() - at);
+                data.reserve_exact(input.len() - at);
+                data.extend_from_slice(&input[at..at + n]);
+                at += n;
+                self.state = if left == n as u64 { State::DataCr } else { State::Data(left - n as u64) };
+                continue;
+            }
+            match self.state.after(input[at]) {
+                Ok(next) => self.state = next,
+                // What came before is the body still.
+                Err(Invalid) if !data.is_empty() => {
+                    self.state = State::Broken;
+                    break;
+                }
+                Err(Invalid) => return Err(Invalid),
+            }
+            at += 1;
+        }
+        Ok((Bytes::from(data), at))
+    }
+}
+
+impl State {
+    /// Between the data of chunks: what comes after `b`.
+    fn after(self, b: u8) -> Result<State, Invalid> {
+        Ok(match (self, b) {
+            (State::DataCr, b'\r') => State::DataLf,
+            (State::DataLf, b'\n') => State::Size { size: 0, digits: 0, read: 0 },
+            (State::Size { size, digits, read }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
+                let digit = (b as char).to_digit(16).ok_or(Invalid)?;
+                // Sixteen digits and no more, so that nobody reads another number.
+                if digits == 16 {
+                    return Err(Invalid);
+                }
+                State::Size { size: size << 4 | u64::from(digit), digits: digits + 1, read: read + 1 }
+            }
+            (State::Size { digits: 0, .. }, _) => return Err(Invalid),
+            (State::Size { size, .. } | State::Extension { size, .. }, b'\r') => State::SizeLf(size),
+            (State::Size { size, read, .. }, b';' | b' ' | b'\t') => {
+                State::Extension { size, read: read + 1, begun: b == b';' }
+            }
+            (State::Extension { size, read, begun }, b'\t' | b' '..=b'~' | 0x80..)
+                if usize::from(read) < MAX_SIZE_LINE && (begun || b";\t ".contains(&b)) =>
+            {
+                State::Extension { size, read: read + 1, begun: begun || b == b';' }
+            }
+            (State::SizeLf(0), b'\n') => State::Trailer(Trailer::default()),
+            (State::SizeLf(size), b'\n') => State::Data(size),
+            (State::Trailer(trailer), _) => trailer.after(b)?,
+            (State::TrailerLf(Trailer { line: Line::Empty, .. }), b'\n') => State::Done,
+            (State::TrailerLf(trailer), b'\n') => {
+                State::Trailer(Trailer { line: Line::Empty, lines: trailer.lines + 1, ..trailer })
+            }
+            _ => return Err(Invalid),
+        })
+    }
+}
+
+impl Trailer {
+    /// In a line of the trailers: what comes after `b`.
+    fn after(self, b: u8) -> Result<State, Invalid> {
+        let is_token = b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+        let line = match (self.line, b) {
+            (Line::Empty | Line::Value, b'\r') => return Ok(State::TrailerLf(self)),
+            (Line::Empty | Line::Name, _) if is_token => Line::Name,
+            (Line::Name, b':') => Line::Value,
+            (Line::Value, b'\t' | b' '..=b'~' | 0x80..) => Line::Value,
+            _ => return Err(Invalid),
+        };
+        if self.read == MAX_TRAILERS || usize::from(self.lines) == MAX_HEADERS {
+            return Err(Invalid);
+        }
+        Ok(State::Trailer(Trailer { read: self.read + 1, line, ..self }))
+    }
+}
+
+/// A whole head and where it ends, interim answers before it left out; `None` where more must come.
+fn read_head(bytes: &[u8]) -> Result<Option<(response::Parts, usize)>, Invalid> {
+    let mut from = 0;
+    loop {
+        let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
+        let mut answer = httparse::Response::new(&mut lines);
+        let length = match answer.parse(&bytes[from..]) {
+            Ok(httparse::Status::Complete(length)) => length,
+            Ok(httparse::Status::Partial) if bytes.len() <= MAX_HEAD => return Ok(None),
+            _ => return Err(Invalid),
+        };
+        if from + length > MAX_HEAD || has_bare_lf(&bytes[from..from + length]) {
+            return Err(Invalid);
+        }
+        let status = StatusCode::from_u16(answer.code.unwrap_or(0)).map_err(|_| Invalid)?;
+        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            from += length;
+            continue;
+        }
+        let (mut parts, ()) = Response::new(()).into_parts();
+        parts.status = status;
+        parts.version = if answer.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+        // All values share one copy of the head. Room for Zap's own headers as well.
+        let text = Bytes::copy_from_slice(&bytes[from..from + length]);
+        parts.headers = HeaderMap::with_capacity(answer.headers.len() + 8);
+        for line in answer.headers.iter() {
+            let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Invalid)?;
+            let start = line.value.as_ptr().addr() - bytes[from..].as_ptr().addr();
+            let value = text.slice(start..start + line.value.len());
+            parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Invalid)?);
+        }
+        return Ok(Some((parts, from + length)));
+    }
+}
+
+/// Whether a line ends without CR: `httparse` would let that pass.
+fn has_bare_lf(head: &[u8]) -> bool {
+    memchr::memchr_iter(b'\n', head).any(|at| at == 0 || head[at - 1] != b'\r')
+}
+
+/// Where the body ends (RFC 9112, section 6.3).
+fn framing(status: StatusCode, version: Version, headers: &HeaderMap) -> Result<State, Invalid> {
+    if !is_framed_once(version, headers) {
+        return Err(Invalid);
+    }
+    if matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::SWITCHING_PROTOCOLS) {
+        return Ok(State::Done);
+    }
+    if headers.contains_key(TRANSFER_ENCODING) {
+        return Ok(State::Size { size: 0, digits: 0, read: 0 });
+    }
+    match headers.get(CONTENT_LENGTH) {
+        Some(length) => match length.to_str().ok().and_then(|t| t.parse().ok()).ok_or(Invalid)? {
+            0 => Ok(State::Done),
+            length => Ok(State::Length(length)),
+        },
+        None => Ok(State::Open),
+    }
+}
+
+fn keeps_alive(version: Version, headers: &HeaderMap) -> bool {
+    let mut options = headers
+        .get_all(CONNECTION)
+        .iter()
+        .flat_map(|v| v.as_bytes().split(|b| *b == b','))
+        .map(<[u8]>::trim_ascii);
+    version == Version::HTTP_11 && !options.any(|option| option.eq_ignore_ascii_case(b"close"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Status and body of an answer that comes in pieces of `size`; whether it was whole, and whether another may follow.
+    fn read(bytes: &str, size: usize) -> Result<Option<(u16, String, bool, bool)>, Invalid> {
+        let mut decoder = Decoder::default();
+        decoder.begin();
+        let (mut status, mut body) = (None, Vec::new());
+        for piece in bytes.as_bytes().chunks(size) {
+            let rest = match status {
+                None => match decoder.head(piece)? {
+                    None => continue,
+                    Some((head, rest)) => {
+                        status = Some(head.status.as_u16());
+                        rest
+                    }
+                },
+                Some(_) => piece,
+            };
+            if !rest.is_empty() {
+                body.extend_from_slice(&decoder.body(rest)?);
+            }
+        }
+        let goes_on = decoder.may_go_on();
+        let whole = decoder.end();
+        Ok(status.map(|s| (s, String::from_utf8_lossy(&body).into_owned(), whole, goes_on)))
+    }
+
+    const OK: &str = "HTTP/1.1 200 OK\r\n";
+
+    #[test]
+    fn reads_every_framing_however_it_is_cut() {
+        for (rest, body, whole, goes_on) in [
+            ("content-length: 2\r\n\r\nok", "ok", true, true),
+            ("content-length: 2\r\nconnection: Keep-Alive , Close\r\n\r\nok", "ok", true, false),
+            ("content-length: 3\r\n\r\nok", "ok", false, false),
+            ("content-length: 0\r\n\r\n", "", true, true),
+            ("\r\nall there is", "all there is", true, false),
+            (
+                "transfer-encoding: chunked\r\n\r\n2\r\nok\r\nA ;x=y\r\n0123456789\r\n0\r\nt: u\r\n\r\n",
+                "ok0123456789",
+                true,
+                true,
+            ),
+            ("transfer-encoding: chunked\r\n\r\n0\r\n\r\n", "", true, true),
+            ("transfer-encoding: chunked\r\n\r\n2\r\nok\r\n", "ok", false, false),
+        ] {
+            let bytes = format!("{OK}{rest}");
+            for size in 1..=bytes.len() {
+                let read = read(&bytes, size);
+                assert_eq!(read, Ok(Some((200, body.to_owned(), whole, goes_on))), "{bytes:?} in {size}");
+            }
+        }
+        for (bytes, status) in [
+            ("HTTP/1.1 204 No\r\ncontent-length: 5\r\n\r\n", 204),
+            ("HTTP/1.1 304 Not\r\ncontent-length: 5\r\n\r\n", 304),
+            (
+                "HTTP/1.1 100 C\r\n\r\nHTTP/1.1 103 E\r\na: b\r\n\r\nHTTP/1.1 201\r\ncontent-length: 0\r\n\r\n",
+                201,
+            ),
+        ] {
+            for size in 1..=bytes.len() {
+                assert_eq!(read(bytes, size), Ok(Some((status, String::new(), true, true))), "{bytes:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_stands_behind_an_answer_ends_the_connection() {
+        for rest in ["content-length: 2\r\n\r\nok", "transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"]
+        {
+            let bytes = format!("{OK}{rest}HTTP/1.1 200 OK\r\n\r\n");
+            assert_eq!(read(&bytes, bytes.len()), Ok(Some((200, "ok".to_owned(), true, false))));
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_no_answer_or_could_be_read_as_another() {
+        for bytes in [
+            "HTTP/9 200 OK\r\n\r\n",
+            "HTTP/1.1 2x0 OK\r\n\r\n",
+            "HTTP/1.1 200 OK\na: b\r\n\r\n",
+            "HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n",
+            "HTTP/1.1 200 OK\r\na : b\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n",
+        ] {
+            assert_eq!(read(bytes, bytes.len()), Err(Invalid), "{bytes:?}");
+        }
+        for chunks in [
+            "\r\n",
+            "g\r\n",
+            "-1\r\n",
+            "0x1\r\n",
+            "1\n",
+            "1\rx",
+            ";x\r\n",
+            "00000000000000001\r\n",
+            "1;\u{7}\r\n",
+            "1 x\r\n",
+        ] {
+            let bytes = format!("{OK}transfer-encoding: chunked\r\n\r\n{chunks}ok\r\n0\r\n\r\n");
+            assert_eq!(read(&bytes, bytes.len()), Err(Invalid), "{chunks:?}");
+        }
+        for chunks in [
+            "2\r\nok0\r\n\r\n",
+            "2\r\nok\n0\r\n\r\n",
+            "2\r\nok\r\n0\r\nx: \u{1}\r\n\r\n",
+            "2\r\nok\r\n0\r\n!\r\n\r\n",
+            "2\r\nok\r\n0\r\n: x\r\n\r\n",
+        ] {
+            let bytes = format!("{OK}transfer-encoding: chunked\r\n\r\n{chunks}");
+            let read = read(&bytes, bytes.len());
+            assert_eq!(
+                read,
+                Ok(Some((200, "ok".to_owned(), false, false))),
+                "what came before is kept: {chunks:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn heads_and_their_lines_have_bounds() {
+        let lines =
+            |n: usize, value: usize| format!("{OK}{}\r\n", format!("a: {}\r\n", "x".repeat(value)).repeat(n));
+        assert!(read(&lines(MAX_HEADERS, 9), 100).is_ok());
+        assert_eq!(read(&lines(MAX_HEADERS + 1, 9), 100), Err(Invalid));
+        assert!(read(&lines(60, 1000), 1000).is_ok());
+        assert_eq!(read(&lines(66, 1000), 1000), Err(Invalid));
+        let endless = "HTTP/1.1 100 Continue\r\n\r\n".repeat(4000);
+        assert_eq!(read(&endless, 1000), Err(Invalid), "interim answers count");
+        let extension = format!("{OK}transfer-encoding: chunked\r\n\r\n1;{}", "x".repeat(MAX_SIZE_LINE + 1));
+        assert_eq!(read(&extension, extension.len()), Err(Invalid));
+        let trailers = format!(
+            "{OK}transfer-encoding: chunked\r\n\r\n0\r\n{}",
+            format!("a: {}\r\n", "b".repeat(99)).repeat(90)
+        );
+        assert_eq!(read(&trailers, trailers.len()), Err(Invalid));
+    }
+}
