@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http::header::{CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::response::Parts;
 
 use super::attempt::{Attempts, Failed, Last};
@@ -19,11 +19,14 @@ use crate::policy::route::TargetId;
 use crate::policy::{Nanos, advertised, headers};
 use crate::server::alarm::Elapsed;
 use crate::telemetry::Phase;
-use crate::upstream::link::{Link, SendBody};
+use crate::upstream::link::{Link, Message, write_header};
 use crate::upstream::pool::{Lease, Pool};
 use crate::upstream::probe::announce;
-use crate::upstream::send::{Answer, Outgoing, SendError, send};
+use crate::upstream::send::{Answer, SendError, send};
 use crate::upstream::{InFlight, Upstream};
+
+/// Room in a head for what most clients' headers take.
+const HEAD_ROOM: usize = 768;
 
 /// An answer worth delivering.
 type Good = (Parts, Lease, InFlight, Option<Bytes>);
@@ -71,7 +74,8 @@ impl Attempts<'_> {
         limit: Nanos,
         pool: Option<&Pool>,
     ) -> Result<Answer, SendError> {
-        let outgoing = self.outgoing(target, entered.upstream());
+        let message = self.message(target, entered.upstream());
+        let connect = self.snapshot.config.timeouts.connect;
         let completion = &mut *self.completion;
         let on_connect = |opening| {
             completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
@@ -80,23 +84,30 @@ impl Attempts<'_> {
             }
         };
         let worker = self.gateway.recorder().worker;
-        let sending = send(pool, worker, entered.upstream(), outgoing, on_connect);
+        let sending = send(pool, worker, entered.upstream(), message, connect, on_connect);
         self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 
     /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
-    fn outgoing(&self, target: TargetId, upstream: &Upstream) -> Outgoing {
-        let mut to = HeaderMap::with_capacity(24);
-        headers::to_backend(self.headers, upstream.conf.forward_authorization, &mut to);
-        upstream.dress(&mut to);
-        to.insert(headers::X_REQUEST_ID, self.completion.request_id.clone());
+    fn message(&self, target: TargetId, upstream: &Upstream) -> Message {
+        let begin = upstream.begin(self.ask.endpoint).unwrap_or_default();
+        let mut head = Vec::with_capacity(begin.len() + HEAD_ROOM);
+        head.extend_from_slice(begin);
+        headers::to_backend(self.headers, upstream.conf.forward_authorization, |name, value| {
+            if !upstream.has_own(name) {
+                write_header(&mut head, name, value);
+            }
+        });
+        write_header(&mut head, &headers::X_REQUEST_ID, &self.completion.request_id);
         let target = &self.snapshot.route(&self.ask).targets[target];
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
-        let body = SendBody::new(slices(&self.chat.chunks, splices));
-        let target = upstream.target(self.ask.endpoint).cloned().unwrap_or_default();
-        Outgoing { target, headers: to, body, connect: self.snapshot.config.timeouts.connect }
+        let body = slices(&self.chat.chunks, splices);
+        let length: usize = body.iter().map(Bytes::len).sum();
+        write_header(&mut head, &CONTENT_LENGTH, &HeaderValue::from(length));
+        head.extend_from_slice(b"\r\n");
+        Message { head, body }
     }
 
     /// Judges an answer by its status; of one that is delivered and no stream, waits for the first frame too.
@@ -121,7 +132,7 @@ impl Attempts<'_> {
                 last: Last::Answer { head: Box::new(head), lease, entered },
             }
         };
-        match judge(head.status.as_u16(), upstream.key.is_some()) {
+        match judge(head.status.as_u16(), upstream.conf.api_key.is_some()) {
             Outcome::Deliver => {}
             Outcome::Failure => return Err(fail(Code::UpstreamError, true)(head, lease, entered)),
             Outcome::Busy => {

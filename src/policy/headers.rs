@@ -31,11 +31,15 @@ const NOT_FOR_CLIENTS: [HeaderName; 9] = [
     SET_COOKIE,
 ];
 
-/// Copies into `to` what a backend may see of a client's headers, defaults included.
+/// Puts, one by one, what a backend may see of a client's headers, defaults included.
 ///
 /// `forward_authorization` adds the client's bearer and the account headers that belong to it. Headers that
 /// `Connection` nominates are left out, whatever they are.
-pub fn to_backend(client: &HeaderMap, forward_authorization: bool, to: &mut HeaderMap) {
+pub fn to_backend(
+    client: &HeaderMap,
+    forward_authorization: bool,
+    mut put: impl FnMut(&HeaderName, &HeaderValue),
+) {
     let nominates = client.contains_key(CONNECTION);
     let is_nominated = |name: &HeaderName| {
         nominates
@@ -44,6 +48,7 @@ pub fn to_backend(client: &HeaderMap, forward_authorization: bool, to: &mut Head
                 .iter()
                 .any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
     };
+    let (mut accepts, mut is_named) = (false, false);
     for (name, value) in client {
         let passes = match name.as_str() {
             "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
@@ -53,15 +58,20 @@ pub fn to_backend(client: &HeaderMap, forward_authorization: bool, to: &mut Head
             other => other.starts_with("x-stainless-"),
         };
         if passes && !is_nominated(name) {
-            to.append(name, value.clone());
+            accepts |= *name == ACCEPT;
+            is_named |= *name == USER_AGENT;
+            put(name, value);
         }
     }
-    for (name, default) in [(ACCEPT, "*/*"), (USER_AGENT, "zap")] {
-        to.entry(name).or_insert(HeaderValue::from_static(default));
+    if !accepts {
+        put(&ACCEPT, &HeaderValue::from_static("*/*"));
+    }
+    if !is_named {
+        put(&USER_AGENT, &HeaderValue::from_static("zap"));
     }
     // The scanner has seen to it; what a client without care calls it (`curl -d` says a form) would only mislead.
-    to.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    to.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    put(&CONTENT_TYPE, &HeaderValue::from_static("application/json"));
+    put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }
 
 /// Takes out of a response's headers what ends at Zap.
@@ -218,7 +228,9 @@ mod tests {
             ("x-other", "no"),
         ]);
         let mut to = HeaderMap::new();
-        to_backend(&client, false, &mut to);
+        to_backend(&client, false, |name, value| {
+            to.append(name, value.clone());
+        });
         let want = map(&[
             ("x-stainless-lang", "python"),
             ("openai-beta", "assistants=v2"),
@@ -231,7 +243,9 @@ mod tests {
         ]);
         assert_eq!(to, want);
         let mut forwarded = HeaderMap::new();
-        to_backend(&client, true, &mut forwarded);
+        to_backend(&client, true, |name, value| {
+            forwarded.append(name, value.clone());
+        });
         assert_eq!(forwarded["authorization"], "Bearer client");
         assert_eq!(forwarded["openai-organization"], "org");
         assert!(!forwarded.contains_key("x-api-key") && !forwarded.contains_key("cookie"));
@@ -241,7 +255,9 @@ mod tests {
     fn connection_may_nominate_even_the_credential() {
         let client = map(&[("authorization", "Bearer client"), ("connection", "Authorization")]);
         let mut to = HeaderMap::new();
-        to_backend(&client, true, &mut to);
+        to_backend(&client, true, |name, value| {
+            to.append(name, value.clone());
+        });
         assert!(!to.contains_key("authorization"));
     }
 

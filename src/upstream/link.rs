@@ -12,8 +12,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName};
-use http::{Method, Request, Uri, response};
+use http::{HeaderName, HeaderValue, response};
 use http_body::SizeHint;
 use hyper::rt::{Read, ReadBuf, Write};
 use hyper_rustls::MaybeHttpsStream;
@@ -42,13 +41,13 @@ pub enum LinkError {
     /// It broke, or what came is not an answer.
     Broken(Code),
     /// It had died, of what the code says, before a byte of the request was written; here is the request.
-    Unsent(Box<Request<SendBody>>, Code),
+    Unsent(Box<Message>, Code),
 }
 
 /// One connection that carries one exchange at a time.
 pub trait Link {
     /// Begins an exchange. Only on a link that [`is_reusable`](Link::is_reusable).
-    fn start(&mut self, request: Box<Request<SendBody>>);
+    fn start(&mut self, request: Message);
 
     /// Drives the exchange to the head of the answer.
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>>;
@@ -69,15 +68,21 @@ pub trait Link {
     fn is_open(&mut self) -> bool;
 }
 
-/// A request's body: slices of the client's chunks and what was spliced in between.
+/// A request as it goes out.
 #[derive(Debug, Default)]
-pub struct SendBody(Slices);
+pub struct Message {
+    /// The head, to its empty line (RFC 9112, section 3).
+    pub head: Vec<u8>,
+    /// Slices of the client's chunks and what was spliced in between.
+    pub body: Slices,
+}
 
-impl SendBody {
-    /// A body of these slices in order.
-    pub fn new(slices: Slices) -> Self {
-        SendBody(slices)
-    }
+/// Writes one header line.
+pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
+    out.extend_from_slice(name.as_str().as_bytes());
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value.as_bytes());
+    out.extend_from_slice(b"\r\n");
 }
 
 /// Zap's own HTTP/1.1 client connection.
@@ -85,7 +90,7 @@ impl SendBody {
 pub struct Http1 {
     io: Io,
     /// The request under way.
-    request: Option<Box<Request<SendBody>>>,
+    request: Option<Message>,
     outbox: Outbox,
     decoder: Decoder,
     /// The beginning of the body, which came with the head.
@@ -97,7 +102,6 @@ pub struct Http1 {
 /// What is still to be written.
 #[derive(Debug, Default)]
 struct Outbox {
-    head: Vec<u8>,
     /// Bytes of the head that are written, then the slices that are, then the bytes of the next one.
     written: usize,
     slices: usize,
@@ -133,7 +137,7 @@ impl Http1 {
     /// Writes on.
     fn send(&mut self, cx: &mut Context<'_>) {
         let Some(request) = &self.request else { return };
-        match self.outbox.poll(Pin::new(&mut self.io), cx, &request.body().0) {
+        match self.outbox.poll(Pin::new(&mut self.io), cx, request) {
             // The client's body is not held any longer than that.
             Poll::Ready(Ok(())) => self.request = None,
             Poll::Ready(Err(_)) => self.outbox.state = Sending::Broken,
@@ -159,33 +163,24 @@ impl Http1 {
     fn broken(&mut self, code: Code) -> LinkError {
         let unsent = self.outbox.state == Sending::Broken && self.outbox.written == 0;
         match self.request.take().filter(|_| unsent) {
-            Some(request) => LinkError::Unsent(request, code),
+            Some(request) => LinkError::Unsent(Box::new(request), code),
             None => LinkError::Broken(code),
         }
     }
 }
 
 impl Outbox {
-    /// Begins with the head of `request`.
-    fn fill(&mut self, request: &Request<SendBody>) {
-        let length: u64 = request.body().0.iter().map(|s| s.len() as u64).sum();
-        let mut head = std::mem::take(&mut self.head);
-        head.clear();
-        write_head(&mut head, request.method(), request.uri(), request.headers(), length);
-        *self = Outbox { head, state: Sending::Writing, ..Outbox::default() };
-    }
-
-    /// Writes as much as the socket takes of the head and `body`.
+    /// Writes as much of a request as the socket takes.
     fn poll(
         &mut self,
         mut io: Pin<&mut Io>,
         cx: &mut Context<'_>,
-        body: &[Bytes],
+        Message { head, body }: &Message,
     ) -> Poll<std::io::Result<()>> {
         while self.state == Sending::Writing {
             let mut slices = SmallVec::<[IoSlice<'_>; 8]>::new();
-            if self.written < self.head.len() {
-                slices.push(IoSlice::new(&self.head[self.written..]));
+            if self.written < head.len() {
+                slices.push(IoSlice::new(&head[self.written..]));
             }
             let mut skip = self.of_slice;
             for slice in body[self.slices..].iter().take(MAX_SLICES) {
@@ -200,7 +195,7 @@ impl Outbox {
             if n == 0 {
                 return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
             }
-            let of_head = n.min(self.head.len() - self.written);
+            let of_head = n.min(head.len() - self.written);
             self.written += of_head;
             n -= of_head;
             while n > 0 && self.slices < body.len() {
@@ -221,31 +216,9 @@ impl Outbox {
     }
 }
 
-/// The head of a request (RFC 9112, section 3), its length stated where a body may be.
-fn write_head(out: &mut Vec<u8>, method: &Method, uri: &Uri, headers: &HeaderMap, length: u64) {
-    out.reserve(512);
-    out.extend_from_slice(method.as_str().as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(uri.path_and_query().map_or("/", |p| p.as_str()).as_bytes());
-    out.extend_from_slice(b" HTTP/1.1\r\n");
-    let mut line = |name: &HeaderName, value: &[u8]| {
-        out.extend_from_slice(name.as_str().as_bytes());
-        out.extend_from_slice(b": ");
-        out.extend_from_slice(value);
-        out.extend_from_slice(b"\r\n");
-    };
-    for (name, value) in headers {
-        line(name, value.as_bytes());
-    }
-    if *method == Method::POST {
-        line(&CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
-    }
-    out.extend_from_slice(b"\r\n");
-}
-
 impl Link for Http1 {
-    fn start(&mut self, request: Box<Request<SendBody>>) {
-        self.outbox.fill(&request);
+    fn start(&mut self, request: Message) {
+        self.outbox = Outbox { state: Sending::Writing, ..Outbox::default() };
         self.request = Some(request);
         self.decoder.begin();
         self.ahead = None;

@@ -12,27 +12,34 @@ pub mod send;
 
 pub mod probe;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
-use http::header::AUTHORIZATION;
-use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use http::header::{ACCEPT, AUTHORIZATION, HOST, USER_AGENT};
+use http::{HeaderName, HeaderValue, Uri};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
 use self::connect::Connector;
+use self::link::write_header;
 use crate::clock;
 use crate::config;
 use crate::error::Code;
 use crate::policy::Nanos;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
+use crate::policy::headers::X_REQUEST_ID;
 use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
 use crate::policy::quota::{Quota, Turn};
 use crate::telemetry::Endpoint;
 use crate::telemetry::metrics::BackendLane;
+
+/// Headers of a health check beside a backend's own.
+const PROBE_HEADERS: &[(HeaderName, &str)] =
+    &[(ACCEPT, "*/*"), (USER_AGENT, concat!("zap/", env!("CARGO_PKG_VERSION")))];
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
@@ -45,14 +52,12 @@ pub struct Upstream {
     pub live: Arc<Live>,
     /// One lane a worker; they stay with the name.
     pub lanes: Arc<[CachePadded<BackendLane>]>,
-    /// Where each endpoint goes, by its discriminant; `None` where it is not served.
-    targets: [Option<Uri>; Endpoint::ALL.len()],
-    /// Where probes go.
-    pub health: Uri,
-    /// `Host`.
-    pub host: HeaderValue,
-    /// The header with Zap's own key.
-    pub key: Option<(HeaderName, HeaderValue)>,
+    /// How a request to each endpoint begins, by its discriminant; `None` where it is not served.
+    heads: [Option<Head>; Endpoint::ALL.len()],
+    /// The head of a probe.
+    probe: Head,
+    /// Headers that [`heads`](Self::begin) has: nobody else's of the same name are sent.
+    own: Vec<HeaderName>,
     /// `x-zap-backend`.
     pub label: HeaderValue,
     /// A hash of its name, the same in every process.
@@ -61,6 +66,24 @@ pub struct Upstream {
     /// Its own limit of requests at once, and the line before it.
     places: Option<Arc<Admission>>,
     quota: Option<Arc<Quota>>,
+}
+
+/// The beginning of a request's head, with Zap's own key in it.
+struct Head(Vec<u8>);
+
+impl fmt::Debug for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl Head {
+    fn new(method: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
+        let path = target.path_and_query().map_or("/", |p| p.as_str());
+        let mut head = format!("{method} {path} HTTP/1.1\r\n").into_bytes();
+        headers.iter().for_each(|(name, value)| write_header(&mut head, name, value));
+        Head(head)
+    }
 }
 
 /// What is known of a provider, from its first configuration to its last.
@@ -144,6 +167,25 @@ impl Upstream {
         let path =
             |tail: &str| format!("{}{tail}", conf.url.path).parse().map_err(|_| bad("its path is not valid"));
         let connector = Connector::new(&conf, roots).map_err(|e| bad(&e))?;
+        let host = HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?;
+        let key = conf.api_key.as_ref().map(|key| match &conf.auth_header {
+            Some(name) => (name.clone(), key.bare()),
+            None => (AUTHORIZATION, key.bearer()),
+        });
+        let mut own = vec![(HOST, host)];
+        own.extend(key);
+        // Each has one author; the last word is with the further headers.
+        own.retain(|(name, _)| conf.extra_headers.iter().all(|(extra, _)| extra != name));
+        own.extend(conf.extra_headers.iter().filter(|(name, _)| *name != X_REQUEST_ID).cloned());
+        let targets = targets(&conf).map_err(bad)?;
+        let heads = targets.map(|target| target.map(|target| Head::new("POST", &target, &own)));
+        let mut probe = Head::new("GET", &path(&conf.health_path)?, &own);
+        for (name, value) in PROBE_HEADERS {
+            if own.iter().all(|(known, _)| known != name) {
+                write_header(&mut probe.0, name, &HeaderValue::from_static(value));
+            }
+        }
+        probe.0.extend_from_slice(b"connection: close\r\n\r\n");
         let lanes = before.map(|b| b.lanes.clone());
         let same = before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.trusts_as(&connector));
         let places = conf
@@ -155,13 +197,9 @@ impl Upstream {
         Ok(Upstream {
             live: same.map_or_else(|| Arc::new(Live::new()), |b| b.live.clone()),
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
-            targets: targets(&conf).map_err(bad)?,
-            health: path(&conf.health_path)?,
-            host: HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?,
-            key: conf.api_key.as_ref().map(|key| match &conf.auth_header {
-                Some(name) => (name.clone(), key.bare()),
-                None => (AUTHORIZATION, key.bearer()),
-            }),
+            heads,
+            probe,
+            own: own.into_iter().map(|(name, _)| name).collect(),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),
             connector,
@@ -197,14 +235,25 @@ impl Upstream {
         self.live.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Where it wants requests to `endpoint`.
-    pub fn target(&self, endpoint: Endpoint) -> Option<&Uri> {
-        self.targets[endpoint as usize].as_ref()
+    /// The beginning of a request's head: its first line, and the headers that are this backend's own. `None`: it does not
+    /// serve that endpoint.
+    pub fn begin(&self, endpoint: Endpoint) -> Option<&[u8]> {
+        self.heads[endpoint as usize].as_ref().map(|head| &head.0[..])
+    }
+
+    /// Whether [`begin`](Self::begin) has a header of this name.
+    pub fn has_own(&self, name: &HeaderName) -> bool {
+        self.own.contains(name)
+    }
+
+    /// The head of a health check.
+    pub fn probe(&self) -> &[u8] {
+        &self.probe.0
     }
 
     /// Whether it serves other endpoints than chat.
     pub fn serves_all(&self) -> bool {
-        self.target(Endpoint::Completions).is_some()
+        self.begin(Endpoint::Completions).is_some()
     }
 
     /// Whether it may be asked at `now` for a model of this `key`, asked for only where it matters. `turn`: a place in
@@ -275,17 +324,6 @@ impl Upstream {
     /// Why it would refuse a request for any model at `now`, but for cooling, which goes by model.
     pub fn closed(&self, now: Nanos) -> Option<Closed> {
         self.check(now, || 0, None).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
-    }
-
-    /// The headers that every request to it has.
-    pub fn dress(&self, headers: &mut HeaderMap) {
-        headers.insert(http::header::HOST, self.host.clone());
-        if let Some((name, key)) = &self.key {
-            headers.insert(name.clone(), key.clone());
-        }
-        for (name, value) in &self.conf.extra_headers {
-            headers.insert(name.clone(), value.clone());
-        }
     }
 
     /// Notes a failed try for `/status`.

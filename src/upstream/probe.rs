@@ -4,13 +4,11 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{ACCEPT, CONNECTION, HeaderValue, USER_AGENT};
-use http::{Method, Request};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Upstream;
 use super::connect::ConnectError;
-use super::link::{Http1, Link, SendBody};
+use super::link::{Http1, Link, Message};
 use crate::clock;
 use crate::policy::breaker::{Change, Probe, Status};
 use crate::state::Shared;
@@ -81,15 +79,7 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
         Err(ConnectError::Peer(_)) => return Some(Probe::Failed),
     };
     let mut link = Http1::new(io);
-    let mut request = Box::new(Request::new(SendBody::default()));
-    *request.method_mut() = Method::GET;
-    *request.uri_mut() = upstream.health.clone();
-    let headers = request.headers_mut();
-    headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
-    headers.insert(USER_AGENT, HeaderValue::from_static(concat!("zap/", env!("CARGO_PKG_VERSION"))));
-    upstream.dress(headers);
-    headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    link.start(request);
+    link.start(Message { head: upstream.probe().to_vec(), ..Message::default() });
     Some(match poll_fn(|cx| link.poll_head(cx)).await {
         Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),
         Err(_) => Probe::Failed,

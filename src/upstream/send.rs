@@ -4,11 +4,11 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, Method, Request, StatusCode, Uri, response};
+use http::{StatusCode, response};
 
 use super::Upstream;
 use super::connect::ConnectError;
-use super::link::{Http1, Link, LinkError, SendBody};
+use super::link::{Http1, Link, LinkError, Message};
 use super::pool::{Lease, Pool};
 use crate::clock;
 use crate::error::Code;
@@ -20,28 +20,6 @@ pub struct Answer {
     pub head: response::Parts,
     /// The connection.
     pub lease: Lease,
-}
-
-/// A request in the form a backend gets it.
-pub struct Outgoing {
-    /// Path and query.
-    pub target: Uri,
-    /// All headers but the length.
-    pub headers: HeaderMap,
-    /// The body.
-    pub body: SendBody,
-    /// How long a fresh connection may take.
-    pub connect: Duration,
-}
-
-impl Outgoing {
-    fn into_request(self) -> Box<Request<SendBody>> {
-        let mut request = Box::new(Request::new(self.body));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = self.target;
-        *request.headers_mut() = self.headers;
-        request
-    }
 }
 
 /// Why there is no answer.
@@ -76,7 +54,8 @@ impl From<ConnectError> for SendError {
 /// A peer's close crosses the request within the time of a round trip, however far it is.
 const CROSSING: Nanos = SECOND;
 
-/// Sends `outgoing` to `upstream` and waits for the head of the answer; the caller limits the time.
+/// Sends `request` to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
+/// connection alone.
 ///
 /// A pooled connection that had died before a byte was written costs nothing: the next one is taken. `pool`: where to
 /// look for one; `on_connect` is told before a fresh connection is opened and again when it stands.
@@ -87,11 +66,10 @@ pub async fn send(
     pool: Option<&Pool>,
     worker: usize,
     upstream: &Arc<Upstream>,
-    outgoing: Outgoing,
+    mut request: Message,
+    limit: Duration,
     mut on_connect: impl FnMut(bool),
 ) -> Result<Answer, SendError> {
-    let limit = outgoing.connect;
-    let mut request = outgoing.into_request();
     loop {
         let since = clock::now();
         let (mut lease, reused) = match pool.and_then(|pool| pool.take(upstream, since)) {
@@ -115,7 +93,7 @@ pub async fn send(
                 return Err(SendError::Stale);
             }
             Err(LinkError::Broken(code)) => return Err(code.into()),
-            Err(LinkError::Unsent(back, _)) if reused => request = back,
+            Err(LinkError::Unsent(back, _)) if reused => request = *back,
             Err(LinkError::Unsent(_, code)) => return Err(code.into()),
         }
     }

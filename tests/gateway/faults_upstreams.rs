@@ -12,7 +12,7 @@ use socket2::SockRef;
 use crate::support::provider::{
     After, Gate, backend, blackhole, chunk, end_chunks, reply, start_events, wait_closed,
 };
-use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually, within};
 
 /// No backoff to speak of, nobody taken out, one probe at the start.
 const QUICK: &str =
@@ -432,7 +432,7 @@ fn u09_a_client_that_reads_nothing_is_given_up_when_its_upstream_falls_silent() 
             false
         };
         start_events(stream);
-        let piece = "x".repeat(48 * 1024);
+        let piece = "x".repeat(24 * 1024);
         for _ in 0..4096 {
             let before = queued(zap, client).0;
             chunk(stream, &piece);
@@ -454,7 +454,8 @@ fn u09_a_client_that_reads_nothing_is_given_up_when_its_upstream_falls_silent() 
     ports.set((zap.address.port(), first.local_addr().unwrap().port())).unwrap();
     let head = format!("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n\r\n", STREAM.len());
     first.write_all([head.as_bytes(), STREAM.as_bytes()].concat().as_slice()).unwrap();
-    eventually("the upstream has fallen silent", || is_silent.load(Ordering::SeqCst));
+    // Where very many sockets are open, each look at the kernel's table takes its time.
+    within(Duration::from_secs(60), "the upstream has fallen silent", || is_silent.load(Ordering::SeqCst));
     // There is room for one connection: a second is served, within its 10 s of patience, once the first left.
     let mut second = zap.client();
     assert_eq!(second.get("/health").status, 200);
