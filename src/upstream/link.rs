@@ -6,6 +6,7 @@
 //! between two reads, so an idle connection and a silent stream take no memory but their socket's.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::pin::Pin;
@@ -68,13 +69,19 @@ pub trait Link {
     fn is_open(&mut self) -> bool;
 }
 
-/// A request as it goes out.
-#[derive(Debug, Default)]
+/// A request as it goes out, with the backend's key in it.
+#[derive(Default)]
 pub struct Message {
     /// The head, to its empty line (RFC 9112, section 3).
     pub head: Vec<u8>,
     /// Slices of the client's chunks and what was spliced in between.
     pub body: Slices,
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Message").finish_non_exhaustive()
+    }
 }
 
 /// Writes one header line.

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""User instructions and allocations that one request costs Zap, exactly: valgrind counts them.
+
+  benches/exact.py [--write]      fails where a figure is more than 3 % above benches/exact.txt; --write makes that anew
+
+A figure is the difference of two runs with different numbers of requests, so that what start and end cost is left out.
+Every feature is on. Needs valgrind and target/release/zap (or $ZAP_BIN).
+"""
+
+import os, re, signal, socket, subprocess, sys, tempfile, threading
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ZAP = os.environ.get("ZAP_BIN", os.path.join(HERE, "..", "target", "release", "zap"))
+TODAY = os.path.join(HERE, "exact.txt")
+FEW, MANY = 500, 2500
+TURN = 'The quick brown fox jumps over the lazy dog; \\"quoted\\", a \\n newline and some é中 text. '
+TURNS = ",".join('{"role":"%s","content":"%s"}' % (("user", "assistant")[i % 2], TURN) for i in range(7))
+ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 640 + b'"}}]}'
+EVENT = b'data: {"choices":[{"delta":{"content":"' + b"x" * 170 + b'"}}]}\n\n'
+
+
+def body(stream):
+    text = '{"messages":[%s],"temperature":0.7,"max_tokens":256,"model":"mock"%s}'
+    return (text % (TURNS, ',"stream":true' if stream else "")).encode()
+
+
+def read_message(sock, buf):
+    """One message with a length, or chunks to their end; what came behind it stays in buf."""
+    while b"\r\n\r\n" not in buf:
+        piece = sock.recv(65536)
+        if not piece:
+            return None
+        buf += piece
+    end = buf.index(b"\r\n\r\n") + 4
+    head = bytes(buf[:end]).lower()
+    length = re.search(rb"content-length: (\d+)", head)
+    chunked = b"transfer-encoding: chunked" in head
+    whole = lambda: b"\r\n0\r\n\r\n" in buf[end:] if chunked else len(buf) >= end + int(length[1] if length else 0)
+    while not whole():
+        buf += sock.recv(65536)
+    stop = buf.index(b"\r\n0\r\n\r\n", end) + 7 if chunked else end + int(length[1] if length else 0)
+    message = bytes(buf[:stop])
+    del buf[:stop]
+    return message
+
+
+def provider():
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        buf = bytearray()
+        while (request := read_message(sock, buf)) is not None:
+            if b'"stream":true' in request:
+                chunk = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
+                head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+                sock.sendall(head + chunk * 10 + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+            else:
+                head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
+                sock.sendall(head + ANSWER)
+
+    def accept():
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def count(tool, config, requests, stream):
+    command = ["valgrind", "--tool=" + tool]
+    command += ["--callgrind-out-file=/dev/null"] if tool == "callgrind" else ["--leak-check=no"]
+    zap = subprocess.Popen(command + [ZAP, "--config", config], stderr=subprocess.PIPE, text=True)
+    said = []
+    for line in zap.stderr:
+        said.append(line)
+        if "listening on" in line:
+            break
+    port = int(said[-1].rsplit(":", 1)[1])
+    rest = threading.Thread(target=lambda: said.extend(zap.stderr))
+    rest.start()
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    data, buf = body(stream), bytearray()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: zap\r\nauthorization: Bearer sk-client\r\n"
+    head += b"content-type: application/json\r\nuser-agent: exact\r\naccept: */*\r\ncontent-length: %d\r\n\r\n" % len(data)
+    for _ in range(requests):
+        sock.sendall(head + data)
+        answer = read_message(sock, buf)
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+    sock.close()
+    zap.send_signal(signal.SIGTERM)
+    zap.wait()
+    rest.join()
+    pattern = r"refs:\s+([\d,]+)" if tool == "callgrind" else r"total heap usage: ([\d,]+) allocs"
+    return int(re.search(pattern, "".join(said))[1].replace(",", ""))
+
+
+def main():
+    port = provider()
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+        config.write(
+            '[server]\nhost = "127.0.0.1"\nport = 0\nworkers = 1\n[log]\nrequests = false\n'
+            "[rate_limit]\nrequests_per_minute = 4000000000\n[health]\ninterval_secs = 3600\n"
+        )
+        for name, weight in (("a", 2), ("b", 1)):
+            config.write(
+                f'[[backends]]\nname = "{name}"\nurl = "http://127.0.0.1:{port}"\nweight = {weight}\n'
+                'api_key = "sk-upstream"\ndefault_model = "mock"\nhealth_path = "/v1/models"\n'
+            )
+        config.flush()
+        figures = {}
+        for kind, stream in (("json", False), ("events", True)):
+            for what, tool in (("instructions", "callgrind"), ("allocations", "memcheck")):
+                few, many = (count(tool, config.name, n, stream) for n in (FEW, MANY))
+                figures[f"{kind} {what}"] = (many - few) / (MANY - FEW)
+    if "--write" in sys.argv:
+        with open(TODAY, "w") as file:
+            file.writelines(f"{name} {value:.1f}\n" for name, value in figures.items())
+    limits = dict(line.rsplit(" ", 1) for line in open(TODAY))
+    fine = True
+    for name, value in figures.items():
+        good = value <= float(limits[name]) * 1.03
+        fine &= good
+        print(f"{name:22} {value:10.1f} a request, {float(limits[name]):10.1f} known: {'fine' if good else 'MORE'}")
+    sys.exit(0 if fine else 1)
+
+
+main()
