@@ -1,7 +1,6 @@
 //! The command line: what was asked for, and doing it.
 
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,6 +9,7 @@ use tokio::sync::mpsc::Sender;
 
 use crate::config::{Config, LoadError};
 use crate::server::drain::{Order, Signals, orders};
+use crate::telemetry::log::Log;
 use crate::{RunError, demo};
 
 const HELP: &str = "\
@@ -125,18 +125,19 @@ fn listen_and_serve(config: Config) -> ExitCode {
 }
 
 fn serve(config: Config, listener: TcpListener) -> ExitCode {
+    let log = Log::start(config.log.events);
+    let of_bugs = log.clone();
     // Where, and not what: a message could hold anything.
-    std::panic::set_hook(Box::new(|bug| {
+    std::panic::set_hook(Box::new(move |bug| {
         let at = bug.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        // Nobody may be there to read it.
-        let _ = writeln!(std::io::stderr(), "zap: a bug{at} ended one task; everything else goes on");
+        of_bugs.event("error", "bug", &format!("a bug{at} ended what it met; everything else goes on"));
     }));
     let (sender, receiver) = orders();
     if let Err(e) = on_signals(sender) {
         eprintln!("zap: signals cannot be caught: {e}");
         return ExitCode::from(FAILED);
     }
-    match crate::run(config, listener, receiver) {
+    match crate::run(config, log, listener, receiver) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(FAILED),
         Err(RunError::Config(what)) => {

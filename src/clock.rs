@@ -1,5 +1,6 @@
 //! The one place that reads clocks for the decisions in [`crate::policy`].
 
+use std::pin::pin;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +16,29 @@ pub fn now() -> Nanos {
 /// A span as [`Nanos`], saturating at 584 years.
 pub fn nanos(span: Duration) -> Nanos {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A time limit has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Late;
+
+/// A timer that fires so late tells that the process was stopped, and with it all that the limit is for.
+const STOPPED: Duration = Duration::from_secs(1);
+
+/// Runs `work` for at most `limit`; time in which the process was stopped does not count.
+///
+/// # Errors
+/// [`Late`]; `work` is dropped then.
+pub async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, Late> {
+    let mut work = pin!(work);
+    loop {
+        let since = Instant::now();
+        match tokio::time::timeout(limit, work.as_mut()).await {
+            Ok(output) => return Ok(output),
+            Err(_) if since.elapsed() >= limit + STOPPED => {}
+            Err(_) => return Err(Late),
+        }
+    }
 }
 
 /// The wall clock as RFC 3339 text in UTC with milliseconds: `2026-11-24T03:20:22.123Z`.

@@ -62,13 +62,17 @@ pub enum RunError {
     Io(io::Error),
 }
 
-/// Serves `config` on `listener` until told to stop. `Ok(true)`: nothing was cut.
+/// Serves `config` on `listener` until told to stop; `log` is the way to stderr. `Ok(true)`: nothing was cut.
 ///
 /// # Errors
 /// It could not start, or the listener failed.
-pub fn run(config: Config, listener: TcpListener, orders: Receiver<Order>) -> Result<bool, RunError> {
+pub fn run(
+    config: Config,
+    log: Log,
+    listener: TcpListener,
+    orders: Receiver<Order>,
+) -> Result<bool, RunError> {
     clock::now();
-    let log = Log::start(config.log.events);
     for warning in &config.warnings {
         log.event("warn", "config", warning);
     }
@@ -79,6 +83,8 @@ pub fn run(config: Config, listener: TcpListener, orders: Receiver<Order>) -> Re
     let runtime = runtime.map_err(RunError::Io)?;
     let whole = runtime.block_on(server::serve(shared, listener, orders)).map_err(RunError::Io);
     runtime.shutdown_background();
+    // It may hold a way to the log.
+    drop(std::panic::take_hook());
     log.flush();
     whole
 }

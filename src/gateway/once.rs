@@ -45,7 +45,7 @@ impl Attempts<'_> {
         let since = clock::now();
         bug::here("try", &self.completion.request_id);
         let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool())).await;
-        if matches!(answer, Err(SendError::Stale)) {
+        if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
             answer = self.ask_once(target, &entered, limit, None).await;
         }
         if self.gateway.is_cut() {

@@ -124,6 +124,8 @@ impl RelayBody {
         match self.state {
             State::Ended => return Poll::Ready(None),
             State::Flushing => return self.conn.poll_flushed().map(|()| Some(Err(Cut))),
+            // The order to cut is not to be lost in what still comes.
+            State::Streaming if self.gateway.is_cut() => return self.interrupt(End::UpstreamError),
             State::Streaming => {}
         }
         loop {
@@ -236,6 +238,10 @@ impl RelayBody {
 impl Drop for RelayBody {
     /// Only a body that nobody wants any more still holds something: the client has left.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // A bug has cut it: without framing that must show.
+            self.conn.reset_on_close();
+        }
         if let Some(held) = &self.held {
             held.entered.upstream().live.breaker.success(clock::now());
         }

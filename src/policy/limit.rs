@@ -192,10 +192,14 @@ impl Limiter {
         }
     }
 
-    /// Changes how many keys are tracked at most (at least 1): what is too much goes at once, the oldest first.
+    /// Changes how many keys are tracked at most (at least 1). What is too much then goes by [`shrink`](Self::shrink).
     pub fn set_max_keys(&self, max_keys: usize) {
         self.max_keys.store(max_keys.max(1), Ordering::Relaxed);
-        while self.keys() > max_keys.max(1) && self.evict_oldest() {}
+    }
+
+    /// Takes out the keys that are too many, the oldest first: it may take a second for a few millions.
+    pub fn shrink(&self) {
+        while self.keys() > self.max_keys.load(Ordering::Relaxed) && self.evict_oldest() {}
     }
 
     /// Decides on one request of `key` at `now`, as one atomic step.
@@ -460,6 +464,7 @@ mod tests {
         let key = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         (0..1000).for_each(|i| assert!(l.check(key(i), 1, i).admitted));
         l.set_max_keys(10);
+        l.shrink();
         assert_eq!((l.keys(), l.map.len()), (10, 10));
         assert!(!l.check(key(990), 1, 1001).admitted, "the youngest are still known");
         assert!(l.check(key(989), 1, 1002).admitted && l.keys() == 10);

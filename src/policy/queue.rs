@@ -215,17 +215,16 @@ impl Admission {
     }
 
     fn release(&self) {
-        let slots = self.slots.load(Ordering::Relaxed);
-        let passes_on = |c: Counts| c.waiting > c.owed && c.in_flight <= slots;
         let before = self.update(|mut c| {
-            if passes_on(c) {
+            if c.waiting > c.owed && c.in_flight <= self.slots.load(Ordering::SeqCst) {
                 c.owed += 1;
             } else {
                 c.in_flight -= 1;
             }
             Some(c)
         });
-        if before.is_some_and(passes_on) {
+        // Where the limit has just changed, who settles finds what is owed.
+        if before.is_some_and(|c| c.waiting > c.owed) {
             self.settle();
         }
     }

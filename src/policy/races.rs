@@ -116,6 +116,27 @@ fn a_new_limit_reaches_those_who_wait() {
 }
 
 #[test]
+fn a_slot_that_is_given_back_while_the_limit_changes_is_not_lost() {
+    model(3, || {
+        let admission = Admission::new(1, 2);
+        let slot = wait(&admission).expect("it is free");
+        let queued = || match admission.enter() {
+            Ok(Entry::Queued(place)) => place,
+            other => panic!("no place: {other:?}"),
+        };
+        let (first, second) = (queued(), queued());
+        let gives_back = thread::spawn(move || drop(slot));
+        admission.resize(2, 2);
+        gives_back.join().unwrap();
+        // There is a slot for each, whatever came first; neither is given back.
+        let held = (block_on(first), block_on(second));
+        assert_eq!((admission.in_flight(), admission.depth()), (2, 0));
+        drop(held);
+        assert!(is_idle(&admission));
+    });
+}
+
+#[test]
 fn a_turn_gives_each_its_weight_over_all_threads() {
     model(3, || {
         let schedule = Arc::new(Schedule::new([(0, 2), (1, 1)]));

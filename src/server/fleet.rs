@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::task::{JoinHandle, LocalSet, spawn_blocking, spawn_local};
+use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 
 use crate::clock;
 use crate::config::{Config, LoadError, Server};
@@ -20,6 +20,7 @@ pub async fn watch(shared: &Arc<Shared>) {
     let local = LocalSet::new();
     let watching = async {
         let mut probes = Probes::default();
+        let mut reading = None;
         loop {
             probes.keep_up(shared);
             let next = shared.rebuild();
@@ -28,7 +29,15 @@ pub async fn watch(shared: &Arc<Shared>) {
             tokio::select! {
                 () = shared.fleet_changed.notified() => {}
                 () = tokio::time::sleep(wait) => {}
-                () = shared.reload_wanted.notified() => reload(shared).await,
+                () = shared.reload_wanted.notified(), if reading.is_none() => {
+                    let before = shared.snapshot.load_full();
+                    // A file may stand on a disk that hangs: all else goes on meanwhile.
+                    reading = Some(spawn_blocking(move || read(&before)));
+                }
+                read = ready(&mut reading) => {
+                    reading = None;
+                    reload(shared, read.unwrap_or_else(|_| Err("it could not be read".into())));
+                }
             }
         }
     };
@@ -45,7 +54,7 @@ impl Probes {
         let snapshot = shared.snapshot.load();
         let takes_requests = |id: u64| snapshot.backends.iter().any(|b| b.live.id == id && b.conf.weight > 0);
         self.0.retain(|id, probe| {
-            let stays = takes_requests(*id);
+            let stays = takes_requests(*id) && !probe.is_finished();
             if !stays {
                 probe.abort();
             }
@@ -58,18 +67,26 @@ impl Probes {
     }
 }
 
-/// Reads the configuration anew and puts it in place of the present one; a bad one changes nothing.
-async fn reload(shared: &Arc<Shared>) {
-    let before = shared.snapshot.load_full();
-    // A file may stand on a disk that hangs.
-    let reading = spawn_blocking(move || read(&before)).await;
-    match reading.unwrap_or_else(|_| Err("the configuration could not be read".into())) {
+/// What a file was read to; never, where none is being read.
+async fn ready<T>(reading: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match reading {
+        Some(reading) => reading.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Puts a new configuration in place of the present one; a bad one changes nothing.
+fn reload(shared: &Arc<Shared>, read: Result<(Snapshot, Vec<String>), String>) {
+    match read {
         Ok((next, warnings)) => {
             for warning in &warnings {
                 shared.log.event("warn", "config", warning);
             }
             let n = next.backends.len();
             shared.replace(next);
+            // Very many keys may be too much now.
+            let limiter = shared.clone();
+            drop(spawn_blocking(move || limiter.limiter.shrink()));
             shared.reloads.applied.fetch_add(1, Ordering::Relaxed);
             shared.log.event("info", "reload", &format!("the new configuration is in place: {n} backends"));
         }

@@ -113,12 +113,6 @@ impl Conn {
         self.reading.get() == Reading::Chunked
     }
 
-    /// Whether no request is being served and none has begun to arrive.
-    pub fn is_idle(&self) -> bool {
-        let between = self.reading.get() == Reading::Head || self.turn_over.get();
-        between && self.aside.borrow().is_empty()
-    }
-
     /// Whether the client has ended its side, in whatever way.
     pub fn has_ended(&self) -> bool {
         self.eof.get()

@@ -119,8 +119,10 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
         match listener.accept().await {
             Ok((client, peer)) => {
                 let _ = client.set_nodelay(true);
-                let fewest = workers.iter().min_by_key(|w| w.connections());
-                if let (Some(worker), Ok(client)) = (fewest, client.into_std()) {
+                let alive = workers.iter().filter(|w| !w.is_gone());
+                // Without workers the process is of no use: it ends, and whoever minds it starts it anew.
+                let Some(worker) = alive.min_by_key(|w| w.connections()) else { return };
+                if let Ok(client) = client.into_std() {
                     worker.take(client, peer.ip(), permit);
                 }
             }

@@ -78,6 +78,11 @@ impl Worker {
         self.load.connections.load(Ordering::Relaxed)
     }
 
+    /// A bug has ended its thread.
+    pub fn is_gone(&self) -> bool {
+        self.clients.is_closed()
+    }
+
     /// Hands it a client. `permit` is given back when the connection ends.
     pub fn take(&self, client: std::net::TcpStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);

@@ -297,8 +297,8 @@ impl Completion {
         if self.status == 0 {
             self.status = 500;
             lane.answered(self.endpoint, self.status);
+            *self.recorder.broken.borrow_mut() = Some(self.request_id.clone());
         }
-        *self.recorder.broken.borrow_mut() = Some(self.request_id.clone());
     }
 
     /// The head of the answer is ready.

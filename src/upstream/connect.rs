@@ -22,15 +22,12 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
+use crate::clock::{self, Late};
 use crate::config;
 use crate::error::Code;
 
 /// Silence after which a peer is asked whether it is still there; then again every half of it.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-
-/// How long a peer may leave the kernel's questions, or bytes, unanswered.
-#[cfg(target_os = "linux")]
-const GONE: Duration = Duration::from_secs(25);
 
 /// An open connection, plain or TLS.
 pub type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
@@ -101,12 +98,10 @@ impl Connector {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
-        // A peer that is gone without a word is noticed after `GONE`, whether bytes are under way or not.
+        // A peer that is gone without a word is noticed after two and a half of it.
         tcp.set_keepalive(Some(KEEPALIVE));
         tcp.set_keepalive_interval(Some(KEEPALIVE / 2));
         tcp.set_keepalive_retries(Some(3));
-        #[cfg(target_os = "linux")]
-        tcp.set_tcp_user_timeout(Some(GONE));
         let own_roots = match backend.ca_file.as_deref().filter(|_| url.https) {
             Some(path) => {
                 read_pem(path).map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?
@@ -129,14 +124,14 @@ impl Connector {
     /// that this machine has nothing to connect with.
     pub async fn connect(&self, limit: Duration) -> Result<Io, ConnectError> {
         let opening = self.https.clone().call(self.to.clone());
-        match tokio::time::timeout(limit, opening).await {
+        match clock::within(limit, opening).await {
             Ok(Ok(io)) => Ok(io),
             Ok(Err(e)) => Err(match e.downcast_ref::<TcpFailed>() {
                 Some(TcpFailed { exhausted: true }) => ConnectError::Exhausted,
                 Some(_) => ConnectError::Peer(Code::UpstreamUnreachable),
                 None => ConnectError::Peer(Code::UpstreamTlsError),
             }),
-            Err(_) => Err(ConnectError::Peer(Code::UpstreamTimeout)),
+            Err(Late) => Err(ConnectError::Peer(Code::UpstreamTimeout)),
         }
     }
 }
@@ -155,11 +150,9 @@ impl TcpFailed {
     fn new(error: &(dyn Error + 'static)) -> Self {
         let mut causes = std::iter::successors(Some(error), |e| Error::source(*e));
         let io = causes.find_map(|e| e.downcast_ref::<std::io::Error>());
-        let exhausted = io.and_then(std::io::Error::raw_os_error).map(Errno::from_raw_os_error);
-        let exhausted = matches!(
-            exhausted,
-            Some(Errno::MFILE | Errno::NFILE | Errno::ADDRNOTAVAIL | Errno::NOBUFS | Errno::NOMEM)
-        );
+        let lacking = [Errno::MFILE, Errno::NFILE, Errno::ADDRNOTAVAIL, Errno::NOBUFS, Errno::NOMEM];
+        let code = io.and_then(std::io::Error::raw_os_error);
+        let exhausted = code.is_some_and(|code| lacking.iter().any(|errno| errno.raw_os_error() == code));
         TcpFailed { exhausted }
     }
 }
@@ -216,7 +209,6 @@ mod tests {
         let asked = socket.tcp_keepalive_time().unwrap()
             + socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
         assert!(asked <= Duration::from_secs(30), "{asked:?}");
-        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(GONE));
     }
 
     #[test]

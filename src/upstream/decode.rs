@@ -26,7 +26,7 @@ const MAX_SIZE_LINE: usize = 1024;
 pub struct Invalid;
 
 /// Reads one answer after the other.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Decoder {
     state: State,
     /// The peer keeps the connection open behind this answer.
@@ -455,9 +455,9 @@ mod tests {
     fn heads_and_their_lines_have_bounds() {
         let lines =
             |n: usize, value: usize| format!("{OK}{}\r\n", format!("a: {}\r\n", "x".repeat(value)).repeat(n));
-        assert!(read(&lines(MAX_HEADERS, 9), 100).is_ok());
+        assert!(matches!(read(&lines(MAX_HEADERS, 9), 100), Ok(Some(_))));
         assert_eq!(read(&lines(MAX_HEADERS + 1, 9), 100), Err(Invalid));
-        assert!(read(&lines(60, 1000), 1000).is_ok());
+        assert!(matches!(read(&lines(60, 1000), 1000), Ok(Some(_))));
         assert_eq!(read(&lines(66, 1000), 1000), Err(Invalid));
         let endless = "HTTP/1.1 100 Continue\r\n\r\n".repeat(4000);
         assert_eq!(read(&endless, 1000), Err(Invalid), "interim answers count");

@@ -41,6 +41,8 @@ thread_local! {
 pub enum LinkError {
     /// It broke, or what came is not an answer.
     Broken(Code),
+    /// The peer closed it without a word.
+    HungUp,
     /// It had died, of what the code says, before a byte of the request was written; here is the request.
     Unsent(Box<Message>, Code),
 }
@@ -93,7 +95,6 @@ pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
 }
 
 /// Zap's own HTTP/1.1 client connection.
-#[derive(Debug)]
 pub struct Http1 {
     io: Io,
     /// The request under way.
@@ -104,6 +105,10 @@ pub struct Http1 {
     ahead: Option<Bytes>,
     /// No exchange has begun yet.
     idle: bool,
+    /// The peer has said something in this exchange.
+    heard: bool,
+    /// The break of what was written was met: the reader is to hear of it, once more.
+    waited: bool,
 }
 
 /// What is still to be written.
@@ -138,12 +143,16 @@ impl Http1 {
             decoder: Decoder::default(),
             ahead: None,
             idle: true,
+            heard: false,
+            waited: false,
         }
     }
 
     /// Writes on.
     fn send(&mut self, cx: &mut Context<'_>) {
-        let Some(request) = &self.request else { return };
+        let Some(request) = self.request.as_ref().filter(|_| self.outbox.state != Sending::Broken) else {
+            return;
+        };
         match self.outbox.poll(Pin::new(&mut self.io), cx, request) {
             // The client's body is not held any longer than that.
             Poll::Ready(Ok(())) => self.request = None,
@@ -162,17 +171,24 @@ impl Http1 {
             let mut buf = ReadBuf::new(scratch);
             ready!(Pin::new(&mut self.io).poll_read(cx, buf.unfilled()))?;
             let came = buf.filled();
+            self.heard |= !came.is_empty();
             Poll::Ready(Ok((!came.is_empty()).then(|| take(&mut self.decoder, came))))
         })
     }
 
     /// Why there is no head: what is left of the request goes back if none of it was written.
     fn broken(&mut self, code: Code) -> LinkError {
-        let unsent = self.outbox.state == Sending::Broken && self.outbox.written == 0;
-        match self.request.take().filter(|_| unsent) {
+        let is_unsent = self.is_unsent();
+        match self.request.take().filter(|_| is_unsent) {
             Some(request) => LinkError::Unsent(Box::new(request), code),
-            None => LinkError::Broken(code),
+            None if self.heard => LinkError::Broken(code),
+            None => LinkError::HungUp,
         }
+    }
+
+    /// Not a byte of the request was written, or will be.
+    fn is_unsent(&self) -> bool {
+        self.outbox.state == Sending::Broken && self.outbox.written == 0
     }
 }
 
@@ -229,7 +245,7 @@ impl Link for Http1 {
         self.request = Some(request);
         self.decoder.begin();
         self.ahead = None;
-        self.idle = false;
+        (self.idle, self.heard, self.waited) = (false, false, false);
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {
@@ -242,6 +258,8 @@ impl Link for Http1 {
                 Ok(Some((parts, ahead)))
             });
             let failed = match read {
+                // Whatever it answers, it is not this request.
+                Poll::Ready(Ok(Some(Ok(Some(_))))) if self.is_unsent() => Code::UpstreamUnreachable,
                 Poll::Ready(Ok(Some(Ok(Some((parts, ahead)))))) => {
                     self.ahead = Some(ahead).filter(|a| !a.is_empty());
                     return Poll::Ready(Ok(parts));
@@ -249,9 +267,14 @@ impl Link for Http1 {
                 Poll::Ready(Ok(Some(Ok(None)))) => continue,
                 Poll::Ready(Ok(Some(Err(super::decode::Invalid)))) => Code::UpstreamInvalidResponse,
                 Poll::Ready(Ok(None) | Err(_)) => Code::UpstreamUnreachable,
-                // A broken connection says so to the reader too; until then what it has said may come.
-                Poll::Pending if self.outbox.state == Sending::Broken => Code::UpstreamUnreachable,
-                Poll::Pending => return Poll::Pending,
+                // A broken connection says so to the reader too; until then what it has said before may come.
+                Poll::Pending if self.outbox.state == Sending::Broken && self.waited => {
+                    Code::UpstreamUnreachable
+                }
+                Poll::Pending => {
+                    self.waited = self.outbox.state == Sending::Broken;
+                    return Poll::Pending;
+                }
             };
             return Poll::Ready(Err(self.broken(failed)));
         }
@@ -289,7 +312,8 @@ impl Link for Http1 {
     }
 
     fn is_reusable(&self) -> bool {
-        let is_over = self.ahead.is_none() && self.decoder.may_go_on() && self.request.is_none();
+        let is_sent = self.request.is_none() && self.outbox.state == Sending::Done;
+        let is_over = self.ahead.is_none() && self.decoder.may_go_on() && is_sent;
         self.idle || is_over
     }
 

@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Upstream;
 use super::connect::ConnectError;
@@ -25,7 +25,7 @@ pub async fn watch(shared: Arc<Shared>, id: u64) {
         let proven = upstream.live.breaker.succeeded_within(clock::nanos(health.interval), now);
         if !(proven && matches!(upstream.live.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
-            let probe = timeout(health.timeout, checking).await.unwrap_or(Some(Probe::Failed));
+            let probe = clock::within(health.timeout, checking).await.unwrap_or(Some(Probe::Failed));
             if let Some(probe) = probe
                 && let Some(change) = upstream.live.breaker.probed(probe, snapshot.thresholds(), clock::now())
             {

@@ -31,8 +31,8 @@ pub enum SendError {
     Silent,
     /// No connection could be opened, and the backend has no part in that.
     Exhausted,
-    /// A connection that had served before broke as soon as the request was written: the peer had most likely closed it
-    /// meanwhile, and a fresh one will do.
+    /// A connection that had served before was closed, without a word, as soon as the request was written: the peer had
+    /// most likely closed it meanwhile, and a fresh one will do.
     Stale,
 }
 
@@ -87,11 +87,10 @@ pub async fn send(
                 return Err(Code::UpstreamInvalidResponse.into());
             }
             Ok(head) => return Ok(Answer { head, lease }),
-            Err(LinkError::Broken(Code::UpstreamUnreachable))
-                if reused && clock::now() < since + CROSSING =>
-            {
+            Err(LinkError::HungUp) if reused && clock::now() < since + CROSSING => {
                 return Err(SendError::Stale);
             }
+            Err(LinkError::HungUp) => return Err(Code::UpstreamUnreachable.into()),
             Err(LinkError::Broken(code)) => return Err(code.into()),
             Err(LinkError::Unsent(back, _)) if reused => request = *back,
             Err(LinkError::Unsent(_, code)) => return Err(code.into()),

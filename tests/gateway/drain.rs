@@ -93,3 +93,32 @@ fn with_nothing_to_do_it_ends_at_once() {
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
     assert_eq!(idle.rest(), (Vec::new(), true));
 }
+
+#[test]
+fn a_stream_in_full_flow_is_cut_visibly_too() {
+    // Whatever still comes must not hide the order to cut.
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        while chunk(stream, "data: more\n\n") {}
+        After::Close
+    });
+    for _ in 0..5 {
+        let zap = Zap::with("[server]\ndrain_secs = 0\n", &[a.backend("a", "")]);
+        let mut client = zap.client();
+        client.post("/chat", "", STREAM);
+        let mut answer = client.head();
+        for _ in 0..50 {
+            assert!(client.chunk().is_some_and(|c| !c.is_empty()));
+        }
+        zap.order(Order::Drain);
+        let end = Instant::now() + Duration::from_secs(5);
+        while let Some(piece) = client.chunk() {
+            assert!(Instant::now() < end, "it flows on");
+            answer.body.extend_from_slice(&piece);
+            answer.whole |= piece.is_empty();
+        }
+        let end = answer.text().rfind("data: {\"error\"").expect("it says that it was cut");
+        assert!(!answer.whole && answer.text()[end..].contains("stream_interrupted"));
+        assert!(!zap.join(), "something was cut");
+    }
+}

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::Sender;
 use zap::config::{Config, Faults, LoadError};
 use zap::server::drain::{Order, orders};
+use zap::telemetry::log::Log;
 
 use super::{Client, Response, eventually, within};
 
@@ -46,7 +47,8 @@ impl Zap {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (orders, receiver) = orders();
-        let thread = std::thread::spawn(move || zap::run(config, listener, receiver).unwrap());
+        let log = Log::start(config.log.events);
+        let thread = std::thread::spawn(move || zap::run(config, log, listener, receiver).unwrap());
         Zap { address, orders, thread: Some(thread) }
     }
 
