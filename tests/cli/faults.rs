@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -320,4 +321,84 @@ fn s04_control_characters_come_out_as_one_escaped_line() {
         let _: serde_json::Value = serde_json::from_str(line).unwrap();
         assert!(line.chars().all(|c| !c.is_control()) && !line.contains("31m"), "{line:?}");
     }
+}
+
+/// A library that goes in front of libc for one process (`machine.c`): made by the compiler that links Rust programs.
+fn machine() -> PathBuf {
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cli/machine.c");
+    let out =
+        std::env::temp_dir().join(format!("zap-machine-{}-{:x}.so", std::process::id(), fastrand::u64(..)));
+    let mut cc = std::process::Command::new("cc");
+    assert!(cc.args(["-shared", "-fPIC", "-o"]).arg(&out).args([source, "-ldl"]).status().unwrap().success());
+    out
+}
+
+#[test]
+fn o10_a_wall_clock_that_jumps_an_hour_changes_nothing() {
+    let (library, switch) = (machine(), File::new("clock", ""));
+    std::fs::remove_file(&switch.0).unwrap();
+    let busy = provider(
+        "HTTP/1.1 429 X\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        Duration::ZERO,
+    );
+    let second = format!("[[backends]]\nname = \"busy\"\nurl = \"http://{busy}\"\nweight = 1\n");
+    let settings = "[health]\ninterval_secs = 1\n[rate_limit]\nrequests_per_minute = 7";
+    let text = config(provider(OK, Duration::ZERO), settings) + &second;
+    let file = File::new("clock-config", &text);
+    let mut command = zap();
+    command
+        .args(["--config", file.path()])
+        .env("LD_PRELOAD", &library)
+        .env("TEST_CLOCK_AN_HOUR_OFF", &switch.0);
+    let zap = Running::start(&mut command);
+    let hour = |line: &str| line.split("T").nth(1).unwrap()[..2].parse::<u32>().unwrap();
+    let chat = |id: &str| ask(zap.address, &format!("POST /chat HTTP/1.1\r\nx-request-id: {id}"), CHAT);
+    (0..4).for_each(|_| assert!(chat("before").ends_with("ok")));
+    let before = hour(&zap.line("before"));
+    std::fs::write(&switch.0, "").unwrap();
+    assert!(chat("after").ends_with("ok"));
+    assert_eq!((before + 1) % 24, hour(&zap.line("after")), "the log follows the clock");
+    (0..2).for_each(|_| assert!(chat("more").ends_with("ok")));
+    assert!(chat("over").starts_with("HTTP/1.1 429 "), "no window has passed");
+    std::fs::remove_file(&switch.0).unwrap();
+    assert!(chat("over").starts_with("HTTP/1.1 429 "));
+    // Probes go on in their time, and nobody is out.
+    let probed = metric(zap.address, "zap_backend_up{backend=\"a\"}")
+        + metric(zap.address, "zap_backend_up{backend=\"busy\"}");
+    assert_eq!(probed, 2.0);
+    assert!(!zap.log.lock().unwrap().join("\n").contains("backend_down"));
+    clean(zap.address);
+    let _ = std::fs::remove_file(library);
+}
+
+#[test]
+fn u21_a_name_that_moves_is_followed_by_new_connections() {
+    let (library, switch) = (machine(), File::new("name", ""));
+    std::fs::remove_file(&switch.0).unwrap();
+    // Two providers at one port of two addresses; each answer ends its connection.
+    let serve = |listener: TcpListener, name: &'static str| {
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().map_while(Result::ok) {
+                let mut buf = [0; 8192];
+                let _ = stream.read(&mut buf);
+                let _ =
+                    write!(stream, "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 3\r\n\r\n{name}");
+            }
+        });
+    };
+    let first = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = first.local_addr().unwrap().port();
+    serve(first, "one");
+    serve(TcpListener::bind(("127.0.0.2", port)).unwrap(), "two");
+    let text = config(([127, 0, 0, 1], port).into(), "").replace("127.0.0.1:", "moving.test:");
+    let file = File::new("name-config", &text.replace("host = \"moving", "host = \"127.0.0.1"));
+    let mut command = zap();
+    command.args(["--config", file.path()]).env("LD_PRELOAD", &library).env("TEST_NAME_HAS_MOVED", &switch.0);
+    let zap = Running::start(&mut command);
+    let chat = || ask(zap.address, "POST /chat HTTP/1.1", CHAT);
+    (0..3).for_each(|_| assert!(chat().ends_with("one")));
+    std::fs::write(&switch.0, "").unwrap();
+    (0..3).for_each(|_| assert!(chat().ends_with("two")));
+    clean(zap.address);
+    let _ = std::fs::remove_file(library);
 }

@@ -61,6 +61,10 @@ impl Client {
         let request = format!(
             "POST /v1/chat/completions HTTP/1.1\r\nhost: zap\r\ncontent-length: {length}\r\n\r\n{body}"
         );
+        self.write(&request).await
+    }
+
+    async fn write(&mut self, request: &str) -> std::io::Result<()> {
         if self.stream.is_none() {
             let stream = TcpStream::connect(self.address).await?;
             stream.set_nodelay(true)?;
@@ -68,6 +72,12 @@ impl Client {
             self.buf.clear();
         }
         self.stream.as_mut().unwrap().write_all(request.as_bytes()).await
+    }
+
+    /// Any request as it stands, and its answer.
+    pub async fn raw(&mut self, text: &str) -> Result<Answer, String> {
+        self.write(text).await.map_err(|e| e.to_string())?;
+        self.answer().await
     }
 
     /// A chat and its answer.

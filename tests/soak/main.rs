@@ -2,7 +2,8 @@
 //!
 //! `cargo test --release --test soak -- [--secs N]` mixes plain and streamed requests, clients that leave, providers that
 //! fail and reloads for N seconds (60), then looks at memory, open files, gauges and every answer that is not
-//! explained; it ends with 1 where any is off. `-- leave | kill | reload | drain | hold [--secs N] | dead | keys` each
+//! explained; it ends with 1 where any is off. `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys`
+//! each
 //! print one figure of the README and end with 1 where it is missed; `-- figures` does all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // What cannot go on must say so.
@@ -44,12 +45,16 @@ fn main() -> ExitCode {
         "hold" => threads.block_on(scenes::hold(secs)),
         "dead" => threads.block_on(scenes::dead()),
         "keys" => scenes::keys(),
+        "silent" => threads.block_on(scenes::silent()),
+        "series" => threads.block_on(scenes::series()),
         "figures" => threads.block_on(async {
             let mut fine = scenes::leave().await;
             fine &= scenes::kill().await;
             fine &= scenes::reload().await;
             fine &= scenes::drain().await;
             fine &= scenes::dead().await;
+            fine &= scenes::silent().await;
+            fine &= scenes::series().await;
             fine &= scenes::keys();
             fine & scenes::hold(number("--secs", 300)).await
         }),

@@ -419,6 +419,99 @@ pub async fn dead() -> bool {
     fine & say(&format!("{} answers that are not 502", other.get()), other.get() == 0)
 }
 
+/// Ten thousand connections that say nothing, where half as many may be.
+pub async fn silent() -> bool {
+    const CONNECTIONS: usize = 10_000;
+    const MOST: usize = 5_000;
+    let a = Process::start(0, 0);
+    let zap = Zap::start(&config(&format!("max_connections = {MOST}\n"), &[("a", a.port, "")]));
+    let (files, memory) = (zap.open_files(), zap.rss_anon());
+    let since = Instant::now();
+    let mut crowd = Vec::new();
+    for _ in 0..CONNECTIONS {
+        // The kernel's queue holds those that are not taken yet; beyond it a connect waits.
+        match timeout(Duration::from_millis(500), tokio::net::TcpStream::connect(zap.address)).await {
+            Ok(Ok(stream)) => crowd.push(stream),
+            _ => break,
+        }
+    }
+    let taken = || zap.open_files().saturating_sub(files);
+    while taken() < MOST && since.elapsed() < Duration::from_secs(8) {
+        sleep(Duration::from_millis(20)).await;
+    }
+    let (most, each) = (taken(), zap.rss_anon().saturating_sub(memory) as f64 / MOST as f64);
+    let mut fine = say(
+        &format!("{} silent connections: {most} taken of {MOST} allowed, {each:.1} KiB each", crowd.len()),
+        (MOST..MOST + 16).contains(&most) && crowd.len() > MOST,
+    );
+    drop(crowd.split_off(MOST));
+    // The first are closed 10 s after they came, at the latest.
+    let mut one = [0; 1];
+    let mut closed = 0;
+    for stream in &crowd {
+        let end = tokio::time::Instant::from_std(since + Duration::from_secs(14));
+        closed += usize::from(
+            matches!(tokio::time::timeout_at(end, stream.readable()).await, Ok(Ok(())))
+                && matches!(stream.try_read(&mut one), Ok(0) | Err(_)),
+        );
+    }
+    fine &= say(&format!("{closed} of them closed after {:.1?}", since.elapsed()), closed == crowd.len());
+    drop(crowd);
+    let answer = Client::new(zap.address).chat("plain").await;
+    fine & say("the next client is served", answer.is_ok_and(|a| a.is_good()))
+}
+
+/// A million names of models, paths and methods, none of which becomes a series.
+pub async fn series() -> bool {
+    const EACH: u64 = 1_000_000 / 3;
+    const CLIENTS: u64 = 64;
+    let a = Process::start(0, 0);
+    let zap = Rc::new(Zap::start(&config("", &[("a", a.port, "models = [\"m\"]")])));
+    let names = async |zap: &Zap| {
+        let text = crate::load::get(zap.address, "/metrics").await;
+        let series = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.rsplit_once(' '));
+        series.map(|(name, _)| name.to_owned()).collect::<std::collections::BTreeSet<_>>()
+    };
+    // Once each kind of answer, so that its series stands.
+    let ask = async |client: &mut Client, i: u64| {
+        let body = format!("{{\"model\":\"m{i}\",\"messages\":[]}}");
+        let length = body.len();
+        for text in [
+            format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n{body}"),
+            format!("GET /p{i} HTTP/1.1\r\nhost: a\r\n\r\n"),
+            format!("M{i} /chat HTTP/1.1\r\nhost: a\r\n\r\n"),
+        ] {
+            let status = client.raw(&text).await.map(|a| a.status);
+            assert!(matches!(status, Ok(404 | 405)), "{status:?}");
+        }
+    };
+    ask(&mut Client::new(zap.address), EACH).await;
+    // A scrape too is a request whose series stands from then on.
+    names(&zap).await;
+    let before = names(&zap).await;
+    LocalSet::new()
+        .run_until(async {
+            let mut tasks = Vec::new();
+            for c in 0..CLIENTS {
+                let zap = zap.clone();
+                tasks.push(spawn_local(async move {
+                    let mut client = Client::new(zap.address);
+                    for i in (c..EACH).step_by(CLIENTS as usize) {
+                        ask(&mut client, i).await;
+                    }
+                }));
+            }
+            for task in tasks {
+                task.await.unwrap();
+            }
+        })
+        .await;
+    let after = names(&zap).await;
+    let text =
+        format!("{} names of models, paths, methods: {} series, and {}", 3 * EACH, before.len(), after.len());
+    say(&text, before == after)
+}
+
 /// Five million keys at the rate limiter.
 pub fn keys() -> bool {
     const KEYS: u64 = 5_000_000;
