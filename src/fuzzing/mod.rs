@@ -210,7 +210,7 @@ fn reset(line: &[u8], wall: SystemTime) {
     let mut headers = HeaderMap::new();
     headers.insert("x-ratelimit-remaining-tokens-minute", HeaderValue::from_static("0"));
     headers.insert("x-ratelimit-reset-tokens-minute", value);
-    assert_eq!(advertised::exhausted(&headers, wall), read);
+    assert_eq!(advertised::exhausted(&headers, || wall), read);
 }
 
 /// `policy::limit`: a window and a limiter, against naive logs.

@@ -82,7 +82,7 @@ pub async fn read(
         }
         scanner.feed(&data).map_err(refuse)?;
         pieces.push(data);
-        if length - marked >= PROGRESS as u64 {
+        if length - marked >= PROGRESS as u64 && !body.is_end_stream() {
             marked = length;
             until = deadline.min(clock::now() + PATIENCE);
         }

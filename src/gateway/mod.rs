@@ -258,7 +258,7 @@ impl Gateway {
                 .for_each(|h| *h.1 = HeaderValue::from_static("***"));
             // The key's length is not the stars': the length of the body is open.
             head.headers.remove(CONTENT_LENGTH);
-            Redactor::new(key.expose())
+            Box::new(Redactor::new(key.expose()))
         });
         completion.backend = Some(upstream);
         let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());

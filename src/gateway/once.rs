@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_TYPE, HeaderValue};
 use http::response::Parts;
 
 use super::attempt::{Attempts, Failed, Last};
@@ -32,21 +32,21 @@ const HEAD_ROOM: usize = 768;
 type Good = (Parts, Lease, InFlight, Option<Bytes>);
 
 impl Attempts<'_> {
-    /// One try at one backend.
+    /// One try at one backend, which begins at `since`.
     pub(super) async fn try_one(
         &mut self,
         target: TargetId,
         entered: InFlight,
+        since: Nanos,
         limit: Nanos,
     ) -> Result<Good, Box<Failed>> {
         let upstream = entered.upstream().clone();
         self.completion.tries += 1;
         self.completion.phase = Phase::Waiting;
-        let since = clock::now();
         bug::here("try", &self.completion.request_id);
-        let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool())).await;
+        let mut answer = self.ask_once(target, &entered, since, limit, Some(self.gateway.pool())).await;
         if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, limit, None).await;
+            answer = self.ask_once(target, &entered, clock::now(), limit, None).await;
         }
         if self.gateway.is_cut() {
             return Err(Box::new(cut()));
@@ -71,6 +71,7 @@ impl Attempts<'_> {
         &mut self,
         target: TargetId,
         entered: &InFlight,
+        now: Nanos,
         limit: Nanos,
         pool: Option<&Pool>,
     ) -> Result<Answer, SendError> {
@@ -84,7 +85,7 @@ impl Attempts<'_> {
             }
         };
         let worker = self.gateway.recorder().worker;
-        let sending = send(pool, worker, entered.upstream(), message, connect, on_connect);
+        let sending = send(pool, worker, entered.upstream(), message, now, connect, on_connect);
         self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 
@@ -105,8 +106,9 @@ impl Attempts<'_> {
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
         let body = slices(&self.chat.chunks, splices);
         let length: usize = body.iter().map(Bytes::len).sum();
-        write_header(&mut head, &CONTENT_LENGTH, &HeaderValue::from(length));
-        head.extend_from_slice(b"\r\n");
+        head.extend_from_slice(b"content-length: ");
+        head.extend_from_slice(itoa::Buffer::new().format(length).as_bytes());
+        head.extend_from_slice(b"\r\n\r\n");
         Message { head, body }
     }
 
@@ -120,7 +122,7 @@ impl Attempts<'_> {
     ) -> Result<Good, Failed> {
         let Answer { head, mut lease } = answer;
         let upstream = entered.upstream();
-        if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now()) {
+        if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now) {
             self.cool(target, span);
         }
         let fail = |code, blame| {

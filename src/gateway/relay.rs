@@ -55,7 +55,7 @@ pub struct RelayBody {
     gateway: Rc<Gateway>,
     conn: Rc<Conn>,
     first: Option<Bytes>,
-    redactor: Option<Redactor>,
+    redactor: Option<Box<Redactor>>,
     shape: Shape,
     tail: Tail,
     state: State,
@@ -84,7 +84,7 @@ impl RelayBody {
         gateway: Rc<Gateway>,
         conn: Rc<Conn>,
         first: Option<Bytes>,
-        redactor: Option<Redactor>,
+        redactor: Option<Box<Redactor>>,
         shape: Shape,
     ) -> Self {
         let mut relay = RelayBody {
@@ -148,7 +148,7 @@ impl RelayBody {
                 }
                 Poll::Ready(Some(Err(_))) => return self.interrupt(End::UpstreamError),
                 Poll::Ready(None) => {
-                    let rest = self.redactor.take().map(Redactor::finish).filter(|r| !r.is_empty());
+                    let rest = self.redactor.take().map(|r| r.finish()).filter(|r| !r.is_empty());
                     let rest = rest.map(|r| Ok(self.pass(r)));
                     self.finish();
                     return Poll::Ready(rest);

@@ -13,8 +13,9 @@ pub const MAX_RESET: Duration = Duration::from_secs(86_400);
 const REMAINING: &str = "x-ratelimit-remaining";
 const RESET: &str = "x-ratelimit-reset";
 
-/// How long the fullest of the buckets that have nothing left stays so; `None` where all have something.
-pub fn exhausted(headers: &HeaderMap, wall: SystemTime) -> Option<Duration> {
+/// How long the fullest of the buckets that have nothing left stays so; `None` where all have something. `wall`: the
+/// time of day, asked for only where a bucket is empty.
+pub fn exhausted(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
     let empty = headers.iter().filter_map(|(name, value)| {
         let bucket = name.as_str().strip_prefix(REMAINING)?;
         (value.to_str().ok()?.trim().parse::<f64>().ok()? <= 0.0).then_some(bucket)
@@ -22,7 +23,7 @@ pub fn exhausted(headers: &HeaderMap, wall: SystemTime) -> Option<Duration> {
     let reset = |bucket: &str| {
         // The names are short and come with an answer that is rare: no need to avoid the allocation.
         let value = headers.get(format!("{RESET}{bucket}"))?;
-        reset_in(value.to_str().ok()?, wall)
+        reset_in(value.to_str().ok()?, wall())
     };
     empty.filter_map(reset).max()
 }
@@ -118,7 +119,7 @@ mod tests {
             for (name, value) in pairs {
                 headers.append(*name, value.parse().unwrap());
             }
-            exhausted(&headers, wall())
+            exhausted(&headers, wall)
         };
         let requests = ("x-ratelimit-remaining-requests", "0");
         let reset = ("x-ratelimit-reset-requests", "3s");

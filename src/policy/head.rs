@@ -103,15 +103,18 @@ fn request_line(line: &[u8]) -> Result<(&[u8], bool), HeadFault> {
 }
 
 fn header<'a>(line: &'a [u8], seen: &mut Seen<'a>, is_11: bool) -> Result<(), HeadFault> {
-    let Some(colon) = memchr(b':', line) else { return Err(HeadFault("a header line has no colon")) };
-    let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
-    if name.is_empty() || !name.iter().all(|b| is_token(*b)) {
+    let Some(end) = line.iter().position(|b| !is_token(*b)) else {
+        return Err(HeadFault("a header line has no colon"));
+    };
+    let (name, value) = line.split_at(end);
+    if name.is_empty() || value[0] != b':' {
         return Err(HeadFault("a header name is not a token"));
     }
     // Most names are of no interest, and their lengths say so.
     if !matches!(name.len(), 4 | 14 | 17) {
         return Ok(());
     }
+    let value = value[1..].trim_ascii();
     if name.eq_ignore_ascii_case(b"host") {
         if seen.host.replace(value).is_some() {
             return Err(HeadFault("the Host header is repeated"));
@@ -172,8 +175,10 @@ fn is_host(value: &[u8]) -> bool {
         Some(colon) => (&value[..colon], &value[colon + 1..]),
         None => (value, &b""[..]),
     };
-    let in_name = |b: &u8| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=[]:".contains(b);
-    !name.is_empty() && name.iter().all(in_name) && port.len() <= 5 && port.iter().all(u8::is_ascii_digit)
+    !name.is_empty()
+        && name.iter().all(|b| IN_HOST[usize::from(*b)])
+        && port.len() <= 5
+        && port.iter().all(u8::is_ascii_digit)
 }
 
 /// `tchar` of RFC 9110, section 5.6.2.
@@ -181,9 +186,13 @@ fn is_token(b: u8) -> bool {
     TOKEN[usize::from(b)]
 }
 
-const TOKEN: [bool; 256] = {
+const TOKEN: [bool; 256] = alphanumeric_and(b"!#$%&'*+-.^_`|~");
+
+const IN_HOST: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+,;=[]:");
+
+const fn alphanumeric_and(marks: &[u8]) -> [bool; 256] {
     let mut table = [false; 256];
-    let (mut b, marks) = (0, b"!#$%&'*+-.^_`|~");
+    let mut b = 0;
     while b < 128 {
         table[b] = (b as u8).is_ascii_alphanumeric();
         b += 1;
@@ -194,7 +203,7 @@ const TOKEN: [bool; 256] = {
         i += 1;
     }
     table
-};
+}
 
 #[cfg(test)]
 mod tests {

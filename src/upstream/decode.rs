@@ -3,11 +3,11 @@
 //! Strict where a lenient reader could be led to see another message than its neighbour does: one framing, exact chunks,
 //! no folded lines, no bare CR or LF. What it refuses ends the connection. Heads are read by `httparse`, as hyper's are.
 
+use std::mem::MaybeUninit;
+
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, StatusCode, Version, response};
-
-use crate::policy::headers::is_framed_once;
 
 /// Largest head of an answer, interim ones included.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -143,15 +143,15 @@ impl Decoder {
             self.head.extend_from_slice(input);
             read_head(&self.head)?
         };
-        let Some((parts, end)) = read else {
+        let Some(Whole { parts, framing, end }) = read else {
             if before == 0 {
                 self.head.extend_from_slice(input);
             }
             return Ok(None);
         };
         self.head = BytesMut::new();
-        self.state = framing(parts.status, parts.version, &parts.headers)?;
-        self.keep_alive = keeps_alive(parts.version, &parts.headers) && self.state != State::Open;
+        self.state = framing.state(parts.status, parts.version)?;
+        self.keep_alive = parts.version == Version::HTTP_11 && !framing.closes && self.state != State::Open;
         self.stated = matches!(self.state, State::Done | State::Length(_));
         // What was here before is of the head: it was not whole then.
         Ok(Some((parts, &input[end - before..])))
@@ -259,13 +259,22 @@ impl Trailer {
     }
 }
 
-/// A whole head and where it ends, interim answers before it left out; `None` where more must come.
-fn read_head(bytes: &[u8]) -> Result<Option<(response::Parts, usize)>, Invalid> {
+/// A whole head, and where it ends.
+struct Whole {
+    parts: response::Parts,
+    framing: Framing,
+    end: usize,
+}
+
+/// A whole head, interim answers before it left out; `None` where more must come.
+fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
     let mut from = 0;
     loop {
-        let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
-        let mut answer = httparse::Response::new(&mut lines);
-        let length = match answer.parse(&bytes[from..]) {
+        let mut lines = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        let mut answer = httparse::Response::new(&mut []);
+        let parser = httparse::ParserConfig::default();
+        let length = match parser.parse_response_with_uninit_headers(&mut answer, &bytes[from..], &mut lines)
+        {
             Ok(httparse::Status::Complete(length)) => length,
             Ok(httparse::Status::Partial) if bytes.len() <= MAX_HEAD => return Ok(None),
             _ => return Err(Invalid),
@@ -284,13 +293,15 @@ fn read_head(bytes: &[u8]) -> Result<Option<(response::Parts, usize)>, Invalid> 
         // All values share one copy of the head. Room for Zap's own headers as well.
         let text = Bytes::copy_from_slice(&bytes[from..from + length]);
         parts.headers = HeaderMap::with_capacity(answer.headers.len() + 8);
+        let mut framing = Framing::default();
         for line in answer.headers.iter() {
             let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Invalid)?;
             let start = line.value.as_ptr().addr() - bytes[from..].as_ptr().addr();
             let value = text.slice(start..start + line.value.len());
+            framing.note(&name, line.value);
             parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Invalid)?);
         }
-        return Ok(Some((parts, from + length)));
+        return Ok(Some(Whole { parts, framing, end: from + length }));
     }
 }
 
@@ -299,38 +310,85 @@ fn has_bare_lf(head: &[u8]) -> bool {
     memchr::memchr_iter(b'\n', head).any(|at| at == 0 || head[at - 1] != b'\r')
 }
 
-/// Where the body ends (RFC 9112, section 6.3).
-fn framing(status: StatusCode, version: Version, headers: &HeaderMap) -> Result<State, Invalid> {
-    if !is_framed_once(version, headers) {
-        return Err(Invalid);
-    }
-    if matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::SWITCHING_PROTOCOLS) {
-        return Ok(State::Done);
-    }
-    if headers.contains_key(TRANSFER_ENCODING) {
-        return Ok(State::Size { size: 0, digits: 0, read: 0 });
-    }
-    match headers.get(CONTENT_LENGTH) {
-        Some(length) => match length.to_str().ok().and_then(|t| t.parse().ok()).ok_or(Invalid)? {
-            0 => Ok(State::Done),
-            length => Ok(State::Length(length)),
-        },
-        None => Ok(State::Open),
-    }
+/// What a head says of the body's end and of the connection's.
+#[derive(Debug, Default)]
+struct Framing {
+    lengths: u8,
+    /// The last one, where it is a number.
+    length: Option<u64>,
+    codings: u8,
+    /// The last of them is `chunked` and nothing else.
+    chunked: bool,
+    /// `Connection: close`
+    closes: bool,
 }
 
-fn keeps_alive(version: Version, headers: &HeaderMap) -> bool {
-    let mut options = headers
-        .get_all(CONNECTION)
-        .iter()
-        .flat_map(|v| v.as_bytes().split(|b| *b == b','))
-        .map(<[u8]>::trim_ascii);
-    version == Version::HTTP_11 && !options.any(|option| option.eq_ignore_ascii_case(b"close"))
+impl Framing {
+    fn note(&mut self, name: &HeaderName, value: &[u8]) {
+        if *name == CONTENT_LENGTH {
+            self.lengths = self.lengths.saturating_add(1);
+            let is_number = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
+            self.length = std::str::from_utf8(value).ok().filter(|_| is_number).and_then(|t| t.parse().ok());
+        } else if *name == TRANSFER_ENCODING {
+            self.codings = self.codings.saturating_add(1);
+            self.chunked = value.eq_ignore_ascii_case(b"chunked");
+        } else if *name == CONNECTION {
+            let mut options = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
+            self.closes |= options.any(|option| option.eq_ignore_ascii_case(b"close"));
+        }
+    }
+
+    /// Where the body ends (RFC 9112, section 6.3). A head that says so in two ways is refused: no length beside a coding,
+    /// none twice, no coding but `chunked`.
+    fn state(&self, status: StatusCode, version: Version) -> Result<State, Invalid> {
+        let coded = match (self.codings, self.lengths) {
+            (0, 0) => false,
+            (0, 1) if self.length.is_some() => false,
+            (1, 0) if self.chunked && version > Version::HTTP_10 => true,
+            _ => return Err(Invalid),
+        };
+        let bodiless = [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED, StatusCode::SWITCHING_PROTOCOLS];
+        Ok(match self.length {
+            _ if bodiless.contains(&status) => State::Done,
+            _ if coded => State::Size { size: 0, digits: 0, read: 0 },
+            Some(0) => State::Done,
+            Some(length) => State::Length(length),
+            None => State::Open,
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_that_can_be_read_two_ways_is_refused() {
+        const LENGTH: (&str, &str) = ("content-length", "5");
+        const CHUNKED: (&str, &str) = ("transfer-encoding", "chunked");
+        for (headers, version, want) in [
+            (&[][..], Version::HTTP_11, true),
+            (&[LENGTH], Version::HTTP_10, true),
+            (&[LENGTH, LENGTH], Version::HTTP_11, false),
+            (&[("content-length", "5, 5")], Version::HTTP_11, false),
+            (&[("content-length", "+5")], Version::HTTP_11, false),
+            (&[("content-length", "")], Version::HTTP_11, false),
+            (&[CHUNKED], Version::HTTP_11, true),
+            (&[("transfer-encoding", "Chunked")], Version::HTTP_11, true),
+            (&[CHUNKED], Version::HTTP_10, false),
+            (&[CHUNKED, LENGTH], Version::HTTP_11, false),
+            (&[CHUNKED, CHUNKED], Version::HTTP_11, false),
+            (&[("transfer-encoding", "chunked, chunked")], Version::HTTP_11, false),
+            (&[("transfer-encoding", "gzip, chunked")], Version::HTTP_11, false),
+            (&[("transfer-encoding", "identity")], Version::HTTP_11, false),
+        ] {
+            let mut framing = Framing::default();
+            headers
+                .iter()
+                .for_each(|(name, value)| framing.note(&HeaderName::from_static(name), value.as_bytes()));
+            assert_eq!(framing.state(StatusCode::OK, version).is_ok(), want, "{headers:?}");
+        }
+    }
 
     /// Status and body of an answer that comes in pieces of `size`; whether it was whole, and whether another may follow.
     fn read(bytes: &str, size: usize) -> Result<Option<(u16, String, bool, bool)>, Invalid> {

@@ -19,6 +19,7 @@ use hyper::rt::{Read, ReadBuf, Write};
 use hyper_rustls::MaybeHttpsStream;
 use smallvec::SmallVec;
 use socket2::SockRef;
+use tokio::io::Interest;
 
 use super::connect::Io;
 use super::decode::Decoder;
@@ -319,10 +320,12 @@ impl Link for Http1 {
 
     fn is_open(&mut self) -> bool {
         match &mut self.io {
-            // The kernel knows at once; the runtime only when it looks next.
+            // The kernel is asked only where the runtime has heard of something: between two of its looks a peer's close
+            // may cross the request, as it may on the way here, and is met there.
             MaybeHttpsStream::Http(tcp) => {
+                let tcp = tcp.inner();
                 let mut one = [MaybeUninit::uninit()];
-                let peeked = SockRef::from(tcp.inner()).peek(&mut one);
+                let peeked = tcp.try_io(Interest::READABLE, || SockRef::from(tcp).peek(&mut one));
                 matches!(peeked, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
             }
             MaybeHttpsStream::Https(_) => {

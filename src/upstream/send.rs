@@ -54,7 +54,7 @@ impl From<ConnectError> for SendError {
 /// A peer's close crosses the request within the time of a round trip, however far it is.
 const CROSSING: Nanos = SECOND;
 
-/// Sends `request` to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
+/// Sends `request`, which is ready `since` then, to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
 /// connection alone.
 ///
 /// A pooled connection that had died before a byte was written costs nothing: the next one is taken. `pool`: where to
@@ -67,11 +67,11 @@ pub async fn send(
     worker: usize,
     upstream: &Arc<Upstream>,
     mut request: Message,
+    since: Nanos,
     limit: Duration,
     mut on_connect: impl FnMut(bool),
 ) -> Result<Answer, SendError> {
     loop {
-        let since = clock::now();
         let (mut lease, reused) = match pool.and_then(|pool| pool.take(upstream, since)) {
             Some(lease) => (lease, true),
             None => {
