@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""The whole table: nginx, HAProxy and Zap doing the same job, each figure beside its target.
+
+  benches/table.py [--rounds 5] [--secs 4] [--parts cases,tls,exact,syscalls,workers,process]
+
+nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
+one run. Needs nginx, haproxy, valgrind, strace, openssl and the gauge (see lab.py). With 5 rounds it takes 25 minutes."""
+
+import argparse, contextlib, json, os, re, signal, socket, subprocess, sys, tempfile, time
+import lab
+
+PEERS = os.path.join(lab.GAUGE, "peers")
+NGINX = f"nginx -c {PEERS}/nginx.conf"
+HAPROXY = f"haproxy -f {PEERS}/haproxy.cfg"
+
+# Row, case, figure, whom Zap is compared with, target.
+CASES = [
+    ("json-1k: CPU/request", "json-1k", "cpu_us", "better", 1.00),
+    ("json-c256: CPU/request", "json-c256", "cpu_us", "better", 1.05),
+    ("json-100k: CPU/request", "json-100k", "cpu_us", "better", 1.00),
+    ("keys: CPU/request, of Zap's json-1k", "keys", "cpu_us", "json-1k", 1.05),
+    ("rate: p99", "rate", "p99", "haproxy", 1.0),
+    ("stream: CPU/chunk", "stream", "cpu_us", "haproxy", 1.00),
+    ("stream: p99 delay of a chunk", "stream", "chunk99", "haproxy", 1.0),
+    ("burst: CPU/chunk", "burst", "cpu_us", "haproxy", 1.15),
+    ("idle: KiB/stream", "idle", "kb_conn", None, 17),
+    ("silent: KiB/connection", "silent", "kb_conn", None, 2),
+]
+
+
+def row(what, nginx, haproxy, zap, ratio, target, met):
+    cells = [f"{v:,.2f}" if isinstance(v, float) else str(v) for v in (nginx, haproxy, zap)]
+    figure = "" if ratio is None else f"{ratio:.2f}"
+    print(f"| {what} | {' | '.join(cells)} | {figure} | {target} | {'met' if met else 'not met'} |", flush=True)
+
+
+def cases(folder, args):
+    out = os.path.join(folder, "cases.json")
+    command = [sys.executable, os.path.join(lab.GAUGE, "measure.py"), "--json", out]
+    command += ["--rounds", str(args.rounds), "--secs", str(args.secs)]
+    command += [f"nginx=9401:{NGINX}", f"haproxy=9402:{HAPROXY}", f"zap={lab.ZAP_PORT}:{lab.config(folder)}"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    with open(out) as file:
+        found = json.load(file)
+    for what, case, figure, against, target in CASES:
+        nginx, haproxy, zap = (found[case][name][figure] for name in ("nginx", "haproxy", "zap"))
+        other = {"better": min(nginx, haproxy), "haproxy": haproxy, "json-1k": found["json-1k"]["zap"]["cpu_us"], None: 1}
+        ratio = zap / other[against]
+        row(what, nginx, haproxy, zap, ratio if against else None, target, ratio <= target)
+        if bad := found[case]["zap"]["bad"]:
+            print(f"# {what}: Zap answered {bad:.0f} badly", file=sys.stderr)
+
+
+def asked(path):
+    """HAProxy's `show info`, from its socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        sock.sendall(b"show info\n")
+        text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+
+
+def tls(folder, args):
+    """The same rate for all, and the upstream behind TLS, which a HAProxy of its own ends on the providers' core."""
+    pem, stats = os.path.join(folder, "pem"), os.path.join(folder, "stats")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE", "-keyout", pem + ".key", "-out", pem + ".crt"],
+        check=True, capture_output=True,
+    )
+    with open(pem, "w") as file:
+        file.write(open(pem + ".crt").read() + open(pem + ".key").read())
+    plain = [str(p) for p in lab.PROVIDERS]
+    secure = ["9311", "9312"]
+    with open(os.path.join(folder, "front.cfg"), "w") as file:
+        file.write(f"global\n  nbthread 1\n  maxconn 9000\n  stats socket {stats}\ndefaults\n  mode http\n")
+        file.write("  timeout connect 5s\n  timeout client 300s\n  timeout server 300s\n  option http-no-delay\n")
+        for to, at in zip(plain, secure):
+            file.write(f"listen p{at}\n  bind 127.0.0.1:{at} ssl crt {pem}\n  server s 127.0.0.1:{to}\n")
+    with open(os.path.join(PEERS, "haproxy.cfg")) as file, open(os.path.join(folder, "haproxy.cfg"), "w") as to:
+        text = re.sub(r"(server \w+ 127\.0\.0\.1:)93(\d\d)", r"\g<1>93\2", file.read())
+        for a, b in zip(plain, secure):
+            text = text.replace(f"127.0.0.1:{a}", f"127.0.0.1:{b} ssl verify required ca-file {pem}.crt")
+        to.write(text)
+    with open(os.path.join(PEERS, "nginx.conf")) as file, open(os.path.join(folder, "nginx.conf"), "w") as to:
+        text = file.read().replace("proxy_pass http://llm;", f"proxy_pass https://llm; proxy_ssl_verify on; proxy_ssl_name 127.0.0.1; proxy_ssl_trusted_certificate {pem}.crt;")
+        for a, b in zip(plain, secure):
+            text = text.replace(f"127.0.0.1:{a}", f"127.0.0.1:{b}")
+        to.write(text)
+    zap = lab.config(folder, "tls.toml", urls=[f"https://127.0.0.1:{p}" for p in secure], more=f'ca_file = "{pem}.crt"\n')
+    gateways = {
+        "nginx": (9401, f"nginx -c {folder}/nginx.conf"),
+        "haproxy": (9402, f"haproxy -f {folder}/haproxy.cfg"),
+        "zap": (lab.ZAP_PORT, zap),
+    }
+    json_load = ["--conns", 64, "--body", lab.body(folder, 1000), "--rate", 5000]
+    loads = {
+        "request": (["--body-bytes", "700"], json_load, 1),
+        "chunk": (["--chunks", "100", "--chunk-bytes", "220", "--interval-ms", "20"], ["--conns", 300, "--stream"], 3),
+    }
+    figures = {(unit, name): [] for unit in loads for name in gateways}
+    shakes = {name: [] for name in gateways}
+    for unit, (upstream, options, warm) in loads.items():
+        for _ in range(args.rounds):
+            for name, (port, command) in gateways.items():
+                with lab.providers(upstream), lab.running(f"haproxy -f {folder}/front.cfg", int(secure[0]), lab.OTHERS):
+                    with lab.running(command, port, lab.GATEWAY) as process:
+                        time.sleep(1)
+                        before = int(asked(stats)["CumSslConns"])
+                        found = lab.measure(process, port, options, args.secs, unit, warm)
+                        figures[unit, name].append(found["cpu_us"])
+                        if found["bad"]:
+                            print(f"# TLS, {unit}, {name}: {found['bad']} bad", file=sys.stderr)
+                        if unit == "request":
+                            made = int(asked(stats)["CumSslConns"]) - before
+                            shakes[name].append(made / found["per_s"] / (args.secs + warm) * 10_000)
+    for unit in loads:
+        nginx, haproxy, zap = (lab.median(figures[unit, name]) for name in gateways)
+        ratio = zap / min(nginx, haproxy)
+        row(f"TLS upstream: CPU/{unit}, the same rate for all", nginx, haproxy, zap, ratio, "1.00", ratio <= 1)
+    nginx, haproxy, zap = (lab.median(shakes[name]) for name in gateways)
+    row("TLS upstream: handshakes per 10,000 requests", nginx, haproxy, zap, None, "the fewest", zap <= 1.05 * min(nginx, haproxy))
+
+
+def exact(folder, args):
+    text = subprocess.run([sys.executable, os.path.join(lab.HERE, "exact.py")], capture_output=True, text=True).stdout
+    known = dict(re.findall(r"(\w+ \w+)\s+([\d.]+) a request", text))
+    instructions = float(known["json instructions"])
+    row("json-1k: user instructions/request", "", 38_000.0, instructions, None, "28,000", instructions <= 28_000)
+
+
+def syscalls(folder, args):
+    """Counted from request to request over 2 seconds, so that what strace costs does not matter."""
+    found = []
+    for port, command in ((9401, NGINX), (9402, HAPROXY), (lab.ZAP_PORT, lab.config(folder))):
+        with lab.providers(["--body-bytes", "700"]), lab.running(command, port, lab.GATEWAY) as process:
+            loading = lab.load(port, ["--conns", 64, "--body", lab.body(folder, 1000)], 6)
+            time.sleep(2)
+            out = os.path.join(folder, "strace")
+            attach = [x for p in lab.family(process.pid) for x in ("-p", str(p))]
+            tracing = subprocess.Popen(["strace", "-f", "-c", "-o", out, *attach], stderr=subprocess.DEVNULL)
+            time.sleep(2)
+            tracing.send_signal(signal.SIGINT)
+            tracing.wait()
+            loading.communicate()
+        calls = {line.split()[-1]: int(line.split()[3]) for line in open(out) if re.match(r"\s*\d+\.\d+\s", line)}
+        total = calls.pop("total")
+        # Each request is written twice: to the provider and, answered, to the client.
+        written = sum(calls.get(name, 0) for name in ("writev", "write", "sendto", "sendmsg"))
+        found.append(total / (written / 2))
+    row("json-1k: syscalls/request", *found, None, "6.5", found[2] <= 6.5)
+
+
+def workers(folder, args):
+    """CPU a request with one worker and with two, at a rate that leaves both cores room; nothing is pinned."""
+    figures = {1: [], 2: []}
+    options = ["--conns", 8, "--body", lab.body(folder, 1000), "--rate", 5000]
+    for _ in range(args.rounds):
+        for n, values in figures.items():
+            command = lab.config(folder, f"w{n}.toml", workers=n)
+            with lab.providers(["--body-bytes", "700"]), lab.running(command, lab.ZAP_PORT, "0,1") as process:
+                values.append(lab.measure(process, lab.ZAP_PORT, options, args.secs)["cpu_us"])
+    one, two = lab.median(figures[1]), lab.median(figures[2])
+    row("2 workers, 8 connections: CPU/request against 1 worker", "", f"1 worker: {one:.2f}", two, two / one, "1.05", two <= 1.05 * one)
+
+
+def process(folder, args):
+    """From exec to an answer of `/ready`, what it takes at rest, and the program without its symbols."""
+    command = lab.config(folder).split()
+    spans, sizes = [], []
+    with lab.providers():
+        for _ in range(args.rounds):
+            since = time.time()
+            zap = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            while True:
+                with contextlib.suppress(OSError):
+                    sock = socket.create_connection(("127.0.0.1", lab.ZAP_PORT), 0.2)
+                    sock.sendall(b"GET /ready HTTP/1.1\r\nhost: zap\r\nconnection: close\r\n\r\n")
+                    if sock.recv(64).startswith(b"HTTP/1.1 200"):
+                        break
+            spans.append((time.time() - since) * 1000)
+            sizes.append(lab.rss(zap.pid) / 1024)
+            zap.terminate()
+            zap.wait()
+    stripped = os.path.join(folder, "stripped")
+    subprocess.run(["strip", "-o", stripped, lab.ZAP], check=True)
+    binary = os.path.getsize(stripped) / 2**20
+    row("start to ready, ms", "", "", lab.median(spans), None, "50", lab.median(spans) <= 50)
+    row("RSS at rest, MiB", "", "", lab.median(sizes), None, "8", lab.median(sizes) <= 8)
+    row("stripped binary, MiB", "", "", binary, None, "8", binary <= 8)
+
+
+def main():
+    parts = {part.__name__: part for part in (cases, tls, exact, syscalls, workers, process)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secs", type=float, default=4)
+    parser.add_argument("--parts", default=",".join(parts))
+    args = parser.parse_args()
+    lab.build()
+    print("| figure | nginx | HAProxy | Zap | ratio | target | |\n|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.parts.split(","):
+            parts[part](folder, args)
+
+
+main()
