@@ -1,6 +1,7 @@
 //! One try at one target: what it is sent, and what its answer means.
 
 use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -85,7 +86,7 @@ impl Attempts<'_> {
             }
         };
         let worker = self.gateway.recorder().worker;
-        let sending = send(pool, worker, entered.upstream(), message, now, connect, on_connect);
+        let sending = pin!(send(pool, worker, entered.upstream(), message, now, connect, on_connect));
         self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use http::{StatusCode, response};
@@ -54,6 +55,22 @@ impl From<ConnectError> for SendError {
 /// A peer's close crosses the request within the time of a round trip, however far it is.
 const CROSSING: Nanos = SECOND;
 
+/// Lets all that is ready go first: a worker that has been woken for many requests reads them all and then writes them
+/// all. Writes that follow one another find their peer awake, which is a tenth of what a request costs, and code that is
+/// still in the cache.
+async fn last_in_line() {
+    let mut has_waited = false;
+    poll_fn(|cx| {
+        if has_waited {
+            return Poll::Ready(());
+        }
+        has_waited = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// Sends `request`, which is ready `since` then, to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
 /// connection alone.
 ///
@@ -71,6 +88,7 @@ pub async fn send(
     limit: Duration,
     mut on_connect: impl FnMut(bool),
 ) -> Result<Answer, SendError> {
+    last_in_line().await;
     loop {
         let (mut lease, reused) = match pool.and_then(|pool| pool.take(upstream, since)) {
             Some(lease) => (lease, true),
