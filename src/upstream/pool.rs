@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use super::Upstream;
@@ -24,7 +25,26 @@ const MAX_PER_BACKEND: usize = 1024;
 /// Idle connections by backend.
 #[derive(Default)]
 pub struct Pool {
-    idle: RefCell<HashMap<u64, Vec<Lease>>>,
+    idle: RefCell<HashMap<u64, Vec<Lease>, BuildHasherDefault<Spread>>>,
+}
+
+/// A hash of ids that Zap hands out itself: nobody can choose them, so it need not resist anybody.
+#[derive(Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        // Fibonacci hashing (Knuth, TAOCP 6.4).
+        self.0 = (self.0 ^ n).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 /// A connection, in use or idle; dropping it closes it.
