@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole table: nginx, HAProxy and Zap doing the same job, each figure beside its target.
 
-  benches/table.py [--rounds 5] [--secs 4] [--parts cases,tls,exact,syscalls,workers,process]
+  benches/table.py [--rounds 5] [--secs 4] [--parts cases,tls,exact,syscalls,workers,spread,process]
 
 nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
 one run. Needs nginx, haproxy, valgrind, strace, openssl and the gauge (see lab.py). With 5 rounds it takes 25 minutes."""
@@ -164,6 +164,54 @@ def workers(folder, args):
     row("2 workers, 8 connections: CPU/request against 1 worker", "", f"1 worker: {one:.2f}", two, two / one, "1.05", two <= 1.05 * one)
 
 
+def thread_cpu(pid):
+    """Ticks of each worker's thread."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/stat") as file:
+            name, rest = file.read().split("(", 1)[1].rsplit(")", 1)
+        if name.startswith("zap-"):
+            found.append(sum(map(int, rest.split()[11:13])))
+    return found
+
+
+def reuseport(connections):
+    """The share of the fuller of two listeners on one port, which the kernel deals connections to by a hash."""
+    first = socket.socket()
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    first.bind(("127.0.0.1", 0))
+    second = socket.socket()
+    second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    second.bind(first.getsockname())
+    for listener in (first, second):
+        listener.listen(64)
+        listener.setblocking(False)
+    clients = [socket.create_connection(first.getsockname()) for _ in range(connections)]
+    taken = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            first.accept()[0].close()
+            taken += 1
+    for sock in (*clients, first, second):
+        sock.close()
+    return max(taken, connections - taken) / connections
+
+
+def spread(folder, args):
+    """How even 8 busy connections are on 2 workers: Zap hands each to the worker with the fewest."""
+    shares = []
+    options = ["--conns", 8, "--body", lab.body(folder, 1000), "--rate", 5000]
+    for _ in range(args.rounds):
+        with lab.providers(["--body-bytes", "700"]):
+            with lab.running(lab.config(folder, "w2.toml", workers=2), lab.ZAP_PORT, "0,1") as process:
+                lab.measure(process, lab.ZAP_PORT, options, args.secs)
+                ticks = thread_cpu(process.pid)
+                shares.append(max(ticks) / sum(ticks))
+    kernel = f"SO_REUSEPORT: {sum(reuseport(8) for _ in range(200)) / 200:.2f}"
+    share = lab.median(shares)
+    row("2 workers, 8 connections: share of the busier", "", kernel, share, None, "0.50", share <= 0.55)
+
+
 def process(folder, args):
     """From exec to an answer of `/ready`, what it takes at rest, and the program without its symbols."""
     command = lab.config(folder).split()
@@ -191,7 +239,7 @@ def process(folder, args):
 
 
 def main():
-    parts = {part.__name__: part for part in (cases, tls, exact, syscalls, workers, process)}
+    parts = {part.__name__: part for part in (cases, tls, exact, syscalls, workers, spread, process)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=4)

@@ -57,20 +57,24 @@ pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
 }
 
 /// The answer to one request. A bug on its way ends that request alone: what it held is dropped, its client gets a 500.
-async fn guarded(gateway: Rc<Gateway>, request: Request<Incoming>, conn: Rc<Conn>) -> Response<Body> {
+async fn guarded(
+    gateway: Rc<Gateway>,
+    request: Request<Incoming>,
+    conn: Rc<Conn>,
+) -> Result<Response<Body>, Infallible> {
     let mut story = pin!(gateway.clone().handle(request, conn));
     let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| story.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    answer.await.unwrap_or_else(|| gateway.broken())
+    Ok(answer.await.unwrap_or_else(|| gateway.broken()))
 }
 
 /// `true`: hyper ended it; `false`: an alarm did, and nobody waits for an answer.
 async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) -> bool {
     let service = service_fn(|request| {
-        let (gateway, conn) = (gateway.clone(), conn.clone());
-        async move { Ok::<_, Infallible>(guarded(gateway, request, conn).await) }
+        // hyper keeps room for this future as long as the connection lives: in a box it has gone when a stream begins.
+        Box::pin(guarded(gateway.clone(), request, conn.clone()))
     });
     let mut builder = http1::Builder::new();
     // No timer: `alarm` does what hyper's would, for less. No half-close: a client that stops sending has left.
