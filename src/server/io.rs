@@ -30,7 +30,7 @@ const MAX_HEAD: usize = 64 * 1024;
 const MAX_AHEAD: usize = 64 * 1024;
 
 /// Bytes of an answer that wait for a client before no more are read for it; a frame may come on top.
-const MAX_UNFLUSHED: usize = 32 * 1024;
+const MAX_UNFLUSHED: usize = 8 * 1024;
 
 /// What hyper reads in place of a head that is refused.
 const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
