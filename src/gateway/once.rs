@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http::header::{CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::response::Parts;
 
 use super::attempt::{Attempts, Failed, Last};
@@ -86,6 +86,7 @@ impl Attempts<'_> {
             }
         };
         let worker = self.gateway.recorder().worker;
+        // It is large, and would be moved into the limit.
         let sending = pin!(send(pool, worker, entered.upstream(), message, now, connect, on_connect));
         self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
@@ -97,19 +98,18 @@ impl Attempts<'_> {
         head.extend_from_slice(begin);
         headers::to_backend(self.headers, upstream.conf.forward_authorization, |name, value| {
             if !upstream.has_own(name) {
-                write_header(&mut head, name, value);
+                write_header(&mut head, name, value.as_bytes());
             }
         });
-        write_header(&mut head, &headers::X_REQUEST_ID, &self.completion.request_id);
+        write_header(&mut head, &headers::X_REQUEST_ID, self.completion.request_id.as_bytes());
         let target = &self.snapshot.route(&self.ask).targets[target];
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
         let body = slices(&self.chat.chunks, splices);
         let length: usize = body.iter().map(Bytes::len).sum();
-        head.extend_from_slice(b"content-length: ");
-        head.extend_from_slice(itoa::Buffer::new().format(length).as_bytes());
-        head.extend_from_slice(b"\r\n\r\n");
+        write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
+        head.extend_from_slice(b"\r\n");
         Message { head, body }
     }
 

@@ -55,6 +55,7 @@ pub struct RelayBody {
     gateway: Rc<Gateway>,
     conn: Rc<Conn>,
     first: Option<Bytes>,
+    /// Rare, and wider than all the rest.
     redactor: Option<Box<Redactor>>,
     shape: Shape,
     tail: Tail,

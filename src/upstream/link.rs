@@ -13,7 +13,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, response};
+use http::{HeaderName, response};
 use http_body::SizeHint;
 use hyper::rt::{Read, ReadBuf, Write};
 use hyper_rustls::MaybeHttpsStream;
@@ -88,10 +88,10 @@ impl fmt::Debug for Message {
 }
 
 /// Writes one header line.
-pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
+pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
     out.extend_from_slice(name.as_str().as_bytes());
     out.extend_from_slice(b": ");
-    out.extend_from_slice(value.as_bytes());
+    out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");
 }
 

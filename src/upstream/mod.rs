@@ -81,7 +81,7 @@ impl Head {
     fn new(method: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
         let path = target.path_and_query().map_or("/", |p| p.as_str());
         let mut head = format!("{method} {path} HTTP/1.1\r\n").into_bytes();
-        headers.iter().for_each(|(name, value)| write_header(&mut head, name, value));
+        headers.iter().for_each(|(name, value)| write_header(&mut head, name, value.as_bytes()));
         Head(head)
     }
 }
@@ -182,7 +182,7 @@ impl Upstream {
         let mut probe = Head::new("GET", &path(&conf.health_path)?, &own);
         for (name, value) in PROBE_HEADERS {
             if own.iter().all(|(known, _)| known != name) {
-                write_header(&mut probe.0, name, &HeaderValue::from_static(value));
+                write_header(&mut probe.0, name, value.as_bytes());
             }
         }
         probe.0.extend_from_slice(b"connection: close\r\n\r\n");
