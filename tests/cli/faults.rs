@@ -152,7 +152,7 @@ fn u10_an_endless_stream_takes_no_memory_and_ends_with_its_client() {
 
 #[test]
 fn c08_readers_that_stop_cost_little_memory() {
-    const READERS: u64 = 200;
+    const READERS: u64 = 40;
     let (backend, open) = endless(Duration::ZERO);
     let zap = Running::with(&config(backend, ""));
     drop(start_stream(zap.address));

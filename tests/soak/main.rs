@@ -2,9 +2,8 @@
 //!
 //! `cargo test --release --test soak -- [--secs N]` mixes plain and streamed requests, clients that leave, providers that
 //! fail and reloads for N seconds (60), then looks at memory, open files, gauges and every answer that is not
-//! explained; it ends with 1 where any is off. `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys`
-//! each
-//! print one figure of the README and end with 1 where it is missed; `-- figures` does all of them.
+//! explained; it ends with 1 where any is off.
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys` each print one figure of the README and end with 1 where it is missed; `-- figures` does all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // What cannot go on must say so.
 
