@@ -8,13 +8,11 @@ Every feature is on. Needs valgrind and target/release/zap (or $ZAP_BIN).
 """
 
 import os, re, signal, socket, subprocess, sys, tempfile, threading
+import lab
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ZAP = os.environ.get("ZAP_BIN", os.path.join(HERE, "..", "target", "release", "zap"))
-TODAY = os.path.join(HERE, "exact.txt")
+TODAY = os.path.join(lab.HERE, "exact.txt")
 FEW, MANY = 500, 2500
-TURN = 'The quick brown fox jumps over the lazy dog; \\"quoted\\", a \\n newline and some é中 text. '
-TURNS = ",".join('{"role":"%s","content":"%s"}' % (("user", "assistant")[i % 2], TURN) for i in range(7))
+TURNS = ",".join('{"role":"%s","content":"%s"}' % (("user", "assistant")[i % 2], lab.TURN) for i in range(7))
 ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 640 + b'"}}]}'
 EVENT = b'data: {"choices":[{"delta":{"content":"' + b"x" * 170 + b'"}}]}\n\n'
 
@@ -67,10 +65,10 @@ def provider():
     return listener.getsockname()[1]
 
 
-def count(tool, config, requests, stream):
+def count(tool, zap_command, requests, stream):
     command = ["valgrind", "--tool=" + tool]
     command += ["--callgrind-out-file=/dev/null"] if tool == "callgrind" else ["--leak-check=no"]
-    zap = subprocess.Popen(command + [ZAP, "--config", config], stderr=subprocess.PIPE, text=True)
+    zap = subprocess.Popen(command + zap_command, stderr=subprocess.PIPE, text=True)
     said = []
     for line in zap.stderr:
         said.append(line)
@@ -98,21 +96,13 @@ def count(tool, config, requests, stream):
 
 def main():
     port = provider()
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
-        config.write(
-            '[server]\nhost = "127.0.0.1"\nport = 0\nworkers = 1\n[log]\nrequests = false\n'
-            "[rate_limit]\nrequests_per_minute = 4000000000\n[health]\ninterval_secs = 3600\n"
-        )
-        for name, weight in (("a", 2), ("b", 1)):
-            config.write(
-                f'[[backends]]\nname = "{name}"\nurl = "http://127.0.0.1:{port}"\nweight = {weight}\n'
-                'api_key = "sk-upstream"\ndefault_model = "mock"\nhealth_path = "/v1/models"\n'
-            )
-        config.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        urls = [f"http://127.0.0.1:{port}"] * 2
+        command = lab.config(folder, port=0, urls=urls, settings="[health]\ninterval_secs = 3600\n").split()
         figures = {}
         for kind, stream in (("json", False), ("events", True)):
             for what, tool in (("instructions", "callgrind"), ("allocations", "memcheck")):
-                few, many = (count(tool, config.name, n, stream) for n in (FEW, MANY))
+                few, many = (count(tool, command, n, stream) for n in (FEW, MANY))
                 figures[f"{kind} {what}"] = (many - few) / (MANY - FEW)
     if "--write" in sys.argv:
         with open(TODAY, "w") as file:

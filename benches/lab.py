@@ -25,15 +25,17 @@ def build():
     subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=GAUGE, check=True, env=env)
 
 
-def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more=""):
-    """Writes Zap's configuration with every feature on; returns the command that runs it."""
+def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more="", settings=""):
+    """Writes Zap's configuration with every feature on; returns the command that runs it.
+
+    `more` is for each backend, `settings` for tables that are not here."""
     urls = urls or [f"http://127.0.0.1:{p}" for p in PROVIDERS]
     path = os.path.join(folder, name)
     with open(path, "w") as file:
         file.write(
             f'[server]\nhost = "127.0.0.1"\nport = {port}\nworkers = {workers}\nmax_connections = 20000\n'
             "[queue]\nmax_in_flight = 10000\n[log]\nrequests = false\n"
-            "[rate_limit]\nrequests_per_minute = 4000000000\nmax_keys = 2000000\n"
+            f"[rate_limit]\nrequests_per_minute = 4000000000\nmax_keys = 2000000\n{settings}"
         )
         for i, url in enumerate(urls):
             file.write(

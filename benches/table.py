@@ -78,7 +78,7 @@ def tls(folder, args):
         for to, at in zip(plain, secure):
             file.write(f"listen p{at}\n  bind 127.0.0.1:{at} ssl crt {pem}\n  server s 127.0.0.1:{to}\n")
     with open(os.path.join(PEERS, "haproxy.cfg")) as file, open(os.path.join(folder, "haproxy.cfg"), "w") as to:
-        text = re.sub(r"(server \w+ 127\.0\.0\.1:)93(\d\d)", r"\g<1>93\2", file.read())
+        text = file.read()
         for a, b in zip(plain, secure):
             text = text.replace(f"127.0.0.1:{a}", f"127.0.0.1:{b} ssl verify required ca-file {pem}.crt")
         to.write(text)
@@ -209,7 +209,7 @@ def spread(folder, args):
                 shares.append(max(ticks) / sum(ticks))
     kernel = f"SO_REUSEPORT: {sum(reuseport(8) for _ in range(200)) / 200:.2f}"
     share = lab.median(shares)
-    row("2 workers, 8 connections: share of the busier", "", kernel, share, None, "0.50", share <= 0.55)
+    row("2 workers, 8 connections: share of the busier", "", kernel, share, None, "0.55", share <= 0.55)
 
 
 def process(folder, args):
