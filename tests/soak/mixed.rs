@@ -157,13 +157,17 @@ async fn report(
     say("reloads", format!("{counted:?} of {reloads:?}"), counted == reloads);
     // Idle upstream connections live for 30 s.
     let end = Instant::now() + Duration::from_secs(40);
-    let mut held = zap.held().await;
-    while (zap.open_files() > files || !held.is_empty()) && Instant::now() < end {
+    let (held, open) = loop {
         sleep(Duration::from_millis(200)).await;
-        held = zap.held().await;
-    }
+        // Counted before the gauges are read: the connection of that is closed only a moment later.
+        let open = zap.open_files();
+        let held = zap.held().await;
+        if open <= files && held.is_empty() || Instant::now() > end {
+            break (held, open);
+        }
+    };
     say("gauges", format!("{held:?}"), held.is_empty());
-    say("open files", format!("{} of {files}", zap.open_files()), zap.open_files() <= files);
+    say("open files", format!("{open} of {files}"), open <= files);
     // The windows of the rate limiter fill for a minute.
     let from = (secs as f64 / 2.0).min(120.0);
     let settled: Vec<_> = memory.iter().copied().filter(|(at, _)| *at >= from).collect();
