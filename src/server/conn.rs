@@ -77,8 +77,9 @@ async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) -> bool {
         Box::pin(guarded(gateway.clone(), request, conn.clone()))
     });
     let mut builder = http1::Builder::new();
-    // No timer: `alarm` does what hyper's would, for less. No half-close: a client that stops sending has left.
-    builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS).half_close(false);
+    // No timer: `alarm` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it, and
+    // takes no buffer for that, as hyper would without `half_close`.
+    builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS).half_close(true);
     let mut http = pin!(builder.serve_connection(TokioIo::new(ClientIo(conn.clone())), service));
     let mut closing = false;
     poll_fn(|cx| {

@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -197,12 +198,18 @@ impl Conn {
         let _ = socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO));
     }
 
-    /// Whether the client has gone, where nobody reads on and would see it: behind a chunked body, and behind as many
-    /// bytes as are put aside. Then every sweep looks anew.
+    /// Whether the client has gone while its request is served: hyper does not look then. What it sends meanwhile is put
+    /// aside. Where that may not go on, behind a chunked body and behind as many bytes as are put aside, every sweep looks
+    /// anew.
     pub fn has_left(&self, cx: &mut Context<'_>) -> bool {
         let is_deaf = match self.reading.get() {
-            Reading::Chunked => true,
-            Reading::Done => self.aside.borrow().len() >= MAX_AHEAD,
+            Reading::Chunked => self.poll_readable(cx).is_ready(),
+            Reading::Done => {
+                if self.read_ahead(cx).is_err() {
+                    return true;
+                }
+                self.aside.borrow().len() >= MAX_AHEAD
+            }
             Reading::Head | Reading::Length(_) | Reading::Refused => false,
         };
         self.alarm.be_attentive(is_deaf);
@@ -212,6 +219,25 @@ impl Conn {
         let stream = self.stream.borrow();
         let ready = pin!(stream.ready(Interest::READABLE));
         matches!(ready.poll(cx), Poll::Ready(Ok(ready)) if ready.is_read_closed())
+    }
+
+    /// Puts aside what has come behind the message. An error: the client has ended its side.
+    fn read_ahead(&self, cx: &mut Context<'_>) -> io::Result<()> {
+        let mut scratch = [MaybeUninit::uninit(); 4096];
+        let mut aside = self.aside.borrow_mut();
+        while aside.len() < MAX_AHEAD {
+            let mut buf = ReadBuf::uninit(&mut scratch);
+            let Poll::Ready(n) = self.poll_socket(cx, &mut buf) else { break };
+            if n? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            aside.extend_from_slice(buf.filled());
+            if self.turn_over.get() {
+                // It is the next request: hyper is to have it.
+                self.alarm.wake();
+            }
+        }
+        Ok(())
     }
 
     /// Ready once the socket has something to read.
@@ -297,17 +323,8 @@ impl Conn {
                     }
                     return self.poll_socket(cx, buf).map_ok(drop);
                 }
-                Reading::Done => {
-                    let mut aside = self.aside.borrow_mut();
-                    if aside.len() >= MAX_AHEAD {
-                        return Poll::Pending;
-                    }
-                    if ready!(self.poll_socket(cx, buf))? == 0 {
-                        return Poll::Ready(Ok(()));
-                    }
-                    aside.extend_from_slice(&buf.filled()[start..]);
-                    buf.set_filled(start);
-                }
+                // What comes now is not hyper's: `has_left` puts it aside.
+                Reading::Done => return Poll::Pending,
             }
         }
     }
