@@ -11,11 +11,12 @@ use std::task::Poll;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::service_fn;
+use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
 use super::io::{ClientIo, Conn};
+use super::rooms::{Desk, Rooms};
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::body::Body;
@@ -33,8 +34,16 @@ const LINGER: Nanos = 2 * SECOND;
 /// How much a client may send meanwhile.
 const MAX_DISCARD: usize = 64 << 20;
 
-/// Serves one connection to its end.
-pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
+/// What a room is given.
+pub type Asked = (Request<Incoming>, Rc<Conn>);
+
+/// Serves one connection to its end, each request in one of the `rooms`.
+pub async fn serve<F: Future>(
+    stream: TcpStream,
+    peer: IpAddr,
+    gateway: Rc<Gateway>,
+    rooms: Rc<Rooms<Asked, Response<Body>, F>>,
+) {
     let keep_alive = clock::nanos(gateway.server().keep_alive);
     let conn = Conn::new(stream, peer, gateway.alarms().clone(), keep_alive);
     // A connection that says nothing costs no buffers: hyper comes in with the first byte.
@@ -48,7 +57,8 @@ pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
     if !first.await {
         return;
     }
-    let answered = serve_http(&conn, &gateway).await;
+    let service = service_fn(|request| rooms.lodge((request, conn.clone())));
+    let answered = serve_http(&conn, &gateway, service).await;
     if answered && conn.is_unread() {
         let mut left = MAX_DISCARD;
         let drained = poll_fn(|cx| conn.poll_discard(cx, &mut left));
@@ -56,26 +66,29 @@ pub async fn serve(stream: TcpStream, peer: IpAddr, gateway: Rc<Gateway>) {
     }
 }
 
+/// Tells the stories of the requests that come to `desk`.
+pub async fn tell(gateway: Rc<Gateway>, desk: Rc<Desk<Asked, Response<Body>>>) {
+    loop {
+        let (request, conn) = desk.next().await;
+        desk.leave(guarded(&gateway, request, conn).await);
+    }
+}
+
 /// The answer to one request. A bug on its way ends that request alone: what it held is dropped, its client gets a 500.
-async fn guarded(
-    gateway: Rc<Gateway>,
-    request: Request<Incoming>,
-    conn: Rc<Conn>,
-) -> Result<Response<Body>, Infallible> {
+async fn guarded(gateway: &Rc<Gateway>, request: Request<Incoming>, conn: Rc<Conn>) -> Response<Body> {
     let mut story = pin!(gateway.clone().handle(request, conn));
     let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| story.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    Ok(answer.await.unwrap_or_else(|| gateway.broken()))
+    answer.await.unwrap_or_else(|| gateway.broken())
 }
 
 /// `true`: hyper ended it; `false`: an alarm did, and nobody waits for an answer.
-async fn serve_http(conn: &Rc<Conn>, gateway: &Rc<Gateway>) -> bool {
-    let service = service_fn(|request| {
-        // hyper keeps room for this future as long as the connection lives: in a box it has gone when a stream begins.
-        Box::pin(guarded(gateway.clone(), request, conn.clone()))
-    });
+async fn serve_http<S>(conn: &Rc<Conn>, gateway: &Rc<Gateway>, service: S) -> bool
+where
+    S: HttpService<Incoming, ResBody = Body, Error = Infallible>,
+{
     let mut builder = http1::Builder::new();
     // No timer: `alarm` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it, and
     // takes no buffer for that, as hyper would without `half_close`.

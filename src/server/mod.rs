@@ -6,6 +6,8 @@ pub mod io;
 
 pub mod conn;
 
+pub mod rooms;
+
 pub mod worker;
 
 pub mod fleet;

@@ -15,6 +15,7 @@ use tokio::task::LocalSet;
 
 use super::alarm::{Alarms, GRAIN};
 use super::conn;
+use super::rooms::Rooms;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::state::Shared;
@@ -133,6 +134,8 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
     let alarms = Rc::new(Alarms::default());
     alarms.sweep();
     let gateway = Gateway::new(id, shared, alarms.clone(), load.clone());
+    let teller = gateway.clone();
+    let rooms = Rooms::new(move |desk| conn::tell(teller.clone(), desk));
     let mut sweep = tokio::time::interval(GRAIN);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
@@ -143,10 +146,10 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
-                        let gateway = gateway.clone();
+                        let (gateway, rooms) = (gateway.clone(), rooms.clone());
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            conn::serve(client, peer, gateway).await;
+                            conn::serve(client, peer, gateway, rooms).await;
                         });
                     }
                 }
