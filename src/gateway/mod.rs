@@ -45,6 +45,7 @@ use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
 use crate::upstream::pool::Pool;
+use crate::upstream::spare;
 
 /// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
 const MAX_REFUSED_LINES: u32 = 10;
@@ -181,6 +182,7 @@ impl Gateway {
             attempts.run(slot).await
         }
         .await;
+        spare::give_back(head.headers);
         match result {
             Ok(delivery) => self.deliver(delivery, completion, decision, conn, version),
             // It left in its body: nobody is there to be told, and it is counted as gone.

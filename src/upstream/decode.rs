@@ -6,8 +6,10 @@
 use std::mem::MaybeUninit;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, StatusCode, Version, response};
+
+use super::spare;
 
 /// Largest head of an answer, interim ones included.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -292,7 +294,7 @@ fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
         parts.version = if answer.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
         // All values share one copy of the head. Room for Zap's own headers as well.
         let text = Bytes::copy_from_slice(&bytes[from..from + length]);
-        parts.headers = HeaderMap::with_capacity(answer.headers.len() + 8);
+        parts.headers = spare::map(answer.headers.len() + 8);
         let mut framing = Framing::default();
         for line in answer.headers.iter() {
             let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Invalid)?;

@@ -8,6 +8,8 @@ pub mod link;
 
 pub mod pool;
 
+pub mod spare;
+
 pub mod send;
 
 pub mod probe;
