@@ -23,6 +23,8 @@ pub mod state;
 
 pub mod clock;
 
+pub mod gather;
+
 pub mod server;
 
 pub mod gateway;

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 
 use super::alarm::{Alarm, Alarms, GRAIN};
 use crate::clock;
+use crate::gather::{Room, one_piece};
 use crate::policy::head::{Framing, inspect};
 use crate::policy::{Nanos, SECOND};
 
@@ -420,7 +421,11 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut *self.0.stream.borrow_mut()).poll_write_vectored(cx, bufs);
+        let mut stream = self.0.stream.borrow_mut();
+        let result = match one_piece(bufs, &mut Room::new()) {
+            Some(piece) => Pin::new(&mut *stream).poll_write(cx, piece),
+            None => Pin::new(&mut *stream).poll_write_vectored(cx, bufs),
+        };
         self.0.wrote(result)
     }
 

@@ -24,6 +24,7 @@ use tokio::io::Interest;
 use super::connect::Io;
 use super::decode::Decoder;
 use crate::error::Code;
+use crate::gather::{Room, one_piece};
 use crate::policy::patch::Slices;
 
 /// Most that one read brings, and so the largest frame.
@@ -215,7 +216,11 @@ impl Outbox {
                 self.state = Sending::Flushing;
                 break;
             }
-            let mut n = ready!(io.as_mut().poll_write_vectored(cx, &slices))?;
+            let written = match one_piece(&slices, &mut Room::new()) {
+                Some(piece) => io.as_mut().poll_write(cx, piece),
+                None => io.as_mut().poll_write_vectored(cx, &slices),
+            };
+            let mut n = ready!(written)?;
             if n == 0 {
                 return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
             }
