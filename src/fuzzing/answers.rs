@@ -66,26 +66,19 @@ fn decode(bytes: &[u8], piece: usize) -> Result<Option<Answer>, Invalid> {
     decoder.begin();
     let mut answer: Option<Answer> = None;
     for piece in bytes.chunks(piece.min(bytes.len()).max(1)) {
-        let mut rest = piece;
-        if answer.is_none() {
-            let Some((parts, behind)) = decoder.head(piece)? else { continue };
+        let Some(answer) = &mut answer else {
+            let Some((parts, rest)) = decoder.head(piece)? else { continue };
             let response::Parts { status, version, headers, .. } = parts;
-            answer =
-                Some(Answer { status, version, headers, body: Vec::new(), whole: false, goes_on: false });
-            rest = behind;
-            if !rest.is_empty()
-                && let Some(answer) = &mut answer
-            {
-                answer.body.extend_from_slice(&decoder.body(rest)?);
-            }
-        } else if let Some(answer) = &mut answer {
-            if decoder.is_done() || decoder.is_broken() {
-                break;
-            }
-            match decoder.body(rest) {
-                Ok(data) => answer.body.extend_from_slice(&data),
-                Err(Invalid) => return Ok(Some(Answer { whole: false, ..take(answer) })),
-            }
+            let body = decoder.rest(rest)?.to_vec();
+            answer = Some(Answer { status, version, headers, body, whole: false, goes_on: false });
+            continue;
+        };
+        if decoder.is_done() || decoder.is_broken() {
+            break;
+        }
+        match decoder.body(piece) {
+            Ok(data) => answer.body.extend_from_slice(&data),
+            Err(Invalid) => return Ok(Some(Answer { whole: false, ..take(answer) })),
         }
     }
     let Some(mut answer) = answer else { return Ok(None) };

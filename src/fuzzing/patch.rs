@@ -195,7 +195,7 @@ impl Look {
                             let name: String = serde_json::from_str(value).unwrap_or_default();
                             let kept = &name.as_bytes()[..name.len().min(MAX_NAME)];
                             let whole = name.len() <= MAX_NAME;
-                            let name = String::from_utf8_lossy(kept).into_owned();
+                            let name = String::from_utf8_lossy(kept).into();
                             Model::Named { span: wide.clone(), name, whole }
                         }
                         _ => Model::Other,
@@ -239,7 +239,7 @@ fn same_fields(ours: &Fields, naive: &Fields) {
         (&mut ours.model, &naive.model)
         && read.is_empty()
     {
-        name.clear();
+        *name = "".into();
         *whole = true;
     }
     assert_eq!(ours, *naive);

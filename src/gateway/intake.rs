@@ -7,6 +7,7 @@ use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HeaderMap, HeaderVa
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
 use crate::clock;
@@ -27,11 +28,14 @@ const PROGRESS: usize = 1024;
 const MAX_PIECES: usize = 256;
 const SMALL: usize = 4096;
 
+/// A body's pieces: most often one.
+pub type Chunks = SmallVec<[Bytes; 1]>;
+
 /// A chat request: its body in pieces and what the scan found.
 #[derive(Debug)]
 pub struct ChatRequest {
     /// The body as it came.
-    pub chunks: Vec<Bytes>,
+    pub chunks: Chunks,
     /// Its top-level members.
     pub fields: Fields,
 }
@@ -148,7 +152,7 @@ impl ChatRequest {
 
 #[derive(Default)]
 struct Pieces {
-    done: Vec<Bytes>,
+    done: Chunks,
     /// Small pieces that came after many others.
     gathered: BytesMut,
 }
@@ -175,7 +179,7 @@ impl Pieces {
         }
     }
 
-    fn finish(mut self) -> Vec<Bytes> {
+    fn finish(mut self) -> Chunks {
         self.flush();
         self.done
     }
@@ -187,7 +191,7 @@ mod tests {
 
     fn scanned(body: &str, size: usize) -> ChatRequest {
         let watch = Watch { affinity: true, ..Watch::default() };
-        let chunks: Vec<Bytes> = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+        let chunks: Chunks = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
         let mut scanner = Scanner::new(&watch);
         chunks.iter().for_each(|c| scanner.feed(c).unwrap());
         ChatRequest { chunks, fields: scanner.finish().unwrap() }

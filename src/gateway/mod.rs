@@ -26,6 +26,7 @@ use arc_swap::Guard;
 use http::header::{CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, Version};
 use hyper::body::Incoming;
+use smallvec::SmallVec;
 
 use self::attempt::{Attempts, Delivery};
 use self::body::Body;
@@ -68,6 +69,8 @@ pub struct Gateway {
     load: Arc<Load>,
     server: Server,
     rng: RefCell<fastrand::Rng>,
+    /// The limit that was stated last, as text.
+    limit: RefCell<(u32, HeaderValue)>,
     /// Heads refused in the present second, and which one that is.
     refused_heads: Cell<(u64, u32)>,
 }
@@ -84,6 +87,7 @@ impl Gateway {
             load,
             server,
             rng: RefCell::default(),
+            limit: RefCell::new((0, number(0))),
             refused_heads: Cell::default(),
         })
     }
@@ -205,7 +209,7 @@ impl Gateway {
         completion: &Completion,
     ) -> Result<Ask<'c>, GatewayError> {
         let (model, whole) = match &chat.fields.model {
-            Model::Named { name, whole, .. } => (Some(name.as_str()), *whole),
+            Model::Named { name, whole, .. } => (Some(&**name), *whole),
             _ => (None, true),
         };
         let client = caller::known(&completion.caller).map(|client| &**client);
@@ -312,13 +316,22 @@ impl Gateway {
             None => headers.remove(X_ZAP_BACKEND),
         };
         if let Some(d) = decision {
-            headers.insert(LIMIT, number(d.limit));
+            headers.insert(LIMIT, self.limit_value(d.limit));
             headers.insert(REMAINING, number(d.remaining));
             headers.insert(RESET, reset_value(d.reset));
         }
         if conn.must_close() || self.shared().is_draining() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
+    }
+
+    /// The limit as a header's value: that of the last answer, mostly.
+    fn limit_value(&self, limit: u32) -> HeaderValue {
+        let mut last = self.limit.borrow_mut();
+        if last.0 != limit {
+            *last = (limit, number(limit));
+        }
+        last.1.clone()
     }
 
     fn refuse(&self, error: &GatewayError, completion: &mut Completion) -> Response<Body> {
@@ -445,10 +458,16 @@ fn reset_value(reset: u64) -> HeaderValue {
     if millis == 0 {
         return HeaderValue::from_static("0s");
     }
-    let mut text = format!("{}.{:03}", millis / 1000, millis % 1000);
-    text.truncate(text.trim_end_matches('0').trim_end_matches('.').len());
-    text.push('s');
-    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("0s"))
+    let mut text = SmallVec::<[u8; 32]>::new();
+    text.extend_from_slice(itoa::Buffer::new().format(millis / 1000).as_bytes());
+    let part = millis % 1000;
+    let digits = [part / 100, part / 10 % 10, part % 10].map(|digit| b'0' + digit as u8);
+    if let Some(last) = digits.iter().rposition(|digit| *digit != b'0') {
+        text.push(b'.');
+        text.extend_from_slice(&digits[..=last]);
+    }
+    text.push(b's');
+    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0s"))
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! [`crate::policy::patch`] acts on it. All offsets are bytes from the body's first.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Longest model name that is kept for logs and routing, in bytes. A longer one is forwarded but matches nothing.
 pub const MAX_NAME: usize = 256;
@@ -109,7 +110,7 @@ pub enum Model {
         /// Byte range of the value in the body.
         span: Range<u64>,
         /// The unescaped text, cut at [`MAX_NAME`] bytes.
-        name: String,
+        name: Arc<str>,
         /// Nothing was cut.
         whole: bool,
     },

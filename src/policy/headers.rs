@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use bytes::Bytes;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, ALT_SVC, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName,
     HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
@@ -151,7 +152,8 @@ pub fn new_request_id(random: u128) -> HeaderValue {
     for (i, digit) in text.iter_mut().enumerate() {
         *digit = b"0123456789abcdef"[(random >> (4 * i) & 15) as usize];
     }
-    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0"))
+    // One allocation, which clones share.
+    HeaderValue::from_maybe_shared(Bytes::from_owner(text)).unwrap_or(HeaderValue::from_static("0"))
 }
 
 #[cfg(test)]

@@ -216,7 +216,7 @@ pub struct Completion {
     /// Who sent it.
     pub caller: Caller,
     /// The model that was asked for, if any.
-    pub model: Option<String>,
+    pub model: Option<Arc<str>>,
     /// The body asked for a stream.
     pub stream: bool,
     /// Status of the answer; 0 while there is none.

@@ -131,12 +131,12 @@ impl Decoder {
         self.is_done()
     }
 
-    /// Reads on in a head. Once it is whole: the head, and what of `input` stands behind it. Interim answers but 101 are
-    /// dropped.
+    /// Reads on in a head. Once it is whole: the head, and what came behind it, for [`rest`](Decoder::rest). Interim
+    /// answers but 101 are dropped.
     ///
     /// # Errors
     /// [`Invalid`]: it is none, or too large.
-    pub fn head<'i>(&mut self, input: &'i [u8]) -> Result<Option<(response::Parts, &'i [u8])>, Invalid> {
+    pub fn head(&mut self, input: &[u8]) -> Result<Option<(response::Parts, Bytes)>, Invalid> {
         // Nearly always it is whole at once, and is not kept.
         let before = self.head.len();
         let read = if before == 0 {
@@ -145,7 +145,7 @@ impl Decoder {
             self.head.extend_from_slice(input);
             read_head(&self.head)?
         };
-        let Some(Whole { parts, framing, end }) = read else {
+        let Some(Whole { parts, framing, rest }) = read else {
             if before == 0 {
                 self.head.extend_from_slice(input);
             }
@@ -155,8 +155,28 @@ impl Decoder {
         self.state = framing.state(parts.status, parts.version)?;
         self.keep_alive = parts.version == Version::HTTP_11 && !framing.closes && self.state != State::Open;
         self.stated = matches!(self.state, State::Done | State::Length(_));
-        // What was here before is of the head: it was not whole then.
-        Ok(Some((parts, &input[end - before..])))
+        Ok(Some((parts, rest)))
+    }
+
+    /// The beginning of the body, as [`body`](Decoder::body) reads it, but without a copy where it comes as it is.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rest(&mut self, rest: Bytes) -> Result<Bytes, Invalid> {
+        match self.state {
+            State::Length(left) if left >= rest.len() as u64 => {
+                self.came(left, rest.len());
+                Ok(rest)
+            }
+            State::Open => Ok(rest),
+            _ if rest.is_empty() => Ok(rest),
+            _ => self.body(&rest),
+        }
+    }
+
+    /// `n` bytes of a body came, of which `left` were to come.
+    fn came(&mut self, left: u64, n: usize) {
+        self.state = if left == n as u64 { State::Done } else { State::Length(left - n as u64) };
     }
 
     /// Reads on in a body: what of it is in `input`, in one piece. What stands behind the answer ends the connection.
@@ -167,7 +187,7 @@ impl Decoder {
         let (data, read) = match self.state {
             State::Length(left) => {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
-                self.state = if left == n as u64 { State::Done } else { State::Length(left - n as u64) };
+                self.came(left, n);
                 (Bytes::copy_from_slice(&input[..n]), n)
             }
             State::Open => (Bytes::copy_from_slice(input), input.len()),
@@ -261,11 +281,11 @@ impl Trailer {
     }
 }
 
-/// A whole head, and where it ends.
+/// A whole head, and what came behind it.
 struct Whole {
     parts: response::Parts,
     framing: Framing,
-    end: usize,
+    rest: Bytes,
 }
 
 /// A whole head, interim answers before it left out; `None` where more must come.
@@ -292,8 +312,8 @@ fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
         let (mut parts, ()) = Response::new(()).into_parts();
         parts.status = status;
         parts.version = if answer.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-        // All values share one copy of the head. Room for Zap's own headers as well.
-        let text = Bytes::copy_from_slice(&bytes[from..from + length]);
+        // All values and the beginning of the body share one copy. Room for Zap's own headers as well.
+        let text = Bytes::copy_from_slice(&bytes[from..]);
         parts.headers = spare::map(answer.headers.len() + 8);
         let mut framing = Framing::default();
         for line in answer.headers.iter() {
@@ -303,7 +323,8 @@ fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
             framing.note(&name, line.value);
             parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Invalid)?);
         }
-        return Ok(Some(Whole { parts, framing, end: from + length }));
+        let rest = text.slice(length..);
+        return Ok(Some(Whole { parts, framing, rest }));
     }
 }
 
@@ -398,19 +419,17 @@ mod tests {
         decoder.begin();
         let (mut status, mut body) = (None, Vec::new());
         for piece in bytes.as_bytes().chunks(size) {
-            let rest = match status {
+            let data = match status {
                 None => match decoder.head(piece)? {
                     None => continue,
                     Some((head, rest)) => {
                         status = Some(head.status.as_u16());
-                        rest
+                        decoder.rest(rest)?
                     }
                 },
-                Some(_) => piece,
+                Some(_) => decoder.body(piece)?,
             };
-            if !rest.is_empty() {
-                body.extend_from_slice(&decoder.body(rest)?);
-            }
+            body.extend_from_slice(&data);
         }
         let goes_on = decoder.may_go_on();
         let whole = decoder.end();

@@ -260,8 +260,7 @@ impl Link for Http1 {
             let read = self.read(cx, |decoder, came| {
                 let head = decoder.head(came)?;
                 let Some((parts, rest)) = head else { return Ok(None) };
-                let ahead = if rest.is_empty() { Bytes::new() } else { decoder.body(rest)? };
-                Ok(Some((parts, ahead)))
+                Ok(Some((parts, decoder.rest(rest)?)))
             });
             let failed = match read {
                 // Whatever it answers, it is not this request.

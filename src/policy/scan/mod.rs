@@ -11,6 +11,8 @@ mod skip;
 
 mod text;
 
+use smallvec::SmallVec;
+
 use super::fields::{Fields, Kind, MAX_NAME, Member, Model, NOTHING, Place, ScanError, Watch};
 
 /// Deepest nesting that is accepted; the object itself is 1.
@@ -37,7 +39,7 @@ pub struct Scanner<'w> {
     droppable: Option<usize>,
     /// What the string being read is kept for.
     keep: Keep,
-    text: Vec<u8>,
+    text: SmallVec<[u8; 32]>,
     text_is_cut: bool,
     high_surrogate: u16,
     value_start: u64,
@@ -163,7 +165,7 @@ impl<'w> Scanner<'w> {
             member: None,
             droppable: None,
             keep: Keep::Nothing,
-            text: Vec::new(),
+            text: SmallVec::new(),
             text_is_cut: false,
             high_surrogate: 0,
             value_start: 0,

@@ -86,7 +86,7 @@ impl Scanner<'_> {
         if self.depth == 1 {
             self.member_ends(self.base + end as u64);
         } else if self.depth == 3 && self.opening == Opening::Role {
-            let is_user = self.keep == Keep::Value && self.text == b"user";
+            let is_user = self.keep == Keep::Value && self.text.as_slice() == b"user";
             self.opening = if is_user { Opening::Found } else { Opening::Seeking };
             self.keep = Keep::Nothing;
         }
@@ -99,7 +99,7 @@ impl Scanner<'_> {
         match self.member.take() {
             Some(Member::Model) if self.fields.model == Model::Absent => {
                 self.fields.model = if text {
-                    let name = String::from_utf8_lossy(&self.text).into_owned();
+                    let name = String::from_utf8_lossy(&self.text).into();
                     Model::Named { span, name, whole: !self.text_is_cut }
                 } else {
                     Model::Nothing(span)
