@@ -4,13 +4,22 @@ use std::pin::pin;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::policy::Nanos;
+use rustix::time::{ClockId, Timespec, clock_gettime};
 
-static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+use crate::policy::{Nanos, SECOND};
+
+static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 
 /// Monotonic time since the process first asked.
 pub fn now() -> Nanos {
-    nanos(START.elapsed())
+    let start = *START;
+    since_boot() - start
+}
+
+/// What `Instant` reads, as a number: half the work, many times a request.
+fn since_boot() -> Nanos {
+    let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Monotonic);
+    tv_sec.cast_unsigned() * SECOND + tv_nsec.cast_unsigned()
 }
 
 /// A span as [`Nanos`], saturating at 584 years.
