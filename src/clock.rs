@@ -13,7 +13,7 @@ static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 /// Monotonic time since the process first asked.
 pub fn now() -> Nanos {
     let start = *START;
-    since_boot() - start
+    since_boot().saturating_sub(start)
 }
 
 /// What `Instant` reads, as a number: half the work, many times a request.

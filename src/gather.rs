@@ -10,19 +10,19 @@ use smallvec::SmallVec;
 const MAX: usize = 4096;
 
 /// Room for a small message, on the stack.
-pub type Room = SmallVec<[u8; MAX]>;
+pub type Scratch = SmallVec<[u8; MAX]>;
 
 /// The slices as one piece, if they are one already or a small message; else they are to be written as they are.
-pub fn one_piece<'p>(slices: &'p [IoSlice<'_>], room: &'p mut Room) -> Option<&'p [u8]> {
+pub fn one_piece<'p>(slices: &'p [IoSlice<'_>], scratch: &'p mut Scratch) -> Option<&'p [u8]> {
     if let [one] = slices {
         return Some(one);
     }
     if slices.iter().map(|slice| slice.len()).sum::<usize>() > MAX {
         return None;
     }
-    room.clear();
-    slices.iter().for_each(|slice| room.extend_from_slice(slice));
-    Some(room)
+    scratch.clear();
+    slices.iter().for_each(|slice| scratch.extend_from_slice(slice));
+    Some(scratch)
 }
 
 #[cfg(test)]
@@ -34,7 +34,7 @@ mod tests {
         let (small, large) = ([b'a'; 10], [b'b'; MAX - 9]);
         let piece = |slices: &[&[u8]]| {
             let slices: Vec<_> = slices.iter().map(|s| IoSlice::new(s)).collect();
-            one_piece(&slices, &mut Room::new()).map(<[u8]>::to_vec)
+            one_piece(&slices, &mut Scratch::new()).map(<[u8]>::to_vec)
         };
         assert_eq!(piece(&[&small, b"bc"]), Some(b"aaaaaaaaaabc".to_vec()));
         assert_eq!(piece(&[&small[1..], &large]).map(|p| p.len()), Some(MAX));

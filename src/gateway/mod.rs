@@ -486,7 +486,14 @@ mod tests {
 
     #[test]
     fn writes_a_reset_as_openai_does() {
-        for (reset, want) in [(0, "0s"), (1, "0.001s"), (2_500 * MILLI, "2.5s"), (60_000 * MILLI, "60s")] {
+        for (reset, want) in [
+            (0, "0s"),
+            (1, "0.001s"),
+            (2_500 * MILLI, "2.5s"),
+            (1_050 * MILLI, "1.05s"),
+            (120 * MILLI, "0.12s"),
+            (60_000 * MILLI, "60s"),
+        ] {
             assert_eq!(reset_value(reset), want);
         }
     }

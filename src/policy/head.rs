@@ -324,6 +324,18 @@ mod tests {
     }
 
     #[test]
+    fn a_line_may_end_anywhere_in_a_block() {
+        for length in 0..40 {
+            let head = format!("GET / HTTP/1.1\r\nx: {}\r\nhost: a\r\n\r\n", "v".repeat(length));
+            let want = Head { len: head.len(), framing: Framing::Length(0) };
+            assert_eq!(verdict(&head), Ok(Some(want)), "{length}");
+            (0..head.len()).for_each(|cut| assert_eq!(verdict(&head[..cut]), Ok(None), "{length}, {cut}"));
+            let bare = head.replacen("v\r\n", "v\n", 1).replacen("x: \r\n", "x: \n", 1);
+            assert!(verdict(&bare).is_err(), "{bare:?}");
+        }
+    }
+
+    #[test]
     fn no_control_character_passes_wherever_it_stands() {
         let head = |value: &[u8]| [b"GET / HTTP/1.1\r\nhost: a\r\nx: ", value, b"\r\n\r\n"].concat();
         for place in 0..40 {

@@ -90,8 +90,8 @@ where
     S: HttpService<Incoming, ResBody = Body, Error = Infallible>,
 {
     let mut builder = http1::Builder::new();
-    // No timer: `alarm` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it, and
-    // takes no buffer for that, as hyper would without `half_close`.
+    // No timer: `alarm` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it. Without
+    // `half_close` hyper would look itself, and take 8 KiB for it.
     builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS).half_close(true);
     let mut http = pin!(builder.serve_connection(TokioIo::new(ClientIo(conn.clone())), service));
     let mut closing = false;
@@ -102,6 +102,8 @@ where
             http.as_mut().graceful_shutdown();
         }
         if http.as_mut().poll(cx).is_ready() {
+            // What has come meanwhile is to be known before the close.
+            conn.has_left(cx);
             return Poll::Ready(true);
         }
         // An alarm that no phase of a request has answered: idle, a slow head, or a write that nobody reads.

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 
 use super::alarm::{Alarm, Alarms, GRAIN};
 use crate::clock;
-use crate::gather::{Room, one_piece};
+use crate::gather::{Scratch, one_piece};
 use crate::policy::head::{Framing, inspect};
 use crate::policy::{Nanos, SECOND};
 
@@ -206,7 +206,8 @@ impl Conn {
         let is_deaf = match self.reading.get() {
             Reading::Chunked => self.poll_readable(cx).is_ready(),
             Reading::Done => {
-                if self.read_ahead(cx).is_err() {
+                self.read_ahead(cx);
+                if self.eof.get() {
                     return true;
                 }
                 self.aside.borrow().len() >= MAX_AHEAD
@@ -222,15 +223,14 @@ impl Conn {
         matches!(ready.poll(cx), Poll::Ready(Ok(ready)) if ready.is_read_closed())
     }
 
-    /// Puts aside what has come behind the message. An error: the client has ended its side.
-    fn read_ahead(&self, cx: &mut Context<'_>) -> io::Result<()> {
+    /// Puts aside what has come behind the message.
+    fn read_ahead(&self, cx: &mut Context<'_>) {
         let mut scratch = [MaybeUninit::uninit(); 4096];
         let mut aside = self.aside.borrow_mut();
         while aside.len() < MAX_AHEAD {
             let mut buf = ReadBuf::uninit(&mut scratch);
-            let Poll::Ready(n) = self.poll_socket(cx, &mut buf) else { break };
-            if n? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if !matches!(self.poll_socket(cx, &mut buf), Poll::Ready(Ok(n)) if n > 0) {
+                return;
             }
             aside.extend_from_slice(buf.filled());
             if self.turn_over.get() {
@@ -238,7 +238,6 @@ impl Conn {
                 self.alarm.wake();
             }
         }
-        Ok(())
     }
 
     /// Ready once the socket has something to read.
@@ -271,6 +270,9 @@ impl Conn {
         loop {
             if self.reading.get() == Reading::Done && self.turn_over.get() {
                 self.reading.set(Reading::Head);
+                if !self.aside.borrow().is_empty() {
+                    self.alarm.set(self.coarse_now() + HEAD_TIME);
+                }
             }
             let start = buf.filled().len();
             match self.reading.get() {
@@ -422,7 +424,7 @@ impl AsyncWrite for ClientIo {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let mut stream = self.0.stream.borrow_mut();
-        let result = match one_piece(bufs, &mut Room::new()) {
+        let result = match one_piece(bufs, &mut Scratch::new()) {
             Some(piece) => Pin::new(&mut *stream).poll_write(cx, piece),
             None => Pin::new(&mut *stream).poll_write_vectored(cx, bufs),
         };

@@ -139,15 +139,33 @@ mod tests {
             assert_eq!(lodged.as_mut().poll(&mut cx), Poll::Ready(Ok(request + 1)));
             assert_eq!((made.get(), free()), (1, 1));
         }
+        assert!(pin!(rooms.lodge(0)).poll(&mut cx).is_pending(), "dropped at once");
+        assert_eq!((made.get(), free()), (1, 0));
         let mut given_up = Box::pin(rooms.lodge(7));
         assert!(given_up.as_mut().poll(&mut cx).is_pending());
         drop(given_up);
-        assert_eq!((made.get(), free()), (1, 0));
+        assert_eq!((made.get(), free()), (2, 0));
         let mut many: Vec<_> = (0..MAX_FREE as u32 + 9).map(|n| Box::pin(rooms.lodge(n))).collect();
         for lodged in &mut many {
             assert!(lodged.as_mut().poll(&mut cx).is_pending());
             assert!(lodged.as_mut().poll(&mut cx).is_ready());
         }
-        assert_eq!((made.get(), free()), (MAX_FREE + 10, MAX_FREE), "no more are kept");
+        assert_eq!((made.get(), free()), (MAX_FREE + 11, MAX_FREE), "no more are kept");
+    }
+
+    #[test]
+    fn a_free_room_holds_nothing_of_its_last_request() {
+        let rooms = Rooms::new(|desk: Rc<Desk<Rc<()>, ()>>| async move {
+            loop {
+                let _held = desk.next().await;
+                desk.leave(());
+            }
+        });
+        let held = Rc::new(());
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(pin!(rooms.lodge(held.clone())).poll(&mut cx).is_ready());
+        assert_eq!((Rc::strong_count(&held), rooms.free.borrow().len()), (1, 1));
+        drop(rooms.lodge(held.clone()));
+        assert_eq!((Rc::strong_count(&held), rooms.free.borrow().len()), (1, 0), "never polled");
     }
 }

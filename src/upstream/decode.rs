@@ -169,7 +169,6 @@ impl Decoder {
                 Ok(rest)
             }
             State::Open => Ok(rest),
-            _ if rest.is_empty() => Ok(rest),
             _ => self.body(&rest),
         }
     }

@@ -24,7 +24,7 @@ use tokio::io::Interest;
 use super::connect::Io;
 use super::decode::Decoder;
 use crate::error::Code;
-use crate::gather::{Room, one_piece};
+use crate::gather::{Scratch, one_piece};
 use crate::policy::patch::Slices;
 
 /// Most that one read brings, and so the largest frame.
@@ -216,7 +216,7 @@ impl Outbox {
                 self.state = Sending::Flushing;
                 break;
             }
-            let written = match one_piece(&slices, &mut Room::new()) {
+            let written = match one_piece(&slices, &mut Scratch::new()) {
                 Some(piece) => io.as_mut().poll_write(cx, piece),
                 None => io.as_mut().poll_write_vectored(cx, &slices),
             };

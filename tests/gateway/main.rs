@@ -8,6 +8,8 @@ mod admission;
 
 mod affinity;
 
+mod ahead;
+
 mod balance;
 
 mod body;
