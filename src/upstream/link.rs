@@ -2,8 +2,9 @@
 //!
 //! A link is driven by whoever holds it: there is no task behind it, so dropping it closes the connection at
 //! once, and a reply that nobody reads is not read ahead. [`Link`] is all that the rest of Zap knows; [`Http1`] fulfils
-//! it: head and body slices leave in one vectored write, what one read brings is one frame, and nothing is buffered
-//! between two reads, so an idle connection and a silent stream take no memory but their socket's.
+//! it: head and body leave in one write, a small message in one piece and a large one as slices; what one read brings is
+//! one frame, and nothing is buffered between two reads, so an idle connection and a silent stream take no memory but their
+//! socket's.
 
 use std::cell::RefCell;
 use std::fmt;
