@@ -234,7 +234,7 @@ impl Conn {
             }
             aside.extend_from_slice(buf.filled());
             if self.turn_over.get() {
-                // It is the next request: hyper is to have it.
+                // It is the next request. hyper 1.12 looks by itself before this; should it not, it is not to be lost.
                 self.alarm.wake();
             }
         }

@@ -1,7 +1,5 @@
 //! What a client sends while its answer is still under way.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use crate::support::provider::{After, Gate, reply};
 use crate::support::{CHAT, Client, Provider, Zap, eventually};
 
@@ -60,85 +58,81 @@ fn the_next_request_and_a_leave_come_through_while_an_answer_waits_for_its_clien
     zap.is_clean();
 }
 
-/// Set when it is dropped, also by a test that fails.
-struct Over<'a>(&'a AtomicBool);
+/// With a worker that a test can stop, so that what comes meanwhile is there at once.
+#[cfg(debug_assertions)]
+mod at_once {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+    use http::HeaderValue;
+    use zap::gateway::bug;
+
+    use super::*;
+
+    /// Zap with one worker, and a provider of one answer; both stand still as a test wants it.
+    struct Stage {
+        zap: Zap,
+        /// The provider answers here, and has answered there.
+        gate: Gate,
+        replied: Arc<AtomicUsize>,
+        _a: Provider,
     }
-}
 
-/// Runs `test` while the one worker is kept so busy that what comes meanwhile is seen in one turn.
-fn beside_large_bodies(zap: &Zap, test: impl FnOnce()) {
-    let over = AtomicBool::new(false);
-    // It is read to its end, which does not come, and goes no further.
-    let large = format!("{{\"messages\":[],\"x\":\"{}", "é".repeat(128 << 10));
-    std::thread::scope(|threads| {
-        for _ in 0..3 {
-            threads.spawn(|| {
-                let mut client = zap.client();
-                while !over.load(Ordering::Relaxed) {
-                    assert_eq!(client.chat("", &large).code(), "invalid_json");
-                }
+    impl Stage {
+        fn new(headers: String, size: usize) -> Self {
+            let (gate, replied) = (Gate::default(), Arc::new(AtomicUsize::new(0)));
+            let (door, count) = (gate.clone(), replied.clone());
+            let a = Provider::start(move |_, stream| {
+                door.pass();
+                reply(stream, 200, &headers, &vec![b'x'; size]);
+                count.fetch_add(1, Ordering::Relaxed);
+                After::Keep
             });
+            let zap =
+                Zap::with("[server]\nworkers = 1\n[health]\ninterval_secs = 600\n", &[a.backend("a", "")]);
+            Stage { zap, gate, replied, _a: a }
         }
-        let _over = Over(&over);
-        test();
-    });
-}
 
-/// Answers when the gate lets it.
-fn gated(gate: &Gate, headers: String, size: usize) -> Provider {
-    let gate = gate.clone();
-    Provider::start(move |_, stream| {
-        gate.pass();
-        reply(stream, 200, &headers, &vec![b'x'; size]);
-        After::Keep
-    })
-}
-
-#[test]
-fn what_comes_behind_the_last_request_does_not_turn_the_close_into_a_reset() {
-    let gate = Gate::default();
-    // It fits into the sockets, but a reset would throw away what the client has not received yet.
-    let size = 300_000;
-    let a = gated(&gate, String::new(), size);
-    let zap = Zap::with("[server]\nworkers = 1\n", &[a.backend("a", "")]);
-    beside_large_bodies(&zap, || {
-        for round in 0..20 {
-            let mut client = zap.client();
-            client.post("/chat", "connection: close\r\n", CHAT);
-            eventually("it waits", || gate.waiting() == 1);
-            gate.open(1);
-            client.try_send("\r\n");
-            eventually("the answer has gone out", || zap.metric("zap_in_flight{backend=\"a\"}") == 0.0);
-            let answer = client.response();
-            assert_eq!((answer.status, answer.body.len(), answer.whole), (200, size, true), "round {round}");
-            let (rest, clean) = client.rest();
-            assert!(rest.is_empty() && clean, "round {round}");
+        /// Lets `client` be answered and send `more` while the worker stands still, so that it finds both at once.
+        fn at_once(&self, id: &'static str, client: &mut Client, more: &str) {
+            eventually("it waits", || self.gate.waiting() == 1);
+            let held = Gate::default();
+            let hold = held.clone();
+            bug::instead("try", HeaderValue::from_static(id), move || hold.pass());
+            let mut other = self.zap.client();
+            other.post("/chat", &format!("x-request-id: {id}\r\n"), CHAT);
+            eventually("the worker stands still", || held.waiting() == 1);
+            client.send(more);
+            self.gate.open(1);
+            eventually("the answer is there", || self.replied.load(Ordering::Relaxed) == 1);
+            held.open(1);
+            eventually("the other one waits", || self.gate.waiting() == 1);
+            eventually("the answer has gone out", || self.zap.metric("zap_in_flight{backend=\"a\"}") == 1.0);
         }
-    });
-    zap.is_clean();
-}
+    }
 
-#[test]
-fn a_request_that_comes_with_the_answer_to_the_last_one_is_served() {
-    let gate = Gate::default();
-    // With a head so large hyper writes before it has let go of the body.
-    for pad in [0, 65_300] {
-        let a = gated(&gate, format!("x-pad: {}\r\n", "p".repeat(pad)), 0);
-        let zap = Zap::with("[server]\nworkers = 1\n", &[a.backend("a", "")]);
-        beside_large_bodies(&zap, || {
-            for _ in 0..20 {
-                let mut client = zap.client();
-                client.post("/chat", "", CHAT);
-                eventually("it waits", || gate.waiting() == 1);
-                gate.open(1);
-                client.send("GET /health HTTP/1.1\r\nhost: zap\r\n\r\n");
-                assert_eq!((client.response().status, client.response().status), (200, 200), "{pad}");
-            }
-        });
-        zap.is_clean();
+    #[test]
+    fn what_comes_with_the_last_answer_does_not_turn_the_close_into_a_reset() {
+        // A reset would throw away what the client has not received yet.
+        let size = 40_000;
+        let stage = Stage::new(String::new(), size);
+        let mut client = Client::with_small_window(stage.zap.address);
+        client.post("/chat", "connection: close\r\n", CHAT);
+        stage.at_once("hold-close", &mut client, "\r\n");
+        let answer = client.response();
+        assert_eq!((answer.status, answer.body.len(), answer.whole), (200, size, true));
+        assert_eq!(client.rest(), (Vec::new(), true));
+    }
+
+    #[test]
+    fn a_request_that_comes_with_the_answer_to_the_last_one_is_served() {
+        // With a head of its buffer's size hyper writes before it lets go of the body.
+        for (id, pad) in [("hold-small", 0), ("hold-large", 65_430)] {
+            let stage = Stage::new(format!("x-pad: {}\r\n", "p".repeat(pad)), 0);
+            let mut client = stage.zap.client();
+            client.post("/chat", "", CHAT);
+            stage.at_once(id, &mut client, "GET /health HTTP/1.1\r\nhost: zap\r\n\r\n");
+            assert_eq!((client.response().status, client.response().status), (200, 200), "{pad}");
+        }
     }
 }
