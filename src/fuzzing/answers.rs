@@ -67,10 +67,10 @@ fn decode(bytes: &[u8], piece: usize) -> Result<Option<Answer>, Invalid> {
     let mut answer: Option<Answer> = None;
     for piece in bytes.chunks(piece.min(bytes.len()).max(1)) {
         let Some(answer) = &mut answer else {
-            let Some((parts, rest)) = decoder.head(piece)? else { continue };
+            let Some((parts, data)) = decoder.head(piece)? else { continue };
             let response::Parts { status, version, headers, .. } = parts;
-            let body = decoder.rest(rest)?.to_vec();
-            answer = Some(Answer { status, version, headers, body, whole: false, goes_on: false });
+            answer =
+                Some(Answer { status, version, headers, body: data.to_vec(), whole: false, goes_on: false });
             continue;
         };
         if decoder.is_done() || decoder.is_broken() {

@@ -3,7 +3,7 @@
 //! Strict where a lenient reader could be led to see another message than its neighbour does: one framing, exact chunks,
 //! no folded lines, no bare CR or LF. What it refuses ends the connection. Heads are read by `httparse`, as hyper's are.
 
-use std::mem::MaybeUninit;
+use std::mem::{self, MaybeUninit};
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING};
@@ -131,46 +131,40 @@ impl Decoder {
         self.is_done()
     }
 
-    /// Reads on in a head. Once it is whole: the head, and what came behind it, for [`rest`](Decoder::rest). Interim
-    /// answers but 101 are dropped.
+    /// Reads on in a head. Once it is whole: the head, and what of the body came behind it. Interim answers but 101 are
+    /// dropped.
     ///
     /// # Errors
-    /// [`Invalid`]: it is none, or too large.
+    /// [`Invalid`]: it is none, or too large; or the body begins wrong, as with [`body`](Decoder::body).
     pub fn head(&mut self, input: &[u8]) -> Result<Option<(response::Parts, Bytes)>, Invalid> {
         // Nearly always it is whole at once, and is not kept.
-        let before = self.head.len();
-        let read = if before == 0 {
+        let mut before = mem::take(&mut self.head);
+        let read = if before.is_empty() {
             read_head(input)?
         } else {
-            self.head.extend_from_slice(input);
-            read_head(&self.head)?
+            before.extend_from_slice(input);
+            read_head(&before)?
         };
-        let Some(Whole { parts, framing, rest }) = read else {
-            if before == 0 {
-                self.head.extend_from_slice(input);
+        let Some(Whole { parts, framing, text, rest }) = read else {
+            if before.is_empty() {
+                before.extend_from_slice(input);
             }
+            self.head = before;
             return Ok(None);
         };
-        self.head = BytesMut::new();
         self.state = framing.state(parts.status, parts.version)?;
         self.keep_alive = parts.version == Version::HTTP_11 && !framing.closes && self.state != State::Open;
         self.stated = matches!(self.state, State::Done | State::Length(_));
-        Ok(Some((parts, rest)))
-    }
-
-    /// The beginning of the body, as [`body`](Decoder::body) reads it, but without a copy where it comes as it is.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn rest(&mut self, rest: Bytes) -> Result<Bytes, Invalid> {
-        match self.state {
-            State::Length(left) if left >= rest.len() as u64 => {
-                self.came(left, rest.len());
-                Ok(rest)
+        let data = match self.state {
+            State::Length(left) if left >= rest as u64 => {
+                self.came(left, rest);
+                text.slice(text.len() - rest..)
             }
-            State::Open => Ok(rest),
-            _ => self.body(&rest),
-        }
+            State::Open => text.slice(text.len() - rest..),
+            // What came last ended the head, so all of the rest is of it.
+            _ => self.body(&input[input.len() - rest..])?,
+        };
+        Ok(Some((parts, data)))
     }
 
     /// `n` bytes of a body came, of which `left` were to come.
@@ -280,11 +274,14 @@ impl Trailer {
     }
 }
 
-/// A whole head, and what came behind it.
+/// A whole head.
 struct Whole {
     parts: response::Parts,
     framing: Framing,
-    rest: Bytes,
+    /// The copy that its values share; with the rest, where that is not chunked.
+    text: Bytes,
+    /// Bytes that came behind it.
+    rest: usize,
 }
 
 /// A whole head, interim answers before it left out; `None` where more must come.
@@ -311,8 +308,12 @@ fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
         let (mut parts, ()) = Response::new(()).into_parts();
         parts.status = status;
         parts.version = if answer.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-        // All values and the beginning of the body share one copy. Room for Zap's own headers as well.
-        let text = Bytes::copy_from_slice(&bytes[from..]);
+        // All values share one copy, the beginning of the body too where it goes on as it is.
+        let is_coded =
+            |line: &httparse::Header<'_>| line.name.eq_ignore_ascii_case(TRANSFER_ENCODING.as_str());
+        let end = if answer.headers.iter().any(is_coded) { from + length } else { bytes.len() };
+        let text = Bytes::copy_from_slice(&bytes[from..end]);
+        // Room for Zap's own headers as well.
         parts.headers = spare::map(answer.headers.len() + 8);
         let mut framing = Framing::default();
         for line in answer.headers.iter() {
@@ -322,8 +323,7 @@ fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
             framing.note(&name, line.value);
             parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Invalid)?);
         }
-        let rest = text.slice(length..);
-        return Ok(Some(Whole { parts, framing, rest }));
+        return Ok(Some(Whole { parts, framing, text, rest: bytes.len() - from - length }));
     }
 }
 
@@ -421,9 +421,9 @@ mod tests {
             let data = match status {
                 None => match decoder.head(piece)? {
                     None => continue,
-                    Some((head, rest)) => {
+                    Some((head, data)) => {
                         status = Some(head.status.as_u16());
-                        decoder.rest(rest)?
+                        data
                     }
                 },
                 Some(_) => decoder.body(piece)?,

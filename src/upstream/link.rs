@@ -258,11 +258,7 @@ impl Link for Http1 {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {
         self.send(cx);
         loop {
-            let read = self.read(cx, |decoder, came| {
-                let head = decoder.head(came)?;
-                let Some((parts, rest)) = head else { return Ok(None) };
-                Ok(Some((parts, decoder.rest(rest)?)))
-            });
+            let read = self.read(cx, Decoder::head);
             let failed = match read {
                 // Whatever it answers, it is not this request.
                 Poll::Ready(Ok(Some(Ok(Some(_))))) if self.is_unsent() => Code::UpstreamUnreachable,
