@@ -8,10 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use tokio::net::TcpStream;
-use tokio::runtime;
+use tokio::runtime::{self, LocalOptions};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
-use tokio::task::LocalSet;
 
 use super::alarm::{Alarms, GRAIN};
 use super::conn;
@@ -121,10 +120,11 @@ impl Drop for Counted {
 }
 
 fn run(id: usize, shared: Arc<Shared>, load: Arc<Load>, inbox: UnboundedReceiver<Client>) -> io::Result<()> {
-    let runtime =
-        runtime::Builder::new_current_thread().enable_all().max_blocking_threads(MAX_BLOCKING).build()?;
-    let local = LocalSet::new();
-    local.block_on(&runtime, serve(id, shared, load, inbox));
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MAX_BLOCKING)
+        .build_local(LocalOptions::default())?;
+    runtime.block_on(serve(id, shared, load, inbox));
     // A name look-up that hangs must not hold the process.
     runtime.shutdown_background();
     Ok(())
