@@ -87,7 +87,7 @@ impl Gateway {
             load,
             server,
             rng: RefCell::default(),
-            limit: RefCell::new((0, number(0))),
+            limit: RefCell::new((0, headers::number(0))),
             refused_heads: Cell::default(),
         })
     }
@@ -310,15 +310,15 @@ impl Gateway {
     ) {
         headers.reserve(8);
         headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
-        headers.insert(X_ZAP_ATTEMPTS, number(completion.tries));
+        headers.insert(X_ZAP_ATTEMPTS, headers::number(completion.tries));
         match &completion.backend {
             Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),
             None => headers.remove(X_ZAP_BACKEND),
         };
         if let Some(d) = decision {
             headers.insert(LIMIT, self.limit_value(d.limit));
-            headers.insert(REMAINING, number(d.remaining));
-            headers.insert(RESET, reset_value(d.reset));
+            headers.insert(REMAINING, headers::number(d.remaining));
+            headers.insert(RESET, headers::reset(d.reset));
         }
         if conn.must_close() || self.shared().is_draining() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -329,7 +329,7 @@ impl Gateway {
     fn limit_value(&self, limit: u32) -> HeaderValue {
         let mut last = self.limit.borrow_mut();
         if last.0 != limit {
-            *last = (limit, number(limit));
+            *last = (limit, headers::number(limit));
         }
         last.1.clone()
     }
@@ -443,33 +443,6 @@ fn is_guarded(path: &str) -> bool {
     path == "/chat" || path.starts_with("/v1/")
 }
 
-/// A number as a header's value; the usual ones cost nothing.
-fn number(n: u32) -> HeaderValue {
-    const USUAL: [&str; 4] = ["0", "1", "2", "3"];
-    match USUAL.get(n as usize) {
-        Some(text) => HeaderValue::from_static(text),
-        None => HeaderValue::from_str(itoa::Buffer::new().format(n)).unwrap_or(HeaderValue::from_static("0")),
-    }
-}
-
-/// A time as OpenAI writes it: `2.5s`, rounded up to the millisecond.
-fn reset_value(reset: u64) -> HeaderValue {
-    let millis = reset.div_ceil(MILLI);
-    if millis == 0 {
-        return HeaderValue::from_static("0s");
-    }
-    let mut text = SmallVec::<[u8; 32]>::new();
-    text.extend_from_slice(itoa::Buffer::new().format(millis / 1000).as_bytes());
-    let part = millis % 1000;
-    let digits = [part / 100, part / 10 % 10, part % 10].map(|digit| b'0' + digit as u8);
-    if let Some(last) = digits.iter().rposition(|digit| *digit != b'0') {
-        text.push(b'.');
-        text.extend_from_slice(&digits[..=last]);
-    }
-    text.push(b's');
-    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0s"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -481,20 +454,6 @@ mod tests {
         assert_eq!((route("/v1/models").0, route("/v1/models/a/b").0), (Endpoint::Models, Endpoint::Models));
         for path in ["/v1/modelsx", "/chat/", "/v1//chat", "/%63hat", "/Chat", "/", ""] {
             assert_eq!(route(path).0, Endpoint::Other, "{path}");
-        }
-    }
-
-    #[test]
-    fn writes_a_reset_as_openai_does() {
-        for (reset, want) in [
-            (0, "0s"),
-            (1, "0.001s"),
-            (2_500 * MILLI, "2.5s"),
-            (1_050 * MILLI, "1.05s"),
-            (120 * MILLI, "0.12s"),
-            (60_000 * MILLI, "60s"),
-        ] {
-            assert_eq!(reset_value(reset), want);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which headers cross Zap, in both directions, and whose credential a request carries.
+//! Which headers cross Zap, in both directions, whose credential a request carries, and how Zap writes a number in one.
 //!
 //! To a backend the header map is built afresh from a short list; to a client the upstream's map passes less
 //! what belongs to the connection (RFC 9110, section 7.6.1). Nothing here knows a backend's key.
@@ -10,6 +10,9 @@ use http::header::{
     ACCEPT, ACCEPT_ENCODING, ALT_SVC, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName,
     HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
 };
+use smallvec::SmallVec;
+
+use super::{MILLI, Nanos};
 
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -154,6 +157,33 @@ pub fn new_request_id(random: u128) -> HeaderValue {
     }
     // One allocation, which clones share.
     HeaderValue::from_maybe_shared(Bytes::from_owner(text)).unwrap_or(HeaderValue::from_static("0"))
+}
+
+/// A number as a header's value; the usual ones cost nothing.
+pub fn number(n: u32) -> HeaderValue {
+    const USUAL: [&str; 4] = ["0", "1", "2", "3"];
+    match USUAL.get(n as usize) {
+        Some(text) => HeaderValue::from_static(text),
+        None => HeaderValue::from_str(itoa::Buffer::new().format(n)).unwrap_or(HeaderValue::from_static("0")),
+    }
+}
+
+/// A time as OpenAI writes it: `2.5s`, rounded up to the millisecond.
+pub fn reset(time: Nanos) -> HeaderValue {
+    let millis = time.div_ceil(MILLI);
+    if millis == 0 {
+        return HeaderValue::from_static("0s");
+    }
+    let mut text = SmallVec::<[u8; 32]>::new();
+    text.extend_from_slice(itoa::Buffer::new().format(millis / 1000).as_bytes());
+    let part = millis % 1000;
+    let digits = [part / 100, part / 10 % 10, part % 10].map(|digit| b'0' + digit as u8);
+    if let Some(last) = digits.iter().rposition(|digit| *digit != b'0') {
+        text.push(b'.');
+        text.extend_from_slice(&digits[..=last]);
+    }
+    text.push(b's');
+    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("0s"))
 }
 
 #[cfg(test)]
@@ -307,5 +337,19 @@ mod tests {
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&"x".repeat(129)).unwrap());
         assert_eq!(request_id(&headers), None);
         assert_eq!(new_request_id(0x1f), "f1000000000000000000000000000000");
+    }
+
+    #[test]
+    fn writes_a_reset_as_openai_does() {
+        for (time, want) in [
+            (0, "0s"),
+            (1, "0.001s"),
+            (2_500 * MILLI, "2.5s"),
+            (1_050 * MILLI, "1.05s"),
+            (120 * MILLI, "0.12s"),
+            (60_000 * MILLI, "60s"),
+        ] {
+            assert_eq!(reset(time), want);
+        }
     }
 }
