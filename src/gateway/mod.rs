@@ -24,9 +24,9 @@ use std::sync::Arc;
 
 use arc_swap::Guard;
 use http::header::{CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue};
-use http::{Method, Request, Response, Version};
+use http::request::Parts;
+use http::{Method, Response, Version};
 use hyper::body::Incoming;
-use smallvec::SmallVec;
 
 use self::attempt::{Attempts, Delivery};
 use self::body::Body;
@@ -46,7 +46,6 @@ use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
 use crate::upstream::pool::Pool;
-use crate::upstream::spare;
 
 /// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
 const MAX_REFUSED_LINES: u32 = 10;
@@ -93,18 +92,18 @@ impl Gateway {
     }
 
     /// Answers one request. Everything it does is owned by the future and by the body of the answer.
-    pub async fn handle(self: Rc<Self>, request: Request<Incoming>, conn: Rc<Conn>) -> Response<Body> {
+    pub async fn handle(self: &Rc<Self>, head: &Parts, body: Incoming, conn: &Rc<Conn>) -> Response<Body> {
         if let Some(why) = conn.refusal() {
             return self.refuse_head(why, conn);
         }
-        let path = request.uri().path();
+        let path = head.uri.path();
         let (endpoint, allow) = route(path);
-        let request_id = headers::request_id(request.headers()).cloned();
+        let request_id = headers::request_id(&head.headers).cloned();
         let request_id =
             request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
         let mut completion = Completion::new(self.recorder.clone(), endpoint, path, request_id);
         if is_guarded(path) {
-            match caller::identify(&self, request.headers()) {
+            match caller::identify(self, &head.headers) {
                 Ok(caller) => completion.caller = caller,
                 Err(error) => {
                     let response = self.refuse(&error, &mut completion);
@@ -112,10 +111,10 @@ impl Gateway {
                 }
             }
         }
-        if allow == "POST" && request.method() == Method::POST {
-            return self.forward(request, conn, completion).await;
+        if allow == "POST" && head.method == Method::POST {
+            return self.forward(head, body, conn, completion).await;
         }
-        let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+        let is_read = matches!(head.method, Method::GET | Method::HEAD);
         let result = match endpoint {
             Endpoint::Other => Err(GatewayError::UnknownUrl),
             _ if !is_read || allow == "POST" => Err(GatewayError::MethodNotAllowed(allow)),
@@ -143,19 +142,18 @@ impl Gateway {
 
     /// A request to a backend, phase by phase.
     async fn forward(
-        self: Rc<Self>,
-        request: Request<Incoming>,
-        conn: Rc<Conn>,
+        self: &Rc<Self>,
+        head: &Parts,
+        body: Incoming,
+        conn: &Rc<Conn>,
         mut completion: Box<Completion>,
     ) -> Response<Body> {
-        let version = request.version();
-        let (head, body) = request.into_parts();
         let mut decision = None;
         let result = async {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            decision = caller::check_limits(&self, &head.headers, conn.peer(), &completion);
+            decision = caller::check_limits(self, &head.headers, conn.peer(), &completion);
             if let Some(refused) = decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
@@ -171,11 +169,11 @@ impl Gateway {
                 completion.model = Some(name.clone());
             }
             let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
-            let slot = admit::admit(&self, &conn, &mut completion, deadline).await?;
+            let slot = admit::admit(self, conn, &mut completion, deadline).await?;
             self.shared().budget.offer(completion.started);
             let attempts = Attempts {
-                gateway: &self,
-                conn: &conn,
+                gateway: self,
+                conn,
                 headers: &head.headers,
                 chat: &chat,
                 ask,
@@ -186,9 +184,8 @@ impl Gateway {
             attempts.run(slot).await
         }
         .await;
-        spare::give_back(head.headers);
         match result {
-            Ok(delivery) => self.deliver(delivery, completion, decision, conn, version),
+            Ok(delivery) => self.deliver(delivery, completion, decision, conn, head.version),
             // It left in its body: nobody is there to be told, and it is counted as gone.
             Err(error @ GatewayError::BodyIncomplete) if conn.has_ended() => error.response(false),
             Err(error) => {
@@ -233,11 +230,11 @@ impl Gateway {
 
     /// An upstream's answer on its way out.
     fn deliver(
-        self: Rc<Self>,
+        self: &Rc<Self>,
         delivery: Delivery,
         mut completion: Box<Completion>,
         decision: Option<Decision>,
-        conn: Rc<Conn>,
+        conn: &Rc<Conn>,
         version: Version,
     ) -> Response<Body> {
         let Delivery { mut head, lease, entered, slot, first, patience } = delivery;
@@ -271,12 +268,12 @@ impl Gateway {
         if spent {
             head.headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
-        self.dress(&mut head.headers, &mut completion, decision, &conn);
+        self.dress(&mut head.headers, &mut completion, decision, conn);
         completion.answered(head.status.as_u16());
         conn.begin_answer(patience);
         let held = Held { lease, entered, slot, completion };
-        let relay = RelayBody::new(held, self, conn.clone(), first, redactor, shape);
-        let mut response = Response::new(Body::relay(relay).on(conn));
+        let relay = RelayBody::new(held, self.clone(), conn.clone(), first, redactor, shape);
+        let mut response = Response::new(Body::relay(relay).on(conn.clone()));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
         response
@@ -288,16 +285,16 @@ impl Gateway {
         mut response: Response<Body>,
         mut completion: Box<Completion>,
         decision: Option<Decision>,
-        conn: Rc<Conn>,
+        conn: &Rc<Conn>,
     ) -> Response<Body> {
-        self.dress(response.headers_mut(), &mut completion, decision, &conn);
+        self.dress(response.headers_mut(), &mut completion, decision, conn);
         completion.answered(response.status().as_u16());
         completion.bytes = http_body::Body::size_hint(response.body()).lower();
         if completion.end == End::ClientGone {
             completion.end = End::Complete;
         }
         conn.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
-        response.map(|body| body.on(conn))
+        response.map(|body| body.on(conn.clone()))
     }
 
     /// The headers that every answer has.
@@ -359,7 +356,7 @@ impl Gateway {
     }
 
     /// A head that broke the rules: hyper has read a stand-in for it.
-    fn refuse_head(&self, why: &'static str, conn: Rc<Conn>) -> Response<Body> {
+    fn refuse_head(&self, why: &'static str, conn: &Rc<Conn>) -> Response<Body> {
         let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
         let mut completion = Completion::new(self.recorder.clone(), Endpoint::Other, "", id);
         let (second, n) = self.refused_heads.get();

@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
+use http::request::Parts;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -21,6 +22,7 @@ use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::body::Body;
 use crate::policy::{Nanos, SECOND};
+use crate::upstream::spare;
 
 /// Largest head and largest piece of a body that hyper buffers.
 const MAX_BUFFER: usize = 64 * 1024;
@@ -70,13 +72,16 @@ pub async fn serve<F: Future>(
 pub async fn tell(gateway: Rc<Gateway>, desk: Rc<Desk<Asked, Response<Body>>>) {
     loop {
         let (request, conn) = desk.next().await;
-        desk.leave(guarded(&gateway, request, conn).await);
+        let (head, body) = request.into_parts();
+        let answer = guarded(&gateway, &head, body, &conn).await;
+        spare::give_back(head.headers);
+        desk.leave(answer);
     }
 }
 
 /// The answer to one request. A bug on its way ends that request alone: what it held is dropped, its client gets a 500.
-async fn guarded(gateway: &Rc<Gateway>, request: Request<Incoming>, conn: Rc<Conn>) -> Response<Body> {
-    let mut story = pin!(gateway.clone().handle(request, conn));
+async fn guarded(gateway: &Rc<Gateway>, head: &Parts, body: Incoming, conn: &Rc<Conn>) -> Response<Body> {
+    let mut story = pin!(gateway.handle(head, body, conn));
     let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| story.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
