@@ -169,6 +169,14 @@ impl Line {
     }
 }
 
+/// What to say where nobody waits for those who are `busy`.
+pub fn refusal(busy: &Busy, now: Nanos) -> GatewayError {
+    match busy.opens {
+        Some((at, ..)) if busy.full.is_empty() => too_late(at, now),
+        _ => GatewayError::QueueFull,
+    }
+}
+
 /// Nothing opens in time. Who comes back as long before `at` as a quota allows for is in time: it waits that little.
 fn too_late(at: Nanos, now: Nanos) -> GatewayError {
     GatewayError::UpstreamRateLimited(at.saturating_sub(now).saturating_sub(LEEWAY))

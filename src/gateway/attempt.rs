@@ -10,7 +10,7 @@ use http::header::{HeaderValue, RETRY_AFTER};
 use http::response::Parts;
 
 use super::Gateway;
-use super::admit::{Line, admit};
+use super::admit::{Line, admit, refusal};
 use super::intake::ChatRequest;
 use crate::clock;
 use crate::error::{Code, GatewayError};
@@ -118,8 +118,10 @@ impl Attempts<'_> {
             let (chosen, panic) = match picked {
                 Pick::Backend(chosen) => (chosen, false),
                 Pick::Out => match self.snapshot.pick_in_panic(now, &self.ask) {
-                    Some(chosen) => (chosen, true),
-                    None => return Err(GatewayError::NoBackend),
+                    Pick::Backend(chosen) => (chosen, true),
+                    // Whoever is out is not waited for.
+                    Pick::Busy(busy) => return Err(refusal(&busy, now)),
+                    _ => return Err(GatewayError::NoBackend),
                 },
                 Pick::Nobody => return Err(GatewayError::NoBackend),
                 Pick::Busy(busy) => {

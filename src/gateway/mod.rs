@@ -242,6 +242,7 @@ impl Gateway {
         headers::to_client(&mut head.headers);
         let events = is_event_stream(&head.headers);
         let shape = Shape {
+            is_stream: events,
             events: events
                 && !head.headers.contains_key(CONTENT_ENCODING)
                 && !head.headers.contains_key(CONTENT_LENGTH),

@@ -17,7 +17,9 @@ use super::body::Cut;
 use super::bug;
 use crate::clock;
 use crate::error::{Code, STREAM_INTERRUPTED};
+use crate::policy::Nanos;
 use crate::policy::queue::Slot;
+use crate::policy::retry::{Outcome, judge};
 use crate::server::io::Conn;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::{Completion, End};
@@ -38,9 +40,21 @@ pub struct Held {
     pub completion: Box<Completion>,
 }
 
+impl Held {
+    /// The answer came from a backend that works, unless it is a failure that was delivered for want of a better one.
+    fn speak_for_backend(&self, now: Nanos) {
+        let upstream = self.entered.upstream();
+        if judge(self.completion.status, upstream.conf.api_key.is_some()) == Outcome::Deliver {
+            upstream.live.breaker.success(now);
+        }
+    }
+}
+
 /// What kind of body it is.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// `text/event-stream`, in whatever form.
+    pub is_stream: bool,
     /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
     pub events: bool,
     /// A stream that must end with a `[DONE]` that can be read.
@@ -190,7 +204,7 @@ impl RelayBody {
         self.state = State::Ended;
         let Some(mut held) = self.held.take() else { return };
         let now = clock::now();
-        held.entered.upstream().live.breaker.success(now);
+        held.speak_for_backend(now);
         held.completion.end = End::Complete;
         if self.shape.done_expected && !self.tail.has_done() {
             held.completion.end = End::UpstreamError;
@@ -217,7 +231,7 @@ impl RelayBody {
                     announce(&recorder.shared, &upstream, change, "a request");
                 }
             }
-            if self.shape.events {
+            if self.shape.is_stream {
                 recorder.lane().interrupted(Side::Upstream);
             }
             held.completion.end = end;
@@ -244,7 +258,7 @@ impl Drop for RelayBody {
             self.conn.reset_on_close();
         }
         if let Some(held) = &self.held {
-            held.entered.upstream().live.breaker.success(clock::now());
+            held.speak_for_backend(clock::now());
         }
     }
 }

@@ -140,6 +140,11 @@ impl Breaker {
         self.status_and(now, || self.cooling.latest(now))
     }
 
+    /// Until when it cools for requests of `model`, out or not.
+    pub fn cools_until(&self, model: impl FnOnce() -> u64, now: Nanos) -> Option<Nanos> {
+        self.cooling.until(model, now)
+    }
+
     fn status_and(&self, now: Nanos, cooling: impl FnOnce() -> Option<Nanos>) -> Status {
         let state = Word::unpack(self.word.load(Ordering::Relaxed)).state;
         if state == State::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {

@@ -205,9 +205,14 @@ impl Snapshot {
         }
     }
 
-    /// Targets of `ask` that were up when this was made.
-    pub fn up(&self, ask: &Ask<'_>) -> usize {
-        self.plan(ask).up
+    /// Targets of `ask` that are up and not in `tried`.
+    pub fn untried(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId]) -> usize {
+        let plan = self.plan(ask);
+        if tried.is_empty() {
+            return plan.up;
+        }
+        let is_up = |id| self.upstream(&self.route(ask).targets[id]).live.breaker.is_up(now);
+        plan.all.members().iter().filter(|(id, _)| !tried.contains(id) && is_up(*id)).count()
     }
 
     /// Chooses a target that is eligible at `now` and not in `tried`, and takes a place there.
@@ -256,16 +261,27 @@ impl Snapshot {
         })
     }
 
-    /// The least bad of those that are out: the one that failed least of late.
-    pub fn pick_in_panic(&self, now: Nanos, ask: &Ask<'_>) -> Option<Chosen> {
-        let out = |id| self.check(now, ask, id, None) == Err(Closed::Out(Status::Ejected));
-        let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
-        let target = self.plan(ask).all.least_loaded(|id, weight| {
-            let b = upstream(id);
-            out(id).then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
-        })?;
-        let entered = upstream(target).enter(now, None)?;
-        Some(Chosen { target, entered })
+    /// Where all are out: the least bad of those that have room, which is the one that failed least of late.
+    pub fn pick_in_panic(&self, now: Nanos, ask: &Ask<'_>) -> Pick {
+        let all = &self.plan(ask).all;
+        let target = |id: TargetId| &self.route(ask).targets[id];
+        let closed = |id: TargetId| {
+            let t = target(id);
+            self.upstream(t).check_out(now, || t.key(ask.model))
+        };
+        for _ in 0..=all.members().len() {
+            let least = all.least_loaded(|id, weight| {
+                let b = self.upstream(target(id));
+                closed(id).is_ok().then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
+            });
+            let Some(id) = least else { break };
+            if let Some(entered) = self.upstream(target(id)).enter(now, None) {
+                return Pick::Backend(Chosen { target: id, entered });
+            }
+        }
+        let mut busy = Busy::default();
+        all.members().iter().for_each(|(id, _)| busy.note(now, target(*id).backend, closed(*id)));
+        if busy.is_empty() { Pick::Nobody } else { Pick::Busy(busy) }
     }
 
     /// Whether a target may be asked at `now`.
@@ -351,26 +367,35 @@ impl Snapshot {
         let (mut busy, mut out) = (Busy::default(), false);
         for (id, _) in self.plan(ask).all.members() {
             let backend = self.route(ask).targets[*id].backend;
-            match self.check(now, ask, *id, turn) {
-                Err(Closed::Cooling(at)) => busy.opens(at, backend, false),
-                Err(Closed::Quota(at)) => busy.opens(at, backend, true),
-                Err(Closed::Full) if !busy.full.contains(&backend) => busy.full.push(backend),
-                Err(Closed::Full) => {}
-                Err(Closed::Out(Status::Ejected)) => out = true,
-                Err(Closed::Out(_)) => {}
-                // It has just opened.
-                Ok(()) => busy.opens(now, backend, false),
-            }
+            let closed = self.check(now, ask, *id, turn);
+            out |= closed == Err(Closed::Out(Status::Ejected));
+            busy.note(now, backend, closed);
         }
-        match busy {
-            Busy { opens: None, full } if full.is_empty() && out => Pick::Out,
-            Busy { opens: None, full } if full.is_empty() => Pick::Nobody,
-            busy => Pick::Busy(busy),
+        match busy.is_empty() {
+            true if out => Pick::Out,
+            true => Pick::Nobody,
+            false => Pick::Busy(busy),
         }
     }
 }
 
 impl Busy {
+    fn is_empty(&self) -> bool {
+        self.opens.is_none() && self.full.is_empty()
+    }
+
+    /// What a look at `backend` found.
+    fn note(&mut self, now: Nanos, backend: BackendId, closed: Result<(), Closed>) {
+        match closed {
+            Err(Closed::Cooling(at)) => self.opens(at, backend, false),
+            Err(Closed::Quota(at)) => self.opens(at, backend, true),
+            Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),
+            Err(Closed::Full | Closed::Out(_)) => {}
+            // It has just opened.
+            Ok(()) => self.opens(now, backend, false),
+        }
+    }
+
     fn opens(&mut self, at: Nanos, backend: BackendId, by_quota: bool) {
         if self.opens.is_none_or(|(first, ..)| at < first) {
             self.opens = Some((at, backend, by_quota));

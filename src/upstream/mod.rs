@@ -265,10 +265,37 @@ impl Upstream {
     /// Why not.
     pub fn check(&self, now: Nanos, key: impl FnOnce() -> u64, turn: Option<&Turn>) -> Result<(), Closed> {
         self.check_place(now, key, turn)?;
-        if self.places.as_ref().is_some_and(|places| places.is_full()) {
-            return Err(Closed::Full);
+        self.check_full()
+    }
+
+    fn check_full(&self) -> Result<(), Closed> {
+        match &self.places {
+            Some(places) if places.is_full() => Err(Closed::Full),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    fn check_quota(&self, now: Nanos, turn: Option<&Turn>) -> Result<(), Closed> {
+        match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, turn)) {
+            at if at <= now => Ok(()),
+            at => Err(Closed::Quota(at)),
+        }
+    }
+
+    /// [`check`](Self::check) for one that is out and is to be asked all the same.
+    ///
+    /// # Errors
+    /// Why not; that it is up, as [`Closed::Out`].
+    pub fn check_out(&self, now: Nanos, key: impl FnOnce() -> u64) -> Result<(), Closed> {
+        match self.live.breaker.status(now) {
+            Status::Ejected => {}
+            other => return Err(Closed::Out(other)),
+        }
+        if let Some(until) = self.live.breaker.cools_until(key, now) {
+            return Err(Closed::Cooling(until));
+        }
+        self.check_quota(now, None)?;
+        self.check_full()
     }
 
     /// [`check`](Self::check) for who has a place already.
@@ -286,10 +313,7 @@ impl Upstream {
             Status::Cooling(until) => return Err(Closed::Cooling(until)),
             out => return Err(Closed::Out(out)),
         }
-        match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, turn)) {
-            at if at <= now => Ok(()),
-            at => Err(Closed::Quota(at)),
-        }
+        self.check_quota(now, turn)
     }
 
     /// Takes one of its places and one of its quota, both or neither.

@@ -1,6 +1,6 @@
 //! Who is asked whether it lives, and what follows.
 
-use crate::support::provider::{After, reply};
+use crate::support::provider::{After, Gate, reply};
 use crate::support::{CHAT, Provider, Zap, eventually};
 
 fn state(zap: &Zap, i: usize) -> String {
@@ -96,6 +96,85 @@ fn when_all_are_out_the_least_bad_is_asked_once() {
     eventually("it is out", || state(&zap, 0) == "ejected");
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_unreachable"));
+}
+
+#[test]
+fn a_failure_that_is_delivered_is_no_success() {
+    let a = Provider::fixed(500, "", "a failed");
+    let settings = "[health]\ninterval_secs = 60\n[retry]\nmax_retries = 0";
+    let zap = Zap::with(settings, &[a.backend("a", "")]);
+    eventually("it was probed", || !a.probes().is_empty());
+    for n in 0..3 {
+        assert_eq!(state(&zap, 0), "healthy", "after {n}");
+        assert_eq!(zap.chat(CHAT).text(), "a failed");
+    }
+    assert_eq!(state(&zap, 0), "ejected", "three failures in a row are enough");
+
+    // Nor does it stand for a health check.
+    let a = Provider::fixed(500, "", "a failed");
+    let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1000\n[retry]\nmax_retries = 0";
+    let zap = Zap::with(settings, &[a.backend("a", "")]);
+    eventually("it is probed on", || {
+        assert_eq!(zap.chat(CHAT).status, 500);
+        a.probes().len() >= 3
+    });
+}
+
+/// Zap with backends that are out.
+fn all_out(backends: &[String], providers: &[&Provider]) -> Zap {
+    providers.iter().for_each(|p| p.set_health(500));
+    let zap = Zap::with("[health]\ninterval_secs = 60\nfailure_threshold = 1", backends);
+    (0..backends.len()).for_each(|i| eventually("it is out", || state(&zap, i) == "ejected"));
+    zap
+}
+
+#[test]
+fn of_those_that_are_out_one_with_room_is_asked() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        held.pass();
+        reply(stream, 200, "", b"a");
+        After::Keep
+    });
+    let b = Provider::named("b");
+    let one = "max_in_flight = 1";
+    let zap = all_out(&[a.backend("a", one)], &[&a]);
+    let mut client = zap.client();
+    client.post("/chat", "", CHAT);
+    eventually("a has it", || gate.waiting() == 1);
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (503, "queue_full"), "{}", refused.text());
+    gate.open(1);
+    assert_eq!(client.response().text(), "a");
+
+    let heavy = "max_in_flight = 1\nweight = 100";
+    let zap = all_out(&[a.backend("a", heavy), b.backend("b", "")], &[&a, &b]);
+    let mut client = zap.client();
+    client.post("/chat", "", CHAT);
+    eventually("a has it", || gate.waiting() == 1);
+    (0..3).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    gate.open(1);
+    assert_eq!(client.response().text(), "a");
+}
+
+#[test]
+fn whoever_is_out_keeps_its_quota_and_its_peace() {
+    let a = Provider::named("a");
+    let zap = all_out(&[a.backend("a", "requests_per_minute = 1")], &[&a]);
+    assert_eq!(zap.chat(CHAT).text(), "a", "the least bad is asked");
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.code().as_str()), (429, "upstream_rate_limited"));
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((50..=60).contains(&wait), "{wait}");
+    assert_eq!(a.count(), 1);
+
+    let a = Provider::fixed(429, "retry-after: 30\r\n", "slow down");
+    let zap = all_out(&[a.backend("a", "")], &[&a]);
+    assert_eq!(zap.chat(CHAT).status, 429);
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.header("retry-after")), (429, Some("30")));
+    assert_eq!(a.count(), 1, "it wants to be left alone");
 }
 
 #[test]
