@@ -265,7 +265,7 @@ impl Attempts<'_> {
 
     /// Until when a try may wait for its head: its share of what is left, by the targets still untried that are up.
     fn share(&self, now: Nanos, tried: &[TargetId]) -> Nanos {
-        let untried = self.snapshot.up(&self.ask).saturating_sub(tried.len()).max(1) as u64;
+        let untried = self.snapshot.untried(now, &self.ask, tried).max(1) as u64;
         now + self.deadline.saturating_sub(now) / untried
     }
 

@@ -16,7 +16,7 @@ use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::fields::Watch;
 use crate::policy::queue::Slot;
 use crate::policy::quota::Turn;
-use crate::policy::route::{Route, RouteId, Serves, Table, Target, TargetId};
+use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
 use crate::telemetry::Endpoint;
 use crate::upstream::{Closed, InFlight, Upstream};
 
@@ -67,6 +67,8 @@ struct Plan {
     all: Arc<Schedule>,
     /// Those that were up.
     up: usize,
+    /// By target: the turns among all targets of its backend in its tier, where it is not the only one.
+    mates: Box<[Option<Arc<Schedule>>]>,
 }
 
 /// What a request asks for, as far as the choice of a backend goes.
@@ -217,11 +219,11 @@ impl Snapshot {
 
     /// Chooses a target that is eligible at `now` and not in `tried`, and takes a place there.
     pub fn pick(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
-        let plan = self.plan(ask);
-        for tier in plan.tiers.iter().chain([&plan.all]) {
+        let eligible = |id: TargetId| !tried.contains(&id) && self.check(now, ask, id, turn).is_ok();
+        for tier in self.tiers(ask) {
             // Another request may take the last place between the choice and the entry: then choose again.
             for _ in 0..=tier.members().len() {
-                let Some(target) = self.choose(tier, now, ask, tried, turn) else { break };
+                let Some(target) = self.choose(tier, now, ask, eligible) else { break };
                 let upstream = self.upstream(&self.route(ask).targets[target]);
                 if let Some(entered) = upstream.enter(now, turn) {
                     return Pick::Backend(Chosen { target, entered });
@@ -240,14 +242,13 @@ impl Snapshot {
         (backend, place): (BackendId, Slot),
         turn: Option<&Turn>,
     ) -> Option<Chosen> {
-        let may = |target: &TargetId| {
-            let t = &self.route(ask).targets[*target];
+        let eligible = |id: TargetId| {
+            let t = &self.route(ask).targets[id];
             t.backend == backend
-                && t.weight > 0
-                && !tried.contains(target)
+                && !tried.contains(&id)
                 && self.backends[backend].check_place(now, || t.key(ask.model), turn).is_ok()
         };
-        let target = (0..self.route(ask).targets.len()).find(may)?;
+        let target = self.tiers(ask).find_map(|tier| self.choose(tier, now, ask, eligible))?;
         let entered = self.backends[backend].enter_at(Some(place), now, turn)?;
         Some(Chosen { target, entered })
     }
@@ -310,10 +311,8 @@ impl Snapshot {
     ) -> impl Iterator<Item = (&Arc<Upstream>, Passed)> {
         let targets = &self.route(ask).targets;
         let last = chosen.map_or(u32::MAX, |id| targets[id].priority);
-        let rank = |id: TargetId| {
-            let t = &targets[id];
-            rendezvous(ask.affinity.unwrap_or(0), self.upstream(t).identity, t.weight)
-        };
+        let rank =
+            |id: TargetId| rendezvous(ask.affinity.unwrap_or(0), self.identity(ask, id), targets[id].weight);
         let by_hash = self.config.strategy == Strategy::PrefixHash && ask.affinity.is_some();
         let home = chosen.filter(|_| by_hash).map(|id| (rank(id), targets[id].priority));
         self.plan(ask).all.members().iter().filter_map(move |(id, _)| {
@@ -336,28 +335,55 @@ impl Snapshot {
         &self.plans[self.layout.shape_of[ask.route][class]]
     }
 
+    /// The turns in the order of priority; in the last of them are all, up or not.
+    fn tiers(&self, ask: &Ask<'_>) -> impl Iterator<Item = &Schedule> {
+        let plan = self.plan(ask);
+        plan.tiers.iter().chain([&plan.all]).map(|tier| &**tier)
+    }
+
+    /// One of a tier's targets, by the strategy. Two of them may be models of one backend, which then share what it has
+    /// in flight, by their weights.
     fn choose(
         &self,
         tier: &Schedule,
         now: Nanos,
         ask: &Ask<'_>,
-        tried: &[TargetId],
-        turn: Option<&Turn>,
+        eligible: impl Fn(TargetId) -> bool,
     ) -> Option<TargetId> {
-        let eligible = |id: TargetId| !tried.contains(&id) && self.check(now, ask, id, turn).is_ok();
         let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
+        let mates = |id: TargetId| self.plan(ask).mates[id].as_deref();
+        let sum = |turns: &Schedule| turns.members().iter().map(|m| u64::from(m.1)).sum::<u64>();
         match (self.config.strategy, ask.affinity) {
             (Strategy::PrefixHash, Some(key)) => tier.by_affinity(key, |id| {
-                let b = upstream(id);
-                eligible(id).then(|| (b.identity, b.in_flight()))
+                let share = |n: usize| match mates(id) {
+                    None => n,
+                    Some(turns) => {
+                        let weight = self.route(ask).targets[id].weight;
+                        (n as u64 * u64::from(weight) / sum(turns).max(1)) as usize
+                    }
+                };
+                eligible(id).then(|| (self.identity(ask, id), share(upstream(id).in_flight())))
             }),
-            (Strategy::LeastLoaded, _) => tier.least_loaded(|id, weight| {
-                let b = upstream(id);
-                eligible(id)
-                    .then(|| load(b.in_flight(), weight, b.live.penalty.at(now), b.live.breaker.up_for(now)))
-            }),
+            (Strategy::LeastLoaded, _) => {
+                let least = tier.least_loaded(|id, weight| {
+                    let b = upstream(id);
+                    let weight = mates(id).map_or(weight, |turns| sum(turns) as u32);
+                    let load =
+                        || load(b.in_flight(), weight, b.live.penalty.at(now), b.live.breaker.up_for(now));
+                    eligible(id).then(load)
+                })?;
+                mates(least).map_or(Some(least), |turns| turns.round_robin(eligible))
+            }
             (Strategy::RoundRobin | Strategy::PrefixHash, _) => tier.round_robin(eligible),
         }
+    }
+
+    /// What a target is known by under affinity, the same in every process: its backend, and its model where the route
+    /// names one.
+    fn identity(&self, ask: &Ask<'_>, id: TargetId) -> u64 {
+        let t = &self.route(ask).targets[id];
+        let model = if let Sent::Fixed { key, .. } = &t.sent { *key } else { 0 };
+        self.upstream(t).identity ^ model
     }
 
     fn why_nobody(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
@@ -475,6 +501,14 @@ impl Plan {
         });
         let tiers = tiers.collect();
         let all = kept(schedule(weighted().collect()));
-        Plan { tiers, all, up }
+        let mut by_backend = HashMap::<_, Vec<TargetId>>::new();
+        weighted()
+            .for_each(|id| by_backend.entry((places[id].backend, places[id].priority)).or_default().push(id));
+        let mut mates = vec![None; places.len()];
+        for ids in by_backend.into_values().filter(|ids| ids.len() > 1) {
+            let turns = Arc::new(schedule(ids.clone()));
+            ids.into_iter().for_each(|id| mates[id] = Some(turns.clone()));
+        }
+        Plan { tiers, all, up, mates: mates.into() }
     }
 }

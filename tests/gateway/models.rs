@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::support::provider::{After, reply};
-use crate::support::{CHAT, Provider, Zap};
+use crate::support::provider::{After, Gate, reply};
+use crate::support::{CHAT, Provider, Zap, eventually};
 
 /// A chat for `model`.
 fn ask(model: &str) -> String {
@@ -137,10 +137,61 @@ fn one_provider_may_be_tried_with_two_models() {
         After::Keep
     });
     let routes = "[models.smart]\ntargets = [{ backend = \"a\", model = \"big\" }, { backend = \"a\", model = \"small\", priority = 1 }]\n";
-    let zap = Zap::with(routes, &[a.backend("a", "")]);
-    let answer = zap.chat(ask("smart"));
-    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("small", Some("2")));
-    assert_eq!(models(&a), ["big", "small"]);
+    // The first try's place is free for the second.
+    for settings in ["", "max_in_flight = 1"] {
+        let before = a.count();
+        let zap = Zap::with(routes, &[a.backend("a", settings)]);
+        let answer = zap.chat(ask("smart"));
+        assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("small", Some("2")), "{settings}");
+        assert_eq!(models(&a)[before..], ["big", "small"]);
+    }
+}
+
+/// A route to two models of one provider, three to one.
+const TWO: &str = "[models.two]\ntargets = [{ backend = \"a\", model = \"big\", weight = 3 }, { backend = \"a\", model = \"small\" }]\n";
+
+#[test]
+fn two_models_of_one_provider_share_by_weight_under_every_strategy() {
+    for strategy in ["round_robin", "least_loaded", "prefix_hash"] {
+        let (a, b) = (Provider::named("a"), Provider::named("b"));
+        let settings = format!("[load_balancer]\nstrategy = \"{strategy}\"\n{TWO}");
+        let zap = Zap::with(&settings, &[a.backend("a", ""), b.backend("b", "")]);
+        for n in 0..200 {
+            let body =
+                format!("{{\"model\":\"two\",\"messages\":[{{\"role\":\"user\",\"content\":\"{n}\"}}]}}");
+            assert_eq!(zap.chat(body).text(), "a");
+        }
+        let big = models(&a).iter().filter(|model| *model == "big").count();
+        let want = if strategy == "prefix_hash" { 130..=170 } else { 150..=150 };
+        assert!(want.contains(&big), "{big} of 200 by {strategy}");
+    }
+}
+
+#[test]
+fn who_waited_for_a_place_gets_a_model_by_weight_and_priority() {
+    for (routes, big) in [
+        (TWO, 14..=16),
+        (
+            "[models.two]\ntargets = [{ backend = \"a\", model = \"small\", priority = 1 }, { backend = \"a\", model = \"big\" }]\n",
+            20..=20,
+        ),
+    ] {
+        let gate = Gate::default();
+        let held = gate.clone();
+        let a = Provider::start(move |_, stream| {
+            held.pass();
+            reply(stream, 200, "", b"ok");
+            After::Keep
+        });
+        let zap = Zap::with(routes, &[a.backend("a", "max_in_flight = 1")]);
+        let mut clients: Vec<_> = (0..20).map(|_| zap.client()).collect();
+        clients.iter_mut().for_each(|c| c.post("/chat", "", ask("two")));
+        eventually("all wait", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == 19.0);
+        gate.open(20);
+        clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+        let served = models(&a).iter().filter(|model| *model == "big").count();
+        assert!(big.contains(&served), "{served} of 20");
+    }
 }
 
 #[test]
