@@ -127,12 +127,11 @@ impl Attempts<'_> {
             self.cool(target, span);
         }
         let fail = |code, blame| {
-            move |head: Parts, lease, entered| Failed {
-                code,
-                blame,
-                fatal: false,
-                silent: false,
-                last: Last::Answer { head: Box::new(head), lease, entered },
+            move |head: Parts, lease, mut entered: InFlight| {
+                // The next try may be for this one again.
+                entered.leave_place();
+                let last = Last::Answer { head: Box::new(head), lease, entered };
+                Failed { code, blame, fatal: false, silent: false, last }
             }
         };
         match judge(head.status.as_u16(), upstream.conf.api_key.is_some()) {

@@ -123,7 +123,7 @@ pub struct InFlight {
     upstream: Arc<Upstream>,
     taken: Nanos,
     /// Its place, where there is a limit.
-    _place: Option<Slot>,
+    place: Option<Slot>,
 }
 
 /// A turn in the line of a backend's quota; dropping it lets those behind move up.
@@ -336,7 +336,7 @@ impl Upstream {
             return None;
         }
         self.live.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(InFlight { upstream: self.clone(), taken: now, _place: place })
+        Some(InFlight { upstream: self.clone(), taken: now, place })
     }
 
     /// Stands in line for a place; `None`: it has no limit.
@@ -430,6 +430,11 @@ impl InFlight {
     /// The backend.
     pub fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream
+    }
+
+    /// Gives the place to the next: the backend is done with the request, but for an answer that may be dropped.
+    pub fn leave_place(&mut self) {
+        self.place = None;
     }
 
     /// A fresh connection stands, and the request goes out: the provider counts it from now on.

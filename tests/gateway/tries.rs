@@ -46,6 +46,21 @@ fn three_failures_take_a_backend_out_and_no_client_notices() {
 }
 
 #[test]
+fn a_failure_leaves_its_place_to_the_next_try() {
+    let answers = [500, 503, 200];
+    let asked = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        let n = asked.fetch_add(1, Ordering::Relaxed);
+        reply(stream, answers[n.min(2)], "", b"ok");
+        After::Keep
+    });
+    let zap = Zap::with(QUICK, &[a.backend("a", "max_in_flight = 1")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.header("x-zap-attempts")), (200, Some("3")));
+    zap.is_clean();
+}
+
+#[test]
 fn every_failing_status_is_served_by_another() {
     for status in [408, 498, 500, 502, 503, 504, 529] {
         let a = Provider::fixed(status, "", "a failed");
