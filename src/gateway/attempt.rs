@@ -150,7 +150,7 @@ impl Attempts<'_> {
             }
             let limit = self.share(now, &tried);
             self.let_go(last.take());
-            let failed = match (self.try_one(target, entered, now, limit).await, slot.take()) {
+            let failed = match (self.try_one(target, entered, limit).await, slot.take()) {
                 (Ok((head, lease, entered, first)), Some(slot)) => {
                     return Ok(Delivery { head, lease, entered, slot, first, patience: self.patience() });
                 }

@@ -1,15 +1,17 @@
 //! A request's body: read within bounds of size and time, scanned as it comes, kept as it came.
 
+use std::future::poll_fn;
 use std::ops::Range;
+use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
 use http_body::Body as _;
-use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
+use super::Gateway;
 use crate::clock;
 use crate::error::GatewayError;
 use crate::policy::fields::{Affinity, Fields, ScanError, Watch};
@@ -17,7 +19,7 @@ use crate::policy::patch::BodyFault;
 use crate::policy::scan::Scanner;
 use crate::policy::{Nanos, SECOND};
 use crate::server::io::Conn;
-use crate::telemetry::Endpoint;
+use crate::telemetry::{Completion, Endpoint};
 
 /// A body must grow by [`PROGRESS`] bytes in this time.
 const PATIENCE: Nanos = 30 * SECOND;
@@ -63,20 +65,34 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
 /// # Errors
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
 pub async fn read(
+    gateway: &Gateway,
     mut body: Incoming,
     conn: &Conn,
-    endpoint: Endpoint,
+    completion: &mut Completion,
     watch: &Watch,
-    max: u64,
     deadline: Nanos,
 ) -> Result<ChatRequest, GatewayError> {
     let refuse = |error| refuse(error, watch);
+    let (endpoint, max) = (completion.endpoint, gateway.server().max_body_bytes);
+    // Held from the first wait on: the way out waits for it too.
+    let mut upload = None;
     let mut scanner = Scanner::new(watch);
     let mut pieces = Pieces::default();
     let (mut length, mut marked) = (0u64, 0u64);
     let mut until = deadline.min(conn.coarse_now() + PATIENCE);
     while !body.is_end_stream() {
-        let frame = conn.alarm.limit(until, body.frame()).await.map_err(|_| GatewayError::RequestTimeout)?;
+        // What is here already costs no look at the clock.
+        let mut since = None;
+        let frame = poll_fn(|cx| {
+            let frame = Pin::new(&mut body).poll_frame(cx);
+            if frame.is_pending() {
+                since.get_or_insert_with(clock::now);
+                upload.get_or_insert_with(|| gateway.begin_upload());
+            }
+            frame
+        });
+        let frame = conn.alarm.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
+        completion.others += since.map_or(0, |since| clock::now() - since);
         let Some(frame) = frame else { break };
         // Trailers end at Zap.
         let Ok(data) = frame.map_err(|_| GatewayError::BodyIncomplete)?.into_data() else { continue };

@@ -38,10 +38,10 @@ use crate::config::{Server, Strategy};
 use crate::error::GatewayError;
 use crate::policy::fields::Model;
 use crate::policy::limit::Decision;
-use crate::policy::{MILLI, SECOND, headers};
+use crate::policy::{SECOND, headers};
 use crate::server::alarm::Alarms;
 use crate::server::io::Conn;
-use crate::server::worker::Load;
+use crate::server::worker::{Load, Upload};
 use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
@@ -157,13 +157,10 @@ impl Gateway {
             if let Some(refused) = decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
-            let max = self.server.max_body_bytes;
-            intake::check_head(&head.headers, max)?;
+            intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let snapshot = self.shared().snapshot.load_full();
             let deadline = completion.started + clock::nanos(snapshot.config.queue.timeout);
-            let endpoint = completion.endpoint;
-            let chat = intake::read(body, &conn, endpoint, snapshot.watch(), max, deadline).await?;
-            completion.others = clock::now() - completion.started;
+            let chat = intake::read(self, body, conn, &mut completion, snapshot.watch(), deadline).await?;
             completion.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 completion.model = Some(name.clone());
@@ -397,6 +394,11 @@ impl Gateway {
     /// The worker's alarms.
     pub fn alarms(&self) -> &Rc<Alarms> {
         &self.alarms
+    }
+
+    /// Says that a body is being waited for, until what comes back is dropped.
+    pub fn begin_upload(&self) -> Upload {
+        Upload::new(self.load.clone())
     }
 
     /// A random number, for jitter.

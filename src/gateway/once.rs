@@ -23,7 +23,7 @@ use crate::telemetry::Phase;
 use crate::upstream::link::{Link, Message, write_header};
 use crate::upstream::pool::{Lease, Pool};
 use crate::upstream::probe::announce;
-use crate::upstream::send::{Answer, SendError, send};
+use crate::upstream::send::{Answer, SendError, Step, send};
 use crate::upstream::{InFlight, Upstream};
 
 /// Room in a head for what most clients' headers take.
@@ -33,21 +33,21 @@ const HEAD_ROOM: usize = 768;
 type Good = (Parts, Lease, InFlight, Option<Bytes>);
 
 impl Attempts<'_> {
-    /// One try at one backend, which begins at `since`.
+    /// One try at one backend, which may last until `limit`.
     pub(super) async fn try_one(
         &mut self,
         target: TargetId,
         entered: InFlight,
-        since: Nanos,
         limit: Nanos,
     ) -> Result<Good, Box<Failed>> {
         let upstream = entered.upstream().clone();
         self.completion.tries += 1;
         self.completion.phase = Phase::Waiting;
         bug::here("try", &self.completion.request_id);
-        let mut answer = self.ask_once(target, &entered, since, limit, Some(self.gateway.pool())).await;
+        let mut begun = None;
+        let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool()), &mut begun).await;
         if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, clock::now(), limit, None).await;
+            answer = self.ask_once(target, &entered, limit, None, &mut begun).await;
         }
         if self.gateway.is_cut() {
             return Err(Box::new(cut()));
@@ -59,7 +59,7 @@ impl Attempts<'_> {
             Err(SendError::Exhausted) => Err(Failed { blame: false, ..broken(Code::UpstreamUnreachable) }),
             Err(SendError::Stale) => Err(broken(Code::UpstreamUnreachable)),
         };
-        self.completion.others += clock::now() - since;
+        self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
         if let Err(failed) = &result {
             self.note(&upstream, failed);
         }
@@ -67,27 +67,29 @@ impl Attempts<'_> {
     }
 
     /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection where there is no
-    /// `pool`.
+    /// `pool`. `begun`: when the waiting for the backend began, unless it had before.
     async fn ask_once(
         &mut self,
         target: TargetId,
         entered: &InFlight,
-        now: Nanos,
         limit: Nanos,
         pool: Option<&Pool>,
+        begun: &mut Option<Nanos>,
     ) -> Result<Answer, SendError> {
         let message = self.message(target, entered.upstream());
         let connect = self.snapshot.config.timeouts.connect;
         let completion = &mut *self.completion;
-        let on_connect = |opening| {
-            completion.phase = if opening { Phase::Connecting } else { Phase::Waiting };
-            if !opening {
+        let on_step = |step| match step {
+            Step::Begun(now) => *begun = begun.or(Some(now)),
+            Step::Connecting => completion.phase = Phase::Connecting,
+            Step::Connected => {
+                completion.phase = Phase::Waiting;
                 entered.connected(clock::now());
             }
         };
         let worker = self.gateway.recorder().worker;
         // It is large, and would be moved into the limit.
-        let sending = pin!(send(pool, worker, entered.upstream(), message, now, connect, on_connect));
+        let sending = pin!(send(pool, worker, entered.upstream(), message, connect, on_step));
         self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 

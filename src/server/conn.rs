@@ -51,10 +51,10 @@ pub async fn serve<F: Future>(
     // A connection that says nothing costs no buffers: hyper comes in with the first byte.
     let first = poll_fn(|cx| {
         conn.alarm.register(cx);
-        if conn.alarm.is_ringing() || gateway.is_closing() {
-            return Poll::Ready(false);
+        match conn.poll_readable(cx) {
+            Poll::Pending if conn.alarm.is_ringing() || gateway.is_closing() => Poll::Ready(false),
+            readable => readable.map(|r| r.is_ok()),
         }
-        conn.poll_readable(cx).map(|r| r.is_ok())
     });
     if !first.await {
         return;
@@ -102,7 +102,9 @@ where
     let mut closing = false;
     poll_fn(|cx| {
         conn.alarm.register(cx);
-        if gateway.is_closing() && !closing {
+        // On the way out a connection closes behind its answer, also behind one whose head did not say so.
+        let is_last = gateway.is_closing() || conn.is_answering() && gateway.shared().is_draining();
+        if is_last && !closing {
             closing = true;
             http.as_mut().graceful_shutdown();
         }

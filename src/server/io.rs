@@ -137,6 +137,11 @@ impl Conn {
         self.progress();
     }
 
+    /// Whether an answer is under way.
+    pub fn is_answering(&self) -> bool {
+        self.patience.get() > 0
+    }
+
     /// Says that the answer under way has made progress.
     pub fn progress(&self) {
         match self.patience.get() {

@@ -70,7 +70,7 @@ pub async fn serve(
                 "shutting down: new requests are refused, running ones may end",
             );
             let limit = if order == Some(Order::Drain) { config.server.drain } else { Duration::ZERO };
-            drain::drain(&workers, || running(&shared), limit, &mut orders).await
+            drain::drain(&workers, || running(&shared, &workers), limit, &mut orders).await
         };
         tokio::select! {
             whole = ending => whole,
@@ -87,9 +87,10 @@ fn is_joined(worker: Worker) -> bool {
     worker.connections() > 0 || worker.join()
 }
 
-/// Requests that hold a slot or wait for one, and answers under way.
-fn running(shared: &Shared) -> usize {
-    shared.admission.in_flight() + shared.admission.depth()
+/// Requests whose body is still to come, that wait for a slot or hold one, and answers under way.
+fn running(shared: &Shared, workers: &[Worker]) -> usize {
+    let uploads: usize = workers.iter().map(Worker::uploads).sum();
+    uploads + shared.admission.in_flight() + shared.admission.depth()
 }
 
 /// As many client connections as there are files for, two each: fewer than configured where the system gives less.

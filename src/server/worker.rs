@@ -37,6 +37,8 @@ pub struct Worker {
 #[derive(Debug, Default)]
 pub struct Load {
     connections: AtomicUsize,
+    /// Bodies of requests that it waits for.
+    uploads: AtomicUsize,
     /// Streams are to be cut now.
     cut: AtomicBool,
     /// Connections are to be closed as soon as they are idle.
@@ -78,6 +80,11 @@ impl Worker {
         self.load.connections.load(Ordering::Relaxed)
     }
 
+    /// Bodies of requests that it waits for.
+    pub fn uploads(&self) -> usize {
+        self.load.uploads.load(Ordering::Relaxed)
+    }
+
     /// A bug has ended its thread.
     pub fn is_gone(&self) -> bool {
         self.clients.is_closed()
@@ -107,6 +114,25 @@ impl Worker {
     pub fn join(self) -> bool {
         drop(self.clients);
         matches!(self.thread.join(), Ok(Ok(())))
+    }
+}
+
+/// Counts a body that is waited for until it is dropped.
+#[derive(Debug)]
+#[must_use = "dropping it says that the body is there"]
+pub struct Upload(Arc<Load>);
+
+impl Upload {
+    /// One more.
+    pub fn new(load: Arc<Load>) -> Self {
+        load.uploads.fetch_add(1, Ordering::Relaxed);
+        Upload(load)
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.0.uploads.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -52,6 +52,17 @@ impl From<ConnectError> for SendError {
     }
 }
 
+/// How far a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Its turn has come, then: what follows is waiting for the backend.
+    Begun(Nanos),
+    /// A fresh connection is to be opened.
+    Connecting,
+    /// It stands.
+    Connected,
+}
+
 /// A peer's close crosses the request within the time of a round trip, however far it is.
 const CROSSING: Nanos = SECOND;
 
@@ -71,11 +82,11 @@ async fn last_in_line() {
     .await;
 }
 
-/// Sends `request`, which is ready `since` then, to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
+/// Sends `request` to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
 /// connection alone.
 ///
 /// A pooled connection that had died before a byte was written costs nothing: the next one is taken. `pool`: where to
-/// look for one; `on_connect` is told before a fresh connection is opened and again when it stands.
+/// look for one.
 ///
 /// # Errors
 /// Why there is no answer.
@@ -84,18 +95,19 @@ pub async fn send(
     worker: usize,
     upstream: &Arc<Upstream>,
     mut request: Message,
-    since: Nanos,
     limit: Duration,
-    mut on_connect: impl FnMut(bool),
+    mut on_step: impl FnMut(Step),
 ) -> Result<Answer, SendError> {
     last_in_line().await;
+    let since = clock::now();
+    on_step(Step::Begun(since));
     loop {
         let (mut lease, reused) = match pool.and_then(|pool| pool.take(upstream, since)) {
             Some(lease) => (lease, true),
             None => {
-                on_connect(true);
+                on_step(Step::Connecting);
                 let link = Http1::new(upstream.connector().connect(limit).await?);
-                on_connect(false);
+                on_step(Step::Connected);
                 (Lease::new(link, upstream.clone(), worker, clock::now()), false)
             }
         };

@@ -40,6 +40,67 @@ fn what_runs_may_end_and_what_is_new_is_refused() {
 }
 
 #[test]
+fn a_body_that_is_still_coming_runs_too() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut upload = zap.client();
+    let expect = "expect: 100-continue\r\n";
+    upload.send(format!("POST /chat HTTP/1.1\r\nhost: x\r\n{expect}content-length: {}\r\n\r\n", CHAT.len()));
+    assert_eq!(upload.head().status, 100, "it waits for the body");
+    upload.send("{");
+    zap.order(Order::Drain);
+    eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
+    let end = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < end {
+        for path in ["/ready", "/v1/models"] {
+            assert_eq!(zap.client().get(path).status, 503, "connections are accepted still");
+        }
+        assert_eq!(zap.chat(CHAT).code(), "draining");
+    }
+    upload.send(&CHAT[1..]);
+    let answer = upload.response();
+    assert_eq!((answer.text(), answer.header("connection")), ("a", Some("close")));
+    assert!(zap.join(), "nothing was cut");
+}
+
+#[test]
+fn a_connection_closes_behind_an_answer_that_had_begun_before() {
+    let (short, long) = (Gate::default(), Gate::default());
+    let (held_short, held_long) = (short.clone(), long.clone());
+    let a = Provider::start(move |seen, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        if seen.body.ends_with(b" ") {
+            held_long.pass()
+        } else {
+            held_short.pass()
+        }
+        chunk(stream, "data: [DONE]\n\n");
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut streams = [STREAM.to_owned(), format!("{STREAM} ")].map(|body| {
+        let mut client = zap.client();
+        client.post("/chat", "", body);
+        let head = client.head();
+        assert_eq!(head.header("connection"), None);
+        assert_eq!(client.chunk().unwrap(), b"data: one\n\n");
+        client
+    });
+    zap.order(Order::Drain);
+    eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
+    short.open(1);
+    assert_eq!(streams[0].chunk().unwrap(), b"data: [DONE]\n\n");
+    assert_eq!(streams[0].chunk().unwrap(), b"");
+    streams[0].close_within(Duration::from_secs(2));
+    assert_eq!(zap.client().get("/ready").status, 503, "the other runs on");
+    long.open(1);
+    assert_eq!(streams[1].chunk().unwrap(), b"data: [DONE]\n\n");
+    assert!(zap.join(), "nothing was cut");
+}
+
+#[test]
 fn what_overstays_is_cut_visibly() {
     let a = Provider::start(|_, stream| {
         start_events(stream);

@@ -87,6 +87,25 @@ fn the_overhead_leaves_out_what_others_took() {
 }
 
 #[test]
+fn the_overhead_is_what_zap_itself_does_with_a_body() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let body = format!("{{\"messages\":[\"{}\"]}}", "\\u00e4 ".repeat(2_000_000));
+    assert_eq!(zap.chat(body).status, 200);
+    let sum = zap.metric("zap_overhead_seconds_sum");
+    assert!(sum > 0.002, "{sum}: 16 MB were read through");
+
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.send(format!("POST /chat HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{{", CHAT.len()));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    client.send(&CHAT[1..]);
+    assert_eq!(client.response().status, 200);
+    let sum = zap.metric("zap_overhead_seconds_sum");
+    assert!(sum < 0.2, "{sum}: the client took its time");
+}
+
+#[test]
 fn nothing_a_client_sends_becomes_a_series() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
