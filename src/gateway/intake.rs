@@ -25,9 +25,8 @@ use crate::telemetry::{Completion, Endpoint};
 const PATIENCE: Nanos = 30 * SECOND;
 const PROGRESS: usize = 1024;
 
-/// Pieces that are kept as they came; beyond it small ones share a buffer, so that a body sent byte by byte
-/// takes no more memory than one sent at once.
-const MAX_PIECES: usize = 256;
+/// Pieces that are smaller share a buffer, but for the first: each holds the whole of the buffer that it was read into,
+/// and a body sent byte by byte is to take no more memory than one sent at once.
 const SMALL: usize = 4096;
 
 /// A body's pieces: most often one.
@@ -60,7 +59,7 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
     Ok(())
 }
 
-/// Reads and scans the body of a request to `endpoint`, of at most `max` bytes, for what `watch` names.
+/// Reads and scans the body of a request for what `watch` names.
 ///
 /// # Errors
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
@@ -169,7 +168,7 @@ impl ChatRequest {
 #[derive(Default)]
 struct Pieces {
     done: Chunks,
-    /// Small pieces that came after many others.
+    /// Small pieces.
     gathered: BytesMut,
 }
 
@@ -178,7 +177,7 @@ impl Pieces {
         if piece.is_empty() {
             return;
         }
-        if self.done.len() < MAX_PIECES || piece.len() >= SMALL {
+        if self.done.is_empty() && self.gathered.is_empty() || piece.len() >= SMALL {
             self.flush();
             self.done.push(piece);
             return;
@@ -267,7 +266,9 @@ mod tests {
         pieces.push(Bytes::copy_from_slice(&body[100_000..110_000]));
         body[110_000..].iter().for_each(|b| pieces.push(Bytes::copy_from_slice(&[*b])));
         let done = pieces.finish();
-        assert!(done.len() < MAX_PIECES + 20, "{}", done.len());
+        // The first, the large one, and what stands before and behind it.
+        assert_eq!(done.len(), 2 + 99_999usize.div_ceil(4 * SMALL) + 90_000usize.div_ceil(4 * SMALL));
+        assert!(done[1..].iter().all(|piece| piece.len() <= 4 * SMALL));
         assert_eq!(done.concat(), body);
     }
 }
