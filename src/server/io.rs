@@ -13,6 +13,7 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
+use memchr::memmem;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -49,6 +50,8 @@ pub struct Conn {
     reading: Cell<Reading>,
     /// Bytes received but not given to hyper: of an incomplete head, or behind the message being served.
     aside: RefCell<Vec<u8>>,
+    /// Bytes of an incomplete head that were there when it was last read through.
+    looked_at: Cell<usize>,
     /// What to tell the client whose head was refused.
     refused: Cell<Option<&'static str>>,
     /// The answer under way has been handed over.
@@ -90,6 +93,7 @@ impl Conn {
             keep_alive,
             reading: Cell::new(Reading::Head),
             aside: RefCell::default(),
+            looked_at: Cell::new(0),
             refused: Cell::new(None),
             turn_over: Cell::new(false),
             patience: Cell::new(0),
@@ -110,9 +114,10 @@ impl Conn {
         self.refused.get()
     }
 
-    /// Whether the request's body is chunked: the connection must close behind the answer.
+    /// Whether nobody knows where the next request begins, since this one's body is chunked or not all here: the connection
+    /// must close behind the answer.
     pub fn must_close(&self) -> bool {
-        self.reading.get() == Reading::Chunked
+        matches!(self.reading.get(), Reading::Chunked | Reading::Length(_))
     }
 
     /// Whether the client has ended its side, in whatever way.
@@ -294,11 +299,16 @@ impl Conn {
                     if aside.is_empty() {
                         self.alarm.set(self.coarse_now() + HEAD_TIME);
                         // Usually the whole head is here and stays where it was read to.
-                        if let Ok(Some(head)) = inspect(&buf.filled()[start..]) {
-                            let rest = self.begin(head.len, head.framing, n);
-                            aside.extend_from_slice(&buf.filled()[start + rest..]);
-                            buf.set_filled(start + rest);
-                            return Poll::Ready(Ok(()));
+                        match inspect(&buf.filled()[start..]) {
+                            Ok(Some(head)) => {
+                                let rest = self.begin(head.len, head.framing, n);
+                                aside.extend_from_slice(&buf.filled()[start + rest..]);
+                                buf.set_filled(start + rest);
+                                return Poll::Ready(Ok(()));
+                            }
+                            Ok(None) => self.looked_at.set(n),
+                            // Told below.
+                            Err(_) => {}
                         }
                     }
                     aside.extend_from_slice(&buf.filled()[start..]);
@@ -340,11 +350,14 @@ impl Conn {
     /// Gives hyper what is aside if that is a whole head, or is not to become one.
     fn give_head(&self, buf: &mut ReadBuf<'_>) -> bool {
         let mut aside = self.aside.borrow_mut();
-        if aside.is_empty() {
+        if aside.is_empty() || aside.len() < MAX_HEAD && !is_news(&aside, self.looked_at.get()) {
             return false;
         }
-        match inspect(&aside) {
-            Ok(None) if aside.len() < MAX_HEAD => false,
+        let looked_at = aside.len();
+        let head = inspect(&aside);
+        self.looked_at.set(if head == Ok(None) { looked_at } else { 0 });
+        match head {
+            Ok(None) if looked_at < MAX_HEAD => false,
             Ok(None) => {
                 self.reading.set(Reading::Chunked);
                 self.turn_over.set(false);
@@ -407,6 +420,14 @@ impl Conn {
     }
 }
 
+/// Whether a head is to be read through anew, of which the first bytes were, without an end: since it may have one now,
+/// or has grown by a quarter. So a head that comes byte by byte is not read as often as it has bytes.
+fn is_news(head: &[u8], looked_at: usize) -> bool {
+    let fresh = &head[looked_at.saturating_sub(2).min(head.len())..];
+    head.len() > looked_at + looked_at / 4
+        || [&b"\n\r\n"[..], b"\n\n"].iter().any(|end| memmem::find(fresh, end).is_some())
+}
+
 /// The handle that hyper owns.
 #[derive(Debug)]
 pub struct ClientIo(pub Rc<Conn>);
@@ -452,5 +473,31 @@ impl AsyncWrite for ClientIo {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut *self.0.stream.borrow_mut()).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_that_comes_in_many_pieces_is_read_through_a_few_times() {
+        let mut head = b"GET / HTTP/1.1\r\nhost: a\r\n".to_vec();
+        let (mut looked_at, mut looks) = (0, 0);
+        while head.len() < MAX_HEAD {
+            if is_news(&head, looked_at) {
+                (looked_at, looks) = (head.len(), looks + 1);
+            }
+            head.extend_from_slice(b"a:\r\n");
+        }
+        assert!(looks < 50, "{looks}");
+        for end in [&b"\r\n"[..], b"\n"] {
+            let mut whole = head.clone();
+            for byte in end {
+                let before = whole.len();
+                whole.push(*byte);
+                assert_eq!(is_news(&whole, before), *byte == b'\n', "{end:?}");
+            }
+        }
     }
 }

@@ -58,6 +58,29 @@ fn a_head_may_come_byte_by_byte_and_requests_one_behind_the_other() {
 }
 
 #[test]
+fn an_answer_before_the_body_is_here_says_that_the_connection_closes() {
+    let (_provider, zap) = start();
+    for (path, part, close) in [
+        ("/nothing", "", true),
+        ("/health", "{", true),
+        ("/chat", "x", true),
+        ("/nothing", "{ }", false),
+        ("/health", "{ }", false),
+        ("/chat", "x  ", false),
+    ] {
+        let mut client = zap.client();
+        client.send(format!("POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\n{part}"));
+        let answer = client.response();
+        assert!(answer.status >= 400);
+        assert_eq!(answer.header("connection") == Some("close"), close, "{path} {part:?}");
+        match close {
+            true => client.close_within(Duration::from_secs(3)),
+            false => assert_eq!(client.get("/health").status, 200, "{path} {part:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_large_head_and_body_in_one_write_arrive_whole() {
     let provider = Provider::start(|seen, stream| {
         crate::support::provider::reply(stream, 200, "", &seen.body);
