@@ -211,13 +211,13 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::BadRequest,
-                format!("The request is not valid HTTP: {why}."),
+                format!("The request is not valid HTTP: {why}; look at the client, or at a proxy before the gateway."),
             )),
             E::BodyIncomplete => closing(row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::BadRequest,
-                "The request body is not framed as HTTP/1.1 asks, or ended early.".into(),
+                "The request body is not framed as HTTP/1.1 asks, or ended early; send it whole, with its Content-Length or in chunks.".into(),
             )),
             E::Draining => closing(after(
                 &SECOND,
@@ -276,7 +276,7 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::MissingMessages,
-                "\"messages\" is missing or not an array.".into(),
+                "\"messages\" is missing or not an array; send the conversation in it.".into(),
             ),
             E::MissingModel => row(
                 StatusCode::BAD_REQUEST,
@@ -345,13 +345,13 @@ impl GatewayError {
                 StatusCode::REQUEST_TIMEOUT,
                 INVALID,
                 Code::RequestTimeout,
-                "The request body came too slowly.".into(),
+                "The request body came too slowly; send it without long pauses.".into(),
             )),
             E::TooLarge(limit) => closing(row(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 INVALID,
                 Code::RequestTooLarge,
-                format!("The request body is larger than {limit} bytes."),
+                format!("The request body is larger than {limit} bytes; send less, or ask the operator for a higher server.max_body_bytes."),
             )),
             E::UnknownUrl => row(
                 StatusCode::NOT_FOUND,
@@ -376,7 +376,7 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamInvalidResponse,
-                "The provider's answer is not valid HTTP/1.1.".into(),
+                "The provider's answer is not valid HTTP/1.1; the operator must check the backend's url.".into(),
             ),
             E::UpstreamRateLimited(wait) => after(
                 wait,
@@ -398,19 +398,19 @@ impl GatewayError {
                 StatusCode::GATEWAY_TIMEOUT,
                 SERVER,
                 Code::UpstreamTimeout,
-                "No provider answered in time.".into(),
+                "No provider answered in time; try again, or ask the operator for a longer queue.timeout_secs.".into(),
             ),
             E::UpstreamTls => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamTlsError,
-                "The TLS handshake with the provider failed.".into(),
+                "The TLS handshake with the provider failed; the operator must check the backend's url and ca_file.".into(),
             ),
             E::UpstreamUnreachable => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamUnreachable,
-                "The provider cannot be reached, or closed the connection before it answered.".into(),
+                "The provider cannot be reached, or closed the connection before it answered; try again shortly, /status shows its state.".into(),
             ),
         }
     }

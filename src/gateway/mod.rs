@@ -345,10 +345,12 @@ impl Gateway {
 
     /// The answer to a request that a bug has ended: the record is written already.
     pub fn broken(&self) -> Response<Body> {
-        let mut response = GatewayError::Internal.response(false);
-        let id = self.recorder.broken.take();
-        let id = id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
+        let mut response = GatewayError::Internal.response(!self.shared().budget.has_room(clock::now()));
+        let broken = self.recorder.broken.take();
+        let (id, tries) =
+            broken.unwrap_or_else(|| (headers::new_request_id(self.rng.borrow_mut().u128(..)), 0));
         response.headers_mut().insert(headers::X_REQUEST_ID, id);
+        response.headers_mut().insert(X_ZAP_ATTEMPTS, headers::number(tries));
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         response
     }

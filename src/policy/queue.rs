@@ -199,7 +199,8 @@ impl Admission {
     /// Requests that hold a slot.
     pub fn in_flight(&self) -> usize {
         let c = Counts::unpack(self.word.load(Ordering::Relaxed));
-        (c.in_flight - c.owed) as usize
+        // Who waited may have gone before what it was granted is booked.
+        c.in_flight.saturating_sub(c.owed) as usize
     }
 
     /// Requests that wait.

@@ -28,7 +28,8 @@ pub fn judge(status: u16, own_key: bool) -> Outcome {
         304 => Outcome::Deliver,
         300..=399 => Outcome::Redirect,
         401..=403 if own_key => Outcome::BadKey,
-        408 | 498 | 500..=599 => Outcome::Failure,
+        // Beyond 599 there is no such status: it is one of 5xx (RFC 9110, section 15).
+        408 | 498 | 500.. => Outcome::Failure,
         429 => Outcome::Busy,
         _ => Outcome::Deliver,
     }

@@ -190,8 +190,8 @@ pub struct Recorder {
     pub worker: usize,
     /// Everything that is shared, the lanes among it.
     pub shared: Arc<Shared>,
-    /// The id of a request that a bug has just ended.
-    pub broken: RefCell<Option<HeaderValue>>,
+    /// Id and tries of a request that a bug has just ended.
+    pub broken: RefCell<Option<(HeaderValue, u32)>>,
 }
 
 impl Recorder {
@@ -297,7 +297,7 @@ impl Completion {
         if self.status == 0 {
             self.status = 500;
             lane.answered(self.endpoint, self.status);
-            *self.recorder.broken.borrow_mut() = Some(self.request_id.clone());
+            *self.recorder.broken.borrow_mut() = Some((self.request_id.clone(), self.tries));
         }
     }
 

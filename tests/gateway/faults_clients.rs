@@ -722,6 +722,7 @@ fn o6_a_bug_before_the_answer_costs_its_own_request_alone() {
     let broken = client.chat("x-request-id: bug-try\r\n", CHAT);
     assert_eq!((broken.status, broken.code().as_str()), (500, "internal_error"));
     assert_eq!(broken.header("x-request-id"), Some("bug-try"));
+    assert_eq!(broken.header("x-zap-attempts"), Some("1"));
     assert_eq!(broken.header("connection"), Some("close"));
     assert_eq!(client.rest().0, b"");
     zap.is_clean();

@@ -335,6 +335,30 @@ fn u07_a_stream_cut_right_behind_its_head_ends_the_same_way() {
 }
 
 #[test]
+fn u07_a_stream_of_a_stated_length_that_is_cut_is_counted_too() {
+    let a = Provider::start(|_, stream| {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\n";
+        stream.write_all(format!("{head}data: one\n\n").as_bytes()).unwrap();
+        After::Close
+    });
+    let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.text(), answer.whole), ("data: one\n\n", false));
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
+    zap.is_clean();
+}
+
+#[test]
+fn a_status_beyond_599_is_a_failure() {
+    let (a, b) = (Provider::fixed(700, "", "what"), Provider::named("b"));
+    let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    assert_eq!(zap.chat(CHAT).text(), "b");
+    let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+    assert_eq!(zap.chat(CHAT).status, 700, "nobody has a better one");
+    assert_eq!(zap.metric("zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"599\"}"), 1.0);
+}
+
+#[test]
 fn u08_a_clean_end_without_done_is_passed_and_counted_where_done_was_due() {
     for (path, body, counted) in [
         ("/chat", STREAM, 1.0),
