@@ -294,6 +294,61 @@ fn o11_a_stderr_that_is_closed_or_that_nobody_reads_stops_no_request() {
 }
 
 #[test]
+fn s01_a_backends_key_is_in_no_line_of_the_log_whatever_fails() {
+    const CUT: &str =
+        "HTTP/1.1 200 sk-CANARY\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\nsk-CANARY";
+    let quick = "[health]\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
+    for (answer, event, end, status) in [
+        (
+            "HTTP/1.1 500 sk-CANARY\r\nx: sk-CANARY\r\ncontent-length: 9\r\n\r\nsk-CANARY",
+            "backend_down",
+            "complete",
+            500,
+        ),
+        (
+            "HTTP/1.1 401 sk-CANARY\r\ncontent-length: 9\r\n\r\nsk-CANARY",
+            "backend_misconfigured",
+            "upstream_error",
+            502,
+        ),
+        ("HTTP/9 sk-CANARY\r\n\r\nsk-CANARY", "backend_down", "upstream_error", 502),
+        ("", "backend_down", "upstream_error", 502),
+        ("HTTP/1.1 302 Found\r\nlocation: http://sk-CANARY/\r\n\r\n", "start", "upstream_error", 502),
+        (CUT, "backend_down", "upstream_error", 200),
+    ] {
+        let zap = Running::with(&config(provider(answer, Duration::ZERO), quick));
+        let sent = ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: line-1", CHAT);
+        let line: serde_json::Value = serde_json::from_str(&zap.line("line-1")).unwrap();
+        assert_eq!((&line["status"], &line["end"]), (&status.into(), &end.into()), "{line} {sent}");
+        if event != "start" {
+            assert!(zap.line(event).contains(": a "), "it says whom");
+        }
+        let metrics = ask(zap.address, "GET /metrics HTTP/1.1", "");
+        let state = ask(zap.address, "GET /status HTTP/1.1", "");
+        let all = [zap.log.lock().unwrap().join("\n"), metrics, state].concat();
+        assert!(!all.contains("CANARY"), "{all}");
+    }
+}
+
+#[test]
+fn a_line_says_that_a_backend_was_full_and_that_a_client_left() {
+    let slow = provider(OK, Duration::from_secs(2));
+    let more = "[[backends]]\nname = \"b\"\nurl = \"http://HERE\"\nweight = 1\npriority = 7\n";
+    let more = more.replace("HERE", &provider(OK, Duration::ZERO).to_string());
+    let zap = Running::with(&format!("{}max_in_flight = 1\n{more}", config(slow, "")));
+    let mut held = TcpStream::connect(zap.address).unwrap();
+    let head = "POST /chat HTTP/1.1\r\nhost: a\r\nx-request-id: line-0\r\ncontent-length";
+    held.write_all(format!("{head}: {}\r\n\r\n{CHAT}", CHAT.len()).as_bytes()).unwrap();
+    eventually("a is busy", || metric(zap.address, "zap_in_flight{backend=\"a\"}") == 1.0);
+    ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: line-1", CHAT);
+    let line: serde_json::Value = serde_json::from_str(&zap.line("line-1")).unwrap();
+    assert_eq!(line["passed"], serde_json::json!([["a", "full"]]));
+    drop(held);
+    let line: serde_json::Value = serde_json::from_str(&zap.line("line-0")).unwrap();
+    assert_eq!((&line["status"], &line["end"]), (&499.into(), &"client_gone".into()), "{line}");
+}
+
+#[test]
 fn s04_control_characters_come_out_as_one_escaped_line() {
     let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
     for (id, head) in [
