@@ -22,6 +22,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
+use super::names::Resolver;
 use crate::clock::{self, Late};
 use crate::config;
 use crate::error::Code;
@@ -95,7 +96,7 @@ impl Connector {
         let to = format!("{scheme}://{}/", url.authority)
             .parse()
             .map_err(|_| "its host is not valid".to_owned())?;
-        let mut tcp = HttpConnector::new();
+        let mut tcp = HttpConnector::new_with_resolver(Resolver::system());
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         // A peer that is gone without a word is noticed after two and a half of it.
@@ -138,7 +139,7 @@ impl Connector {
 
 /// The TCP half, whose failures can be told from those of TLS.
 #[derive(Clone)]
-struct Tcp(HttpConnector);
+struct Tcp(HttpConnector<Resolver>);
 
 /// `exhausted`: no file, port or memory was left here.
 #[derive(Debug)]

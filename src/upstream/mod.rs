@@ -6,6 +6,8 @@ pub mod decode;
 
 pub mod link;
 
+pub mod names;
+
 pub mod pool;
 
 pub mod spare;

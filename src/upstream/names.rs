@@ -1,0 +1,158 @@
+//! Name look-ups: one at a time for a backend.
+//!
+//! A look-up blocks a thread, and one that hangs cannot be ended. With a thread for each, the requests for one backend
+//! whose name does not resolve would take them all, and no other backend's name would be looked up any more.
+
+use std::error::Error;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::vec::IntoIter;
+
+use hyper_util::client::legacy::connect::dns::Name;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
+use tower_service::Service;
+
+use crate::clock;
+use crate::policy::Nanos;
+
+/// How a name is looked up; the port of what is found means nothing.
+type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
+
+type Found = Result<Vec<SocketAddr>, Failed>;
+
+/// Resolves the name of one backend for all workers: who comes while a look-up runs shares the next one.
+#[derive(Clone)]
+pub struct Resolver {
+    look_up: Arc<LookUp>,
+    turn: Arc<Semaphore>,
+    /// What the last look-up found, and when it began.
+    last: Arc<Mutex<Option<(Nanos, Found)>>>,
+}
+
+/// A name that does not resolve: the system's error, if there was one, and the text.
+#[derive(Clone, Debug)]
+pub struct Failed {
+    code: Option<i32>,
+    text: String,
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Self {
+        Failed { code: error.raw_os_error(), text: error.to_string() }
+    }
+}
+
+impl From<Failed> for Box<dyn Error + Send + Sync> {
+    fn from(failed: Failed) -> Self {
+        match failed.code {
+            Some(code) => io::Error::from_raw_os_error(code).into(),
+            None => failed.text.into(),
+        }
+    }
+}
+
+impl Resolver {
+    /// Asks the system.
+    pub fn system() -> Self {
+        Resolver::new(Arc::new(|name| Ok((name, 0).to_socket_addrs()?.collect())))
+    }
+
+    fn new(look_up: Arc<LookUp>) -> Self {
+        Resolver { look_up, turn: Arc::new(Semaphore::new(1)), last: Arc::default() }
+    }
+
+    /// The addresses of `name` as they are now, or a moment later.
+    ///
+    /// # Errors
+    /// It does not resolve.
+    async fn resolve(self, name: String) -> Found {
+        let asked = clock::now();
+        let turn = self.turn.clone().acquire_owned().await.map_err(io::Error::other)?;
+        if let Some((began, found)) = &*self.last.lock()
+            && *began >= asked
+        {
+            return found.clone();
+        }
+        let (look_up, last) = (self.look_up.clone(), self.last.clone());
+        let looking = spawn_blocking(move || {
+            let began = clock::now();
+            let found = look_up(&name).map_err(Failed::from);
+            *last.lock() = Some((began, found.clone()));
+            // Whoever asked may be gone: the turn ends with the look-up.
+            drop(turn);
+            found
+        });
+        looking.await.map_err(io::Error::other)?
+    }
+}
+
+impl Service<Name> for Resolver {
+    type Response = IntoIter<SocketAddr>;
+    type Error = Failed;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Failed>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
+        let resolving = self.clone().resolve(name.as_str().to_owned());
+        Box::pin(async { resolving.await.map(Vec::into_iter) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[test]
+    fn a_name_takes_one_thread_and_who_waits_shares_what_is_found() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (open, gate) = mpsc::channel::<io::Result<Vec<SocketAddr>>>();
+        let (begun, looks) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (gate, theirs, done) = (Mutex::new(gate), begun.clone(), looks.clone());
+        let resolver = Resolver::new(Arc::new(move |name| {
+            assert_eq!(name, "a.test");
+            theirs.fetch_add(1, Ordering::SeqCst);
+            let found = gate.lock().recv().unwrap();
+            done.fetch_add(1, Ordering::SeqCst);
+            found
+        }));
+        runtime.block_on(async {
+            let look = || resolver.clone().resolve("a.test".into());
+            let first = tokio::spawn(look());
+            while begun.load(Ordering::SeqCst) == 0 {
+                tokio::task::yield_now().await;
+            }
+            let mut crowd: JoinSet<Found> = (0..20).map(|_| look()).collect();
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(begun.load(Ordering::SeqCst), 1, "the others wait without a thread");
+            // Who gives up leaves the look-up where it is, and its turn with it.
+            first.abort();
+            assert!(first.await.unwrap_err().is_cancelled());
+            let address: SocketAddr = "192.0.2.7:0".parse().unwrap();
+            open.send(Err(io::Error::other("nobody asks any more"))).unwrap();
+            open.send(Ok(vec![address])).unwrap();
+            while let Some(found) = crowd.join_next().await {
+                assert_eq!(found.unwrap().unwrap(), [address]);
+            }
+            assert_eq!(looks.load(Ordering::SeqCst), 2, "the second one was for all of them");
+            open.send(Err(io::Error::from_raw_os_error(24))).unwrap();
+            let failed: Box<dyn Error + Send + Sync> = look().await.unwrap_err().into();
+            let io = failed.downcast_ref::<io::Error>().unwrap();
+            assert_eq!((io.raw_os_error(), looks.load(Ordering::SeqCst)), (Some(24), 3), "nothing is kept");
+        });
+    }
+}
