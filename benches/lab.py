@@ -21,6 +21,10 @@ def build():
         raise SystemExit(f"no gauge at {GAUGE}: say where it is with GAUGE=DIRECTORY")
     if not os.path.exists(ZAP):
         raise SystemExit("no Zap to measure: cargo build --release")
+    # A provider that an earlier run has left would answer in place of the one that is measured with.
+    for port in (*PROVIDERS, ZAP_PORT, 9401, 9402):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+            raise SystemExit(f"something listens on port {port} already: end it first")
     env = {**os.environ, "CARGO_TARGET_DIR": BUILT}
     subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=GAUGE, check=True, env=env)
 
