@@ -19,6 +19,7 @@ use crate::policy::patch::BodyFault;
 use crate::policy::scan::Scanner;
 use crate::policy::{Nanos, SECOND};
 use crate::server::io::Conn;
+use crate::server::worker::Upload;
 use crate::telemetry::{Completion, Endpoint};
 
 /// A body must grow by [`PROGRESS`] bytes in this time.
@@ -59,7 +60,8 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
     Ok(())
 }
 
-/// Reads and scans the body of a request for what `watch` names.
+/// Reads and scans the body of a request for what `watch` names. `upload` is there from the first wait on, so that the way
+/// out waits too: until the request has a slot.
 ///
 /// # Errors
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
@@ -70,11 +72,10 @@ pub async fn read(
     completion: &mut Completion,
     watch: &Watch,
     deadline: Nanos,
+    upload: &mut Option<Upload>,
 ) -> Result<ChatRequest, GatewayError> {
     let refuse = |error| refuse(error, watch);
     let (endpoint, max) = (completion.endpoint, gateway.server().max_body_bytes);
-    // Held from the first wait on: the way out waits for it too.
-    let mut upload = None;
     let mut scanner = Scanner::new(watch);
     let mut pieces = Pieces::default();
     let (mut length, mut marked) = (0u64, 0u64);

@@ -160,13 +160,16 @@ impl Gateway {
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let snapshot = self.shared().snapshot.load_full();
             let deadline = completion.started + clock::nanos(snapshot.config.queue.timeout);
-            let chat = intake::read(self, body, conn, &mut completion, snapshot.watch(), deadline).await?;
+            let mut upload = None;
+            let watch = snapshot.watch();
+            let chat = intake::read(self, body, conn, &mut completion, watch, deadline, &mut upload).await?;
             completion.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 completion.model = Some(name.clone());
             }
             let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
             let slot = admit::admit(self, conn, &mut completion, deadline).await?;
+            drop(upload);
             self.shared().budget.offer(completion.started);
             let attempts = Attempts {
                 gateway: self,

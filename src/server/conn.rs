@@ -102,13 +102,17 @@ where
     let mut closing = false;
     poll_fn(|cx| {
         conn.alarm.register(cx);
-        // On the way out a connection closes behind its answer, also behind one whose head did not say so.
-        let is_last = gateway.is_closing() || conn.is_answering() && gateway.shared().is_draining();
-        if is_last && !closing {
+        let answers = conn.is_answering();
+        let mut ended = http.as_mut().poll(cx).is_ready();
+        // On the way out a connection closes behind its answer, also behind one whose head did not say so. What has come is
+        // read before, and answered.
+        let is_last = gateway.is_closing() || answers && gateway.shared().is_draining();
+        if is_last && !closing && !ended {
             closing = true;
             http.as_mut().graceful_shutdown();
+            ended = http.as_mut().poll(cx).is_ready();
         }
-        if http.as_mut().poll(cx).is_ready() {
+        if ended {
             // What has come meanwhile is to be known before the close.
             conn.has_left(cx);
             return Poll::Ready(true);
