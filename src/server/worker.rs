@@ -19,7 +19,7 @@ use crate::clock;
 use crate::gateway::Gateway;
 use crate::state::Shared;
 
-/// Threads for name look-ups, which block: one a backend, so more wait only where more names hang.
+/// Threads for name look-ups, which block: a few a backend, so that one whose name hangs leaves some for the others.
 const MAX_BLOCKING: usize = 16;
 
 /// Sweeps between two looks at the idle upstream connections.
