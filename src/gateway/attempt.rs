@@ -117,7 +117,7 @@ impl Attempts<'_> {
             self.pass_over(now, &tried, &picked);
             let (chosen, panic) = match picked {
                 Pick::Backend(chosen) => (chosen, false),
-                Pick::Out => match self.snapshot.pick_in_panic(now, &self.ask) {
+                Pick::Out => match self.snapshot.pick_in_panic(now, &self.ask, line.granted.take()) {
                     Pick::Backend(chosen) => (chosen, true),
                     // Whoever is out is not waited for.
                     Pick::Busy(busy) => return Err(refusal(&busy, now)),
@@ -184,13 +184,14 @@ impl Attempts<'_> {
 
     fn pick(&self, now: Nanos, rounds: u32, order: &[TargetId], tried: &[TargetId], line: &mut Line) -> Pick {
         if rounds == 0 {
-            let waited = line.granted.take();
-            let at = |place| self.snapshot.pick_waited(now, &self.ask, tried, place, line.turn());
-            let waited = waited.and_then(at);
-            return match waited {
+            let mut waited = line.granted.take();
+            let picked = match self.snapshot.pick_waited(now, &self.ask, tried, &mut waited, line.turn()) {
                 Some(chosen) => Pick::Backend(chosen),
                 None => self.snapshot.pick(now, &self.ask, tried, line.turn()),
             };
+            // Where all are out, it is good still.
+            line.granted = waited.filter(|_| matches!(picked, Pick::Out));
+            return picked;
         }
         // Whoever has reopened since comes before those that failed already.
         if let fresh @ Pick::Backend(_) = self.snapshot.pick(now, &self.ask, order, None) {

@@ -9,6 +9,8 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
+use xxhash_rust::xxh64::xxh64;
+
 use super::balance::BackendId;
 use super::near::nearest;
 use super::patch::ModelText;
@@ -122,6 +124,8 @@ pub enum Sent {
         text: ModelText,
         /// [`model_key`] of it.
         key: u64,
+        /// A hash of it, the same in every process.
+        identity: u64,
     },
     /// The name with its first `cut` bytes replaced by `stem`.
     Rest {
@@ -193,7 +197,7 @@ impl Target {
 
 impl Sent {
     fn fixed(name: &str) -> Self {
-        Sent::Fixed { text: ModelText::new(name), key: model_key(name) }
+        Sent::Fixed { text: ModelText::new(name), key: model_key(name), identity: xxh64(name.as_bytes(), 0) }
     }
 }
 

@@ -233,15 +233,16 @@ impl Snapshot {
         self.why_nobody(now, ask, tried, turn)
     }
 
-    /// Takes the `place` at a backend that was waited for, if it may still be asked for something untried.
+    /// Takes the place at a backend that was `waited` for, if it may still be asked for something untried.
     pub fn pick_waited(
         &self,
         now: Nanos,
         ask: &Ask<'_>,
         tried: &[TargetId],
-        (backend, place): (BackendId, Slot),
+        waited: &mut Option<(BackendId, Slot)>,
         turn: Option<&Turn>,
     ) -> Option<Chosen> {
+        let backend = waited.as_ref()?.0;
         let eligible = |id: TargetId| {
             let t = &self.route(ask).targets[id];
             t.backend == backend
@@ -249,7 +250,8 @@ impl Snapshot {
                 && self.backends[backend].check_place(now, || t.key(ask.model), turn).is_ok()
         };
         let target = self.tiers(ask).find_map(|tier| self.choose(tier, now, ask, eligible))?;
-        let entered = self.backends[backend].enter_at(Some(place), now, turn)?;
+        let place = waited.take().map(|(_, place)| place);
+        let entered = self.backends[backend].enter_at(place, now, turn)?;
         Some(Chosen { target, entered })
     }
 
@@ -263,13 +265,24 @@ impl Snapshot {
     }
 
     /// Where all are out: the least bad of those that have room, which is the one that failed least of late.
-    pub fn pick_in_panic(&self, now: Nanos, ask: &Ask<'_>) -> Pick {
+    /// `waited`: a place that was waited for before they went out.
+    pub fn pick_in_panic(&self, now: Nanos, ask: &Ask<'_>, waited: Option<(BackendId, Slot)>) -> Pick {
         let all = &self.plan(ask).all;
         let target = |id: TargetId| &self.route(ask).targets[id];
         let closed = |id: TargetId| {
             let t = target(id);
             self.upstream(t).check_out(now, || t.key(ask.model))
         };
+        if let Some((backend, place)) = waited {
+            let may = |id: TargetId| {
+                target(id).backend == backend && matches!(closed(id), Ok(()) | Err(Closed::Full))
+            };
+            if let Some((id, _)) = all.members().iter().find(|(id, _)| may(*id))
+                && let Some(entered) = self.backends[backend].enter_at(Some(place), now, None)
+            {
+                return Pick::Backend(Chosen { target: *id, entered });
+            }
+        }
         for _ in 0..=all.members().len() {
             let least = all.least_loaded(|id, weight| {
                 let b = self.upstream(target(id));
@@ -352,7 +365,10 @@ impl Snapshot {
     ) -> Option<TargetId> {
         let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
         let mates = |id: TargetId| self.plan(ask).mates[id].as_deref();
-        let sum = |turns: &Schedule| turns.members().iter().map(|m| u64::from(m.1)).sum::<u64>();
+        // Of those that can be asked: a model that cools gives its share to the backend's others.
+        let sum = |turns: &Schedule| {
+            turns.members().iter().filter(|m| eligible(m.0)).map(|m| u64::from(m.1)).sum::<u64>()
+        };
         match (self.config.strategy, ask.affinity) {
             (Strategy::PrefixHash, Some(key)) => tier.by_affinity(key, |id| {
                 let share = |n: usize| match mates(id) {
@@ -367,12 +383,12 @@ impl Snapshot {
             (Strategy::LeastLoaded, _) => {
                 let least = tier.least_loaded(|id, weight| {
                     let b = upstream(id);
-                    let weight = mates(id).map_or(weight, |turns| sum(turns) as u32);
+                    let weight = || mates(id).map_or(weight, |turns| sum(turns) as u32);
                     let load =
-                        || load(b.in_flight(), weight, b.live.penalty.at(now), b.live.breaker.up_for(now));
+                        || load(b.in_flight(), weight(), b.live.penalty.at(now), b.live.breaker.up_for(now));
                     eligible(id).then(load)
                 })?;
-                mates(least).map_or(Some(least), |turns| turns.round_robin(eligible))
+                mates(least).map_or(Some(least), |turns| turns.round_robin(&eligible))
             }
             (Strategy::RoundRobin | Strategy::PrefixHash, _) => tier.round_robin(eligible),
         }
@@ -382,7 +398,7 @@ impl Snapshot {
     /// names one.
     fn identity(&self, ask: &Ask<'_>, id: TargetId) -> u64 {
         let t = &self.route(ask).targets[id];
-        let model = if let Sent::Fixed { key, .. } = &t.sent { *key } else { 0 };
+        let model = if let Sent::Fixed { identity, .. } = &t.sent { *identity } else { 0 };
         self.upstream(t).identity ^ model
     }
 
@@ -479,6 +495,7 @@ impl Plan {
     fn new(Shape(places): &Shape, backends: &[Arc<Upstream>], now: Nanos, before: Option<&Plan>) -> Self {
         let is_up = |id: &TargetId| backends[places[*id].backend].live.breaker.is_up(now);
         let weighted = || (0..places.len()).filter(|id| places[*id].weight > 0);
+        let kept_mates: Vec<_> = before.iter().flat_map(|plan| plan.mates.iter().flatten()).collect();
         let before: Vec<_> = before.iter().flat_map(|plan| plan.tiers.iter().chain([&plan.all])).collect();
         let kept = |next: Schedule| {
             let same = before.iter().find(|s| s.members() == next.members());
@@ -506,9 +523,82 @@ impl Plan {
             .for_each(|id| by_backend.entry((places[id].backend, places[id].priority)).or_default().push(id));
         let mut mates = vec![None; places.len()];
         for ids in by_backend.into_values().filter(|ids| ids.len() > 1) {
-            let turns = Arc::new(schedule(ids.clone()));
+            let next = schedule(ids.clone());
+            let same = kept_mates.iter().find(|turns| turns.members() == next.members());
+            let turns = same.map_or_else(|| Arc::new(next), |turns| Arc::clone(turns));
             ids.into_iter().for_each(|id| mates[id] = Some(turns.clone()));
         }
         Plan { tiers, all, up, mates: mates.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::state::prepare;
+
+    /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, of which `big` has three times the weight, and to `b`.
+    fn fleet(strategy: &str) -> Snapshot {
+        let backend =
+            |name: &str| format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{name}\"\nweight = 4\n");
+        let target = |backend: &str, model: &str, weight: u32| {
+            format!("{{ backend = \"{backend}\", model = \"{model}\", weight = {weight} }}")
+        };
+        let text = [
+            format!("[load_balancer]\nstrategy = \"{strategy}\"\n[health]\nfailure_threshold = 1\n"),
+            format!(
+                "[models.two]\ntargets = [{}, {}, {}]\n",
+                target("a", "big", 3),
+                target("a", "small", 1),
+                target("b", "m", 4)
+            ),
+            ["a", "b", "c"].map(backend).concat(),
+        ];
+        let config = Config::parse(&text.concat(), "test", Path::new(""), &|_| None).unwrap();
+        prepare(config, None).unwrap()
+    }
+
+    fn ask<'a>(snapshot: &Snapshot, model: &'a str, affinity: Option<u64>) -> Ask<'a> {
+        let route = snapshot.table().find(Some(model), true).unwrap();
+        Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity }
+    }
+
+    #[test]
+    fn the_untried_are_those_that_are_up_now() {
+        let snapshot = fleet("round_robin");
+        let any = ask(&snapshot, "any", None);
+        let now = clock::now();
+        assert_eq!(snapshot.untried(now, &any, &[]), 3);
+        assert_eq!(snapshot.untried(now, &any, &[0]), 2);
+        let change = snapshot.backends[0].live.breaker.failure(snapshot.thresholds());
+        assert!(change.is_some(), "it is out");
+        for snapshot in [&snapshot, &snapshot.rebuilt()] {
+            assert_eq!(snapshot.untried(now, &any, &[0]), 2, "it is not taken off twice");
+            assert_eq!(snapshot.untried(now, &any, &[0, 1]), 1);
+        }
+    }
+
+    #[test]
+    fn a_model_that_cools_leaves_its_share_to_others_and_not_to_its_mate() {
+        for strategy in ["round_robin", "least_loaded", "prefix_hash"] {
+            let snapshot = fleet(strategy);
+            let now = clock::now();
+            let cooling = &snapshot.table().route(ask(&snapshot, "two", None).route).targets[0];
+            snapshot.backends[0].live.breaker.cool(cooling.key(Some("two")), now + Nanos::MAX / 2, now);
+            let (mut held, mut picks) = (Vec::new(), [0; 3]);
+            for n in 0..500 {
+                let hash = xxhash_rust::xxh64::xxh64(&[n as u8, (n >> 8) as u8], 0);
+                let two = ask(&snapshot, "two", Some(hash));
+                let Pick::Backend(Chosen { target, entered }) = snapshot.pick(now, &two, &[], None) else {
+                    panic!("somebody can be asked")
+                };
+                picks[target] += 1;
+                held.push(entered);
+            }
+            assert_eq!(picks[0], 0, "{strategy}");
+            assert!((90..=130).contains(&picks[1]), "a fifth: {picks:?} by {strategy}");
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! Who is asked whether it lives, and what follows.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::support::provider::{After, Gate, reply};
 use crate::support::{CHAT, Provider, Zap, eventually};
 
@@ -103,7 +105,7 @@ fn a_failure_that_is_delivered_is_no_success() {
     let a = Provider::fixed(500, "", "a failed");
     let settings = "[health]\ninterval_secs = 60\n[retry]\nmax_retries = 0";
     let zap = Zap::with(settings, &[a.backend("a", "")]);
-    eventually("it was probed", || !a.probes().is_empty());
+    eventually("the probe is over", || !a.probes().is_empty() && a.connections() == 0);
     for n in 0..3 {
         assert_eq!(state(&zap, 0), "healthy", "after {n}");
         assert_eq!(zap.chat(CHAT).text(), "a failed");
@@ -156,6 +158,33 @@ fn of_those_that_are_out_one_with_room_is_asked() {
     (0..3).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     gate.open(1);
     assert_eq!(client.response().text(), "a");
+}
+
+#[test]
+fn who_waited_for_a_backend_that_went_out_is_served_by_it_all_the_same() {
+    let gate = Gate::default();
+    let (held, asked) = (gate.clone(), AtomicUsize::new(0));
+    let a = Provider::start(move |_, stream| {
+        held.pass();
+        match asked.fetch_add(1, Ordering::Relaxed) {
+            0 => reply(stream, 500, "", b"a failed"),
+            _ => reply(stream, 200, "", b"a"),
+        }
+        After::Keep
+    });
+    let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
+    let zap = Zap::with(settings, &[a.backend("a", "max_in_flight = 1")]);
+    eventually("the probe is over", || !a.probes().is_empty() && a.connections() == 0);
+    let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.post("/chat", "", CHAT);
+        eventually("it has its place", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64);
+    }
+    gate.open(4);
+    let answers: Vec<_> = clients.iter_mut().map(|c| c.response().status).collect();
+    assert_eq!(answers, [500, 200, 200, 200]);
+    assert_eq!(zap.metric("zap_panic_picks_total"), 3.0);
+    zap.is_clean();
 }
 
 #[test]

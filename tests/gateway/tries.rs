@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, Gate, backend, blackhole, reply, wait_closed};
+use crate::support::provider::{After, backend, blackhole, reply, wait_closed};
 use crate::support::{CHAT, Provider, Zap, eventually};
 
 const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 2\n[health]\nfailure_threshold = 1000\n";
@@ -58,40 +58,6 @@ fn a_failure_leaves_its_place_to_the_next_try() {
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.header("x-zap-attempts")), (200, Some("3")));
     zap.is_clean();
-}
-
-#[test]
-fn a_backend_that_went_out_meanwhile_is_not_counted_off_the_time_twice() {
-    let gate = Gate::default();
-    let held = gate.clone();
-    let a = Provider::start(move |_, stream| {
-        held.pass();
-        reply(stream, 500, "", b"a failed");
-        After::Keep
-    });
-    let silent = Provider::start(|_, stream| {
-        wait_closed(stream);
-        After::Close
-    });
-    let c = Provider::named("c");
-    let settings = "[queue]\ntimeout_secs = 4\n[health]\ninterval_secs = 600\nfailure_threshold = 1\n[retry]\nbase_delay_ms = 1\n";
-    let zap = Zap::with(
-        settings,
-        &[a.backend("a", ""), silent.backend("b", "priority = 1"), c.backend("c", "priority = 2")],
-    );
-    let mut clients = [zap.client(), zap.client()];
-    clients.iter_mut().for_each(|client| client.post("/chat", "", CHAT));
-    eventually("both are with a", || gate.waiting() == 2);
-    gate.open(1);
-    eventually("a is out, and one of them with b", || silent.count() == 1);
-    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 0.0);
-    // By now the fleet has been looked at anew.
-    eventually("others are not sent to a", || silent.count() == 1 && zap.chat(CHAT).text() == "c");
-    gate.open(1);
-    for client in &mut clients {
-        let answer = client.response();
-        assert_eq!((answer.status, answer.text()), (200, "c"));
-    }
 }
 
 #[test]
