@@ -52,7 +52,7 @@ impl Attempts<'_> {
         if self.gateway.is_cut() {
             return Err(Box::new(cut()));
         }
-        let result = match answer {
+        let mut result = match answer {
             Ok(answer) => self.judge(target, answer, entered, limit).await,
             Err(SendError::Broken(code)) => Err(broken(code)),
             Err(SendError::Silent) => Err(silent()),
@@ -60,8 +60,12 @@ impl Attempts<'_> {
             Err(SendError::Stale) => Err(broken(Code::UpstreamUnreachable)),
         };
         self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
-        if let Err(failed) = &result {
+        if let Err(failed) = &mut result {
             self.note(&upstream, failed);
+            if let Last::Answer { entered, .. } = &mut failed.last {
+                // The next try may be for this one again.
+                entered.leave_place();
+            }
         }
         result.map_err(Box::new)
     }
@@ -129,9 +133,7 @@ impl Attempts<'_> {
             self.cool(target, span);
         }
         let fail = |code, blame| {
-            move |head: Parts, lease, mut entered: InFlight| {
-                // The next try may be for this one again.
-                entered.leave_place();
+            move |head: Parts, lease, entered| {
                 let last = Last::Answer { head: Box::new(head), lease, entered };
                 Failed { code, blame, fatal: false, silent: false, last }
             }
