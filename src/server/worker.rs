@@ -20,7 +20,7 @@ use crate::gateway::Gateway;
 use crate::state::Shared;
 
 /// Threads for name look-ups, which block: a few a backend, so that one whose name hangs leaves some for the others.
-const MAX_BLOCKING: usize = 16;
+const MAX_BLOCKING: usize = 64;
 
 /// Sweeps between two looks at the idle upstream connections.
 const POOL_SWEEP: u32 = 10;
