@@ -117,7 +117,7 @@ impl Attempts<'_> {
             self.pass_over(now, &tried, &picked);
             let (chosen, panic) = match picked {
                 Pick::Backend(chosen) => (chosen, false),
-                Pick::Out => match self.snapshot.pick_in_panic(now, &self.ask, line.granted.take()) {
+                Pick::Out => match self.pick_in_panic(now, &mut line) {
                     Pick::Backend(chosen) => (chosen, true),
                     // Whoever is out is not waited for.
                     Pick::Busy(busy) => return Err(refusal(&busy, now)),
@@ -199,6 +199,11 @@ impl Attempts<'_> {
         }
         let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
         self.snapshot.pick_in_order(now, &self.ask, &rest).map_or(Pick::Tried, Pick::Backend)
+    }
+
+    fn pick_in_panic(&self, now: Nanos, line: &mut Line) -> Pick {
+        let waited = line.granted.take();
+        self.snapshot.pick_in_panic(now, &self.ask, waited, line.turn())
     }
 
     /// Notes for the log who was passed over.

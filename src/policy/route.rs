@@ -195,9 +195,16 @@ impl Target {
     }
 }
 
+/// Seeds the hash of a model's name, so that it is never that of a backend of the same name.
+const MODEL: u64 = 1;
+
 impl Sent {
     fn fixed(name: &str) -> Self {
-        Sent::Fixed { text: ModelText::new(name), key: model_key(name), identity: xxh64(name.as_bytes(), 0) }
+        Sent::Fixed {
+            text: ModelText::new(name),
+            key: model_key(name),
+            identity: xxh64(name.as_bytes(), MODEL),
+        }
     }
 }
 

@@ -264,32 +264,38 @@ impl Snapshot {
         })
     }
 
-    /// Where all are out: the least bad of those that have room, which is the one that failed least of late.
-    /// `waited`: a place that was waited for before they went out.
-    pub fn pick_in_panic(&self, now: Nanos, ask: &Ask<'_>, waited: Option<(BackendId, Slot)>) -> Pick {
+    /// Where all are out: the least bad of those that have room, which is the one that failed least of late. `waited`: a
+    /// place that was waited for before they went out; `turn` as in [`pick`](Self::pick).
+    pub fn pick_in_panic(
+        &self,
+        now: Nanos,
+        ask: &Ask<'_>,
+        mut waited: Option<(BackendId, Slot)>,
+        turn: Option<&Turn>,
+    ) -> Pick {
         let all = &self.plan(ask).all;
         let target = |id: TargetId| &self.route(ask).targets[id];
         let closed = |id: TargetId| {
             let t = target(id);
-            self.upstream(t).check_out(now, || t.key(ask.model))
+            self.upstream(t).check_out(now, || t.key(ask.model), turn)
         };
-        if let Some((backend, place)) = waited {
-            let may = |id: TargetId| {
-                target(id).backend == backend && matches!(closed(id), Ok(()) | Err(Closed::Full))
-            };
-            if let Some((id, _)) = all.members().iter().find(|(id, _)| may(*id))
-                && let Some(entered) = self.backends[backend].enter_at(Some(place), now, None)
-            {
-                return Pick::Backend(Chosen { target: *id, entered });
-            }
-        }
         for _ in 0..=all.members().len() {
+            let own = waited.as_ref().map(|(backend, _)| *backend);
+            let has_room = |id: TargetId| match closed(id) {
+                Err(Closed::Full) => own == Some(target(id).backend),
+                closed => closed.is_ok(),
+            };
             let least = all.least_loaded(|id, weight| {
                 let b = self.upstream(target(id));
-                closed(id).is_ok().then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
+                has_room(id).then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
             });
             let Some(id) = least else { break };
-            if let Some(entered) = self.upstream(target(id)).enter(now, None) {
+            let upstream = self.upstream(target(id));
+            let entered = match waited.take_if(|(backend, _)| *backend == target(id).backend) {
+                Some((_, place)) => upstream.enter_at(Some(place), now, turn),
+                None => upstream.enter(now, turn),
+            };
+            if let Some(entered) = entered {
                 return Pick::Backend(Chosen { target: id, entered });
             }
         }
@@ -365,9 +371,8 @@ impl Snapshot {
     ) -> Option<TargetId> {
         let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
         let mates = |id: TargetId| self.plan(ask).mates[id].as_deref();
-        // Of those that can be asked: a model that cools gives its share to the backend's others.
-        let sum = |turns: &Schedule| {
-            turns.members().iter().filter(|m| eligible(m.0)).map(|m| u64::from(m.1)).sum::<u64>()
+        let sum = |turns: &Schedule, counts: &dyn Fn(TargetId) -> bool| -> u32 {
+            turns.members().iter().filter(|m| counts(m.0)).map(|m| m.1).sum()
         };
         match (self.config.strategy, ask.affinity) {
             (Strategy::PrefixHash, Some(key)) => tier.by_affinity(key, |id| {
@@ -375,7 +380,7 @@ impl Snapshot {
                     None => n,
                     Some(turns) => {
                         let weight = self.route(ask).targets[id].weight;
-                        (n as u64 * u64::from(weight) / sum(turns).max(1)) as usize
+                        (n as u64 * u64::from(weight) / u64::from(sum(turns, &|_| true).max(1))) as usize
                     }
                 };
                 eligible(id).then(|| (self.identity(ask, id), share(upstream(id).in_flight())))
@@ -383,7 +388,8 @@ impl Snapshot {
             (Strategy::LeastLoaded, _) => {
                 let least = tier.least_loaded(|id, weight| {
                     let b = upstream(id);
-                    let weight = || mates(id).map_or(weight, |turns| sum(turns) as u32);
+                    // A model that cools leaves its share to all others, not to its mate.
+                    let weight = || mates(id).map_or(weight, |turns| sum(turns, &eligible));
                     let load =
                         || load(b.in_flight(), weight(), b.live.penalty.at(now), b.live.breaker.up_for(now));
                     eligible(id).then(load)
@@ -578,6 +584,24 @@ mod tests {
             assert_eq!(snapshot.untried(now, &any, &[0]), 2, "it is not taken off twice");
             assert_eq!(snapshot.untried(now, &any, &[0, 1]), 1);
         }
+    }
+
+    #[test]
+    fn no_conversation_finds_a_backend_and_a_model_of_one_name_the_same() {
+        let backend =
+            |name: &str| format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{name}\"\nweight = 1\n");
+        let route = "[models.two]\ntargets = [{ backend = \"x\", model = \"x\" }, { backend = \"y\", model = \"y\" }, { backend = \"x\", model = \"y\" }, { backend = \"y\", model = \"x\" }]\n";
+        let text =
+            ["[load_balancer]\nstrategy = \"prefix_hash\"\n", route, &backend("x"), &backend("y")].concat();
+        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let snapshot = prepare(config, None).unwrap();
+        let mut picks = [0; 4];
+        for n in 0..1000u64 {
+            let two = ask(&snapshot, "two", Some(xxhash_rust::xxh64::xxh64(&n.to_le_bytes(), 0)));
+            let Pick::Backend(chosen) = snapshot.pick(clock::now(), &two, &[], None) else { panic!("{n}") };
+            picks[chosen.target] += 1;
+        }
+        assert!(picks.iter().all(|n| (200..=300).contains(n)), "{picks:?}");
     }
 
     #[test]

@@ -288,7 +288,12 @@ impl Upstream {
     ///
     /// # Errors
     /// Why not; that it is up, as [`Closed::Out`].
-    pub fn check_out(&self, now: Nanos, key: impl FnOnce() -> u64) -> Result<(), Closed> {
+    pub fn check_out(
+        &self,
+        now: Nanos,
+        key: impl FnOnce() -> u64,
+        turn: Option<&Turn>,
+    ) -> Result<(), Closed> {
         match self.live.breaker.status(now) {
             Status::Ejected => {}
             other => return Err(Closed::Out(other)),
@@ -296,7 +301,7 @@ impl Upstream {
         if let Some(until) = self.live.breaker.cools_until(key, now) {
             return Err(Closed::Cooling(until));
         }
-        self.check_quota(now, None)?;
+        self.check_quota(now, turn)?;
         self.check_full()
     }
 
