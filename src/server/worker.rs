@@ -119,7 +119,7 @@ impl Worker {
 
 /// Counts a body that is waited for until it is dropped.
 #[derive(Debug)]
-#[must_use = "dropping it says that the body is there"]
+#[must_use = "dropping it says that nobody waits for the body any more"]
 pub struct Upload(Arc<Load>);
 
 impl Upload {

@@ -174,8 +174,8 @@ async fn report(
     let settled: Vec<_> = memory.iter().copied().filter(|(at, _)| *at >= from).collect();
     let slope = slope(&settled) * 3600.0 / 1024.0;
     let growth = slope * (secs as f64 - from) / 3600.0;
-    // Less than an hour is too short for a slope: what the limiter's windows and the allocator still take is allowed for.
-    let good = if secs >= 3600 { slope < 1.0 } else { growth < if secs >= 600 { 1.0 } else { 2.0 } };
+    // A minute is too short for a slope: what the windows still take is allowed for.
+    let good = if secs >= 600 { slope < 1.0 } else { growth < 2.0 };
     let last = settled.last().map_or(0.0, |m| m.1 / 1024.0);
     say("RssAnon", format!("{last:.1} MiB, {slope:+.2} MiB/h, {growth:+.2} MiB in all"), good);
     fine
