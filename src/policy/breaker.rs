@@ -1,8 +1,8 @@
 //! Whether a backend may be asked: its health, its cooling, its key.
 //!
-//! Streaks and state share one atomic word, so that every change of state has exactly one author. Real traffic
-//! and probes feed the same streak of failures; only probes bring a backend back. Who probes, and when, is
-//! [`crate::upstream::probe`]'s business. Providers count by model, so a backend cools for one model at a time.
+//! Counts and state share one atomic word, so that every change of state has exactly one author. Requests and checks
+//! each have a count of failures in a row: a check that succeeds says nothing about the requests that fail. Only
+//! checks bring a backend back; [`crate::upstream::probe`] makes them. Providers count by model, so a backend cools for one model at a time.
 
 use super::balance::SLOW_START;
 use super::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
@@ -54,7 +54,7 @@ pub struct Thresholds {
     /// Time between two checks. A backend comes back once in two of them at most, so that one that flaps changes its
     /// state no more than once in each.
     pub interval: Nanos,
-    /// Failures that take a backend out.
+    /// Failures in a row, of requests or of checks, that take a backend out.
     pub failures: u32,
     /// Successful probes that take it back.
     pub successes: u32,
@@ -92,9 +92,16 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word {
     state: State,
+    /// Requests that failed in a row.
     failures: u32,
+    /// Checks that failed in a row.
+    failed_checks: u32,
+    /// Checks that succeeded in a row while it is not up.
     successes: u32,
 }
+
+/// Most that a count of a [`Word`] holds.
+const MAX_COUNT: u32 = 0xFFFF;
 
 impl Word {
     fn unpack(word: u64) -> Self {
@@ -103,11 +110,25 @@ impl Word {
             2 => State::Misconfigured,
             _ => State::Up,
         };
-        Word { state, failures: (word >> 2 & 0xFFFF) as u32, successes: (word >> 18 & 0xFFFF) as u32 }
+        let count = |at: u32| (word >> at) as u32 & MAX_COUNT;
+        Word { state, failures: count(2), failed_checks: count(18), successes: count(34) }
     }
 
     fn pack(self) -> u64 {
-        self.state as u64 | u64::from(self.failures) << 2 | u64::from(self.successes) << 18
+        let Word { state, failures, failed_checks, successes } = self;
+        state as u64 | u64::from(failures) << 2 | u64::from(failed_checks) << 18 | u64::from(successes) << 34
+    }
+
+    /// One more failure in a row: out where one of the counts has reached its limit.
+    fn judged(self, limits: Thresholds) -> Self {
+        let is_out = self.failures.max(self.failed_checks) >= limits.failures;
+        let state = if self.state == State::Up && is_out { State::Ejected } else { self.state };
+        Word { state, successes: 0, ..self }
+    }
+
+    /// Just come into `state`.
+    fn entered(state: State) -> Self {
+        Word { state, failures: 0, failed_checks: 0, successes: 0 }
     }
 }
 
@@ -163,14 +184,14 @@ impl Breaker {
             return;
         }
         self.change(|w| match w.state {
-            State::Up => Word { failures: 0, ..w },
+            State::Up => Word::entered(State::Up),
             State::Ejected | State::Misconfigured => w,
         });
     }
 
     /// Real traffic failed.
     pub fn failure(&self, limits: Thresholds) -> Option<Change> {
-        self.change(|w| failed(w, limits))
+        self.change(|w| Word { failures: (w.failures + 1).min(MAX_COUNT), ..w }.judged(limits))
     }
 
     /// A probe ended.
@@ -180,16 +201,16 @@ impl Breaker {
             last => now >= last.saturating_add(2 * limits.interval),
         };
         let change = self.change(|w| match (probe, w.state) {
-            (Probe::Alive, State::Up) => Word { failures: 0, ..w },
+            (Probe::Alive, State::Up) => Word { failed_checks: 0, ..w },
             (Probe::Alive, _) if may_return && w.successes + 1 >= limits.successes => {
-                Word { state: State::Up, failures: 0, successes: 0 }
+                Word::entered(State::Up)
             }
-            (Probe::Alive, _) => Word { successes: (w.successes + 1).min(0xFFFF), ..w },
-            (Probe::BadKey, _) => Word { state: State::Misconfigured, failures: 0, successes: 0 },
-            (Probe::Failed, State::Misconfigured) => {
-                Word { state: State::Ejected, failures: 0, successes: 0 }
+            (Probe::Alive, _) => Word { successes: (w.successes + 1).min(MAX_COUNT), ..w },
+            (Probe::BadKey, _) => Word::entered(State::Misconfigured),
+            (Probe::Failed, State::Misconfigured) => Word::entered(State::Ejected),
+            (Probe::Failed, _) => {
+                Word { failed_checks: (w.failed_checks + 1).min(MAX_COUNT), ..w }.judged(limits)
             }
-            (Probe::Failed, _) => failed(w, limits),
         });
         if change == Some(Change::Up) {
             self.up_since.store(now.max(1), Ordering::Relaxed);
@@ -299,13 +320,6 @@ impl Cooling {
     }
 }
 
-/// One more failure in a row.
-fn failed(w: Word, limits: Thresholds) -> Word {
-    let failures = (w.failures + 1).min(0xFFFF);
-    let out = w.state == State::Up && failures >= limits.failures;
-    Word { state: if out { State::Ejected } else { w.state }, failures, successes: 0 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,16 +377,33 @@ mod tests {
     }
 
     #[test]
-    fn probes_and_traffic_share_the_streak() {
-        let b = Breaker::new();
-        b.failure(LIMITS);
-        b.probed(Probe::Failed, LIMITS, 1);
-        assert_eq!(b.failure(LIMITS), Some(Change::Down));
+    fn checks_and_requests_are_counted_apart() {
         let b = Breaker::new();
         b.failure(LIMITS);
         b.failure(LIMITS);
         b.probed(Probe::Alive, LIMITS, 1);
-        assert_eq!(b.failure(LIMITS), None);
+        b.probed(Probe::Failed, LIMITS, 2);
+        b.probed(Probe::Failed, LIMITS, 3);
+        assert_eq!(
+            b.failure(LIMITS),
+            Some(Change::Down),
+            "a good check does not clear the failures of requests"
+        );
+        let b = Breaker::new();
+        b.failure(LIMITS);
+        b.failure(LIMITS);
+        b.probed(Probe::Failed, LIMITS, 1);
+        b.probed(Probe::Failed, LIMITS, 2);
+        b.success(3);
+        assert_eq!(b.probed(Probe::Failed, LIMITS, 4), None, "a good request clears both");
+        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
+        let b = Breaker::new();
+        b.probed(Probe::Failed, LIMITS, 1);
+        b.probed(Probe::Failed, LIMITS, 2);
+        assert_eq!(b.probed(Probe::Alive, LIMITS, 3), None);
+        b.probed(Probe::Failed, LIMITS, 4);
+        b.probed(Probe::Failed, LIMITS, 5);
+        assert_eq!(b.probed(Probe::Failed, LIMITS, 6), Some(Change::Down));
     }
 
     #[test]
