@@ -19,7 +19,6 @@ use crate::clock;
 use crate::error::{Code, STREAM_INTERRUPTED};
 use crate::policy::Nanos;
 use crate::policy::queue::Slot;
-use crate::policy::retry::{Outcome, judge};
 use crate::server::io::Conn;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::{Completion, End};
@@ -41,11 +40,13 @@ pub struct Held {
 }
 
 impl Held {
-    /// The answer came from a backend that works, unless it is a failure that was delivered for want of a better one.
+    /// The answer went out whole. Only that shows that the backend works, and only where it is not an error: a 4xx says
+    /// something about the request alone, and a stream without a byte is no answer.
     fn speak_for_backend(&self, now: Nanos) {
-        let upstream = self.entered.upstream();
-        if judge(self.completion.status, upstream.conf.api_key.is_some()) == Outcome::Deliver {
-            upstream.live.breaker.success(now);
+        let Completion { status, bytes, .. } = *self.completion;
+        let may_be_empty = matches!(status, 204 | 304);
+        if status < 400 && (bytes > 0 || may_be_empty) {
+            self.entered.upstream().live.breaker.success(now);
         }
     }
 }
@@ -256,9 +257,6 @@ impl Drop for RelayBody {
         if std::thread::panicking() {
             // A bug has cut it: without framing that must show.
             self.conn.reset_on_close();
-        }
-        if let Some(held) = &self.held {
-            held.speak_for_backend(clock::now());
         }
     }
 }
