@@ -18,7 +18,7 @@ use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use tokio::sync::Semaphore;
 use zap::config::{Config, LogFormat};
 use zap::policy::Nanos;
-use zap::policy::balance::Schedule;
+use zap::policy::balance::{Cursor, Schedule, Turns};
 use zap::policy::breaker::{Breaker, Status, Thresholds};
 use zap::policy::limit::{Limiter, WINDOW};
 use zap::policy::queue::Admission;
@@ -107,11 +107,13 @@ fn schedule(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("schedule/{backends} backends"));
         let weights: Vec<u32> = (0..backends).map(|i| 1 + i % 5).collect();
         let ours = Schedule::new(weights.iter().copied().enumerate());
+        let cursor = Cursor::default();
+        let turns = Turns { cursor: &cursor, advance: true };
         on_threads(&mut group, "zap", |_, _| {
-            black_box(ours.round_robin(|_| true));
+            black_box(ours.round_robin(turns, |_| true));
         });
         on_threads(&mut group, "zap_least_loaded", |_, _| {
-            black_box(ours.least_loaded(|_, weight| Some(1.0 / f64::from(weight))));
+            black_box(ours.least_loaded(turns, |_, weight| Some(1.0 / f64::from(weight))));
         });
 
         let total: i64 = weights.iter().map(|w| i64::from(*w)).sum();

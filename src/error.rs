@@ -98,6 +98,11 @@ macro_rules! codes {
             pub const fn text(self) -> &'static str {
                 match self { $(Code::$variant => $text,)* }
             }
+
+            /// Whether it only says why a try failed: it stands in metrics and the log, in no answer of Zap's own.
+            pub const fn is_label(self) -> bool {
+                matches!(self, Code::UpstreamError | Code::UpstreamRefused)
+            }
         }
     };
     (@count $($v:ident)*) => { [$(stringify!($v)),*].len() };
@@ -129,6 +134,7 @@ codes! {
     UpstreamInvalidResponse "upstream_invalid_response",
     UpstreamRateLimited "upstream_rate_limited",
     UpstreamRedirect "upstream_redirect",
+    UpstreamRefused "upstream_refused",
     UpstreamTimeout "upstream_timeout",
     UpstreamTlsError "upstream_tls_error",
     UpstreamUnreachable "upstream_unreachable",
@@ -178,7 +184,8 @@ impl GatewayError {
         if row.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        if spent && row.status.is_server_error() {
+        // A key that is refused is refused again.
+        if spent && row.status.is_server_error() || *self == GatewayError::UpstreamAuth {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         response
@@ -307,7 +314,7 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::NoBackend,
-                    "No backend can take the request: all are drained or misconfigured. See /status.".into(),
+                    "No backend can take the request: all are drained. See /status.".into(),
                 ),
             ),
             E::QueueFull => after(
@@ -469,9 +476,9 @@ mod tests {
             (E::UpstreamTls, 502, UPSTREAM, "upstream_tls_error", None, None, false),
             (E::UpstreamUnreachable, 502, UPSTREAM, "upstream_unreachable", None, None, false),
         ];
-        // Every code but the one that only labels metrics has a row here.
+        // Every code but those that only label metrics has a row here.
         for code in Code::ALL {
-            assert!(code == Code::UpstreamError || table.iter().any(|r| r.3 == code.text()), "{code:?}");
+            assert!(code.is_label() || table.iter().any(|r| r.3 == code.text()), "{code:?}");
         }
         for (error, status, kind, code, param, retry_after, closes) in table {
             let response = error.response(true);
@@ -492,6 +499,7 @@ mod tests {
             assert!(error_json["message"].as_str().unwrap().ends_with('.') || status == 429);
         }
         assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
+        assert_eq!(GatewayError::UpstreamAuth.response(false).headers()["x-should-retry"], "false");
     }
 
     fn futures_lite_block<F: Future + Unpin>(mut future: F) -> F::Output {

@@ -18,7 +18,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 pub use self::answers::upstream_response;
 pub use self::patch::patch;
 use crate::config::Config;
-use crate::policy::balance::Schedule;
+use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
 use crate::policy::{MILLI, Nanos, advertised, head, headers as policy_headers, retry};
 
@@ -236,16 +236,22 @@ pub fn balance_ops(data: &[u8]) {
         .map(|b| if b < 200 { b % 11 } else { (b - 200) * 18 })
         .collect();
     let schedule = Schedule::new(weights.iter().copied().enumerate());
+    let cursor = Cursor::default();
+    let turns = Turns { cursor: &cursor, advance: true };
     let total: u32 = weights.iter().sum();
     for want in smooth(&weights, 2 * total as usize) {
-        assert_eq!(schedule.round_robin(|_| true), Some(want), "out of the smooth order of {weights:?}");
+        assert_eq!(
+            schedule.round_robin(turns, |_| true),
+            Some(want),
+            "out of the smooth order of {weights:?}"
+        );
     }
     for set in sets.iter().take(16) {
         let eligible = |id: usize| set >> id & 1 == 1;
         let most: u32 = (0..weights.len()).filter(|id| eligible(*id)).map(|id| weights[id]).sum();
         let mut got = vec![0; weights.len()];
         for _ in 0..most.max(1) {
-            let pick = schedule.round_robin(eligible);
+            let pick = schedule.round_robin(turns, eligible);
             assert_eq!(pick.is_none(), most == 0, "{weights:?} with {set:b}");
             if let Some(id) = pick {
                 assert!(eligible(id), "{id} of {weights:?} with {set:b}");
@@ -261,12 +267,12 @@ pub fn balance_ops(data: &[u8]) {
         let load =
             |id: usize, weight| eligible(id).then(|| f64::from(u32::from(*set) % (id as u32 + 2) + weight));
         let least = (0..weights.len()).filter(|id| weights[*id] > 0).filter_map(|id| load(id, weights[id]));
-        let pick = schedule.least_loaded(load);
+        let pick = schedule.least_loaded(turns, load);
         assert_eq!(pick.and_then(|id| load(id, weights[id])), least.min_by(f64::total_cmp));
     }
     let mut turn = vec![0; weights.len()];
     for _ in 0..total {
-        schedule.round_robin(|_| true).into_iter().for_each(|id| turn[id] += 1);
+        schedule.round_robin(turns, |_| true).into_iter().for_each(|id| turn[id] += 1);
     }
     assert_eq!(turn, weights, "a full turn gives each its weight");
 }

@@ -5,6 +5,7 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::sync::futures::Notified;
 use tokio::time::sleep;
 
 use super::Gateway;
@@ -59,6 +60,16 @@ pub struct Line {
     pub granted: Option<(BackendId, Slot)>,
 }
 
+/// What a request waits for.
+pub struct Wait<'a> {
+    /// The fleet.
+    pub snapshot: &'a Snapshot,
+    /// The targets that it waits for.
+    pub busy: &'a Busy,
+    /// Until when.
+    pub deadline: Nanos,
+}
+
 /// What ended a wait.
 enum Woken {
     /// Somebody has left the line, so that the others moved up.
@@ -73,6 +84,11 @@ impl Line {
         self.quota.as_ref().and_then(|(_, line)| line.turn())
     }
 
+    /// Whether it has a place before a full backend.
+    pub fn stands(&self) -> bool {
+        !self.places.is_empty()
+    }
+
     /// Leaves all lines, as `backend` is asked now.
     pub fn served(&mut self, backend: BackendId) {
         if let Some((_, line)) = self.quota.take_if(|(id, _)| *id == backend) {
@@ -81,7 +97,8 @@ impl Line {
         *self = Line::default();
     }
 
-    /// Waits, without a slot, until one of `busy` may have reopened: at its time, or when a full one has a place.
+    /// Waits, without a slot, until one of the busy targets may have reopened: at its time, when a full one has a place, or
+    /// when any backend `reopened`. The places in line are kept until a target is [`served`](Self::served).
     ///
     /// # Errors
     /// At once where none opens in time or too many wait already; else [`GatewayError::QueueTimeout`].
@@ -90,10 +107,11 @@ impl Line {
         gateway: &Gateway,
         conn: &Conn,
         completion: &mut Completion,
-        snapshot: &Snapshot,
-        busy: &Busy,
-        deadline: Nanos,
+        wait: Wait<'_>,
+        reopened: Option<Notified<'_>>,
     ) -> Result<(), GatewayError> {
+        let Wait { snapshot, busy, deadline } = wait;
+        let mut reopened = pin!(reopened);
         let since = clock::now();
         let latest = deadline.min(completion.started + clock::nanos(snapshot.config.queue.max_wait));
         let in_time = |at: &Nanos| *at <= latest;
@@ -128,7 +146,10 @@ impl Line {
             let (places, granted) = (&mut self.places, &mut self.granted);
             let woken = poll_fn(|cx| {
                 *granted = poll_places(places, cx);
-                if granted.is_some() || is_ready(opened.as_mut().as_pin_mut(), cx) {
+                if granted.is_some()
+                    || is_ready(opened.as_mut().as_pin_mut(), cx)
+                    || is_ready(reopened.as_mut().as_pin_mut(), cx)
+                {
                     return Poll::Ready(Woken::Opened);
                 }
                 if is_ready(moved.as_mut().as_pin_mut(), cx) {

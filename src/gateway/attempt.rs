@@ -10,7 +10,7 @@ use http::header::{HeaderValue, RETRY_AFTER};
 use http::response::Parts;
 
 use super::Gateway;
-use super::admit::{Line, admit, refusal};
+use super::admit::{Line, Wait, admit, refusal};
 use super::intake::ChatRequest;
 use crate::clock;
 use crate::error::{Code, GatewayError};
@@ -44,33 +44,47 @@ pub struct Delivery {
     pub patience: Nanos,
 }
 
-/// What the last try left, should there be no further one.
-pub enum Last {
-    /// An answer that was not worth delivering yet.
-    Answer {
-        /// Its head.
-        head: Box<Parts>,
-        /// Its connection.
-        lease: Lease,
-        /// The place at the backend.
-        entered: InFlight,
-    },
+/// What a failed try left.
+pub enum Left {
+    /// An answer that goes to the client if nobody has a better one.
+    Answer(Box<Answer>),
     /// No answer.
     Error(GatewayError),
 }
 
-/// A try's result that is no delivery: why, and what could be delivered all the same.
+/// An answer that is not worth delivering yet.
+pub struct Answer {
+    /// Status and headers as they came.
+    pub head: Parts,
+    /// The connection, positioned behind the head.
+    pub lease: Lease,
+    /// The request at the backend, its place given up.
+    pub entered: InFlight,
+}
+
+/// A try's result that is no delivery: why, and what could be delivered for want of a better answer.
 pub struct Failed {
     /// Why.
     pub code: Code,
     /// What it left.
-    pub last: Last,
-    /// Counts against the backend.
+    pub left: Left,
+    /// It counts against the backend.
     pub blame: bool,
     /// No other backend is asked.
     pub fatal: bool,
-    /// It let its share of the time pass: it is not asked again.
-    pub silent: bool,
+    /// The target is not asked again: it let its share of the time pass, or refused what was asked.
+    pub once: bool,
+}
+
+/// What the tries so far have left.
+#[derive(Default)]
+struct Leftovers {
+    /// The last answer that came, and the number of its try.
+    answer: Option<(Box<Answer>, u32)>,
+    /// Why the last try failed.
+    code: Option<Code>,
+    /// What to say where no answer came.
+    error: Option<GatewayError>,
 }
 
 /// One request's way through the backends.
@@ -100,58 +114,63 @@ impl Attempts<'_> {
     /// What to tell the client where there is none.
     pub async fn run(mut self, slot: Slot) -> Result<Delivery, GatewayError> {
         let mut slot = Some(slot);
-        let mut last = None;
+        let mut left = Leftovers::default();
         let mut line = Line::default();
         // In the first round targets are picked; later rounds go through them in the same order.
         let (mut order, mut tried) = (Vec::<TargetId>::new(), Vec::<TargetId>::new());
-        // Who let its share of the time pass is not asked again.
-        let mut silent = Vec::<TargetId>::new();
+        // Targets that are not asked again.
+        let mut once = Vec::<TargetId>::new();
         let mut rounds = 0;
         loop {
             let now = clock::now();
             if self.completion.tries > 0 && !self.may_retry(now) {
-                return self.give_up(last, slot);
+                return self.give_up(left, slot);
             }
             self.refresh();
-            let picked = self.pick(now, rounds, &order, &tried, &mut line);
+            let mut picked = self.look(now, rounds, &order, &tried, &mut line);
+            // A backend that reopens from here on ends the wait; one that has reopened before is seen by a second look.
+            let gateway = self.gateway;
+            let is_busy = matches!(picked, (Pick::Busy(_), _));
+            let reopened = is_busy.then(|| gateway.shared().reopened.notified());
+            if is_busy {
+                picked = self.look(now, rounds, &order, &tried, &mut line);
+            }
+            let (picked, panic) = picked;
             self.pass_over(now, &tried, &picked);
-            let (chosen, panic) = match picked {
-                Pick::Backend(chosen) => (chosen, false),
-                Pick::Out => match self.pick_in_panic(now, &mut line) {
-                    Pick::Backend(chosen) => (chosen, true),
-                    // Whoever is out is not waited for.
-                    Pick::Busy(busy) => return Err(refusal(&busy, now)),
-                    _ => return Err(GatewayError::NoBackend),
-                },
-                Pick::Nobody => return Err(GatewayError::NoBackend),
+            let chosen = match picked {
+                Pick::Backend(chosen) => chosen,
+                Pick::Nobody | Pick::Out => return Err(GatewayError::NoBackend),
+                Pick::KeysRefused => return Err(GatewayError::UpstreamAuth),
+                // A target that is out is waited for only where the request stood in its line before.
+                Pick::Busy(busy) if panic && !line.stands() => return Err(refusal(&busy, now)),
                 Pick::Busy(busy) => {
                     drop(slot.take());
-                    line.wait(self.gateway, self.conn, self.completion, &self.snapshot, &busy, self.deadline)
-                        .await?;
+                    let wait = Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline };
+                    line.wait(self.gateway, self.conn, self.completion, wait, reopened).await?;
                     slot = Some(admit(self.gateway, self.conn, self.completion, self.deadline).await?);
                     continue;
                 }
                 Pick::Tried => {
-                    if !self.may_come_again(&order, &silent) || !self.back_off(rounds).await {
-                        return self.give_up(last, slot);
+                    if !self.may_come_again(&order, &once) || !self.back_off(rounds).await {
+                        return self.give_up(left, slot);
                     }
-                    tried.clone_from(&silent);
+                    tried.clone_from(&once);
                     rounds += 1;
                     continue;
                 }
             };
             let Chosen { target, entered } = chosen;
             line.served(self.snapshot.route(&self.ask).targets[target].backend);
-            if self.completion.tries > 0 {
-                self.count_retry(now, &last);
+            if self.completion.tries > 0 && !self.count_retry(now, &left) {
+                return self.give_up(left, slot);
             }
             if panic {
                 self.gateway.recorder().lane().panic_picks.add(1);
             }
             let limit = self.share(now, &tried);
-            self.let_go(last.take());
             let failed = match (self.try_one(target, entered, limit).await, slot.take()) {
                 (Ok((head, lease, entered, first)), Some(slot)) => {
+                    self.let_go(left.answer);
                     return Ok(Delivery { head, lease, entered, slot, first, patience: self.patience() });
                 }
                 (Ok(_), None) => return Err(GatewayError::Internal),
@@ -160,16 +179,35 @@ impl Attempts<'_> {
                     *failed
                 }
             };
-            last = Some((failed.code, failed.last));
-            if failed.fatal || panic {
-                return self.give_up(last, slot);
-            }
             tried.push(target);
-            if failed.silent {
-                silent.push(target);
+            if failed.once {
+                once.push(target);
             }
             if !order.contains(&target) {
                 order.push(target);
+            }
+            let fatal = failed.fatal;
+            self.keep(failed, &mut left);
+            if fatal {
+                return self.give_up(left, slot);
+            }
+        }
+    }
+
+    /// Keeps what a failed try left: the last answer, or where none came the last error. An error that ends the request
+    /// comes before any answer.
+    fn keep(&self, failed: Failed, left: &mut Leftovers) {
+        left.code = Some(failed.code);
+        match failed.left {
+            Left::Answer(answer) => {
+                let older = left.answer.replace((answer, self.completion.tries));
+                self.let_go(older);
+            }
+            Left::Error(error) => {
+                left.error = Some(error);
+                if failed.fatal {
+                    self.let_go(left.answer.take());
+                }
             }
         }
     }
@@ -179,6 +217,21 @@ impl Attempts<'_> {
         let fresh = self.gateway.snapshot();
         if !Arc::ptr_eq(&fresh, &self.snapshot) && fresh.is_of(&self.snapshot) {
             self.snapshot = fresh.clone();
+        }
+    }
+
+    /// Picks a target, in panic where all are out; whether it was in panic.
+    fn look(
+        &self,
+        now: Nanos,
+        rounds: u32,
+        order: &[TargetId],
+        tried: &[TargetId],
+        line: &mut Line,
+    ) -> (Pick, bool) {
+        match self.pick(now, rounds, order, tried, line) {
+            Pick::Out => (self.pick_in_panic(now, tried, line), true),
+            picked => (picked, false),
         }
     }
 
@@ -193,17 +246,17 @@ impl Attempts<'_> {
             line.granted = waited.filter(|_| matches!(picked, Pick::Out));
             return picked;
         }
-        // Whoever has reopened since comes before those that failed already.
-        if let fresh @ Pick::Backend(_) = self.snapshot.pick(now, &self.ask, order, None) {
+        // One that has reopened since comes before those that failed already.
+        if let fresh @ (Pick::Backend(_) | Pick::Out) = self.snapshot.pick(now, &self.ask, order, None) {
             return fresh;
         }
         let rest: Vec<_> = order.iter().copied().filter(|id| !tried.contains(id)).collect();
         self.snapshot.pick_in_order(now, &self.ask, &rest).map_or(Pick::Tried, Pick::Backend)
     }
 
-    fn pick_in_panic(&self, now: Nanos, line: &mut Line) -> Pick {
+    fn pick_in_panic(&self, now: Nanos, tried: &[TargetId], line: &mut Line) -> Pick {
         let waited = line.granted.take();
-        self.snapshot.pick_in_panic(now, &self.ask, waited, line.turn())
+        self.snapshot.pick_in_panic(now, &self.ask, tried, waited, line.turn())
     }
 
     /// Notes for the log who was passed over.
@@ -216,13 +269,14 @@ impl Attempts<'_> {
             _ => None,
         };
         for (upstream, why) in self.snapshot.passed(now, &self.ask, tried, chosen) {
-            self.completion.pass_over(upstream, why);
+            self.completion.pass_over(upstream, why, now);
         }
     }
 
     /// Drops an answer that will not be delivered; its connection serves on if the rest of it is here already.
-    fn let_go(&self, last: Option<(Code, Last)>) {
-        let Some((_, Last::Answer { mut lease, .. })) = last else { return };
+    fn let_go(&self, answer: Option<(Box<Answer>, u32)>) {
+        let Some((answer, _)) = answer else { return };
+        let mut lease = answer.lease;
         let mut cx = Context::from_waker(Waker::noop());
         for _ in 0..MAX_LEFTOVER {
             match lease.link.poll_frame(&mut cx) {
@@ -234,9 +288,9 @@ impl Attempts<'_> {
     }
 
     /// Whether one of those tried may be asked once more.
-    fn may_come_again(&self, order: &[TargetId], silent: &[TargetId]) -> bool {
+    fn may_come_again(&self, order: &[TargetId], once: &[TargetId]) -> bool {
         let now = clock::now();
-        order.iter().any(|id| !silent.contains(id) && self.snapshot.check(now, &self.ask, *id, None).is_ok())
+        order.iter().any(|id| !once.contains(id) && self.snapshot.check(now, &self.ask, *id, None).is_ok())
     }
 
     /// Whether the rules allow one more try.
@@ -246,12 +300,16 @@ impl Attempts<'_> {
             && self.gateway.shared().budget.has_room(now)
     }
 
-    /// Counts a further try, by the backend whose failure led to it.
-    fn count_retry(&self, now: Nanos, last: &Option<(Code, Last)>) {
-        self.gateway.shared().budget.withdraw(now);
-        if let (Some((reason, _)), Some((upstream, _))) = (last, self.completion.failed.last()) {
-            upstream.lanes[self.gateway.recorder().worker].retried(*reason);
+    /// Counts a further try against the budget and by the backend whose failure led to it. `false`: the budget was spent
+    /// since it was last asked.
+    fn count_retry(&self, now: Nanos, left: &Leftovers) -> bool {
+        if !self.gateway.shared().budget.try_withdraw(now) {
+            return false;
         }
+        if let (Some(reason), Some((upstream, _))) = (left.code, self.completion.failed.last()) {
+            upstream.lanes[self.gateway.recorder().worker].retried(reason);
+        }
+        true
     }
 
     /// Waits before the next round. `false`: there is no time, or no try, left for one.
@@ -275,22 +333,22 @@ impl Attempts<'_> {
         now + self.deadline.saturating_sub(now) / untried
     }
 
-    /// Nothing further is tried: the last answer as it came, or the last error.
-    fn give_up(&mut self, last: Option<(Code, Last)>, slot: Option<Slot>) -> Result<Delivery, GatewayError> {
-        match (last, slot) {
-            (Some((_, Last::Answer { mut head, lease, entered })), Some(slot)) => {
-                if head.status == http::StatusCode::TOO_MANY_REQUESTS {
-                    let secs = retry_after_secs(self.soonest());
-                    head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
-                    head.headers.remove("retry-after-ms");
-                }
-                // The answer that is delivered did not fail for the log's purposes: its status says it all.
-                self.completion.failed.pop();
-                Ok(Delivery { head: *head, lease, entered, slot, first: None, patience: self.patience() })
-            }
-            (Some((_, Last::Error(error))), _) => Err(error),
-            _ => Err(GatewayError::UpstreamTimeout),
+    /// Nothing further is tried: the last answer as it came, or where none came the last error.
+    fn give_up(&mut self, left: Leftovers, slot: Option<Slot>) -> Result<Delivery, GatewayError> {
+        let (Some((answer, number)), Some(slot)) = (left.answer, slot) else {
+            return Err(left.error.unwrap_or(GatewayError::UpstreamTimeout));
+        };
+        let Answer { mut head, lease, entered } = *answer;
+        if head.status == http::StatusCode::TOO_MANY_REQUESTS {
+            let secs = retry_after_secs(self.soonest());
+            head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
+            head.headers.remove("retry-after-ms");
         }
+        if number == self.completion.tries {
+            // In the log the status of the answer says more than the code of the failure.
+            self.completion.failed.pop();
+        }
+        Ok(Delivery { head, lease, entered, slot, first: None, patience: self.patience() })
     }
 
     fn patience(&self) -> Nanos {

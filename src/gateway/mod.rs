@@ -170,7 +170,7 @@ impl Gateway {
             let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
             let slot = admit::admit(self, conn, &mut completion, deadline).await?;
             drop(upload);
-            self.shared().budget.offer(completion.started);
+            self.shared().budget.offer(clock::now());
             let attempts = Attempts {
                 gateway: self,
                 conn,

@@ -10,7 +10,7 @@ use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::response::Parts;
 
-use super::attempt::{Attempts, Failed, Last};
+use super::attempt::{self, Attempts, Failed, Left};
 use super::bug;
 use crate::clock;
 use crate::error::{Code, GatewayError};
@@ -62,9 +62,9 @@ impl Attempts<'_> {
         self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
         if let Err(failed) = &mut result {
             self.note(&upstream, failed);
-            if let Last::Answer { entered, .. } = &mut failed.last {
+            if let Left::Answer(answer) = &mut failed.left {
                 // The next try may be for this one again.
-                entered.leave_place();
+                answer.entered.leave_place();
             }
         }
         result.map_err(Box::new)
@@ -132,18 +132,21 @@ impl Attempts<'_> {
         if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now) {
             self.cool(target, span);
         }
-        let fail = |code, blame| {
-            move |head: Parts, lease, entered| {
-                let last = Last::Answer { head: Box::new(head), lease, entered };
-                Failed { code, blame, fatal: false, silent: false, last }
-            }
+        let fail = |code, head, lease, entered| {
+            let left = Left::Answer(Box::new(attempt::Answer { head, lease, entered }));
+            Failed { code, blame: false, fatal: false, once: false, left }
         };
         match judge(head.status.as_u16(), upstream.conf.api_key.is_some()) {
             Outcome::Deliver => {}
-            Outcome::Failure => return Err(fail(Code::UpstreamError, true)(head, lease, entered)),
+            Outcome::Failure => {
+                return Err(Failed { blame: true, ..fail(Code::UpstreamError, head, lease, entered) });
+            }
+            Outcome::Refused => {
+                return Err(Failed { once: true, ..fail(Code::UpstreamRefused, head, lease, entered) });
+            }
             Outcome::Busy => {
                 self.cool(target, cooling(&head.headers, SystemTime::now()));
-                return Err(fail(Code::UpstreamRateLimited, false)(head, lease, entered));
+                return Err(fail(Code::UpstreamRateLimited, head, lease, entered));
             }
             Outcome::BadKey => {
                 if upstream.live.breaker.bad_key(clock::now()) {
@@ -152,12 +155,12 @@ impl Attempts<'_> {
                     self.gateway.shared().log.event("error", "backend_misconfigured", &text);
                     self.gateway.shared().fleet_changed.notify_one();
                 }
-                let last = Last::Error(GatewayError::UpstreamAuth);
-                return Err(Failed { blame: false, last, ..broken(Code::UpstreamAuthError) });
+                let left = Left::Error(GatewayError::UpstreamAuth);
+                return Err(Failed { blame: false, left, ..broken(Code::UpstreamAuthError) });
             }
             Outcome::Redirect => {
-                let last = Last::Error(GatewayError::UpstreamRedirect);
-                return Err(Failed { blame: false, fatal: true, last, ..broken(Code::UpstreamRedirect) });
+                let left = Left::Error(GatewayError::UpstreamRedirect);
+                return Err(Failed { blame: false, fatal: true, left, ..broken(Code::UpstreamRedirect) });
             }
         }
         if is_event_stream(&head.headers) || lease.link.is_end() {
@@ -199,13 +202,13 @@ impl Attempts<'_> {
 
 /// A try that the way out has ended: nobody's fault, and nobody is asked any more.
 fn cut() -> Failed {
-    let last = Last::Error(GatewayError::Draining);
-    Failed { code: Code::Draining, last, blame: false, fatal: true, silent: false }
+    let left = Left::Error(GatewayError::Draining);
+    Failed { code: Code::Draining, left, blame: false, fatal: true, once: true }
 }
 
 /// A try that let its time pass.
 fn silent() -> Failed {
-    Failed { silent: true, ..broken(Code::UpstreamTimeout) }
+    Failed { once: true, ..broken(Code::UpstreamTimeout) }
 }
 
 /// A try that ended without an answer.
@@ -216,7 +219,7 @@ fn broken(code: Code) -> Failed {
         Code::UpstreamTlsError => GatewayError::UpstreamTls,
         _ => GatewayError::UpstreamUnreachable,
     };
-    Failed { code, last: Last::Error(error), blame: true, fatal: false, silent: false }
+    Failed { code, left: Left::Error(error), blame: true, fatal: false, once: false }
 }
 
 /// Whether an answer is a stream of events, whatever was asked for.

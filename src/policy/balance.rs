@@ -1,11 +1,9 @@
 //! Which backend takes a request: smooth weighted round robin, or the least loaded.
 //!
-//! The order of nginx's smooth weighted round robin is computed once, when the fleet changes, and shared as a
-//! [`Schedule`] with one atomic cursor: a pick is one `fetch_add`, and any full turn of picks gives every
-//! backend exactly its weight, across all threads together. What makes a backend eligible is the caller's
-//! business and comes in as a closure.
-
-use crossbeam_utils::CachePadded;
+//! The order of nginx's smooth weighted round robin is computed once, when the fleet changes, as a [`Schedule`]; where
+//! the turns stand is a [`Cursor`], one for each kind of traffic, shared by all threads. A pick is one step of the
+//! cursor, and any full turn of picks gives every backend exactly its weight, across all threads together. The caller
+//! says which backends are eligible.
 
 use super::sync::{AtomicU64, Ordering};
 use super::{Nanos, SECOND};
@@ -13,38 +11,64 @@ use super::{Nanos, SECOND};
 /// A backend's index in its snapshot.
 pub type BackendId = usize;
 
-/// One turn of the round robin and where it stands.
+/// One turn of the round robin: each member as often as its weight.
 #[derive(Debug)]
 pub struct Schedule {
-    /// One turn: each member as often as its weight.
-    turn: Box<[u16]>,
+    order: Order,
+    /// Picks in one turn.
+    length: u64,
     members: Box<[(BackendId, u32)]>,
-    cursor: CachePadded<AtomicU64>,
+}
+
+/// How one turn goes.
+#[derive(Debug)]
+enum Order {
+    /// nginx's smooth order, as indexes of members.
+    Smooth(Box<[u16]>),
+    /// A turn that would take too long to write down: pick number `n` is the member that owns the point
+    /// `n * stride % length`. `stride` has no divisor in common with the length, so a turn meets every point once;
+    /// it is near the golden ratio of the length, so neighbours in time lie far apart. `ends`: where each member's
+    /// points end.
+    Strided { ends: Box<[u64]>, stride: u64 },
+}
+
+/// Steps that the smooth order of one schedule may take to compute: about a millisecond.
+const MAX_STEPS: u64 = 1 << 20;
+
+/// Turns that a pick skips, because they fall on members that are not eligible, before it chooses by weight.
+const MAX_SKIPPED: u64 = 64;
+
+/// Where the turns of one kind of traffic stand; it moves for first tries only.
+#[derive(Debug, Default)]
+pub struct Cursor(AtomicU64);
+
+impl Cursor {
+    /// A cursor that goes on where `other` stands.
+    pub fn resumed(other: &Cursor) -> Self {
+        Cursor(AtomicU64::new(other.0.load(Ordering::Relaxed)))
+    }
+}
+
+/// A look at a cursor: a first try takes its turn, a retry only sees whose turn comes next, so that first tries keep
+/// their shares.
+#[derive(Clone, Copy, Debug)]
+pub struct Turns<'a> {
+    /// Where the turns stand.
+    pub cursor: &'a Cursor,
+    /// Whether a pick moves the cursor.
+    pub advance: bool,
 }
 
 impl Schedule {
-    /// The smooth order of `members` (backend, weight); a weight of 0 is left out.
+    /// The turns of `members` (backend, weight); a weight of 0 is left out. Takes at most [`MAX_STEPS`] steps.
     pub fn new(members: impl IntoIterator<Item = (BackendId, u32)>) -> Self {
         let members: Box<[_]> = members.into_iter().filter(|(_, weight)| *weight > 0).collect();
-        let divisor = members.iter().fold(0, |a, (_, b)| gcd(a, *b)).max(1);
-        let total: i64 = members.iter().map(|(_, w)| i64::from(w / divisor)).sum();
-        let mut credit = vec![0i64; members.len()];
-        let turn = (0..total).map(|_| {
-            let mut best = 0;
-            for (i, (_, weight)) in members.iter().enumerate() {
-                credit[i] += i64::from(weight / divisor);
-                if credit[i] > credit[best] {
-                    best = i;
-                }
-            }
-            credit[best] -= total;
-            best as u16
-        });
-        Schedule {
-            turn: turn.collect(),
-            cursor: CachePadded::new(AtomicU64::new(0)),
-            members: members.clone(),
-        }
+        let divisor = members.iter().fold(0, |a, (_, b)| gcd(a, u64::from(*b))).max(1);
+        let weights: Vec<u64> = members.iter().map(|(_, weight)| u64::from(*weight) / divisor).collect();
+        let length = weights.iter().sum::<u64>();
+        let is_short = length.saturating_mul(members.len() as u64) <= MAX_STEPS;
+        let order = if is_short { smooth(&weights, length) } else { strided(&weights, length) };
+        Schedule { order, length, members }
     }
 
     /// The members and their weights.
@@ -54,32 +78,44 @@ impl Schedule {
 
     /// The next in turn that is eligible.
     ///
-    /// A turn that falls on a backend that is not eligible is skipped, so the others keep their proportions.
-    pub fn round_robin(&self, eligible: impl Fn(BackendId) -> bool) -> Option<BackendId> {
-        if self.turn.is_empty() {
-            return None;
-        }
-        for _ in 0..self.turn.len().min(64) {
-            let id = self.members[self.turn[self.draw() % self.turn.len()] as usize].0;
-            if eligible(id) {
+    /// A turn that falls on a backend that is not eligible is skipped, so the others keep their proportions. Where
+    /// nobody is eligible the cursor stays.
+    pub fn round_robin(&self, turns: Turns<'_>, eligible: impl Fn(BackendId) -> bool) -> Option<BackendId> {
+        let cursor = &turns.cursor.0;
+        let mut at = cursor.load(Ordering::Relaxed);
+        loop {
+            let look = |skipped| {
+                Some(self.turn(at.wrapping_add(skipped))).filter(|id| eligible(*id)).zip(Some(skipped))
+            };
+            let found = (0..self.length.min(MAX_SKIPPED)).find_map(look);
+            let (id, skipped) = match found {
+                Some(found) => found,
+                None => (self.by_weight(at, &eligible)?, MAX_SKIPPED),
+            };
+            if !turns.advance {
                 return Some(id);
             }
+            let next = at.wrapping_add(skipped).wrapping_add(1);
+            match cursor.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(id),
+                Err(moved) => at = moved,
+            }
         }
-        // Rarely here: most of a long turn is not eligible. Choose by weight among those that are.
-        let total: u64 = self.members.iter().filter(|m| eligible(m.0)).map(|m| u64::from(m.1)).sum();
-        let mut left = (self.draw() as u64).checked_rem(total)?;
-        self.members.iter().filter(|m| eligible(m.0)).find_map(|(id, weight)| {
-            let hit = left < u64::from(*weight);
-            left = left.saturating_sub(u64::from(*weight));
-            hit.then_some(*id)
-        })
     }
 
     /// The member with the lowest load that `load` gives (`None`: not eligible); ties go round.
-    pub fn least_loaded(&self, load: impl Fn(BackendId, u32) -> Option<f64>) -> Option<BackendId> {
+    pub fn least_loaded(
+        &self,
+        turns: Turns<'_>,
+        load: impl Fn(BackendId, u32) -> Option<f64>,
+    ) -> Option<BackendId> {
         let n = self.members.len();
-        let start = if n > 1 { self.draw() % n } else { 0 };
-        let (before, from) = self.members.split_at(start.min(n));
+        let start = match n {
+            0 | 1 => 0,
+            _ if turns.advance => turns.cursor.0.fetch_add(1, Ordering::Relaxed) as usize % n,
+            _ => turns.cursor.0.load(Ordering::Relaxed) as usize % n,
+        };
+        let (before, from) = self.members.split_at(start);
         let mut best: Option<(f64, BackendId)> = None;
         for (id, weight) in from.iter().chain(before) {
             if let Some(load) = load(*id, *weight)
@@ -89,6 +125,31 @@ impl Schedule {
             }
         }
         best.map(|(_, id)| id)
+    }
+
+    /// Whose turn number `n` is; only where there are members.
+    fn turn(&self, n: u64) -> BackendId {
+        let point = n % self.length;
+        let member = match &self.order {
+            Order::Smooth(turn) => usize::from(turn[point as usize]),
+            Order::Strided { ends, stride } => {
+                let point = point * stride % self.length;
+                ends.partition_point(|end| *end <= point)
+            }
+        };
+        self.members[member].0
+    }
+
+    /// Rarely needed: most of a long turn is not eligible. Chooses by weight among those that are.
+    fn by_weight(&self, n: u64, eligible: impl Fn(BackendId) -> bool) -> Option<BackendId> {
+        let eligible = || self.members.iter().filter(|m| eligible(m.0));
+        let total: u64 = eligible().map(|m| u64::from(m.1)).sum();
+        let mut left = mix(n).checked_rem(total)?;
+        eligible().find_map(|(id, weight)| {
+            let hit = left < u64::from(*weight);
+            left = left.saturating_sub(u64::from(*weight));
+            hit.then_some(*id)
+        })
     }
 
     /// The member that a conversation with this `key` belongs to: the first in the order of its weighted rendezvous
@@ -110,13 +171,36 @@ impl Schedule {
         let best = eligible().map(rank).max_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)))?;
         Some(best.2)
     }
-
-    fn draw(&self) -> usize {
-        self.cursor.fetch_add(1, Ordering::Relaxed) as usize
-    }
 }
 
-fn gcd(a: u32, b: u32) -> u32 {
+/// nginx's smooth weighted round robin.
+fn smooth(weights: &[u64], length: u64) -> Order {
+    let mut credit = vec![0i64; weights.len()];
+    let turn = (0..length).map(|_| {
+        let mut best = 0;
+        for (i, weight) in weights.iter().enumerate() {
+            credit[i] += *weight as i64;
+            if credit[i] > credit[best] {
+                best = i;
+            }
+        }
+        credit[best] -= length as i64;
+        best as u16
+    });
+    Order::Smooth(turn.collect())
+}
+
+fn strided(weights: &[u64], length: u64) -> Order {
+    let ends = weights.iter().scan(0, |end, weight| {
+        *end += weight;
+        Some(*end)
+    });
+    let golden = (length as f64 * 0.618_033_988_749_895) as u64;
+    let stride = (golden.max(1)..).find(|stride| gcd(*stride, length) == 1).unwrap_or(1);
+    Order::Strided { ends: ends.collect(), stride }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
@@ -201,9 +285,14 @@ mod tests {
 
     use super::*;
 
+    fn first_tries(cursor: &Cursor) -> Turns<'_> {
+        Turns { cursor, advance: true }
+    }
+
     fn picks(weights: &[u32], n: usize) -> String {
         let s = Schedule::new(weights.iter().copied().enumerate());
-        (0..n).map(|_| char::from(b'A' + s.round_robin(|_| true).unwrap() as u8)).collect()
+        let c = Cursor::default();
+        (0..n).map(|_| char::from(b'A' + s.round_robin(first_tries(&c), |_| true).unwrap() as u8)).collect()
     }
 
     /// 1,000 conversations over members of these weights, none in flight.
@@ -250,19 +339,73 @@ mod tests {
 
     #[test]
     fn nobody_eligible_is_nobody() {
-        assert_eq!(Schedule::new([]).round_robin(|_| true), None);
-        assert_eq!(Schedule::new([(0, 0)]).round_robin(|_| true), None);
-        assert_eq!(Schedule::new([(0, 1), (1, 1)]).round_robin(|_| false), None);
-        assert_eq!(Schedule::new([(0, 1)]).least_loaded(|_, _| None), None);
+        let c = Cursor::default();
+        let turns = first_tries(&c);
+        assert_eq!(Schedule::new([]).round_robin(turns, |_| true), None);
+        assert_eq!(Schedule::new([(0, 0)]).round_robin(turns, |_| true), None);
+        assert_eq!(Schedule::new([(0, 1), (1, 1)]).round_robin(turns, |_| false), None);
+        assert_eq!(Schedule::new([]).least_loaded(turns, |_, _| Some(0.0)), None);
+        assert_eq!(Schedule::new([(0, 1)]).least_loaded(turns, |_, _| None), None);
+        assert_eq!(c.0.load(Ordering::Relaxed), 0, "nobody took a turn");
+    }
+
+    #[test]
+    fn a_retry_leaves_the_turns_to_first_tries() {
+        let s = Schedule::new([(0, 1), (1, 1)]);
+        let c = Cursor::default();
+        let mut firsts = [0; 2];
+        for _ in 0..120 {
+            let first = s.round_robin(first_tries(&c), |_| true).unwrap();
+            firsts[first] += 1;
+            let retry = Turns { cursor: &c, advance: false };
+            if first == 0 {
+                assert_eq!(s.round_robin(retry, |id| id != first), Some(1));
+                assert_eq!(s.least_loaded(retry, |id, _| (id != first).then_some(1.0)), Some(1));
+            }
+        }
+        assert_eq!(firsts, [60, 60]);
+    }
+
+    /// Weights without a common divisor whose smooth order would take long to write down.
+    fn odd_weights(n: u32) -> Vec<u32> {
+        (0..n).map(|i| 501 + i * 7 % 499).collect()
+    }
+
+    #[test]
+    fn a_long_turn_is_quick_to_make_and_gives_each_its_weight() {
+        for n in [100, 300, 1_000] {
+            let weights = odd_weights(n);
+            let s = Schedule::new(weights.iter().copied().enumerate());
+            assert!(matches!(s.order, Order::Strided { .. }), "{n} members");
+            let c = Cursor::default();
+            let mut got = vec![0; weights.len()];
+            let mut last = vec![0; weights.len()];
+            let (mut longest, turn) = (0, weights.iter().map(|w| u64::from(*w)).sum::<u64>());
+            // It begins anywhere: any full turn will do.
+            for _ in 0..77 {
+                s.round_robin(first_tries(&c), |_| true);
+            }
+            for pick in 0..turn {
+                let id = s.round_robin(first_tries(&c), |_| true).unwrap();
+                got[id] += 1;
+                longest = longest.max(pick - last[id]);
+                last[id] = pick;
+            }
+            assert_eq!(got, weights);
+            // A fair gap is `turn / weight`, at most twice the number of members.
+            assert!(longest < 6 * u64::from(n), "{longest} picks without one of {n}");
+        }
     }
 
     #[test]
     fn those_left_keep_their_proportions() {
+        let c = Cursor::default();
         let s = Schedule::new([(0, 5), (1, 1), (2, 1)]);
-        let picks: Vec<_> = (0..40).map(|_| s.round_robin(|id| id != 0).unwrap()).collect();
+        let picks: Vec<_> = (0..40).map(|_| s.round_robin(first_tries(&c), |id| id != 0).unwrap()).collect();
         assert_eq!(picks.iter().filter(|id| **id == 1).count(), 20, "{picks:?}");
         let s = Schedule::new([(0, 1000), (1, 2), (2, 1)]);
-        let picks: Vec<_> = (0..3000).map(|_| s.round_robin(|id| id != 0).unwrap()).collect();
+        let picks: Vec<_> =
+            (0..3000).map(|_| s.round_robin(first_tries(&c), |id| id != 0).unwrap()).collect();
         let share = picks.iter().filter(|id| **id == 1).count();
         assert!((1800..2200).contains(&share), "{share} of 3000");
     }
@@ -270,12 +413,15 @@ mod tests {
     #[test]
     fn least_loaded_goes_by_weight_and_takes_turns_on_ties() {
         let s = Schedule::new([(0, 1), (1, 2)]);
-        let pick =
-            |flight: [usize; 2]| s.least_loaded(|id, w| Some(load(flight[id], w, 0.0, SLOW_START))).unwrap();
+        let c = Cursor::default();
+        let turns = first_tries(&c);
+        let pick = |flight: [usize; 2]| {
+            s.least_loaded(turns, |id, w| Some(load(flight[id], w, 0.0, SLOW_START))).unwrap()
+        };
         assert_eq!(pick([0, 0]), 1);
         assert_eq!(pick([0, 2]), 0);
         assert_eq!(pick([2, 4]), 1);
-        let ties: Vec<_> = (0..4).map(|_| s.least_loaded(|_, _| Some(1.0)).unwrap()).collect();
+        let ties: Vec<_> = (0..4).map(|_| s.least_loaded(turns, |_, _| Some(1.0)).unwrap()).collect();
         assert_eq!(ties.iter().sum::<usize>(), 2, "{ties:?}");
     }
 
@@ -300,13 +446,13 @@ mod tests {
 
     #[test]
     fn threads_share_one_turn() {
-        let s = Schedule::new([(0, 3), (1, 2), (2, 1)]);
+        let (s, c) = (Schedule::new([(0, 3), (1, 2), (2, 1)]), Cursor::default());
         let counts: Vec<[usize; 3]> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..3)
                 .map(|_| {
                     scope.spawn(|| {
                         let mut n = [0; 3];
-                        (0..2_000).for_each(|_| n[s.round_robin(|_| true).unwrap()] += 1);
+                        (0..2_000).for_each(|_| n[s.round_robin(first_tries(&c), |_| true).unwrap()] += 1);
                         n
                     })
                 })
@@ -321,13 +467,13 @@ mod tests {
         #[test]
         fn every_full_turn_gives_each_its_weight(weights in prop::collection::vec(0u32..30, 1..8), skip in 0usize..50) {
             let total: u32 = weights.iter().sum();
-            let s = Schedule::new(weights.iter().copied().enumerate());
+            let (s, c) = (Schedule::new(weights.iter().copied().enumerate()), Cursor::default());
             for _ in 0..skip {
-                s.round_robin(|_| true);
+                s.round_robin(first_tries(&c), |_| true);
             }
             let mut got = vec![0; weights.len()];
             for _ in 0..total {
-                got[s.round_robin(|_| true).unwrap()] += 1;
+                got[s.round_robin(first_tries(&c), |_| true).unwrap()] += 1;
             }
             prop_assert_eq!(got, weights);
         }

@@ -9,7 +9,7 @@ use loom::model::Builder;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
-use super::balance::Schedule;
+use super::balance::{Cursor, Schedule, Turns};
 use super::breaker::{Breaker, Change, Probe, Status, Thresholds};
 use super::queue::{Admission, Entry, QueueFull, Slot};
 
@@ -139,12 +139,13 @@ fn a_slot_that_is_given_back_while_the_limit_changes_is_not_lost() {
 #[test]
 fn a_turn_gives_each_its_weight_over_all_threads() {
     model(3, || {
-        let schedule = Arc::new(Schedule::new([(0, 2), (1, 1)]));
+        let schedule = Arc::new((Schedule::new([(0, 2), (1, 1)]), Cursor::default()));
         let counts = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
-        let run = |schedule: Arc<Schedule>, counts: Arc<[AtomicUsize; 2]>, picks: usize| {
+        let run = |schedule: Arc<(Schedule, Cursor)>, counts: Arc<[AtomicUsize; 2]>, picks: usize| {
             move || {
+                let turns = Turns { cursor: &schedule.1, advance: true };
                 for _ in 0..picks {
-                    let id = schedule.round_robin(|_| true).expect("all are eligible");
+                    let id = schedule.0.round_robin(turns, |_| true).expect("all are eligible");
                     counts[id].fetch_add(1, Ordering::Relaxed);
                 }
             }

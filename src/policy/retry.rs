@@ -10,7 +10,7 @@ use super::{Nanos, SECOND};
 /// What a status code says about the try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// 401, 402, 403 for a key that Zap put in.
+    /// 401 for a key that Zap put in.
     BadKey,
     /// 429: not a failure; the backend wants to be left alone.
     Busy,
@@ -20,6 +20,9 @@ pub enum Outcome {
     Failure,
     /// 3xx but 304, which goes nowhere else: never followed.
     Redirect,
+    /// 402 or 403: the account has no credit, or the provider refuses what was asked. Another may serve it; no client
+    /// can close a backend for others with it.
+    Refused,
 }
 
 /// Judges a response by its status. `own_key`: the request carried a key that Zap put in.
@@ -27,7 +30,8 @@ pub fn judge(status: u16, own_key: bool) -> Outcome {
     match status {
         304 => Outcome::Deliver,
         300..=399 => Outcome::Redirect,
-        401..=403 if own_key => Outcome::BadKey,
+        401 if own_key => Outcome::BadKey,
+        402 | 403 => Outcome::Refused,
         // Beyond 599 there is no such status: it is one of 5xx (RFC 9110, section 15).
         408 | 498 | 500.. => Outcome::Failure,
         429 => Outcome::Busy,
@@ -79,13 +83,50 @@ pub const ALWAYS: u64 = 10;
 
 const BUCKETS: usize = 10;
 
-/// The retry budget: further tries may add at most a share to the offered requests of the last ten seconds,
-/// though never fewer than [`ALWAYS`] a second.
+/// Bits of a count in a bucket, and the most that one holds; what exceeds it is not counted.
+const COUNT_BITS: u32 = 17;
+const MAX_COUNT: u64 = (1 << COUNT_BITS) - 1;
+
+/// The retry budget: retries may add at most a share to the requests offered in the last ten seconds, though never
+/// fewer than [`ALWAYS`] a second.
 #[derive(Debug)]
 pub struct Budget {
     percent: AtomicU64,
-    /// One second each: the second's number modulo 2^16, the requests and the retries in it, 24 bits each.
+    /// A ring of seconds, each a packed [`Bucket`].
     buckets: [AtomicU64; BUCKETS],
+}
+
+/// What happened in one second. Packed: 30 bits of the second (34 years, so it never wraps), and two counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Bucket {
+    second: u64,
+    requests: u64,
+    retries: u64,
+}
+
+impl Bucket {
+    fn unpack(word: u64) -> Self {
+        Bucket {
+            second: word >> (2 * COUNT_BITS),
+            requests: word >> COUNT_BITS & MAX_COUNT,
+            retries: word & MAX_COUNT,
+        }
+    }
+
+    fn pack(self) -> u64 {
+        let [requests, retries] = [self.requests, self.retries].map(|n| n.min(MAX_COUNT));
+        self.second << (2 * COUNT_BITS) | requests << COUNT_BITS | retries
+    }
+
+    /// The bucket as of `second`: empty where it still holds an older one. `None` where it holds a newer one: an event
+    /// that is a whole ring old no longer counts.
+    fn turned_to(self, second: u64) -> Option<Self> {
+        match self.second.cmp(&second) {
+            std::cmp::Ordering::Equal => Some(self),
+            std::cmp::Ordering::Less => Some(Bucket { second, ..Bucket::default() }),
+            std::cmp::Ordering::Greater => None,
+        }
+    }
 }
 
 impl Budget {
@@ -99,49 +140,53 @@ impl Budget {
         self.percent.store(u64::from(percent), Ordering::Relaxed);
     }
 
-    /// Counts a request that was offered.
+    /// Counts a request that is offered to the backends at `now`.
     pub fn offer(&self, now: Nanos) {
-        self.add(now, 1 << 24);
+        let second = now / SECOND;
+        let _ = self.update(second, |bucket| Some(Bucket { requests: bucket.requests + 1, ..bucket }));
     }
 
-    /// Asks for one retry; counts it where it is granted.
-    pub fn withdraw(&self, now: Nanos) -> bool {
-        let granted = self.has_room(now);
-        if granted {
-            self.add(now, 1);
-        }
-        granted
+    /// Asks for one retry and counts it if it is granted, as one step.
+    pub fn try_withdraw(&self, now: Nanos) -> bool {
+        let second = now / SECOND;
+        let granted = |bucket: Bucket| {
+            let allowed = self.allows(second, bucket);
+            allowed.then_some(Bucket { retries: bucket.retries + 1, ..bucket })
+        };
+        self.update(second, granted)
     }
 
     /// Whether a retry would be granted now.
     pub fn has_room(&self, now: Nanos) -> bool {
         let second = now / SECOND;
-        let (mut requests, mut retries, mut this_second) = (0, 0, 0);
-        for (i, bucket) in self.buckets.iter().enumerate() {
-            let word = bucket.load(Ordering::Relaxed);
-            let age = (second & 0xFFFF).wrapping_sub(word >> 48) & 0xFFFF;
-            if age >= BUCKETS as u64 || word == 0 {
-                continue;
-            }
-            requests += word >> 24 & 0xFF_FFFF;
-            retries += word & 0xFF_FFFF;
-            if i == (second % BUCKETS as u64) as usize && age == 0 {
-                this_second = word & 0xFF_FFFF;
-            }
-        }
-        this_second < ALWAYS || (retries + 1) * 100 <= requests * self.percent.load(Ordering::Relaxed)
+        let bucket = Bucket::unpack(self.bucket(second).load(Ordering::Relaxed));
+        bucket.turned_to(second).is_some_and(|bucket| self.allows(second, bucket))
     }
 
-    fn add(&self, now: Nanos, what: u64) {
-        let second = now / SECOND;
-        let bucket = &self.buckets[(second % BUCKETS as u64) as usize];
-        let change = |word: u64| {
-            let fresh = (second & 0xFFFF) << 48;
-            let counted = if word >> 48 == second & 0xFFFF { word } else { fresh };
-            let full = counted >> 24 & 0xFF_FFFF == 0xFF_FFFF || counted & 0xFF_FFFF == 0xFF_FFFF;
-            Some(if full { counted } else { counted + what })
-        };
-        let _ = bucket.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+    /// Whether a retry is allowed in `second`, whose own counts are in `bucket`.
+    fn allows(&self, second: u64, bucket: Bucket) -> bool {
+        if bucket.retries < ALWAYS {
+            return true;
+        }
+        let (mut requests, mut retries) = (bucket.requests, bucket.retries);
+        for word in &self.buckets {
+            let other = Bucket::unpack(word.load(Ordering::Relaxed));
+            if other.second < second && second - other.second < BUCKETS as u64 {
+                requests += other.requests;
+                retries += other.retries;
+            }
+        }
+        bucket.retries < MAX_COUNT && (retries + 1) * 100 <= requests * self.percent.load(Ordering::Relaxed)
+    }
+
+    /// Changes the bucket of `second`; `false` where `change` refuses or the ring has moved past that second.
+    fn update(&self, second: u64, change: impl Fn(Bucket) -> Option<Bucket>) -> bool {
+        let step = |word| Bucket::unpack(word).turned_to(second).and_then(&change).map(Bucket::pack);
+        self.bucket(second).fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).is_ok()
+    }
+
+    fn bucket(&self, second: u64) -> &AtomicU64 {
+        &self.buckets[(second % BUCKETS as u64) as usize]
     }
 }
 
@@ -161,8 +206,9 @@ mod tests {
             (308, true, Outcome::Redirect),
             (400, true, Outcome::Deliver),
             (401, true, Outcome::BadKey),
-            (402, true, Outcome::BadKey),
-            (403, true, Outcome::BadKey),
+            (402, true, Outcome::Refused),
+            (403, true, Outcome::Refused),
+            (403, false, Outcome::Refused),
             (401, false, Outcome::Deliver),
             (404, true, Outcome::Deliver),
             (408, true, Outcome::Failure),
@@ -219,7 +265,7 @@ mod tests {
     fn ten_retries_a_second_are_always_allowed() {
         let b = Budget::new(0);
         for second in 1..5 {
-            let granted = (0..50).filter(|_| b.withdraw(second * SECOND)).count();
+            let granted = (0..50).filter(|_| b.try_withdraw(second * SECOND)).count();
             assert_eq!(granted, 10);
         }
     }
@@ -231,11 +277,54 @@ mod tests {
         for i in 0..30_000u64 {
             let now = i * SECOND / 1_000;
             b.offer(now);
-            granted += u64::from(b.withdraw(now)) + u64::from(b.withdraw(now));
+            granted += u64::from(b.try_withdraw(now)) + u64::from(b.try_withdraw(now));
         }
         assert!((5_900..=6_050).contains(&granted), "{granted}");
         b.set_percent(0);
         assert!(!b.has_room(30 * SECOND - 1), "what was spent counts against the new share");
+    }
+
+    #[test]
+    fn an_event_older_than_the_ring_leaves_the_newer_counts_alone() {
+        let b = Budget::new(0);
+        let granted = |now| (0..50).filter(|_| b.try_withdraw(now)).count();
+        assert_eq!(granted(20 * SECOND), 10);
+        // A request that arrived ten seconds ago shares the bucket of the present second.
+        b.offer(10 * SECOND);
+        assert_eq!(granted(20 * SECOND), 0, "the ten of this second stay spent");
+        assert!(!b.try_withdraw(10 * SECOND) && !b.has_room(10 * SECOND), "a second that has left the ring");
+    }
+
+    #[test]
+    fn counts_of_a_time_long_past_do_not_come_back() {
+        let b = Budget::new(100);
+        (0..1_000).for_each(|_| b.offer(3 * SECOND));
+        for later in [1 << 16, 1 << 24, 1 << 29] {
+            let now = (3 + later) * SECOND;
+            assert_eq!((0..50).filter(|_| b.try_withdraw(now)).count(), 10, "{later} s later");
+        }
+    }
+
+    #[test]
+    fn a_full_count_stays_and_grants_no_more() {
+        let b = Budget::new(100);
+        (0..MAX_COUNT + 9).for_each(|_| b.offer(SECOND));
+        let granted = (0..MAX_COUNT + 9).filter(|_| b.try_withdraw(SECOND)).count() as u64;
+        assert_eq!(granted, MAX_COUNT);
+        assert!(!b.has_room(SECOND));
+    }
+
+    #[test]
+    fn two_threads_share_exactly_what_is_always_allowed() {
+        for second in 1..50 {
+            let b = Budget::new(0);
+            let ask = || (0..50).filter(|_| b.try_withdraw(second * SECOND)).count();
+            let granted: usize = std::thread::scope(|s| {
+                let threads = [s.spawn(ask), s.spawn(ask)];
+                threads.into_iter().map(|t| t.join().unwrap()).sum()
+            });
+            assert_eq!(granted, 10);
+        }
     }
 
     proptest! {

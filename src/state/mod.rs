@@ -43,6 +43,8 @@ pub struct Shared {
     pub log: Log,
     /// Rung when a backend's state changed, so that the schedule is rebuilt.
     pub fleet_changed: Notify,
+    /// Rung when a backend may be asked again: requests in line look for a target anew.
+    pub reopened: Notify,
     /// Rung when the configuration is to be read anew.
     pub reload_wanted: Notify,
     /// Rung when it was.
@@ -66,6 +68,7 @@ impl Shared {
             lanes: (0..config.server.workers).map(|_| CachePadded::default()).collect(),
             reloads: Reloads::default(),
             fleet_changed: Notify::new(),
+            reopened: Notify::new(),
             reload_wanted: Notify::new(),
             reloaded: Notify::new(),
             draining: AtomicBool::new(false),
@@ -110,10 +113,12 @@ impl Shared {
         self.hasher.hash_one(what)
     }
 
-    /// Makes the schedule anew from the backends' present states; returns when the next one changes by itself.
+    /// Makes the schedule anew from the backends' present states, and wakes the requests in line, since one of them may be
+    /// served by a backend that is back; returns when the next one changes by itself.
     pub fn rebuild(&self) -> Option<Nanos> {
         let current = self.snapshot.load_full();
         self.snapshot.store(Arc::new(current.rebuilt()));
+        self.reopened.notify_waiters();
         let now = clock::now();
         current.backends.iter().filter_map(|b| b.live.breaker.retries_key_at(now)).min()
     }

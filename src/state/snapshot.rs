@@ -4,14 +4,14 @@
 //! snapshots of it; what changes with the backends' states (which of them stand in the turns) is made anew. So a pick
 //! by round robin costs the same whether a route has two targets or two hundred.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::clients::Clients;
 use crate::clock;
 use crate::config::{Config, Strategy};
 use crate::policy::Nanos;
-use crate::policy::balance::{BackendId, Schedule, load, rendezvous};
+use crate::policy::balance::{BackendId, Cursor, Schedule, Turns, load, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::fields::Watch;
 use crate::policy::queue::Slot;
@@ -44,9 +44,14 @@ struct Layout {
     shapes: Vec<Shape>,
     /// By route: its shape for chats, and for the other endpoints.
     shape_of: Vec<[usize; 2]>,
+    /// By route, and by the slot of a schedule in its plan: a cursor for each endpoint. Two kinds of traffic that share
+    /// a cursor would take each other's turns.
+    cursors: Vec<Box<[EndpointCursors]>>,
 }
 
-/// Targets as far as turns go: routes that differ in models alone share one, and with it their turns.
+type EndpointCursors = [Cursor; Endpoint::ALL.len()];
+
+/// Targets as far as turns go: routes that differ in models alone share one, and with it their schedules.
 #[derive(Debug, PartialEq, Eq, Hash, Clone)]
 struct Shape(Vec<Place>);
 
@@ -58,7 +63,8 @@ struct Place {
     priority: u32,
 }
 
-/// The turns of a shape; members are [`TargetId`]s.
+/// The schedules of a shape; members are [`TargetId`]s. Each has a slot, the same in every plan of the shape, by which
+/// its cursors are found: first the tiers, then `all`, then the mates.
 #[derive(Debug)]
 struct Plan {
     /// By priority, lowest first: those that were up when this was made.
@@ -67,8 +73,17 @@ struct Plan {
     all: Arc<Schedule>,
     /// Those that were up.
     up: usize,
-    /// By target: the turns among all targets of its backend in its tier, where it is not the only one.
-    mates: Box<[Option<Arc<Schedule>>]>,
+    /// By target: the schedule of all targets of its backend in its tier, where it is not the only one, and its slot.
+    mates: Box<[Option<Mates>]>,
+}
+
+type Mates = (Arc<Schedule>, usize);
+
+/// A schedule with the cursor that a request draws from.
+#[derive(Clone, Copy)]
+struct Tier<'a> {
+    schedule: &'a Schedule,
+    turns: Turns<'a>,
 }
 
 /// What a request asks for, as far as the choice of a backend goes.
@@ -100,7 +115,9 @@ pub enum Pick {
     Backend(Chosen),
     /// Everybody that could be asked is busy.
     Busy(Busy),
-    /// Nobody can be asked: drained or misconfigured.
+    /// All that could be asked refuse the key that Zap sends.
+    KeysRefused,
+    /// Nobody can be asked: all are drained.
     Nobody,
     /// All that could be asked are out.
     Out,
@@ -133,24 +150,16 @@ impl Snapshot {
     /// backends go on.
     pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>, before: Option<&Snapshot>) -> Self {
         let clients = Arc::new(Clients::new(&config, before.map(|b| &*b.clients)));
-        let layout = Arc::new(Layout::new(&config, &backends));
         let same_names =
             |b: &&Snapshot| b.backends.iter().map(|u| u.name()).eq(backends.iter().map(|u| u.name()));
-        let before = before.filter(same_names);
-        let turns = |shape: &Shape| {
-            let before = before?;
-            let place = before.layout.shapes.iter().position(|known| known == shape)?;
-            before.plans.get(place)
-        };
-        let before: Vec<_> = layout.shapes.iter().map(turns).collect();
-        Self::with_plans(config, backends, clients, layout.clone(), &before)
+        let layout = Layout::new(&config, &backends, before.filter(same_names).map(|b| &*b.layout));
+        Self::with_plans(config, backends, clients, Arc::new(layout), &[])
     }
 
     /// The same fleet in its present state.
     pub fn rebuilt(&self) -> Self {
         let Snapshot { config, backends, clients, layout, plans } = self;
-        let before: Vec<_> = plans.iter().map(Some).collect();
-        Self::with_plans(config.clone(), backends.clone(), clients.clone(), layout.clone(), &before)
+        Self::with_plans(config.clone(), backends.clone(), clients.clone(), layout.clone(), plans)
     }
 
     fn with_plans(
@@ -158,11 +167,10 @@ impl Snapshot {
         backends: Arc<[Arc<Upstream>]>,
         clients: Arc<Clients>,
         layout: Arc<Layout>,
-        before: &[Option<&Plan>],
+        before: &[Plan],
     ) -> Self {
         let now = clock::now();
-        let plan =
-            |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i).copied().flatten());
+        let plan = |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i));
         let plans = layout.shapes.iter().enumerate().map(plan).collect();
         Snapshot { config, backends, clients, layout, plans }
     }
@@ -207,22 +215,27 @@ impl Snapshot {
         }
     }
 
-    /// Targets of `ask` that are up and not in `tried`.
+    /// Targets of `ask` that are up and not in `tried`; where none is up, all that are not in `tried`.
     pub fn untried(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId]) -> usize {
         let plan = self.plan(ask);
-        if tried.is_empty() {
+        if tried.is_empty() && plan.up > 0 {
             return plan.up;
         }
         let is_up = |id| self.upstream(&self.route(ask).targets[id]).live.breaker.is_up(now);
-        plan.all.members().iter().filter(|(id, _)| !tried.contains(id) && is_up(*id)).count()
+        let untried = || plan.all.members().iter().map(|(id, _)| *id).filter(|id| !tried.contains(id));
+        match untried().filter(|id| is_up(*id)).count() {
+            0 => untried().count(),
+            up => up,
+        }
     }
 
     /// Chooses a target that is eligible at `now` and not in `tried`, and takes a place there.
     pub fn pick(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
         let eligible = |id: TargetId| !tried.contains(&id) && self.check(now, ask, id, turn).is_ok();
-        for tier in self.tiers(ask) {
+        // Only a first try takes a turn.
+        for tier in self.tiers(ask, tried.is_empty()) {
             // Another request may take the last place between the choice and the entry: then choose again.
-            for _ in 0..=tier.members().len() {
+            for _ in 0..=tier.schedule.members().len() {
                 let Some(target) = self.choose(tier, now, ask, eligible) else { break };
                 let upstream = self.upstream(&self.route(ask).targets[target]);
                 if let Some(entered) = upstream.enter(now, turn) {
@@ -249,7 +262,7 @@ impl Snapshot {
                 && !tried.contains(&id)
                 && self.backends[backend].check_place(now, || t.key(ask.model), turn).is_ok()
         };
-        let target = self.tiers(ask).find_map(|tier| self.choose(tier, now, ask, eligible))?;
+        let target = self.tiers(ask, false).find_map(|tier| self.choose(tier, now, ask, eligible))?;
         let place = waited.take().map(|(_, place)| place);
         let entered = self.backends[backend].enter_at(place, now, turn)?;
         Some(Chosen { target, entered })
@@ -264,28 +277,30 @@ impl Snapshot {
         })
     }
 
-    /// Where all are out: the least bad of those that have room, which is the one that failed least of late. `waited`: a
-    /// place that was waited for before they went out; `turn` as in [`pick`](Self::pick).
+    /// Where all are out: of those that are not in `tried` and have room the least bad, which is the one that failed least
+    /// of late. `waited`: a place that was waited for before they went out; `turn` as in [`pick`](Self::pick).
     pub fn pick_in_panic(
         &self,
         now: Nanos,
         ask: &Ask<'_>,
+        tried: &[TargetId],
         mut waited: Option<(BackendId, Slot)>,
         turn: Option<&Turn>,
     ) -> Pick {
-        let all = &self.plan(ask).all;
+        let Tier { schedule, turns } = self.all(ask, tried.is_empty());
         let target = |id: TargetId| &self.route(ask).targets[id];
         let closed = |id: TargetId| {
             let t = target(id);
             self.upstream(t).check_out(now, || t.key(ask.model), turn)
         };
-        for _ in 0..=all.members().len() {
+        for _ in 0..=schedule.members().len() {
             let own = waited.as_ref().map(|(backend, _)| *backend);
             let has_room = |id: TargetId| match closed(id) {
+                _ if tried.contains(&id) => false,
                 Err(Closed::Full) => own == Some(target(id).backend),
                 closed => closed.is_ok(),
             };
-            let least = all.least_loaded(|id, weight| {
+            let least = schedule.least_loaded(turns, |id, weight| {
                 let b = self.upstream(target(id));
                 has_room(id).then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
             });
@@ -299,8 +314,11 @@ impl Snapshot {
                 return Pick::Backend(Chosen { target: id, entered });
             }
         }
+        if !tried.is_empty() {
+            return Pick::Tried;
+        }
         let mut busy = Busy::default();
-        all.members().iter().for_each(|(id, _)| busy.note(now, target(*id).backend, closed(*id)));
+        schedule.members().iter().for_each(|(id, _)| busy.note(now, target(*id).backend, closed(*id)));
         if busy.is_empty() { Pick::Nobody } else { Pick::Busy(busy) }
     }
 
@@ -354,49 +372,95 @@ impl Snapshot {
         &self.plans[self.layout.shape_of[ask.route][class]]
     }
 
-    /// The turns in the order of priority; in the last of them are all, up or not.
-    fn tiers(&self, ask: &Ask<'_>) -> impl Iterator<Item = &Schedule> {
+    fn tier<'s>(&'s self, ask: &Ask<'_>, schedule: &'s Schedule, slot: usize, advance: bool) -> Tier<'s> {
+        let cursor = &self.layout.cursors[ask.route][slot][ask.endpoint as usize];
+        Tier { schedule, turns: Turns { cursor, advance } }
+    }
+
+    /// The tiers in the order of priority; in the last of them are all targets, up or not. `advance`: a pick takes a
+    /// turn.
+    fn tiers<'s>(&'s self, ask: &Ask<'s>, advance: bool) -> impl Iterator<Item = Tier<'s>> {
         let plan = self.plan(ask);
-        plan.tiers.iter().chain([&plan.all]).map(|tier| &**tier)
+        let schedules = plan.tiers.iter().chain([&plan.all]).enumerate();
+        schedules.map(move |(slot, schedule)| self.tier(ask, schedule, slot, advance))
+    }
+
+    /// All targets with a weight, up or not.
+    fn all<'s>(&'s self, ask: &Ask<'s>, advance: bool) -> Tier<'s> {
+        let plan = self.plan(ask);
+        self.tier(ask, &plan.all, plan.tiers.len(), advance)
+    }
+
+    /// The targets of `id`'s backend in its tier, where there are several.
+    fn mates<'s>(&'s self, ask: &Ask<'s>, id: TargetId, advance: bool) -> Option<Tier<'s>> {
+        let (schedule, slot) = self.plan(ask).mates[id].as_ref()?;
+        Some(self.tier(ask, schedule, *slot, advance))
     }
 
     /// One of a tier's targets, by the strategy. Two of them may be models of one backend, which then share what it has
     /// in flight, by their weights.
     fn choose(
         &self,
-        tier: &Schedule,
+        tier: Tier<'_>,
         now: Nanos,
         ask: &Ask<'_>,
         eligible: impl Fn(TargetId) -> bool,
     ) -> Option<TargetId> {
-        let upstream = |id: TargetId| self.upstream(&self.route(ask).targets[id]);
-        let mates = |id: TargetId| self.plan(ask).mates[id].as_deref();
-        let sum = |turns: &Schedule, counts: &dyn Fn(TargetId) -> bool| -> u32 {
-            turns.members().iter().filter(|m| counts(m.0)).map(|m| m.1).sum()
-        };
         match (self.config.strategy, ask.affinity) {
-            (Strategy::PrefixHash, Some(key)) => tier.by_affinity(key, |id| {
-                let share = |n: usize| match mates(id) {
-                    None => n,
-                    Some(turns) => {
-                        let weight = self.route(ask).targets[id].weight;
-                        (n as u64 * u64::from(weight) / u64::from(sum(turns, &|_| true).max(1))) as usize
-                    }
-                };
-                eligible(id).then(|| (self.identity(ask, id), share(upstream(id).in_flight())))
-            }),
-            (Strategy::LeastLoaded, _) => {
-                let least = tier.least_loaded(|id, weight| {
-                    let b = upstream(id);
-                    // A model that cools leaves its share to all others, not to its mate.
-                    let weight = || mates(id).map_or(weight, |turns| sum(turns, &eligible));
-                    let load =
-                        || load(b.in_flight(), weight(), b.live.penalty.at(now), b.live.breaker.up_for(now));
-                    eligible(id).then(load)
-                })?;
-                mates(least).map_or(Some(least), |turns| turns.round_robin(&eligible))
+            (Strategy::PrefixHash, Some(key)) => self.choose_by_affinity(tier, ask, key, eligible),
+            (Strategy::LeastLoaded, _) => self.choose_least_loaded(tier, now, ask, eligible),
+            (Strategy::RoundRobin | Strategy::PrefixHash, _) => {
+                let id = tier.schedule.round_robin(tier.turns, &eligible)?;
+                match self.mates(ask, id, true).filter(|_| !tier.turns.advance) {
+                    // Without a turn taken, the same one of a backend's models would come each time.
+                    Some(mates) => mates.schedule.round_robin(mates.turns, eligible),
+                    None => Some(id),
+                }
             }
-            (Strategy::RoundRobin | Strategy::PrefixHash, _) => tier.round_robin(eligible),
+        }
+    }
+
+    fn choose_by_affinity(
+        &self,
+        tier: Tier<'_>,
+        ask: &Ask<'_>,
+        key: u64,
+        eligible: impl Fn(TargetId) -> bool,
+    ) -> Option<TargetId> {
+        tier.schedule.by_affinity(key, |id| {
+            let share = |n: usize| match self.mates(ask, id, false) {
+                None => n,
+                Some(mates) => {
+                    let weight = self.route(ask).targets[id].weight;
+                    let sum = weight_of(mates.schedule, |_| true).max(1);
+                    (n as u64 * u64::from(weight) / u64::from(sum)) as usize
+                }
+            };
+            let in_flight = || self.upstream(&self.route(ask).targets[id]).in_flight();
+            eligible(id).then(|| (self.identity(ask, id), share(in_flight())))
+        })
+    }
+
+    fn choose_least_loaded(
+        &self,
+        tier: Tier<'_>,
+        now: Nanos,
+        ask: &Ask<'_>,
+        eligible: impl Fn(TargetId) -> bool,
+    ) -> Option<TargetId> {
+        let least = tier.schedule.least_loaded(tier.turns, |id, weight| {
+            let b = self.upstream(&self.route(ask).targets[id]);
+            // A model that cools leaves its share to all others, not to its mate.
+            let mates = || self.mates(ask, id, false).map(|mates| weight_of(mates.schedule, &eligible));
+            let load = || {
+                let weight = mates().unwrap_or(weight);
+                load(b.in_flight(), weight, b.live.penalty.at(now), b.live.breaker.up_for(now))
+            };
+            eligible(id).then(load)
+        })?;
+        match self.mates(ask, least, tier.turns.advance) {
+            Some(mates) => mates.schedule.round_robin(mates.turns, eligible),
+            None => Some(least),
         }
     }
 
@@ -409,22 +473,34 @@ impl Snapshot {
     }
 
     fn why_nobody(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
-        if !tried.is_empty() {
-            return Pick::Tried;
-        }
-        let (mut busy, mut out) = (Busy::default(), false);
+        let mut busy = Busy::default();
+        let (mut is_up, mut is_ejected, mut is_refused) = (false, false, false);
         for (id, _) in self.plan(ask).all.members() {
-            let backend = self.route(ask).targets[*id].backend;
             let closed = self.check(now, ask, *id, turn);
-            out |= closed == Err(Closed::Out(Status::Ejected));
-            busy.note(now, backend, closed);
+            let is_tried = tried.contains(id);
+            match closed {
+                Err(Closed::Out(Status::Misconfigured)) => is_refused = true,
+                // One that was tried and is out does not count as up.
+                Err(Closed::Out(_)) => is_ejected |= !is_tried,
+                _ => is_up = true,
+            }
+            if !is_tried {
+                busy.note(now, self.route(ask).targets[*id].backend, closed);
+            }
         }
-        match busy.is_empty() {
-            true if out => Pick::Out,
-            true => Pick::Nobody,
-            false => Pick::Busy(busy),
+        match () {
+            () if is_ejected && !is_up => Pick::Out,
+            () if !tried.is_empty() => Pick::Tried,
+            () if !busy.is_empty() => Pick::Busy(busy),
+            () if is_refused => Pick::KeysRefused,
+            () => Pick::Nobody,
         }
     }
+}
+
+/// What the members of a schedule that count weigh together.
+fn weight_of(schedule: &Schedule, counts: impl Fn(TargetId) -> bool) -> u32 {
+    schedule.members().iter().filter(|m| counts(m.0)).map(|m| m.1).sum()
 }
 
 impl Busy {
@@ -452,7 +528,8 @@ impl Busy {
 }
 
 impl Layout {
-    fn new(config: &Config, backends: &[Arc<Upstream>]) -> Self {
+    /// `before`: the layout that this one replaces, of backends of the same names; turns of the same routes go on.
+    fn new(config: &Config, backends: &[Arc<Upstream>], before: Option<&Layout>) -> Self {
         let serves = |b: &crate::config::Backend| Serves {
             models: b.models.clone(),
             default_model: b.default_model.clone(),
@@ -480,8 +557,24 @@ impl Layout {
             [false, true]
                 .map(|others| intern(Shape::new(route, |t| !others || backends[t.backend].serves_all())))
         });
-        let shape_of = shape_of.collect();
-        Layout { table, watch, drops, shapes, shape_of }
+        let shape_of: Vec<[usize; 2]> = shape_of.collect();
+        let shapes_of = |layout: &Layout, route: RouteId| {
+            Some(layout.shape_of.get(route)?.map(|shape| layout.shapes[shape].clone()))
+        };
+        let mut layout = Layout { table, watch, drops, shapes, shape_of, cursors: Vec::new() };
+        let cursors = |route: RouteId| {
+            let slots = layout.shape_of[route].map(|shape| layout.shapes[shape].slots());
+            let known = before.filter(|b| shapes_of(b, route) == shapes_of(&layout, route));
+            let cursor = |slot: usize, endpoint: usize| {
+                let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][slot][endpoint]));
+                resumed.unwrap_or_default()
+            };
+            (0..slots[0].max(slots[1]))
+                .map(|slot| std::array::from_fn(|endpoint| cursor(slot, endpoint)))
+                .collect()
+        };
+        layout.cursors = (0..layout.shape_of.len()).map(cursors).collect();
+        layout
     }
 }
 
@@ -494,47 +587,65 @@ impl Shape {
         };
         Shape(route.targets.iter().map(place).collect())
     }
+
+    /// Those that take requests.
+    fn weighted(&self) -> impl Iterator<Item = TargetId> {
+        (0..self.0.len()).filter(|id| self.0[*id].weight > 0)
+    }
+
+    /// Priorities in use, lowest first.
+    fn priorities(&self) -> BTreeSet<u32> {
+        self.weighted().map(|id| self.0[id].priority).collect()
+    }
+
+    /// Targets of one backend and priority, where there are several.
+    fn mates(&self) -> impl Iterator<Item = Vec<TargetId>> {
+        let mut by_backend = BTreeMap::<_, Vec<TargetId>>::new();
+        self.weighted()
+            .for_each(|id| by_backend.entry((self.0[id].backend, self.0[id].priority)).or_default().push(id));
+        by_backend.into_values().filter(|ids| ids.len() > 1)
+    }
+
+    /// Schedules of its plans.
+    fn slots(&self) -> usize {
+        self.priorities().len() + 1 + self.mates().count()
+    }
 }
 
 impl Plan {
-    /// `before`: the plan that this one replaces; turns whose members are the same go on.
-    fn new(Shape(places): &Shape, backends: &[Arc<Upstream>], now: Nanos, before: Option<&Plan>) -> Self {
-        let is_up = |id: &TargetId| backends[places[*id].backend].live.breaker.is_up(now);
-        let weighted = || (0..places.len()).filter(|id| places[*id].weight > 0);
-        let kept_mates: Vec<_> = before.iter().flat_map(|plan| plan.mates.iter().flatten()).collect();
-        let before: Vec<_> = before.iter().flat_map(|plan| plan.tiers.iter().chain([&plan.all])).collect();
-        let kept = |next: Schedule| {
-            let same = before.iter().find(|s| s.members() == next.members());
-            same.map_or_else(|| Arc::new(next), |s| Arc::clone(s))
+    /// `before`: the plan that this one replaces; a schedule whose members are the same is not computed again.
+    fn new(shape: &Shape, backends: &[Arc<Upstream>], now: Nanos, before: Option<&Plan>) -> Self {
+        let is_up = |id: &TargetId| backends[shape.0[*id].backend].live.breaker.is_up(now);
+        let known: Vec<&Arc<Schedule>> = before.iter().flat_map(|plan| plan.schedules()).collect();
+        let schedule = |ids: &[TargetId]| {
+            let members = || ids.iter().map(|id| (*id, shape.0[*id].weight));
+            let same = known.iter().find(|s| s.members().iter().copied().eq(members()));
+            same.map_or_else(|| Arc::new(Schedule::new(members())), |s| Arc::clone(s))
         };
-        let schedule = |ids: Vec<TargetId>| Schedule::new(ids.into_iter().map(|id| (id, places[id].weight)));
-        let mut priorities: Vec<u32> = weighted().map(|id| places[id].priority).collect();
-        priorities.sort_unstable();
-        priorities.dedup();
         let mut up = 0;
-        let tiers = priorities.into_iter().map(|priority| {
+        let tiers = shape.priorities().into_iter().map(|priority| {
             let (mut listed, rest): (Vec<_>, Vec<_>) =
-                weighted().filter(|id| places[*id].priority == priority).partition(is_up);
+                shape.weighted().filter(|id| shape.0[*id].priority == priority).partition(is_up);
             up += listed.len();
             // Nobody up: the state may change before the next rebuild, so the whole tier stays listed.
             if listed.is_empty() {
                 listed = rest;
             }
-            kept(schedule(listed))
+            schedule(&listed)
         });
-        let tiers = tiers.collect();
-        let all = kept(schedule(weighted().collect()));
-        let mut by_backend = HashMap::<_, Vec<TargetId>>::new();
-        weighted()
-            .for_each(|id| by_backend.entry((places[id].backend, places[id].priority)).or_default().push(id));
-        let mut mates = vec![None; places.len()];
-        for ids in by_backend.into_values().filter(|ids| ids.len() > 1) {
-            let next = schedule(ids.clone());
-            let same = kept_mates.iter().find(|turns| turns.members() == next.members());
-            let turns = same.map_or_else(|| Arc::new(next), |turns| Arc::clone(turns));
-            ids.into_iter().for_each(|id| mates[id] = Some(turns.clone()));
+        let tiers: Vec<_> = tiers.collect();
+        let all = schedule(&shape.weighted().collect::<Vec<_>>());
+        let mut mates = vec![None; shape.0.len()];
+        for (ids, slot) in shape.mates().zip(tiers.len() + 1..) {
+            let schedule = schedule(&ids);
+            ids.into_iter().for_each(|id| mates[id] = Some((schedule.clone(), slot)));
         }
         Plan { tiers, all, up, mates: mates.into() }
+    }
+
+    fn schedules(&self) -> impl Iterator<Item = &Arc<Schedule>> {
+        let mates = self.mates.iter().flatten().map(|(schedule, _)| schedule);
+        self.tiers.iter().chain([&self.all]).chain(mates)
     }
 }
 

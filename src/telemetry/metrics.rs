@@ -155,11 +155,12 @@ impl BackendLane {
 }
 
 /// What a try can fail with: the values of `reason` and `kind` in families labelled by backend.
-const KINDS: [Code; 7] = [
+const KINDS: [Code; 8] = [
     Code::UpstreamAuthError,
     Code::UpstreamError,
     Code::UpstreamInvalidResponse,
     Code::UpstreamRateLimited,
+    Code::UpstreamRefused,
     Code::UpstreamTimeout,
     Code::UpstreamTlsError,
     Code::UpstreamUnreachable,
@@ -272,7 +273,7 @@ fn gateway(e: &mut Encoder, shared: &Shared) {
     e.family("zap_rejected_total", "counter", "Requests that Zap refused.");
     for code in Code::ALL {
         let n = sum(lanes, |l| l.rejected[code as usize].get());
-        if code != Code::UpstreamError {
+        if !code.is_label() {
             e.sample("zap_rejected_total", &[("reason", code.text())], n);
         }
     }

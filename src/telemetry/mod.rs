@@ -227,8 +227,8 @@ pub struct Completion {
     pub tries: u32,
     /// Backend and outcome of every try that failed.
     pub failed: Vec<(Arc<Upstream>, Code)>,
-    /// Candidates that were passed over, and why; kept only where requests are logged.
-    pub passed: Vec<(Arc<Upstream>, Passed)>,
+    /// Candidates that were passed over, why, and when Zap looked; kept only where requests are logged.
+    pub passed: Vec<(Arc<Upstream>, Passed, Nanos)>,
     /// Time in the queue, if it was queued.
     pub queued: Option<Nanos>,
     /// Time spent waiting for others: the client's body, the queue, upstreams, backoff.
@@ -278,14 +278,15 @@ impl Completion {
         &self.recorder
     }
 
-    /// Notes that a candidate was passed over, each once for each kind of reason.
-    pub fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed) {
+    /// Notes that a candidate was passed over at `now`, each once for each kind of reason.
+    pub fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed, now: Nanos) {
         let kind = |why: &Passed| match why {
             Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
             Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
         };
-        if !self.passed.iter().any(|(b, known)| b.live.id == backend.live.id && kind(known) == kind(&why)) {
-            self.passed.push((backend.clone(), why));
+        if !self.passed.iter().any(|(b, known, _)| b.live.id == backend.live.id && kind(known) == kind(&why))
+        {
+            self.passed.push((backend.clone(), why, now));
         }
     }
 
@@ -357,10 +358,10 @@ impl Completion {
             let _ = write!(out, ",\"{}\"]", self.status);
         }
         out.push_str("],\"passed\":[");
-        for (i, (backend, why)) in self.passed.iter().enumerate() {
+        for (i, (backend, why, looked)) in self.passed.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
             push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"]", reason(*why, self.started));
+            let _ = write!(out, ",\"{}\"]", reason(*why, *looked));
         }
         let _ = write!(
             out,

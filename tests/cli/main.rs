@@ -430,6 +430,39 @@ fn a_line_names_who_called_and_every_candidate_that_was_passed_over() {
 }
 
 #[test]
+fn a_line_says_how_long_a_candidate_cooled_when_zap_looked() {
+    let busy = provider(
+        "HTTP/1.1 429 X\r\nretry-after: 30\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        Duration::ZERO,
+    );
+    let slow = provider(OK, Duration::from_millis(1_500));
+    let text = [
+        config(slow, "[queue]\nmax_in_flight = 1"),
+        format!("[[backends]]\nname = \"busy\"\nurl = \"http://{busy}\"\nweight = 9\n"),
+    ]
+    .concat();
+    let zap = Running::with(&text);
+    let address = zap.address;
+    let first = std::thread::spawn(move || ask(address, "POST /chat HTTP/1.1\r\nx-request-id: first.", CHAT));
+    // The second waits in the queue while the first is served.
+    let is_queued = || ask(address, "GET /status HTTP/1.1", "").contains("\"queue_depth\":1");
+    let second =
+        std::thread::spawn(move || ask(address, "POST /chat HTTP/1.1\r\nx-request-id: second.", CHAT));
+    while !is_queued() {
+        assert!(!first.is_finished(), "the second did not wait");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(first.join().unwrap().ends_with("ok") && second.join().unwrap().ends_with("ok"));
+    let lines = ["first.", "second."].map(|id| zap.line(id));
+    let line = lines.iter().find(|line| line.contains("cooling")).expect("one of them found it cooling");
+    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    let cooling = line["passed"].as_array().unwrap().iter().find(|p| p[0] == "busy").unwrap();
+    let secs = cooling[1].as_str().unwrap().trim_start_matches("cooling ").trim_end_matches('s');
+    let (secs, queued) = (secs.parse::<f64>().unwrap(), line["queue_ms"].as_f64().unwrap() / 1e3);
+    assert!(queued > 1.0 && secs < 30.3 - queued, "{line}");
+}
+
+#[test]
 fn events_can_be_json_and_requests_can_be_silent() {
     let text = config(provider(OK, Duration::ZERO), "[log]\nrequests = false\nevents = \"json\"");
     let mut zap = Running::with(&text);

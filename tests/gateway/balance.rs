@@ -30,6 +30,41 @@ fn round_robin_follows_the_smooth_order() {
 }
 
 #[test]
+fn a_backend_that_fails_keeps_its_share_of_first_tries() {
+    let (a, b) = (Provider::fixed(500, "", "a failed"), Provider::named("b"));
+    let settings = "[health]\nfailure_threshold = 1000\n[retry]\nbudget_percent = 100";
+    let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "")]);
+    let mut client = zap.client();
+    (0..120).for_each(|_| assert_eq!(client.chat("", CHAT).text(), "b"));
+    assert_eq!(a.count(), 60);
+}
+
+#[test]
+fn endpoints_and_routes_take_turns_of_their_own() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let served = "models = [\"m\", \"n\"]";
+    let zap = Zap::with("", &[a.backend("a", served), b.backend("b", served)]);
+    let mut client = zap.client();
+    let mut ask = |path: &str, body: &str| {
+        client.post(path, "", body);
+        client.response().text().to_owned()
+    };
+    let mut served = HashMap::<_, usize>::new();
+    for _ in 0..10 {
+        for (path, body) in [
+            ("/v1/chat/completions", r#"{"model":"m","messages":[]}"#),
+            ("/v1/embeddings", r#"{"model":"m","input":"x"}"#),
+            ("/v1/chat/completions", r#"{"model":"n","messages":[]}"#),
+            ("/v1/moderations", r#"{"model":"n","input":"x"}"#),
+        ] {
+            *served.entry((path, body, ask(path, body))).or_default() += 1;
+        }
+    }
+    assert_eq!(served.len(), 8, "{served:?}");
+    assert!(served.values().all(|n| *n == 5), "{served:?}");
+}
+
+#[test]
 fn least_loaded_asks_whoever_serves_fewest() {
     let gate = Gate::default();
     let (held, free) = (gate.clone(), Provider::named("free"));

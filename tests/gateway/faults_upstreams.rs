@@ -113,7 +113,8 @@ fn is_interruption(text: &str) -> bool {
 #[test]
 fn u01_a_refused_connection_costs_no_delay_and_alone_is_a_502() {
     let b = Provider::named("b");
-    let zap = Zap::with(SLOW, &[backend(Provider::nobody(), "a", "weight = 9"), b.backend("b", "")]);
+    // Nine first tries in a row are for a: retries take none of its turns.
+    let zap = Zap::with(SLOW, &[backend(Provider::nobody(), "a", "weight = 100"), b.backend("b", "")]);
     let mut client = zap.client();
     let ask = |_| {
         let (answer, took) = timed(|| client.chat("", CHAT));
@@ -839,7 +840,11 @@ fn u17_a_key_that_is_refused_shows_nowhere() {
 
         let zap = Zap::with(QUICK, &[a.backend("a", key)]);
         let answer = zap.chat(CHAT);
-        assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"), "{status}");
+        if status == 401 {
+            assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"));
+        } else {
+            assert_eq!((answer.status, answer.text()), (status, "bad key ***"), "as it came");
+        }
         assert!(!format!("{:?}", answer.headers).contains("CANARY"), "{status}");
         assert!(!answer.text().contains("CANARY"), "{status}");
         for path in ["/metrics", "/status"] {

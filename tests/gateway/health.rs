@@ -1,9 +1,10 @@
 //! Who is asked whether it lives, and what follows.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::support::provider::{After, Gate, reply};
-use crate::support::{CHAT, Provider, Zap, eventually};
+use crate::support::provider::{After, Gate, end_chunks, reply, start_events, wait_closed};
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 fn state(zap: &Zap, i: usize) -> String {
     zap.client().get("/status").json()["backends"][i]["state"].as_str().unwrap().to_owned()
@@ -64,6 +65,58 @@ fn no_probe_is_sent_while_real_traffic_goes_well() {
     eventually("probes begin again", || a.probes().len() > 1);
 }
 
+/// Whether a backend of these `answers` to chats is checked on and goes out when its checks fail.
+fn is_found_out(answers: impl Fn(&mut TcpStream) -> After + Send + Sync + 'static, body: &str) {
+    let a = Provider::start(move |_, stream| answers(stream));
+    let settings = format!("{FAST}failure_threshold = 2\n[retry]\nmax_retries = 0");
+    let zap = Zap::with(&settings, &[a.backend("a", "")]);
+    eventually("it was checked", || !a.probes().is_empty());
+    a.set_health(503);
+    let ends = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !ends.load(Ordering::Relaxed) {
+                let mut client = zap.client();
+                client.post("/chat", "", body);
+                let _ = client.head();
+                // It leaves before any content.
+            }
+        });
+        eventually("it is out", || state(&zap, 0) == "ejected");
+        ends.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn a_head_without_a_body_that_ends_whole_is_no_success() {
+    // Silence behind a good head, and clients that give up.
+    is_found_out(
+        |stream| {
+            start_events(stream);
+            wait_closed(stream);
+            After::Close
+        },
+        STREAM,
+    );
+    // Streams that end at once, without a byte.
+    is_found_out(
+        |stream| {
+            start_events(stream);
+            end_chunks(stream);
+            After::Keep
+        },
+        STREAM,
+    );
+    // An error of the client says nothing about the backend.
+    is_found_out(
+        |stream| {
+            reply(stream, 404, "", b"{}");
+            After::Keep
+        },
+        CHAT,
+    );
+}
+
 #[test]
 fn failing_chats_take_a_backend_out_although_its_probes_are_fine() {
     let a = Provider::fixed(500, "", "a failed");
@@ -120,6 +173,33 @@ fn a_failure_that_is_delivered_is_no_success() {
         assert_eq!(zap.chat(CHAT).status, 500);
         a.probes().len() >= 3
     });
+}
+
+#[test]
+fn where_all_are_out_the_others_are_asked_too() {
+    let failing = Provider::fixed(500, "", "a failed");
+    let b = Provider::named("b");
+    let gone = crate::support::provider::backend(Provider::nobody(), "c", "weight = 50");
+    // A long backoff would show.
+    failing.set_health(500);
+    b.set_health(500);
+    let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n\
+        [retry]\nbase_delay_ms = 600000\nmax_delay_ms = 600000";
+    let backends = [failing.backend("a", "weight = 100"), b.backend("b", ""), gone];
+    let zap = Zap::with(settings, &backends);
+    (0..3).for_each(|i| eventually("it is out", || state(&zap, i) == "ejected"));
+    for _ in 0..4 {
+        assert_eq!(zap.chat(CHAT).text(), "b");
+    }
+    assert!(failing.count() > 0, "it was the least bad at first");
+    zap.is_clean();
+
+    // No further than max_retries; then the last answer as it came.
+    let (a, b) = (Provider::fixed(500, "", "a failed"), Provider::fixed(502, "", "b failed"));
+    let zap = all_out(&[a.backend("a", ""), b.backend("b", "")], &[&a, &b]);
+    let answer = zap.chat(CHAT);
+    assert!([500, 502].contains(&answer.status), "{}", answer.status);
+    assert_eq!((answer.header("x-zap-attempts"), a.count(), b.count()), (Some("2"), 1, 1));
 }
 
 /// Zap with backends that are out.

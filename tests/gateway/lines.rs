@@ -62,6 +62,28 @@ fn who_waits_for_two_takes_whichever_has_room_first() {
 }
 
 #[test]
+fn who_waits_for_a_full_backend_is_served_by_one_that_comes_back() {
+    let gate = Gate::default();
+    let (a, b) = (Provider::named("a"), gated(&gate));
+    a.set_health(503);
+    let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1";
+    let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "max_in_flight = 1")]);
+    eventually("a is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    let mut first = zap.client();
+    first.post("/chat", "", CHAT);
+    eventually("b is full", || gate.waiting() == 1);
+    let mut waiting: Vec<_> = (0..3).map(|_| zap.client()).collect();
+    waiting.iter_mut().for_each(|client| client.post("/chat", "", CHAT));
+    eventually("three wait", || zap.metric("zap_queue_depth") == 3.0);
+    a.set_health(200);
+    waiting.iter_mut().for_each(|client| assert_eq!(client.response().text(), "a"));
+    assert_eq!(b.count(), 1, "b is full as before");
+    gate.open(1);
+    assert_eq!(first.response().status, 200);
+    zap.is_clean();
+}
+
+#[test]
 fn who_leaves_the_line_gives_its_place_to_the_next() {
     let gate = Gate::default();
     let a = gated(&gate);

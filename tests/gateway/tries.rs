@@ -212,19 +212,71 @@ fn a_backend_cools_for_the_model_that_was_refused_and_serves_the_others() {
 
 #[test]
 fn a_key_that_is_refused_is_zaps_trouble_not_the_clients() {
-    for status in [401, 402, 403] {
-        let a = Provider::fixed(status, "", "bad key sk-CANARY");
-        let b = Provider::named("b");
-        let zap = Zap::with("", &[a.backend("a", "weight = 9\napi_key = \"sk-CANARY\""), b.backend("b", "")]);
-        (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
-        assert_eq!(a.count(), 1);
-        assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "misconfigured");
+    let a = Provider::fixed(401, "", "bad key sk-CANARY");
+    let b = Provider::named("b");
+    let zap = Zap::with("", &[a.backend("a", "weight = 9\napi_key = \"sk-CANARY\""), b.backend("b", "")]);
+    (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    assert_eq!(a.count(), 1);
+    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "misconfigured");
 
-        let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
+    // An SDK's second try hears the same as its first.
+    let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
+    for attempts in ["1", "0", "0"] {
         let answer = zap.chat(CHAT);
         assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"));
-        assert_eq!(zap.chat(CHAT).code(), "no_backend");
+        assert_eq!(answer.header("x-should-retry"), Some("false"));
+        assert_eq!(answer.header("x-zap-attempts"), Some(attempts));
     }
+}
+
+#[test]
+fn a_403_or_402_is_tried_elsewhere_and_closes_nobody() {
+    for status in [402, 403] {
+        // Only one client's request is flagged.
+        let picky = || {
+            Provider::start(move |seen, stream| {
+                match String::from_utf8_lossy(&seen.body).contains("flagged") {
+                    true => reply(stream, status, "x-own: 1\r\n", b"not that"),
+                    false => reply(stream, 200, "", b"ok"),
+                }
+                After::Keep
+            })
+        };
+        let flagged = r#"{"messages":["flagged"]}"#;
+        let (a, b) = (picky(), picky());
+        let key = "api_key = \"sk-CANARY\"";
+        let settings = "[health]\nfailure_threshold = 1\ninterval_secs = 600";
+        let zap = Zap::with(settings, &[a.backend("a", key), b.backend("b", key)]);
+        for _ in 0..5 {
+            let answer = zap.chat(flagged);
+            assert_eq!(
+                (answer.status, answer.text(), answer.header("x-own")),
+                (status, "not that", Some("1"))
+            );
+            assert_eq!(answer.header("x-zap-attempts"), Some("2"), "each is asked once");
+        }
+        let served: Vec<_> = (0..4).map(|_| zap.chat(CHAT)).collect();
+        assert!(served.iter().all(|r| r.header("x-zap-attempts") == Some("1")));
+        let states = &zap.client().get("/status").json()["backends"];
+        assert_eq!((&states[0]["state"], &states[1]["state"]), (&"healthy".into(), &"healthy".into()));
+        assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_refused\"}"), 5.0);
+
+        let c = Provider::named("c");
+        let zap = Zap::with(settings, &[a.backend("a", "weight = 9"), c.backend("c", "")]);
+        assert_eq!(zap.chat(flagged).text(), "c", "another serves it");
+        zap.is_clean();
+    }
+}
+
+#[test]
+fn the_last_answer_that_came_is_delivered_although_the_last_try_got_none() {
+    let a = Provider::fixed(403, "", "not that");
+    let gone = || backend(Provider::nobody(), "b", "");
+    let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), gone()]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text(), answer.header("x-zap-backend")), (403, "not that", Some("a")));
+    assert_eq!(answer.header("x-zap-attempts"), Some("3"));
+    zap.is_clean();
 }
 
 #[test]
