@@ -20,10 +20,11 @@ use zap::config::{Config, LogFormat};
 use zap::policy::Nanos;
 use zap::policy::balance::{Cursor, Schedule, Turns};
 use zap::policy::breaker::{Breaker, Status, Thresholds};
+use zap::policy::choose;
 use zap::policy::limit::{Limiter, WINDOW};
 use zap::policy::queue::Admission;
 use zap::state::Shared;
-use zap::state::snapshot::Ask;
+use zap::state::snapshot::{Ask, View};
 use zap::telemetry::Endpoint;
 use zap::telemetry::log::Log;
 
@@ -146,7 +147,17 @@ fn pick(c: &mut Criterion) {
                 let model = ["llama-8b", "llama-3.3-70b", "some-other"][i as usize % 3];
                 let route = snapshot.table().find(Some(model), true).unwrap_or_default();
                 let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity: Some(i) };
-                black_box(snapshot.pick(i, &ask, &[], None));
+                let view = View {
+                    snapshot: &snapshot,
+                    ask: &ask,
+                    now: i,
+                    turn: None,
+                    granted: None,
+                    stands_in_line: false,
+                };
+                let place = choose::pick(&view, &[])
+                    .and_then(|id| snapshot.upstream(&snapshot.route(&ask).targets[id]).enter(i, None));
+                black_box(place);
             });
         }
         group.finish();

@@ -13,11 +13,12 @@ use crate::clock;
 use crate::error::GatewayError;
 use crate::policy::Nanos;
 use crate::policy::balance::BackendId;
+use crate::policy::dispatch::Busy;
 use crate::policy::queue::{Entry, Place, QueueFull, Slot};
 use crate::policy::quota::{LEEWAY, Turn};
 use crate::server::alarm::Elapsed;
 use crate::server::io::Conn;
-use crate::state::snapshot::{Busy, Snapshot};
+use crate::state::snapshot::Snapshot;
 use crate::telemetry::{Completion, Phase};
 use crate::upstream::InLine;
 
@@ -89,8 +90,11 @@ impl Line {
         !self.places.is_empty()
     }
 
-    /// Leaves all lines, as `backend` is asked now.
-    pub fn served(&mut self, backend: BackendId) {
+    /// Leaves all lines where the request has `entered` a backend.
+    pub fn served(&mut self, backend: BackendId, entered: bool) {
+        if !entered {
+            return;
+        }
         if let Some((_, line)) = self.quota.take_if(|(id, _)| *id == backend) {
             line.served();
         }

@@ -11,13 +11,14 @@ use super::body::Body;
 use crate::clock;
 use crate::error::GatewayError;
 use crate::policy::breaker::Status;
+use crate::policy::choose::Closed;
 use crate::policy::route::{Listed, MAX_NAME};
 use crate::policy::{Nanos, SECOND};
 use crate::state::Shared;
 use crate::state::clients::Client;
 use crate::state::snapshot::Snapshot;
 use crate::telemetry::{encode, metrics};
-use crate::upstream::{Closed, Upstream};
+use crate::upstream::Upstream;
 
 /// `/health`: the process lives.
 pub fn health() -> Response<Body> {

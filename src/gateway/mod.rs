@@ -35,7 +35,7 @@ use self::once::is_event_stream;
 use self::relay::{Held, Redactor, RelayBody, Shape};
 use crate::clock;
 use crate::config::{Server, Strategy};
-use crate::error::GatewayError;
+use crate::error::{Code, GatewayError};
 use crate::policy::fields::Model;
 use crate::policy::limit::Decision;
 use crate::policy::{SECOND, headers};
@@ -45,7 +45,9 @@ use crate::server::worker::{Load, Upload};
 use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
 use crate::telemetry::{Completion, End, Endpoint, Recorder};
+use crate::upstream::Upstream;
 use crate::upstream::pool::Pool;
+use crate::upstream::probe::announce;
 
 /// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
 const MAX_REFUSED_LINES: u32 = 10;
@@ -369,6 +371,21 @@ impl Gateway {
         completion.is_noise = n > MAX_REFUSED_LINES;
         let response = self.refuse(&GatewayError::BadRequest(why), &mut completion);
         self.finish(response, completion, None, conn)
+    }
+
+    /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
+    pub fn account(&self, upstream: &Upstream, code: Code, blame: bool) {
+        if code != Code::UpstreamRedirect {
+            upstream.lanes[self.recorder.worker].failed(code);
+        }
+        upstream.note_error(code);
+        if !blame {
+            return;
+        }
+        upstream.live.penalty.add(clock::now());
+        if let Some(change) = upstream.live.breaker.failure(self.snapshot().thresholds()) {
+            announce(self.shared(), upstream, change, "a request");
+        }
     }
 
     /// What all workers share.

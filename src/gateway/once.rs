@@ -10,19 +10,19 @@ use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::response::Parts;
 
-use super::attempt::{self, Attempts, Failed, Left};
+use super::attempt::{Attempts, Kept};
 use super::bug;
 use crate::clock;
-use crate::error::{Code, GatewayError};
+use crate::error::Code;
+use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
 use crate::policy::patch::{slices, splices};
-use crate::policy::retry::{Outcome, cooling, judge};
+use crate::policy::retry::cooling;
 use crate::policy::route::TargetId;
 use crate::policy::{Nanos, advertised, headers};
 use crate::server::alarm::Elapsed;
 use crate::telemetry::Phase;
 use crate::upstream::link::{Link, Message, write_header};
 use crate::upstream::pool::{Lease, Pool};
-use crate::upstream::probe::announce;
 use crate::upstream::send::{Answer, SendError, Step, send};
 use crate::upstream::{InFlight, Upstream};
 
@@ -32,42 +32,59 @@ const HEAD_ROOM: usize = 768;
 /// An answer worth delivering.
 type Good = (Parts, Lease, InFlight, Option<Bytes>);
 
+/// The answer of a try that failed, if it is kept.
+type Bad = Option<Box<Kept>>;
+
 impl Attempts<'_> {
-    /// One try at one backend, which may last until `limit`.
+    /// One try at one target, which may last until `limit`.
     pub(super) async fn try_one(
         &mut self,
         target: TargetId,
         entered: InFlight,
         limit: Nanos,
-    ) -> Result<Good, Box<Failed>> {
-        let upstream = entered.upstream().clone();
+        dispatch: &mut Dispatch,
+    ) -> Result<Good, Bad> {
         self.completion.tries += 1;
         self.completion.phase = Phase::Waiting;
         bug::here("try", &self.completion.request_id);
         let mut begun = None;
-        let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool()), &mut begun).await;
-        if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, limit, None, &mut begun).await;
-        }
-        if self.gateway.is_cut() {
-            return Err(Box::new(cut()));
-        }
-        let mut result = match answer {
-            Ok(answer) => self.judge(target, answer, entered, limit).await,
-            Err(SendError::Broken(code)) => Err(broken(code)),
-            Err(SendError::Silent) => Err(silent()),
-            Err(SendError::Exhausted) => Err(Failed { blame: false, ..broken(Code::UpstreamUnreachable) }),
-            Err(SendError::Stale) => Err(broken(Code::UpstreamUnreachable)),
-        };
+        let result = self.exchange(target, entered, limit, dispatch, &mut begun).await;
         self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
-        if let Err(failed) = &mut result {
-            self.note(&upstream, failed);
-            if let Left::Answer(answer) = &mut failed.left {
-                // The next try may be for this one again.
-                answer.entered.leave_place();
-            }
+        result
+    }
+
+    /// Sends the request, once more where the connection was stale, and judges what comes.
+    async fn exchange(
+        &mut self,
+        target: TargetId,
+        entered: InFlight,
+        limit: Nanos,
+        dispatch: &mut Dispatch,
+        begun: &mut Option<Nanos>,
+    ) -> Result<Good, Bad> {
+        let upstream = entered.upstream().clone();
+        let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool()), begun).await;
+        if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
+            answer = self.ask_once(target, &entered, limit, None, begun).await;
         }
-        result.map_err(Box::new)
+        let event = match answer {
+            _ if self.gateway.is_cut() => Event::Cut,
+            Ok(answer) => {
+                let (head, mut lease, entered) = self.judge(target, answer, entered, dispatch)?;
+                match self.first_frame(&head, &mut lease, limit).await {
+                    Ok(first) => return Ok((head, lease, entered, first)),
+                    Err(event) => event,
+                }
+            }
+            Err(SendError::Broken(code)) => Event::Broke(code),
+            Err(SendError::Silent) => Event::TimedOut,
+            Err(SendError::Exhausted) => Event::Exhausted,
+            Err(SendError::Stale) => Event::Broke(Code::UpstreamUnreachable),
+        };
+        if let Verdict::Failed(failure) = dispatch.on(event) {
+            self.account(&upstream, failure);
+        }
+        Err(None)
     }
 
     /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection where there is no
@@ -119,59 +136,53 @@ impl Attempts<'_> {
         Message { head, body }
     }
 
-    /// Judges an answer by its status; of one that is delivered and no stream, waits for the first frame too.
-    async fn judge(
+    /// Judges an answer by its status; one that is not delivered is kept where it may be wanted still.
+    fn judge(
         &mut self,
         target: TargetId,
         answer: Answer,
-        entered: InFlight,
-        limit: Nanos,
-    ) -> Result<Good, Failed> {
-        let Answer { head, mut lease } = answer;
-        let upstream = entered.upstream();
+        mut entered: InFlight,
+        dispatch: &mut Dispatch,
+    ) -> Result<(Parts, Lease, InFlight), Bad> {
+        let Answer { head, lease } = answer;
+        let upstream = entered.upstream().clone();
         if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now) {
             self.cool(target, span);
         }
-        let fail = |code, head, lease, entered| {
-            let left = Left::Answer(Box::new(attempt::Answer { head, lease, entered }));
-            Failed { code, blame: false, fatal: false, once: false, left }
+        let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
+        let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else {
+            return Ok((head, lease, entered));
         };
-        match judge(head.status.as_u16(), upstream.conf.api_key.is_some()) {
-            Outcome::Deliver => {}
-            Outcome::Failure => {
-                return Err(Failed { blame: true, ..fail(Code::UpstreamError, head, lease, entered) });
-            }
-            Outcome::Refused => {
-                return Err(Failed { once: true, ..fail(Code::UpstreamRefused, head, lease, entered) });
-            }
-            Outcome::Busy => {
-                self.cool(target, cooling(&head.headers, SystemTime::now()));
-                return Err(fail(Code::UpstreamRateLimited, head, lease, entered));
-            }
-            Outcome::BadKey => {
-                if upstream.live.breaker.bad_key(clock::now()) {
-                    let text =
-                        format!("{} answered {} to its api_key", upstream.name(), head.status.as_u16());
-                    self.gateway.shared().log.event("error", "backend_misconfigured", &text);
-                    self.gateway.shared().fleet_changed.notify_one();
-                }
-                let left = Left::Error(GatewayError::UpstreamAuth);
-                return Err(Failed { blame: false, left, ..broken(Code::UpstreamAuthError) });
-            }
-            Outcome::Redirect => {
-                let left = Left::Error(GatewayError::UpstreamRedirect);
-                return Err(Failed { blame: false, fatal: true, left, ..broken(Code::UpstreamRedirect) });
-            }
+        match failure.mark {
+            Some(Mark::Cool) => self.cool(target, cooling(&head.headers, SystemTime::now())),
+            Some(Mark::BadKey) => self.close_for_key(&upstream, status),
+            None => {}
         }
+        self.account(&upstream, failure);
+        if !failure.keep {
+            return Err(None);
+        }
+        // The next try may be for this target again.
+        entered.leave_place();
+        Err(Some(Box::new(Kept { head, lease, entered, number: self.completion.tries })))
+    }
+
+    /// The first frame of an answer that is no stream of events, so that one which breaks there can be tried again.
+    async fn first_frame(
+        &self,
+        head: &Parts,
+        lease: &mut Lease,
+        limit: Nanos,
+    ) -> Result<Option<Bytes>, Event> {
         if is_event_stream(&head.headers) || lease.link.is_end() {
-            return Ok((head, lease, entered, None));
+            return Ok(None);
         }
         let frame = poll_fn(|cx| lease.link.poll_frame(cx));
         match self.conn.alarm.limit(limit, frame).await {
-            Ok(Some(Ok(first))) => Ok((head, lease, entered, Some(first))),
-            Ok(None) => Ok((head, lease, entered, None)),
-            Ok(Some(Err(code))) => Err(broken(code)),
-            Err(Elapsed) => Err(silent()),
+            Ok(Some(Ok(first))) => Ok(Some(first)),
+            Ok(None) => Ok(None),
+            Ok(Some(Err(code))) => Err(Event::Broke(code)),
+            Err(Elapsed) => Err(Event::TimedOut),
         }
     }
 
@@ -183,43 +194,20 @@ impl Attempts<'_> {
         self.snapshot.upstream(target).live.breaker.cool(target.key(self.ask.model), until, now);
     }
 
-    /// Counts a failed try.
-    fn note(&mut self, upstream: &Arc<Upstream>, failed: &Failed) {
-        let recorder = self.gateway.recorder();
-        if failed.code != Code::UpstreamRedirect {
-            upstream.lanes[recorder.worker].failed(failed.code);
-        }
-        upstream.note_error(failed.code);
-        self.completion.failed.push((upstream.clone(), failed.code));
-        if failed.blame {
-            upstream.live.penalty.add(clock::now());
-            if let Some(change) = upstream.live.breaker.failure(self.snapshot.thresholds()) {
-                announce(&recorder.shared, upstream, change, "a request");
-            }
+    /// The backend refuses its key: it is closed for a while.
+    fn close_for_key(&self, upstream: &Upstream, status: u16) {
+        if upstream.live.breaker.bad_key(clock::now()) {
+            let shared = self.gateway.shared();
+            let text = format!("{} answered {status} to its api_key", upstream.name());
+            shared.log.event("error", "backend_misconfigured", &text);
+            shared.fleet_changed.notify_one();
         }
     }
-}
 
-/// A try that the way out has ended: nobody's fault, and nobody is asked any more.
-fn cut() -> Failed {
-    let left = Left::Error(GatewayError::Draining);
-    Failed { code: Code::Draining, left, blame: false, fatal: true, once: true }
-}
-
-/// A try that let its time pass.
-fn silent() -> Failed {
-    Failed { once: true, ..broken(Code::UpstreamTimeout) }
-}
-
-/// A try that ended without an answer.
-fn broken(code: Code) -> Failed {
-    let error = match code {
-        Code::UpstreamInvalidResponse => GatewayError::UpstreamInvalid,
-        Code::UpstreamTimeout => GatewayError::UpstreamTimeout,
-        Code::UpstreamTlsError => GatewayError::UpstreamTls,
-        _ => GatewayError::UpstreamUnreachable,
-    };
-    Failed { code, left: Left::Error(error), blame: true, fatal: false, once: false }
+    fn account(&mut self, upstream: &Arc<Upstream>, failure: Failure) {
+        self.completion.failed.push((upstream.clone(), failure.code));
+        self.gateway.account(upstream, failure.code, failure.blame);
+    }
 }
 
 /// Whether an answer is a stream of events, whatever was asked for.

@@ -25,7 +25,6 @@ use crate::telemetry::{Completion, End};
 use crate::upstream::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
-use crate::upstream::probe::announce;
 
 /// What a relay takes over from the request.
 pub struct Held {
@@ -225,12 +224,7 @@ impl RelayBody {
             let recorder = held.completion.recorder().clone();
             if !self.gateway.is_cut() {
                 let code = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
-                upstream.lanes[recorder.worker].failed(code);
-                upstream.note_error(code);
-                upstream.live.penalty.add(clock::now());
-                if let Some(change) = upstream.live.breaker.failure(self.gateway.snapshot().thresholds()) {
-                    announce(&recorder.shared, &upstream, change, "a request");
-                }
+                self.gateway.account(&upstream, code, true);
             }
             if self.shape.is_stream {
                 recorder.lane().interrupted(Side::Upstream);

@@ -24,6 +24,10 @@ pub mod queue;
 
 pub mod balance;
 
+pub mod choose;
+
+pub mod dispatch;
+
 pub mod breaker;
 
 pub mod patch;

@@ -11,14 +11,14 @@ use super::clients::Clients;
 use crate::clock;
 use crate::config::{Config, Strategy};
 use crate::policy::Nanos;
-use crate::policy::balance::{BackendId, Cursor, Schedule, Turns, load, rendezvous};
-use crate::policy::breaker::{Status, Thresholds};
+use crate::policy::balance::{BackendId, Cursor, Schedule, rendezvous};
+use crate::policy::breaker::Thresholds;
+use crate::policy::choose::{self, Closed, Fleet, Load, Rotation};
 use crate::policy::fields::Watch;
-use crate::policy::queue::Slot;
 use crate::policy::quota::Turn;
 use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
 use crate::telemetry::Endpoint;
-use crate::upstream::{Closed, InFlight, Upstream};
+use crate::upstream::Upstream;
 
 /// The fleet and its settings; replaced as a whole.
 #[derive(Debug)]
@@ -79,13 +79,6 @@ struct Plan {
 
 type Mates = (Arc<Schedule>, usize);
 
-/// A schedule with the cursor that a request draws from.
-#[derive(Clone, Copy)]
-struct Tier<'a> {
-    schedule: &'a Schedule,
-    turns: Turns<'a>,
-}
-
 /// What a request asks for, as far as the choice of a backend goes.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask<'a> {
@@ -99,39 +92,20 @@ pub struct Ask<'a> {
     pub affinity: Option<u64>,
 }
 
-/// A target that was chosen, and the place taken there.
-#[derive(Debug)]
-pub struct Chosen {
-    /// Which of the route's targets.
-    pub target: TargetId,
-    /// The place.
-    pub entered: InFlight,
-}
-
-/// What [`Snapshot::pick`] found.
-#[derive(Debug)]
-pub enum Pick {
-    /// Ask this one.
-    Backend(Chosen),
-    /// Everybody that could be asked is busy.
-    Busy(Busy),
-    /// All that could be asked refuse the key that Zap sends.
-    KeysRefused,
-    /// Nobody can be asked: all are drained.
-    Nobody,
-    /// All that could be asked are out.
-    Out,
-    /// All that could be asked were tried.
-    Tried,
-}
-
-/// Whom one may wait for.
-#[derive(Debug, Default)]
-pub struct Busy {
-    /// The first that reopens by itself: when, who, and whether its quota is what one waits for.
-    pub opens: Option<(Nanos, BackendId, bool)>,
-    /// Those that are full, each once.
-    pub full: Vec<BackendId>,
+/// The targets of one request at one moment, as [`choose`] and [`dispatch`](crate::policy::dispatch) see them.
+pub struct View<'a> {
+    /// The fleet.
+    pub snapshot: &'a Snapshot,
+    /// What is asked for.
+    pub ask: &'a Ask<'a>,
+    /// When.
+    pub now: Nanos,
+    /// The request's turn in the line of a quota.
+    pub turn: Option<&'a Turn>,
+    /// The backend at which the request holds a place that it waited for.
+    pub granted: Option<BackendId>,
+    /// The request stands in line before a full backend.
+    pub stands_in_line: bool,
 }
 
 /// Why a candidate was passed over.
@@ -215,126 +189,13 @@ impl Snapshot {
         }
     }
 
-    /// Targets of `ask` that are up and not in `tried`; where none is up, all that are not in `tried`.
-    pub fn untried(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId]) -> usize {
-        let plan = self.plan(ask);
-        if tried.is_empty() && plan.up > 0 {
-            return plan.up;
-        }
-        let is_up = |id| self.upstream(&self.route(ask).targets[id]).live.breaker.is_up(now);
-        let untried = || plan.all.members().iter().map(|(id, _)| *id).filter(|id| !tried.contains(id));
-        match untried().filter(|id| is_up(*id)).count() {
-            0 => untried().count(),
-            up => up,
-        }
-    }
-
-    /// Chooses a target that is eligible at `now` and not in `tried`, and takes a place there.
-    pub fn pick(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
-        let eligible = |id: TargetId| !tried.contains(&id) && self.check(now, ask, id, turn).is_ok();
-        // Only a first try takes a turn.
-        for tier in self.tiers(ask, tried.is_empty()) {
-            // Another request may take the last place between the choice and the entry: then choose again.
-            for _ in 0..=tier.schedule.members().len() {
-                let Some(target) = self.choose(tier, now, ask, eligible) else { break };
-                let upstream = self.upstream(&self.route(ask).targets[target]);
-                if let Some(entered) = upstream.enter(now, turn) {
-                    return Pick::Backend(Chosen { target, entered });
-                }
-            }
-        }
-        self.why_nobody(now, ask, tried, turn)
-    }
-
-    /// Takes the place at a backend that was `waited` for, if it may still be asked for something untried.
-    pub fn pick_waited(
-        &self,
-        now: Nanos,
-        ask: &Ask<'_>,
-        tried: &[TargetId],
-        waited: &mut Option<(BackendId, Slot)>,
-        turn: Option<&Turn>,
-    ) -> Option<Chosen> {
-        let backend = waited.as_ref()?.0;
-        let eligible = |id: TargetId| {
-            let t = &self.route(ask).targets[id];
-            t.backend == backend
-                && !tried.contains(&id)
-                && self.backends[backend].check_place(now, || t.key(ask.model), turn).is_ok()
-        };
-        let target = self.tiers(ask, false).find_map(|tier| self.choose(tier, now, ask, eligible))?;
-        let place = waited.take().map(|(_, place)| place);
-        let entered = self.backends[backend].enter_at(place, now, turn)?;
-        Some(Chosen { target, entered })
-    }
-
-    /// Takes a place at the first of `order` that may be asked: the second round goes as the first went.
-    pub fn pick_in_order(&self, now: Nanos, ask: &Ask<'_>, order: &[TargetId]) -> Option<Chosen> {
-        let open = |target: &&TargetId| self.check(now, ask, **target, None).is_ok();
-        order.iter().filter(open).find_map(|target| {
-            let entered = self.upstream(&self.route(ask).targets[*target]).enter(now, None)?;
-            Some(Chosen { target: *target, entered })
-        })
-    }
-
-    /// Where all are out: of those that are not in `tried` and have room the least bad, which is the one that failed least
-    /// of late. `waited`: a place that was waited for before they went out; `turn` as in [`pick`](Self::pick).
-    pub fn pick_in_panic(
-        &self,
-        now: Nanos,
-        ask: &Ask<'_>,
-        tried: &[TargetId],
-        mut waited: Option<(BackendId, Slot)>,
-        turn: Option<&Turn>,
-    ) -> Pick {
-        let Tier { schedule, turns } = self.all(ask, tried.is_empty());
-        let target = |id: TargetId| &self.route(ask).targets[id];
-        let closed = |id: TargetId| {
-            let t = target(id);
-            self.upstream(t).check_out(now, || t.key(ask.model), turn)
-        };
-        for _ in 0..=schedule.members().len() {
-            let own = waited.as_ref().map(|(backend, _)| *backend);
-            let has_room = |id: TargetId| match closed(id) {
-                _ if tried.contains(&id) => false,
-                Err(Closed::Full) => own == Some(target(id).backend),
-                closed => closed.is_ok(),
-            };
-            let least = schedule.least_loaded(turns, |id, weight| {
-                let b = self.upstream(target(id));
-                has_room(id).then(|| load(b.in_flight(), weight, b.live.penalty.at(now), 0))
-            });
-            let Some(id) = least else { break };
-            let upstream = self.upstream(target(id));
-            let entered = match waited.take_if(|(backend, _)| *backend == target(id).backend) {
-                Some((_, place)) => upstream.enter_at(Some(place), now, turn),
-                None => upstream.enter(now, turn),
-            };
-            if let Some(entered) = entered {
-                return Pick::Backend(Chosen { target: id, entered });
-            }
-        }
-        if !tried.is_empty() {
-            return Pick::Tried;
-        }
-        let mut busy = Busy::default();
-        schedule.members().iter().for_each(|(id, _)| busy.note(now, target(*id).backend, closed(*id)));
-        if busy.is_empty() { Pick::Nobody } else { Pick::Busy(busy) }
-    }
-
     /// Whether a target may be asked at `now`.
     ///
     /// # Errors
     /// Why not.
-    pub fn check(
-        &self,
-        now: Nanos,
-        ask: &Ask<'_>,
-        target: TargetId,
-        turn: Option<&Turn>,
-    ) -> Result<(), Closed> {
+    pub fn check(&self, now: Nanos, ask: &Ask<'_>, target: TargetId) -> Result<(), Closed> {
         let t = &self.route(ask).targets[target];
-        self.upstream(t).check(now, || t.key(ask.model), turn)
+        self.upstream(t).check(now, || t.key(ask.model), None)
     }
 
     /// Candidates that were passed over for `chosen`, or for nobody: all of its priority and of lower ones that could
@@ -357,7 +218,7 @@ impl Snapshot {
             if chosen == Some(*id) || t.priority > last {
                 return None;
             }
-            let passed = match self.check(now, ask, *id, None) {
+            let passed = match self.check(now, ask, *id) {
                 _ if tried.contains(id) => Passed::Tried,
                 Err(closed) => Passed::Closed(closed),
                 Ok(()) if home.is_some_and(|(r, p)| p == t.priority && rank(*id) > r) => Passed::Load,
@@ -372,96 +233,9 @@ impl Snapshot {
         &self.plans[self.layout.shape_of[ask.route][class]]
     }
 
-    fn tier<'s>(&'s self, ask: &Ask<'_>, schedule: &'s Schedule, slot: usize, advance: bool) -> Tier<'s> {
-        let cursor = &self.layout.cursors[ask.route][slot][ask.endpoint as usize];
-        Tier { schedule, turns: Turns { cursor, advance } }
-    }
-
-    /// The tiers in the order of priority; in the last of them are all targets, up or not. `advance`: a pick takes a
-    /// turn.
-    fn tiers<'s>(&'s self, ask: &Ask<'s>, advance: bool) -> impl Iterator<Item = Tier<'s>> {
-        let plan = self.plan(ask);
-        let schedules = plan.tiers.iter().chain([&plan.all]).enumerate();
-        schedules.map(move |(slot, schedule)| self.tier(ask, schedule, slot, advance))
-    }
-
-    /// All targets with a weight, up or not.
-    fn all<'s>(&'s self, ask: &Ask<'s>, advance: bool) -> Tier<'s> {
-        let plan = self.plan(ask);
-        self.tier(ask, &plan.all, plan.tiers.len(), advance)
-    }
-
-    /// The targets of `id`'s backend in its tier, where there are several.
-    fn mates<'s>(&'s self, ask: &Ask<'s>, id: TargetId, advance: bool) -> Option<Tier<'s>> {
-        let (schedule, slot) = self.plan(ask).mates[id].as_ref()?;
-        Some(self.tier(ask, schedule, *slot, advance))
-    }
-
-    /// One of a tier's targets, by the strategy. Two of them may be models of one backend, which then share what it has
-    /// in flight, by their weights.
-    fn choose(
-        &self,
-        tier: Tier<'_>,
-        now: Nanos,
-        ask: &Ask<'_>,
-        eligible: impl Fn(TargetId) -> bool,
-    ) -> Option<TargetId> {
-        match (self.config.strategy, ask.affinity) {
-            (Strategy::PrefixHash, Some(key)) => self.choose_by_affinity(tier, ask, key, eligible),
-            (Strategy::LeastLoaded, _) => self.choose_least_loaded(tier, now, ask, eligible),
-            (Strategy::RoundRobin | Strategy::PrefixHash, _) => {
-                let id = tier.schedule.round_robin(tier.turns, &eligible)?;
-                match self.mates(ask, id, true).filter(|_| !tier.turns.advance) {
-                    // Without a turn taken, the same one of a backend's models would come each time.
-                    Some(mates) => mates.schedule.round_robin(mates.turns, eligible),
-                    None => Some(id),
-                }
-            }
-        }
-    }
-
-    fn choose_by_affinity(
-        &self,
-        tier: Tier<'_>,
-        ask: &Ask<'_>,
-        key: u64,
-        eligible: impl Fn(TargetId) -> bool,
-    ) -> Option<TargetId> {
-        tier.schedule.by_affinity(key, |id| {
-            let share = |n: usize| match self.mates(ask, id, false) {
-                None => n,
-                Some(mates) => {
-                    let weight = self.route(ask).targets[id].weight;
-                    let sum = weight_of(mates.schedule, |_| true).max(1);
-                    (n as u64 * u64::from(weight) / u64::from(sum)) as usize
-                }
-            };
-            let in_flight = || self.upstream(&self.route(ask).targets[id]).in_flight();
-            eligible(id).then(|| (self.identity(ask, id), share(in_flight())))
-        })
-    }
-
-    fn choose_least_loaded(
-        &self,
-        tier: Tier<'_>,
-        now: Nanos,
-        ask: &Ask<'_>,
-        eligible: impl Fn(TargetId) -> bool,
-    ) -> Option<TargetId> {
-        let least = tier.schedule.least_loaded(tier.turns, |id, weight| {
-            let b = self.upstream(&self.route(ask).targets[id]);
-            // A model that cools leaves its share to all others, not to its mate.
-            let mates = || self.mates(ask, id, false).map(|mates| weight_of(mates.schedule, &eligible));
-            let load = || {
-                let weight = mates().unwrap_or(weight);
-                load(b.in_flight(), weight, b.live.penalty.at(now), b.live.breaker.up_for(now))
-            };
-            eligible(id).then(load)
-        })?;
-        match self.mates(ask, least, tier.turns.advance) {
-            Some(mates) => mates.schedule.round_robin(mates.turns, eligible),
-            None => Some(least),
-        }
+    /// A schedule of `ask`'s plan with the cursor in its slot.
+    fn rotation<'s>(&'s self, ask: &Ask<'_>, schedule: &'s Schedule, slot: usize) -> Rotation<'s> {
+        Rotation { schedule, cursor: &self.layout.cursors[ask.route][slot][ask.endpoint as usize] }
     }
 
     /// What a target is known by under affinity, the same in every process: its backend, and its model where the route
@@ -471,59 +245,85 @@ impl Snapshot {
         let model = if let Sent::Fixed { identity, .. } = &t.sent { *identity } else { 0 };
         self.upstream(t).identity ^ model
     }
+}
 
-    fn why_nobody(&self, now: Nanos, ask: &Ask<'_>, tried: &[TargetId], turn: Option<&Turn>) -> Pick {
-        let mut busy = Busy::default();
-        let (mut is_up, mut is_ejected, mut is_refused) = (false, false, false);
-        for (id, _) in self.plan(ask).all.members() {
-            let closed = self.check(now, ask, *id, turn);
-            let is_tried = tried.contains(id);
-            match closed {
-                Err(Closed::Out(Status::Misconfigured)) => is_refused = true,
-                // One that was tried and is out does not count as up.
-                Err(Closed::Out(_)) => is_ejected |= !is_tried,
-                _ => is_up = true,
-            }
-            if !is_tried {
-                busy.note(now, self.route(ask).targets[*id].backend, closed);
-            }
-        }
-        match () {
-            () if is_ejected && !is_up => Pick::Out,
-            () if !tried.is_empty() => Pick::Tried,
-            () if !busy.is_empty() => Pick::Busy(busy),
-            () if is_refused => Pick::KeysRefused,
-            () => Pick::Nobody,
-        }
+impl View<'_> {
+    fn target(&self, id: TargetId) -> &Target {
+        &self.snapshot.route(self.ask).targets[id]
+    }
+
+    fn upstream(&self, id: TargetId) -> &Arc<Upstream> {
+        self.snapshot.upstream(self.target(id))
     }
 }
 
-/// What the members of a schedule that count weigh together.
-fn weight_of(schedule: &Schedule, counts: impl Fn(TargetId) -> bool) -> u32 {
-    schedule.members().iter().filter(|m| counts(m.0)).map(|m| m.1).sum()
-}
-
-impl Busy {
-    fn is_empty(&self) -> bool {
-        self.opens.is_none() && self.full.is_empty()
-    }
-
-    /// What a look at `backend` found.
-    fn note(&mut self, now: Nanos, backend: BackendId, closed: Result<(), Closed>) {
-        match closed {
-            Err(Closed::Cooling(at)) => self.opens(at, backend, false),
-            Err(Closed::Quota(at)) => self.opens(at, backend, true),
-            Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),
-            Err(Closed::Full | Closed::Out(_)) => {}
-            // It has just opened.
-            Ok(()) => self.opens(now, backend, false),
+impl Fleet for View<'_> {
+    fn strategy(&self) -> choose::Strategy {
+        match (self.snapshot.config.strategy, self.ask.affinity) {
+            (Strategy::PrefixHash, Some(key)) => choose::Strategy::PrefixHash(key),
+            (Strategy::LeastLoaded, _) => choose::Strategy::LeastLoaded,
+            (Strategy::RoundRobin | Strategy::PrefixHash, _) => choose::Strategy::RoundRobin,
         }
     }
 
-    fn opens(&mut self, at: Nanos, backend: BackendId, by_quota: bool) {
-        if self.opens.is_none_or(|(first, ..)| at < first) {
-            self.opens = Some((at, backend, by_quota));
+    fn tiers(&self) -> impl Iterator<Item = Rotation<'_>> {
+        let plan = self.snapshot.plan(self.ask);
+        let schedules = plan.tiers.iter().chain([&plan.all]).enumerate();
+        schedules.map(|(slot, schedule)| self.snapshot.rotation(self.ask, schedule, slot))
+    }
+
+    fn all(&self) -> Rotation<'_> {
+        let plan = self.snapshot.plan(self.ask);
+        self.snapshot.rotation(self.ask, &plan.all, plan.tiers.len())
+    }
+
+    fn mates(&self, target: TargetId) -> Option<Rotation<'_>> {
+        let (schedule, slot) = self.snapshot.plan(self.ask).mates[target].as_ref()?;
+        Some(self.snapshot.rotation(self.ask, schedule, *slot))
+    }
+
+    fn up(&self) -> usize {
+        self.snapshot.plan(self.ask).up
+    }
+
+    fn backend(&self, target: TargetId) -> BackendId {
+        self.target(target).backend
+    }
+
+    fn weight(&self, target: TargetId) -> u32 {
+        self.target(target).weight
+    }
+
+    fn identity(&self, target: TargetId) -> u64 {
+        self.snapshot.identity(self.ask, target)
+    }
+
+    fn load(&self, target: TargetId) -> Load {
+        let b = self.upstream(target);
+        let (penalty, up_for) = (b.live.penalty.at(self.now), b.live.breaker.up_for(self.now));
+        Load { in_flight: b.in_flight(), penalty, up_for }
+    }
+
+    fn check(&self, target: TargetId) -> Result<(), Closed> {
+        let t = self.target(target);
+        let (upstream, key) = (self.snapshot.upstream(t), || t.key(self.ask.model));
+        match self.granted {
+            Some(backend) if backend == t.backend => upstream.check_place(self.now, key, self.turn),
+            _ => upstream.check(self.now, key, self.turn),
         }
+    }
+
+    fn check_ejected(&self, target: TargetId) -> Result<(), Closed> {
+        let t = self.target(target);
+        self.snapshot.upstream(t).check_out(self.now, || t.key(self.ask.model), self.turn)
+    }
+
+    fn granted(&self) -> Option<BackendId> {
+        self.granted
+    }
+
+    fn stands_in_line(&self) -> bool {
+        self.stands_in_line
     }
 }
 
@@ -682,19 +482,8 @@ mod tests {
         Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity }
     }
 
-    #[test]
-    fn the_untried_are_those_that_are_up_now() {
-        let snapshot = fleet("round_robin");
-        let any = ask(&snapshot, "any", None);
-        let now = clock::now();
-        assert_eq!(snapshot.untried(now, &any, &[]), 3);
-        assert_eq!(snapshot.untried(now, &any, &[0]), 2);
-        let change = snapshot.backends[0].live.breaker.failure(snapshot.thresholds());
-        assert!(change.is_some(), "it is out");
-        for snapshot in [&snapshot, &snapshot.rebuilt()] {
-            assert_eq!(snapshot.untried(now, &any, &[0]), 2, "it is not taken off twice");
-            assert_eq!(snapshot.untried(now, &any, &[0, 1]), 1);
-        }
+    fn view<'a>(snapshot: &'a Snapshot, ask: &'a Ask<'a>) -> View<'a> {
+        View { snapshot, ask, now: clock::now(), turn: None, granted: None, stands_in_line: false }
     }
 
     #[test]
@@ -709,8 +498,7 @@ mod tests {
         let mut picks = [0; 4];
         for n in 0..1000u64 {
             let two = ask(&snapshot, "two", Some(xxhash_rust::xxh64::xxh64(&n.to_le_bytes(), 0)));
-            let Pick::Backend(chosen) = snapshot.pick(clock::now(), &two, &[], None) else { panic!("{n}") };
-            picks[chosen.target] += 1;
+            picks[choose::pick(&view(&snapshot, &two), &[]).unwrap()] += 1;
         }
         assert!(picks.iter().all(|n| (200..=300).contains(n)), "{picks:?}");
     }
@@ -726,11 +514,9 @@ mod tests {
             for n in 0..500 {
                 let hash = xxhash_rust::xxh64::xxh64(&[n as u8, (n >> 8) as u8], 0);
                 let two = ask(&snapshot, "two", Some(hash));
-                let Pick::Backend(Chosen { target, entered }) = snapshot.pick(now, &two, &[], None) else {
-                    panic!("somebody can be asked")
-                };
+                let target = choose::pick(&view(&snapshot, &two), &[]).unwrap();
                 picks[target] += 1;
-                held.push(entered);
+                held.extend(snapshot.upstream(&snapshot.route(&two).targets[target]).enter(now, None));
             }
             assert_eq!(picks[0], 0, "{strategy}");
             assert!((90..=130).contains(&picks[1]), "a fifth: {picks:?} by {strategy}");

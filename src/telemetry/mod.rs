@@ -22,11 +22,12 @@ use self::metrics::{Lane, Side};
 use crate::clock;
 use crate::error::Code;
 use crate::policy::breaker::Status;
+use crate::policy::choose::Closed;
 use crate::policy::{MILLI, Nanos, SECOND};
 use crate::state::Shared;
 use crate::state::clients::Client;
 use crate::state::snapshot::Passed;
-use crate::upstream::{Closed, Upstream};
+use crate::upstream::Upstream;
 
 /// What a path is for: the `endpoint` of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -35,6 +35,7 @@ use crate::error::Code;
 use crate::policy::Nanos;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
+use crate::policy::choose::Closed;
 use crate::policy::headers::X_REQUEST_ID;
 use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
 use crate::policy::quota::{Quota, Turn};
@@ -137,19 +138,6 @@ pub struct InLine {
     quota: Arc<Quota>,
     upstream: Arc<Upstream>,
     served: bool,
-}
-
-/// Why a backend cannot take a request now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Closed {
-    /// It cools until then.
-    Cooling(Nanos),
-    /// Its own `max_in_flight` is reached.
-    Full,
-    /// Out, or its key is refused.
-    Out(Status),
-    /// Its quota opens for this request then.
-    Quota(Nanos),
 }
 
 impl Upstream {
