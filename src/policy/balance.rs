@@ -238,19 +238,33 @@ pub fn load(in_flight: usize, weight: u32, penalty: f64, up_for: Nanos) -> f64 {
 pub const SLOW_START: Nanos = 10 * SECOND;
 
 /// A count of failures that halves every 5 s: keeps a backend that fails fast from looking idle.
+///
+/// What has decayed below [`NEGLIGIBLE`] is exactly 0: a residue must not decide a tie.
 #[derive(Debug, Default)]
 pub struct Penalty {
-    /// Value (`f32` bits, upper half) at a time in milliseconds (lower half).
+    /// The value in sixteenths (upper [`VALUE_BITS`]) at a time in milliseconds since the process started (the rest);
+    /// 0: no failure yet.
     word: AtomicU64,
 }
 
 const PER_FAILURE: f64 = 10.0;
 const HALF_LIFE_MS: f64 = 5_000.0;
+/// A smaller penalty is none.
+const NEGLIGIBLE: f64 = 0.1;
+/// Up to 65,535 requests, which takes 900 failures a second.
+const VALUE_BITS: u32 = 20;
+const STEPS: f64 = 16.0;
+/// Milliseconds of 557 years.
+const TIME_MASK: u64 = u64::MAX >> VALUE_BITS;
 
 impl Penalty {
     /// Adds one failure at `now`.
     pub fn add(&self, now: Nanos) {
-        let change = |word| Some(Self::pack(Self::value(word, now) + PER_FAILURE, now));
+        let change = |word| {
+            // Another thread may have read its clock later and written first.
+            let at = Self::millis(now).max(word & TIME_MASK);
+            Some(Self::pack(Self::value(word, at) + PER_FAILURE, at))
+        };
         let _ = self.word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
     }
 
@@ -258,24 +272,26 @@ impl Penalty {
     pub fn at(&self, now: Nanos) -> f64 {
         match self.word.load(Ordering::Relaxed) {
             0 => 0.0,
-            word => Self::value(word, now),
+            word => Self::value(word, Self::millis(now)),
         }
     }
 
-    fn value(word: u64, now: Nanos) -> f64 {
-        let value = f64::from(f32::from_bits((word >> 32) as u32));
-        let age = Self::millis(now).wrapping_sub(word as u32);
-        // A clock read a moment before the word was written would look like an age of 49 days.
-        let age = if age > u32::MAX / 2 { 0 } else { age };
-        value * (-f64::from(age) / HALF_LIFE_MS).exp2()
+    fn value(word: u64, millis: u64) -> f64 {
+        let value = (word >> (u64::BITS - VALUE_BITS)) as f64 / STEPS;
+        // A clock that was read before the word was written gives an age of 0.
+        let age = millis.saturating_sub(word & TIME_MASK);
+        let left = value * (-(age as f64) / HALF_LIFE_MS).exp2();
+        if left < NEGLIGIBLE { 0.0 } else { left }
     }
 
-    fn pack(value: f64, now: Nanos) -> u64 {
-        u64::from((value.min(1e6) as f32).to_bits()) << 32 | u64::from(Self::millis(now))
+    fn pack(value: f64, millis: u64) -> u64 {
+        let most = ((1u64 << VALUE_BITS) - 1) as f64;
+        let steps = (value * STEPS).round().min(most) as u64;
+        steps << (u64::BITS - VALUE_BITS) | millis
     }
 
-    fn millis(now: Nanos) -> u32 {
-        (now / super::MILLI) as u32
+    fn millis(now: Nanos) -> u64 {
+        (now / super::MILLI).min(TIME_MASK)
     }
 }
 
@@ -435,6 +451,48 @@ mod tests {
         p.add(6 * SECOND);
         assert_eq!(p.at(11 * SECOND), 7.5);
         assert_eq!(p.at(5 * SECOND), 15.0, "a clock that runs behind does not make it grow");
+    }
+
+    #[test]
+    fn a_penalty_never_comes_back() {
+        const DAY: Nanos = 86_400 * SECOND;
+        let p = Penalty::default();
+        p.add(SECOND);
+        // 32 bits of milliseconds last for 49.7 days, and for half of that where the sign counts.
+        for age in
+            [DAY, 24 * DAY, 25 * DAY, 40 * DAY, 49 * DAY, 50 * DAY, 75 * DAY, 100 * DAY, 400 * 365 * DAY]
+        {
+            assert_eq!(p.at(SECOND + age), 0.0, "after {} days", age / DAY);
+        }
+        p.add(100 * DAY);
+        assert_eq!((p.at(100 * DAY), p.at(100 * DAY + 5 * SECOND)), (10.0, 5.0));
+        p.add(Nanos::MAX);
+        assert_eq!(p.at(Nanos::MAX), 10.0, "the time saturates and does not wrap");
+    }
+
+    #[test]
+    fn a_penalty_below_a_tenth_of_a_request_is_none() {
+        let p = Penalty::default();
+        p.add(SECOND);
+        // 10 halves to 0.1 in log2(100) = 6.64 half-lives of 5 s.
+        assert!((0.1..0.11).contains(&p.at(34 * SECOND)), "{}", p.at(34 * SECOND));
+        assert_eq!(p.at(SECOND + 34 * SECOND), 0.0);
+        p.add(SECOND + 34 * SECOND);
+        assert_eq!(p.at(SECOND + 34 * SECOND), 10.0, "the rest of the first failure is gone");
+        let s = Schedule::new([(0, 1), (1, 1)]);
+        let pick = || {
+            s.least_loaded(|id, w| {
+                Some(load(0, w, if id == 0 { p.at(90 * SECOND) } else { 0.0 }, SLOW_START))
+            })
+        };
+        assert_ne!(pick(), pick(), "a tie goes round again");
+    }
+
+    #[test]
+    fn a_penalty_has_a_bound() {
+        let p = Penalty::default();
+        (0..200_000).for_each(|_| p.add(SECOND));
+        assert!((60_000.0..70_000.0).contains(&p.at(SECOND)), "{}", p.at(SECOND));
     }
 
     #[test]
