@@ -3,7 +3,7 @@
 //! To a backend the header map is built afresh from a short list; to a client the upstream's map passes less
 //! what belongs to the connection (RFC 9110, section 7.6.1). Nothing here knows a backend's key.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use bytes::Bytes;
 use http::header::{
@@ -130,15 +130,26 @@ pub fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn(&IpAdd
             break;
         }
         // What a trusted proxy did not write as an address ends the chain: nothing before it can be believed.
-        let Some(next) = std::str::from_utf8(hop).ok().and_then(|hop| hop.trim().parse::<IpAddr>().ok())
-        else {
-            break;
-        };
+        let Some(next) = hop_address(hop) else { break };
         address = next.to_canonical();
     }
     match address {
         IpAddr::V4(_) => address,
         IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 64 << 64).into()),
+    }
+}
+
+/// The address of one hop in `x-forwarded-for`. Proxies write it bare, with a port (`9.9.9.1:80`), in brackets
+/// (`[2001:db8::1]:443`), or quoted, as in `Forwarded` (RFC 7239). The port is dropped: it differs for each connection.
+fn hop_address(hop: &[u8]) -> Option<IpAddr> {
+    let text = std::str::from_utf8(hop).ok()?.trim_ascii();
+    let text = text.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(text);
+    if let Ok(address) = text.parse() {
+        return Some(address);
+    }
+    match text.strip_prefix('[').and_then(|t| t.strip_suffix(']')) {
+        Some(v6) => v6.parse().ok().map(IpAddr::V6),
+        None => text.parse().ok().map(|address: SocketAddr| address.ip()),
     }
 }
 
@@ -309,6 +320,21 @@ mod tests {
             ("10.0.0.1", &["6.6.6.6, unknown"], "10.0.0.1"),
             ("10.0.0.1", &["6.6.6.6,"], "10.0.0.1"),
             ("::ffff:10.0.0.1", &["::ffff:1.1.1.1"], "1.1.1.1"),
+            ("10.0.0.1", &["9.9.9.1:1111"], "9.9.9.1"),
+            ("10.0.0.1", &["6.6.6.6:1, 9.9.9.1:1111 , 10.0.0.2:80"], "9.9.9.1"),
+            ("10.0.0.1", &["[2001:db8::1]:443"], "2001:db8::"),
+            ("10.0.0.1", &["[2001:db8::1]"], "2001:db8::"),
+            ("10.0.0.1", &["[::ffff:1.1.1.1]:5"], "1.1.1.1"),
+            ("10.0.0.1", &["\"[2001:db8::1]:443\", \"10.0.0.2\""], "2001:db8::"),
+            ("10.0.0.1", &["\" 9.9.9.1:1111\""], "10.0.0.1"),
+            ("10.0.0.1", &["\"9.9.9.1"], "10.0.0.1"),
+            ("10.0.0.1", &["9.9.9.1:"], "10.0.0.1"),
+            ("10.0.0.1", &["9.9.9.1:x"], "10.0.0.1"),
+            ("10.0.0.1", &["9.9.9.1:65536"], "10.0.0.1"),
+            ("10.0.0.1", &["[9.9.9.1]"], "10.0.0.1"),
+            ("10.0.0.1", &["[2001:db8::1"], "10.0.0.1"),
+            ("10.0.0.1", &["[2001:db8::1]443"], "10.0.0.1"),
+            ("10.0.0.1", &["_hidden:80"], "10.0.0.1"),
             ("2001:db8:1:2:3:4:5:6", &[], "2001:db8:1:2::"),
         ] {
             let mut headers = HeaderMap::new();

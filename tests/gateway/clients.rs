@@ -134,7 +134,10 @@ fn in_the_open_mode_addresses_are_limited_too_and_a_refusal_costs_nothing() {
     assert_eq!(ask("k2", "1.1.1.1"), want(200, "3", "0"), "the refusal before cost the address nothing");
     assert_eq!(ask("k3", "1.1.1.1"), want(429, "3", "0"), "new keys are no way around");
     assert_eq!(ask("k3", "2.2.2.2"), want(200, "2", "1"));
-    assert_eq!(a.count(), 4);
+    assert_eq!(ask("k4", "2.2.2.2:1111"), want(200, "3", "1"), "the port is no part of the address");
+    assert_eq!(ask("k5", "[2001:db8::1]:443"), want(200, "2", "1"));
+    assert_eq!(ask("k6", "\"[2001:db8::2]\""), want(200, "3", "1"), "the same /64");
+    assert_eq!(a.count(), 7);
 
     let zap = Zap::with("[rate_limit]\nrequests_per_minute_per_address = 1\n", &[a.backend("a", "")]);
     let passed =
