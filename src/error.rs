@@ -30,6 +30,8 @@ pub enum GatewayError {
     InvalidApiKey,
     /// Not one JSON object; where.
     InvalidJson(u64),
+    /// A key at the top level is that of a member that Zap reads, except for its case; the key, and the member.
+    KeyCase(Box<str>, Box<str>),
     /// A member has the wrong type; which, and what it must be.
     InvalidType(&'static str, &'static str),
     /// The path is served, the method is not; what is.
@@ -194,6 +196,7 @@ impl GatewayError {
     fn param(&self) -> Option<&str> {
         match self {
             GatewayError::DuplicateKey(key) => Some(key),
+            GatewayError::KeyCase(key, _) => Some(key),
             GatewayError::InvalidType(key, _) => Some(key),
             GatewayError::MissingMessages => Some("messages"),
             GatewayError::MissingModel | GatewayError::ModelNotFound(..) => Some("model"),
@@ -272,6 +275,14 @@ impl GatewayError {
                 INVALID,
                 Code::InvalidType,
                 format!("\"{key}\" has the wrong type: {expected} is expected."),
+            ),
+            E::KeyCase(key, member) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::DuplicateKey,
+                format!(
+                    "The key \"{key}\" differs from \"{member}\" in its case alone, and some providers read both as one; send \"{member}\", once."
+                ),
             ),
             E::MethodNotAllowed(allow) => row(
                 StatusCode::METHOD_NOT_ALLOWED,
@@ -450,6 +461,7 @@ mod tests {
             (E::BodyIncomplete, 400, INVALID, "bad_request", None, None, true),
             (E::Draining, 503, SERVER, "draining", None, Some("1"), true),
             (E::DuplicateKey("model".into()), 400, INVALID, "duplicate_key", Some("model"), None, false),
+            (E::KeyCase("Model".into(), "model".into()), 400, INVALID, "duplicate_key", Some("Model"), None, false),
             (E::ExpectationFailed, 417, INVALID, "expectation_failed", None, None, true),
             (E::Internal, 500, SERVER, "internal_error", None, None, true),
             (E::InvalidApiKey, 401, AUTHENTICATION, "invalid_api_key", None, None, false),

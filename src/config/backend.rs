@@ -17,6 +17,7 @@ use super::{
     toml_reader::{Number, Range, Section, Text},
     url::is_path,
 };
+use crate::policy::fields::same_but_for_case;
 
 pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
@@ -232,11 +233,13 @@ fn extra_headers(
 
 /// Top-level members that this provider refuses.
 fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
+    // In another case Zap refuses them, since some providers take them for the same.
+    let is_kept = |name: &str| KEPT.iter().any(|kept| same_but_for_case(kept.as_bytes(), name.as_bytes()));
     let mut fields: Vec<Box<str>> = Vec::new();
     for Text { value, line } in t.texts("drop_fields").unwrap_or_default() {
-        if !(1..=MAX_NAME).contains(&value.len()) || KEPT.contains(&value.as_str()) {
+        if !(1..=MAX_NAME).contains(&value.len()) || is_kept(&value) {
             let what = format!(
-                "holds what cannot be dropped; allowed: 1 to {MAX_NAME} bytes, not `{}`",
+                "holds what cannot be dropped; allowed: 1 to {MAX_NAME} bytes, not `{}`, whatever their case",
                 KEPT.join("`, `")
             );
             t.fault(line, "drop_fields", &what);

@@ -521,7 +521,13 @@ fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
         (
             "drop_fields = [\"model\"]",
             "`backends.drop_fields` holds what cannot be dropped; \
-             allowed: 1 to 64 bytes, not `messages`, `model`, `stream`"
+             allowed: 1 to 64 bytes, not `messages`, `model`, `stream`, whatever their case"
+                .to_owned(),
+        ),
+        (
+            "drop_fields = [\"Model\"]",
+            "`backends.drop_fields` holds what cannot be dropped; \
+             allowed: 1 to 64 bytes, not `messages`, `model`, `stream`, whatever their case"
                 .to_owned(),
         ),
         (

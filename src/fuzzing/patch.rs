@@ -39,7 +39,7 @@ fn patch_body(data: &[u8]) {
         let refused = match verdict {
             Err(ScanError::Invalid { offset }) => offset <= data.len() as u64,
             // The scan ends at the repeated key and does not see what follows.
-            Err(ScanError::Duplicate(_)) => true,
+            Err(ScanError::Duplicate(_) | ScanError::CaseVariant { .. }) => true,
             Ok(_) => false,
         };
         assert!(refused, "serde_json refuses, the scan says {verdict:?}");
@@ -57,7 +57,7 @@ fn patch_body(data: &[u8]) {
             let model = rng.bool().then(|| names[rng.usize(..names.len())]);
             patched(text, &chunks, &fields, &watch, model, rng.u8(..));
         }
-        (ours, naive) => assert_eq!(ours, naive.map_err(ScanError::Duplicate)),
+        (ours, naive) => assert_eq!(ours, naive),
     }
 }
 
@@ -139,9 +139,9 @@ fn look(text: &str) -> Look {
 }
 
 impl Look {
-    /// What the scan should find, or the member that stands twice first. A name that only the scan can read, as
+    /// What the scan should find, or the key that it should refuse first. A name that only the scan can read, as
     /// it holds a lone surrogate, is empty.
-    fn fields(&self, text: &str, watch: &Watch) -> Result<Fields, Member> {
+    fn fields(&self, text: &str, watch: &Watch) -> Result<Fields, ScanError> {
         let mut fields = Fields {
             inside: self.inside as u64,
             members: self.members.len() as u64,
@@ -171,10 +171,16 @@ impl Look {
                 _ => None,
             };
             let droppable = watch.droppable.iter().position(|name| **name == *key_text);
+            if member.is_none()
+                && let Some(variant) = case_variant(&key_text, watch)
+                && (droppable.is_none() || !matches!(variant, Member::Droppable(_)))
+            {
+                return Err(ScanError::CaseVariant { key: key_text.into(), member: variant });
+            }
             if !seen.insert(key_text) {
                 // What Zap does not read may stand as often as it likes.
                 if let Some(member) = member.or(droppable.map(Member::Droppable)) {
-                    return Err(member);
+                    return Err(ScanError::Duplicate(member));
                 }
             }
             match member {
@@ -212,6 +218,24 @@ impl Look {
         }
         Ok(fields)
     }
+}
+
+/// The member that a parser which ignores case takes `key` for, which is the key of none.
+fn case_variant(key: &str, watch: &Watch) -> Option<Member> {
+    let fold = |text: &str| {
+        text.replace('\u{17f}', "s")
+            .replace('\u{212a}', "k")
+            .chars()
+            .map(|c| c.to_ascii_uppercase())
+            .collect()
+    };
+    let (key, is): (String, _) = (fold(key), |name: &str, key: &str| fold(name) == key);
+    let mut read = vec![Member::Messages, Member::Model, Member::Stream];
+    if watch.affinity {
+        read.extend([Member::PromptCacheKey, Member::User]);
+    }
+    read.extend((0..watch.droppable.len()).map(Member::Droppable));
+    read.into_iter().find(|member| is(member.name(watch), &key))
 }
 
 /// Length of `messages` up to the end of the first whose role is `user`, or of all. serde_json takes the last of

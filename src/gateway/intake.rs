@@ -114,6 +114,7 @@ pub async fn read(
 
 fn refuse(error: ScanError, watch: &Watch) -> GatewayError {
     match error {
+        ScanError::CaseVariant { key, member } => GatewayError::KeyCase(key, member.name(watch).into()),
         ScanError::Duplicate(member) => GatewayError::DuplicateKey(member.name(watch).to_owned().into()),
         ScanError::Invalid { offset } => GatewayError::InvalidJson(offset),
     }

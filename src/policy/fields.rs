@@ -8,8 +8,16 @@ use std::sync::Arc;
 pub const MAX_NAME: usize = 256;
 
 /// What is wrong with a body, and where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ScanError {
+    /// A top-level key equals that of a member that Zap reads except for its case ([`same_but_for_case`]): backends
+    /// differ in whether they read it as that member.
+    CaseVariant {
+        /// The key as sent, without escapes.
+        key: Box<str>,
+        /// The member that it may be taken for.
+        member: Member,
+    },
     /// A member that Zap reads stands twice at the top level.
     Duplicate(Member),
     /// Not one RFC 8259 object; `offset` counts bytes from 0.
@@ -71,6 +79,48 @@ impl Member {
             _ => None,
         }
     }
+
+    /// The member whose key equals `key`, which is the key of none, except for its case.
+    pub(super) fn case_variant(key: &[u8], watch: &Watch) -> Option<Self> {
+        let read = READ.iter().filter(|(.., always)| *always || watch.affinity);
+        let read = read.map(|(name, member, _)| (name.as_bytes(), *member));
+        let droppable = watch.droppable.iter().enumerate();
+        let droppable = droppable.map(|(i, name)| (name.as_bytes(), Member::Droppable(i)));
+        read.chain(droppable).find(|(name, _)| same_but_for_case(key, name)).map(|(_, member)| member)
+    }
+}
+
+/// Keys that Zap reads, and whether it always does or only for affinity.
+const READ: [(&str, Member, bool); 5] = [
+    ("messages", Member::Messages, true),
+    ("model", Member::Model, true),
+    ("stream", Member::Stream, true),
+    ("prompt_cache_key", Member::PromptCacheKey, false),
+    ("user", Member::User, false),
+];
+
+/// Whether two keys are equal, or differ in their case alone: ASCII case, U+017F for `s` and U+212A for `k`. These are
+/// the characters that Go's `encoding/json` folds to ASCII when it looks for a struct's field.
+pub fn same_but_for_case(a: &[u8], b: &[u8]) -> bool {
+    // Most keys differ in their first byte already.
+    let may_be = |a: u8, b: u8| a.eq_ignore_ascii_case(&b) || a >= 0x80 || b >= 0x80;
+    match (a.first(), b.first()) {
+        (Some(x), Some(y)) if may_be(*x, *y) => folded(a).eq(folded(b)),
+        _ => false,
+    }
+}
+
+fn folded(mut text: &[u8]) -> impl Iterator<Item = u8> {
+    std::iter::from_fn(move || {
+        let (byte, rest) = match text {
+            [0xC5, 0xBF, rest @ ..] => (b's', rest),
+            [0xE2, 0x84, 0xAA, rest @ ..] => (b'k', rest),
+            [byte, rest @ ..] => (byte.to_ascii_lowercase(), rest),
+            [] => return None,
+        };
+        text = rest;
+        Some(byte)
+    })
 }
 
 /// Where a member stands that may have to be left out. All are offsets in the body, from 0.

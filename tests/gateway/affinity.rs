@@ -109,6 +109,8 @@ fn a_session_header_a_cache_key_and_a_user_name_the_conversation() {
     assert_eq!(homes("", ",\"user\":\"u1\""), 1);
     let twice = zap.chat("{\"messages\":[],\"user\":\"a\",\"user\":\"b\"}");
     assert_eq!((twice.status, twice.code().as_str()), (400, "duplicate_key"));
+    let other_case = zap.chat("{\"messages\":[],\"U\u{17f}er\":\"a\"}");
+    assert_eq!((other_case.status, other_case.code().as_str()), (400, "duplicate_key"));
 }
 
 #[test]

@@ -73,6 +73,16 @@ fn a_key_may_use_what_is_on_its_list_and_sees_no_more() {
     let zap = start().1;
     let refused = zap.client().chat("authorization: Bearer zk-search\r\n", CHAT);
     assert_eq!((refused.status, refused.code().as_str()), (400, "missing_model"));
+    for body in [
+        r#"{"messages":[],"model":"cheap","Model":"llama"}"#,
+        r#"{"messages":[],"Model":"llama","model":"cheap"}"#,
+        r#"{"messages":[],"Model":"llama"}"#,
+    ] {
+        let (provider, zap) = start();
+        let refused = zap.client().chat("authorization: Bearer zk-search\r\n", body);
+        assert_eq!((refused.status, refused.code().as_str()), (400, "duplicate_key"), "{body}");
+        assert_eq!(provider.count(), 0, "the list allows only cheap: {body}");
+    }
     let listed = |key: &str| {
         let mut client = zap.client();
         client.send(format!("GET /v1/models HTTP/1.1\r\nhost: z\r\nx-api-key: {key}\r\n\r\n"));

@@ -69,6 +69,10 @@ fn members_that_a_provider_refuses_are_left_out_for_it_alone() {
     let twice = zap.chat("{\"messages\":[],\"store\":1,\"st\\u006fre\":2}");
     assert_eq!((twice.status, twice.code().as_str()), (400, "duplicate_key"));
     assert_eq!(twice.json()["error"]["param"], "store");
+    let other_case = zap.chat("{\"messages\":[],\"Store\":1}");
+    assert_eq!((other_case.status, other_case.code().as_str()), (400, "duplicate_key"));
+    assert_eq!(other_case.json()["error"]["param"], "Store");
+    assert_eq!(zap.chat("{\"messages\":[],\"Stores\":1}").status, 200);
 }
 
 #[test]

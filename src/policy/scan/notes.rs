@@ -158,10 +158,25 @@ impl Scanner<'_> {
         }
         self.member = Member::of(text, self.watch.affinity);
         self.droppable = self.watch.droppable.iter().position(|name| name.as_bytes() == text);
-        if let Some(member) = self.member {
-            self.note_member(member)?;
+        match self.member {
+            Some(member) => self.note_member(member)?,
+            None => self.check_case(text)?,
         }
         self.droppable.map_or(Ok(()), |name| self.note_member(Member::Droppable(name)))
+    }
+
+    /// Refuses a key that some backends read as a member of another name, as those in Go do: they would take its value,
+    /// which nobody has checked here.
+    fn check_case(&self, text: &[u8]) -> Result<(), Fault> {
+        match Member::case_variant(text, self.watch) {
+            // Both spellings may be droppable.
+            Some(Member::Droppable(_)) if self.droppable.is_some() => Ok(()),
+            Some(member) => {
+                let key = String::from_utf8_lossy(text).into();
+                Err(Box::new(ScanError::CaseVariant { key, member }))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A member's key stands here: once is enough.

@@ -92,7 +92,6 @@ fn notes_the_places_of_what_may_have_to_go() {
 fn reads_model_in_every_spelling() {
     for (body, want) in [
         (r#"{}"#, Model::Absent),
-        (r#"{"Model":"x"}"#, Model::Absent),
         (r#"{"model":null}"#, Model::Nothing(9..13)),
         (r#"{"model": "" }"#, Model::Nothing(10..12)),
         (r#"{"mod\u0065l":"a"}"#, Model::Named { span: 14..17, name: "a".into(), whole: true }),
@@ -135,6 +134,37 @@ fn refuses_a_member_that_stands_twice() {
         assert_eq!(scan(body.as_bytes()), Err(ScanError::Duplicate(member)), "{body}");
     }
     assert!(scan(br#"{"x":1,"x":2,"user":3,"user":4}"#).is_ok());
+}
+
+#[test]
+fn refuses_a_key_that_differs_in_its_case_alone() {
+    let watch = Watch { affinity: true, droppable: vec!["store".into(), "top_k".into(), "Seed".into()] };
+    for (body, key, member) in [
+        (r#"{"Model":"x"}"#, "Model", Member::Model),
+        (r#"{"model":"a","Model":"b"}"#, "Model", Member::Model),
+        (r#"{"MODEL":"a","model":"b"}"#, "MODEL", Member::Model),
+        (r#"{"model":"a","x":{},"\u004dodel":"b"}"#, "Model", Member::Model),
+        (r#"{ "moDel" : null }"#, "moDel", Member::Model),
+        (r#"{"Messages":[]}"#, "Messages", Member::Messages),
+        (r#"{"meſſageſ":[]}"#, "meſſageſ", Member::Messages),
+        (r#"{"ſtream":true}"#, "ſtream", Member::Stream),
+        (r#"{"\u017fTREAM":true}"#, "ſTREAM", Member::Stream),
+        (r#"{"uſer":"u"}"#, "uſer", Member::User),
+        (r#"{"prompt_cache_\u212aey":"u"}"#, "prompt_cache_\u{212a}ey", Member::PromptCacheKey),
+        (r#"{"STORE":1}"#, "STORE", Member::Droppable(0)),
+        (r#"{"top_\u212A":1}"#, "top_\u{212a}", Member::Droppable(1)),
+        (r#"{"seed":1}"#, "seed", Member::Droppable(2)),
+    ] {
+        let want = ScanError::CaseVariant { key: key.into(), member };
+        assert_eq!(scan_for(&watch, body.as_bytes()), Err(want), "{body}");
+    }
+    let body = r#"{"models":1,"mode":1,"Modél":1,"Modex":1,"streamſ":1,"ſ":1,"":1,"top_\\u212A":1,"x":{"Model":1},"Seed":1,"temperature":0}"#;
+    assert!(scan_for(&watch, body.as_bytes()).is_ok());
+    assert!(scan(br#"{"User":1,"Store":1,"Prompt_Cache_Key":1}"#).is_ok(), "none of them is read");
+    let long = format!(r#"{{"{}":1}}"#, "ſ".repeat(MAX_NAME));
+    assert!(scan(long.as_bytes()).is_ok());
+    let both = Watch { affinity: false, droppable: vec!["N".into(), "n".into()] };
+    assert!(scan_for(&both, br#"{"n":1,"N":2}"#).is_ok(), "each is known by its own spelling");
 }
 
 #[test]
