@@ -25,8 +25,12 @@ enum Counted<'a> {
 /// Finds out who calls.
 ///
 /// # Errors
-/// [`GatewayError::InvalidApiKey`] where client keys are configured and this is none of them.
+/// [`GatewayError::BadRequest`] where a credential is repeated, [`GatewayError::InvalidApiKey`] where client keys are
+/// configured and this is none of them.
 pub fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, GatewayError> {
+    if headers::repeats_credential(headers) {
+        return Err(GatewayError::BadRequest("a header with a credential is repeated"));
+    }
     let credential = headers::credential(headers);
     let snapshot = gateway.snapshot();
     if snapshot.clients.is_open() {

@@ -100,16 +100,23 @@ fn eq_name(token: &[u8], name: &HeaderName) -> bool {
     token.eq_ignore_ascii_case(name.as_str().as_bytes())
 }
 
+/// Headers with a client's key, beside `Authorization`.
+const KEY_HEADERS: [&str; 3] = ["api-key", "x-api-key", "x-goog-api-key"];
+
+/// Whether a header with a credential stands more than once: the one that is counted need not be the one that a backend
+/// reads. Credentials of different kinds may stand side by side.
+pub fn repeats_credential(headers: &HeaderMap) -> bool {
+    // Most requests repeat no header at all.
+    let is_repeated = |name: &str| headers.get_all(name).iter().nth(1).is_some();
+    headers.len() > headers.keys_len()
+        && (is_repeated(AUTHORIZATION.as_str()) || KEY_HEADERS.iter().any(|name| is_repeated(name)))
+}
+
 /// The credential by which a request is counted: a bearer, else one of the API-key headers.
 pub fn credential(headers: &HeaderMap) -> Option<&[u8]> {
     let bearer = headers.get(AUTHORIZATION).and_then(|v| bearer_token(v.as_bytes()));
     bearer
-        .or_else(|| {
-            ["api-key", "x-api-key", "x-goog-api-key"]
-                .iter()
-                .find_map(|n| headers.get(*n))
-                .map(HeaderValue::as_bytes)
-        })
+        .or_else(|| KEY_HEADERS.iter().find_map(|n| headers.get(*n)).map(HeaderValue::as_bytes))
         .map(<[u8]>::trim_ascii)
         .filter(|key| !key.is_empty())
 }
@@ -304,6 +311,15 @@ mod tests {
         ] {
             assert_eq!(credential(&map(pairs)), want, "{pairs:?}");
         }
+    }
+
+    #[test]
+    fn a_credential_may_stand_once() {
+        for name in ["authorization", "api-key", "x-api-key", "x-goog-api-key"] {
+            assert!(!repeats_credential(&map(&[(name, "a"), ("x-a", "1"), ("x-a", "2")])), "{name}");
+            assert!(repeats_credential(&map(&[(name, "a"), ("x-a", "1"), (name, "a")])), "{name}");
+        }
+        assert!(!repeats_credential(&map(&[("authorization", "a"), ("api-key", "a"), ("x-api-key", "a")])));
     }
 
     #[test]

@@ -63,6 +63,33 @@ fn other_keys_and_none_are_refused_everywhere_under_v1() {
 }
 
 #[test]
+fn a_credential_that_stands_twice_is_refused_everywhere_it_counts() {
+    let a = Provider::named("a");
+    let open = Zap::with("", &[a.backend("a", "forward_authorization = true")]);
+    let keyed = Zap::with(KEYS, &[a.backend("a", "")]);
+    for zap in [&open, &keyed] {
+        for name in ["authorization", "api-key", "x-api-key", "x-goog-api-key"] {
+            let scheme = if name == "authorization" { "Bearer " } else { "" };
+            let twice = format!("{name}: {scheme}zk-search\r\nx-a: b\r\n{name}: {scheme}zk-batch\r\n");
+            let answer = zap.client().chat(&twice, CHAT);
+            assert_eq!((answer.status, answer.code().as_str()), (400, "bad_request"), "{twice}");
+            assert!(answer.text().contains("repeated"), "{}", answer.text());
+            let with_bearer =
+                format!("authorization: Bearer zk-search\r\n{name}: {scheme}x\r\n{name}: {scheme}y\r\n");
+            assert_eq!(zap.client().chat(&with_bearer, CHAT).status, 400, "{with_bearer}");
+            let mut client = zap.client();
+            client.send(format!("GET /v1/models HTTP/1.1\r\nhost: z\r\n{twice}\r\n"));
+            assert_eq!(client.response().status, 400, "{twice}");
+            client.close_within(std::time::Duration::from_secs(2));
+        }
+    }
+    assert_eq!(a.count(), 0);
+    let two_kinds = "authorization: Bearer zk-search\r\nx-api-key: other\r\nx-a: 1\r\nx-a: 2\r\n";
+    assert_eq!(open.client().chat(two_kinds, CHAT).status, 200);
+    assert_eq!(a.seen()[0].header("authorization"), Some("Bearer zk-search"));
+}
+
+#[test]
 fn a_key_may_use_what_is_on_its_list_and_sees_no_more() {
     let (a, zap) = start();
     assert_eq!(ask(&zap, "zk-search", "cheap").status, 200);
