@@ -43,7 +43,12 @@ struct Seen<'a> {
 /// # Errors
 /// The first rule that the head breaks, as soon as it can be seen.
 pub fn inspect(bytes: &[u8]) -> Result<Option<Head>, HeadFault> {
-    let start = bytes.iter().take(2).take_while(|b| matches!(b, b'\r' | b'\n')).count();
+    // One empty line before a request is ignored (RFC 9112, section 2.2). A lone CR or LF is no line.
+    let start = match bytes {
+        [b'\r'] => return Ok(None),
+        [b'\r', b'\n', ..] => 2,
+        _ => 0,
+    };
     let Some(&first) = bytes.get(start) else { return Ok(None) };
     if !is_token(first) {
         return Err(HeadFault("the request line is not HTTP/1.1"));
@@ -143,6 +148,9 @@ fn request_line(line: &[u8]) -> Result<(&[u8], bool), HeadFault> {
     if method == b"CONNECT" {
         return Err(HeadFault("CONNECT is not served"));
     }
+    if !target.iter().all(|b| IN_TARGET[usize::from(*b)]) {
+        return Err(HeadFault("the request target holds a character that a URL may not have"));
+    }
     if method.is_empty() || target.is_empty() || !method.iter().all(|b| is_token(*b)) {
         return Err(fault);
     }
@@ -237,6 +245,9 @@ const TOKEN: [bool; 256] = alphanumeric_and(b"!#$%&'*+-.^_`|~");
 
 const IN_HOST: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+,;=[]:");
 
+/// RFC 3986 without the fragment, and `{}|^`, which clients leave unescaped in queries.
+const IN_TARGET: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+,;=:@/?[]{}|^");
+
 const fn alphanumeric_and(marks: &[u8]) -> [bool; 256] {
     let mut table = [false; 256];
     let mut b = 0;
@@ -270,6 +281,8 @@ mod tests {
             ("POST /chat HTTP/1.1\r\nHOST: a\r\nTransfer-Encoding: Chunked\r\n\r\n", Framing::Chunked),
             ("GET http://a:1/chat HTTP/1.1\r\nHost: A:1\r\n\r\n", Framing::Length(0)),
             ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
+            ("GET /v1/models/a:b@c~d%C3%A9 HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
+            ("GET /chat?a[]={b}|^c&d='(e)!$*+,;=? HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
         ] {
             assert_eq!(verdict(head), Ok(Some(Head { len: head.len(), framing })), "{head:?}");
             let behind = format!("{head}{{}}");
@@ -315,6 +328,24 @@ mod tests {
             "GET chat HTTP/1.1\r\nHost: a\r\n\r\n",
             "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n",
             "GET  / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\rGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\n\rGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\r\rGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\r\n\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\n",
+            "\r\r",
+            "GET /metrics#x HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /metrics?a#x HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET http://a/chat#x HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /a\\b HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /a?\" HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /<a HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /a> HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /a` HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /\t HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /é HTTP/1.1\r\nHost: a\r\n\r\n",
+            "GET /?é HTTP/1.1\r\nHost: a\r\n\r\n",
             "GET / HTTP/2.0\r\nHost: a\r\n\r\n",
             "GET /\r\nHost: a\r\n\r\n",
             "\x16\x03\x01",

@@ -288,6 +288,10 @@ struct Whole {
 fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
     let mut from = 0;
     loop {
+        // `httparse` would skip empty lines before a status line.
+        if matches!(bytes.get(from), Some(b'\r' | b'\n')) {
+            return Err(Invalid);
+        }
         let mut lines = [const { MaybeUninit::uninit() }; MAX_HEADERS];
         let mut answer = httparse::Response::new(&mut []);
         let parser = httparse::ParserConfig::default();
@@ -487,6 +491,10 @@ mod tests {
     fn refuses_what_is_no_answer_or_could_be_read_as_another() {
         for bytes in [
             "HTTP/9 200 OK\r\n\r\n",
+            "\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+            "\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+            "\r",
+            "HTTP/1.1 100 C\r\n\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
             "HTTP/1.1 2x0 OK\r\n\r\n",
             "HTTP/1.1 200 OK\na: b\r\n\r\n",
             "HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n",

@@ -354,7 +354,6 @@ fn s04_control_characters_come_out_as_one_escaped_line() {
     for (id, head) in [
         ("line-a", "POST /chat HTTP/1.1\r\nx-request-id: line-a\r\nauthorization: Bearer a\u{9b}31mb"),
         ("line-b", "GET /%0d%0a%1b HTTP/1.1\r\nx-request-id: line-b"),
-        ("line-c", "GET /\u{9b}\u{85} HTTP/1.1\r\nx-request-id: line-c"),
     ] {
         ask(zap.address, head, CHAT);
         let line = zap.line(id);
@@ -364,8 +363,12 @@ fn s04_control_characters_come_out_as_one_escaped_line() {
     }
     // Such a head is refused, and none of it is written.
     let before = zap.log.lock().unwrap().len();
-    for head in ["GET /\u{1b}[31m HTTP/1.1", "GET / HTTP/1.1\r\nx-request-id: a\u{1b}b", "GET /a\rb HTTP/1.1"]
-    {
+    for head in [
+        "GET /\u{1b}[31m HTTP/1.1",
+        "GET /\u{9b}31m\u{85} HTTP/1.1",
+        "GET / HTTP/1.1\r\nx-request-id: a\u{1b}b",
+        "GET /a\rb HTTP/1.1",
+    ] {
         let answer = ask(zap.address, head, "");
         assert!(answer.starts_with("HTTP/1.1 400 "), "{head:?}: {answer}");
     }

@@ -25,6 +25,12 @@ fn a_head_that_can_be_read_two_ways_is_refused_and_the_connection_closed() {
         format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n{body}"),
         "CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n".to_owned(),
         "GET /health HTTP/1.1\nhost: a\n\n".to_owned(),
+        "\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(),
+        "\r\rGET /health HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(),
+        "GET /metrics#x HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(),
+        format!("POST /chat?#x HTTP/1.1\r\nhost: a\r\n{body}"),
+        "GET /v1/models/é HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(),
+        "GET /health?\\ HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(),
         "\u{16}\u{3}\u{1}\u{2}".to_owned(),
     ] {
         let mut client = zap.client();
@@ -119,6 +125,8 @@ fn paths_and_methods_are_exact() {
         client.post(path, "", CHAT);
         assert_eq!(client.response().status, 404, "{path}");
     }
+    // What clients leave unescaped in a query is served.
+    assert_eq!(client.get("/health?a[]={b}|^c&d='(e)'!$*+,;=?").status, 200);
     for (path, allow) in [("/chat", "POST"), ("/v1/chat/completions", "POST")] {
         let answer = client.get(path);
         assert_eq!((answer.status, answer.code().as_str()), (405, "method_not_allowed"));

@@ -542,6 +542,8 @@ fn u11_what_is_no_answer_or_two_is_a_502_and_its_connection_is_closed() {
         format!("{JSON}transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\nok\r\n0\r\n\r\n"),
         format!("HTTP/1.0 200 OK\r\ntransfer-encoding: chunked{body}"),
         "HTTP/9 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
+        format!("\r\n{JSON}content-length: 2\r\n\r\nok"),
+        format!("\n{JSON}content-length: 2\r\n\r\nok"),
         "garbage\r\n\r\n".to_owned(),
         "\x16\x03\x01\x02\x01\x01\x01\x02".to_owned(),
     ] {
