@@ -29,15 +29,21 @@ const MAX_NAME: usize = 64;
 const MAX_KEY_FILE: usize = 16 << 10;
 /// Members that are never dropped.
 const KEPT: [&str; 3] = ["messages", "model", "stream"];
-/// Headers to a backend that Zap makes itself.
-const MADE_BY_ZAP: [&str; 10] = [
+/// Headers to a backend that Zap sets itself, and those that speak of one connection or of a proxy on it.
+const NOT_FOR_OPERATORS: [&str; 16] = [
     "accept",
     "accept-encoding",
     "connection",
+    "content-encoding",
     "content-length",
     "content-type",
+    "expect",
     "host",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
     "te",
+    "trailer",
     "transfer-encoding",
     "upgrade",
     "x-request-id",
@@ -184,11 +190,12 @@ fn path(t: &mut Section<'_, '_>, key: &'static str, default: &str) -> String {
     value
 }
 
-/// The header that carries the key, bare, in place of `Authorization: Bearer`.
+/// The header that carries the key, bare, in place of `Authorization: Bearer`. It may be `Authorization` too: some
+/// gateways expect the key there without a scheme.
 fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
     let Text { value, line } = t.text("auth_header")?;
-    let name =
-        HeaderName::from_bytes(value.as_bytes()).ok().filter(|name| !MADE_BY_ZAP.contains(&name.as_str()));
+    let name = HeaderName::from_bytes(value.as_bytes()).ok();
+    let name = name.filter(|name| !NOT_FOR_OPERATORS.contains(&name.as_str()));
     if name.is_none() {
         let what = "is no header that may carry a key; allowed: a header name such as `api-key` \
                     that Zap does not set itself";
@@ -197,7 +204,7 @@ fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
     if !has_key {
         t.fault(line, "auth_header", "stands without an `api_key`; set both or neither");
     }
-    name.filter(|name| name != http::header::AUTHORIZATION)
+    name
 }
 
 /// Headers that this provider wants beside Zap's own, in place of the client's of the same name.
@@ -206,13 +213,17 @@ fn extra_headers(
     key_header: Option<&HeaderName>,
     around: &Surroundings<'_>,
 ) -> Vec<(HeaderName, HeaderValue)> {
-    let mut headers = Vec::new();
+    let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
     for (name, value) in t.pairs("extra_headers").unwrap_or_default() {
         let name = HeaderName::from_bytes(name.value.as_bytes()).ok();
-        let name = name.filter(|n| !MADE_BY_ZAP.contains(&n.as_str()) && Some(n) != key_header);
+        let name = name.filter(|n| !NOT_FOR_OPERATORS.contains(&n.as_str()) && Some(n) != key_header);
         if name.is_none() {
-            let what = "holds what is no header that may be added; allowed: header names but those that \
-                        Zap sets itself";
+            let what = "holds what is no header that may be added; allowed: header names except those that \
+                        Zap sets itself and those of one connection";
+            t.fault(value.line, "extra_headers", what);
+        }
+        if name.as_ref().is_some_and(|name| headers.iter().any(|(other, _)| other == name)) {
+            let what = "holds a header twice; header names that differ in case alone are the same";
             t.fault(value.line, "extra_headers", what);
         }
         let Some(expanded) = expanded(t, "extra_headers", &value, around) else { continue };

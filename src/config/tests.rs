@@ -4,6 +4,8 @@ use std::{collections::HashSet, fs};
 
 use super::*;
 
+const NOT_ADDED: &str = "`backends.extra_headers` holds what is no header that may be added; \
+    allowed: header names except those that Zap sets itself and those of one connection";
 const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";
 
 /// Every key at once; the key is `sk-CANARY`.
@@ -498,14 +500,27 @@ fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
         ),
         (
             "extra_headers = { \"sk-CANARY \" = \"x\" }",
-            "`backends.extra_headers` holds what is no header that may be added; \
-             allowed: header names but those that Zap sets itself"
-                .to_owned(),
+            NOT_ADDED.to_owned(),
         ),
         (
             "api_key = \"k\"\nextra_headers = { Authorization = \"x\" }",
-            "`backends.extra_headers` holds what is no header that may be added; \
-             allowed: header names but those that Zap sets itself"
+            NOT_ADDED.to_owned(),
+        ),
+        ("extra_headers = { Expect = \"100-continue\" }", NOT_ADDED.to_owned()),
+        ("extra_headers = { Trailer = \"x\" }", NOT_ADDED.to_owned()),
+        ("extra_headers = { Keep-Alive = \"timeout=5\" }", NOT_ADDED.to_owned()),
+        ("extra_headers = { Proxy-Connection = \"close\" }", NOT_ADDED.to_owned()),
+        ("extra_headers = { Proxy-Authorization = \"sk-CANARY\" }", NOT_ADDED.to_owned()),
+        ("extra_headers = { Content-Encoding = \"gzip\" }", NOT_ADDED.to_owned()),
+        (
+            "api_key = \"k\"\nauth_header = \"Proxy-Authorization\"",
+            "`backends.auth_header` is no header that may carry a key; \
+             allowed: a header name such as `api-key` that Zap does not set itself"
+                .to_owned(),
+        ),
+        (
+            "extra_headers = { X-A = \"sk-CANARY\", \"x-a\" = \"2\" }",
+            "`backends.extra_headers` holds a header twice; header names that differ in case alone are the same"
                 .to_owned(),
         ),
         (

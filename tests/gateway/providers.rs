@@ -15,6 +15,17 @@ fn a_key_may_go_in_a_header_of_its_own() {
 }
 
 #[test]
+fn a_key_goes_bare_in_authorization_where_auth_header_names_it() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"\nauth_header = \"Authorization\"")]);
+    eventually("it is probed", || !a.probes().is_empty());
+    assert_eq!(a.probes()[0].header("authorization"), Some("sk-CANARY"));
+    zap.client().chat("authorization: Bearer client\r\n", CHAT);
+    let keys: Vec<_> = a.seen().remove(0).headers.into_iter().filter(|(n, _)| n == "authorization").collect();
+    assert_eq!(keys, [("authorization".to_owned(), "sk-CANARY".to_owned())]);
+}
+
+#[test]
 fn a_key_in_a_header_of_its_own_is_hidden_and_judged_like_any_other() {
     let a = Provider::fixed(400, "", "bad sk-CANARY");
     let more = "api_key = \"sk-CANARY\"\nauth_header = \"api-key\"";
