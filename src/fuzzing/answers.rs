@@ -81,7 +81,10 @@ fn decode(bytes: &[u8], piece: usize) -> Result<Option<Answer>, Invalid> {
             Err(Invalid) => return Ok(Some(Answer { whole: false, ..take(answer) })),
         }
     }
-    let Some(mut answer) = answer else { return Ok(None) };
+    let Some(mut answer) = answer else {
+        decoder.end_of_head()?;
+        return Ok(None);
+    };
     answer.goes_on = decoder.may_go_on();
     answer.whole = !decoder.is_broken() && decoder.end();
     Ok(Some(answer))

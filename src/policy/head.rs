@@ -3,7 +3,7 @@
 //! Follows RFC 9112 where it lets a server choose, always on the strict side, because two servers that read one
 //! head differently are how requests get smuggled. It frames the head and its body; it does not decode them.
 
-use memchr::memchr;
+use memchr::{memchr, memmem};
 use wide::i8x16;
 
 /// Bytes that are looked at together.
@@ -75,6 +75,16 @@ pub fn inspect(bytes: &[u8]) -> Result<Option<Head>, HeadFault> {
         Some(host) => same_authority(target, host)?,
     }
     Ok(Some(Head { len: lines.at, framing }))
+}
+
+/// Whether a head that is not whole should be parsed again. Its first `parsed` bytes were, without an end; it is parsed
+/// again when it may have ended since, or has grown by a quarter: so the work stays linear in its length, however small
+/// the pieces are. Holds for requests and for answers.
+pub fn is_worth_parsing(head: &[u8], parsed: usize) -> bool {
+    // An end may begin up to two bytes before what is new.
+    let fresh = &head[parsed.saturating_sub(2).min(head.len())..];
+    head.len() > parsed + parsed / 4
+        || [&b"\n\r\n"[..], b"\n\n"].iter().any(|end| memmem::find(fresh, end).is_some())
 }
 
 /// The lines of a head, found by its control characters: sixteen bytes at a time.
@@ -351,6 +361,27 @@ mod tests {
             "\x16\x03\x01",
         ] {
             assert!(verdict(head).is_err(), "{head:?} passed");
+        }
+    }
+
+    #[test]
+    fn a_head_that_comes_in_many_pieces_is_parsed_a_few_times() {
+        let mut head = b"GET / HTTP/1.1\r\nhost: a\r\n".to_vec();
+        let (mut parsed, mut count) = (0, 0);
+        while head.len() < 64 * 1024 {
+            if is_worth_parsing(&head, parsed) {
+                (parsed, count) = (head.len(), count + 1);
+            }
+            head.extend_from_slice(b"a:\r\n");
+        }
+        assert!(count < 50, "{count}");
+        for end in [&b"\r\n"[..], b"\n"] {
+            let mut whole = head.clone();
+            for byte in end {
+                let before = whole.len();
+                whole.push(*byte);
+                assert_eq!(is_worth_parsing(&whole, before), *byte == b'\n', "{end:?}");
+            }
         }
     }
 

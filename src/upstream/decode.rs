@@ -10,6 +10,7 @@ use http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER
 use http::{Response, StatusCode, Version, response};
 
 use super::spare;
+use crate::policy::head::is_worth_parsing;
 
 /// Largest head of an answer, interim ones included.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -35,8 +36,18 @@ pub struct Decoder {
     keep_alive: bool,
     /// The head said how long the body is.
     stated: bool,
-    /// Of a head that is not whole.
+    /// Of a head that is not whole, interim answers included.
     head: BytesMut,
+    parsed: Parsed,
+}
+
+/// How far a head that is not whole was parsed.
+#[derive(Clone, Copy, Default)]
+struct Parsed {
+    /// Bytes of interim answers, which are not parsed again.
+    interim: usize,
+    /// Bytes that were there when it was parsed last.
+    len: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +109,7 @@ impl Decoder {
     pub fn begin(&mut self) {
         self.state = State::Head;
         self.head = BytesMut::new();
+        self.parsed = Parsed::default();
     }
 
     /// The answer is whole.
@@ -131,19 +143,30 @@ impl Decoder {
         self.is_done()
     }
 
+    /// The connection ended inside a head: what came and was not parsed yet is parsed now.
+    ///
+    /// # Errors
+    /// [`Invalid`]: what came cannot begin an answer.
+    pub fn end_of_head(&mut self) -> Result<(), Invalid> {
+        read_head(&mem::take(&mut self.head), &mut self.parsed).map(drop)
+    }
+
     /// Reads on in a head. Once it is whole: the head, and what of the body came behind it. Interim answers but 101 are
     /// dropped.
     ///
     /// # Errors
-    /// [`Invalid`]: it is none, or too large; or the body begins wrong, as with [`body`](Decoder::body).
+    /// [`Invalid`]: it is none, or too large; or the body begins wrong, as with [`body`](Decoder::body). A fault in a head
+    /// that comes in pieces may be told later, at its end at the latest, or by [`end_of_head`](Decoder::end_of_head).
     pub fn head(&mut self, input: &[u8]) -> Result<Option<(response::Parts, Bytes)>, Invalid> {
         // Nearly always it is whole at once, and is not kept.
         let mut before = mem::take(&mut self.head);
         let read = if before.is_empty() {
-            read_head(input)?
+            read_head(input, &mut self.parsed)?
         } else {
             before.extend_from_slice(input);
-            read_head(&before)?
+            let Parsed { interim, len } = self.parsed;
+            let is_worth = before.len() > MAX_HEAD || is_worth_parsing(&before[interim..], len - interim);
+            if is_worth { read_head(&before, &mut self.parsed)? } else { None }
         };
         let Some(Whole { parts, framing, text, rest }) = read else {
             if before.is_empty() {
@@ -284,9 +307,17 @@ struct Whole {
     rest: usize,
 }
 
-/// A whole head, interim answers before it left out; `None` where more must come.
-fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
-    let mut from = 0;
+#[cfg(test)]
+thread_local! {
+    /// Bytes of heads that were parsed, each as often as it was.
+    static PARSED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// A whole head, interim answers before it left out; `None` where more must come, and `parsed` says how far it came.
+fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid> {
+    let mut from = parsed.interim;
+    #[cfg(test)]
+    PARSED.set(PARSED.get() + bytes.len() - from);
     loop {
         // `httparse` would skip empty lines before a status line.
         if matches!(bytes.get(from), Some(b'\r' | b'\n')) {
@@ -298,7 +329,10 @@ fn read_head(bytes: &[u8]) -> Result<Option<Whole>, Invalid> {
         let length = match parser.parse_response_with_uninit_headers(&mut answer, &bytes[from..], &mut lines)
         {
             Ok(httparse::Status::Complete(length)) => length,
-            Ok(httparse::Status::Partial) if bytes.len() <= MAX_HEAD => return Ok(None),
+            Ok(httparse::Status::Partial) if bytes.len() <= MAX_HEAD => {
+                *parsed = Parsed { interim: from, len: bytes.len() };
+                return Ok(None);
+            }
             _ => return Err(Invalid),
         };
         if from + length > MAX_HEAD || has_bare_lf(&bytes[from..from + length]) {
@@ -434,6 +468,9 @@ mod tests {
             };
             body.extend_from_slice(&data);
         }
+        if status.is_none() {
+            decoder.end_of_head()?;
+        }
         let goes_on = decoder.may_go_on();
         let whole = decoder.end();
         Ok(status.map(|s| (s, String::from_utf8_lossy(&body).into_owned(), whole, goes_on)))
@@ -534,6 +571,42 @@ mod tests {
                 Ok(Some((200, "ok".to_owned(), false, false))),
                 "what came before is kept: {chunks:?}"
             );
+        }
+    }
+
+    #[test]
+    fn the_work_on_a_head_in_many_pieces_is_linear() {
+        let lines = format!("x-{}: {}\r\n", "a".repeat(20), "b".repeat(600)).repeat(90);
+        let interim = "HTTP/1.1 103 E\r\na: b\r\n\r\n".repeat(1_000);
+        for head in [format!("{OK}{lines}\r\n"), format!("{interim}{OK}\r\n")] {
+            for size in [1, 3, 100] {
+                let mut decoder = Decoder::default();
+                decoder.begin();
+                PARSED.take();
+                for (i, piece) in head.as_bytes().chunks(size).enumerate() {
+                    let whole = decoder.head(piece).unwrap().is_some();
+                    assert_eq!(whole, (i + 1) * size >= head.len());
+                }
+                let times = PARSED.take() as f64 / head.len() as f64;
+                assert!((1.0..12.0).contains(&times), "each byte {times} times in pieces of {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_fault_in_a_head_is_told_at_the_end_at_the_latest() {
+        for (bytes, is_valid) in [
+            ("HTTP/1.1 200 OK\r\nname", true),
+            ("HTTP/1.1 200 OK\r\nbad name", false),
+            ("HTTP/1.1 2x", false),
+            ("HTTP/1.1 100 C\r\n\r\nHTTP/1.1 2", true),
+            ("HTTP/1.1 100 C\r\n\r\nHTTP/2 200", false),
+            ("220 ready\r\n", false),
+        ] {
+            for size in 1..=bytes.len() {
+                let want = if is_valid { Ok(None) } else { Err(Invalid) };
+                assert_eq!(read(bytes, size), want, "{bytes:?} in {size}");
+            }
         }
     }
 

@@ -268,6 +268,7 @@ impl Link for Http1 {
                 }
                 Poll::Ready(Ok(Some(Ok(None)))) => continue,
                 Poll::Ready(Ok(Some(Err(super::decode::Invalid)))) => Code::UpstreamInvalidResponse,
+                Poll::Ready(Ok(None)) if self.decoder.end_of_head().is_err() => Code::UpstreamInvalidResponse,
                 Poll::Ready(Ok(None) | Err(_)) => Code::UpstreamUnreachable,
                 // A broken connection says so to the reader too; until then what it has said before may come.
                 Poll::Pending if self.outbox.state == Sending::Broken && self.waited => {
