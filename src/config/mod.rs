@@ -205,7 +205,7 @@ pub enum LogFormat {
 pub struct Backend {
     /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
     pub name: String,
-    /// Where it is; `chat_path` and `health_path` are appended.
+    /// Where it is; `chat_path` and `health_path` are appended, a `/v1` that both have once.
     pub url: BaseUrl,
     /// Share of the traffic, 0 to 1000; 0: listed but drained.
     pub weight: u32,

@@ -157,7 +157,7 @@ impl Upstream {
         let name = conf.name.clone();
         let bad = |what: &str| format!("backend {name}: {what}");
         let path =
-            |tail: &str| format!("{}{tail}", conf.url.path).parse().map_err(|_| bad("its path is not valid"));
+            |tail: &str| joined(&conf.url.path, tail).parse().map_err(|_| bad("its path is not valid"));
         let connector = Connector::new(&conf, roots).map_err(|e| bad(&e))?;
         let host = HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?;
         let key = conf.api_key.as_ref().map(|key| match &conf.auth_header {
@@ -377,13 +377,20 @@ fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()],
     let mut targets = [const { None }; Endpoint::ALL.len()];
     for endpoint in Endpoint::ALL {
         let path = match (endpoint, base, endpoint.tail()) {
-            (Endpoint::Chat, ..) => format!("{}{}", conf.url.path, conf.chat_path),
-            (_, Some(base), Some(tail)) => format!("{}{base}{tail}{query}", conf.url.path),
+            (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
+            (_, Some(base), Some(tail)) => joined(&conf.url.path, &format!("{base}{tail}{query}")),
             _ => continue,
         };
         targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
     }
     Ok(targets)
+}
+
+/// The path of a backend's `url` with another one behind it. Where the first ends in `/v1` and the second begins with
+/// it, it is sent once: SDKs call `https://api.openai.com/v1` the base URL, so many an operator writes it as `url`.
+fn joined(base: &str, path: &str) -> String {
+    let base = base.strip_suffix("/v1").filter(|_| path.starts_with("/v1/")).unwrap_or(base);
+    format!("{base}{path}")
 }
 
 impl InLine {

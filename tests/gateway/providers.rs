@@ -65,6 +65,53 @@ fn a_query_in_the_chat_path_goes_along_to_every_endpoint() {
 }
 
 #[test]
+fn a_url_that_ends_in_v1_does_not_double_it() {
+    for (base, more, chat, embeddings, health) in [
+        ("", "", "/v1/chat/completions", "/v1/embeddings", "/health"),
+        ("/v1", "", "/v1/chat/completions", "/v1/embeddings", "/v1/health"),
+        ("/v1/", "health_path = \"/v1/models\"", "/v1/chat/completions", "/v1/embeddings", "/v1/models"),
+        ("/api/v1", "", "/api/v1/chat/completions", "/api/v1/embeddings", "/api/v1/health"),
+        ("/openai", "", "/openai/v1/chat/completions", "/openai/v1/embeddings", "/openai/health"),
+        (
+            "/openai/v1",
+            "chat_path = \"/chat/completions?a=b\"",
+            "/openai/v1/chat/completions?a=b",
+            "/openai/v1/embeddings?a=b",
+            "/openai/v1/health",
+        ),
+        (
+            "/v1",
+            "chat_path = \"/v1/chat/completions?a=b\"",
+            "/v1/chat/completions?a=b",
+            "/v1/embeddings?a=b",
+            "/v1/health",
+        ),
+        (
+            "/v1",
+            "chat_path = \"/v1beta/chat/completions\"",
+            "/v1/v1beta/chat/completions",
+            "/v1/v1beta/embeddings",
+            "/v1/health",
+        ),
+        ("/xv1", "", "/xv1/v1/chat/completions", "/xv1/v1/embeddings", "/xv1/health"),
+        ("/v1/x", "", "/v1/x/v1/chat/completions", "/v1/x/v1/embeddings", "/v1/x/health"),
+    ] {
+        let a = Provider::named("a");
+        let address = a.backend("a", more).replacen("\"\nweight", &format!("{base}\"\nweight"), 1);
+        let zap = Zap::with("", &[address]);
+        eventually("it is probed", || !a.probes().is_empty());
+        let mut client = zap.client();
+        assert_eq!(client.chat("", CHAT).status, 200);
+        client.post("/v1/embeddings", "", "{\"model\":\"e\"}");
+        assert_eq!(client.response().status, 200);
+        let lines: Vec<_> = a.seen().iter().map(|seen| seen.line.clone()).collect();
+        let want = [chat, embeddings].map(|path| format!("POST {path} HTTP/1.1"));
+        assert_eq!(lines, want, "{base}, {more}");
+        assert_eq!(a.probes()[0].line, format!("GET {health} HTTP/1.1"), "{base}, {more}");
+    }
+}
+
+#[test]
 fn members_that_a_provider_refuses_are_left_out_for_it_alone() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let backends = [
