@@ -479,9 +479,9 @@ mod tests {
         assert_eq!(p.at(SECOND + 34 * SECOND), 0.0);
         p.add(SECOND + 34 * SECOND);
         assert_eq!(p.at(SECOND + 34 * SECOND), 10.0, "the rest of the first failure is gone");
-        let s = Schedule::new([(0, 1), (1, 1)]);
+        let (s, c) = (Schedule::new([(0, 1), (1, 1)]), Cursor::default());
         let pick = || {
-            s.least_loaded(|id, w| {
+            s.least_loaded(first_tries(&c), |id, w| {
                 Some(load(0, w, if id == 0 { p.at(90 * SECOND) } else { 0.0 }, SLOW_START))
             })
         };
