@@ -23,7 +23,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use arc_swap::Guard;
-use http::header::{CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue};
+use http::header::{
+    CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap,
+    HeaderName, HeaderValue,
+};
 use http::request::Parts;
 use http::{Method, Response, Version};
 use hyper::body::Incoming;
@@ -32,12 +35,13 @@ use self::attempt::{Attempts, Delivery};
 use self::body::Body;
 use self::intake::ChatRequest;
 use self::once::is_event_stream;
-use self::relay::{Held, Redactor, RelayBody, Shape};
+use self::relay::{Held, RelayBody, Shape};
 use crate::clock;
 use crate::config::{Server, Strategy};
 use crate::error::{Code, GatewayError};
 use crate::policy::fields::Model;
 use crate::policy::limit::Decision;
+use crate::policy::redact::Redactor;
 use crate::policy::{SECOND, headers};
 use crate::server::alarm::Alarms;
 use crate::server::io::Conn;
@@ -255,17 +259,10 @@ impl Gateway {
             version,
         };
         let secret = upstream.conf.api_key.as_ref().filter(|_| head.status.as_u16() >= 400);
-        let redactor = secret.map(|key| {
-            let hides =
-                |v: &HeaderValue| memchr::memmem::find(v.as_bytes(), key.expose().as_bytes()).is_some();
-            head.headers
-                .iter_mut()
-                .filter(|h| hides(h.1))
-                .for_each(|h| *h.1 = HeaderValue::from_static("***"));
-            // The key's length is not the stars': the length of the body is open.
-            head.headers.remove(CONTENT_LENGTH);
-            Box::new(Redactor::new(key.expose()))
-        });
+        let redactor = secret.and_then(|key| Redactor::new(key.expose()));
+        if let Some(redactor) = &redactor {
+            redact(&mut head.headers, redactor);
+        }
         completion.backend = Some(upstream);
         let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
         if spent {
@@ -275,7 +272,7 @@ impl Gateway {
         completion.answered(head.status.as_u16());
         conn.begin_answer(patience);
         let held = Held { lease, entered, slot, completion };
-        let relay = RelayBody::new(held, self.clone(), conn.clone(), first, redactor, shape);
+        let relay = RelayBody::new(held, self.clone(), conn.clone(), first, redactor.map(Box::new), shape);
         let mut response = Response::new(Body::relay(relay).on(conn.clone()));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
@@ -458,6 +455,19 @@ fn route(path: &str) -> (Endpoint, &'static str) {
         one if one.starts_with("/v1/models/") => (Endpoint::Models, "GET, HEAD"),
         _ => (Endpoint::Other, ""),
     }
+}
+
+/// Hides the backend's key in the headers of its answer, apart from those that frame or describe the body: without them
+/// the body cannot be read.
+fn redact(headers: &mut HeaderMap, redactor: &Redactor) {
+    const OF_THE_BODY: [HeaderName; 4] = [CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_RANGE, CONTENT_TYPE];
+    for (name, value) in headers.iter_mut() {
+        if !OF_THE_BODY.contains(name) && redactor.is_in(value.as_bytes()) {
+            *value = HeaderValue::from_static("***");
+        }
+    }
+    // `***` may be shorter than the key: the body's length is not known any more.
+    headers.remove(CONTENT_LENGTH);
 }
 
 /// Whether a path is for those alone who may call.

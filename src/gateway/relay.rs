@@ -7,10 +7,9 @@ use std::fmt;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::Version;
 use http_body::SizeHint;
-use memchr::memmem::Finder;
 
 use super::Gateway;
 use super::body::Cut;
@@ -19,6 +18,7 @@ use crate::clock;
 use crate::error::{Code, STREAM_INTERRUPTED};
 use crate::policy::Nanos;
 use crate::policy::queue::Slot;
+use crate::policy::redact::Redactor;
 use crate::server::io::Conn;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::{Completion, End};
@@ -290,45 +290,8 @@ impl Tail {
     }
 }
 
-/// Takes a backend's key out of what it sends, should it echo it: `***` stands in its place.
-pub struct Redactor {
-    key: Finder<'static>,
-    held: BytesMut,
-}
-
-impl Redactor {
-    /// Looks for `key`, which is not empty.
-    pub fn new(key: &str) -> Self {
-        Redactor { key: Finder::new(key.as_bytes()).into_owned(), held: BytesMut::new() }
-    }
-
-    /// Takes a piece; returns what can go out. The end of it may be the beginning of the key and is held back.
-    pub fn push(&mut self, piece: &[u8]) -> Bytes {
-        self.held.extend_from_slice(piece);
-        let mut out = BytesMut::new();
-        while let Some(at) = self.key.find(&self.held) {
-            out.extend_from_slice(&self.held.split_to(at));
-            out.extend_from_slice(b"***");
-            let _ = self.held.split_to(self.key.needle().len());
-        }
-        let needle = self.key.needle();
-        let from = self.held.len().saturating_sub(needle.len() - 1);
-        let safe =
-            (from..self.held.len()).find(|i| needle.starts_with(&self.held[*i..])).unwrap_or(self.held.len());
-        out.extend_from_slice(&self.held.split_to(safe));
-        out.freeze()
-    }
-
-    /// What was held back.
-    pub fn finish(self) -> Bytes {
-        self.held.freeze()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -347,20 +310,6 @@ mod tests {
             let mut tail = Tail::default();
             pieces.iter().for_each(|p| tail.push(p.as_bytes()));
             assert_eq!((tail.is_between_events(), tail.has_done()), (between, done), "{pieces:?}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn no_key_goes_out_however_it_is_cut(parts in prop::collection::vec("(sk-aab|sk-|a|b|sk-aa|x){0,5}", 0..6), size in 1usize..7) {
-            let text = parts.concat();
-            let mut redactor = Redactor::new("sk-aab");
-            let mut out = Vec::new();
-            for piece in text.as_bytes().chunks(size) {
-                out.extend_from_slice(&redactor.push(piece));
-            }
-            out.extend_from_slice(&redactor.finish());
-            prop_assert_eq!(String::from_utf8(out).unwrap(), text.replace("sk-aab", "***"));
         }
     }
 }

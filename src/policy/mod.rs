@@ -38,6 +38,8 @@ pub mod quota;
 
 pub mod advertised;
 
+pub mod redact;
+
 mod sync;
 
 #[cfg(all(test, zap_loom))]

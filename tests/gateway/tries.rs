@@ -301,6 +301,41 @@ fn a_key_echoed_in_an_error_becomes_stars() {
 }
 
 #[test]
+fn a_key_that_is_a_dummy_damages_no_error() {
+    for key in ["1", "x", "null", "jso", "1234567"] {
+        let body = "{\"error\":{\"message\":\"xx jso 1234567\",\"code\":null,\"n\":1234567}}";
+        let a = Provider::fixed(400, "content-type: application/json\r\nx-echo: 1x null jso\r\n", body);
+        let zap = Zap::with("", &[a.backend("a", &format!("api_key = \"{key}\""))]);
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.text(), answer.header("x-echo")), (body, Some("1x null jso")), "{key}");
+        assert_eq!(answer.header("content-type"), Some("application/json"), "{key}");
+        assert_eq!(answer.header("content-length"), Some(body.len().to_string().as_str()), "{key}");
+    }
+}
+
+#[test]
+fn a_redacted_error_is_still_json_with_its_type() {
+    let body = r#"{"a":"application\/json\u002Butf8 \u0061pplication/json+utf8","n":12345678,"error":"\napplication"}"#;
+    for (key, want) in [
+        ("application/json+utf8", r#"{"a":"*** ***","n":12345678,"error":"\napplication"}"#),
+        ("12345678", &*body.replace("12345678", "11111111")),
+        (
+            "napplication",
+            r#"{"a":"application\/json\u002Butf8 \u0061pplication/json+utf8","n":12345678,"error":"***"}"#,
+        ),
+    ] {
+        let headers =
+            "content-type: application/json+utf8; x=12345678\r\nx-echo: application\\/json+utf8\r\n";
+        let a = Provider::fixed(422, headers, body);
+        let zap = Zap::with("", &[a.backend("a", &format!("api_key = \"{key}\""))]);
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.text(), answer.whole), (want, true));
+        assert_eq!(answer.header("content-type"), Some("application/json+utf8; x=12345678"));
+        assert_eq!(answer.header("x-echo") == Some("***"), key.contains('/'));
+    }
+}
+
+#[test]
 fn a_redirect_is_never_followed() {
     let b = Provider::named("b");
     let location = format!("location: http://{}/\r\n", b.address).leak();

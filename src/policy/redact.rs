@@ -1,0 +1,306 @@
+//! Takes a backend's key out of what that backend sends to a client: `***` replaces it.
+//!
+//! The key is found as it is and in every JSON spelling (RFC 8259, section 7), in any chunking. A JSON text stays a JSON
+//! text: an escape is replaced whole, quotes stay, and digits outside of a string become other digits.
+
+use bytes::Bytes;
+
+/// A shorter key is a dummy (`1`, `null`): it hides nothing, and replacing it would only damage the answer.
+const MIN_KEY: usize = 8;
+
+/// Replaces one key in a stream of bytes. It holds back at most six bytes for each byte of the key, and an escape.
+#[derive(Debug)]
+pub struct Redactor {
+    key: Box<[u8]>,
+    /// What may be the beginning of the key.
+    held: Vec<u8>,
+    /// `held` begins inside of a JSON string, if the text is JSON.
+    in_string: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    No,
+    /// More bytes must come.
+    Perhaps,
+    /// The key, this many bytes long.
+    Key(usize),
+}
+
+impl Redactor {
+    /// Looks for `key`; `None` where it is too short to be a secret.
+    pub fn new(key: &str) -> Option<Self> {
+        let key: Box<[u8]> = key.as_bytes().into();
+        (key.len() >= MIN_KEY).then_some(Redactor { key, held: Vec::new(), in_string: false })
+    }
+
+    /// Whether the key stands in a header's `value`.
+    pub fn is_in(&self, value: &[u8]) -> bool {
+        (0..value.len()).any(|at| matches!(find_at(&self.key, &value[at..]), Found::Key(_)))
+    }
+
+    /// Takes a piece; returns what can go out.
+    pub fn push(&mut self, piece: &[u8]) -> Bytes {
+        self.held.extend_from_slice(piece);
+        self.pass(false)
+    }
+
+    /// What was held back.
+    pub fn finish(mut self) -> Bytes {
+        self.pass(true)
+    }
+
+    /// Passes on what cannot be the beginning of the key; where the text is at its `end`, nothing can.
+    fn pass(&mut self, end: bool) -> Bytes {
+        let text = std::mem::take(&mut self.held);
+        let mut out = Vec::with_capacity(text.len());
+        let mut at = 0;
+        while at < text.len() {
+            let rest = &text[at..];
+            let Some(unit) = unit(rest, self.in_string, end) else { break };
+            match self.find(rest, unit, end) {
+                Found::Perhaps => break,
+                Found::No => {
+                    self.in_string ^= rest[0] == b'"';
+                    out.extend_from_slice(&rest[..unit]);
+                    at += unit;
+                }
+                Found::Key(length) => {
+                    self.mask(&rest[..length], &mut out);
+                    at += length;
+                }
+            }
+        }
+        self.held = text[at..].to_vec();
+        Bytes::from(out)
+    }
+
+    /// Looks for a key that begins in the first `unit` bytes of `text`. What is found begins and ends with a unit: half
+    /// an escape would be no JSON.
+    fn find(&self, text: &[u8], unit_len: usize, end: bool) -> Found {
+        for skip in 0..unit_len {
+            let key_end = match find_at(&self.key, &text[skip..]) {
+                Found::Key(length) => skip + length,
+                Found::Perhaps if !end => return Found::Perhaps,
+                _ => continue,
+            };
+            let (mut length, mut in_string) = (0, self.in_string);
+            while length < key_end {
+                let Some(next) = unit(&text[length..], in_string, end) else { return Found::Perhaps };
+                in_string ^= text[length] == b'"';
+                length += next;
+            }
+            return Found::Key(length);
+        }
+        Found::No
+    }
+
+    /// Writes what replaces `span`, which consists of whole units.
+    fn mask(&mut self, span: &[u8], out: &mut Vec<u8>) {
+        let (mut at, mut from) = (0, 0);
+        while at < span.len() {
+            let length = unit(&span[at..], self.in_string, true).unwrap_or(1);
+            if span[at] == b'"' {
+                mask_run(&span[from..at], self.in_string, out);
+                out.push(b'"');
+                self.in_string = !self.in_string;
+                from = at + 1;
+            }
+            at += length;
+        }
+        mask_run(&span[from..], self.in_string, out);
+    }
+}
+
+/// Writes what replaces a part of a key that has no quote.
+fn mask_run(run: &[u8], in_string: bool, out: &mut Vec<u8>) {
+    let is_structure = |b: &u8| b.is_ascii_digit() || b"+-.eE{}[],:".contains(b);
+    let exponents = run.iter().filter(|b| b.eq_ignore_ascii_case(&b'e')).count();
+    if run.is_empty() {
+        return;
+    }
+    if in_string || exponents > 1 || !run.iter().all(is_structure) {
+        out.extend_from_slice(b"***");
+        return;
+    }
+    // A number, or a part of one: the stars would end the JSON.
+    let digit = if run.iter().any(|b| (b'2'..=b'9').contains(b) || *b == b'0') { b'1' } else { b'2' };
+    out.extend(run.iter().map(|b| if b.is_ascii_digit() { digit } else { *b }));
+}
+
+/// Length of the first unit of `text`: an escape of a JSON string, or one byte. `None`: more of it must come.
+fn unit(text: &[u8], in_string: bool, end: bool) -> Option<usize> {
+    let length = match (text.first(), text.get(1)) {
+        (Some(b'\\'), Some(b'u')) if in_string => 6,
+        (Some(b'\\'), _) if in_string => 2,
+        _ => 1,
+    };
+    match length <= text.len() {
+        true => Some(length),
+        false => end.then_some(text.len()),
+    }
+}
+
+/// Whether `text` begins with the key, as it is or as a JSON string spells it.
+fn find_at(key: &[u8], text: &[u8]) -> Found {
+    // Most texts differ in their first byte.
+    if text.first().is_some_and(|b| *b != key[0] && *b != b'\\') {
+        return Found::No;
+    }
+    let known = text.len().min(key.len());
+    match (key[..known] == text[..known], spelled_at(key, text)) {
+        (true, _) if known == key.len() => Found::Key(known),
+        (true, Found::No) => Found::Perhaps,
+        (_, spelled) => spelled,
+    }
+}
+
+/// Whether `text` begins with a JSON spelling of the key.
+fn spelled_at(key: &[u8], text: &[u8]) -> Found {
+    let mut at = 0;
+    for b in key {
+        match (text.get(at), text.get(at + 1)) {
+            (None, _) | (Some(b'\\'), None) => return Found::Perhaps,
+            (Some(b'\\'), Some(b'u')) => {
+                let hex = [
+                    b'0',
+                    b'0',
+                    b"0123456789abcdef"[usize::from(b >> 4)],
+                    b"0123456789abcdef"[usize::from(b & 15)],
+                ];
+                let came = &text[at + 2..text.len().min(at + 6)];
+                if !came.eq_ignore_ascii_case(&hex[..came.len()]) {
+                    return Found::No;
+                }
+                if came.len() < hex.len() {
+                    return Found::Perhaps;
+                }
+                at += 6;
+            }
+            (Some(b'\\'), Some(escaped)) if escaped == b && b"\"\\/".contains(b) => at += 2,
+            (Some(raw), _) if raw == b && !b"\"\\".contains(b) => at += 1,
+            _ => return Found::No,
+        }
+    }
+    Found::Key(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn redact(key: &str, text: &[u8], size: usize) -> String {
+        let mut redactor = Redactor::new(key).unwrap();
+        let mut out = Vec::new();
+        for piece in text.chunks(size) {
+            out.extend_from_slice(&redactor.push(piece));
+            assert!(redactor.held.len() <= 6 * key.len() + 6);
+        }
+        out.extend_from_slice(&redactor.finish());
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_key_goes_and_what_is_around_it_stays() {
+        for (key, text, want) in [
+            ("sk-CANARY", "bad key sk-CANARY, sk-CANAR", "bad key ***, sk-CANAR"),
+            ("sk-a/b<c", r#"{"a":"sk-a\/b\u003cc"}"#, r#"{"a":"***"}"#),
+            ("sk-a/b<c", r#"{"a":"sk-a\u002Fb\u003Cc"}"#, r#"{"a":"***"}"#),
+            ("sk-CANARY", r#"{"a":"\u0073k-C\u0041NARY"}"#, r#"{"a":"***"}"#),
+            ("sk-a\"b\\c", r#"{"a":"sk-a\"b\\c"}"#, r#"{"a":"***"}"#),
+            ("nsk-CANARY", r#"{"a":"x\nsk-CANARY"}"#, r#"{"a":"x***"}"#),
+            ("sk-CANARY\\", r#"{"a":"sk-CANARY\"b"}"#, r#"{"a":"***b"}"#),
+            ("12345678", r#"{"a":-12345678.5,"b":"12345678"}"#, r#"{"a":-11111111.5,"b":"***"}"#),
+            ("11111111", r#"[11111111]"#, r#"[22222222]"#),
+            ("sk-CANARY", r#"{sk-CANARY}"#, r#"{***}"#),
+            ("password", r#"{"password":"password "}"#, r#"{"***":"*** "}"#),
+        ] {
+            for size in [1, 2, 3, 100] {
+                assert_eq!(redact(key, text.as_bytes(), size), want, "{key} {text} by {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_dummy_is_no_secret() {
+        for key in ["1", "x", "null", "1234567"] {
+            assert!(Redactor::new(key).is_none(), "{key}");
+        }
+        let redactor = Redactor::new("sk-a/b<c").unwrap();
+        assert!(redactor.is_in(br#"echo sk-a\/b<c"#) && redactor.is_in(b"sk-a/b<c"));
+        assert!(!redactor.is_in(b"sk-a/b<") && !redactor.is_in(b""));
+    }
+
+    /// A JSON string, in which each character is spelled as `how` says.
+    fn spell(text: &str, how: &[u8]) -> String {
+        let spell = |(i, c): (usize, char)| match (how[i % how.len()] % 4, c) {
+            (0, _) => format!("\\u{:04x}", c as u32),
+            (1, _) => format!("\\u{:04X}", c as u32),
+            (2, '/') => "\\/".into(),
+            (_, '"' | '\\') => format!("\\{c}"),
+            _ => c.to_string(),
+        };
+        text.chars().enumerate().map(spell).collect()
+    }
+
+    fn holds(value: &Value, key: &str) -> bool {
+        match value {
+            Value::String(text) => text.contains(key),
+            Value::Array(all) => all.iter().any(|v| holds(v, key)),
+            Value::Object(all) => all.iter().any(|(k, v)| k.contains(key) || holds(v, key)),
+            other => other.to_string().contains(key),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn plain_text_loses_every_key_however_it_is_cut(
+            parts in prop::collection::vec("(sk-aab-x|sk-|a|b|sk-aa|x){0,5}", 0..6),
+            size in 1usize..7,
+        ) {
+            let text = parts.concat();
+            prop_assert_eq!(redact("sk-aab-x", text.as_bytes(), size), text.replace("sk-aab-x", "***"));
+        }
+
+        #[test]
+        fn json_stays_json_and_loses_the_key(
+            key in r#"[nu0-9a"\\/<]{8,10}"#,
+            parts in prop::collection::vec(r#"[nu0-9a"\\/<é]{0,6}"#, 1..4),
+            how in prop::collection::vec(0u8..8, 1..9),
+            cuts in prop::collection::vec(1usize..9, 1..5),
+        ) {
+            let echo = spell(&parts.join(&key), &how);
+            let number = key.bytes().all(|b| b.is_ascii_digit()).then(|| format!("-1{key}.{key}"));
+            let text = format!(r#"{{"{echo}":["{echo}",{}],"\\":"{echo}"}}"#, number.unwrap_or("null".into()));
+            prop_assert!(serde_json::from_str::<Value>(&text).is_ok(), "{}", text);
+            let once = redact(&key, text.as_bytes(), text.len());
+            let value: Value = serde_json::from_str(&once).map_err(|e| TestCaseError::fail(format!("{once}: {e}")))?;
+            prop_assert!(!holds(&value, &key), "{}", once);
+            let mut redactor = Redactor::new(&key).unwrap();
+            let (mut rest, mut out, mut cuts) = (text.as_bytes(), Vec::new(), cuts.iter().cycle());
+            while !rest.is_empty() {
+                let (piece, more) = rest.split_at(rest.len().min(*cuts.next().unwrap()));
+                out.extend_from_slice(&redactor.push(piece));
+                rest = more;
+            }
+            out.extend_from_slice(&redactor.finish());
+            prop_assert_eq!(String::from_utf8(out).unwrap(), once);
+        }
+
+        #[test]
+        fn what_holds_no_key_goes_out_as_it_came(text in r#"[sk\\u"/{}0-9]{0,40}"#, size in 1usize..9) {
+            prop_assert_eq!(redact("sk-CANARY", text.as_bytes(), size), text);
+        }
+    }
+
+    #[test]
+    fn an_error_of_a_provider_is_still_one() {
+        let key = "sk-\"odd\"-key";
+        let body = json!({"error": {"message": format!("bad key {key}"), "code": null}}).to_string();
+        let out: Value = serde_json::from_str(&redact(key, body.as_bytes(), 3)).unwrap();
+        assert_eq!(out["error"]["message"], "bad key ***");
+    }
+}
