@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
 use http::{Response, StatusCode};
 
 use crate::gateway::body::Body;
@@ -58,6 +58,8 @@ pub enum GatewayError {
     UnknownUrl,
     /// A body in a content encoding.
     UnsupportedEncoding,
+    /// The client wants a WebSocket where HTTP is spoken.
+    UpgradeRequired,
     /// The backends refuse the key that Zap sends.
     UpstreamAuth,
     /// The upstream's answer is not HTTP that can be passed on.
@@ -131,6 +133,7 @@ codes! {
     RequestTooLarge "request_too_large",
     UnknownUrl "unknown_url",
     UnsupportedContentEncoding "unsupported_content_encoding",
+    UpgradeRequired "upgrade_required",
     UpstreamAuthError "upstream_auth_error",
     UpstreamError "upstream_error",
     UpstreamInvalidResponse "upstream_invalid_response",
@@ -182,6 +185,11 @@ impl GatewayError {
         }
         if let GatewayError::MethodNotAllowed(allow) = self {
             headers.insert(ALLOW, HeaderValue::from_static(allow));
+        }
+        if *self == GatewayError::UpgradeRequired {
+            // RFC 9110, section 15.5.22: a 426 must say which protocol to use, and 7.8: as an option of the connection.
+            headers.insert(UPGRADE, HeaderValue::from_static("HTTP/1.1"));
+            headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         }
         if row.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -383,6 +391,12 @@ impl GatewayError {
                 Code::UnsupportedContentEncoding,
                 "Send the body without a Content-Encoding.".into(),
             )),
+            E::UpgradeRequired => row(
+                StatusCode::UPGRADE_REQUIRED,
+                INVALID,
+                Code::UpgradeRequired,
+                "This path speaks HTTP only, no WebSocket; send the request as a POST.".into(),
+            ),
             E::UpstreamAuth => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
@@ -480,6 +494,7 @@ mod tests {
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
             (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
+            (E::UpgradeRequired, 426, INVALID, "upgrade_required", None, None, false),
             (E::UpstreamAuth, 502, UPSTREAM, "upstream_auth_error", None, None, false),
             (E::UpstreamInvalid, 502, UPSTREAM, "upstream_invalid_response", None, None, false),
             (E::UpstreamRateLimited(0), 429, LIMIT, "upstream_rate_limited", None, Some("1"), false),
@@ -498,7 +513,9 @@ mod tests {
             assert_eq!(response.status().as_u16(), status, "{error:?}");
             assert_eq!(header("content-type").as_deref(), Some("application/json"));
             assert_eq!(header("retry-after").as_deref(), retry_after, "{error:?}");
-            assert_eq!(header("connection").as_deref(), closes.then_some("close"), "{error:?}");
+            let connection = if status == 426 { Some("upgrade") } else { closes.then_some("close") };
+            assert_eq!(header("connection").as_deref(), connection, "{error:?}");
+            assert_eq!(header("upgrade").as_deref(), (status == 426).then_some("HTTP/1.1"));
             assert_eq!(header("www-authenticate").as_deref(), (status == 401).then_some("Bearer"));
             assert_eq!(header("allow").as_deref(), (status == 405).then_some("POST"));
             assert_eq!(header("x-should-retry").as_deref(), (status >= 500).then_some("false"));

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use arc_swap::Guard;
 use http::header::{
     CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap,
-    HeaderName, HeaderValue,
+    HeaderName, HeaderValue, UPGRADE,
 };
 use http::request::Parts;
 use http::{Method, Response, Version};
@@ -123,6 +123,7 @@ impl Gateway {
         let is_read = matches!(head.method, Method::GET | Method::HEAD);
         let result = match endpoint {
             Endpoint::Other => Err(GatewayError::UnknownUrl),
+            _ if allow == "POST" && wants_websocket(head) => Err(GatewayError::UpgradeRequired),
             _ if !is_read || allow == "POST" => Err(GatewayError::MethodNotAllowed(allow)),
             Endpoint::Health => Ok(endpoints::health()),
             Endpoint::Metrics => Ok(endpoints::metrics(self.shared())),
@@ -468,6 +469,17 @@ fn redact(headers: &mut HeaderMap, redactor: &Redactor) {
     }
     // `***` may be shorter than the key: the body's length is not known any more.
     headers.remove(CONTENT_LENGTH);
+}
+
+/// Whether a request asks for a WebSocket (RFC 6455, section 4.1), as Codex does first.
+fn wants_websocket(head: &Parts) -> bool {
+    let is_named = |value: &HeaderValue| {
+        value
+            .as_bytes()
+            .split(|b| *b == b',')
+            .any(|name| name.trim_ascii().eq_ignore_ascii_case(b"websocket"))
+    };
+    head.method == Method::GET && head.headers.get_all(UPGRADE).iter().any(is_named)
 }
 
 /// Whether a path is for those alone who may call.

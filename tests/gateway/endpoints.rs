@@ -14,6 +14,34 @@ const FORWARDED: [(&str, &str); 7] = [
 ];
 
 #[test]
+fn a_websocket_is_told_to_speak_http() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let ask = |line: &str, headers: &str| {
+        let mut client = zap.client();
+        client.send(format!("{line} HTTP/1.1\r\nhost: zap\r\n{headers}\r\n"));
+        client.response()
+    };
+    for headers in [
+        "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n",
+        "connection: keep-alive, upgrade\r\nupgrade: h2c, WebSocket\r\n",
+    ] {
+        for path in ["/v1/responses", "/v1/chat/completions", "/chat"] {
+            let answer = ask(&format!("GET {path}"), headers);
+            assert_eq!((answer.status, answer.code().as_str()), (426, "upgrade_required"), "{path}");
+            assert_eq!(answer.header("upgrade"), Some("HTTP/1.1"), "RFC 9110, section 15.5.22");
+            assert_eq!(answer.header("connection"), Some("upgrade"), "RFC 9110, section 7.8");
+        }
+        let posted = ask("DELETE /v1/responses", headers);
+        assert_eq!(posted.status, 405);
+    }
+    assert_eq!(ask("GET /v1/responses", "").status, 405);
+    assert_eq!(ask("GET /v1/responses", "connection: upgrade\r\nupgrade: h2c\r\n").status, 405);
+    assert_eq!(ask("GET /health", "connection: upgrade\r\nupgrade: websocket\r\n").status, 200);
+    assert_eq!(zap.metric("zap_rejected_total{reason=\"upgrade_required\"}"), 6.0);
+}
+
+#[test]
 fn each_goes_to_its_place_behind_the_api_base_byte_for_byte() {
     let a = Provider::start(|seen, stream| {
         reply(stream, 200, "", &seen.body);
