@@ -342,7 +342,7 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::QueueFull,
-                    "Too many requests wait already; try again shortly.".into(),
+                    "All places in the queue are taken; try again shortly.".into(),
                 ),
             ),
             E::QueueTimeout => after(
@@ -525,10 +525,21 @@ mod tests {
             let error_json = &json["error"];
             assert_eq!((error_json["type"].as_str(), error_json["code"].as_str()), (Some(kind), Some(code)));
             assert_eq!(error_json["param"].as_str(), param);
-            assert!(error_json["message"].as_str().unwrap().ends_with('.') || status == 429);
+            let message = error_json["message"].as_str().unwrap();
+            assert!(message.ends_with('.') || status == 429);
+            assert!(status == 429 || !is_misleading(message), "{message}");
         }
+        assert!(!is_misleading(STREAM_INTERRUPTED));
         assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
         assert_eq!(GatewayError::UpstreamAuth.response(false).headers()["x-should-retry"], "false");
+    }
+
+    /// Frameworks take an answer with these words for a rate limit or too long a prompt, whatever its status.
+    fn is_misleading(message: &str) -> bool {
+        let message = message.to_lowercase();
+        ["too many requests", "rate limit", "quota", "429", "context length", "too long"]
+            .iter()
+            .any(|words| message.contains(words))
     }
 
     fn futures_lite_block<F: Future + Unpin>(mut future: F) -> F::Output {
