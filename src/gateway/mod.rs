@@ -24,8 +24,8 @@ use std::sync::Arc;
 
 use arc_swap::Guard;
 use http::header::{
-    CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap,
-    HeaderName, HeaderValue, UPGRADE,
+    CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE,
+    CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, UPGRADE,
 };
 use http::request::Parts;
 use http::{Method, Response, Version};
@@ -59,6 +59,7 @@ const MAX_REFUSED_LINES: u32 = 10;
 /// Where the models are listed.
 const MODELS: &str = "/v1/models";
 
+const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
 const X_ZAP_BACKEND: HeaderName = HeaderName::from_static("x-zap-backend");
 const X_ZAP_SESSION: HeaderName = HeaderName::from_static("x-zap-session");
@@ -248,6 +249,11 @@ impl Gateway {
         let upstream = entered.upstream().clone();
         headers::to_client(&mut head.headers);
         let events = is_event_stream(&head.headers);
+        if events {
+            // nginx in front, with its defaults, would keep the tokens back until the stream ends.
+            head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
+            head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
+        }
         let shape = Shape {
             is_stream: events,
             events: events

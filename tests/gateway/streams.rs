@@ -63,6 +63,27 @@ fn every_token_arrives_before_the_next_is_sent() {
 }
 
 #[test]
+fn a_proxy_in_front_is_told_not_to_buffer_a_stream() {
+    for (headers, buffering, cache) in [
+        ("content-type: text/event-stream\r\n", Some("no"), Some("no-cache")),
+        (
+            "content-type: text/event-stream; charset=utf-8\r\nx-accel-buffering: yes\r\n",
+            Some("yes"),
+            Some("no-cache"),
+        ),
+        ("content-type: text/event-stream\r\ncache-control: no-store\r\n", Some("no"), Some("no-store")),
+        ("content-type: application/json\r\n", None, None),
+    ] {
+        let a = Provider::fixed(200, headers, DONE);
+        let answer = Zap::with("", &[a.backend("a", "")]).chat(STREAM);
+        let said = ["x-accel-buffering", "cache-control"].map(|name| answer.header(name));
+        assert_eq!(said, [buffering, cache], "{headers}");
+        let names = answer.headers.iter().filter(|(n, _)| n == "cache-control" || n == "x-accel-buffering");
+        assert!(names.count() <= 2, "each once");
+    }
+}
+
+#[test]
 fn a_stream_cut_between_events_ends_with_an_error_event_and_no_end() {
     let a = pieces(&["data: one\n\n", "data: two\n\n"], cut);
     let zap = Zap::with("", &[a.backend("a", "")]);
