@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, ALT_SVC, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName,
-    HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    USER_AGENT,
 };
 use smallvec::SmallVec;
 
@@ -17,23 +17,22 @@ use super::{MILLI, Nanos};
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const PROXY_AUTHENTICATE: HeaderName = HeaderName::from_static("proxy-authenticate");
-
-/// Headers of a response that end at Zap.
-const NOT_FOR_CLIENTS: [HeaderName; 10] = [
-    ALT_SVC,
-    CONNECTION,
-    KEEP_ALIVE,
-    PROXY_CONNECTION,
-    PROXY_AUTHENTICATE,
-    TE,
-    TRAILER,
-    TRANSFER_ENCODING,
-    UPGRADE,
-    SET_COOKIE,
-];
+/// Whether a header of a response ends at Zap: it belongs to the connection, or speaks of the provider's own site to a
+/// browser that asked Zap's.
+fn ends_here(name: &HeaderName) -> bool {
+    match name.as_str() {
+        "alt-svc" | "connection" | "keep-alive" | "proxy-authenticate" | "proxy-connection"
+        | "set-cookie" | "te" | "trailer" | "transfer-encoding" | "upgrade" => true,
+        "clear-site-data"
+        | "expect-ct"
+        | "nel"
+        | "public-key-pins"
+        | "public-key-pins-report-only"
+        | "report-to"
+        | "strict-transport-security" => true,
+        other => other.starts_with("access-control-"),
+    }
+}
 
 /// Puts, one by one, what a backend may see of a client's headers, defaults included.
 ///
@@ -80,18 +79,19 @@ pub fn to_backend(
 
 /// Takes out of a response's headers what ends at Zap.
 pub fn to_client(upstream: &mut HeaderMap) {
-    // Mostly there is little: a look at each name costs less than a search for each that could be there.
-    if !upstream.keys().any(|name| NOT_FOR_CLIENTS.contains(name)) {
+    // A look at each name costs less than a search for each that could be there.
+    let mut gone: SmallVec<[HeaderName; 4]> =
+        upstream.keys().filter(|name| ends_here(name)).cloned().collect();
+    if gone.is_empty() {
         return;
     }
-    let nominated: Vec<HeaderName> = upstream
-        .get_all(CONNECTION)
-        .iter()
-        .flat_map(|v| v.as_bytes().split(|b| *b == b','))
-        .filter_map(|t| HeaderName::from_bytes(t.trim_ascii()).ok())
-        .filter(|name| name != "content-length" && name != "content-type")
-        .collect();
-    for name in nominated.iter().chain(&NOT_FOR_CLIENTS) {
+    let nominated = upstream.get_all(CONNECTION).iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
+    gone.extend(
+        nominated
+            .filter_map(|t| HeaderName::from_bytes(t.trim_ascii()).ok())
+            .filter(|name| name != "content-length" && name != "content-type"),
+    );
+    for name in &gone {
         upstream.remove(name);
     }
 }
@@ -287,6 +287,8 @@ mod tests {
             ("set-cookie", "a"),
             ("set-cookie", "b"),
             ("alt-svc", "h3"),
+            ("access-control-allow-origin", "*"),
+            ("strict-transport-security", "max-age=9"),
             ("openai-processing-ms", "5"),
         ]);
         to_client(&mut upstream);

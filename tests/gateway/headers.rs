@@ -100,6 +100,23 @@ fn a_client_gets_the_upstreams_headers_less_the_connections() {
 }
 
 #[test]
+fn what_a_provider_says_of_its_own_site_ends_at_zap() {
+    let provider = Provider::start(|_, stream| {
+        let headers = "access-control-allow-origin: *\r\nAccess-Control-Expose-Headers: x\r\naccess-control-new: 1\r\n\
+            strict-transport-security: max-age=9\r\nclear-site-data: \"*\"\r\npublic-key-pins: a\r\n\
+            public-key-pins-report-only: a\r\nexpect-ct: a\r\nnel: {}\r\nreport-to: {}\r\naccess-controlled: 1\r\n";
+        reply(stream, 200, headers, b"{}");
+        After::Keep
+    });
+    let answer = Zap::with("", &[provider.backend("a", "")]).chat(CHAT);
+    let names: Vec<_> =
+        answer.headers.iter().map(|(n, _)| n.as_str()).filter(|n| !n.starts_with("x-")).collect();
+    let mut names: Vec<_> = names.into_iter().filter(|n| *n != "date").collect();
+    names.sort_unstable();
+    assert_eq!(names, ["access-controlled", "content-length"]);
+}
+
+#[test]
 fn a_request_id_is_the_clients_if_sane_else_new() {
     let provider = Provider::named("ok");
     let zap = Zap::with("", &[provider.backend("a", "")]);
