@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
+use http::header::{CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use smallvec::SmallVec;
@@ -15,6 +15,7 @@ use super::Gateway;
 use crate::clock;
 use crate::error::GatewayError;
 use crate::policy::fields::{Affinity, Fields, ScanError, Watch};
+use crate::policy::headers::is_encoded;
 use crate::policy::patch::BodyFault;
 use crate::policy::scan::Scanner;
 use crate::policy::{Nanos, SECOND};
@@ -51,7 +52,7 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
     if announced.is_some_and(|length| length > max) {
         return Err(GatewayError::TooLarge(max));
     }
-    if headers.get_all(CONTENT_ENCODING).iter().any(|v| !v.as_bytes().eq_ignore_ascii_case(b"identity")) {
+    if is_encoded(headers) {
         return Err(GatewayError::UnsupportedEncoding);
     }
     if headers.get_all(EXPECT).iter().any(|v| !v.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
@@ -250,7 +251,12 @@ mod tests {
             ("content-length", "10", Ok(())),
             ("content-length", "11", Err(GatewayError::TooLarge(10))),
             ("content-encoding", "Identity", Ok(())),
+            ("content-encoding", "identity, identity", Ok(())),
+            ("content-encoding", "none", Ok(())),
+            ("content-encoding", "", Ok(())),
             ("content-encoding", "gzip", Err(GatewayError::UnsupportedEncoding)),
+            ("content-encoding", "identity, br", Err(GatewayError::UnsupportedEncoding)),
+            ("content-encoding", "gzip, none", Err(GatewayError::UnsupportedEncoding)),
             ("expect", "100-Continue", Ok(())),
             ("expect", "200-ok", Err(GatewayError::ExpectationFailed)),
         ] {

@@ -254,15 +254,11 @@ impl Gateway {
             head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
+        let readable = events && !headers::is_encoded(&head.headers);
         let shape = Shape {
             is_stream: events,
-            events: events
-                && !head.headers.contains_key(CONTENT_ENCODING)
-                && !head.headers.contains_key(CONTENT_LENGTH),
-            done_expected: events
-                && head.status.is_success()
-                && completion.endpoint.ends_with_done()
-                && !head.headers.contains_key(CONTENT_ENCODING),
+            events: readable && !head.headers.contains_key(CONTENT_LENGTH),
+            done_expected: readable && head.status.is_success() && completion.endpoint.ends_with_done(),
             version,
         };
         let secret = upstream.conf.api_key.as_ref().filter(|_| head.status.as_u16() >= 400);

@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
-    USER_AGENT,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap,
+    HeaderName, HeaderValue, USER_AGENT,
 };
 use smallvec::SmallVec;
 
@@ -94,6 +94,18 @@ pub fn to_client(upstream: &mut HeaderMap) {
     for name in &gone {
         upstream.remove(name);
     }
+}
+
+/// Whether a message's body is encoded. `identity` (RFC 9110, section 8.4.1), `none`, which some send for it, and nothing
+/// encode nothing.
+pub fn is_encoded(headers: &HeaderMap) -> bool {
+    let mut codings =
+        headers.get_all(CONTENT_ENCODING).iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
+    let is_none = |coding: &[u8]| {
+        let coding = coding.trim_ascii();
+        coding.is_empty() || coding.eq_ignore_ascii_case(b"identity") || coding.eq_ignore_ascii_case(b"none")
+    };
+    !codings.all(is_none)
 }
 
 fn eq_name(token: &[u8], name: &HeaderName) -> bool {

@@ -174,6 +174,30 @@ fn streams_that_no_event_fits_into_are_only_aborted() {
 }
 
 #[test]
+fn a_content_encoding_that_encodes_nothing_is_none() {
+    for (value, event) in [
+        ("identity", true),
+        ("None", true),
+        ("", true),
+        ("identity, identity", true),
+        ("gzip", false),
+        ("identity, br", false),
+    ] {
+        let a = Provider::start(move |_, stream| {
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: {value}\r\n"
+            );
+            let _ = stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes());
+            chunk(stream, "data: one\n\n");
+            After::Close
+        });
+        let answer = Zap::with("", &[a.backend("a", "")]).chat(STREAM);
+        assert_eq!(answer.text().contains("stream_interrupted"), event, "{value:?}: {}", answer.text());
+        assert_eq!(answer.header("content-encoding"), Some(value), "its label stays");
+    }
+}
+
+#[test]
 fn before_http_1_1_a_cut_answer_ends_in_a_reset() {
     let a = Provider::start(|_, stream| {
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nsome\r\n");
