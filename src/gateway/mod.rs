@@ -41,7 +41,7 @@ use crate::config::{Server, Strategy};
 use crate::error::{Code, GatewayError};
 use crate::policy::fields::Model;
 use crate::policy::limit::Decision;
-use crate::policy::redact::Redactor;
+use crate::policy::redact::{Redactor, holds_key};
 use crate::policy::{SECOND, headers};
 use crate::server::alarm::Alarms;
 use crate::server::io::Conn;
@@ -261,8 +261,12 @@ impl Gateway {
             done_expected: readable && head.status.is_success() && completion.endpoint.ends_with_done(),
             version,
         };
-        let secret = upstream.conf.api_key.as_ref().filter(|_| head.status.as_u16() >= 400);
-        let redactor = secret.and_then(|key| Redactor::new(key.expose()));
+        let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
+        completion.upstream_request_id = headers::upstream_request_id(&head.headers)
+            .filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())))
+            .cloned();
+        let secret = key.filter(|_| head.status.as_u16() >= 400);
+        let redactor = secret.and_then(Redactor::new);
         if let Some(redactor) = &redactor {
             redact(&mut head.headers, redactor);
         }
@@ -310,6 +314,9 @@ impl Gateway {
     ) {
         headers.reserve(8);
         headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
+        if let Some(id) = &completion.upstream_request_id {
+            headers.insert(headers::X_UPSTREAM_REQUEST_ID, id.clone());
+        }
         headers.insert(X_ZAP_ATTEMPTS, headers::number(completion.tries));
         match &completion.backend {
             Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),

@@ -17,6 +17,9 @@ use super::{MILLI, Nanos};
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// `x-upstream-request-id`
+pub const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
+
 /// Whether a header of a response ends at Zap: it belongs to the connection, or speaks of the provider's own site to a
 /// browser that asked Zap's.
 fn ends_here(name: &HeaderName) -> bool {
@@ -174,9 +177,16 @@ fn hop_address(hop: &[u8]) -> Option<IpAddr> {
 
 /// The client's request id if it is 1 to 128 visible ASCII characters.
 pub fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
-    let id = headers.get(X_REQUEST_ID)?;
-    let good = (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-    good.then_some(id)
+    headers.get(X_REQUEST_ID).filter(|id| is_id(id))
+}
+
+/// A provider's own id of a request, by the same rule: OpenAI and most others send `x-request-id`, Anthropic `request-id`.
+pub fn upstream_request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
+    headers.get(X_REQUEST_ID).or_else(|| headers.get("request-id")).filter(|id| is_id(id))
+}
+
+fn is_id(id: &HeaderValue) -> bool {
+    (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
 }
 
 /// A new request id: 32 hexadecimal digits of `random`.
@@ -392,6 +402,9 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&"x".repeat(129)).unwrap());
         assert_eq!(request_id(&headers), None);
+        assert_eq!(upstream_request_id(&map(&[("request-id", "b"), ("x-request-id", "a")])).unwrap(), "a");
+        assert_eq!(upstream_request_id(&map(&[("request-id", "b")])).unwrap(), "b");
+        assert_eq!(upstream_request_id(&map(&[("request-id", "b c")])), None);
         assert_eq!(new_request_id(0x1f), "f1000000000000000000000000000000");
     }
 

@@ -36,7 +36,7 @@ impl Redactor {
 
     /// Whether the key stands in a header's `value`.
     pub fn is_in(&self, value: &[u8]) -> bool {
-        (0..value.len()).any(|at| matches!(find_at(&self.key, &value[at..]), Found::Key(_)))
+        holds_key(&self.key, value)
     }
 
     /// Takes a piece; returns what can go out.
@@ -110,6 +110,12 @@ impl Redactor {
         }
         mask_run(&span[from..], self.in_string, out);
     }
+}
+
+/// Whether a header's `value` holds `key`, unless the key is a dummy.
+pub fn holds_key(key: &[u8], value: &[u8]) -> bool {
+    let starts = value.len().checked_sub(key.len()).filter(|_| key.len() >= MIN_KEY);
+    starts.is_some_and(|last| (0..=last).any(|at| matches!(find_at(key, &value[at..]), Found::Key(_))))
 }
 
 /// Writes what replaces a part of a key that has no quote.

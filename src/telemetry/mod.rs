@@ -214,6 +214,8 @@ pub struct Completion {
     pub path: String,
     /// The id in the answer's `x-request-id`.
     pub request_id: HeaderValue,
+    /// The id that the provider gave the request that it answered.
+    pub upstream_request_id: Option<HeaderValue>,
     /// Who sent it.
     pub caller: Caller,
     /// The model that was asked for, if any.
@@ -256,6 +258,7 @@ impl Completion {
             endpoint,
             path,
             request_id,
+            upstream_request_id: None,
             caller: Caller::Anonymous,
             model: None,
             stream: false,
@@ -325,6 +328,8 @@ impl Completion {
         let mut out = String::with_capacity(400);
         let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
         push_json(&mut out, self.request_id.to_str().unwrap_or_default());
+        out.push_str(",\"upstream_request_id\":");
+        push_text(&mut out, self.upstream_request_id.as_ref().and_then(|id| id.to_str().ok()));
         out.push_str(",\"client\":");
         match &self.caller {
             Caller::Anonymous => out.push_str("\"anonymous\""),
@@ -336,15 +341,9 @@ impl Completion {
         out.push_str(",\"path\":");
         push_json(&mut out, self.path.get(..self.path.floor_char_boundary(256)).unwrap_or_default());
         out.push_str(",\"model\":");
-        match &self.model {
-            Some(model) => push_json(&mut out, model),
-            None => out.push_str("null"),
-        }
+        push_text(&mut out, self.model.as_deref());
         let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
-        match &self.backend {
-            Some(backend) => push_json(&mut out, backend.name()),
-            None => out.push_str("null"),
-        }
+        push_text(&mut out, self.backend.as_ref().map(|backend| backend.name()));
         out.push_str(",\"attempts\":[");
         for (i, (backend, outcome)) in self.failed.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
@@ -374,6 +373,14 @@ impl Completion {
             self.end.name()
         );
         out
+    }
+}
+
+/// Writes a string, or null.
+fn push_text(out: &mut String, text: Option<&str>) {
+    match text {
+        Some(text) => push_json(out, text),
+        None => out.push_str("null"),
     }
 }
 

@@ -335,7 +335,8 @@ fn sighup_reads_the_file_anew_and_says_what_it_found() {
 
 #[test]
 fn every_request_is_one_json_line_without_keys_or_control_characters() {
-    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    let answer = "HTTP/1.1 200 OK\r\nx-request-id: req_1\r\ncontent-length: 2\r\n\r\nok";
+    let zap = Running::with(&config(provider(answer, Duration::ZERO), ""));
     let head = "POST /chat HTTP/1.1\r\nauthorization: Bearer sk-CLIENT\r\nx-request-id: line-1";
     ask(zap.address, head, "{\"messages\":[],\"model\":\"m\\r\\n\\u001b[31m\\u009b\"}");
     let line = zap.line("line-1");
@@ -349,6 +350,7 @@ fn every_request_is_one_json_line_without_keys_or_control_characters() {
         ("attempts", serde_json::json!([["a", "200"]])),
         ("bytes", serde_json::json!(2)),
         ("end", serde_json::json!("complete")),
+        ("upstream_request_id", serde_json::json!("req_1")),
     ] {
         assert_eq!(json[key], want, "{key} in {line}");
     }
@@ -358,6 +360,7 @@ fn every_request_is_one_json_line_without_keys_or_control_characters() {
     ask(zap.address, "GET /a%c2%9b%0a HTTP/1.1\r\nx-request-id: line-2", "");
     let odd: serde_json::Value = serde_json::from_str(&zap.line("line-2")).unwrap();
     assert_eq!(odd["path"], "/a%c2%9b%0a");
+    assert!(odd["upstream_request_id"].is_null());
     let all = zap.log.lock().unwrap().join("\n");
     assert!(!all.contains("sk-C") && all.chars().all(|c| c == '\n' || !c.is_control()), "{all:?}");
 }

@@ -87,6 +87,7 @@ fn a_client_gets_the_upstreams_headers_less_the_connections() {
         "openai-processing-ms",
         "x-ratelimit-limit-requests",
         "x-request-id",
+        "x-upstream-request-id",
         "x-zap-backend",
         "x-zap-attempts",
     ];
@@ -114,6 +115,29 @@ fn what_a_provider_says_of_its_own_site_ends_at_zap() {
     let mut names: Vec<_> = names.into_iter().filter(|n| *n != "date").collect();
     names.sort_unstable();
     assert_eq!(names, ["access-controlled", "content-length"]);
+}
+
+#[test]
+fn a_providers_request_id_stands_beside_zaps() {
+    let long = format!("x-request-id: {}\r\n", "x".repeat(129)).leak();
+    for (status, headers, want) in [
+        (200, "x-request-id: req_1\r\n", Some("req_1")),
+        (400, "x-request-id: req_1\r\nrequest-id: req_2\r\n", Some("req_1")),
+        (200, "request-id: req_2\r\n", Some("req_2")),
+        (200, "x-request-id: mine\r\n", Some("mine")),
+        (200, "x-request-id: a b\r\n", None),
+        (200, "x-request-id: \r\n", None),
+        (200, &*long, None),
+        (200, "", None),
+        (200, "x-request-id: id-sk-CANARY-9\r\n", None),
+        (400, "request-id: sk-CANARY\r\n", None),
+    ] {
+        let provider = Provider::fixed(status, headers, "{}");
+        let zap = Zap::with("", &[provider.backend("a", "api_key = \"sk-CANARY\"")]);
+        let answer = zap.client().chat("x-request-id: mine\r\n", CHAT);
+        assert_eq!(answer.header("x-upstream-request-id"), want, "{headers}");
+        assert_eq!(answer.header("x-request-id"), Some("mine"), "{headers}");
+    }
 }
 
 #[test]
