@@ -48,8 +48,8 @@ use crate::server::io::Conn;
 use crate::server::worker::{Load, Upload};
 use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
-use crate::telemetry::{Completion, End, Endpoint, Recorder};
 use crate::upstream::Upstream;
+use crate::telemetry::{Arrival, Completion, End, Endpoint, Recorder};
 use crate::upstream::pool::Pool;
 use crate::upstream::probe::announce;
 
@@ -108,7 +108,9 @@ impl Gateway {
         let request_id = headers::request_id(&head.headers).cloned();
         let request_id =
             request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
-        let mut completion = Completion::new(self.recorder.clone(), endpoint, path, request_id);
+        let method = Some(&head.method);
+        let arrival = Arrival { method, path, endpoint, request_id, peer: conn.peer() };
+        let mut completion = Completion::new(self.recorder.clone(), arrival);
         if is_guarded(path) {
             match caller::identify(self, &head.headers) {
                 Ok(caller) => completion.caller = caller,
@@ -342,7 +344,9 @@ impl Gateway {
     }
 
     fn refuse(&self, error: &GatewayError, completion: &mut Completion) -> Response<Body> {
-        self.recorder.lane().rejected(error.code());
+        let code = error.code();
+        self.recorder.lane().rejected(code);
+        completion.refused = Some(code);
         if matches!(
             error,
             GatewayError::QueueTimeout | GatewayError::RequestTimeout | GatewayError::UpstreamTimeout
@@ -370,7 +374,9 @@ impl Gateway {
     /// A head that broke the rules: hyper has read a stand-in for it.
     fn refuse_head(&self, why: &'static str, conn: &Rc<Conn>) -> Response<Body> {
         let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
-        let mut completion = Completion::new(self.recorder.clone(), Endpoint::Other, "", id);
+        let arrival =
+            Arrival { method: None, path: "", endpoint: Endpoint::Other, request_id: id, peer: conn.peer() };
+        let mut completion = Completion::new(self.recorder.clone(), arrival);
         let (second, n) = self.refused_heads.get();
         let this = completion.started / SECOND;
         let n = if second == this { n + 1 } else { 1 };

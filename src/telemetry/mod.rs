@@ -11,11 +11,12 @@ pub mod log;
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::HeaderValue;
+use http::{HeaderValue, Method};
 
 use self::log::push_json;
 use self::metrics::{Lane, Side};
@@ -202,12 +203,31 @@ impl Recorder {
     }
 }
 
+/// What is known of a request when it arrives.
+#[derive(Debug)]
+pub struct Arrival<'a> {
+    /// Its method; `None` where the head broke the rules.
+    pub method: Option<&'a Method>,
+    /// Its path as it came.
+    pub path: &'a str,
+    /// What the path is for.
+    pub endpoint: Endpoint,
+    /// The id in the answer's `x-request-id`.
+    pub request_id: HeaderValue,
+    /// The address of the connection that it came on.
+    pub peer: IpAddr,
+}
+
 /// One request's record, filled on its way and reported once, when it is dropped.
 #[derive(Debug)]
 pub struct Completion {
     recorder: Rc<Recorder>,
     /// When the request's head was read.
     pub started: Nanos,
+    /// Its method; `None` where the head broke the rules.
+    pub method: Option<Method>,
+    /// The address of the connection that it came on.
+    pub peer: IpAddr,
     /// What was asked.
     pub endpoint: Endpoint,
     /// The path as it came; empty where requests are not logged.
@@ -224,6 +244,8 @@ pub struct Completion {
     pub stream: bool,
     /// Status of the answer; 0 while there is none.
     pub status: u16,
+    /// Why Zap refused it, if Zap did.
+    pub refused: Option<Code>,
     /// Who answered; `None`: Zap itself.
     pub backend: Option<Arc<Upstream>>,
     /// Upstream tries.
@@ -250,11 +272,15 @@ pub struct Completion {
 
 impl Completion {
     /// A request that has just arrived.
-    pub fn new(recorder: Rc<Recorder>, endpoint: Endpoint, path: &str, request_id: HeaderValue) -> Box<Self> {
+    pub fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
+        let Arrival { method, path, endpoint, request_id, peer } = arrival;
         let path = if recorder.shared.log_requests() { path.to_owned() } else { String::new() };
         Box::new(Completion {
             recorder,
             started: clock::now(),
+            // A standard method is a number: its clone costs nothing.
+            method: method.cloned(),
+            peer,
             endpoint,
             path,
             request_id,
@@ -263,6 +289,7 @@ impl Completion {
             model: None,
             stream: false,
             status: 0,
+            refused: None,
             backend: None,
             tries: 0,
             failed: Vec::new(),
@@ -300,6 +327,7 @@ impl Completion {
         lane.rejected(Code::InternalError);
         self.end = if self.status == 0 { End::Complete } else { End::UpstreamError };
         if self.status == 0 {
+            self.refused = Some(Code::InternalError);
             self.status = 500;
             lane.answered(self.endpoint, self.status);
             *self.recorder.broken.borrow_mut() = Some((self.request_id.clone(), self.tries));
@@ -338,12 +366,16 @@ impl Completion {
                 let _ = write!(out, "\"{key:016x}\"");
             }
         }
+        let _ = write!(out, ",\"peer\":\"{}\",\"method\":", self.peer.to_canonical());
+        push_text(&mut out, self.method.as_ref().map(|m| cut(m.as_str())));
         out.push_str(",\"path\":");
-        push_json(&mut out, self.path.get(..self.path.floor_char_boundary(256)).unwrap_or_default());
+        push_json(&mut out, cut(&self.path));
         out.push_str(",\"model\":");
         push_text(&mut out, self.model.as_deref());
         let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
         push_text(&mut out, self.backend.as_ref().map(|backend| backend.name()));
+        out.push_str(",\"code\":");
+        push_text(&mut out, self.refused.map(Code::text));
         out.push_str(",\"attempts\":[");
         for (i, (backend, outcome)) in self.failed.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
@@ -374,6 +406,11 @@ impl Completion {
         );
         out
     }
+}
+
+/// At most 256 bytes of a text from outside.
+fn cut(text: &str) -> &str {
+    text.get(..text.floor_char_boundary(256)).unwrap_or_default()
 }
 
 /// Writes a string, or null.

@@ -351,6 +351,9 @@ fn every_request_is_one_json_line_without_keys_or_control_characters() {
         ("bytes", serde_json::json!(2)),
         ("end", serde_json::json!("complete")),
         ("upstream_request_id", serde_json::json!("req_1")),
+        ("method", serde_json::json!("POST")),
+        ("peer", serde_json::json!("127.0.0.1")),
+        ("code", serde_json::Value::Null),
     ] {
         assert_eq!(json[key], want, "{key} in {line}");
     }
@@ -361,6 +364,14 @@ fn every_request_is_one_json_line_without_keys_or_control_characters() {
     let odd: serde_json::Value = serde_json::from_str(&zap.line("line-2")).unwrap();
     assert_eq!(odd["path"], "/a%c2%9b%0a");
     assert!(odd["upstream_request_id"].is_null());
+    assert_eq!((&odd["method"], &odd["code"]), (&"GET".into(), &"unknown_url".into()));
+    let long = format!("{} /chat HTTP/1.1\r\nx-request-id: line-3", "M".repeat(300));
+    ask(zap.address, &long, "");
+    let long: serde_json::Value = serde_json::from_str(&zap.line("line-3")).unwrap();
+    assert_eq!((&long["method"], &long["code"]), (&"M".repeat(256).into(), &"method_not_allowed".into()));
+    ask(zap.address, "GET nowhere HTTP/1.1", "");
+    let bad: serde_json::Value = serde_json::from_str(&zap.line("\"bad_request\"")).unwrap();
+    assert_eq!((&bad["method"], &bad["peer"]), (&serde_json::Value::Null, &"127.0.0.1".into()));
     let all = zap.log.lock().unwrap().join("\n");
     assert!(!all.contains("sk-C") && all.chars().all(|c| c == '\n' || !c.is_control()), "{all:?}");
 }
