@@ -17,6 +17,7 @@ use super::bug;
 use crate::clock;
 use crate::error::{Code, STREAM_INTERRUPTED};
 use crate::policy::Nanos;
+use crate::policy::events::Tail;
 use crate::policy::queue::Slot;
 use crate::policy::redact::Redactor;
 use crate::server::io::Conn;
@@ -106,7 +107,7 @@ impl RelayBody {
             first,
             redactor,
             shape,
-            tail: Tail::default(),
+            tail: Tail::new(shape.done_expected),
             state: State::Streaming,
             held: Some(held),
             gateway,
@@ -182,7 +183,9 @@ impl RelayBody {
 
     /// Counts a frame on its way.
     fn pass(&mut self, data: Bytes) -> Bytes {
-        self.tail.push(&data);
+        if self.shape.is_stream {
+            self.tail.push(&data);
+        }
         self.conn.progress();
         self.conn.hand_over(data.len());
         if let Some(held) = &mut self.held {
@@ -215,6 +218,9 @@ impl RelayBody {
 
     /// The upstream broke off, fell silent, or time is up: what came stays, the rest is visibly missing.
     fn interrupt(&mut self, end: End) -> Poll<Option<Result<Bytes, Cut>>> {
+        if self.shape.done_expected && self.tail.has_done() {
+            return self.end_behind_done();
+        }
         self.state = State::Flushing;
         self.conn.expect_flush();
         // A client that reads nothing any more has as long again for the last of it.
@@ -245,71 +251,27 @@ impl RelayBody {
     }
 }
 
+impl RelayBody {
+    /// The upstream broke off, fell silent, or time is up, behind the event that ends the stream: nobody's fault. The
+    /// connection is not at the end of its answer, so it does not serve again.
+    fn end_behind_done(&mut self) -> Poll<Option<Result<Bytes, Cut>>> {
+        self.finish();
+        if self.shape.events {
+            return Poll::Ready(None);
+        }
+        // The length that was stated is not reached: the client's connection cannot go on either.
+        self.state = State::Flushing;
+        self.conn.expect_flush();
+        self.conn.poll_flushed().map(|()| Some(Err(Cut)))
+    }
+}
+
 impl Drop for RelayBody {
     /// Only a body that nobody wants any more still holds something: the client has left.
     fn drop(&mut self) {
         if std::thread::panicking() {
             // A bug has cut it: without framing that must show.
             self.conn.reset_on_close();
-        }
-    }
-}
-
-/// The last bytes of a stream: enough to know where it stands.
-#[derive(Debug, Default)]
-struct Tail {
-    bytes: [u8; 24],
-    len: usize,
-}
-
-impl Tail {
-    fn push(&mut self, data: &[u8]) {
-        let size = self.bytes.len();
-        if data.len() >= size {
-            self.bytes.copy_from_slice(&data[data.len() - size..]);
-            self.len = size;
-            return;
-        }
-        let keep = self.len.min(size - data.len());
-        self.bytes.copy_within(self.len - keep..self.len, 0);
-        self.bytes[keep..keep + data.len()].copy_from_slice(data);
-        self.len = keep + data.len();
-    }
-
-    fn get(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
-
-    fn is_between_events(&self) -> bool {
-        let tail = self.get();
-        tail.is_empty() || [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"].iter().any(|end| tail.ends_with(end))
-    }
-
-    fn has_done(&self) -> bool {
-        self.get().trim_ascii_end().ends_with(b"[DONE]")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_tail_knows_where_a_stream_stands() {
-        for (pieces, between, done) in [
-            (&[][..], true, false),
-            (&["data: a\n\n"], true, false),
-            (&["data: a\r\n", "\r\n"], true, false),
-            (&["data: a\n"], false, false),
-            (&["data: {\"x\""], false, false),
-            (&["data: [DONE]\n\n"], true, true),
-            (&["data: [DO", "NE]", "\n", "\n"], true, true),
-            (&["data: a long enough event to push all else out\n\ndata: [DONE]"], false, true),
-            (&["data: [DONE]\n\n", ": and a comment that is long enough\n\n"], true, false),
-        ] {
-            let mut tail = Tail::default();
-            pieces.iter().for_each(|p| tail.push(p.as_bytes()));
-            assert_eq!((tail.is_between_events(), tail.has_done()), (between, done), "{pieces:?}");
         }
     }
 }

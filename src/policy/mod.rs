@@ -38,6 +38,8 @@ pub mod quota;
 
 pub mod advertised;
 
+pub mod events;
+
 pub mod redact;
 
 mod sync;

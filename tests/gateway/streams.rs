@@ -27,6 +27,13 @@ fn cut(_: &mut std::net::TcpStream) -> After {
     After::Close
 }
 
+fn reset(stream: &mut std::net::TcpStream) -> After {
+    socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    // What was sent before is to arrive before.
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    After::Close
+}
+
 #[test]
 fn every_token_arrives_before_the_next_is_sent() {
     let (sender, receiver) = sync_channel::<&'static str>(0);
@@ -108,6 +115,34 @@ fn a_stream_cut_inside_an_event_breaks_the_line_first() {
     let answer = zap.chat(STREAM);
     assert!(answer.text().starts_with("data: one\n\ndata: {\"tw\n\ndata: {\"error\":"), "{}", answer.text());
     assert!(!answer.whole);
+}
+
+#[test]
+fn what_comes_behind_done_is_no_interruption() {
+    const COMMENT: &str = ": a comment that is longer than what is kept of a stream\n\n";
+    for all in [
+        &["data: one\n\ndata: [DONE]\n\n: a comment that is longer than what is kept of a stream\n\n"][..],
+        &["data: one\n\n", DONE, COMMENT],
+        &["data: one\n\nda", "ta: [DO", "NE]", "\n\n", COMMENT],
+        &["data: one\r\n\r\ndata:[DONE]\r\n\r\n", DONE, "event: usage\ndata: {\"usage\":null,\"x\":[]}\n\n"],
+    ] {
+        for (last, is_whole) in [(whole as fn(&mut _) -> _, true), (cut, false), (reset, false)] {
+            let a = pieces(Vec::leak(all.to_vec()), last);
+            let zap = Zap::with("[health]\nfailure_threshold = 1", &[a.backend("a", "")]);
+            let answer = zap.chat(STREAM);
+            assert_eq!((answer.text(), answer.whole), (&*all.concat(), true), "{all:?}");
+            assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0, "{all:?}");
+            assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_error\"}"), 0.0);
+            assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
+            let idle = zap.metric("zap_upstream_connections{backend=\"a\",state=\"idle\"}");
+            assert_eq!(idle == 1.0, is_whole, "{all:?}");
+            zap.is_clean();
+        }
+    }
+    // A text that only speaks of it is no end.
+    let a = pieces(&["data: {\"delta\":\"data: [DONE]\"}\n\n: data: [DONE]\n\n"], cut);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    assert!(zap.chat(STREAM).text().contains("stream_interrupted"));
 }
 
 #[test]

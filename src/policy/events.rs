@@ -1,0 +1,175 @@
+//! Where a stream of events (WHATWG HTML, section 9.2) stands: between two events or inside one, before or behind its
+//! `data: [DONE]`. Any chunking gives the same.
+
+use std::sync::LazyLock;
+
+use memchr::memchr;
+use memchr::memmem::Finder;
+
+/// What ends a stream of chat or text completions.
+const DONE: &[u8] = b"[DONE]";
+
+static FIND_DONE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(DONE));
+
+/// Shortest line that can say it, with its end.
+const DONE_LINE: usize = b"data:[DONE]\n".len();
+
+/// Bytes kept of what came last: more than a line with [`DONE`] and the end of the line before.
+const KEPT: usize = 24;
+
+/// The last bytes of a stream, and whether it is done.
+#[derive(Debug, Default)]
+pub struct Tail {
+    bytes: [u8; KEPT],
+    len: usize,
+    /// Nobody asks for [`DONE`], or the stream has said it.
+    at_rest: bool,
+    done: bool,
+}
+
+impl Tail {
+    /// The beginning of a stream. `has_done`: it is one that says `[DONE]`; the search costs instructions.
+    pub fn new(has_done: bool) -> Self {
+        Tail { at_rest: !has_done, ..Tail::default() }
+    }
+
+    /// Takes the next piece of the stream.
+    pub fn push(&mut self, data: &[u8]) {
+        if !self.at_rest {
+            self.done = self.meets_done(data);
+            self.at_rest = self.done;
+        }
+        if data.len() >= KEPT {
+            self.bytes.copy_from_slice(&data[data.len() - KEPT..]);
+            self.len = KEPT;
+            return;
+        }
+        let keep = self.len.min(KEPT - data.len());
+        self.bytes.copy_within(self.len - keep..self.len, 0);
+        self.bytes[keep..keep + data.len()].copy_from_slice(data);
+        self.len = keep + data.len();
+    }
+
+    /// Whether a new event may begin here.
+    pub fn is_between_events(&self) -> bool {
+        let tail = self.get();
+        tail.is_empty() || [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"].iter().any(|end| tail.ends_with(end))
+    }
+
+    /// Whether the stream has said `[DONE]`, where it ends here: what comes behind does not matter.
+    pub fn has_done(&self) -> bool {
+        self.done || has_done_line(self.get(), self.len < KEPT, true)
+    }
+
+    fn get(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    /// Whether a line with [`DONE`] ends in `data`.
+    fn meets_done(&self, data: &[u8]) -> bool {
+        let begins_line = self.get().last().is_none_or(|b| is_line_end(*b));
+        if !begins_line && self.done_across(data) {
+            return true;
+        }
+        match memchr(b'\n', data) {
+            // Most pieces are one event: only their first line can say it, and few bytes of that tell.
+            Some(at) if data.len() - at <= DONE_LINE => {
+                let first = &data[..data.len().min(KEPT)];
+                begins_line && first.starts_with(b"data:") && has_done_line(first, true, false)
+            }
+            _ => has_done_line(data, begins_line, false),
+        }
+    }
+
+    /// The same for a line that began before `data`.
+    fn done_across(&self, data: &[u8]) -> bool {
+        let mut both = [0; 2 * KEPT];
+        let head = &data[..data.len().min(KEPT)];
+        both[..self.len].copy_from_slice(self.get());
+        both[self.len..self.len + head.len()].copy_from_slice(head);
+        has_done_line(&both[..self.len + head.len()], self.len < KEPT, false)
+    }
+}
+
+fn is_line_end(b: u8) -> bool {
+    matches!(b, b'\n' | b'\r')
+}
+
+/// Whether `text` has a line with [`DONE`]. `begins_line`: a line begins where it does; `ends`: one ends where it does.
+fn has_done_line(text: &[u8], begins_line: bool, ends: bool) -> bool {
+    FIND_DONE.find_iter(text).any(|at| {
+        let before = &text[..at];
+        let field = before.strip_suffix(b" ").unwrap_or(before).strip_suffix(b"data:");
+        let begins = field.is_some_and(|f| f.last().map_or(begins_line, |b| is_line_end(*b)));
+        begins && text.get(at + DONE.len()).map_or(ends, |b| is_line_end(*b) || *b == b' ')
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tail(pieces: &[&[u8]]) -> Tail {
+        let mut tail = Tail::new(true);
+        pieces.iter().for_each(|p| tail.push(p));
+        tail
+    }
+
+    #[test]
+    fn the_tail_knows_where_a_stream_stands() {
+        for (pieces, between, done) in [
+            (&[][..], true, false),
+            (&["data: a\n\n"], true, false),
+            (&["data: a\r\n", "\r\n"], true, false),
+            (&["data: a\n"], false, false),
+            (&["data: {\"x\""], false, false),
+            (&["data: [DONE]\n\n"], true, true),
+            (&["data: [DO", "NE]", "\n", "\n"], true, true),
+            (&["data: a long enough event to push all else out\n\ndata: [DONE]"], false, true),
+            (&["data: [DONE]\n\n", ": and a comment that is long enough\n\n"], true, true),
+            (&["data: a\n\ndata: [DONE]\n\n: and a comment that is long enough\n\n"], true, true),
+            (&["data: a\r\rdata:[DONE]\r\r: and a comment that is long enough\r\r"], true, true),
+            (&["data: [DONE]  \n\n", ": and a comment that is long enough\n\n"], true, true),
+            (&["data: [DONE]", "x: and a comment that is long enough\n\n"], true, false),
+            (&["data: {\"x\":\"data: [DONE]\"}\n\n"], true, false),
+            (&[": data: [DONE]\n\n"], true, false),
+            (&["dat", "a: [DONE", "d]\n\n"], true, false),
+            (&["id: 1\ndata: [DONE]\n\nid: 2\ndata: a long enough event\n\n"], true, true),
+        ] {
+            let pieces: Vec<_> = pieces.iter().map(|p| p.as_bytes()).collect();
+            let tail = tail(&pieces);
+            assert_eq!((tail.is_between_events(), tail.has_done()), (between, done), "{pieces:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_chunking_gives_the_same(
+            lines in prop::collection::vec("(data:|data: |: |x|)(\\[DONE\\]|\\[DON|a|a{40})?( |x)?", 0..7),
+            end in prop::sample::select(vec!["\n", "\r\n", "\r"]),
+            is_whole in any::<bool>(),
+            cuts in prop::collection::vec(1usize..20, 1..6),
+        ) {
+            let mut text = lines.join(end);
+            if is_whole {
+                text += end;
+            }
+            let is_done = |line: &str| {
+                let value = line.strip_prefix("data:").map(|v| v.strip_prefix(' ').unwrap_or(v));
+                value.is_some_and(|v| v.strip_prefix("[DONE]").is_some_and(|v| v.is_empty() || v.starts_with(' ')))
+            };
+            let (mut rest, mut cut, mut cuts) = (text.as_bytes(), Tail::new(true), cuts.iter().cycle());
+            while !rest.is_empty() {
+                let (piece, more) = rest.split_at(rest.len().min(*cuts.next().unwrap()));
+                cut.push(piece);
+                rest = more;
+            }
+            let whole = tail(&[text.as_bytes()]);
+            prop_assert_eq!(whole.has_done(), lines.iter().any(|l| is_done(l)), "{:?}", text);
+            prop_assert_eq!(cut.has_done(), whole.has_done(), "{:?}", text);
+            prop_assert_eq!(cut.is_between_events(), whole.is_between_events(), "{:?}", text);
+        }
+    }
+}
