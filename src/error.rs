@@ -8,6 +8,7 @@ use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UP
 use http::{Response, StatusCode};
 
 use crate::gateway::body::Body;
+use crate::policy::responses::Seen;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::{Nanos, SECOND};
 
@@ -456,8 +457,26 @@ impl fmt::Display for GatewayError {
 
 impl std::error::Error for GatewayError {}
 
+macro_rules! interrupted {
+    () => {
+        r#"{"message":"The stream was cut before its end; what came so far is not the whole answer.","type":"upstream_error","param":null,"code":"stream_interrupted"}"#
+    };
+}
+
 /// The event that ends a stream which the upstream did not end itself.
-pub const STREAM_INTERRUPTED: &str = "data: {\"error\":{\"message\":\"The stream was cut before its end; what came so far is not the whole answer.\",\"type\":\"upstream_error\",\"param\":null,\"code\":\"stream_interrupted\"}}\n\n";
+const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "}\n\n");
+
+/// The event that ends a stream which the upstream did not end itself, in the shape of its endpoint. `seen`: what a stream
+/// of `/v1/responses` has said.
+pub fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
+    match seen {
+        None => STREAM_INTERRUPTED.into(),
+        Some(seen) => {
+            let error = serde_json::from_str(interrupted!()).unwrap_or_default();
+            seen.failed(request_id, &error).into()
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -556,5 +575,10 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(data).unwrap();
         assert_eq!(json["error"]["code"], "stream_interrupted");
         assert!(json["error"]["param"].is_null());
+        let failed = stream_interrupted(Some(&Seen::default()), "r");
+        assert!(failed.starts_with("event: response.failed\n") && !is_misleading(&failed));
+        let data = failed.split_once("data: ").unwrap().1;
+        let failed: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(failed["error"], json["error"], "both SDKs raise it");
     }
 }

@@ -3,6 +3,7 @@
 //! A relay owns everything that the request still holds: its slot, its place at the backend, the upstream
 //! connection and the record. Whatever ends it, the end of the answer, the upstream or the client, drops them.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -15,14 +16,15 @@ use super::Gateway;
 use super::body::Cut;
 use super::bug;
 use crate::clock;
-use crate::error::{Code, STREAM_INTERRUPTED};
+use crate::error::{Code, stream_interrupted};
 use crate::policy::Nanos;
 use crate::policy::events::Tail;
 use crate::policy::queue::Slot;
 use crate::policy::redact::Redactor;
+use crate::policy::responses::Seen;
 use crate::server::io::Conn;
 use crate::telemetry::metrics::Side;
-use crate::telemetry::{Completion, End};
+use crate::telemetry::{Completion, End, Endpoint};
 use crate::upstream::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
@@ -74,6 +76,8 @@ pub struct RelayBody {
     redactor: Option<Box<Redactor>>,
     shape: Shape,
     tail: Tail,
+    /// What a stream of `/v1/responses` has said of itself.
+    seen: Option<Box<Seen>>,
     state: State,
 }
 
@@ -103,11 +107,13 @@ impl RelayBody {
         redactor: Option<Box<Redactor>>,
         shape: Shape,
     ) -> Self {
+        let is_response = shape.events && held.completion.endpoint == Endpoint::Responses;
         let mut relay = RelayBody {
             first,
             redactor,
             shape,
             tail: Tail::new(shape.done_expected),
+            seen: is_response.then(Box::default),
             state: State::Streaming,
             held: Some(held),
             gateway,
@@ -186,6 +192,9 @@ impl RelayBody {
         if self.shape.is_stream {
             self.tail.push(&data);
         }
+        if let Some(seen) = &mut self.seen {
+            seen.feed(&data);
+        }
         self.conn.progress();
         self.conn.hand_over(data.len());
         if let Some(held) = &mut self.held {
@@ -225,6 +234,7 @@ impl RelayBody {
         self.conn.expect_flush();
         // A client that reads nothing any more has as long again for the last of it.
         self.conn.progress();
+        let mut event = None;
         if let Some(mut held) = self.held.take() {
             let upstream = held.entered.upstream().clone();
             let recorder = held.completion.recorder().clone();
@@ -236,18 +246,30 @@ impl RelayBody {
                 recorder.lane().interrupted(Side::Upstream);
             }
             held.completion.end = end;
+            event = self.last_event(&held.completion);
         }
-        if !self.shape.events {
+        let Some(event) = event else {
             if self.shape.version < Version::HTTP_11 {
                 self.conn.reset_on_close();
             }
             return self.conn.poll_flushed().map(|()| Some(Err(Cut)));
-        }
-        let event = match self.tail.is_between_events() {
-            true => Bytes::from_static(STREAM_INTERRUPTED.as_bytes()),
-            false => Bytes::from(["\n\n", STREAM_INTERRUPTED].concat()),
         };
+        if self.seen.is_some() {
+            // Codex drops an event that no clean end follows.
+            self.state = State::Ended;
+        }
         Poll::Ready(Some(Ok(event)))
+    }
+
+    /// The event that says that a stream was cut; `None` where none fits in.
+    fn last_event(&self, completion: &Completion) -> Option<Bytes> {
+        let id = completion.request_id.to_str().unwrap_or_default();
+        let event = self.shape.events.then(|| stream_interrupted(self.seen.as_deref(), id))?;
+        Some(match (self.tail.is_between_events(), event) {
+            (true, Cow::Borrowed(event)) => Bytes::from_static(event.as_bytes()),
+            (true, Cow::Owned(event)) => event.into(),
+            (false, event) => ["\n\n", &event].concat().into(),
+        })
     }
 }
 

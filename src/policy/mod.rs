@@ -42,6 +42,8 @@ pub mod events;
 
 pub mod redact;
 
+pub mod responses;
+
 mod sync;
 
 #[cfg(all(test, zap_loom))]

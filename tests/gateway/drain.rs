@@ -123,6 +123,27 @@ fn what_overstays_is_cut_visibly() {
 }
 
 #[test]
+fn a_stream_of_responses_that_overstays_ends_in_its_own_shape() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: {\"type\":\"x\",\"sequence_number\":3}\n\n");
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with("[server]\ndrain_secs = 0", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/v1/responses", "", r#"{"stream":true,"input":"hi"}"#);
+    let mut answer = client.head();
+    answer.body = client.chunk().unwrap();
+    zap.order(Order::Drain);
+    client.body(&mut answer);
+    let (_, event) = answer.text().split_once("\n\nevent: response.failed\ndata: ").expect("its own shape");
+    let event: serde_json::Value = serde_json::from_str(event).unwrap();
+    assert_eq!((&event["sequence_number"], answer.whole), (&4.into(), true));
+    assert!(!zap.join(), "something was cut");
+}
+
+#[test]
 fn a_second_order_ends_it_at_once() {
     let a = Provider::start(|_, stream| {
         wait_closed(stream);

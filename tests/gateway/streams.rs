@@ -108,6 +108,59 @@ fn a_stream_cut_between_events_ends_with_an_error_event_and_no_end() {
     zap.is_clean();
 }
 
+/// The last event of a stream of `/v1/responses` that was cut.
+fn failed_response(text: &str) -> serde_json::Value {
+    let at = text.find("event: response.failed\ndata: ").unwrap_or_else(|| panic!("no such event: {text}"));
+    let event = text[at..].strip_prefix("event: response.failed\ndata: ").unwrap();
+    serde_json::from_str(event.strip_suffix("\n\n").unwrap()).unwrap()
+}
+
+#[test]
+fn a_cut_stream_of_responses_ends_as_that_endpoint_does() {
+    let created = "event: response.created\ndata: {\"type\":\"response.created\",\"response\":{\"id\":\"resp_\\u0031\",\"object\":\"response\",\"created_at\":1741290958,\"metadata\":{\"model\":\"no\"},\"model\":\"gpt\"},\"sequence_number\":0}\n\n";
+    let delta = "event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"sequence_number\": 41,\"delta\":\"\\\"sequence_number\\\":7\"}\n\n";
+    for (pieces, want) in [
+        (vec![created, delta], (42, "resp_1", 1_741_290_958, "gpt")),
+        (
+            vec![&created[..100], &created[100..], &delta[..70], &delta[70..], "event: re"],
+            (42, "resp_1", 1_741_290_958, "gpt"),
+        ),
+        (vec![": hello\n\n"], (0, "resp_id-1", 0, "")),
+    ] {
+        let sent = pieces.concat();
+        let a = Provider::start(move |_, stream| {
+            start_events(stream);
+            pieces.iter().for_each(|p| assert!(chunk(stream, p)));
+            After::Close
+        });
+        let zap = Zap::with("", &[a.backend("a", "")]);
+        let mut client = zap.client();
+        client.post("/v1/responses", "x-request-id: id-1\r\n", r#"{"stream":true,"input":"hi"}"#);
+        let answer = client.response();
+        assert!(answer.whole, "it ends cleanly, or Codex drops the event");
+        assert!(answer.text().starts_with(&sent), "{}", answer.text());
+        let event = failed_response(answer.text());
+        let (number, id, created_at, model) = want;
+        assert_eq!(event["type"], "response.failed");
+        assert_eq!(event["sequence_number"], number);
+        let response = serde_json::json!({
+            "id": id, "object": "response", "created_at": created_at, "model": model, "output": [],
+            "status": "failed", "error": { "code": "stream_interrupted", "message": event["error"]["message"] },
+        });
+        assert_eq!(event["response"], response);
+        assert_eq!(
+            (&event["error"]["code"], &event["error"]["type"]),
+            (&"stream_interrupted".into(), &"upstream_error".into())
+        );
+        assert!(event["error"]["param"].is_null() && event["error"]["message"].is_string());
+        assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
+        zap.is_clean();
+        // The connection serves on.
+        client.post("/v1/responses", "", r#"{"stream":true,"input":"hi"}"#);
+        assert_eq!(client.response().status, 200);
+    }
+}
+
 #[test]
 fn a_stream_cut_inside_an_event_breaks_the_line_first() {
     let a = pieces(&["data: one\n\ndata: {\"tw"], cut);
