@@ -251,11 +251,6 @@ impl Gateway {
         let upstream = entered.upstream().clone();
         headers::to_client(&mut head.headers);
         let events = is_event_stream(&head.headers);
-        if events {
-            // nginx in front, with its defaults, would keep the tokens back until the stream ends.
-            head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
-            head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
-        }
         let readable = events && !headers::is_encoded(&head.headers);
         let shape = Shape {
             is_stream: events,
@@ -278,6 +273,11 @@ impl Gateway {
             head.headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         self.dress(&mut head.headers, &mut completion, decision, conn);
+        if events {
+            // nginx in front, with its defaults, would keep the tokens back until the stream ends.
+            head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
+            head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
+        }
         completion.answered(head.status.as_u16());
         conn.begin_answer(patience);
         let held = Held { lease, entered, slot, completion };

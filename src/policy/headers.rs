@@ -17,6 +17,8 @@ use super::{MILLI, Nanos};
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
+
 /// `x-upstream-request-id`
 pub const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
 
@@ -182,7 +184,7 @@ pub fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
 
 /// A provider's own id of a request, by the same rule: OpenAI and most others send `x-request-id`, Anthropic `request-id`.
 pub fn upstream_request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
-    headers.get(X_REQUEST_ID).or_else(|| headers.get("request-id")).filter(|id| is_id(id))
+    headers.get(X_REQUEST_ID).or_else(|| headers.get(REQUEST_ID)).filter(|id| is_id(id))
 }
 
 fn is_id(id: &HeaderValue) -> bool {
