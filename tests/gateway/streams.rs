@@ -199,6 +199,33 @@ fn what_comes_behind_done_is_no_interruption() {
 }
 
 #[test]
+fn a_provider_that_keeps_quiet_behind_done_has_answered() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, DONE);
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with("[timeouts]\nstream_idle_secs = 1", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.text(), answer.whole), (DONE, true));
+    eventually("the upstream is let go", || a.connections() == 0);
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 0.0);
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
+    // A length that is not reached cannot end cleanly, but nobody is to blame.
+    let b = Provider::start(|_, stream| {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 500\r\n\r\n";
+        let _ = stream.write_all([head, DONE].concat().as_bytes());
+        After::Close
+    });
+    let zap = Zap::with("", &[b.backend("b", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.text(), answer.whole), (DONE, false));
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"b\",kind=\"upstream_error\"}"), 0.0);
+    zap.is_clean();
+}
+
+#[test]
 fn a_stream_that_breaks_its_framing_ends_the_same_way() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
