@@ -4,6 +4,7 @@ use std::pin::pin;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::Mutex;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
 use crate::policy::{Nanos, SECOND};
@@ -20,6 +21,28 @@ pub fn now() -> Nanos {
 fn since_boot() -> Nanos {
     let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Monotonic);
     tv_sec.cast_unsigned() * SECOND + tv_nsec.cast_unsigned()
+}
+
+/// The wall clock's reading at the start of [`now`], until the wall clock is set.
+static EPOCH: Mutex<Option<SystemTime>> = Mutex::new(None);
+
+/// Differences between the two clocks that are no change of the wall clock: both are read one after the other.
+const APART: Duration = Duration::from_millis(100);
+
+/// The wall clock's reading at a moment of [`now`]. The same moment reads the same at every call, unless the wall clock
+/// has been set meanwhile.
+pub fn wall(at: Nanos) -> SystemTime {
+    let epoch = wall_epoch(&mut EPOCH.lock(), SystemTime::now(), now());
+    epoch + Duration::from_nanos(at)
+}
+
+fn wall_epoch(known: &mut Option<SystemTime>, wall: SystemTime, now: Nanos) -> SystemTime {
+    let fresh = wall.checked_sub(Duration::from_nanos(now)).unwrap_or(wall);
+    let apart = |known: SystemTime| known.duration_since(fresh).unwrap_or_else(|e| e.duration());
+    match *known {
+        Some(known) if apart(known) < APART => known,
+        _ => *known.insert(fresh),
+    }
 }
 
 /// A span as [`Nanos`], saturating at 584 years.
@@ -79,6 +102,19 @@ mod tests {
             (4_107_542_399, "2100-02-28T23:59:59.000Z"),
         ] {
             assert_eq!(timestamp(SystemTime::UNIX_EPOCH + Duration::from_secs(secs)), want);
+        }
+    }
+
+    #[test]
+    fn a_moment_keeps_its_wall_time_until_the_wall_clock_is_set() {
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let (ms, mut known) = (Duration::from_millis, None);
+        assert_eq!(wall_epoch(&mut known, start, 0), start);
+        for (read, now, epoch) in
+            [(5_001, 5_000, 0), (9_960, 10_000, 0), (20_200, 20_000, 200), (30_150, 30_000, 200)]
+        {
+            let got = wall_epoch(&mut known, start + ms(read), nanos(ms(now)));
+            assert_eq!(got, start + ms(epoch), "{read} at {now}");
         }
     }
 

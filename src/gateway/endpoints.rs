@@ -1,7 +1,5 @@
 //! What Zap answers by itself: `/health`, `/ready`, `/metrics`, `/status`, `/v1/models`.
 
-use std::time::SystemTime;
-
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
@@ -58,7 +56,7 @@ fn backend(b: &Upstream) -> serde_json::Value {
     let status = b.live.breaker.status(now);
     let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
     let cooling = match status {
-        Status::Cooling(until) => Some(secs_to(until)),
+        Status::Cooling(until) => Some(until),
         _ => None,
     };
     let closed = b.closed(now);
@@ -76,15 +74,14 @@ fn backend(b: &Upstream) -> serde_json::Value {
         (_, _, Some(Closed::Quota(_))) => "quota",
         _ => "healthy",
     };
-    let until = |secs: f64| clock::timestamp(SystemTime::now() + std::time::Duration::from_secs_f64(secs));
     json!({
         "name": b.name(),
         "state": state,
         "weight": b.conf.weight,
         "priority": b.conf.priority,
         "in_flight": b.in_flight(),
-        "cooling_secs": cooling,
-        "cooling_until": cooling.map(until),
+        "cooling_secs": cooling.map(secs_to),
+        "cooling_until": cooling.map(|until| clock::timestamp(clock::wall(until))),
         "quota_opens_secs": quota,
         "last_error": b.last_error().map(|(at, code)| json!({ "code": code.text(), "at": clock::timestamp(at) })),
     })

@@ -375,16 +375,33 @@ impl Process {
         let ticks = |i: usize| fields.get(i)?.parse::<f64>().ok();
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
         let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
-        let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
-        let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
+        let start_seconds = match START.get() {
+            Some(start) => *start,
+            // Another worker may have been faster: the first value stays.
+            None => {
+                let start = start_seconds(ticks(19)? / TICKS)?;
+                *START.get_or_init(|| start)
+            }
+        };
         Some(Process {
             cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS,
             resident_bytes: resident.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024,
             open_fds: std::fs::read_dir("/proc/self/fd").ok()?.count().saturating_sub(1) as u64,
-            start_seconds: wall - uptime + ticks(19)? / TICKS,
+            start_seconds,
         })
     }
+}
+
+/// The start of the process since the Unix epoch. It comes from two clocks and so differs a little each time that it is
+/// computed; collectors take another value for a restart.
+static START: OnceLock<f64> = OnceLock::new();
+
+/// Seconds since the Unix epoch of a moment `since_boot`.
+fn start_seconds(since_boot: f64) -> Option<f64> {
+    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+    let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
+    Some(wall - uptime + since_boot)
 }
 
 #[cfg(test)]

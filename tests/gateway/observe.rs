@@ -54,6 +54,24 @@ fn every_family_stands_from_the_start() {
 }
 
 #[test]
+fn a_moment_reads_the_same_in_every_scrape() {
+    let busy = Provider::fixed(429, "retry-after: 30\r\n", "");
+    let zap = Zap::with("[retry]\nmax_retries = 0", &[busy.backend("a", "")]);
+    assert_eq!(zap.chat(CHAT).status, 429);
+    let look = || {
+        let status = zap.client().get("/status").json();
+        let backend = &status["backends"][0];
+        let until = backend["cooling_until"].as_str().expect("it cools").to_owned();
+        (zap.metric("process_start_time_seconds"), until, backend["last_error"]["at"].clone())
+    };
+    let first = look();
+    for _ in 0..12 {
+        std::thread::sleep(std::time::Duration::from_millis(7));
+        assert_eq!(look(), first);
+    }
+}
+
+#[test]
 fn requests_are_counted_once_by_who_answered_them() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
