@@ -65,14 +65,15 @@ pub fn check_limits(
         let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
         (shared.key_of(Counted::Address(headers::client_address(headers, peer, trusted))), limit)
     });
-    let first = address.map(|(key, limit)| shared.limiter.check(key, limit, now));
+    let first = address.map(|(key, limit)| shared.limiter.check_stamped(key, limit, now));
+    let (first, stamp) = (first.map(|(decision, _)| decision), first.map_or(0, |(_, stamp)| stamp));
     if first.is_some_and(|d| !d.admitted) {
         return first;
     }
     let second = limit.map(|limit| shared.limiter.check(key, limit, now));
     if let (Some((key, _)), Some(false)) = (address, second.map(|d| d.admitted)) {
         // A refused request costs nothing, at either limit.
-        shared.limiter.refund(key);
+        shared.limiter.refund(key, stamp);
     }
     [first, second].into_iter().flatten().min_by_key(|d| (d.admitted, d.remaining))
 }

@@ -103,9 +103,9 @@ impl Attempts<'_> {
         let on_step = |step| match step {
             Step::Begun(now) => *begun = begun.or(Some(now)),
             Step::Connecting => completion.phase = Phase::Connecting,
-            Step::Connected => {
+            Step::Sending => {
                 completion.phase = Phase::Waiting;
-                entered.connected(clock::now());
+                entered.sent();
             }
         };
         let worker = self.gateway.recorder().worker;

@@ -59,16 +59,20 @@ impl Window {
     ///
     /// `now` may run behind an earlier call's by a little: clocks are read before the lock is taken.
     pub fn check(&mut self, limit: u32, now: Nanos) -> Decision {
-        self.check_late(limit, now, 0)
+        self.check_late(limit, now, 0).0
     }
 
-    /// The same for a request that may arrive up to `late` after `now`: its place reopens so much later.
-    pub fn check_late(&mut self, limit: u32, now: Nanos, late: Nanos) -> Decision {
+    /// The same for a request that may arrive up to `late` after `now`: its place reopens so much later. Returns the
+    /// stamp of the admission too, by which it can be [moved](Self::restamp) or [taken back](Self::refund); 0 where the
+    /// request was refused.
+    pub fn check_late(&mut self, limit: u32, now: Nanos, late: Nanos) -> (Decision, Nanos) {
         self.expire(now);
         let admitted = self.count < limit;
-        if admitted {
-            self.admit(limit, now + late);
-        }
+        let stamp = if admitted { self.admit(limit, now + late) } else { 0 };
+        (self.decision(admitted, limit, now), stamp)
+    }
+
+    fn decision(&mut self, admitted: bool, limit: u32, now: Nanos) -> Decision {
         let remaining = limit.saturating_sub(self.count);
         let reset = if remaining > 0 { 0 } else { self.opens_in(limit, now) };
         Decision { admitted, limit, remaining, reset }
@@ -91,22 +95,26 @@ impl Window {
         0
     }
 
-    /// Moves the admission at `from` to `to`, which is later, where it is logged by itself.
-    pub fn restamp(&mut self, from: Nanos, to: Nanos) {
-        let Some(i) = self.log.iter().rposition(|e| e.n == 1 && e.first == from) else { return };
-        self.log.remove(i);
-        let to = to.max(self.log.back().map_or(0, |e| e.last));
-        self.log.push_back(Entry { first: to, last: to, n: 1 });
+    /// Moves the admission with the stamp `from` to `to`, for a request that goes out only then; returns its new stamp. An
+    /// admission that has expired meanwhile counts again: the provider sees the request now.
+    pub fn restamp(&mut self, limit: u32, from: Nanos, to: Nanos) -> Nanos {
+        self.remove(from);
+        self.admit(limit, to)
     }
 
-    /// Takes the youngest admission back.
-    pub fn refund(&mut self) {
-        if let Some(entry) = self.log.back_mut() {
-            entry.n -= 1;
-            self.count -= 1;
-            if entry.n == 0 {
-                self.log.pop_back();
-            }
+    /// Takes the admission with this stamp back.
+    pub fn refund(&mut self, stamp: Nanos) {
+        self.remove(stamp);
+    }
+
+    /// Forgets the admission with this stamp, unless it has expired. Admissions of one stamp are the same.
+    fn remove(&mut self, stamp: Nanos) {
+        let Some(at) = self.log.iter().rposition(|e| e.first <= stamp && stamp <= e.last) else { return };
+        let Some(entry) = self.log.get_mut(at) else { return };
+        entry.n -= 1;
+        self.count -= 1;
+        if entry.n == 0 {
+            self.log.remove(at);
         }
     }
 
@@ -120,7 +128,8 @@ impl Window {
         }
     }
 
-    fn admit(&mut self, limit: u32, now: Nanos) {
+    /// Logs an admission; returns its stamp.
+    fn admit(&mut self, limit: u32, now: Nanos) -> Nanos {
         self.count += 1;
         let latest = self.log.back().map_or(0, |e| e.last);
         // Entries stay in order even where a caller's clock was read a moment before another's.
@@ -132,6 +141,7 @@ impl Window {
             }
             _ => self.log.push_back(Entry { first: now, last: now, n: 1 }),
         }
+        now
     }
 }
 
@@ -204,6 +214,11 @@ impl Limiter {
 
     /// Decides on one request of `key` at `now`, as one atomic step.
     pub fn check(&self, key: u64, limit: u32, now: Nanos) -> Decision {
+        self.check_stamped(key, limit, now).0
+    }
+
+    /// The same, with the stamp of the admission, by which it can be [taken back](Self::refund).
+    pub fn check_stamped(&self, key: u64, limit: u32, now: Nanos) -> (Decision, Nanos) {
         let shard = self.shard(key);
         let mut is_new = false;
         let decision = {
@@ -213,7 +228,7 @@ impl Limiter {
             });
             let ticket = self.clock.fetch_add(1, Ordering::Relaxed);
             slot.node = shard.touch(slot.node, key, ticket, now);
-            slot.window.check(limit, now)
+            slot.window.check_late(limit, now, 0)
         };
         if is_new && self.len.fetch_add(1, Ordering::Relaxed) >= self.max_keys.load(Ordering::Relaxed) {
             self.evict_oldest();
@@ -225,10 +240,10 @@ impl Limiter {
         decision
     }
 
-    /// Takes back the admission of a request of `key` that went no further.
-    pub fn refund(&self, key: u64) {
+    /// Takes back the admission with this stamp of a request of `key` that went no further.
+    pub fn refund(&self, key: u64, stamp: Nanos) {
         if let Some(mut slot) = self.map.get_mut(&key) {
-            slot.window.refund();
+            slot.window.refund(stamp);
         }
     }
 
@@ -408,8 +423,7 @@ mod tests {
     fn an_admission_can_be_moved_to_when_it_took_place() {
         let mut w = Window::default();
         assert!(w.check(2, 0).admitted && w.check(2, SECOND).admitted);
-        w.restamp(0, 3 * SECOND);
-        w.restamp(7, 9 * SECOND);
+        assert_eq!(w.restamp(2, 0, 3 * SECOND), 3 * SECOND);
         assert!(!w.check(2, WINDOW).admitted);
         assert_eq!(w.opens_in(2, WINDOW), SECOND);
         assert!(w.check(2, WINDOW + SECOND).admitted && !w.check(2, WINDOW + 3 * SECOND - 1).admitted);
@@ -428,12 +442,31 @@ mod tests {
     #[test]
     fn what_is_refunded_can_be_had_again() {
         let l = Limiter::new(10);
-        assert!(l.check(1, 2, 0).admitted && l.check(1, 2, 5).admitted);
-        l.refund(1);
-        l.refund(7);
+        let (first, at) = l.check_stamped(1, 2, 0);
+        let (second, later) = l.check_stamped(1, 2, 5);
+        assert_eq!((first.admitted, second.admitted, at, later), (true, true, 0, 5));
+        l.refund(1, later);
+        l.refund(7, later);
         let d = l.check(1, 2, 6);
         assert_eq!((d.admitted, d.remaining, d.reset), (true, 0, WINDOW - 6));
         assert!(!l.check(1, 2, 7).admitted);
+    }
+
+    #[test]
+    fn a_refund_takes_its_own_admission_and_no_other() {
+        let l = Limiter::new(10);
+        let (_, at) = l.check_stamped(1, 2, 0);
+        assert!(l.check(1, 2, 5).admitted);
+        l.refund(1, at);
+        assert!(l.check(1, 2, 6).admitted);
+        assert!(!l.check(1, 2, WINDOW + 4).admitted, "those of 5 and 6 are still in the window");
+        // Where admissions share an entry, one of them goes.
+        let (limit, mut w) = (MAX_LOG as u32 + 1, Window::default());
+        let (_, at) = w.check_late(limit, 10, 0);
+        (11..20).for_each(|now| assert!(w.check(limit, now).admitted));
+        w.refund(at);
+        assert_eq!((w.count, w.log.len()), (9, 1));
+        assert_eq!((w.restamp(limit, 15, SECOND), w.count, w.log.len()), (SECOND, 9, 2));
     }
 
     #[test]

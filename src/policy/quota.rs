@@ -70,20 +70,21 @@ impl Quota {
         self.opening(&mut state, now, before)
     }
 
-    /// Takes one request of the quota, if it is this request's turn.
-    pub fn take(&self, now: Nanos, turn: Option<&Turn>) -> bool {
+    /// Takes one request of the quota, if it is this request's turn; returns the stamp under which it is counted.
+    pub fn take(&self, now: Nanos, turn: Option<&Turn>) -> Option<Nanos> {
         self.change(now, |state| {
             let free = u32::try_from(self.before(state, turn))
                 .ok()
                 .and_then(|before| self.limit().checked_sub(before));
-            free.filter(|free| *free > 0)
-                .is_some_and(|free| state.window.check_late(free, now, LEEWAY).admitted)
+            let (decision, stamp) = state.window.check_late(free.filter(|free| *free > 0)?, now, LEEWAY);
+            decision.admitted.then_some(stamp)
         })
     }
 
-    /// A request that was admitted at `taken` goes out only now: it took a while to connect.
-    pub fn sent(&self, taken: Nanos, now: Nanos) {
-        self.change(now, |state| state.window.restamp(taken + LEEWAY, now + LEEWAY));
+    /// A request that is counted under `stamp` goes out at `now`: after a while in which it connected, or in which its
+    /// worker was busy. Returns the stamp under which it is counted from now on.
+    pub fn sent(&self, stamp: Nanos, now: Nanos) -> Nanos {
+        self.change(now, |state| state.window.restamp(self.limit(), stamp, now + LEEWAY))
     }
 
     /// Stands in line at `now`.
@@ -152,8 +153,8 @@ mod tests {
     /// A quota whose 3 were taken at 0, 1 and 2 s.
     fn spent() -> Arc<Quota> {
         let q = Quota::new(3);
-        (0..3).for_each(|s| assert!(q.take(s * SECOND, None)));
-        assert!(!q.take(3 * SECOND, None));
+        (0..3).for_each(|s| assert!(q.take(s * SECOND, None).is_some()));
+        assert!(q.take(3 * SECOND, None).is_none());
         q
     }
 
@@ -166,9 +167,12 @@ mod tests {
         assert_eq!(opens, [60, 61, 62, 120]);
         assert_eq!(q.opens_at(now, None) / SECOND, 121, "a newcomer comes behind them");
         let first = WINDOW + LEEWAY;
-        assert!(!q.take(first, None) && !q.take(first, Some(&turns[1])), "the first has room, no other");
-        assert!(q.take(first, Some(&turns[0])));
-        assert!(!q.take(first, Some(&turns[0])));
+        assert!(
+            q.take(first, None).is_none() && q.take(first, Some(&turns[1])).is_none(),
+            "the first has room, no other"
+        );
+        assert!(q.take(first, Some(&turns[0])).is_some());
+        assert!(q.take(first, Some(&turns[0])).is_none());
     }
 
     #[test]
@@ -179,9 +183,9 @@ mod tests {
         assert_eq!(q.state.lock().line.len(), 2);
         first.leave(now);
         assert_eq!(q.opens_at(now, Some(&second)), WINDOW + LEEWAY);
-        assert!(q.take(WINDOW + LEEWAY, Some(&second)));
+        assert!(q.take(WINDOW + LEEWAY, Some(&second)).is_some());
         second.leave(WINDOW + LEEWAY);
-        assert!(q.take(WINDOW + SECOND + LEEWAY, None));
+        assert!(q.take(WINDOW + SECOND + LEEWAY, None).is_some());
         assert_eq!(q.state.lock().line.len(), 0);
     }
 
@@ -192,9 +196,9 @@ mod tests {
         let turn = q.wait(now);
         q.set_limit(5, now);
         assert_eq!(q.opens_at(now, Some(&turn)), 0);
-        assert!(q.take(now, Some(&turn)));
+        assert!(q.take(now, Some(&turn)).is_some());
         turn.leave(now);
-        assert!(q.take(now, None) && !q.take(now, None), "five in all");
+        assert!(q.take(now, None).is_some() && q.take(now, None).is_none(), "five in all");
         q.set_limit(1, now);
         assert_eq!(q.opens_at(now, None), now + WINDOW + LEEWAY, "the last of them must go first");
     }
@@ -204,11 +208,40 @@ mod tests {
         let (q, other) = (spent(), spent());
         let elsewhere = other.wait(SECOND);
         let _line = q.wait(SECOND);
-        assert!(!q.take(WINDOW + LEEWAY, Some(&elsewhere)));
-        assert!(q.take(WINDOW + SECOND + LEEWAY, Some(&elsewhere)), "there is room for both");
+        assert!(q.take(WINDOW + LEEWAY, Some(&elsewhere)).is_none());
+        assert!(q.take(WINDOW + SECOND + LEEWAY, Some(&elsewhere)).is_some(), "there is room for both");
     }
 
     proptest! {
+        /// Workers whose clocks are read a moment apart, and whose requests go out up to a second after they were admitted,
+        /// over fresh connections and pooled ones alike: no window of the provider has more than the quota.
+        #[test]
+        fn the_provider_sees_no_more_than_the_quota(
+            limit in 1u32..5,
+            steps in prop::collection::vec((0u64..20_000, 0u64..20, 0u64..1_000), 1..200),
+        ) {
+            let q = Quota::new(limit);
+            let (mut now, mut waiting, mut seen) = (SECOND, Vec::<(Nanos, Nanos)>::new(), Vec::new());
+            for (step, behind, busy) in steps {
+                now += step * MILLI;
+                waiting.sort_unstable();
+                let due = waiting.iter().take_while(|(at, _)| *at <= now).count();
+                for (at, stamp) in waiting.drain(..due) {
+                    q.sent(stamp, at);
+                    seen.push(at);
+                }
+                if let Some(stamp) = q.take(now - behind * MILLI, None) {
+                    waiting.push((now + busy * MILLI, stamp));
+                }
+            }
+            seen.extend(waiting.iter().map(|(at, _)| *at));
+            seen.sort_unstable();
+            for (i, first) in seen.iter().enumerate() {
+                let within = seen[i..].iter().take_while(|at| **at < first + WINDOW).count();
+                prop_assert!(within <= limit as usize, "{} from {}", within, first);
+            }
+        }
+
         /// Without a lock one sees what one would see with it: open exactly where a newcomer is admitted.
         #[test]
         fn what_is_said_of_a_newcomer_is_true(limit in 1u32..5, steps in prop::collection::vec((0u8..4, 0u64..20), 1..120)) {
@@ -220,13 +253,13 @@ mod tests {
                     0 => turns.push(q.wait(now)),
                     1 if !turns.is_empty() => turns.remove(turns.len() / 2).leave(now),
                     2 if !turns.is_empty() => {
-                        if q.take(now, Some(&turns[0])) {
+                        if q.take(now, Some(&turns[0])).is_some() {
                             turns.remove(0).leave(now);
                         }
                     }
                     _ => {
                         let opens = q.opens_at(now, None);
-                        prop_assert_eq!(q.take(now, None), opens <= now, "{} at {}", opens, now);
+                        prop_assert_eq!(q.take(now, None).is_some(), opens <= now, "{} at {}", opens, now);
                     }
                 }
             }
@@ -240,7 +273,12 @@ mod tests {
             let run = |offset: u64| {
                 let q = &q;
                 // Five a second, each thread, for five minutes.
-                move || (0..1_500).map(|i| i * 200_000_000 + offset).filter(|t| q.take(*t, None)).collect()
+                move || {
+                    (0..1_500)
+                        .map(|i| i * 200_000_000 + offset)
+                        .filter(|t| q.take(*t, None).is_some())
+                        .collect()
+                }
             };
             let threads = [s.spawn(run(0)), s.spawn(run(100_000_000))];
             threads.into_iter().flat_map(|t| -> Vec<Nanos> { t.join().unwrap() }).collect()
@@ -257,7 +295,8 @@ mod tests {
     #[test]
     fn ten_times_the_load_in_one_order_gets_exactly_the_quota_in_every_window() {
         let q = Quota::new(30);
-        let times: Vec<Nanos> = (0..3_000).map(|i| i * 200_000_000).filter(|t| q.take(*t, None)).collect();
+        let times: Vec<Nanos> =
+            (0..3_000).map(|i| i * 200_000_000).filter(|t| q.take(*t, None).is_some()).collect();
         for start in (0..540).map(|s| s * SECOND) {
             let within = times.iter().filter(|t| (start..start + WINDOW).contains(*t)).count();
             // The leeway is no whole step of the load, so that a window may begin between a place and its reopening.
@@ -267,11 +306,40 @@ mod tests {
     }
 
     #[test]
+    fn what_two_workers_take_at_once_counts_from_when_each_goes_out() {
+        let q = Quota::new(2);
+        // The second worker read its clock before the first, and takes the lock after it.
+        let (first, second) = std::thread::scope(|s| {
+            let first = s.spawn(|| q.take(1000, None)).join().unwrap().unwrap();
+            (first, s.spawn(|| q.take(990, None)).join().unwrap().unwrap())
+        });
+        assert_eq!((first, second), (1000 + LEEWAY, 1000 + LEEWAY), "stamps do not go back");
+        q.sent(first, 1000);
+        q.sent(second, 2 * SECOND);
+        assert!(q.take(WINDOW + SECOND, None).is_some(), "the first has left the window");
+        assert_eq!(q.take(WINDOW + SECOND, None), None, "the second went out 59 s ago");
+        assert!(q.take(WINDOW + 2 * SECOND + LEEWAY, None).is_some());
+    }
+
+    #[test]
+    fn a_request_that_goes_out_again_counts_from_then() {
+        let q = Quota::new(1);
+        let stamp = q.take(0, None).unwrap();
+        let stamp = q.sent(stamp, SECOND);
+        q.sent(stamp, 3 * SECOND);
+        assert_eq!(q.take(WINDOW + 2 * SECOND, None), None);
+        assert!(q.take(WINDOW + 3 * SECOND + LEEWAY, None).is_some());
+        // A minute later it is not known any more, and counts all the same.
+        q.sent(stamp, 3 * WINDOW);
+        assert_eq!(q.take(3 * WINDOW + SECOND, None), None);
+    }
+
+    #[test]
     fn what_took_a_while_to_connect_counts_from_when_it_went_out() {
         let q = Quota::new(1);
-        assert!(q.take(0, None));
-        q.sent(0, 2 * SECOND);
-        assert!(!q.take(WINDOW + SECOND, None));
-        assert!(q.take(WINDOW + 2 * SECOND + LEEWAY, None));
+        let stamp = q.take(0, None).unwrap();
+        assert_eq!(q.sent(stamp, 2 * SECOND), 2 * SECOND + LEEWAY);
+        assert!(q.take(WINDOW + SECOND, None).is_none());
+        assert!(q.take(WINDOW + 2 * SECOND + LEEWAY, None).is_some());
     }
 }

@@ -16,6 +16,7 @@ pub mod send;
 
 pub mod probe;
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -124,7 +125,8 @@ impl Live {
 #[must_use = "dropping it says that the backend is done"]
 pub struct InFlight {
     upstream: Arc<Upstream>,
-    taken: Nanos,
+    /// Under which the quota counts it, where there is one.
+    stamp: Cell<Nanos>,
     /// Its place, where there is a limit.
     place: Option<Slot>,
 }
@@ -327,11 +329,12 @@ impl Upstream {
         now: Nanos,
         turn: Option<&Turn>,
     ) -> Option<InFlight> {
-        if self.quota.as_ref().is_some_and(|quota| !quota.take(now, turn)) {
-            return None;
-        }
+        let stamp = match &self.quota {
+            Some(quota) => quota.take(now, turn)?,
+            None => 0,
+        };
         self.live.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(InFlight { upstream: self.clone(), taken: now, place })
+        Some(InFlight { upstream: self.clone(), stamp: Cell::new(stamp), place })
     }
 
     /// Stands in line for a place; `None`: it has no limit.
@@ -439,10 +442,10 @@ impl InFlight {
         self.place = None;
     }
 
-    /// A fresh connection stands, and the request goes out: the provider counts it from now on.
-    pub fn connected(&self, now: Nanos) {
+    /// The request goes out: the provider counts it from now on.
+    pub fn sent(&self) {
         if let Some(quota) = &self.upstream.quota {
-            quota.sent(self.taken, now);
+            self.stamp.set(quota.sent(self.stamp.get(), clock::now()));
         }
     }
 }

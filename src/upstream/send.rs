@@ -59,8 +59,8 @@ pub enum Step {
     Begun(Nanos),
     /// A fresh connection is to be opened.
     Connecting,
-    /// It stands.
-    Connected,
+    /// The request goes out, for the first time or once more.
+    Sending,
 }
 
 /// A peer's close crosses the request within the time of a round trip, however far it is.
@@ -107,10 +107,10 @@ pub async fn send(
             None => {
                 on_step(Step::Connecting);
                 let link = Http1::new(upstream.connector().connect(limit).await?);
-                on_step(Step::Connected);
                 (Lease::new(link, upstream.clone(), worker, clock::now()), false)
             }
         };
+        on_step(Step::Sending);
         lease.link.start(request);
         match poll_fn(|cx| lease.link.poll_head(cx)).await {
             Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
