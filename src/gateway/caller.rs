@@ -1,5 +1,6 @@
 //! Who calls, what it may use, and how often.
 
+use std::cmp::Reverse;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -66,16 +67,18 @@ pub fn check_limits(
         (shared.key_of(Counted::Address(headers::client_address(headers, peer, trusted))), limit)
     });
     let first = address.map(|(key, limit)| shared.limiter.check_stamped(key, limit, now));
-    let (first, stamp) = (first.map(|(decision, _)| decision), first.map_or(0, |(_, stamp)| stamp));
-    if first.is_some_and(|d| !d.admitted) {
-        return first;
-    }
-    let second = limit.map(|limit| shared.limiter.check(key, limit, now));
-    if let (Some((key, _)), Some(false)) = (address, second.map(|d| d.admitted)) {
-        // A refused request costs nothing, at either limit.
+    let second = limit.map(|limit| match first {
+        // A refused request costs nothing, at either limit; both are looked at, to name the later.
+        Some((refused, _)) if !refused.admitted => shared.limiter.look(key, limit, now),
+        _ => shared.limiter.check(key, limit, now),
+    });
+    if let (Some((key, _)), Some((Decision { admitted: true, .. }, stamp))) = (address, first)
+        && second.is_some_and(|d| !d.admitted)
+    {
         shared.limiter.refund(key, stamp);
     }
-    [first, second].into_iter().flatten().min_by_key(|d| (d.admitted, d.remaining))
+    let both = [first.map(|(decision, _)| decision), second];
+    both.into_iter().flatten().min_by_key(|d| (d.admitted, d.remaining, Reverse(d.reset)))
 }
 
 /// The client, where it is one that is known.

@@ -72,6 +72,13 @@ impl Window {
         (self.decision(admitted, limit, now), stamp)
     }
 
+    /// What [`check`](Self::check) would say, without an admission.
+    pub fn look(&mut self, limit: u32, now: Nanos) -> Decision {
+        self.expire(now);
+        let admitted = self.count < limit;
+        self.decision(admitted, limit, now)
+    }
+
     fn decision(&mut self, admitted: bool, limit: u32, now: Nanos) -> Decision {
         let remaining = limit.saturating_sub(self.count);
         let reset = if remaining > 0 { 0 } else { self.opens_in(limit, now) };
@@ -238,6 +245,17 @@ impl Limiter {
             self.reap(shard, now);
         }
         decision
+    }
+
+    /// What [`check`](Self::check) would say of a request of `key` at `now`. It counts as a use of the key, and admits
+    /// nothing.
+    pub fn look(&self, key: u64, limit: u32, now: Nanos) -> Decision {
+        let Some(mut slot) = self.map.get_mut(&key) else {
+            return Decision { admitted: true, limit, remaining: limit, reset: 0 };
+        };
+        let ticket = self.clock.fetch_add(1, Ordering::Relaxed);
+        slot.node = self.shard(key).touch(slot.node, key, ticket, now);
+        slot.window.look(limit, now)
     }
 
     /// Takes back the admission with this stamp of a request of `key` that went no further.
@@ -450,6 +468,20 @@ mod tests {
         let d = l.check(1, 2, 6);
         assert_eq!((d.admitted, d.remaining, d.reset), (true, 0, WINDOW - 6));
         assert!(!l.check(1, 2, 7).admitted);
+    }
+
+    #[test]
+    fn a_look_admits_nothing_and_counts_as_use() {
+        let l = Limiter::new(2);
+        let free = Decision { admitted: true, limit: 1, remaining: 1, reset: 0 };
+        assert_eq!((l.look(1, 1, 0), l.keys()), (free, 0));
+        assert!(l.check(1, 1, 0).admitted && l.check(2, 1, 5).admitted);
+        let spent = Decision { admitted: false, remaining: 0, reset: WINDOW - 6, ..free };
+        assert_eq!(l.look(1, 1, 6), spent);
+        assert!(l.check(3, 1, 7).admitted, "2 goes for it: 1 was looked at later");
+        assert_eq!((l.look(1, 1, 8).admitted, l.look(2, 1, 8)), (false, free));
+        assert_eq!(l.look(1, 1, WINDOW), free);
+        assert!(l.check(1, 1, WINDOW).admitted, "the look took nothing");
     }
 
     #[test]

@@ -153,6 +153,33 @@ fn limits_are_the_keys_own_and_lists_cost_nothing() {
 }
 
 #[test]
+fn with_both_limits_used_up_the_later_one_counts_whichever_it_is() {
+    let a = Provider::named("a");
+    let settings = "[server]\ntrusted_proxies = [\"127.0.0.1\"]\n\
+        [rate_limit]\nrequests_per_minute = 1\nrequests_per_minute_per_address = 1\n";
+    let zap = Zap::with(settings, &[a.backend("a", "")]);
+    let ask = |key: &str, address: &str| {
+        let headers = format!("authorization: Bearer {key}\r\nx-forwarded-for: {address}\r\n");
+        zap.client().chat(&headers, CHAT)
+    };
+    let reset = |answer: &crate::support::Response| {
+        let reset = answer.header("x-ratelimit-reset-requests").unwrap().strip_suffix('s').unwrap();
+        (reset.parse::<f64>().unwrap(), answer.header("retry-after").unwrap().parse::<f64>().unwrap())
+    };
+    assert_eq!(ask("early", "1.1.1.1").status, 200);
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    assert_eq!(ask("late", "2.2.2.2").status, 200);
+    for (key, address) in [("late", "1.1.1.1"), ("early", "2.2.2.2")] {
+        let refused = ask(key, address);
+        assert_eq!(refused.status, 429);
+        let (reset, after) = reset(&refused);
+        assert!(reset > 58.5 && after >= reset, "{key} from {address}: {reset} {after}");
+    }
+    let (reset, _) = reset(&ask("early", "1.1.1.1"));
+    assert!(reset < 58.0, "{reset}");
+}
+
+#[test]
 fn in_the_open_mode_addresses_are_limited_too_and_a_refusal_costs_nothing() {
     let a = Provider::named("a");
     let settings = "[server]\ntrusted_proxies = [\"127.0.0.1\"]\n\
