@@ -5,35 +5,31 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::Uri;
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
-use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
+use super::dial::{DialError, Dialer};
 use super::names::Resolver;
 use crate::clock::{self, Late};
 use crate::config;
 use crate::error::Code;
 
-/// Silence after which a peer is asked whether it is still there; then again every half of it.
-const KEEPALIVE: Duration = Duration::from_secs(10);
-
 /// An open connection, plain or TLS.
 pub type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
 
-type BoxError = Box<dyn Error + Send + Sync>;
+/// What the system or TLS said.
+pub type BoxError = Box<dyn Error + Send + Sync>;
 
 /// The certificates that are trusted everywhere, loaded once and only if a backend needs them.
 #[derive(Debug)]
@@ -73,7 +69,7 @@ fn read_pem(path: &Path) -> Result<Vec<CertificateDer<'static>>, BoxError> {
 /// Opens connections to one backend.
 #[derive(Clone)]
 pub struct Connector {
-    https: HttpsConnector<Tcp>,
+    https: HttpsConnector<Dialer>,
     to: Uri,
     /// What stands in `ca_file`.
     own_roots: Arc<[CertificateDer<'static>]>,
@@ -96,13 +92,6 @@ impl Connector {
         let to = format!("{scheme}://{}/", url.authority)
             .parse()
             .map_err(|_| "its host is not valid".to_owned())?;
-        let mut tcp = HttpConnector::new_with_resolver(Resolver::system());
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        // A peer that is gone without a word is noticed after two and a half of it.
-        tcp.set_keepalive(Some(KEEPALIVE));
-        tcp.set_keepalive_interval(Some(KEEPALIVE / 2));
-        tcp.set_keepalive_retries(Some(3));
         let own_roots = match backend.ca_file.as_deref().filter(|_| url.https) {
             Some(path) => {
                 read_pem(path).map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?
@@ -110,7 +99,8 @@ impl Connector {
             None => Vec::new(),
         };
         let tls = roots.config(&own_roots)?;
-        Ok(Connector { https: HttpsConnector::from((Tcp(tcp), tls)), to, own_roots: own_roots.into() })
+        let dialer = Dialer::new(Resolver::system());
+        Ok(Connector { https: HttpsConnector::from((dialer, tls)), to, own_roots: own_roots.into() })
     }
 
     /// Whether both trust the same certificates beside the system's.
@@ -127,67 +117,31 @@ impl Connector {
         let opening = self.https.clone().call(self.to.clone());
         match clock::within(limit, opening).await {
             Ok(Ok(io)) => Ok(io),
-            Ok(Err(e)) => Err(match e.downcast_ref::<TcpFailed>() {
-                Some(TcpFailed { exhausted: true }) => ConnectError::Exhausted,
-                Some(_) => ConnectError::Peer(Code::UpstreamUnreachable),
-                None => ConnectError::Peer(Code::UpstreamTlsError),
+            Ok(Err(e)) => Err(match e.downcast::<DialError>() {
+                Ok(failure) if failure.exhausted => ConnectError::Exhausted(failure.error),
+                Ok(failure) => {
+                    let cause = Some(failure.error.into());
+                    ConnectError::Peer { code: Code::UpstreamUnreachable, cause }
+                }
+                Err(tls) => ConnectError::Peer { code: Code::UpstreamTlsError, cause: Some(tls) },
             }),
-            Err(Late) => Err(ConnectError::Peer(Code::UpstreamTimeout)),
+            Err(Late) => Err(ConnectError::Peer { code: Code::UpstreamTimeout, cause: None }),
         }
     }
 }
 
-/// The TCP half, whose failures can be told from those of TLS.
-#[derive(Clone)]
-struct Tcp(HttpConnector<Resolver>);
-
-/// `exhausted`: no file, port or memory was left here.
-#[derive(Debug)]
-struct TcpFailed {
-    exhausted: bool,
-}
-
-impl TcpFailed {
-    fn new(error: &(dyn Error + 'static)) -> Self {
-        let mut causes = std::iter::successors(Some(error), |e| Error::source(*e));
-        let io = causes.find_map(|e| e.downcast_ref::<std::io::Error>());
-        let lacking = [Errno::MFILE, Errno::NFILE, Errno::ADDRNOTAVAIL, Errno::NOBUFS, Errno::NOMEM];
-        let code = io.and_then(std::io::Error::raw_os_error);
-        let exhausted = code.is_some_and(|code| lacking.iter().any(|errno| errno.raw_os_error() == code));
-        TcpFailed { exhausted }
-    }
-}
-
 /// Why there is no connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum ConnectError {
     /// This machine has no file, port or memory for it: no fault of the peer.
-    Exhausted,
-    /// What the peer did, as a code of the error table.
-    Peer(Code),
-}
-
-impl fmt::Display for TcpFailed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("no TCP connection")
-    }
-}
-
-impl Error for TcpFailed {}
-
-impl Service<Uri> for Tcp {
-    type Response = TokioIo<TcpStream>;
-    type Error = TcpFailed;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, TcpFailed>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TcpFailed>> {
-        self.0.poll_ready(cx).map_err(|e| TcpFailed::new(&e))
-    }
-
-    fn call(&mut self, to: Uri) -> Self::Future {
-        let opening = self.0.call(to);
-        Box::pin(async { opening.await.map_err(|e| TcpFailed::new(&e)) })
-    }
+    Exhausted(io::Error),
+    /// What the peer did.
+    Peer {
+        /// As a code of the error table.
+        code: Code,
+        /// What the system or TLS said; nothing past the time limit.
+        cause: Option<BoxError>,
+    },
 }
 
 #[cfg(test)]
@@ -210,13 +164,7 @@ mod tests {
         let asked = socket.tcp_keepalive_time().unwrap()
             + socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
         assert!(asked <= Duration::from_secs(30), "{asked:?}");
-    }
-
-    #[test]
-    fn what_this_machine_lacks_is_no_fault_of_the_peer() {
-        for (code, ours) in [(Errno::MFILE, true), (Errno::ADDRNOTAVAIL, true), (Errno::CONNREFUSED, false)] {
-            let error = std::io::Error::from_raw_os_error(code.raw_os_error());
-            assert_eq!(TcpFailed::new(&error).exhausted, ours, "{code:?}");
-        }
+        #[cfg(target_os = "linux")]
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(20)));
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod connect;
 
+pub mod dial;
+
 pub mod decode;
 
 pub mod link;

@@ -3,19 +3,13 @@
 //! A look-up blocks a thread, and one that hangs cannot be ended. With a thread for each, the requests for one backend
 //! whose name does not resolve would take them all, and no other backend's name would be looked up any more.
 
-use std::error::Error;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::vec::IntoIter;
 
-use hyper_util::client::legacy::connect::dns::Name;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
-use tower_service::Service;
 
 use crate::clock;
 use crate::policy::Nanos;
@@ -24,9 +18,10 @@ use crate::policy::Nanos;
 const AT_ONCE: usize = 4;
 
 /// How a name is looked up; the port of what is found means nothing.
-type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
+pub type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
 
-type Found = Result<Vec<SocketAddr>, Failed>;
+/// The addresses of a name, if it resolves.
+pub type Found = Result<Vec<SocketAddr>, Failed>;
 
 /// Resolves the name of one backend for all workers: who has to wait shares the next look-up that begins.
 #[derive(Clone)]
@@ -50,11 +45,11 @@ impl From<io::Error> for Failed {
     }
 }
 
-impl From<Failed> for Box<dyn Error + Send + Sync> {
+impl From<Failed> for io::Error {
     fn from(failed: Failed) -> Self {
         match failed.code {
-            Some(code) => io::Error::from_raw_os_error(code).into(),
-            None => failed.text.into(),
+            Some(code) => io::Error::from_raw_os_error(code),
+            None => io::Error::other(failed.text),
         }
     }
 }
@@ -65,7 +60,8 @@ impl Resolver {
         Resolver::new(Arc::new(|name| Ok((name, 0).to_socket_addrs()?.collect())))
     }
 
-    fn new(look_up: Arc<LookUp>) -> Self {
+    /// Asks `look_up`.
+    pub fn new(look_up: Arc<LookUp>) -> Self {
         Resolver { look_up, turn: Arc::new(Semaphore::new(AT_ONCE)), last: Arc::default() }
     }
 
@@ -73,7 +69,7 @@ impl Resolver {
     ///
     /// # Errors
     /// It does not resolve.
-    async fn resolve(self, name: String) -> Found {
+    pub async fn resolve(self, name: String) -> Found {
         let asked = clock::now();
         let turn = self.turn.clone().acquire_owned().await.map_err(io::Error::other)?;
         if let Some((began, found)) = &*self.last.lock()
@@ -95,21 +91,6 @@ impl Resolver {
             found
         });
         looking.await.map_err(io::Error::other)?
-    }
-}
-
-impl Service<Name> for Resolver {
-    type Response = IntoIter<SocketAddr>;
-    type Error = Failed;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Failed>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failed>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, name: Name) -> Self::Future {
-        let resolving = self.clone().resolve(name.as_str().to_owned());
-        Box::pin(async { resolving.await.map(Vec::into_iter) })
     }
 }
 
@@ -158,8 +139,7 @@ mod tests {
             assert!((AT_ONCE..=2 * AT_ONCE).contains(&all), "{all}: the others shared what a few found");
         });
         let failing = Resolver::new(Arc::new(|_| Err(io::Error::from_raw_os_error(24))));
-        let failed: Box<dyn Error + Send + Sync> =
-            runtime.block_on(failing.resolve("a.test".into())).unwrap_err().into();
-        assert_eq!(failed.downcast_ref::<io::Error>().unwrap().raw_os_error(), Some(24));
+        let failed: io::Error = runtime.block_on(failing.resolve("a.test".into())).unwrap_err().into();
+        assert_eq!(failed.raw_os_error(), Some(24));
     }
 }

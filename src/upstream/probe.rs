@@ -75,8 +75,8 @@ pub fn announce(shared: &Shared, upstream: &Upstream, change: Change, cause: &st
 async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
     let io = match upstream.connector().connect(connect).await {
         Ok(io) => io,
-        Err(ConnectError::Exhausted) => return None,
-        Err(ConnectError::Peer(_)) => return Some(Probe::Failed),
+        Err(ConnectError::Exhausted(_)) => return None,
+        Err(ConnectError::Peer { .. }) => return Some(Probe::Failed),
     };
     let mut link = Http1::new(io);
     link.start(Message { head: upstream.probe().to_vec(), ..Message::default() });

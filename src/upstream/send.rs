@@ -46,8 +46,8 @@ impl From<Code> for SendError {
 impl From<ConnectError> for SendError {
     fn from(error: ConnectError) -> Self {
         match error {
-            ConnectError::Exhausted => SendError::Exhausted,
-            ConnectError::Peer(code) => SendError::Broken(code),
+            ConnectError::Exhausted(_) => SendError::Exhausted,
+            ConnectError::Peer { code, .. } => SendError::Broken(code),
         }
     }
 }
