@@ -6,7 +6,7 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -60,13 +60,12 @@ impl fmt::Display for DialError {
 
 impl std::error::Error for DialError {}
 
-impl From<io::Error> for DialError {
-    fn from(error: io::Error) -> Self {
-        DialError { exhausted: is_ours(&error), error }
-    }
-}
-
 impl DialError {
+    /// A failure at the address `to`, or of the look-up.
+    fn new(error: io::Error, to: Option<SocketAddr>) -> Self {
+        DialError { exhausted: is_ours(&error, to), error }
+    }
+
     /// This failure and, after it, `later`. An address that could not be asked may be alive: the host is to blame only
     /// where all of its addresses failed by themselves.
     fn then(self, later: DialError) -> DialError {
@@ -75,9 +74,20 @@ impl DialError {
 }
 
 /// Whether this machine lacked something, and the peer had no part in it.
-fn is_ours(error: &io::Error) -> bool {
-    let lacking = [Errno::MFILE, Errno::NFILE, Errno::ADDRNOTAVAIL, Errno::NOBUFS, Errno::NOMEM];
-    error.raw_os_error().is_some_and(|code| lacking.iter().any(|errno| errno.raw_os_error() == code))
+fn is_ours(error: &io::Error, to: Option<SocketAddr>) -> bool {
+    let Some(code) = error.raw_os_error().map(Errno::from_raw_os_error) else { return false };
+    match code {
+        Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => true,
+        Errno::ADDRNOTAVAIL => to.is_some_and(has_source),
+        _ => false,
+    }
+}
+
+/// Whether this machine has an address to reach `to` from. Where it has, EADDRNOTAVAIL says that all ports are in use;
+/// where it has none (`::1` without IPv6), that `to` cannot be reached. Sends nothing.
+fn has_source(to: SocketAddr) -> bool {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(to)).is_ok()
 }
 
 impl Dialer {
@@ -90,8 +100,11 @@ impl Dialer {
     async fn dial(self, host: String, port: u16) -> Result<TcpStream, DialError> {
         let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
         let mut found = match literal {
-            Ok(address) => return Ok(open(SocketAddr::new(address, port)).await?),
-            Err(_) => self.resolver.resolve(host).await.map_err(io::Error::from)?,
+            Ok(address) => return open(SocketAddr::new(address, port)).await,
+            Err(_) => {
+                let found = self.resolver.resolve(host).await;
+                found.map_err(|failed| DialError::new(failed.into(), None))?
+            }
         };
         found.iter_mut().for_each(|address| address.set_port(port));
         race(in_turn(&found, self.turn.fetch_add(1, Ordering::Relaxed))).await
@@ -137,14 +150,13 @@ fn in_turn(found: &[SocketAddr], turn: usize) -> Vec<SocketAddr> {
     }
 }
 
-type Attempt = Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>;
+type Attempt = Pin<Box<dyn Future<Output = Result<TcpStream, DialError>> + Send>>;
 
 /// The first connection that stands.
 async fn race(addresses: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut failure: Option<DialError> = None;
-    let mut failed = |error: io::Error| {
-        let later = DialError::from(error);
+    let mut failed = |later: DialError| {
         failure = Some(match failure.take() {
             Some(earlier) => earlier.then(later),
             None => later,
@@ -168,11 +180,12 @@ async fn race(addresses: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
             Err(error) => failed(error),
         }
     }
-    Err(failure.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the name has no address").into()))
+    let nowhere = || io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    Err(failure.unwrap_or_else(|| DialError::new(nowhere(), None)))
 }
 
 /// The result of the first of these attempts that ends, which leaves them.
-async fn first_to_end(attempts: &mut Vec<Attempt>) -> io::Result<TcpStream> {
+async fn first_to_end(attempts: &mut Vec<Attempt>) -> Result<TcpStream, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
             if let Poll::Ready(result) = attempts[i].as_mut().poll(cx) {
@@ -185,7 +198,11 @@ async fn first_to_end(attempts: &mut Vec<Attempt>) -> io::Result<TcpStream> {
     .await
 }
 
-async fn open(to: SocketAddr) -> io::Result<TcpStream> {
+async fn open(to: SocketAddr) -> Result<TcpStream, DialError> {
+    connect(to).await.map_err(|error| DialError::new(error, Some(to)))
+}
+
+async fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_nodelay(true)?;
     // A peer that vanishes is noticed: by probes while the connection is silent, by the time limit while data is under way.
@@ -297,15 +314,38 @@ mod tests {
 
     #[test]
     fn what_this_machine_lacks_is_no_fault_of_the_peer() {
-        for (code, ours) in [(Errno::MFILE, true), (Errno::ADDRNOTAVAIL, true), (Errno::CONNREFUSED, false)] {
+        // Nothing may be sent to the broadcast address, so that there is no source for it.
+        let [here, nowhere] = ["127.0.0.1:9", "255.255.255.255:9"].map(|to| Some(to.parse().unwrap()));
+        for (code, to, ours) in [
+            (Errno::MFILE, here, true),
+            (Errno::NOBUFS, nowhere, true),
+            (Errno::MFILE, None, true),
+            (Errno::ADDRNOTAVAIL, here, true),
+            (Errno::ADDRNOTAVAIL, nowhere, false),
+            (Errno::ADDRNOTAVAIL, None, false),
+            (Errno::CONNREFUSED, here, false),
+            (Errno::NETUNREACH, nowhere, false),
+        ] {
             let error = io::Error::from_raw_os_error(code.raw_os_error());
-            assert_eq!(DialError::from(error).exhausted, ours, "{code:?}");
+            assert_eq!(DialError::new(error, to).exhausted, ours, "{code:?} {to:?}");
         }
     }
 
     #[test]
+    fn a_family_that_this_machine_does_not_have_is_no_lack_of_ports() {
+        let dialer = dialer(&["::1", "127.0.0.1"]);
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        runtime().block_on(async {
+            for _ in 0..2 {
+                let failure = dialer.clone().dial("localhost.test".into(), port).await.unwrap_err();
+                assert!(!failure.exhausted, "{failure}");
+            }
+        });
+    }
+
+    #[test]
     fn an_address_that_could_not_be_asked_leaves_the_host_without_blame() {
-        let failure = |errno: Errno| DialError::from(io::Error::from_raw_os_error(errno.raw_os_error()));
+        let failure = |errno: Errno| DialError::new(io::Error::from_raw_os_error(errno.raw_os_error()), None);
         let pairs = [
             (Errno::MFILE, Errno::CONNREFUSED, Errno::MFILE),
             (Errno::CONNREFUSED, Errno::MFILE, Errno::MFILE),
