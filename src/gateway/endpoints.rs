@@ -1,5 +1,7 @@
 //! What Zap answers by itself: `/health`, `/ready`, `/metrics`, `/status`, `/v1/models`.
 
+use std::sync::{Arc, Weak};
+
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
@@ -7,6 +9,7 @@ use serde_json::json;
 
 use super::body::Body;
 use crate::clock;
+use crate::config::Config;
 use crate::error::GatewayError;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
@@ -14,6 +17,7 @@ use crate::policy::route::{Listed, MAX_NAME};
 use crate::policy::{Nanos, SECOND};
 use crate::state::Shared;
 use crate::state::clients::Client;
+use crate::state::pages::Page;
 use crate::state::snapshot::Snapshot;
 use crate::telemetry::{encode, metrics};
 use crate::upstream::Upstream;
@@ -34,21 +38,26 @@ pub fn ready(shared: &Shared) -> Response<Body> {
 
 /// `/metrics`: Prometheus text.
 pub fn metrics(shared: &Shared) -> Response<Body> {
-    text(StatusCode::OK, encode::CONTENT_TYPE, metrics::encode(shared).into())
+    let page = shared.pages.text(Page::Metrics, || metrics::encode(shared).into());
+    text(StatusCode::OK, encode::CONTENT_TYPE, page)
 }
 
 /// `/status`: the backends and their states.
 pub fn status(shared: &Shared) -> Response<Body> {
+    text(StatusCode::OK, "application/json", shared.pages.text(Page::Status, || states(shared)))
+}
+
+fn states(shared: &Shared) -> Bytes {
     let snapshot = shared.snapshot.load();
     let backends: Vec<_> = snapshot.backends.iter().map(|b| backend(b)).collect();
-    let status = json!({
+    let states = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "draining": shared.is_draining(),
         "in_flight": shared.admission.in_flight(),
         "queue_depth": shared.admission.depth(),
         "backends": backends,
     });
-    text(StatusCode::OK, "application/json", status.to_string().into())
+    states.to_string().into()
 }
 
 fn backend(b: &Upstream) -> serde_json::Value {
@@ -87,30 +96,71 @@ fn backend(b: &Upstream) -> serde_json::Value {
     })
 }
 
-/// `/v1/models`: what `client` may use, in OpenAI's shape.
-pub fn models(snapshot: &Snapshot, client: Option<&Client>) -> Response<Body> {
-    let listed = snapshot.table().listed().iter().filter(|l| may_see(client, l));
-    let data: Vec<_> = listed.map(|l| model_object(snapshot, l)).collect();
-    let list = json!({ "object": "list", "data": data });
-    text(StatusCode::OK, "application/json", list.to_string().into())
+/// Lists of models that a worker keeps.
+const MAX_LISTS: usize = 16;
+
+/// A worker's lists of models, as its clients asked for them last. A list depends on the configuration and the client
+/// alone.
+#[derive(Default)]
+pub struct Lists {
+    config: Weak<Config>,
+    lists: Vec<(Option<Arc<Client>>, Bytes)>,
 }
 
-/// `/v1/models/{id}`; `id` as it stands in the path.
+impl Lists {
+    /// `/v1/models`: what `client` may use, in OpenAI's shape.
+    pub fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> Response<Body> {
+        if !std::ptr::eq(self.config.as_ptr(), Arc::as_ptr(&snapshot.config)) {
+            *self = Lists { config: Arc::downgrade(&snapshot.config), lists: Vec::new() };
+        }
+        let same = |other: &Option<Arc<Client>>| other.as_ref().map(Arc::as_ptr) == client.map(Arc::as_ptr);
+        let list = match self.lists.iter().find(|(other, _)| same(other)) {
+            Some((_, list)) => list.clone(),
+            None => {
+                let list = list_models(snapshot, client.map(|c| &**c));
+                self.lists.truncate(MAX_LISTS - 1);
+                self.lists.insert(0, (client.cloned(), list.clone()));
+                list
+            }
+        };
+        text(StatusCode::OK, "application/json", list)
+    }
+}
+
+fn list_models(snapshot: &Snapshot, client: Option<&Client>) -> Bytes {
+    let listed = snapshot.table().listed().iter().filter(|l| may_see(client, l));
+    let data: Vec<_> = listed.map(|l| model_object(snapshot, l)).collect();
+    json!({ "object": "list", "data": data }).to_string().into()
+}
+
+/// `/v1/models/{id}`; `id` as it stands in the path. `may_search` says whether near names may be searched for.
 ///
 /// # Errors
-/// [`GatewayError::ModelNotFound`], with names that are near.
-pub fn model(snapshot: &Snapshot, client: Option<&Client>, id: &str) -> Result<Response<Body>, GatewayError> {
+/// [`GatewayError::ModelNotFound`].
+pub fn model(
+    snapshot: &Snapshot,
+    client: Option<&Client>,
+    id: &str,
+    may_search: impl FnOnce() -> bool,
+) -> Result<Response<Body>, GatewayError> {
     let id = percent_decoded(id);
     let listed = snapshot.table().listed().iter().find(|l| *l.name == *id && may_see(client, l));
     match listed {
         Some(l) => Ok(text(StatusCode::OK, "application/json", model_object(snapshot, l).to_string().into())),
-        None => Err(model_not_found(snapshot, client, &id)),
+        None => Err(model_not_found(snapshot, client, &id, may_search())),
     }
 }
 
-/// The refusal of a model that nobody serves, or that `client` may not use.
-pub fn model_not_found(snapshot: &Snapshot, client: Option<&Client>, name: &str) -> GatewayError {
-    let near = snapshot.table().near(name, |name| client.is_none_or(|c| c.may_use(name, true)));
+/// The refusal of a model that nobody serves, or that `client` may not use; with names that are near, if they are to be
+/// searched for.
+pub fn model_not_found(
+    snapshot: &Snapshot,
+    client: Option<&Client>,
+    name: &str,
+    search: bool,
+) -> GatewayError {
+    let may_use = |name: &str| client.is_none_or(|c| c.may_use(name, true));
+    let near = if search { snapshot.table().near(name, may_use) } else { Vec::new() };
     let name = name.get(..name.floor_char_boundary(MAX_NAME)).unwrap_or_default();
     GatewayError::ModelNotFound(name.into(), near.into_iter().map(Into::into).collect())
 }

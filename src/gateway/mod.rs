@@ -18,7 +18,7 @@ pub mod body;
 
 pub mod bug;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -33,16 +33,18 @@ use hyper::body::Incoming;
 
 use self::attempt::{Attempts, Delivery};
 use self::body::Body;
+use self::endpoints::Lists;
 use self::intake::ChatRequest;
 use self::once::is_event_stream;
 use self::relay::{Held, RelayBody, Shape};
 use crate::clock;
 use crate::config::{Server, Strategy};
 use crate::error::{Code, GatewayError};
+use crate::policy::allowance::Allowance;
 use crate::policy::fields::Model;
+use crate::policy::headers;
 use crate::policy::limit::Decision;
 use crate::policy::redact::{Redactor, holds_key};
-use crate::policy::{SECOND, headers};
 use crate::server::alarm::Alarms;
 use crate::server::io::Conn;
 use crate::server::worker::{Load, Upload};
@@ -54,7 +56,10 @@ use crate::upstream::pool::Pool;
 use crate::upstream::probe::announce;
 
 /// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
-const MAX_REFUSED_LINES: u32 = 10;
+const MAX_REFUSED_LINES: u64 = 10;
+
+/// Searches for near names that a worker makes in a second, for models that nobody serves.
+const MAX_SEARCHES: u64 = 50;
 
 /// Where the models are listed.
 const MODELS: &str = "/v1/models";
@@ -77,8 +82,11 @@ pub struct Gateway {
     rng: RefCell<fastrand::Rng>,
     /// The limit that was stated last, as text.
     limit: RefCell<(u32, HeaderValue)>,
-    /// Heads refused in the present second, and which one that is.
-    refused_heads: Cell<(u64, u32)>,
+    /// Lines logged of heads that were refused.
+    refused_heads: RefCell<Allowance>,
+    /// Searches for near names.
+    searches: RefCell<Allowance>,
+    lists: RefCell<Lists>,
 }
 
 impl Gateway {
@@ -94,7 +102,9 @@ impl Gateway {
             server,
             rng: RefCell::default(),
             limit: RefCell::new((0, headers::number(0))),
-            refused_heads: Cell::default(),
+            refused_heads: RefCell::default(),
+            searches: RefCell::default(),
+            lists: RefCell::default(),
         })
     }
 
@@ -143,10 +153,13 @@ impl Gateway {
         if self.shared().is_draining() {
             return Err(GatewayError::Draining);
         }
-        let (snapshot, client) = (self.snapshot(), caller::known(&completion.caller).map(|c| &**c));
+        let (snapshot, client) = (self.snapshot(), caller::known(&completion.caller));
         match path.strip_prefix(MODELS).and_then(|rest| rest.strip_prefix('/')) {
-            Some(id) => endpoints::model(&snapshot, client, id),
-            None => Ok(endpoints::models(&snapshot, client)),
+            Some(id) => {
+                let may_search = || self.may_search(completion);
+                endpoints::model(&snapshot, client.map(|c| &**c), id, may_search)
+            }
+            None => Ok(self.lists.borrow_mut().models(&snapshot, client)),
         }
     }
 
@@ -207,6 +220,11 @@ impl Gateway {
         }
     }
 
+    /// Whether a worker may spend time on names near one that nobody serves: anyone can ask for such.
+    fn may_search(&self, completion: &Completion) -> bool {
+        self.searches.borrow_mut().take(completion.started, MAX_SEARCHES)
+    }
+
     /// What is asked of the fleet: the route of the model, if the caller may use it.
     fn ask<'c>(
         &self,
@@ -221,7 +239,7 @@ impl Gateway {
         };
         let client = caller::known(&completion.caller).map(|client| &**client);
         let not_found = || match model {
-            Some(name) => endpoints::model_not_found(snapshot, client, name),
+            Some(name) => endpoints::model_not_found(snapshot, client, name, self.may_search(completion)),
             None => GatewayError::MissingModel,
         };
         let may = client.is_none_or(|c| match model {
@@ -377,11 +395,7 @@ impl Gateway {
         let arrival =
             Arrival { method: None, path: "", endpoint: Endpoint::Other, request_id: id, peer: conn.peer() };
         let mut completion = Completion::new(self.recorder.clone(), arrival);
-        let (second, n) = self.refused_heads.get();
-        let this = completion.started / SECOND;
-        let n = if second == this { n + 1 } else { 1 };
-        self.refused_heads.set((this, n));
-        completion.is_noise = n > MAX_REFUSED_LINES;
+        completion.is_noise = !self.refused_heads.borrow_mut().take(completion.started, MAX_REFUSED_LINES);
         let response = self.refuse(&GatewayError::BadRequest(why), &mut completion);
         self.finish(response, completion, None, conn)
     }

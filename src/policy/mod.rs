@@ -20,6 +20,8 @@ pub mod route;
 
 pub mod near;
 
+pub mod allowance;
+
 pub mod queue;
 
 pub mod balance;

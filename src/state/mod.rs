@@ -4,6 +4,8 @@ pub mod snapshot;
 
 pub mod clients;
 
+pub mod pages;
+
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +14,7 @@ use arc_swap::ArcSwap;
 use crossbeam_utils::CachePadded;
 use tokio::sync::Notify;
 
+use self::pages::Pages;
 use self::snapshot::Snapshot;
 use crate::clock;
 use crate::config::Config;
@@ -37,6 +40,8 @@ pub struct Shared {
     pub budget: Budget,
     /// One lane a worker.
     pub lanes: Box<[CachePadded<Lane>]>,
+    /// Pages that are costly to make.
+    pub pages: Pages,
     /// Reloads so far.
     pub reloads: Reloads,
     /// The way to stderr.
@@ -66,6 +71,7 @@ impl Shared {
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
             lanes: (0..config.server.workers).map(|_| CachePadded::default()).collect(),
+            pages: Pages::default(),
             reloads: Reloads::default(),
             fleet_changed: Notify::new(),
             reopened: Notify::new(),

@@ -42,9 +42,9 @@ impl Answers {
         }
     }
 
-    fn get(&self, endpoint: Endpoint, status: u16) -> u64 {
-        let row = self.0[endpoint as usize].get();
-        row.and_then(|r| r.get(usize::from(status - STATUSES.start))).map_or(0, Counter::get)
+    /// The counts of an endpoint, by status; `None`: it was never used.
+    fn row(&self, endpoint: Endpoint) -> Option<&[Counter]> {
+        self.0[endpoint as usize].get().map(|row| &row[..])
     }
 }
 
@@ -199,24 +199,9 @@ fn requests(e: &mut Encoder, shared: &Shared, backends: &[std::sync::Arc<Upstrea
         "Requests answered; backend is empty where Zap answered itself.",
     );
     for endpoint in Endpoint::ALL {
-        let name = endpoint.name();
-        for status in STATUSES {
-            let text = status.to_string();
-            let own = sum(lanes, |l| l.answers.get(endpoint, status));
-            if own > 0 {
-                e.sample(
-                    "zap_requests_total",
-                    &[("endpoint", name), ("backend", ""), ("status", &text)],
-                    own,
-                );
-            }
-            for b in backends {
-                let n = sum(&b.lanes, |l| l.answers.get(endpoint, status));
-                if n > 0 || (endpoint == Endpoint::Chat && status == 200) {
-                    let labels = [("endpoint", name), ("backend", b.name()), ("status", text.as_str())];
-                    e.sample("zap_requests_total", &labels, n);
-                }
-            }
+        answers(e, endpoint, "", lanes.iter().map(|l| &l.answers));
+        for b in backends {
+            answers(e, endpoint, b.name(), b.lanes.iter().map(|l| &l.answers));
         }
     }
     e.family(
@@ -241,6 +226,28 @@ fn requests(e: &mut Encoder, shared: &Shared, backends: &[std::sync::Arc<Upstrea
     }
     e.family("zap_overhead_seconds", "histogram", "Zap's own share of the time to the first byte.");
     e.histogram("zap_overhead_seconds", &[], &Total::of(OVERHEAD, lanes.iter().map(|l| &l.overhead)));
+}
+
+/// What `backend` answered at `endpoint`, by status: what is not 0, and of each backend's chats those of status 200.
+fn answers<'l>(e: &mut Encoder, endpoint: Endpoint, backend: &str, lanes: impl Iterator<Item = &'l Answers>) {
+    let mut totals = [0u64; (STATUSES.end - STATUSES.start) as usize];
+    let mut is_used = false;
+    for row in lanes.filter_map(|answers| answers.row(endpoint)) {
+        is_used = true;
+        totals.iter_mut().zip(row).for_each(|(total, counter)| *total = total.wrapping_add(counter.get()));
+    }
+    let stands = endpoint == Endpoint::Chat && !backend.is_empty();
+    if !is_used && !stands {
+        return;
+    }
+    for (status, n) in STATUSES.zip(totals) {
+        if n > 0 || stands && status == 200 {
+            let mut text = itoa::Buffer::new();
+            let labels =
+                [("endpoint", endpoint.name()), ("backend", backend), ("status", text.format(status))];
+            e.sample("zap_requests_total", &labels, n);
+        }
+    }
 }
 
 fn gateway(e: &mut Encoder, shared: &Shared) {
@@ -414,9 +421,25 @@ mod tests {
         for status in [100, 200, 200, 599, 600, 42, u16::MAX] {
             a.count(Endpoint::Chat, status);
         }
-        assert_eq!(a.get(Endpoint::Chat, 200), 2);
-        assert_eq!((a.get(Endpoint::Chat, 100), a.get(Endpoint::Chat, 599)), (1, 3));
-        assert_eq!(a.get(Endpoint::Other, 200), 0);
+        let row = a.row(Endpoint::Chat).unwrap();
+        let of = |status: u16| row[usize::from(status - STATUSES.start)].get();
+        assert_eq!((of(200), of(100), of(599)), (2, 1, 3));
+        assert!(a.row(Endpoint::Other).is_none());
+    }
+
+    #[test]
+    fn what_was_never_counted_is_left_out_but_for_chats_of_a_backend() {
+        let lanes = [Answers::default(), Answers::default()];
+        let text = |endpoint, backend| {
+            let mut e = Encoder::default();
+            answers(&mut e, endpoint, backend, lanes.iter());
+            e.finish()
+        };
+        let zero = "zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"200\"} 0\n";
+        assert_eq!([text(Endpoint::Chat, "a"), text(Endpoint::Chat, "")], [zero, ""]);
+        lanes.iter().for_each(|lane| lane.count(Endpoint::Models, 404));
+        let two = "zap_requests_total{endpoint=\"models\",backend=\"\",status=\"404\"} 2\n";
+        assert_eq!(text(Endpoint::Models, ""), two);
     }
 
     #[test]

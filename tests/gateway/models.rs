@@ -205,6 +205,28 @@ fn the_star_catches_names_that_nothing_else_serves() {
 }
 
 #[test]
+fn a_flood_of_wrong_models_is_refused_without_a_search_for_each() {
+    let a = Provider::named("a");
+    let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "models = [\"gpt-4o-mini\"]")]);
+    let mut client = zap.client();
+    let mut near = |n: usize| {
+        let answer = client.chat("", ask(&format!("gpt-{n}-mini")));
+        assert_eq!((answer.status, answer.code().as_str()), (404, "model_not_found"));
+        answer.text().contains("near it")
+    };
+    let since = std::time::Instant::now();
+    let searched = (0..400).filter(|n| near(*n)).count();
+    let seconds = since.elapsed().as_secs() as usize + 2;
+    assert!((50..=50 * seconds).contains(&searched), "{searched} in {seconds} s");
+    assert!(searched < 400);
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert!(near(0), "the next second has its own");
+    let mut client = zap.client();
+    let wrong = client.get("/v1/models/gpt-4-mini");
+    assert!(wrong.text().contains("near it"), "{}", wrong.text());
+}
+
+#[test]
 fn models_are_listed_once_with_their_owners() {
     let a = Provider::named("a");
     let routes = "[models.smart]\ntargets = [{ backend = \"b\", model = \"x\" }]\n[models.\"*\"]\ntargets = [{ backend = \"a\" }]\n";

@@ -72,6 +72,30 @@ fn a_moment_reads_the_same_in_every_scrape() {
 }
 
 #[test]
+fn a_flood_of_scrapes_gets_texts_of_this_second_and_few_are_made() {
+    let a = Provider::named("a");
+    let backends: Vec<_> = (0..200).map(|i| a.backend(&format!("b{i}"), "")).collect();
+    let zap = Zap::with("[health]\ninterval_secs = 3600", &backends);
+    let (mut made, mut served) = (std::collections::HashSet::new(), 0);
+    let since = std::time::Instant::now();
+    let mut client = zap.client();
+    while since.elapsed() < std::time::Duration::from_millis(2500) {
+        let before = since.elapsed();
+        let text = client.get("/metrics");
+        let seconds = text.text().lines().find_map(|l| l.strip_prefix("process_cpu_seconds_total "));
+        made.insert((seconds.unwrap().to_owned(), text.body.len()));
+        served += 1;
+        // The client is slower than what is served again, on two cores.
+        assert!(since.elapsed() - before < std::time::Duration::from_secs(1));
+    }
+    assert!(made.len() * 2 < served, "{} of {served} were made", made.len());
+    // What is asked for now and then is fresh.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let count = || zap.metric("zap_requests_total{endpoint=\"metrics\",backend=\"\",status=\"200\"}");
+    assert_eq!(count() + 1.0, count());
+}
+
+#[test]
 fn requests_are_counted_once_by_who_answered_them() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);

@@ -1,0 +1,52 @@
+//! How much of something has been used in the present second: for work that anyone can cause, and that is bounded.
+
+use super::{Nanos, SECOND};
+
+/// What has been used in one second, in a unit of the caller's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Allowance {
+    second: u64,
+    used: u64,
+}
+
+impl Allowance {
+    /// What has been used in the second of `now`.
+    pub fn used(&self, now: Nanos) -> u64 {
+        // A clock that was read before another's belongs to the younger second.
+        if now / SECOND > self.second { 0 } else { self.used }
+    }
+
+    /// Uses so much in the second of `now`.
+    pub fn spend(&mut self, now: Nanos, amount: u64) {
+        self.used = self.used(now).saturating_add(amount);
+        self.second = self.second.max(now / SECOND);
+    }
+
+    /// Uses one of `most` a second, if one is left.
+    pub fn take(&mut self, now: Nanos, most: u64) -> bool {
+        let is_left = self.used(now) < most;
+        if is_left {
+            self.spend(now, 1);
+        }
+        is_left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_second_has_its_own_and_an_older_clock_opens_none() {
+        let mut a = Allowance::default();
+        let taken = |a: &mut Allowance, now| (0..9).filter(|_| a.take(now, 3)).count();
+        assert_eq!(taken(&mut a, 0), 3);
+        assert_eq!(taken(&mut a, SECOND - 1), 0);
+        assert_eq!(taken(&mut a, SECOND), 3);
+        assert_eq!(taken(&mut a, SECOND - 1), 0, "that second is over");
+        assert_eq!(taken(&mut a, 5 * SECOND), 3);
+        a.spend(6 * SECOND, u64::MAX);
+        a.spend(6 * SECOND, 1);
+        assert_eq!((a.used(6 * SECOND), a.used(7 * SECOND)), (u64::MAX, 0));
+    }
+}
