@@ -96,7 +96,7 @@ impl Gateway {
         let recorder = Rc::new(Recorder { worker, shared, broken: RefCell::default() });
         Rc::new(Gateway {
             recorder,
-            pool: Pool::default(),
+            pool: Pool::new(worker, load.upstreams()),
             alarms,
             load,
             server,

@@ -22,8 +22,8 @@ use crate::policy::{Nanos, advertised, headers};
 use crate::server::alarm::Elapsed;
 use crate::telemetry::Phase;
 use crate::upstream::link::{Link, Message, write_header};
-use crate::upstream::pool::{Lease, Pool};
-use crate::upstream::send::{Answer, SendError, Step, send};
+use crate::upstream::pool::Lease;
+use crate::upstream::send::{Answer, SendError, Source, Step, send};
 use crate::upstream::{InFlight, Upstream};
 
 /// Room in a head for what most clients' headers take.
@@ -63,9 +63,9 @@ impl Attempts<'_> {
         begun: &mut Option<Nanos>,
     ) -> Result<Good, Bad> {
         let upstream = entered.upstream().clone();
-        let mut answer = self.ask_once(target, &entered, limit, Some(self.gateway.pool()), begun).await;
+        let mut answer = self.ask_once(target, &entered, limit, true, begun).await;
         if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, limit, None, begun).await;
+            answer = self.ask_once(target, &entered, limit, false, begun).await;
         }
         let event = match answer {
             _ if self.gateway.is_cut() => Event::Cut,
@@ -87,18 +87,19 @@ impl Attempts<'_> {
         Err(None)
     }
 
-    /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection where there is no
-    /// `pool`. `begun`: when the waiting for the backend began, unless it had before.
+    /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection unless it may `reuse`
+    /// one. `begun`: when the waiting for the backend began, unless it had before.
     async fn ask_once(
         &mut self,
         target: TargetId,
         entered: &InFlight,
         limit: Nanos,
-        pool: Option<&Pool>,
+        reuse: bool,
         begun: &mut Option<Nanos>,
     ) -> Result<Answer, SendError> {
         let message = self.message(target, entered.upstream());
-        let connect = self.snapshot.config.timeouts.connect;
+        let source =
+            Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
         let completion = &mut *self.completion;
         let on_step = |step| match step {
             Step::Begun(now) => *begun = begun.or(Some(now)),
@@ -108,9 +109,8 @@ impl Attempts<'_> {
                 entered.sent();
             }
         };
-        let worker = self.gateway.recorder().worker;
         // It is large, and would be moved into the limit.
-        let sending = pin!(send(pool, worker, entered.upstream(), message, connect, on_step));
+        let sending = pin!(send(source, entered.upstream(), message, on_step));
         self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 

@@ -17,6 +17,7 @@ pub mod drain;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -26,6 +27,7 @@ use self::drain::Order;
 use self::worker::Worker;
 use crate::config::Config;
 use crate::state::Shared;
+use crate::upstream::connect::is_lack_of_files;
 
 /// Open files that Zap needs beside connections: its runtimes, streams and the listener.
 const OWN_FILES: u64 = 32;
@@ -49,12 +51,14 @@ pub async fn serve(
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let config = shared.snapshot.load().config.clone();
+    let room = Room::of(&shared, &config);
+    let upstreams = (room.upstreams / config.server.workers).max(1);
     let workers: Result<Vec<_>, _> =
-        (0..config.server.workers).map(|id| Worker::start(id, shared.clone())).collect();
+        (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
     let whole = {
         let fleet = fleet::watch(&shared);
-        let clients = accept(&shared, &listener, &workers, most_connections(&shared, &config));
+        let clients = accept(&shared, &listener, &workers, room.clients);
         // Accepting and probing go on while the running requests end.
         let ending = async {
             let order = loop {
@@ -93,25 +97,39 @@ fn running(shared: &Shared, workers: &[Worker]) -> usize {
     uploads + shared.admission.in_flight() + shared.admission.depth()
 }
 
-/// As many client connections as there are files for, two each: fewer than configured where the system gives less.
-fn most_connections(shared: &Shared, config: &Config) -> usize {
-    let files = getrlimit(Resource::Nofile);
-    if let Some(most) = files.maximum {
-        // Where the soft limit may not be raised, it stays.
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..files });
+/// Connections that the process has files for.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    /// As many clients as configured, or fewer: at most half of the files.
+    clients: usize,
+    /// Connections to backends, in use and idle: what clients leave.
+    upstreams: usize,
+}
+
+impl Room {
+    fn of(shared: &Shared, config: &Config) -> Self {
+        let limit = getrlimit(Resource::Nofile);
+        if let Some(most) = limit.maximum {
+            // Where the soft limit may not be raised, it stays.
+            let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..limit });
+        }
+        let wanted = config.server.max_connections;
+        let Some(files) = getrlimit(Resource::Nofile).current else {
+            return Room { clients: wanted, upstreams: usize::MAX };
+        };
+        let own = OWN_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
+        let all = usize::try_from(files.saturating_sub(own)).unwrap_or(usize::MAX).max(2);
+        let fit = all / 2;
+        // A few less are no news.
+        if fit + fit / 10 < wanted {
+            let text = format!(
+                "the limit of {files} open files has room for {fit} connections, not for {wanted}: further ones wait"
+            );
+            shared.log.event("warn", "start", &text);
+        }
+        let clients = fit.min(wanted);
+        Room { clients, upstreams: all - clients }
     }
-    let Some(files) = getrlimit(Resource::Nofile).current else { return config.server.max_connections };
-    let own = OWN_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
-    let fit = usize::try_from(files.saturating_sub(own) / 2).unwrap_or(usize::MAX).max(1);
-    let wanted = config.server.max_connections;
-    // A few less are no news.
-    if fit + fit / 10 < wanted {
-        let text = format!(
-            "the limit of {files} open files has room for {fit} connections, not for {wanted}: further ones wait"
-        );
-        shared.log.event("warn", "start", &text);
-    }
-    fit.min(wanted)
 }
 
 async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max: usize) {
@@ -134,6 +152,9 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
                 if said.is_none_or(|at| at.elapsed() > ACCEPT_SILENCE) {
                     said = Some(Instant::now());
                     shared.log.event("error", "accept", &format!("no connection can be accepted: {e}"));
+                }
+                if e.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files) {
+                    workers.iter().for_each(Worker::free_files);
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

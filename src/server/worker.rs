@@ -36,6 +36,8 @@ pub struct Worker {
 /// What a worker and the control thread tell each other.
 #[derive(Debug, Default)]
 pub struct Load {
+    /// Upstream connections that the worker may have while idle ones can make room.
+    upstreams: usize,
     connections: AtomicUsize,
     /// Bodies of requests that it waits for.
     uploads: AtomicUsize,
@@ -43,6 +45,8 @@ pub struct Load {
     cut: AtomicBool,
     /// Connections are to be closed as soon as they are idle.
     close: AtomicBool,
+    /// Idle upstream connections are to make room for clients.
+    lacks_files: AtomicBool,
     news: Notify,
 }
 
@@ -54,6 +58,11 @@ impl Load {
         self.cut.load(Ordering::Relaxed)
     }
 
+    /// Upstream connections that the worker may have while idle ones can make room.
+    pub fn upstreams(&self) -> usize {
+        self.upstreams
+    }
+
     /// Whether idle connections are to be closed.
     pub fn is_closing(&self) -> bool {
         self.close.load(Ordering::Relaxed)
@@ -61,13 +70,13 @@ impl Load {
 }
 
 impl Worker {
-    /// Starts worker number `id`.
+    /// Starts worker number `id`, which may have so many upstream connections while idle ones can make room.
     ///
     /// # Errors
     /// The system has no thread to give.
-    pub fn start(id: usize, shared: Arc<Shared>) -> io::Result<Self> {
+    pub fn start(id: usize, shared: Arc<Shared>, upstreams: usize) -> io::Result<Self> {
         let (clients, inbox) = unbounded_channel();
-        let load = Arc::new(Load::default());
+        let load = Arc::new(Load { upstreams, ..Load::default() });
         let theirs = load.clone();
         let thread = std::thread::Builder::new()
             .name(format!("zap-{id}"))
@@ -96,6 +105,12 @@ impl Worker {
         if self.clients.send((client, peer, permit)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Has it close half of its idle upstream connections: no file is left for a client.
+    pub fn free_files(&self) {
+        self.load.lacks_files.store(true, Ordering::Relaxed);
+        self.load.news.notify_one();
     }
 
     /// Has it close its idle connections, and every other one behind its answer.
@@ -181,7 +196,14 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                 }
                 None => open = false,
             },
-            () = load.news.notified() => alarms.all(load.is_cut()),
+            () = load.news.notified() => {
+                if load.lacks_files.swap(false, Ordering::Relaxed) {
+                    gateway.pool().close_half();
+                }
+                if load.is_closing() {
+                    alarms.all(load.is_cut());
+                }
+            }
             _ = sweep.tick() => {
                 alarms.sweep();
                 sweeps = sweeps.wrapping_add(1);

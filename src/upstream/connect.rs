@@ -13,6 +13,7 @@ use std::time::Duration;
 use http::Uri;
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
@@ -142,6 +143,19 @@ pub enum ConnectError {
         /// What the system or TLS said; nothing past the time limit.
         cause: Option<BoxError>,
     },
+}
+
+impl ConnectError {
+    /// Whether a file less in use would have helped.
+    pub fn lacks_a_file(&self) -> bool {
+        let ConnectError::Exhausted(error) = self else { return false };
+        error.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files)
+    }
+}
+
+/// Whether a system call failed because the process, or the machine, has too many open files.
+pub fn is_lack_of_files(errno: Errno) -> bool {
+    matches!(errno, Errno::MFILE | Errno::NFILE)
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! A worker's idle upstream connections.
 //!
 //! A connection is used by one request at a time and comes back only after an exchange that ended exactly. The
-//! youngest idle one is taken first, so that the surplus of a burst grows old and goes.
+//! youngest idle one is taken first, so that the surplus of a burst grows old and goes. All backends share one bound, since
+//! they share the files of the process: beyond it the oldest idle connection closes, whichever backend it leads to.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::Upstream;
@@ -22,10 +24,14 @@ const MAX_AGE: Nanos = 300 * SECOND;
 /// Idle connections kept for one backend.
 const MAX_PER_BACKEND: usize = 1024;
 
-/// Idle connections by backend.
-#[derive(Default)]
+/// Idle connections by backend, the oldest first.
 pub struct Pool {
-    idle: RefCell<HashMap<u64, Vec<Lease>, BuildHasherDefault<Spread>>>,
+    idle: RefCell<HashMap<u64, VecDeque<Lease>, BuildHasherDefault<Spread>>>,
+    worker: usize,
+    /// Connections of the worker, in use or idle.
+    open: Rc<Cell<usize>>,
+    /// Most of them while idle ones can make room.
+    most: usize,
 }
 
 /// A hash of ids that Zap hands out itself: nobody can choose them, so it need not resist anybody.
@@ -60,13 +66,15 @@ pub struct Lease {
 struct Count {
     upstream: Arc<Upstream>,
     worker: usize,
+    open: Rc<Cell<usize>>,
     idle: bool,
 }
 
 impl Count {
-    fn new(upstream: Arc<Upstream>, worker: usize) -> Self {
-        upstream.lanes[worker].active.add(1);
-        Count { upstream, worker, idle: false }
+    fn new(upstream: Arc<Upstream>, pool: &Pool) -> Self {
+        upstream.lanes[pool.worker].active.add(1);
+        pool.open.update(|n| n + 1);
+        Count { upstream, worker: pool.worker, open: pool.open.clone(), idle: false }
     }
 
     fn set_idle(&mut self, idle: bool) {
@@ -84,26 +92,53 @@ impl Count {
 impl Drop for Count {
     fn drop(&mut self) {
         self.counter().sub(1);
+        self.open.update(|n| n - 1);
     }
 }
 
 impl Lease {
-    /// A fresh connection, in use from now on.
-    pub fn new(link: Http1, upstream: Arc<Upstream>, worker: usize, now: Nanos) -> Self {
-        Lease { link: Box::new(link), count: Count::new(upstream, worker), born: now, parked: now }
-    }
-
     fn is_fresh(&self, now: Nanos) -> bool {
         self.parked + MAX_IDLE > now && self.born + MAX_AGE > now
     }
 }
 
 impl Pool {
+    /// The pool of worker number `worker`, which keeps idle connections while it has no more than `most` in all.
+    pub fn new(worker: usize, most: usize) -> Self {
+        Pool { idle: RefCell::default(), worker, open: Rc::default(), most }
+    }
+
+    /// A fresh connection to `upstream`, in use from now on.
+    pub fn lease(&self, link: Http1, upstream: Arc<Upstream>, now: Nanos) -> Lease {
+        Lease { link: Box::new(link), count: Count::new(upstream, self), born: now, parked: now }
+    }
+
+    /// Closes idle connections, the oldest first, until a fresh one fits.
+    pub fn make_room(&self) {
+        while self.open.get() >= self.most && self.close_oldest() {}
+    }
+
+    /// Closes the oldest idle connection, whichever backend it leads to; `false` where none is idle.
+    pub fn close_oldest(&self) -> bool {
+        let mut idle = self.idle.borrow_mut();
+        let oldest = idle.values_mut().filter(|parked| !parked.is_empty());
+        let oldest = oldest.min_by_key(|parked| parked.front().map(|lease| lease.parked));
+        oldest.and_then(VecDeque::pop_front).is_some()
+    }
+
+    /// Closes the older half of the idle connections.
+    pub fn close_half(&self) {
+        let idle: usize = self.idle.borrow().values().map(VecDeque::len).sum();
+        for _ in 0..idle.div_ceil(2) {
+            self.close_oldest();
+        }
+    }
+
     /// An idle connection to `upstream` that its peer still holds open.
     pub fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
         let parked = idle.get_mut(&upstream.live.id)?;
-        while let Some(mut lease) = parked.pop() {
+        while let Some(mut lease) = parked.pop_back() {
             if lease.is_fresh(now) && lease.link.is_open() {
                 lease.count.set_idle(false);
                 return Some(lease);
@@ -122,7 +157,11 @@ impl Pool {
         let mut idle = self.idle.borrow_mut();
         let parked = idle.entry(lease.count.upstream.live.id).or_default();
         if parked.len() < MAX_PER_BACKEND {
-            parked.push(lease);
+            parked.push_back(lease);
+        }
+        drop(idle);
+        if self.open.get() > self.most {
+            self.close_oldest();
         }
     }
 
@@ -144,23 +183,54 @@ mod tests {
     use crate::config::Config;
     use crate::upstream::connect::Roots;
 
-    #[test]
-    fn a_connection_serves_while_it_is_young_and_its_backend_known() {
+    /// A backend of a name that nobody else has, and what listens there.
+    fn upstream() -> (std::net::TcpListener, Arc<Upstream>) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
         let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
         let roots = Roots::load(&config.backends);
-        let upstream = Arc::new(Upstream::new(config.backends[0].clone(), 1, &roots, 1, None).unwrap());
+        let upstream = Upstream::new(config.backends[0].clone(), 1, &roots, 1, None).unwrap();
+        (listener, Arc::new(upstream))
+    }
+
+    async fn connect(upstream: &Upstream) -> Http1 {
+        Http1::new(upstream.connector().connect(Duration::from_secs(5)).await.unwrap())
+    }
+
+    #[test]
+    fn beyond_its_share_a_worker_closes_the_oldest_idle_connection_of_any_backend() {
+        let ((_at_a, a), (_at_b, b)) = (upstream(), upstream());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let pool = Pool::default();
-        let fresh = |born| {
-            let link = runtime.block_on(async {
-                let io = upstream.connector().connect(Duration::from_secs(5)).await.unwrap();
-                Http1::new(io)
-            });
-            Lease::new(link, upstream.clone(), 0, born)
+        let pool = Pool::new(0, 3);
+        let fresh = |upstream: &Arc<Upstream>, now| {
+            pool.lease(runtime.block_on(connect(upstream)), upstream.clone(), now)
         };
+        let idle = || [&a, &b].map(|upstream| upstream.lanes[0].idle.get());
+        let all: Vec<_> = [(&a, 1), (&b, 2), (&b, 3), (&a, 4)].map(|(to, at)| (fresh(to, at), at)).into();
+        let _inside = runtime.enter();
+        for (lease, now) in all {
+            pool.park(lease, now);
+        }
+        assert_eq!((idle(), pool.open.get()), ([1, 2], 3), "the first was one too many");
+        pool.make_room();
+        assert_eq!(idle(), [1, 1], "a fresh one fits");
+        let used = pool.take(&b, 5).unwrap();
+        pool.make_room();
+        assert_eq!((idle(), pool.open.get()), ([1, 0], 2));
+        pool.park(used, 6);
+        pool.close_half();
+        assert_eq!(idle(), [0, 1], "the older half");
+        assert!(pool.close_oldest() && !pool.close_oldest());
+        assert_eq!(pool.open.get(), 0);
+    }
+
+    #[test]
+    fn a_connection_serves_while_it_is_young_and_its_backend_known() {
+        let (_listener, upstream) = upstream();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let pool = Pool::new(0, usize::MAX);
+        let fresh = |born| pool.lease(runtime.block_on(connect(&upstream)), upstream.clone(), born);
         let idle = || upstream.lanes[0].idle.get();
         let _inside = runtime.enter();
         pool.park(fresh(0), 0);

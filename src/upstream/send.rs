@@ -8,7 +8,7 @@ use std::time::Duration;
 use http::{StatusCode, response};
 
 use super::Upstream;
-use super::connect::ConnectError;
+use super::connect::{ConnectError, Io};
 use super::link::{Http1, Link, LinkError, Message};
 use super::pool::{Lease, Pool};
 use crate::clock;
@@ -82,32 +82,55 @@ async fn last_in_line() {
     .await;
 }
 
-/// Sends `request` to `upstream` and waits for the head of the answer; the caller limits the time, `limit` is for a fresh
-/// connection alone.
+/// Where the connection for a request comes from.
+#[derive(Clone, Copy)]
+pub struct Source<'p> {
+    /// The worker's connections.
+    pub pool: &'p Pool,
+    /// An idle one will do.
+    pub reuse: bool,
+    /// How long it may take to open a fresh one.
+    pub limit: Duration,
+}
+
+impl Source<'_> {
+    /// Opens a fresh connection. Where no file is left, the worker's idle connections make room, one by one.
+    async fn open(self, upstream: &Upstream) -> Result<Io, ConnectError> {
+        self.pool.make_room();
+        let began = clock::now();
+        loop {
+            let left = self.limit.saturating_sub(Duration::from_nanos(clock::now() - began));
+            match upstream.connector().connect(left).await {
+                Err(error) if error.lacks_a_file() && self.pool.close_oldest() => {}
+                opened => return opened,
+            }
+        }
+    }
+}
+
+/// Sends `request` to `upstream` and waits for the head of the answer; the caller limits the time.
 ///
-/// A pooled connection that had died before a byte was written costs nothing: the next one is taken. `pool`: where to
-/// look for one.
+/// A pooled connection that had died before a byte was written costs nothing: the next one is taken.
 ///
 /// # Errors
 /// Why there is no answer.
 pub async fn send(
-    pool: Option<&Pool>,
-    worker: usize,
+    source: Source<'_>,
     upstream: &Arc<Upstream>,
     mut request: Message,
-    limit: Duration,
     mut on_step: impl FnMut(Step),
 ) -> Result<Answer, SendError> {
     last_in_line().await;
     let since = clock::now();
     on_step(Step::Begun(since));
     loop {
-        let (mut lease, reused) = match pool.and_then(|pool| pool.take(upstream, since)) {
+        let idle = if source.reuse { source.pool.take(upstream, since) } else { None };
+        let (mut lease, reused) = match idle {
             Some(lease) => (lease, true),
             None => {
                 on_step(Step::Connecting);
-                let link = Http1::new(upstream.connector().connect(limit).await?);
-                (Lease::new(link, upstream.clone(), worker, clock::now()), false)
+                let link = Http1::new(source.open(upstream).await?);
+                (source.pool.lease(link, upstream.clone(), clock::now()), false)
             }
         };
         on_step(Step::Sending);

@@ -124,6 +124,103 @@ fn o05_with_64_files_nothing_spins_and_streams_live() {
     assert!(log.lines().filter(|l| l.contains(" accept: ")).count() <= 2, "{log}");
 }
 
+/// A provider that keeps its connections, and how many it has.
+fn keeping() -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let open = Arc::<AtomicUsize>::default();
+    let count = open.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, open) = (stream.unwrap(), count.clone());
+            std::thread::spawn(move || {
+                open.fetch_add(1, Ordering::SeqCst);
+                let mut buf = [0; 8192];
+                while stream.read(&mut buf).is_ok_and(|n| n > 0) && stream.write_all(OK.as_bytes()).is_ok() {}
+                open.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    });
+    (address, open)
+}
+
+/// Zap with backends a and b, each for the model of its name, and at most `files` open files.
+fn with_files(files: u32, a: SocketAddr, b: SocketAddr) -> Running {
+    let b = format!("[[backends]]\nname = \"b\"\nurl = \"http://{b}\"\nweight = 1\nmodels = [\"b\"]\n");
+    let text = format!("{}models = [\"a\"]\n{b}", config(a, "[health]\ninterval_secs = 3600"));
+    let file = File::new(&format!("files-{files}"), &text);
+    let mut command = std::process::Command::new("sh");
+    let run = format!("ulimit -n {files}; exec \"$0\" --config \"$1\"");
+    command.args(["-c", &run, env!("CARGO_BIN_EXE_zap"), file.path()]);
+    Running::start(command.stdin(Stdio::null()))
+}
+
+/// A chat for this model, on a connection that stays open: the status.
+fn chat_for(stream: &mut TcpStream, model: &str) -> String {
+    let body = format!("{{\"model\":\"{model}\",\"messages\":[]}}");
+    let head = format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(head.as_bytes()).unwrap();
+    let (mut answer, mut buf) = (Vec::new(), [0; 4096]);
+    while !answer.ends_with(b"\r\n\r\nok") && !answer.ends_with(b"}") {
+        let n = stream.read(&mut buf).unwrap();
+        assert!(n > 0);
+        answer.extend_from_slice(&buf[..n]);
+    }
+    String::from_utf8_lossy(&answer[9..12]).into_owned()
+}
+
+#[test]
+fn o05_idle_connections_to_one_backend_make_room_for_another_and_for_clients() {
+    let ((a, open_a), (b, open_b)) = (keeping(), keeping());
+    let zap = with_files(128, a, b);
+    let mut clients: Vec<_> = (0..40).map(|_| TcpStream::connect(zap.address).unwrap()).collect();
+    for (model, open) in [("a", &open_a), ("b", &open_b)] {
+        // All at once, so that each has a connection of its own.
+        std::thread::scope(|s| {
+            let ask = |client| s.spawn(move || assert_eq!(chat_for(client, model), "200", "{model}"));
+            clients.iter_mut().map(ask).collect::<Vec<_>>().into_iter().for_each(|t| t.join().unwrap());
+        });
+        assert!(open.load(Ordering::SeqCst) > 0);
+    }
+    let since = Instant::now();
+    assert!(ask(zap.address, "GET /health HTTP/1.1", "").starts_with("HTTP/1.1 200 "));
+    assert!(since.elapsed() < Duration::from_millis(500), "{:?}", since.elapsed());
+    let open = || open_a.load(Ordering::SeqCst) + open_b.load(Ordering::SeqCst);
+    eventually("both pools fit into half of the files", || open() <= 46);
+}
+
+#[test]
+fn o05_a_client_that_finds_no_file_is_served_as_soon_as_idle_connections_are_closed() {
+    let ((a, open), (b, _)) = (keeping(), keeping());
+    let zap = with_files(256, a, b);
+    let mut clients: Vec<_> = (0..40).map(|_| TcpStream::connect(zap.address).unwrap()).collect();
+    for _ in 0..20 {
+        std::thread::scope(|s| {
+            for client in &mut clients {
+                s.spawn(|| assert_eq!(chat_for(client, "a"), "200"));
+            }
+        });
+        if open.load(Ordering::SeqCst) >= 10 {
+            break;
+        }
+    }
+    let idle = open.load(Ordering::SeqCst);
+    assert!(idle >= 10, "{idle} connections for 40 at once");
+    // Not a file more than are open now.
+    let pid = zap.child.0.id();
+    let used = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let used: Vec<u64> = used.map(|f| f.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+    let files = (0..).find(|n| !used.contains(n)).unwrap();
+    let pid = rustix::process::Pid::from_raw(pid as i32);
+    let limit = rustix::process::Rlimit { current: Some(files), maximum: Some(files) };
+    rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
+    let since = Instant::now();
+    assert!(ask(zap.address, "GET /health HTTP/1.1", "").starts_with("HTTP/1.1 200 "));
+    assert!(since.elapsed() < Duration::from_millis(500), "{:?}", since.elapsed());
+    assert!(open.load(Ordering::SeqCst) < idle);
+    assert!(zap.line(" accept").contains("no connection can be accepted"));
+}
+
 #[test]
 fn u10_an_endless_stream_takes_no_memory_and_ends_with_its_client() {
     let (backend, open) = endless(Duration::ZERO);
