@@ -5,8 +5,8 @@
 //!
 //! 1. [`config`] is what the operator wrote, valid by construction; [`state`] is what the workers share: the fleet
 //!    as a snapshot that is replaced as a whole, and the policies' counters.
-//! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest; it also probes the
-//!    fleet, keeps the schedule in step with it and puts a new configuration in place. A worker is
+//! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest. A thread of its
+//!    own probes the fleet, keeps the schedule in step with it and puts a new configuration in place. A worker is
 //!    a thread with a runtime of its own; it owns its clients and its upstream connections, so nothing on a
 //!    request's way crosses threads but atomics.
 //! 3. [`gateway`] tells the story: who calls, rate limit, body, route, slot, tries, answer. The future and the body of
@@ -81,7 +81,7 @@ pub fn run(
     let shared = Arc::new(Shared::new(config, log.clone()).map_err(RunError::Config)?);
     let address = listener.local_addr().map_err(RunError::Io)?;
     log.event("info", "start", &format!("listening on {address}"));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;
     let whole = runtime.block_on(server::serve(shared, listener, orders)).map_err(RunError::Io);
     runtime.shutdown_background();

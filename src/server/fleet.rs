@@ -1,29 +1,99 @@
-//! The watch over the fleet, on the control thread: probes, the schedule in step with the backends' states, reloads.
+//! The watch over the fleet: probes, the schedule in step with the backends' states, reloads.
 //!
-//! One loop does all of it, so that no two of them replace the snapshot at once.
+//! One loop does all of it, so that no two of them replace the snapshot at once. It has a thread of its own: making a
+//! schedule for very many backends takes its time, and clients must not wait for that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 
 use crate::clock;
 use crate::config::{Config, LoadError, Server};
+use crate::policy::{MILLI, Nanos};
 use crate::state::snapshot::Snapshot;
 use crate::state::{Shared, prepare};
 use crate::upstream::probe;
 
+/// Threads for what blocks: name look-ups of the probes, and files.
+const MAX_BLOCKING: usize = 16;
+
+/// A schedule that takes longer than this to make is not made again at once.
+const QUICK: Nanos = MILLI;
+
+/// The thread that watches the fleet; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Fleet {
+    /// Sends nothing: that it is gone ends the thread.
+    stop: oneshot::Sender<Infallible>,
+    /// The other end is gone when the thread has ended.
+    ended: oneshot::Receiver<Infallible>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Fleet {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// The system has no thread, or no files for one.
+    pub fn start(shared: Arc<Shared>) -> io::Result<Self> {
+        Fleet::run(async move || watch(&shared).await)
+    }
+
+    fn run(work: impl AsyncFnOnce() + Send + 'static) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(MAX_BLOCKING)
+            .build()?;
+        let (stop, stopped) = oneshot::channel();
+        let (alive, ended) = oneshot::channel();
+        let run = move || {
+            let _alive = alive;
+            runtime.block_on(async {
+                tokio::select! {
+                    () = work() => {}
+                    _ = stopped => {}
+                }
+            });
+            // A name look-up or a file that hangs must not hold the process.
+            runtime.shutdown_background();
+        };
+        let thread = std::thread::Builder::new().name("zap-fleet".into()).spawn(run)?;
+        Ok(Fleet { stop, ended, thread })
+    }
+
+    /// Waits until the thread has ended by itself, which only a bug makes it do.
+    pub async fn ended(&mut self) {
+        let _ = (&mut self.ended).await;
+    }
+
+    /// Ends it and waits for that. `false` where it failed.
+    pub fn join(self) -> bool {
+        drop(self.stop);
+        self.thread.join().is_ok()
+    }
+}
+
 /// Watches until it is dropped.
-pub async fn watch(shared: &Arc<Shared>) {
+async fn watch(shared: &Arc<Shared>) {
     let local = LocalSet::new();
     let watching = async {
         let mut probes = Probes::default();
         let mut reading = None;
         loop {
             probes.keep_up(shared);
+            let began = clock::now();
             let next = shared.rebuild();
+            let took = clock::now() - began;
+            if took > QUICK {
+                // Where many backends change one after the other, the probes get half of the time.
+                tokio::time::sleep(Duration::from_nanos(took)).await;
+            }
             let wait =
                 next.map_or(Duration::MAX, |at| Duration::from_nanos(at.saturating_sub(clock::now()) + 1));
             tokio::select! {
@@ -52,9 +122,10 @@ impl Probes {
     /// Ends those of backends that are gone or drained, and begins those of new ones.
     fn keep_up(&mut self, shared: &Arc<Shared>) {
         let snapshot = shared.snapshot.load();
-        let takes_requests = |id: u64| snapshot.backends.iter().any(|b| b.live.id == id && b.conf.weight > 0);
+        let takes_requests: HashSet<u64> =
+            snapshot.backends.iter().filter(|b| b.conf.weight > 0).map(|b| b.live.id).collect();
         self.0.retain(|id, probe| {
-            let stays = takes_requests(*id) && !probe.is_finished();
+            let stays = takes_requests.contains(id) && !probe.is_finished();
             if !stays {
                 probe.abort();
             }
@@ -113,4 +184,31 @@ fn read(before: &Snapshot) -> Result<(Snapshot, Vec<String>), String> {
     }
     config.server = Server::clone(&before.config.server);
     Ok((prepare(config, Some(before))?, warnings))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[test]
+    fn its_thread_ends_when_told_and_says_when_a_bug_ended_it() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let held = Arc::new(());
+        let theirs = held.clone();
+        let mut fleet = Fleet::run(async move || {
+            let _held = theirs;
+            pending().await
+        })
+        .unwrap();
+        let early = runtime.block_on(clock::within(Duration::from_millis(20), fleet.ended()));
+        assert_eq!(early, Err(clock::Late));
+        assert!(fleet.join());
+        assert_eq!(Arc::strong_count(&held), 1, "nothing of it is left");
+        let mut broken = Fleet::run(async || panic!("a bug")).unwrap();
+        let ended = runtime.block_on(clock::within(Duration::from_secs(10), broken.ended()));
+        assert_eq!(ended, Ok(()));
+        assert!(!broken.join());
+    }
 }

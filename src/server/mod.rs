@@ -1,4 +1,4 @@
-//! The control thread: it accepts, hands connections to workers, watches the fleet and ends the process.
+//! The control thread: it accepts, hands connections to workers and ends the process. It does nothing that takes long.
 
 pub mod alarm;
 
@@ -24,6 +24,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
 use self::drain::Order;
+use self::fleet::Fleet;
 use self::worker::Worker;
 use crate::config::Config;
 use crate::state::Shared;
@@ -56,8 +57,8 @@ pub async fn serve(
     let workers: Result<Vec<_>, _> =
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
+    let mut fleet = Fleet::start(shared.clone())?;
     let whole = {
-        let fleet = fleet::watch(&shared);
         let clients = accept(&shared, &listener, &workers, room.clients);
         // Accepting and probing go on while the running requests end.
         let ending = async {
@@ -78,12 +79,12 @@ pub async fn serve(
         };
         tokio::select! {
             whole = ending => whole,
-            () = fleet => false,
+            () = fleet.ended() => false,
             () = clients => false,
         }
     };
     shared.log.event("info", "stop", if whole { "all requests ended" } else { "some requests were cut" });
-    Ok(whole & workers.into_iter().all(is_joined))
+    Ok(whole & fleet.join() & workers.into_iter().all(is_joined))
 }
 
 /// Joins a worker whose connections are gone; one that still has some is left to the end of the process.

@@ -166,7 +166,7 @@ const KINDS: [Code; 8] = [
     Code::UpstreamUnreachable,
 ];
 
-/// Configuration reloads by result; written by the control thread.
+/// Configuration reloads by result; written by the fleet's thread.
 #[derive(Debug, Default)]
 pub struct Reloads {
     /// Taken over.

@@ -1,4 +1,4 @@
-//! Active health checks: one loop a backend, on the control thread, always on a fresh connection.
+//! Active health checks: one loop a backend, on the fleet's thread, always on a fresh connection.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -14,11 +14,23 @@ use crate::policy::breaker::{Change, Probe, Status};
 use crate::state::Shared;
 use crate::state::snapshot::Snapshot;
 
+/// Within this time of the start the first checks begin; more for very many backends.
+const FIRST: Duration = Duration::from_millis(200);
+
+/// Time for each first check, so that very many do not come at once.
+const EACH: Duration = Duration::from_millis(2);
+
+/// Time within which the first checks of so many backends begin.
+fn spread(backends: usize) -> Duration {
+    FIRST.max(EACH.saturating_mul(u32::try_from(backends).unwrap_or(u32::MAX)))
+}
+
 /// Probes the backend that is known by `id`, as the configuration of the moment says, until there is none. A check is
 /// skipped while real traffic went well.
 pub async fn watch(shared: Arc<Shared>, id: u64) {
     // Not all at the same time.
-    sleep(Duration::from_millis(200).mul_f64(fastrand::f64())).await;
+    let backends = shared.snapshot.load().backends.len();
+    sleep(spread(backends).mul_f64(fastrand::f64())).await;
     while let Some((snapshot, upstream)) = find(&shared, id) {
         let health = &snapshot.config.health;
         let now = clock::now();
@@ -84,4 +96,16 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
         Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),
         Err(_) => Probe::Failed,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_checks_come_soon_and_of_very_many_a_few_at_a_time() {
+        for (backends, ms) in [(0, 200), (1, 200), (100, 200), (101, 202), (1000, 2000)] {
+            assert_eq!(spread(backends), Duration::from_millis(ms), "{backends}");
+        }
+    }
 }

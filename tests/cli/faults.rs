@@ -222,6 +222,26 @@ fn o05_a_client_that_finds_no_file_is_served_as_soon_as_idle_connections_are_clo
 }
 
 #[test]
+fn o12_a_large_fleet_that_goes_down_does_not_delay_clients() {
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let backend = |i: u32| {
+        format!("[[backends]]\nname = \"b{i}\"\nurl = \"http://{dead}\"\nweight = {}\n", 1 + i * 7 % 100)
+    };
+    let settings = "[server]\nhost = \"127.0.0.1\"\nport = 0\nworkers = 1\n[health]\nfailure_threshold = 1\n";
+    let all: Vec<_> = (0..1000).map(backend).collect();
+    let zap = Running::with(&format!("{settings}{}", all.concat()));
+    let (start, mut slowest) = (Instant::now(), Duration::ZERO);
+    while start.elapsed() < Duration::from_secs(4) {
+        let since = Instant::now();
+        assert!(ask(zap.address, "GET /health HTTP/1.1", "").starts_with("HTTP/1.1 200 "));
+        slowest = slowest.max(since.elapsed());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    zap.line("backend_down");
+    assert!(slowest < Duration::from_millis(500), "{slowest:?}");
+}
+
+#[test]
 fn u10_an_endless_stream_takes_no_memory_and_ends_with_its_client() {
     let (backend, open) = endless(Duration::ZERO);
     let zap = Running::with(&config(backend, ""));
