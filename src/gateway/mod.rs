@@ -50,8 +50,8 @@ use crate::server::io::Conn;
 use crate::server::worker::{Load, Upload};
 use crate::state::Shared;
 use crate::state::snapshot::{Ask, Snapshot};
-use crate::upstream::Upstream;
 use crate::telemetry::{Arrival, Completion, End, Endpoint, Recorder};
+use crate::upstream::Upstream;
 use crate::upstream::pool::Pool;
 use crate::upstream::probe::announce;
 
