@@ -155,7 +155,7 @@ fn pick(c: &mut Criterion) {
                     granted: None,
                     stands_in_line: false,
                 };
-                let place = choose::pick(&view, &[])
+                let place = choose::pick(&view, true, |_| false)
                     .and_then(|id| snapshot.upstream(&snapshot.route(&ask).targets[id]).enter(i, None));
                 black_box(place);
             });

@@ -17,6 +17,7 @@ use crate::clock;
 use crate::error::{Code, GatewayError};
 use crate::policy::choose::Closed;
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
+use crate::policy::headers::{self, About};
 use crate::policy::queue::Slot;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::route::TargetId;
@@ -33,8 +34,10 @@ const MAX_LEFTOVER: usize = 16;
 
 /// An answer that goes to the client.
 pub struct Delivery {
-    /// Status and headers as they came.
+    /// Status and headers, without those that end at Zap.
     pub head: Parts,
+    /// What the headers say.
+    pub about: About,
     /// The connection, positioned behind the head, or behind `first`.
     pub lease: Lease,
     /// The place at the backend.
@@ -87,9 +90,12 @@ impl Attempts<'_> {
     pub async fn run(mut self, slot: Slot) -> Result<Delivery, GatewayError> {
         let (mut slot, mut kept, mut line) = (Some(slot), None, Line::default());
         let mut dispatch = Dispatch::new(self.rules());
+        let mut now = clock::now();
+        self.gateway.shared().budget.offer(now);
         loop {
-            let now = clock::now();
-            self.refresh();
+            if self.completion.others > 0 {
+                self.refresh();
+            }
             let mut step = self.decide(now, &mut dispatch, &line);
             // A backend that reopens from here on ends the wait; one that has reopened before is seen by a second look.
             let gateway = self.gateway;
@@ -107,10 +113,10 @@ impl Attempts<'_> {
                     };
                     self.count_try(panic);
                     match (self.try_one(target, entered, until, &mut dispatch).await, slot.take()) {
-                        (Ok((head, lease, entered, first)), Some(slot)) => {
+                        (Ok((head, about, lease, entered, first)), Some(slot)) => {
                             self.let_go(kept);
                             let patience = self.patience();
-                            return Ok(Delivery { head, lease, entered, slot, first, patience });
+                            return Ok(Delivery { head, about, lease, entered, slot, first, patience });
                         }
                         (Ok(_), None) => return Err(GatewayError::Internal),
                         (Err(newer), held) => {
@@ -134,6 +140,7 @@ impl Attempts<'_> {
                 },
                 Do::Refuse(why) => return Err(refused(why, now)),
             }
+            now = clock::now();
         }
     }
 
@@ -147,7 +154,8 @@ impl Attempts<'_> {
         }
     }
 
-    /// Looks at the fleet as it is now, unless a reload has made it another's.
+    /// Looks at the fleet as it is now, unless a reload has made it another's. Only a request that has waited since it took
+    /// its snapshot need do so.
     fn refresh(&mut self) {
         let fresh = self.gateway.snapshot();
         if !Arc::ptr_eq(&fresh, &self.snapshot) && fresh.is_of(&self.snapshot) {
@@ -164,7 +172,7 @@ impl Attempts<'_> {
             granted: line.granted.as_ref().map(|(backend, _)| *backend),
             stands_in_line: line.stands(),
         };
-        dispatch.next(now, &view, &self.gateway.shared().budget, self.gateway.random())
+        dispatch.next(now, &view, &self.gateway.shared().budget, || self.gateway.random())
     }
 
     /// Takes a place at a target and leaves all lines; `None` where another request came first.
@@ -192,7 +200,7 @@ impl Attempts<'_> {
 
     /// Notes for the log which targets were passed over.
     fn note_passed(&mut self, now: Nanos, tried: &[TargetId], step: &Do) {
-        if !self.gateway.shared().log_requests() {
+        if !self.completion.is_logged {
             return;
         }
         let chosen = match step {
@@ -227,6 +235,7 @@ impl Attempts<'_> {
 
     fn deliver_kept(&mut self, kept: Kept, slot: Slot) -> Delivery {
         let Kept { mut head, lease, entered, number } = kept;
+        let about = headers::to_client(&mut head.headers);
         if head.status == http::StatusCode::TOO_MANY_REQUESTS {
             let secs = retry_after_secs(self.soonest());
             head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
@@ -236,7 +245,7 @@ impl Attempts<'_> {
             // In the log the status of the answer says more than the code of the failure.
             self.completion.failed.pop();
         }
-        Delivery { head, lease, entered, slot, first: None, patience: self.patience() }
+        Delivery { head, about, lease, entered, slot, first: None, patience: self.patience() }
     }
 
     fn patience(&self) -> Nanos {

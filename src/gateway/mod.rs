@@ -35,14 +35,13 @@ use self::attempt::{Attempts, Delivery};
 use self::body::Body;
 use self::endpoints::Lists;
 use self::intake::ChatRequest;
-use self::once::is_event_stream;
 use self::relay::{Held, RelayBody, Shape};
 use crate::clock;
 use crate::config::{Server, Strategy};
 use crate::error::{Code, GatewayError};
 use crate::policy::allowance::Allowance;
 use crate::policy::fields::Model;
-use crate::policy::headers;
+use crate::policy::headers::{self, About};
 use crate::policy::limit::Decision;
 use crate::policy::redact::{Redactor, holds_key};
 use crate::server::alarm::Alarms;
@@ -193,7 +192,6 @@ impl Gateway {
             let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
             let slot = admit::admit(self, conn, &mut completion, deadline).await?;
             drop(upload);
-            self.shared().budget.offer(clock::now());
             let attempts = Attempts {
                 gateway: self,
                 conn,
@@ -265,21 +263,19 @@ impl Gateway {
         conn: &Rc<Conn>,
         version: Version,
     ) -> Response<Body> {
-        let Delivery { mut head, lease, entered, slot, first, patience } = delivery;
+        let Delivery { mut head, about, lease, entered, slot, first, patience } = delivery;
         let upstream = entered.upstream().clone();
-        headers::to_client(&mut head.headers);
-        let events = is_event_stream(&head.headers);
-        let readable = events && !headers::is_encoded(&head.headers);
+        let About { id, is_events: events, is_encoded, has_length } = about;
+        let readable = events && !is_encoded;
         let shape = Shape {
             is_stream: events,
-            events: readable && !head.headers.contains_key(CONTENT_LENGTH),
+            events: readable && !has_length,
             done_expected: readable && head.status.is_success() && completion.endpoint.ends_with_done(),
             version,
         };
         let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
-        completion.upstream_request_id = headers::upstream_request_id(&head.headers)
-            .filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())))
-            .cloned();
+        completion.upstream_request_id =
+            id.filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())));
         let secret = key.filter(|_| head.status.as_u16() >= 400);
         let redactor = secret.and_then(Redactor::new);
         if let Some(redactor) = &redactor {

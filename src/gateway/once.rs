@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::HeaderMap;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
 use super::attempt::{Attempts, Kept};
@@ -15,6 +14,7 @@ use super::bug;
 use crate::clock;
 use crate::error::Code;
 use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
+use crate::policy::headers::About;
 use crate::policy::patch::{slices, splices};
 use crate::policy::retry::cooling;
 use crate::policy::route::TargetId;
@@ -30,7 +30,7 @@ use crate::upstream::{InFlight, Upstream};
 const HEAD_ROOM: usize = 768;
 
 /// An answer worth delivering.
-type Good = (Parts, Lease, InFlight, Option<Bytes>);
+type Good = (Parts, About, Lease, InFlight, Option<Bytes>);
 
 /// The answer of a try that failed, if it is kept.
 type Bad = Option<Box<Kept>>;
@@ -47,32 +47,25 @@ impl Attempts<'_> {
         self.completion.tries += 1;
         self.completion.phase = Phase::Waiting;
         bug::here("try", &self.completion.request_id);
-        let mut begun = None;
-        let result = self.exchange(target, entered, limit, dispatch, &mut begun).await;
-        self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
-        result
-    }
-
-    /// Sends the request, once more where the connection was stale, and judges what comes.
-    async fn exchange(
-        &mut self,
-        target: TargetId,
-        entered: InFlight,
-        limit: Nanos,
-        dispatch: &mut Dispatch,
-        begun: &mut Option<Nanos>,
-    ) -> Result<Good, Bad> {
         let upstream = entered.upstream().clone();
-        let mut answer = self.ask_once(target, &entered, limit, true, begun).await;
+        let mut begun = None;
+        let mut answer = self.ask_once(target, &entered, limit, true, &mut begun).await;
         if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, limit, false, begun).await;
+            answer = self.ask_once(target, &entered, limit, false, &mut begun).await;
         }
         let event = match answer {
             _ if self.gateway.is_cut() => Event::Cut,
-            Ok(answer) => {
-                let (head, mut lease, entered) = self.judge(target, answer, entered, dispatch)?;
-                match self.first_frame(&head, &mut lease, limit).await {
-                    Ok(first) => return Ok((head, lease, entered, first)),
+            Ok(Answer { mut head, mut lease }) => {
+                if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
+                    self.stop_waiting(begun);
+                    return Err(failure.keep.then(|| self.keep(head, lease, entered)));
+                }
+                let about = headers::to_client(&mut head.headers);
+                match self.first_frame(&about, &mut lease, limit).await {
+                    Ok(first) => {
+                        self.stop_waiting(begun);
+                        return Ok((head, about, lease, entered, first));
+                    }
                     Err(event) => event,
                 }
             }
@@ -81,10 +74,22 @@ impl Attempts<'_> {
             Err(SendError::Exhausted) => Event::Exhausted,
             Err(SendError::Stale) => Event::Broke(Code::UpstreamUnreachable),
         };
+        self.stop_waiting(begun);
         if let Verdict::Failed(failure) = dispatch.on(event) {
             self.account(&upstream, failure);
         }
         Err(None)
+    }
+
+    /// The backend has answered, or will not: the time since it `begun` was its own.
+    fn stop_waiting(&mut self, begun: Option<Nanos>) {
+        self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
+    }
+
+    fn keep(&self, head: Parts, lease: Lease, mut entered: InFlight) -> Box<Kept> {
+        // The next try may be for this target again.
+        entered.leave_place();
+        Box::new(Kept { head, lease, entered, number: self.completion.tries })
     }
 
     /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection unless it may `reuse`
@@ -136,45 +141,36 @@ impl Attempts<'_> {
         Message { head, body }
     }
 
-    /// Judges an answer by its status; one that is not delivered is kept where it may be wanted still.
+    /// Judges an answer by its status: why it is not to be delivered, if it is not.
     fn judge(
         &mut self,
         target: TargetId,
-        answer: Answer,
-        mut entered: InFlight,
+        head: &Parts,
+        upstream: &Arc<Upstream>,
         dispatch: &mut Dispatch,
-    ) -> Result<(Parts, Lease, InFlight), Bad> {
-        let Answer { head, lease } = answer;
-        let upstream = entered.upstream().clone();
+    ) -> Option<Failure> {
         if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now) {
             self.cool(target, span);
         }
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
-        let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else {
-            return Ok((head, lease, entered));
-        };
+        let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else { return None };
         match failure.mark {
             Some(Mark::Cool) => self.cool(target, cooling(&head.headers, SystemTime::now())),
-            Some(Mark::BadKey) => self.close_for_key(&upstream, status),
+            Some(Mark::BadKey) => self.close_for_key(upstream, status),
             None => {}
         }
-        self.account(&upstream, failure);
-        if !failure.keep {
-            return Err(None);
-        }
-        // The next try may be for this target again.
-        entered.leave_place();
-        Err(Some(Box::new(Kept { head, lease, entered, number: self.completion.tries })))
+        self.account(upstream, failure);
+        Some(failure)
     }
 
     /// The first frame of an answer that is no stream of events, so that one which breaks there can be tried again.
     async fn first_frame(
         &self,
-        head: &Parts,
+        about: &About,
         lease: &mut Lease,
         limit: Nanos,
     ) -> Result<Option<Bytes>, Event> {
-        if is_event_stream(&head.headers) || lease.link.is_end() {
+        if about.is_events || lease.link.is_end() {
             return Ok(None);
         }
         let frame = poll_fn(|cx| lease.link.poll_frame(cx));
@@ -208,11 +204,4 @@ impl Attempts<'_> {
         self.completion.failed.push((upstream.clone(), failure.code));
         self.gateway.account(upstream, failure.code, failure.blame);
     }
-}
-
-/// Whether an answer is a stream of events, whatever was asked for.
-pub fn is_event_stream(headers: &HeaderMap) -> bool {
-    let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    let name = b"text/event-stream";
-    kind.len() >= name.len() && kind[..name.len()].eq_ignore_ascii_case(name)
 }

@@ -73,10 +73,10 @@ pub trait Fleet {
     /// How targets are chosen.
     fn strategy(&self) -> Strategy;
 
-    /// The rotations in the order of priority, of targets that were up when they were made; the last one holds all.
-    fn tiers(&self) -> impl Iterator<Item = Rotation<'_>>;
+    /// The rotation number `n` in the order of priority, of targets that were up when it was made.
+    fn tier(&self, n: usize) -> Option<Rotation<'_>>;
 
-    /// The rotation of all targets that have a weight.
+    /// The rotation of all targets that have a weight, up or not.
     fn all(&self) -> Rotation<'_>;
 
     /// The rotation of all targets of this one's backend and priority, where there are several.
@@ -116,16 +116,23 @@ pub trait Fleet {
     fn stands_in_line(&self) -> bool;
 }
 
-/// The target whose turn it is, of those that may be asked and are not in `tried`. Only a first try takes a turn.
-pub fn pick(fleet: &impl Fleet, tried: &[TargetId]) -> Option<TargetId> {
-    let eligible = |id: TargetId| !tried.contains(&id) && fleet.check(id).is_ok();
+/// The target whose turn it is, of those that may be asked and have not been `passed`. Only a first try takes a turn.
+pub fn pick(fleet: &impl Fleet, is_first: bool, passed: impl Fn(TargetId) -> bool) -> Option<TargetId> {
+    let eligible = |id: TargetId| !passed(id) && fleet.check(id).is_ok();
     if let Some(backend) = fleet.granted() {
         let granted = |id: TargetId| fleet.backend(id) == backend && eligible(id);
-        if let Some(id) = fleet.tiers().find_map(|tier| choose(fleet, tier, false, granted)) {
+        if let Some(id) = pick_by_tier(fleet, false, granted) {
             return Some(id);
         }
     }
-    fleet.tiers().find_map(|tier| choose(fleet, tier, tried.is_empty(), eligible))
+    pick_by_tier(fleet, is_first, eligible)
+}
+
+/// In the first tier that has one; then of all, since the state may have changed after the tiers were made.
+fn pick_by_tier(fleet: &impl Fleet, advance: bool, eligible: impl Fn(TargetId) -> bool) -> Option<TargetId> {
+    let tiers = (0..).map_while(|n| fleet.tier(n));
+    let found = tiers.filter_map(|tier| choose(fleet, tier, advance, &eligible)).next();
+    found.or_else(|| choose(fleet, fleet.all(), advance, eligible))
 }
 
 /// The first of `order` that may be asked: the second round goes as the first went.
@@ -133,15 +140,15 @@ pub fn in_order(fleet: &impl Fleet, order: impl IntoIterator<Item = TargetId>) -
     order.into_iter().find(|id| fleet.check(*id).is_ok())
 }
 
-/// Where all are out: of those not in `tried` the one with room that failed least of late.
-pub fn in_panic(fleet: &impl Fleet, tried: &[TargetId]) -> Option<TargetId> {
+/// Where all are out: of those that have not been `passed` the one with room that failed least of late.
+pub fn in_panic(fleet: &impl Fleet, is_first: bool, passed: impl Fn(TargetId) -> bool) -> Option<TargetId> {
     let has_room = |id: TargetId| match fleet.check_ejected(id) {
-        _ if tried.contains(&id) => false,
+        _ if passed(id) => false,
         Err(Closed::Full) => fleet.granted() == Some(fleet.backend(id)),
         closed => closed.is_ok(),
     };
     let all = fleet.all();
-    all.schedule.least_loaded(all.turns(tried.is_empty()), |id, weight| {
+    all.schedule.least_loaded(all.turns(is_first), |id, weight| {
         let Load { in_flight, penalty, .. } = fleet.load(id);
         has_room(id).then(|| load(in_flight, weight, penalty, 0))
     })

@@ -1,15 +1,10 @@
 //! Where a stream of events (WHATWG HTML, section 9.2) stands: between two events or inside one, before or behind its
 //! `data: [DONE]`. Any chunking gives the same.
 
-use std::sync::LazyLock;
-
-use memchr::memchr;
-use memchr::memmem::Finder;
+use memchr::{memchr, memchr_iter};
 
 /// What ends a stream of chat or text completions.
 const DONE: &[u8] = b"[DONE]";
-
-static FIND_DONE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(DONE));
 
 /// Shortest line that can say it, with its end.
 const DONE_LINE: usize = b"data:[DONE]\n".len();
@@ -97,7 +92,9 @@ fn is_line_end(b: u8) -> bool {
 
 /// Whether `text` has a line with [`DONE`]. `begins_line`: a line begins where it does; `ends`: one ends where it does.
 fn has_done_line(text: &[u8], begins_line: bool, ends: bool) -> bool {
-    FIND_DONE.find_iter(text).any(|at| {
+    // Its `D` is rare in a stream: a search for that one byte is the cheapest.
+    let starts = memchr_iter(b'D', text).filter_map(|at| at.checked_sub(1));
+    starts.filter(|at| text[*at..].starts_with(DONE)).any(|at| {
         let before = &text[..at];
         let field = before.strip_suffix(b" ").unwrap_or(before).strip_suffix(b"data:");
         let begins = field.is_some_and(|f| f.last().map_or(begins_line, |b| is_line_end(*b)));

@@ -80,6 +80,20 @@ impl Member {
         }
     }
 
+    /// Whether a key, which is the key of no member that Zap reads by itself, may differ from one in its case alone: by its
+    /// first two bytes. A look at them costs next to nothing, and most keys begin otherwise.
+    #[inline]
+    pub(super) fn may_be_variant(key: &[u8]) -> bool {
+        let (first, second) = match key {
+            [first, second, ..] => (*first, *second),
+            _ => return false,
+        };
+        matches!(
+            [first | 0x20, second | 0x20],
+            [b'm', b'e' | b'o'] | [b'p', b'r'] | [b's', b't'] | [b'u', b's']
+        ) || [first, second].contains(&0xC5)
+    }
+
     /// The member whose key equals `key`, which is the key of none, except for its case.
     pub(super) fn case_variant(key: &[u8], watch: &Watch) -> Option<Self> {
         let read = READ.iter().filter(|(.., always)| *always || watch.affinity);

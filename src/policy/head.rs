@@ -152,9 +152,6 @@ fn request_line(line: &[u8]) -> Result<(&[u8], bool), HeadFault> {
     };
     let Some(space) = memchr(b' ', rest) else { return Err(fault) };
     let (method, target) = (&rest[..space], &rest[space + 1..]);
-    if memchr(b' ', target).is_some() {
-        return Err(fault);
-    }
     if method == b"CONNECT" {
         return Err(HeadFault("CONNECT is not served"));
     }

@@ -17,26 +17,50 @@ use super::{MILLI, Nanos};
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
-
 /// `x-upstream-request-id`
 pub const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
 
-/// Whether a header of a response ends at Zap: it belongs to the connection, or speaks of the provider's own site to a
-/// browser that asked Zap's.
-fn ends_here(name: &HeaderName) -> bool {
-    match name.as_str() {
-        "alt-svc" | "connection" | "keep-alive" | "proxy-authenticate" | "proxy-connection"
-        | "set-cookie" | "te" | "trailer" | "transfer-encoding" | "upgrade" => true,
-        "clear-site-data"
-        | "expect-ct"
-        | "nel"
-        | "public-key-pins"
-        | "public-key-pins-report-only"
-        | "report-to"
-        | "strict-transport-security" => true,
-        other => other.starts_with("access-control-"),
+/// What the headers of an answer say, as far as Zap cares.
+#[derive(Debug, Default)]
+pub struct About {
+    /// The provider's own id for the request: `x-request-id`, else `request-id`, of 1 to 128 visible ASCII characters.
+    pub id: Option<HeaderValue>,
+    /// The body is a stream of events, whatever was asked for.
+    pub is_events: bool,
+    /// The body is encoded.
+    pub is_encoded: bool,
+    /// The body's length is stated.
+    pub has_length: bool,
+}
+
+impl About {
+    /// Takes a header into account; `true` where it ends at Zap: it belongs to the connection, or speaks of the provider's
+    /// own site to browsers.
+    fn ends_here(&mut self, name: &HeaderName, value: &HeaderValue) -> bool {
+        match name.as_str() {
+            "alt-svc" | "connection" | "keep-alive" | "proxy-authenticate" | "proxy-connection"
+            | "set-cookie" | "te" | "trailer" | "transfer-encoding" | "upgrade" => return true,
+            "clear-site-data"
+            | "expect-ct"
+            | "nel"
+            | "public-key-pins"
+            | "public-key-pins-report-only"
+            | "report-to"
+            | "strict-transport-security" => return true,
+            "content-encoding" => self.is_encoded |= encodes(value),
+            "content-length" => self.has_length = true,
+            "content-type" => self.is_events = is_events(value),
+            "x-request-id" => self.id = Some(value.clone()),
+            "request-id" if self.id.is_none() => self.id = Some(value.clone()),
+            other => return other.starts_with("access-control-"),
+        }
+        false
     }
+}
+
+fn is_events(content_type: &HeaderValue) -> bool {
+    let name = b"text/event-stream";
+    content_type.as_bytes().get(..name.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(name))
 }
 
 /// Puts, one by one, what a backend may see of a client's headers, defaults included.
@@ -82,14 +106,21 @@ pub fn to_backend(
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }
 
-/// Takes out of a response's headers what ends at Zap.
-pub fn to_client(upstream: &mut HeaderMap) {
-    // A look at each name costs less than a search for each that could be there.
-    let mut gone: SmallVec<[HeaderName; 4]> =
-        upstream.keys().filter(|name| ends_here(name)).cloned().collect();
-    if gone.is_empty() {
-        return;
+/// Takes out of a response's headers what ends at Zap; returns what they say.
+pub fn to_client(upstream: &mut HeaderMap) -> About {
+    let mut about = About::default();
+    // One look at each header costs less than a search for each that could be there.
+    let gone =
+        upstream.iter().filter(|(name, value)| about.ends_here(name, value)).map(|(name, _)| name.clone());
+    let gone: SmallVec<[HeaderName; 4]> = gone.collect();
+    if !gone.is_empty() {
+        take_out(upstream, gone);
     }
+    about.id = about.id.filter(is_id);
+    about
+}
+
+fn take_out(upstream: &mut HeaderMap, mut gone: SmallVec<[HeaderName; 4]>) {
     let nominated = upstream.get_all(CONNECTION).iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
     gone.extend(
         nominated
@@ -101,16 +132,19 @@ pub fn to_client(upstream: &mut HeaderMap) {
     }
 }
 
-/// Whether a message's body is encoded. `identity` (RFC 9110, section 8.4.1), `none`, which some send for it, and nothing
-/// encode nothing.
+/// Whether a message's body is encoded.
 pub fn is_encoded(headers: &HeaderMap) -> bool {
-    let mut codings =
-        headers.get_all(CONTENT_ENCODING).iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
+    headers.get_all(CONTENT_ENCODING).iter().any(encodes)
+}
+
+/// Whether a `Content-Encoding` encodes anything. `identity` (RFC 9110, section 8.4.1), `none`, which some send for it, and
+/// an empty value do not.
+fn encodes(value: &HeaderValue) -> bool {
     let is_none = |coding: &[u8]| {
         let coding = coding.trim_ascii();
         coding.is_empty() || coding.eq_ignore_ascii_case(b"identity") || coding.eq_ignore_ascii_case(b"none")
     };
-    !codings.all(is_none)
+    !value.as_bytes().split(|b| *b == b',').all(is_none)
 }
 
 fn eq_name(token: &[u8], name: &HeaderName) -> bool {
@@ -180,11 +214,6 @@ fn hop_address(hop: &[u8]) -> Option<IpAddr> {
 /// The client's request id if it is 1 to 128 visible ASCII characters.
 pub fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
     headers.get(X_REQUEST_ID).filter(|id| is_id(id))
-}
-
-/// A provider's own id of a request, by the same rule: OpenAI and most others send `x-request-id`, Anthropic `request-id`.
-pub fn upstream_request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
-    headers.get(X_REQUEST_ID).or_else(|| headers.get(REQUEST_ID)).filter(|id| is_id(id))
 }
 
 fn is_id(id: &HeaderValue) -> bool {
@@ -404,9 +433,9 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&"x".repeat(129)).unwrap());
         assert_eq!(request_id(&headers), None);
-        assert_eq!(upstream_request_id(&map(&[("request-id", "b"), ("x-request-id", "a")])).unwrap(), "a");
-        assert_eq!(upstream_request_id(&map(&[("request-id", "b")])).unwrap(), "b");
-        assert_eq!(upstream_request_id(&map(&[("request-id", "b c")])), None);
+        assert_eq!(to_client(&mut map(&[("request-id", "b"), ("x-request-id", "a")])).id.unwrap(), "a");
+        assert_eq!(to_client(&mut map(&[("request-id", "b")])).id.unwrap(), "b");
+        assert_eq!(to_client(&mut map(&[("request-id", "b c")])).id, None);
         assert_eq!(new_request_id(0x1f), "f1000000000000000000000000000000");
     }
 

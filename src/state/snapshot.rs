@@ -266,10 +266,9 @@ impl Fleet for View<'_> {
         }
     }
 
-    fn tiers(&self) -> impl Iterator<Item = Rotation<'_>> {
-        let plan = self.snapshot.plan(self.ask);
-        let schedules = plan.tiers.iter().chain([&plan.all]).enumerate();
-        schedules.map(|(slot, schedule)| self.snapshot.rotation(self.ask, schedule, slot))
+    fn tier(&self, n: usize) -> Option<Rotation<'_>> {
+        let schedule = self.snapshot.plan(self.ask).tiers.get(n)?;
+        Some(self.snapshot.rotation(self.ask, schedule, n))
     }
 
     fn all(&self) -> Rotation<'_> {
@@ -498,7 +497,7 @@ mod tests {
         let mut picks = [0; 4];
         for n in 0..1000u64 {
             let two = ask(&snapshot, "two", Some(xxhash_rust::xxh64::xxh64(&n.to_le_bytes(), 0)));
-            picks[choose::pick(&view(&snapshot, &two), &[]).unwrap()] += 1;
+            picks[choose::pick(&view(&snapshot, &two), true, |_| false).unwrap()] += 1;
         }
         assert!(picks.iter().all(|n| (200..=300).contains(n)), "{picks:?}");
     }
@@ -514,7 +513,7 @@ mod tests {
             for n in 0..500 {
                 let hash = xxhash_rust::xxh64::xxh64(&[n as u8, (n >> 8) as u8], 0);
                 let two = ask(&snapshot, "two", Some(hash));
-                let target = choose::pick(&view(&snapshot, &two), &[]).unwrap();
+                let target = choose::pick(&view(&snapshot, &two), true, |_| false).unwrap();
                 picks[target] += 1;
                 held.extend(snapshot.upstream(&snapshot.route(&two).targets[target]).enter(now, None));
             }

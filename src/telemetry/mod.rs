@@ -224,6 +224,8 @@ pub struct Completion {
     recorder: Rc<Recorder>,
     /// When the request's head was read.
     pub started: Nanos,
+    /// It gets a line in the log, as the configuration said when it arrived.
+    pub is_logged: bool,
     /// Its method; `None` where the head broke the rules.
     pub method: Option<Method>,
     /// The address of the connection that it came on.
@@ -274,10 +276,12 @@ impl Completion {
     /// A request that has just arrived.
     pub fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
         let Arrival { method, path, endpoint, request_id, peer } = arrival;
-        let path = if recorder.shared.log_requests() { path.to_owned() } else { String::new() };
+        let is_logged = recorder.shared.log_requests();
+        let path = if is_logged { path.to_owned() } else { String::new() };
         Box::new(Completion {
             recorder,
             started: clock::now(),
+            is_logged,
             // A standard method is a number: its clone costs nothing.
             method: method.cloned(),
             peer,
@@ -462,7 +466,7 @@ impl Drop for Completion {
         }
         lane.lasted(self.endpoint, total);
         let log = &self.recorder.shared.log;
-        match self.recorder.shared.log_requests() {
+        match self.is_logged {
             true if self.is_noise => log.lose(1),
             true => log.line(self.line(total)),
             false => {}

@@ -200,8 +200,14 @@ impl Dispatch {
         &self.tried
     }
 
-    /// Decides what to do at `now`. `random` is any number: the jitter of a backoff.
-    pub fn next(&mut self, now: Nanos, fleet: &impl Fleet, budget: &Budget, random: u64) -> Do {
+    /// Decides what to do at `now`. `random` gives any number: the jitter of a backoff.
+    pub fn next(
+        &mut self,
+        now: Nanos,
+        fleet: &impl Fleet,
+        budget: &Budget,
+        random: impl FnOnce() -> u64,
+    ) -> Do {
         let Rules { max_retries, deadline, .. } = self.rules;
         if self.is_over || self.tries > max_retries || self.tries > 0 && now >= deadline {
             return self.end();
@@ -219,7 +225,7 @@ impl Dispatch {
             Look::Busy { busy, .. } => Do::Wait(busy),
             Look::KeysRefused => Do::Refuse(Refusal::KeysRefused),
             Look::Nobody => Do::Refuse(Refusal::NoBackend),
-            Look::Tried => self.another_round(now, fleet, budget, random),
+            Look::Tried => self.another_round(now, fleet, budget, random()),
         }
     }
 
@@ -303,20 +309,20 @@ impl Dispatch {
         let missed = std::mem::take(&mut self.missed);
         // In a later round a target that has reopened comes before those that failed already.
         let known = if self.rounds == 0 { &self.tried } else { &self.order };
-        let passed = [&known[..], &missed[..]].concat();
-        if let Some(target) = choose::pick(fleet, &passed) {
+        let (is_first, passed) = (known.is_empty(), |id| known.contains(&id) || missed.contains(&id));
+        if let Some(target) = choose::pick(fleet, is_first, passed) {
             self.missed = missed;
             return Look::Target { target, panic: false };
         }
         let Survey { busy, is_up, is_refused, has_ejected } = Survey::of(now, fleet, known);
         if has_ejected && !is_up {
-            if let Some(target) = choose::in_panic(fleet, &passed) {
+            if let Some(target) = choose::in_panic(fleet, is_first, passed) {
                 self.missed = missed;
                 return Look::Target { target, panic: true };
             }
             let busy = Survey::of_ejected(now, fleet);
             return match () {
-                () if !known.is_empty() => Look::Tried,
+                () if !is_first => Look::Tried,
                 () if busy.is_empty() => Look::Nobody,
                 () => Look::Busy { busy, panic: true },
             };
@@ -328,7 +334,7 @@ impl Dispatch {
             return Look::Target { target, panic: false };
         }
         match () {
-            () if !known.is_empty() => Look::Tried,
+            () if !is_first => Look::Tried,
             () if !busy.is_empty() => Look::Busy { busy, panic: false },
             () if is_refused => Look::KeysRefused,
             () => Look::Nobody,

@@ -88,8 +88,8 @@ impl Fleet for Table {
         self.strategy
     }
 
-    fn tiers(&self) -> impl Iterator<Item = Rotation<'_>> {
-        self.tiers.iter().chain([&self.all]).map(|(schedule, cursor)| Rotation { schedule, cursor })
+    fn tier(&self, n: usize) -> Option<Rotation<'_>> {
+        self.tiers.get(n).map(|(schedule, cursor)| Rotation { schedule, cursor })
     }
 
     fn all(&self) -> Rotation<'_> {
@@ -179,7 +179,7 @@ fn course(rules: Rules, table: &Table, answers: &str, budget: &Budget) -> String
     let mut dispatch = Dispatch::new(rules);
     let (mut now, mut steps) = (0, Vec::<String>::new());
     for _ in 0..40 {
-        match dispatch.next(now, table, budget, u64::MAX / 3) {
+        match dispatch.next(now, table, budget, || u64::MAX / 3) {
             Do::Try { target, until, panic } => {
                 let name = table.names[target];
                 let answer = answers.next(name);
@@ -367,7 +367,7 @@ fn the_time_is_shared_by_those_still_untried() {
     let until = |targets: &str, tried: &[TargetId]| {
         let mut dispatch = Dispatch::new(RULES);
         dispatch.tried = tried.to_vec();
-        match dispatch.next(0, &Table::new(targets), &Budget::new(100), 0) {
+        match dispatch.next(0, &Table::new(targets), &Budget::new(100), || 0) {
             Do::Try { until, .. } => until / SECOND,
             other => panic!("{other:?}"),
         }
@@ -386,9 +386,9 @@ fn nobody_is_asked_past_the_deadline() {
     assert_eq!(course(rules, &Table::new("a"), "a:500", &Budget::new(100)), "a500 deliver");
     let mut dispatch = Dispatch::new(rules);
     let table = Table::new("a b");
-    assert!(matches!(dispatch.next(0, &table, &Budget::new(100), 0), Do::Try { .. }));
+    assert!(matches!(dispatch.next(0, &table, &Budget::new(100), || 0), Do::Try { .. }));
     dispatch.on(Event::Broke(Code::UpstreamUnreachable));
-    let late = dispatch.next(MILLI, &table, &Budget::new(100), 0);
+    let late = dispatch.next(MILLI, &table, &Budget::new(100), || 0);
     assert_eq!(late, Do::Refuse(Refusal::Failed(Code::UpstreamUnreachable)));
 }
 
@@ -397,10 +397,10 @@ fn one_that_reopens_comes_before_those_that_failed() {
     let table = Table::new("a b!");
     let mut dispatch = Dispatch::new(RULES);
     let budget = Budget::new(100);
-    let mut next = |now| dispatch.next(now, &table, &budget, 0);
+    let mut next = |now| dispatch.next(now, &table, &budget, || 0);
     assert!(matches!(next(0), Do::Try { target: 0, .. }));
     dispatch.on(Event::Head { status: 500, own_key: true });
-    let mut next = |now| dispatch.next(now, &table, &budget, 0);
+    let mut next = |now| dispatch.next(now, &table, &budget, || 0);
     assert!(matches!(next(0), Do::Backoff { .. }));
     table.set('b', Ok(()));
     assert!(matches!(next(1), Do::Try { target: 1, .. }));
@@ -408,7 +408,7 @@ fn one_that_reopens_comes_before_those_that_failed() {
 
 #[test]
 fn strategies_choose_as_they_say() {
-    let first = |table: &Table| match Dispatch::new(RULES).next(0, table, &Budget::new(0), 0) {
+    let first = |table: &Table| match Dispatch::new(RULES).next(0, table, &Budget::new(0), || 0) {
         Do::Try { target, .. } => table.names[target],
         other => panic!("{other:?}"),
     };

@@ -160,13 +160,17 @@ impl Scanner<'_> {
         self.droppable = self.watch.droppable.iter().position(|name| name.as_bytes() == text);
         match self.member {
             Some(member) => self.note_member(member)?,
-            None => self.check_case(text)?,
+            None if Member::may_be_variant(text) || !self.watch.droppable.is_empty() => {
+                self.check_case(text)?
+            }
+            None => {}
         }
         self.droppable.map_or(Ok(()), |name| self.note_member(Member::Droppable(name)))
     }
 
     /// Refuses a key that some backends read as a member of another name, as those in Go do: they would take its value,
     /// which nobody has checked here.
+    #[cold]
     fn check_case(&self, text: &[u8]) -> Result<(), Fault> {
         match Member::case_variant(text, self.watch) {
             // Both spellings may be droppable.
