@@ -4,7 +4,7 @@
   benches/growth.py [--rounds 3] [--secs 4]     prints a table; draws benches/results/*.svg
 
 Every feature is on; one worker, pinned to core 1; load and providers on core 0. Microseconds of CPU a request, the
-median of rounds that are taken in turn; ratios are to the first column of a row. Needs the gauge (see lab.py)."""
+median of rounds that are taken in turn; ratios are to the first column of a row."""
 
 import argparse, contextlib, datetime, math, os, sys, tempfile
 import lab

@@ -1,12 +1,13 @@
 """What the measuring scripts share: the gauge's provider and load, gateways pinned to a core, and their CPU time.
 
-The gauge is a directory with `measure.py`, `peers/` and the sources of `load` and `upstream`; $GAUGE says where it is."""
+The gauge is `benches/gauge`: `measure.py`, `peers/` and the sources of `load` and `upstream`. Cargo builds both on first
+use, in `benches/gauge/target` or $GAUGE_TARGET."""
 
-import contextlib, json, os, shlex, signal, socket, statistics, subprocess, tempfile, time
+import contextlib, json, os, shlex, signal, socket, statistics, subprocess, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-GAUGE = os.path.abspath(os.environ.get("GAUGE", os.path.join(HERE, "..", "..", "shared", "gauge")))
-BUILT = os.environ.get("GAUGE_TARGET", os.path.join(tempfile.gettempdir(), "gauge-target"))
+GAUGE = os.path.join(HERE, "gauge")
+BUILT = os.path.abspath(os.environ.get("GAUGE_TARGET", os.path.join(GAUGE, "target")))
 ZAP = os.path.abspath(os.environ.get("ZAP_BIN", os.path.join(HERE, "..", "target", "release", "zap")))
 PROVIDERS = (9301, 9302)
 ZAP_PORT = 9412
@@ -17,8 +18,6 @@ TURN = 'The quick brown fox jumps over the lazy dog; \\"quoted\\", a \\n newline
 
 
 def build():
-    if not os.path.exists(os.path.join(GAUGE, "measure.py")):
-        raise SystemExit(f"no gauge at {GAUGE}: say where it is with GAUGE=DIRECTORY")
     if not os.path.exists(ZAP):
         raise SystemExit("no Zap to measure: cargo build --release")
     # A provider that an earlier run has left would answer in place of the one that is measured with.
@@ -26,7 +25,7 @@ def build():
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
             raise SystemExit(f"something listens on port {port} already: end it first")
     env = {**os.environ, "CARGO_TARGET_DIR": BUILT}
-    subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=GAUGE, check=True, env=env)
+    subprocess.run(["cargo", "build", "--release", "--locked", "--quiet"], cwd=GAUGE, check=True, env=env)
 
 
 def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more="", settings=""):

@@ -4,7 +4,7 @@
   benches/table.py [--rounds 5] [--secs 4] [--parts cases,tls,exact,syscalls,workers,spread,process] [--cases json-1k,…]
 
 nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
-one run. Needs nginx, haproxy, valgrind, strace, openssl and the gauge (see lab.py). With 5 rounds it takes 25 minutes."""
+one run. Needs nginx, haproxy, valgrind, strace, openssl and cargo. With 5 rounds it takes 25 minutes."""
 
 import argparse, contextlib, json, os, re, signal, socket, subprocess, sys, tempfile, time
 import lab
