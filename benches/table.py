@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole table: nginx, HAProxy and Zap doing the same job, each figure beside its target.
 
-  benches/table.py [--rounds 5] [--secs 4] [--parts cases,bound,tls,exact,syscalls,workers,spread,process]
+  benches/table.py [--rounds 5] [--secs 4] [--parts cases,bound,first,tls,exact,syscalls,workers,spread,process]
                    [--cases json-1k,…]
 
 nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
@@ -123,6 +123,33 @@ def bound(folder, args):
         better = max(nginx, haproxy)
         cells = [f"{v:,.0f}" for v in (nginx, haproxy, zap)]
         row(f"requests/s at {ms} ms of added p99, the more the better", *cells, zap / better if better else None, "none")
+
+
+def first(folder, args):
+    """What a gateway adds to the time from a request to its first event: streams that end and begin all the time."""
+    options = ["--conns", 500, "--stream"]
+    found = {name: {"p50": [], "p99": []} for name in gateways(folder)}
+
+    def ask(name, port):
+        loading = lab.load(port, options, args.secs, warm=2)
+        said = json.loads(loading.communicate(timeout=120)[0])
+        if failed := said["bad"] + said["errors"] + said["truncated"]:
+            print(f"# first event, {name}: {failed} failed", file=sys.stderr)
+        return said["ttft_us"]
+
+    for _ in range(args.rounds):
+        with lab.providers(["--chunks", "20", "--chunk-bytes", "220", "--interval-ms", "20"]):
+            alone = ask("direct", lab.PROVIDERS[0])
+            for name, (port, command) in gateways(folder).items():
+                with lab.running(command, port, lab.GATEWAY):
+                    time.sleep(1)
+                    taken = ask(name, port)
+                for figure, values in found[name].items():
+                    values.append(taken[figure] - alone[figure])
+    for figure in ("p50", "p99"):
+        nginx, haproxy, zap = (lab.median(found[name][figure]) for name in found)
+        better = min(nginx, haproxy)
+        row(f"added time to the first event: {figure}, us", nginx, haproxy, zap, zap / better if better > 0 else None, "none")
 
 
 def asked(path):
@@ -313,7 +340,7 @@ def process(folder, args):
 
 
 def main():
-    parts = {part.__name__: part for part in (cases, bound, tls, exact, syscalls, workers, spread, process)}
+    parts = {part.__name__: part for part in (cases, bound, first, tls, exact, syscalls, workers, spread, process)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=4)
