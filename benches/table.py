@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The whole table: nginx, HAProxy and Zap doing the same job, each figure beside its target.
 
-  benches/table.py [--rounds 5] [--secs 4] [--parts cases,bound,first,tls,exact,syscalls,workers,spread,process]
-                   [--cases json-1k,…]
+  benches/table.py [--rounds 5] [--secs 4] [--cases json-1k,…] [--after 60]
+                   [--parts cases,bound,first,memory,tls,exact,syscalls,workers,spread,process]
 
 nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
 one run. Needs nginx, haproxy, valgrind, strace, openssl and cargo. With 5 rounds it takes 25 minutes."""
@@ -150,6 +150,53 @@ def first(folder, args):
         nginx, haproxy, zap = (lab.median(found[name][figure]) for name in found)
         better = min(nginx, haproxy)
         row(f"added time to the first event: {figure}, us", nginx, haproxy, zap, zap / better if better > 0 else None, "none")
+
+
+def memory(folder, args):
+    """RSS of a gateway and its children at rest, in a burst of large bodies and streams, and a while after it.
+
+    Each gateway waits for its last reading while the next has its burst."""
+    streams = ["--conns", 1000, "--stream"]
+    bodies = ["--conns", 40, "--body", lab.body(folder, 4 * 2**20)]
+    found = {name: {"rest": [], "plateau": [], "after": []} for name in gateways(folder)}
+
+    def burst(name, port, pid):
+        loads = [lab.load(port, streams, args.secs + 1, warm=3)]
+        time.sleep(3)  # all streams are open now, and last longer than the burst
+        loads.append(lab.load(port, bodies, args.secs, warm=1))
+        time.sleep(1)
+        end, readings = time.time() + args.secs - 0.3, []
+        while time.time() < end:
+            readings.append(lab.rss(pid))
+            time.sleep(0.1)
+        for loading in loads:
+            said = json.loads(loading.communicate(timeout=120)[0])
+            if failed := said["bad"] + said["errors"] + said["truncated"]:
+                print(f"# memory, {name}: {failed} failed: {said}", file=sys.stderr)
+        return lab.median(readings)
+
+    for _ in range(min(args.rounds, 3)):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lab.providers(["--body-bytes", "700", "--chunks", "3000", "--chunk-bytes", "220", "--interval-ms", "20"]))
+            due = []
+            for name, (port, command) in gateways(folder).items():
+                process = stack.enter_context(lab.running(command, port, lab.GATEWAY))
+                time.sleep(1.5)
+                found[name]["rest"].append(lab.rss(process.pid))
+                found[name]["plateau"].append(burst(name, port, process.pid))
+                due.append((name, process.pid, time.time() + args.after))
+            for name, pid, at in due:
+                time.sleep(max(0, at - time.time()))
+                found[name]["after"].append(lab.rss(pid))
+    mib = {name: {at: lab.median(values) / 1024 for at, values in figures.items()} for name, figures in found.items()}
+
+    def cells(at):
+        return (figures[at] for figures in mib.values())
+
+    kept = mib["zap"]["after"] / mib["zap"]["rest"]
+    row("memory: RSS at rest, MiB", *cells("rest"), None, "none")
+    row("memory: RSS with 40 bodies of 4 MiB and 1,000 streams, MiB", *cells("plateau"), None, "none")
+    row(f"memory: RSS {args.after:.0f} s after them, MiB; ratio to rest", *cells("after"), kept, "1.50", kept <= 1.5)
 
 
 def asked(path):
@@ -340,10 +387,11 @@ def process(folder, args):
 
 
 def main():
-    parts = {part.__name__: part for part in (cases, bound, first, tls, exact, syscalls, workers, spread, process)}
+    parts = {part.__name__: part for part in (cases, bound, first, memory, tls, exact, syscalls, workers, spread, process)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=4)
+    parser.add_argument("--after", type=float, default=60, help="seconds from a burst to the last reading of its memory")
     parser.add_argument("--parts", default=",".join(parts))
     parser.add_argument("--cases", default=",".join(dict.fromkeys(case for _, case, *_ in CASES)))
     args = parser.parse_args()
