@@ -5,9 +5,15 @@
                    [--parts cases,bound,first,memory,tls,exact,syscalls,workers,spread,process]
 
 nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
-one run. Needs nginx, haproxy, valgrind, strace, openssl and cargo. With 5 rounds it takes 25 minutes."""
+one run; `bound` and `memory` take 3 rounds at most. With 5 rounds the table takes 45 minutes.
 
-import argparse, contextlib, json, math, os, re, signal, socket, subprocess, sys, tempfile, time
+From a fresh clone, on Debian, with two free cores and a limit of 20,000 open files (`ulimit -n`):
+
+  apt-get install nginx haproxy valgrind strace openssl binutils
+  cargo build --release
+  benches/table.py"""
+
+import argparse, contextlib, json, math, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 import lab
 
 PEERS = os.path.join(lab.GAUGE, "peers")
@@ -386,6 +392,15 @@ def process(folder, args):
     row("stripped binary, MiB", "", "", binary, None, "8", binary <= 8)
 
 
+def missing(parts):
+    """Programs that these parts call and the machine has not."""
+    needs = {"tls": ["openssl"], "exact": ["valgrind"], "syscalls": ["strace"], "process": ["strip"]}
+    tools = [tool for part in parts for tool in needs.get(part, [])]
+    if {*parts} & {"cases", "bound", "first", "memory", "tls", "syscalls"}:
+        tools += ["nginx", "haproxy"]
+    return [tool for tool in tools if not shutil.which(tool)]
+
+
 def main():
     parts = {part.__name__: part for part in (cases, bound, first, memory, tls, exact, syscalls, workers, spread, process)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -395,10 +410,16 @@ def main():
     parser.add_argument("--parts", default=",".join(parts))
     parser.add_argument("--cases", default=",".join(dict.fromkeys(case for _, case, *_ in CASES)))
     args = parser.parse_args()
+    chosen = args.parts.split(",")
+    if unknown := [part for part in chosen if part not in parts]:
+        parser.error(f"no part is named {', '.join(unknown)}")
+    os.environ["PATH"] += ":/usr/sbin"  # Debian's place of nginx and haproxy
+    if tools := missing(chosen):
+        raise SystemExit(f"missing: {', '.join(tools)}")
     lab.build()
     print("| figure | nginx | HAProxy | Zap | ratio | target | |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts.split(","):
+        for part in chosen:
             parts[part](folder, args)
 
 
