@@ -195,8 +195,12 @@ impl GatewayError {
         if row.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        // A key that is refused is refused again.
-        if spent && row.status.is_server_error() || *self == GatewayError::UpstreamAuth {
+        // What is refused, redirected or drained now will be so again.
+        let is_final = matches!(
+            self,
+            GatewayError::NoBackend | GatewayError::UpstreamAuth | GatewayError::UpstreamRedirect
+        );
+        if spent && row.status.is_server_error() || is_final {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         response
@@ -276,7 +280,8 @@ impl GatewayError {
                 INVALID,
                 Code::InvalidJson,
                 format!(
-                    "The body is not one JSON object (RFC 8259, UTF-8, depth at most 128): see byte {offset}, counted from 0."
+                    "The body is not one JSON object (RFC 8259, UTF-8, depth at most 128): see byte {}, counted from 0.",
+                    number(*offset)
                 ),
             ),
             E::InvalidType(key, expected) => row(
@@ -378,7 +383,10 @@ impl GatewayError {
                 StatusCode::PAYLOAD_TOO_LARGE,
                 INVALID,
                 Code::RequestTooLarge,
-                format!("The request body is larger than {limit} bytes; send less, or ask the operator for a higher server.max_body_bytes."),
+                format!(
+                    "The request body is larger than {} bytes; send less, or ask the operator for a higher server.max_body_bytes.",
+                    number(*limit)
+                ),
             )),
             E::UnknownUrl => row(
                 StatusCode::NOT_FOUND,
@@ -447,6 +455,12 @@ impl GatewayError {
             ),
         }
     }
+}
+
+/// A number for a message, in hexadecimal where its digits would hold `429`: frameworks look for that in any text.
+fn number(n: u64) -> String {
+    let decimal = n.to_string();
+    if decimal.contains("429") { format!("{n:#x}") } else { decimal }
 }
 
 impl fmt::Display for GatewayError {
@@ -550,7 +564,12 @@ mod tests {
         }
         assert!(!is_misleading(STREAM_INTERRUPTED));
         assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
-        assert_eq!(GatewayError::UpstreamAuth.response(false).headers()["x-should-retry"], "false");
+        for error in [GatewayError::NoBackend, GatewayError::UpstreamAuth, GatewayError::UpstreamRedirect] {
+            assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");
+        }
+        for (n, text) in [(42, "42"), (429, "0x1ad"), (14_290, "0x37d2"), (4_294_967_296, "0x100000000")] {
+            assert_eq!(number(n), text);
+        }
     }
 
     /// Frameworks take an answer with these words for a rate limit or too long a prompt, whatever its status.

@@ -21,7 +21,8 @@ use crate::policy::fields::same_but_for_case;
 
 pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
-const HEALTH_PATH: &str = "/health";
+/// `health_path` where none is given.
+pub const HEALTH_PATH: &str = "/health";
 const CHAT_PATH: &str = "/v1/chat/completions";
 /// Bytes of the longest backend name.
 const MAX_NAME: usize = 64;

@@ -33,7 +33,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
 use self::toml_reader::Sink;
-pub use self::{secret::Secret, url::BaseUrl};
+pub use self::{backend::HEALTH_PATH, secret::Secret, url::BaseUrl};
 use crate::policy::route::{Named, Pattern, Rule};
 
 /// Bytes of the largest configuration file that is read.

@@ -14,7 +14,7 @@ use crate::error::GatewayError;
 use crate::policy::Nanos;
 use crate::policy::balance::BackendId;
 use crate::policy::dispatch::Busy;
-use crate::policy::queue::{Entry, Place, QueueFull, Slot};
+use crate::policy::queue::{Entry, Outside, Place, QueueFull, Slot};
 use crate::policy::quota::{LEEWAY, Turn};
 use crate::server::alarm::Elapsed;
 use crate::server::io::Conn;
@@ -59,6 +59,8 @@ pub struct Line {
     places: Vec<(BackendId, Place)>,
     /// A place that came.
     pub granted: Option<(BackendId, Slot)>,
+    /// It counts as waiting from its first wait on, so that nobody takes its place in the queue while it looks again.
+    outside: Option<Outside>,
 }
 
 /// What a request waits for.
@@ -85,9 +87,28 @@ impl Line {
         self.quota.as_ref().and_then(|(_, line)| line.turn())
     }
 
-    /// Whether it has a place before a full backend.
+    /// Whether the request waits for busy targets, in whatever line.
     pub fn stands(&self) -> bool {
-        !self.places.is_empty()
+        self.outside.is_some() || self.quota.is_some() || !self.places.is_empty()
+    }
+
+    /// Takes a slot for another look, without losing what the request has waited for where one is free.
+    ///
+    /// # Errors
+    /// As [`admit`].
+    pub async fn readmit(
+        &mut self,
+        gateway: &Gateway,
+        conn: &Conn,
+        completion: &mut Completion,
+        deadline: Nanos,
+    ) -> Result<Slot, GatewayError> {
+        if let Some(slot) = gateway.shared().admission.try_pass() {
+            return Ok(slot);
+        }
+        // It may not count twice while it waits for a slot.
+        self.outside = None;
+        admit(gateway, conn, completion, deadline).await
     }
 
     /// Leaves all lines where the request has `entered` a backend.
@@ -123,7 +144,9 @@ impl Line {
         if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
             return Err(too_late(at, since));
         }
-        let _outside = gateway.shared().admission.wait_outside()?;
+        if self.outside.is_none() {
+            self.outside = Some(gateway.shared().admission.wait_outside()?);
+        }
         completion.phase = Phase::Queued;
         self.stand(snapshot, busy, first);
         let result = loop {

@@ -11,7 +11,7 @@ use http::response::Parts;
 use tokio::time::sleep;
 
 use super::Gateway;
-use super::admit::{Line, Wait, admit, refusal};
+use super::admit::{Line, Wait, refusal};
 use super::intake::ChatRequest;
 use crate::clock;
 use crate::error::{Code, GatewayError};
@@ -131,7 +131,7 @@ impl Attempts<'_> {
                     drop(slot.take());
                     let wait = Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline };
                     line.wait(self.gateway, self.conn, self.completion, wait, reopened).await?;
-                    slot = Some(admit(self.gateway, self.conn, self.completion, self.deadline).await?);
+                    slot = Some(line.readmit(self.gateway, self.conn, self.completion, self.deadline).await?);
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {

@@ -149,10 +149,13 @@ impl Attempts<'_> {
         upstream: &Arc<Upstream>,
         dispatch: &mut Dispatch,
     ) -> Option<Failure> {
-        if let Some(span) = advertised::exhausted(&head.headers, SystemTime::now) {
+        let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
+        // A refusal closes nobody: one client's request could close the backend for all with it.
+        if (status < 400 || status == 429)
+            && let Some(span) = advertised::exhausted(&head.headers, SystemTime::now)
+        {
             self.cool(target, span);
         }
-        let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
         let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else { return None };
         match failure.mark {
             Some(Mark::Cool) => self.cool(target, cooling(&head.headers, SystemTime::now())),

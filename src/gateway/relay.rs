@@ -211,23 +211,30 @@ impl RelayBody {
         self.held.as_ref().is_some_and(|h| h.lease.link.is_end())
     }
 
+    /// The stream has said that it is over, whatever the transport says.
+    fn is_over(&self) -> bool {
+        self.shape.done_expected && self.tail.has_done()
+            || self.seen.as_ref().is_some_and(|seen| seen.is_over())
+    }
+
     /// The upstream's body is whole.
     fn finish(&mut self) {
         self.state = State::Ended;
         let Some(mut held) = self.held.take() else { return };
         let now = clock::now();
-        held.speak_for_backend(now);
-        held.completion.end = End::Complete;
         if self.shape.done_expected && !self.tail.has_done() {
             held.completion.end = End::UpstreamError;
             held.completion.recorder().lane().interrupted(Side::Upstream);
+        } else {
+            held.completion.end = End::Complete;
+            held.speak_for_backend(now);
         }
         self.gateway.pool().park(held.lease, now);
     }
 
     /// The upstream broke off, fell silent, or time is up: what came stays, the rest is visibly missing.
     fn interrupt(&mut self, end: End) -> Poll<Option<Result<Bytes, Cut>>> {
-        if self.shape.done_expected && self.tail.has_done() {
+        if self.is_over() {
             return self.end_behind_done();
         }
         self.state = State::Flushing;
@@ -240,7 +247,8 @@ impl RelayBody {
             let recorder = held.completion.recorder().clone();
             if !self.gateway.is_cut() {
                 let code = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
-                self.gateway.account(&upstream, code, true);
+                // An error says all that there is to say by its status: it was judged by that.
+                self.gateway.account(&upstream, code, held.completion.status < 400);
             }
             if self.shape.is_stream {
                 recorder.lane().interrupted(Side::Upstream);

@@ -43,6 +43,12 @@ const MAX_SKIPPED: u64 = 64;
 pub struct Cursor(AtomicU64);
 
 impl Cursor {
+    /// A cursor that begins `turns` into the schedule. Kinds of traffic that all began at the same member would send it
+    /// their first requests, which are all that some of them have.
+    pub fn starting_at(turns: u64) -> Self {
+        Cursor(AtomicU64::new(turns))
+    }
+
     /// A cursor that goes on where `other` stands.
     pub fn resumed(other: &Cursor) -> Self {
         Cursor(AtomicU64::new(other.0.load(Ordering::Relaxed)))

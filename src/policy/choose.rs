@@ -112,7 +112,7 @@ pub trait Fleet {
     /// The backend at which the request holds a place that it waited for.
     fn granted(&self) -> Option<BackendId>;
 
-    /// Whether the request stands in line before a full backend.
+    /// Whether the request waits for busy targets already.
     fn stands_in_line(&self) -> bool;
 }
 

@@ -24,6 +24,7 @@ static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 pub struct Seen {
     sequence: Sequence,
     created: Created,
+    terminal: Terminal,
 }
 
 impl Seen {
@@ -31,6 +32,12 @@ impl Seen {
     pub fn feed(&mut self, data: &[u8]) {
         self.sequence.feed(data);
         self.created.feed(data);
+        self.terminal.feed(data);
+    }
+
+    /// The event that ends a response has come whole: `response.completed`, `.failed` or `.incomplete`.
+    pub fn is_over(&self) -> bool {
+        self.terminal.at == TerminalAt::Behind
     }
 
     /// The event that says that the response failed. `request_id` stands in for an id that never came, `error` is the
@@ -59,6 +66,63 @@ impl Seen {
 fn text(spelled: &Option<Vec<u8>>) -> Option<String> {
     let spelled = spelled.as_ref()?;
     serde_json::from_slice(&[b"\"", &**spelled, b"\""].concat()).ok()
+}
+
+/// Longest beginning of a line that tells a terminal event.
+const MAX_LINE: usize = 48;
+
+/// Beginnings of lines that tell a terminal event, spaces left out.
+const TERMINAL: [&[u8]; 6] = [
+    b"event:response.completed",
+    b"event:response.failed",
+    b"event:response.incomplete",
+    b"data:{\"type\":\"response.completed\"",
+    b"data:{\"type\":\"response.failed\"",
+    b"data:{\"type\":\"response.incomplete\"",
+];
+
+/// Looks for the event that ends a response, by the beginnings of lines.
+#[derive(Debug, Default)]
+struct Terminal {
+    at: TerminalAt,
+    /// The beginning of the present line, spaces left out.
+    line: Vec<u8>,
+    /// Whether the present line has had a byte.
+    has_bytes: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum TerminalAt {
+    #[default]
+    Before,
+    Inside,
+    Behind,
+}
+
+impl Terminal {
+    fn feed(&mut self, data: &[u8]) {
+        let mut rest = data;
+        while !rest.is_empty() && self.at != TerminalAt::Behind {
+            let end = memchr::memchr(b'\n', rest);
+            let part = &rest[..end.unwrap_or(rest.len())];
+            self.has_bytes |= part.iter().any(|b| *b != b'\r');
+            let room = MAX_LINE - self.line.len();
+            self.line.extend(part.iter().filter(|b| !matches!(b, b' ' | b'\r')).take(room));
+            let Some(end) = end else { return };
+            self.end_line();
+            rest = &rest[end + 1..];
+        }
+    }
+
+    fn end_line(&mut self) {
+        if TERMINAL.iter().any(|known| self.line.starts_with(known)) {
+            self.at = TerminalAt::Inside;
+        } else if !self.has_bytes && self.at == TerminalAt::Inside {
+            self.at = TerminalAt::Behind;
+        }
+        self.line.clear();
+        self.has_bytes = false;
+    }
 }
 
 /// The last `"sequence_number":N`.
@@ -395,12 +459,33 @@ mod tests {
         assert!(seen.created.done && seen.created.json.text.capacity() <= 2 * MAX_TEXT);
     }
 
+    #[test]
+    fn the_event_that_ends_a_response_is_known() {
+        for (stream, over) in [
+            ("", false),
+            (CREATED, false),
+            ("event: response.completed\ndata: {}\n\n", true),
+            ("event:response.failed\r\ndata: {}\r\n\r\n", true),
+            ("data: {\"type\": \"response.incomplete\",\"response\":{}}\n\n", true),
+            ("event: response.completed\ndata: {}\n", false),
+            ("event: response.completed\ndata: {\"resp", false),
+            (
+                "data: {\"type\":\"response.output_text.delta\",\"delta\":\"event: response.completed\"}\n\n",
+                false,
+            ),
+            ("event: response.completed\ndata: {}\n\n: more\n\nevent: x", true),
+        ] {
+            assert_eq!(seen(&[stream.as_bytes()]).is_over(), over, "{stream}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_chunking_gives_the_same(
             parts in prop::collection::vec(prop::sample::select(vec![
                 CREATED, "\"sequence_number\":", "\"sequence_number", "\"sequence_number\" : 4", "1", "2,", "}", "\"", "\n",
                 "data: {\"response\":{", "\"id\":\"i\",", "\"model\":\"\\\"", "\"created_at\":3", "\\", "data", ": ",
+                "event: response.completed", "\r\n", "data:{\"type\" :\"response.failed\"",
             ]), 0..14),
             cuts in prop::collection::vec(1usize..30, 1..6),
         ) {
@@ -411,7 +496,8 @@ mod tests {
                 cut.feed(piece);
                 rest = more;
             }
-            prop_assert_eq!(event(&cut), event(&seen(&[text.as_bytes()])), "{:?}", text);
+            let whole = seen(&[text.as_bytes()]);
+            prop_assert_eq!((event(&cut), cut.is_over()), (event(&whole), whole.is_over()), "{:?}", text);
         }
     }
 }

@@ -266,6 +266,11 @@ impl Table {
         &self.routes[id]
     }
 
+    /// Whether a route is for one name or prefix, and not for all that have no route of their own.
+    pub fn is_by_name(&self, id: RouteId) -> bool {
+        ![self.open, self.unnamed, self.catch_all].contains(&Some(id))
+    }
+
     /// All routes, by index.
     pub fn routes(&self) -> &[Route] {
         &self.routes

@@ -104,7 +104,7 @@ pub struct View<'a> {
     pub turn: Option<&'a Turn>,
     /// The backend at which the request holds a place that it waited for.
     pub granted: Option<BackendId>,
-    /// The request stands in line before a full backend.
+    /// The request waits for busy targets already.
     pub stands_in_line: bool,
 }
 
@@ -366,7 +366,8 @@ impl Layout {
             let known = before.filter(|b| shapes_of(b, route) == shapes_of(&layout, route));
             let cursor = |slot: usize, endpoint: usize| {
                 let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][slot][endpoint]));
-                resumed.unwrap_or_default()
+                let start = if layout.table.is_by_name(route) { route + endpoint } else { endpoint };
+                resumed.unwrap_or_else(|| Cursor::starting_at(start as u64))
             };
             (0..slots[0].max(slots[1]))
                 .map(|slot| std::array::from_fn(|endpoint| cursor(slot, endpoint)))

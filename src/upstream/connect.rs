@@ -71,6 +71,8 @@ fn read_pem(path: &Path) -> Result<Vec<CertificateDer<'static>>, BoxError> {
 #[derive(Clone)]
 pub struct Connector {
     https: HttpsConnector<Dialer>,
+    dialer: Dialer,
+    tls: Arc<ClientConfig>,
     to: Uri,
     /// What stands in `ca_file`.
     own_roots: Arc<[CertificateDer<'static>]>,
@@ -99,9 +101,16 @@ impl Connector {
             }
             None => Vec::new(),
         };
-        let tls = roots.config(&own_roots)?;
+        let tls = Arc::new(roots.config(&own_roots)?);
         let dialer = Dialer::new(Resolver::system());
-        Ok(Connector { https: HttpsConnector::from((dialer, tls)), to, own_roots: own_roots.into() })
+        let https = HttpsConnector::from((dialer.clone(), tls.clone()));
+        Ok(Connector { https, dialer, tls, to, own_roots: own_roots.into() })
+    }
+
+    /// A connector to the same backend that takes the turns of its addresses for itself.
+    pub fn with_own_turns(&self) -> Self {
+        let https = HttpsConnector::from((self.dialer.with_own_turns(), self.tls.clone()));
+        Connector { https, ..self.clone() }
     }
 
     /// Whether both trust the same certificates beside the system's.

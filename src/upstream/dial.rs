@@ -87,13 +87,21 @@ fn is_ours(error: &io::Error, to: Option<SocketAddr>) -> bool {
 /// where it has none (`::1` without IPv6), that `to` cannot be reached. Sends nothing.
 fn has_source(to: SocketAddr) -> bool {
     let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(to)).is_ok()
+    let found = UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(to));
+    // Where even that lacks something of this machine, nothing is known against the peer.
+    found.map_or_else(|error| is_ours(&error, None), |()| true)
 }
 
 impl Dialer {
     /// Looks names up by `resolver`.
     pub fn new(resolver: Resolver) -> Self {
         Dialer { resolver, turn: Arc::default() }
+    }
+
+    /// The same host, with turns of its own: two kinds of connections that shared the turns could each always get the same
+    /// of two addresses.
+    pub fn with_own_turns(&self) -> Self {
+        Dialer::new(self.resolver.clone())
     }
 
     /// Opens a connection to `host`, a name or an address, which may stand in brackets.

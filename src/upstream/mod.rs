@@ -33,7 +33,7 @@ use xxhash_rust::xxh64::xxh64;
 use self::connect::Connector;
 use self::link::write_header;
 use crate::clock;
-use crate::config;
+use crate::config::{self, HEALTH_PATH};
 use crate::error::Code;
 use crate::policy::Nanos;
 use crate::policy::balance::Penalty;
@@ -71,6 +71,8 @@ pub struct Upstream {
     /// A hash of its name, the same in every process.
     pub identity: u64,
     connector: Connector,
+    /// For health checks.
+    check_connector: Connector,
     /// Its own limit of requests at once, and the line before it.
     places: Option<Arc<Admission>>,
     quota: Option<Arc<Quota>>,
@@ -198,6 +200,7 @@ impl Upstream {
             own: own.into_iter().map(|(name, _)| name).collect(),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),
+            check_connector: connector.with_own_turns(),
             connector,
             places,
             quota,
@@ -219,6 +222,11 @@ impl Upstream {
     /// Its name in labels, headers and logs.
     pub fn name(&self) -> &str {
         &self.conf.name
+    }
+
+    /// The connector for its health checks.
+    pub fn check_connector(&self) -> &Connector {
+        &self.check_connector
     }
 
     /// The connector to it.
@@ -393,8 +401,10 @@ fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()],
 
 /// The path of a backend's `url` with another one behind it. Where the first ends in `/v1` and the second begins with
 /// it, it is sent once: SDKs call `https://api.openai.com/v1` the base URL, so many an operator writes it as `url`.
+/// The default health path is looked for at the root, where engines have it.
 fn joined(base: &str, path: &str) -> String {
-    let base = base.strip_suffix("/v1").filter(|_| path.starts_with("/v1/")).unwrap_or(base);
+    let is_of_root = path.starts_with("/v1/") || path == HEALTH_PATH;
+    let base = base.strip_suffix("/v1").filter(|_| is_of_root).unwrap_or(base);
     format!("{base}{path}")
 }
 

@@ -85,7 +85,7 @@ pub fn announce(shared: &Shared, upstream: &Upstream, change: Change, cause: &st
 
 /// One check: GET of `health_path` with the backend's key. `None`: this machine could not ask.
 async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
-    let io = match upstream.connector().connect(connect).await {
+    let io = match upstream.check_connector().connect(connect).await {
         Ok(io) => io,
         Err(ConnectError::Exhausted(_)) => return None,
         Err(ConnectError::Peer { .. }) => return Some(Probe::Failed),

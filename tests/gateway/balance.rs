@@ -40,6 +40,22 @@ fn a_backend_that_fails_keeps_its_share_of_first_tries() {
 }
 
 #[test]
+fn first_requests_for_many_models_do_not_all_go_to_one_backend() {
+    for strategy in ["round_robin", "least_loaded"] {
+        let (a, b) = (Provider::named("a"), Provider::named("b"));
+        let names: Vec<_> = (0..60).map(|n| format!("\"m{n}\"")).collect();
+        let served = format!("models = [{}]", names.join(", "));
+        let settings = format!("[load_balancer]\nstrategy = \"{strategy}\"");
+        let zap = Zap::with(&settings, &[a.backend("a", &served), b.backend("b", &served)]);
+        let mut client = zap.client();
+        for name in names {
+            assert_eq!(client.chat("", format!("{{\"model\":{name},\"messages\":[]}}")).status, 200);
+        }
+        assert_eq!((a.count(), b.count()), (30, 30), "{strategy}");
+    }
+}
+
+#[test]
 fn endpoints_and_routes_take_turns_of_their_own() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let served = "models = [\"m\", \"n\"]";

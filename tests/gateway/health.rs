@@ -3,8 +3,8 @@
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::support::provider::{After, Gate, end_chunks, reply, start_events, wait_closed};
-use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
+use crate::support::{CHAT, PATIENCE, Provider, STREAM, Zap, eventually};
 
 fn state(zap: &Zap, i: usize) -> String {
     zap.client().get("/status").json()["backends"][i]["state"].as_str().unwrap().to_owned()
@@ -75,7 +75,8 @@ fn is_found_out(answers: impl Fn(&mut TcpStream) -> After + Send + Sync + 'stati
     let ends = AtomicBool::new(false);
     std::thread::scope(|s| {
         s.spawn(|| {
-            while !ends.load(Ordering::Relaxed) {
+            let since = std::time::Instant::now();
+            while !ends.load(Ordering::Relaxed) && since.elapsed() < 2 * PATIENCE {
                 let mut client = zap.client();
                 client.post("/chat", "", body);
                 let _ = client.head();
@@ -102,6 +103,16 @@ fn a_head_without_a_body_that_ends_whole_is_no_success() {
     is_found_out(
         |stream| {
             start_events(stream);
+            end_chunks(stream);
+            After::Keep
+        },
+        STREAM,
+    );
+    // Streams that end without saying so.
+    is_found_out(
+        |stream| {
+            start_events(stream);
+            chunk(stream, ": hi\n\n");
             end_chunks(stream);
             After::Keep
         },

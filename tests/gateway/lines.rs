@@ -84,6 +84,29 @@ fn who_waits_for_a_full_backend_is_served_by_one_that_comes_back() {
 }
 
 #[test]
+fn a_wait_for_cooling_goes_on_when_the_backend_is_ejected() {
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        match asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
+            0 => reply(stream, 429, "retry-after: 3\r\n", b"wait"),
+            _ => reply(stream, 200, "", b"served"),
+        }
+        After::Keep
+    });
+    let zap = Zap::with("[health]\ninterval_secs = 1\nfailure_threshold = 1", &[a.backend("a", "")]);
+    assert_eq!(zap.chat(CHAT).status, 429);
+    a.set_health(500);
+    let mut client = zap.client();
+    client.post("/chat", "", CHAT);
+    eventually("it waits", || zap.metric("zap_queue_depth") == 1.0);
+    eventually("a is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    let answer = client.response();
+    assert_eq!((answer.status, answer.text()), (200, "served"));
+    assert_eq!(zap.metric("zap_panic_picks_total"), 1.0);
+    zap.is_clean();
+}
+
+#[test]
 fn who_leaves_the_line_gives_its_place_to_the_next() {
     let gate = Gate::default();
     let a = gated(&gate);

@@ -116,6 +116,26 @@ fn failed_response(text: &str) -> serde_json::Value {
 }
 
 #[test]
+fn a_response_that_was_completed_is_whole_however_its_connection_ends() {
+    let events = "event: response.created\ndata: {\"type\":\"response.created\"}\n\nevent: response.completed\ndata: {\"type\":\"response.completed\"}\n\n";
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        chunk(stream, events);
+        // Neither the last chunk nor a word more.
+        After::Close
+    });
+    let settings = "[health]\nfailure_threshold = 1\ninterval_secs = 600";
+    let zap = Zap::with(settings, &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/v1/responses", "", r#"{"stream":true,"input":"hi"}"#);
+    let answer = client.response();
+    assert_eq!((answer.text(), answer.whole), (events, true));
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
+    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
+    zap.is_clean();
+}
+
+#[test]
 fn a_cut_stream_of_responses_ends_as_that_endpoint_does() {
     let created = "event: response.created\ndata: {\"type\":\"response.created\",\"response\":{\"id\":\"resp_\\u0031\",\"object\":\"response\",\"created_at\":1741290958,\"metadata\":{\"model\":\"no\"},\"model\":\"gpt\"},\"sequence_number\":0}\n\n";
     let delta = "event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"sequence_number\": 41,\"delta\":\"\\\"sequence_number\\\":7\"}\n\n";

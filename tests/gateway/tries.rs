@@ -269,6 +269,29 @@ fn a_403_or_402_is_tried_elsewhere_and_closes_nobody() {
 }
 
 #[test]
+fn a_refusal_closes_nobody_whatever_its_headers_say_and_however_its_body_ends() {
+    for status in [400, 402, 403] {
+        let a = Provider::start(move |seen, stream| {
+            if String::from_utf8_lossy(&seen.body).contains("flagged") {
+                let spent = "x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 50s\r\n";
+                let head = format!("HTTP/1.1 {status} X\r\ncontent-length: 100\r\n{spent}\r\nnot");
+                let _ = stream.write_all(head.as_bytes());
+                return After::Close;
+            }
+            reply(stream, 200, "", b"ok");
+            After::Keep
+        });
+        let settings = "[health]\nfailure_threshold = 1\ninterval_secs = 600\n[retry]\nmax_retries = 0";
+        let zap = Zap::with(settings, &[a.backend("a", "")]);
+        let answer = zap.chat(r#"{"messages":["flagged"]}"#);
+        assert_eq!((answer.status, answer.whole), (status, false));
+        assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "healthy");
+        assert_eq!(zap.chat(CHAT).text(), "ok");
+        zap.is_clean();
+    }
+}
+
+#[test]
 fn the_last_answer_that_came_is_delivered_although_the_last_try_got_none() {
     let a = Provider::fixed(403, "", "not that");
     let gone = || backend(Provider::nobody(), "b", "");

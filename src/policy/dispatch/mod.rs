@@ -220,7 +220,7 @@ impl Dispatch {
                 self.asked = Some(target);
                 Do::Try { target, until: self.share(now, fleet), panic }
             }
-            // A target that is out is waited for only where the request stood in its line before.
+            // Targets that are out are waited for only where the request waited already.
             Look::Busy { busy, panic } if panic && !fleet.stands_in_line() => Do::Refuse(Refusal::Busy(busy)),
             Look::Busy { busy, .. } => Do::Wait(busy),
             Look::KeysRefused => Do::Refuse(Refusal::KeysRefused),

@@ -173,8 +173,8 @@ impl Scanner<'_> {
     #[cold]
     fn check_case(&self, text: &[u8]) -> Result<(), Fault> {
         match Member::case_variant(text, self.watch) {
-            // Both spellings may be droppable.
-            Some(Member::Droppable(_)) if self.droppable.is_some() => Ok(()),
+            // The configuration knows this spelling.
+            Some(_) if self.droppable.is_some() => Ok(()),
             Some(member) => {
                 let key = String::from_utf8_lossy(text).into();
                 Err(Box::new(ScanError::CaseVariant { key, member }))
