@@ -15,8 +15,8 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use zap::policy::patch::{ModelText, Slices, slices, splices};
-use zap::policy::scan::Scanner;
+use zap::json::patch::{ModelText, Slices, slices, splices};
+use zap::json::scan::Scanner;
 
 const SIZES: [(&str, usize); 6] = [
     ("200B", 200),

@@ -17,16 +17,16 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use tokio::sync::Semaphore;
 use zap::config::{Config, LogFormat};
-use zap::policy::Nanos;
+use zap::gateway::state::Shared;
 use zap::policy::balance::{Cursor, Schedule, Turns};
 use zap::policy::breaker::{Breaker, Status, Thresholds};
 use zap::policy::choose;
 use zap::policy::limit::{Limiter, WINDOW};
 use zap::policy::queue::Admission;
-use zap::state::Shared;
-use zap::state::snapshot::{Ask, View};
-use zap::telemetry::Endpoint;
+use zap::protocol::Endpoint;
 use zap::telemetry::log::Log;
+use zap::time::Nanos;
+use zap::upstream::fleet::{Ask, View};
 
 /// Measures `call` on one thread and on two. It is given the thread's number and a number that rises.
 fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64, u64) + Sync) {

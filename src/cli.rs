@@ -107,7 +107,7 @@ fn check(file: &Path) -> ExitCode {
     for warning in &config.warnings {
         eprintln!("warning: {warning}");
     }
-    match crate::state::prepare(config, None) {
+    match crate::upstream::fleet::prepare(config, None) {
         Ok(fleet) => println!("{}: fine, {} backends", file.display(), fleet.backends.len()),
         Err(what) => {
             eprintln!("{}: {what}", file.display());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::policy::{Nanos, SECOND};
+use crate::time::{Nanos, SECOND};
 
 static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 

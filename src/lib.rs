@@ -17,25 +17,33 @@
 //! 6. [`telemetry`] takes one record per finished request and makes metrics and log lines of it.
 //! 7. [`error`] is the one table of refusals; [`demo`] the built-in mock provider; [`cli`] the command line.
 
-pub mod config;
-
-pub mod state;
+pub mod time;
 
 pub mod clock;
 
-pub mod gather;
+pub mod code;
 
-pub mod server;
+pub mod counter;
 
-pub mod gateway;
+pub mod json;
+
+pub mod http1;
+
+pub mod protocol;
 
 pub mod policy;
+
+pub mod config;
 
 pub mod upstream;
 
 pub mod telemetry;
 
-pub mod error;
+pub mod client;
+
+pub mod gateway;
+
+pub mod server;
 
 pub mod demo;
 
@@ -50,10 +58,10 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::Receiver;
 
-use self::config::Config;
-use self::server::drain::Order;
-use self::state::Shared;
-use self::telemetry::log::Log;
+use crate::config::Config;
+use crate::gateway::state::Shared;
+use crate::server::drain::Order;
+use crate::telemetry::log::Log;
 
 /// Why [`run`] ended early.
 #[derive(Debug)]

@@ -9,15 +9,13 @@ use std::{
 
 use http::{HeaderName, HeaderValue};
 
-use super::{
-    Backend, BaseUrl, Secret,
-    expand::expand,
-    models::{model, rules},
-    raw::{IN_FLIGHT, REQUESTS_PER_MINUTE, Surroundings},
-    toml_reader::{Number, Range, Section, Text},
-    url::is_path,
-};
-use crate::policy::fields::same_but_for_case;
+use crate::config::expand::expand;
+use crate::config::models::{model, rules};
+use crate::config::raw::{IN_FLIGHT, REQUESTS_PER_MINUTE, Surroundings};
+use crate::config::toml_reader::{Number, Range, Section, Text};
+use crate::config::url::is_path;
+use crate::config::{Backend, BaseUrl, Secret};
+use crate::json::members::same_but_for_case;
 
 pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use ring::digest::{SHA256, digest};
 
-use super::models::pattern;
-use super::raw::{REQUESTS_PER_MINUTE, Surroundings};
-use super::toml_reader::{Section, Text};
-use super::{ClientKey, backend};
+use crate::config::models::pattern;
+use crate::config::raw::{REQUESTS_PER_MINUTE, Surroundings};
+use crate::config::toml_reader::{Section, Text};
+use crate::config::{ClientKey, backend};
 
 /// The keys, and whether one stands in the text itself.
 pub(super) fn clients(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> (Vec<ClientKey>, bool) {

@@ -1,7 +1,7 @@
 //! Which models a backend serves, and the routes that have names of their own.
 
-use super::toml_reader::{Number, Range, Section, Text};
-use super::{Backend, backend};
+use crate::config::toml_reader::{Number, Range, Section, Text};
+use crate::config::{Backend, backend};
 use crate::policy::near::nearest;
 use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
 

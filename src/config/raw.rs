@@ -9,10 +9,10 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{
+use crate::config::toml_reader::{Number, Range, Section, Text};
+use crate::config::{
     Config, Health, Log, LogFormat, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend, clients,
     models,
-    toml_reader::{Number, Range, Section, Text},
 };
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

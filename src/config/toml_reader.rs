@@ -9,7 +9,7 @@ use std::{cell::RefCell, fmt::Display, time::Duration};
 use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
-use super::suggest::{is_harmless, nearest};
+use crate::config::suggest::{is_harmless, nearest};
 
 /// Collects faults, each with the line it belongs to.
 pub(super) struct Sink<'t> {

@@ -11,7 +11,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1;
 use hyper::rt::{Read, ReadBufCursor, Write};
 
-use crate::upstream::decode::{Decoder, Invalid, MAX_HEAD, MAX_HEADERS};
+use crate::http1::decode::{Decoder, Invalid, MAX_HEAD, MAX_HEADERS};
 
 /// What was read of an answer.
 #[derive(Debug, PartialEq)]

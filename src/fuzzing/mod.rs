@@ -15,12 +15,15 @@ use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-pub use self::answers::upstream_response;
-pub use self::patch::patch;
 use crate::config::Config;
+pub use crate::fuzzing::answers::upstream_response;
+pub use crate::fuzzing::patch::patch;
+use crate::http1::{head, headers as policy_headers};
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
-use crate::policy::{MILLI, Nanos, advertised, head, headers as policy_headers, retry};
+use crate::policy::retry;
+use crate::protocol::rate_limits;
+use crate::time::{MILLI, Nanos};
 
 /// `policy::head`: what is said of a prefix stays true of the whole.
 pub fn head(data: &[u8]) {
@@ -188,11 +191,11 @@ pub fn retry_after(data: &[u8]) {
 /// closes for exactly its reset.
 fn reset(line: &[u8], wall: SystemTime) {
     let Ok(value) = HeaderValue::from_bytes(line) else { return };
-    let read = value.to_str().ok().and_then(|text| advertised::reset_in(text, wall));
-    assert!(read.is_none_or(|span| span <= advertised::MAX_RESET), "{read:?}");
+    let read = value.to_str().ok().and_then(|text| rate_limits::reset_in(text, wall));
+    assert!(read.is_none_or(|span| span <= rate_limits::MAX_RESET), "{read:?}");
     let text = value.to_str().map(str::trim).unwrap_or_default();
     let whole = |text: &str| text.parse::<u32>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
-    let plain = |span: Duration| Some(span.min(advertised::MAX_RESET));
+    let plain = |span: Duration| Some(span.min(rate_limits::MAX_RESET));
     let ago = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     if let Some(seconds) = whole(text) {
         let span = Duration::from_secs(u64::from(seconds));
@@ -210,7 +213,7 @@ fn reset(line: &[u8], wall: SystemTime) {
     let mut headers = HeaderMap::new();
     headers.insert("x-ratelimit-remaining-tokens-minute", HeaderValue::from_static("0"));
     headers.insert("x-ratelimit-reset-tokens-minute", value);
-    assert_eq!(advertised::exhausted(&headers, || wall), read);
+    assert_eq!(rate_limits::exhausted(&headers, || wall), read);
 }
 
 /// `policy::limit`: a window and a limiter, against naive logs.

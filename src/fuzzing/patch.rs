@@ -7,9 +7,9 @@ use bytes::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::policy::fields::{Fields, Kind, MAX_NAME, Member, Model, Place, ScanError, Watch};
-use crate::policy::patch::{ModelText, slices, splices};
-use crate::policy::scan::{MAX_DEPTH, Scanner};
+use crate::json::members::{Fields, Kind, MAX_NAME, Member, Model, Place, ScanError, Watch};
+use crate::json::patch::{ModelText, slices, splices};
+use crate::json::scan::{MAX_DEPTH, Scanner};
 
 /// `policy::scan` and `policy::patch` on a request body, against serde_json.
 ///

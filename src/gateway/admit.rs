@@ -8,19 +8,19 @@ use std::time::Duration;
 use tokio::sync::futures::Notified;
 use tokio::time::sleep;
 
-use super::Gateway;
+use crate::client::conn::Conn;
+use crate::client::deadline::Elapsed;
 use crate::clock;
-use crate::error::GatewayError;
-use crate::policy::Nanos;
+use crate::gateway::Gateway;
+use crate::gateway::refusal::GatewayError;
 use crate::policy::balance::BackendId;
 use crate::policy::dispatch::Busy;
 use crate::policy::queue::{Entry, Outside, Place, QueueFull, Slot};
 use crate::policy::quota::{LEEWAY, Turn};
-use crate::server::alarm::Elapsed;
-use crate::server::io::Conn;
-use crate::state::snapshot::Snapshot;
 use crate::telemetry::{Completion, Phase};
+use crate::time::Nanos;
 use crate::upstream::InLine;
+use crate::upstream::fleet::Snapshot;
 
 impl From<QueueFull> for GatewayError {
     fn from(_: QueueFull) -> Self {

@@ -1,5 +1,5 @@
 //! The driver of a request's tries: it does what [`Dispatch`] says, until there is an answer to relay or an error. What
-//! one try is, is [`super::once`]'s business.
+//! one try is, is [`crate::gateway::one_try`]'s business.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -10,22 +10,24 @@ use http::header::{HeaderValue, RETRY_AFTER};
 use http::response::Parts;
 use tokio::time::sleep;
 
-use super::Gateway;
-use super::admit::{Line, Wait, refusal};
-use super::intake::ChatRequest;
+use crate::client::conn::Conn;
 use crate::clock;
-use crate::error::{Code, GatewayError};
+use crate::code::Code;
+use crate::gateway::Gateway;
+use crate::gateway::admit::{Line, Wait, refusal};
+use crate::gateway::intake::ChatRequest;
+use crate::gateway::refusal::GatewayError;
+use crate::http1::headers;
+use crate::http1::headers::About;
 use crate::policy::choose::Closed;
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
-use crate::policy::headers::{self, About};
 use crate::policy::queue::Slot;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::route::TargetId;
-use crate::policy::{Nanos, SECOND};
-use crate::server::io::Conn;
-use crate::state::snapshot::{Ask, Snapshot, View};
 use crate::telemetry::{Completion, Phase};
+use crate::time::{Nanos, SECOND};
 use crate::upstream::InFlight;
+use crate::upstream::fleet::{Ask, Snapshot, View};
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 

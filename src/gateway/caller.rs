@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use http::HeaderMap;
 
-use super::Gateway;
-use crate::error::GatewayError;
-use crate::policy::headers;
+use crate::gateway::Gateway;
+use crate::gateway::refusal::GatewayError;
+use crate::http1::headers;
 use crate::policy::limit::Decision;
-use crate::state::clients::Client;
+use crate::telemetry::clients::Client;
 use crate::telemetry::{Caller, Completion};
 
 /// What is counted by: one map holds them all, and none can pass for another.
@@ -33,12 +33,12 @@ pub fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, Gatewa
         return Err(GatewayError::BadRequest("a header with a credential is repeated"));
     }
     let credential = headers::credential(headers);
-    let snapshot = gateway.snapshot();
-    if snapshot.clients.is_open() {
+    let clients = gateway.shared().clients.load();
+    if clients.is_open() {
         let key = |c| gateway.shared().key_of(Counted::Credential(c));
         return Ok(credential.map_or(Caller::Anonymous, |c| Caller::Unknown(key(c))));
     }
-    let known = credential.and_then(|c| snapshot.clients.find(c));
+    let known = credential.and_then(|c| clients.find(c));
     known.cloned().map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
 }
 
@@ -60,7 +60,7 @@ pub fn check_limits(
         }
         Caller::Unknown(key) => (*key, limits.requests_per_minute),
     };
-    let by_address = limits.requests_per_minute_per_address.filter(|_| snapshot.clients.is_open());
+    let by_address = limits.requests_per_minute_per_address.filter(|_| shared.clients.load().is_open());
     let address = by_address.map(|limit| {
         let proxies = &snapshot.config.server.trusted_proxies;
         let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));

@@ -7,20 +7,21 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
 use serde_json::json;
 
-use super::body::Body;
+use crate::client::body::Body;
 use crate::clock;
 use crate::config::Config;
-use crate::error::GatewayError;
+use crate::gateway::pages::Page;
+use crate::gateway::refusal::GatewayError;
+use crate::gateway::state::Shared;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::route::{Listed, MAX_NAME};
-use crate::policy::{Nanos, SECOND};
-use crate::state::Shared;
-use crate::state::clients::Client;
-use crate::state::pages::Page;
-use crate::state::snapshot::Snapshot;
+use crate::telemetry::clients::Client;
+use crate::telemetry::metrics::Scrape;
 use crate::telemetry::{encode, metrics};
+use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
+use crate::upstream::fleet::Snapshot;
 
 /// `/health`: the process lives.
 pub fn health() -> Response<Body> {
@@ -38,8 +39,18 @@ pub fn ready(shared: &Shared) -> Response<Body> {
 
 /// `/metrics`: Prometheus text.
 pub fn metrics(shared: &Shared) -> Response<Body> {
-    let page = shared.pages.text(Page::Metrics, || metrics::encode(shared).into());
-    text(StatusCode::OK, encode::CONTENT_TYPE, page)
+    text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(Page::Metrics, || scrape(shared)))
+}
+
+fn scrape(shared: &Shared) -> Bytes {
+    let scrape = Scrape {
+        telemetry: &shared.telemetry,
+        backends: &shared.snapshot.load().backends,
+        clients: &shared.clients.load(),
+        queue_depth: shared.admission.depth(),
+        rate_limit_keys: shared.limiter.keys(),
+    };
+    metrics::encode(&scrape).into()
 }
 
 /// `/status`: the backends and their states.

@@ -11,17 +11,18 @@ use hyper::body::Incoming;
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
-use super::Gateway;
+use crate::client::conn::Conn;
 use crate::clock;
-use crate::error::GatewayError;
-use crate::policy::fields::{Affinity, Fields, ScanError, Watch};
-use crate::policy::headers::is_encoded;
-use crate::policy::patch::BodyFault;
-use crate::policy::scan::Scanner;
-use crate::policy::{Nanos, SECOND};
-use crate::server::io::Conn;
+use crate::gateway::Gateway;
+use crate::gateway::refusal::GatewayError;
+use crate::http1::headers::is_encoded;
+use crate::json::members::{Affinity, Fields, ScanError, Watch};
+use crate::json::patch::BodyFault;
+use crate::json::scan::Scanner;
+use crate::protocol::Endpoint;
 use crate::server::worker::Upload;
-use crate::telemetry::{Completion, Endpoint};
+use crate::telemetry::Completion;
+use crate::time::{Nanos, SECOND};
 
 /// A body must grow by [`PROGRESS`] bytes in this time.
 const PATIENCE: Nanos = 30 * SECOND;

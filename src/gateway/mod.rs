@@ -10,13 +10,17 @@ pub mod admit;
 
 pub mod attempt;
 
-pub mod once;
+pub mod one_try;
 
 pub mod relay;
 
-pub mod body;
+pub mod failpoint;
 
-pub mod bug;
+pub mod refusal;
+
+pub mod state;
+
+pub mod pages;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -31,28 +35,31 @@ use http::request::Parts;
 use http::{Method, Response, Version};
 use hyper::body::Incoming;
 
-use self::attempt::{Attempts, Delivery};
-use self::body::Body;
-use self::endpoints::Lists;
-use self::intake::ChatRequest;
-use self::relay::{Held, RelayBody, Shape};
+use crate::client::body::Body;
+use crate::client::conn::Conn;
+use crate::client::deadline::Alarms;
 use crate::clock;
+use crate::code::Code;
 use crate::config::{Server, Strategy};
-use crate::error::{Code, GatewayError};
+use crate::gateway::attempt::{Attempts, Delivery};
+use crate::gateway::endpoints::Lists;
+use crate::gateway::intake::ChatRequest;
+use crate::gateway::refusal::GatewayError;
+use crate::gateway::relay::{Held, RelayBody, Shape};
+use crate::gateway::state::Shared;
+use crate::http1::headers;
+use crate::http1::headers::About;
+use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
-use crate::policy::fields::Model;
-use crate::policy::headers::{self, About};
 use crate::policy::limit::Decision;
-use crate::policy::redact::{Redactor, holds_key};
-use crate::server::alarm::Alarms;
-use crate::server::io::Conn;
+use crate::protocol::Endpoint;
+use crate::protocol::redact::{Redactor, holds_key};
+use crate::server::probe::announce;
 use crate::server::worker::{Load, Upload};
-use crate::state::Shared;
-use crate::state::snapshot::{Ask, Snapshot};
-use crate::telemetry::{Arrival, Completion, End, Endpoint, Recorder};
+use crate::telemetry::{Arrival, Completion, End, Recorder};
 use crate::upstream::Upstream;
+use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::pool::Pool;
-use crate::upstream::probe::announce;
 
 /// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
 const MAX_REFUSED_LINES: u64 = 10;
@@ -73,6 +80,7 @@ const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
 
 /// One worker's gateway.
 pub struct Gateway {
+    shared: Arc<Shared>,
     recorder: Rc<Recorder>,
     pool: Pool,
     alarms: Rc<Alarms>,
@@ -92,8 +100,9 @@ impl Gateway {
     /// The gateway of worker number `worker`.
     pub fn new(worker: usize, shared: Arc<Shared>, alarms: Rc<Alarms>, load: Arc<Load>) -> Rc<Self> {
         let server = shared.snapshot.load().config.server.clone();
-        let recorder = Rc::new(Recorder { worker, shared, broken: RefCell::default() });
+        let recorder = Recorder::new(worker, shared.telemetry.clone());
         Rc::new(Gateway {
+            shared,
             recorder,
             pool: Pool::new(worker, load.upstreams()),
             alarms,
@@ -413,7 +422,7 @@ impl Gateway {
 
     /// What all workers share.
     pub fn shared(&self) -> &Arc<Shared> {
-        &self.recorder.shared
+        &self.shared
     }
 
     /// The fleet as it is now.

@@ -12,19 +12,21 @@ use bytes::Bytes;
 use http::Version;
 use http_body::SizeHint;
 
-use super::Gateway;
-use super::body::Cut;
-use super::bug;
+use crate::client::body::Cut;
+use crate::client::conn::Conn;
 use crate::clock;
-use crate::error::{Code, stream_interrupted};
-use crate::policy::Nanos;
-use crate::policy::events::Tail;
+use crate::code::Code;
+use crate::gateway::Gateway;
+use crate::gateway::failpoint;
 use crate::policy::queue::Slot;
-use crate::policy::redact::Redactor;
-use crate::policy::responses::Seen;
-use crate::server::io::Conn;
+use crate::protocol::Endpoint;
+use crate::protocol::error_event::stream_interrupted;
+use crate::protocol::events::Tail;
+use crate::protocol::redact::Redactor;
+use crate::protocol::responses::Seen;
 use crate::telemetry::metrics::Side;
-use crate::telemetry::{Completion, End, Endpoint};
+use crate::telemetry::{Completion, End};
+use crate::time::Nanos;
 use crate::upstream::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
@@ -198,7 +200,7 @@ impl RelayBody {
         self.conn.progress();
         self.conn.hand_over(data.len());
         if let Some(held) = &mut self.held {
-            bug::here("body", &held.completion.request_id);
+            failpoint::here("body", &held.completion.request_id);
             held.completion.bytes += data.len() as u64;
         }
         if self.redactor.is_none() && self.upstream_is_done() {

@@ -1,6 +1,6 @@
 //! How much of something has been used in the present second: for work that anyone can cause, and that is bounded.
 
-use super::{Nanos, SECOND};
+use crate::time::{Nanos, SECOND};
 
 /// What has been used in one second, in a unit of the caller's.
 #[derive(Clone, Copy, Debug, Default)]

@@ -5,8 +5,8 @@
 //! cursor, and any full turn of picks gives every backend exactly its weight, across all threads together. The caller
 //! says which backends are eligible.
 
-use super::sync::{AtomicU64, Ordering};
-use super::{Nanos, SECOND};
+use crate::policy::sync::{AtomicU64, Ordering};
+use crate::time::{Nanos, SECOND};
 
 /// A backend's index in its snapshot.
 pub type BackendId = usize;
@@ -297,7 +297,7 @@ impl Penalty {
     }
 
     fn millis(now: Nanos) -> u64 {
-        (now / super::MILLI).min(TIME_MASK)
+        (now / crate::time::MILLI).min(TIME_MASK)
     }
 }
 

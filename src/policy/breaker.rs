@@ -2,11 +2,11 @@
 //!
 //! Counts and state share one atomic word, so that every change of state has exactly one author. Requests and checks
 //! each have a count of failures in a row: a check that succeeds says nothing about the requests that fail. Only
-//! checks bring a backend back; [`crate::upstream::probe`] makes them. Providers count by model, so a backend cools for one model at a time.
+//! checks bring a backend back; [`crate::server::probe`] makes them. Providers count by model, so a backend cools for one model at a time.
 
-use super::balance::SLOW_START;
-use super::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
-use super::{Nanos, SECOND};
+use crate::policy::balance::SLOW_START;
+use crate::policy::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
+use crate::time::{Nanos, SECOND};
 
 /// How long a refused key keeps a backend out.
 pub const BAD_KEY: Nanos = 60 * SECOND;

@@ -3,10 +3,10 @@
 //! Pure decisions over what a [`Fleet`] says of the targets of one request, at one moment. Taking a place at the chosen
 //! target is the caller's step, and may fail where another request comes first.
 
-use crate::policy::Nanos;
 use crate::policy::balance::{BackendId, Cursor, Schedule, Turns, load};
 use crate::policy::breaker::Status;
 use crate::policy::route::TargetId;
+use crate::time::Nanos;
 
 /// How a target is chosen among those that may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

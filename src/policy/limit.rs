@@ -13,7 +13,7 @@ use crossbeam_utils::CachePadded;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
-use super::{Nanos, SECOND};
+use crate::time::{Nanos, SECOND};
 
 /// Length of the window.
 pub const WINDOW: Nanos = 60 * SECOND;

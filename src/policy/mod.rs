@@ -6,15 +6,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-pub mod head;
-
-pub mod headers;
-
 pub mod limit;
-
-pub mod fields;
-
-pub mod scan;
 
 pub mod route;
 
@@ -32,30 +24,11 @@ pub mod dispatch;
 
 pub mod breaker;
 
-pub mod patch;
-
 pub mod retry;
 
 pub mod quota;
-
-pub mod advertised;
-
-pub mod events;
-
-pub mod redact;
-
-pub mod responses;
 
 mod sync;
 
 #[cfg(all(test, zap_loom))]
 mod races;
-
-/// Monotonic time in nanoseconds since the process started.
-pub type Nanos = u64;
-
-/// One second in [`Nanos`].
-pub const SECOND: Nanos = 1_000_000_000;
-
-/// One millisecond in [`Nanos`].
-pub const MILLI: Nanos = 1_000_000;

@@ -15,7 +15,7 @@ use std::task::{Context, Poll, Waker};
 
 use crossbeam_utils::CachePadded;
 
-use super::sync::{ArrayQueue, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering};
+use crate::policy::sync::{ArrayQueue, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering};
 
 /// Largest number of slots or places: 21 bits of the word each.
 pub const MAX: usize = (1 << 21) - 1;

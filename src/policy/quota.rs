@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 
-use super::limit::{WINDOW, Window};
-use super::{MILLI, Nanos};
+use crate::policy::limit::{WINDOW, Window};
+use crate::time::{MILLI, Nanos};
 
 /// How much longer one request may take to the provider than the next: so much later a place reopens, so that the
 /// provider too sees no more than its quota in any window.
@@ -148,7 +148,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::SECOND;
+    use crate::time::SECOND;
 
     /// A quota whose 3 were taken at 0, 1 and 2 s.
     fn spent() -> Arc<Quota> {

@@ -9,9 +9,9 @@ use loom::model::Builder;
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::thread;
 
-use super::balance::{Cursor, Schedule, Turns};
-use super::breaker::{Breaker, Change, Probe, Status, Thresholds};
-use super::queue::{Admission, Entry, QueueFull, Slot};
+use crate::policy::balance::{Cursor, Schedule, Turns};
+use crate::policy::breaker::{Breaker, Change, Probe, Status, Thresholds};
+use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
 
 /// All interleavings with at most so many preemptions: most races need two (Musuvathi and Qadeer 2007).
 fn model(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {

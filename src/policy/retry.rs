@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
 
-use super::{Nanos, SECOND};
+use crate::time::{Nanos, SECOND};
 
 /// What a status code says about the try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,12 +11,12 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use xxhash_rust::xxh64::xxh64;
 
-use super::balance::BackendId;
-use super::near::nearest;
-use super::patch::ModelText;
+use crate::json::patch::ModelText;
+use crate::policy::balance::BackendId;
+use crate::policy::near::nearest;
 
 /// Bytes of the longest name that a configuration may hold.
-pub const MAX_NAME: usize = super::fields::MAX_NAME;
+pub const MAX_NAME: usize = crate::json::members::MAX_NAME;
 
 /// The named route that catches what nothing else serves.
 pub const CATCH_ALL: &str = "*";
@@ -383,8 +383,8 @@ mod tests {
         let Some(id) = table.find(name, true) else { return "none".to_owned() };
         let show = |t: &Target| {
             let text = t.text(name);
-            let first = super::super::patch::splices(
-                &super::super::fields::Fields { members: 1, ..Default::default() },
+            let first = crate::json::patch::splices(
+                &crate::json::members::Fields { members: 1, ..Default::default() },
                 text.as_deref(),
                 |_| false,
             )

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
-use super::worker::Worker;
+use crate::server::worker::Worker;
 
 /// What an operator asks of a running gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

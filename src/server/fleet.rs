@@ -15,10 +15,11 @@ use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 
 use crate::clock;
 use crate::config::{Config, LoadError, Server};
-use crate::policy::{MILLI, Nanos};
-use crate::state::snapshot::Snapshot;
-use crate::state::{Shared, prepare};
-use crate::upstream::probe;
+use crate::gateway::state::Shared;
+use crate::server::probe;
+use crate::time::{MILLI, Nanos};
+use crate::upstream::fleet::Snapshot;
+use crate::upstream::fleet::prepare;
 
 /// Threads for what blocks: name look-ups of the probes, and files.
 const MAX_BLOCKING: usize = 16;
@@ -151,20 +152,24 @@ fn reload(shared: &Arc<Shared>, read: Result<(Snapshot, Vec<String>), String>) {
     match read {
         Ok((next, warnings)) => {
             for warning in &warnings {
-                shared.log.event("warn", "config", warning);
+                shared.telemetry.log.event("warn", "config", warning);
             }
             let n = next.backends.len();
             shared.replace(next);
             // Very many keys may be too much now.
             let limiter = shared.clone();
             drop(spawn_blocking(move || limiter.limiter.shrink()));
-            shared.reloads.applied.fetch_add(1, Ordering::Relaxed);
-            shared.log.event("info", "reload", &format!("the new configuration is in place: {n} backends"));
+            shared.telemetry.reloads.applied.fetch_add(1, Ordering::Relaxed);
+            shared.telemetry.log.event(
+                "info",
+                "reload",
+                &format!("the new configuration is in place: {n} backends"),
+            );
         }
         Err(why) => {
-            shared.reloads.rejected.fetch_add(1, Ordering::Relaxed);
+            shared.telemetry.reloads.rejected.fetch_add(1, Ordering::Relaxed);
             let text = format!("the configuration stays as it was: {why}");
-            shared.log.event("error", "reload", &text);
+            shared.telemetry.log.event("error", "reload", &text);
         }
     }
 }

@@ -1,16 +1,10 @@
 //! The control thread: it accepts, hands connections to workers and ends the process. It does nothing that takes long.
 
-pub mod alarm;
-
-pub mod io;
-
-pub mod conn;
-
-pub mod rooms;
-
 pub mod worker;
 
 pub mod fleet;
+
+pub mod probe;
 
 pub mod drain;
 
@@ -23,11 +17,11 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
-use self::drain::Order;
-use self::fleet::Fleet;
-use self::worker::Worker;
 use crate::config::Config;
-use crate::state::Shared;
+use crate::gateway::state::Shared;
+use crate::server::drain::Order;
+use crate::server::fleet::Fleet;
+use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
 
 /// Open files that Zap needs beside connections: its runtimes, streams and the listener.
@@ -69,7 +63,7 @@ pub async fn serve(
                 }
             };
             shared.start_draining();
-            shared.log.event(
+            shared.telemetry.log.event(
                 "info",
                 "drain",
                 "shutting down: new requests are refused, running ones may end",
@@ -83,7 +77,11 @@ pub async fn serve(
             () = clients => false,
         }
     };
-    shared.log.event("info", "stop", if whole { "all requests ended" } else { "some requests were cut" });
+    shared.telemetry.log.event(
+        "info",
+        "stop",
+        if whole { "all requests ended" } else { "some requests were cut" },
+    );
     Ok(whole & fleet.join() & workers.into_iter().all(is_joined))
 }
 
@@ -126,7 +124,7 @@ impl Room {
             let text = format!(
                 "the limit of {files} open files has room for {fit} connections, not for {wanted}: further ones wait"
             );
-            shared.log.event("warn", "start", &text);
+            shared.telemetry.log.event("warn", "start", &text);
         }
         let clients = fit.min(wanted);
         Room { clients, upstreams: all - clients }
@@ -152,7 +150,11 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
             Err(e) => {
                 if said.is_none_or(|at| at.elapsed() > ACCEPT_SILENCE) {
                     said = Some(Instant::now());
-                    shared.log.event("error", "accept", &format!("no connection can be accepted: {e}"));
+                    shared.telemetry.log.event(
+                        "error",
+                        "accept",
+                        &format!("no connection can be accepted: {e}"),
+                    );
                 }
                 if e.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files) {
                     workers.iter().for_each(Worker::free_files);

@@ -12,12 +12,12 @@ use tokio::runtime::{self, LocalOptions};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
-use super::alarm::{Alarms, GRAIN};
-use super::conn;
-use super::rooms::Rooms;
+use crate::client::deadline::{Alarms, GRAIN};
+use crate::client::future_pool::Rooms;
+use crate::client::serve;
 use crate::clock;
 use crate::gateway::Gateway;
-use crate::state::Shared;
+use crate::gateway::state::Shared;
 
 /// Threads for name look-ups, which block: a few a backend, so that one whose name hangs leaves some for the others.
 const MAX_BLOCKING: usize = 64;
@@ -176,7 +176,7 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
     alarms.sweep();
     let gateway = Gateway::new(id, shared, alarms.clone(), load.clone());
     let teller = gateway.clone();
-    let rooms = Rooms::new(move |desk| conn::tell(teller.clone(), desk));
+    let rooms = Rooms::new(move |desk| serve::tell(teller.clone(), desk));
     let mut sweep = tokio::time::interval(GRAIN);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
@@ -190,7 +190,7 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                         let (gateway, rooms) = (gateway.clone(), rooms.clone());
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            conn::serve(client, peer, gateway, rooms).await;
+                            serve::serve(client, peer, gateway, rooms).await;
                         });
                     }
                 }

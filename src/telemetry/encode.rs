@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::histogram::Total;
-use crate::policy::SECOND;
+use crate::counter::Total;
+use crate::time::SECOND;
 
 /// `Content-Type` of the text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

@@ -3,18 +3,20 @@
 //! Every worker writes its own lane and nobody else's, so counting costs a load and a store; a scrape adds the
 //! lanes up. Labels come from the configuration and from the fixed lists here, never from a client.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::encode::Encoder;
-use super::histogram::{Counter, Histogram, OVERHEAD, REQUEST, Total};
-use super::{Endpoint, Phase};
 use crate::clock;
-use crate::error::Code;
-use crate::state::Shared;
-use crate::state::clients::Clients;
+use crate::code::Code;
+use crate::counter::{Counter, Histogram, OVERHEAD, REQUEST, Total};
+use crate::protocol::Endpoint;
+use crate::telemetry::Phase;
+use crate::telemetry::Telemetry;
+use crate::telemetry::clients::Clients;
+use crate::telemetry::encode::Encoder;
 use crate::upstream::Upstream;
+use crate::upstream::counters::{Answers, BackendLane, STATUSES};
 
 /// Who ended a stream before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,28 +27,6 @@ pub enum Side {
 }
 
 const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::Upstream)];
-
-/// Answers by endpoint and status. Rows are made when an endpoint is first used.
-#[derive(Debug, Default)]
-pub struct Answers([OnceLock<Box<[Counter]>>; Endpoint::ALL.len()]);
-
-const STATUSES: std::ops::Range<u16> = 100..600;
-
-impl Answers {
-    fn count(&self, endpoint: Endpoint, status: u16) {
-        let row = self.0[endpoint as usize].get_or_init(|| STATUSES.map(|_| Counter::default()).collect());
-        // What is beyond them is a failure of no known kind, as the last of them.
-        let status = status.min(STATUSES.end - 1);
-        if let Some(counter) = row.get(usize::from(status.wrapping_sub(STATUSES.start))) {
-            counter.add(1);
-        }
-    }
-
-    /// The counts of an endpoint, by status; `None`: it was never used.
-    fn row(&self, endpoint: Endpoint) -> Option<&[Counter]> {
-        self.0[endpoint as usize].get().map(|row| &row[..])
-    }
-}
 
 /// One worker's counts that belong to no backend.
 #[derive(Debug)]
@@ -106,54 +86,6 @@ impl Lane {
     }
 }
 
-/// One worker's counts for one backend.
-#[derive(Debug)]
-pub struct BackendLane {
-    answers: Answers,
-    first_byte: Histogram,
-    retries: [Counter; Code::ALL.len()],
-    errors: [Counter; Code::ALL.len()],
-    /// Connections that serve a request.
-    pub active: Counter,
-    /// Connections that wait for one.
-    pub idle: Counter,
-}
-
-impl Default for BackendLane {
-    fn default() -> Self {
-        BackendLane {
-            answers: Answers::default(),
-            first_byte: Histogram::new(REQUEST),
-            retries: Default::default(),
-            errors: Default::default(),
-            active: Counter::default(),
-            idle: Counter::default(),
-        }
-    }
-}
-
-impl BackendLane {
-    /// The backend answered a client.
-    pub fn answered(&self, endpoint: Endpoint, status: u16) {
-        self.answers.count(endpoint, status);
-    }
-
-    /// The first byte took so long, from the request's arrival.
-    pub fn first_byte(&self, nanos: u64) {
-        self.first_byte.record(nanos);
-    }
-
-    /// Another try was made because this backend failed.
-    pub fn retried(&self, reason: Code) {
-        self.retries[reason as usize].add(1);
-    }
-
-    /// A try failed.
-    pub fn failed(&self, kind: Code) {
-        self.errors[kind as usize].add(1);
-    }
-}
-
 /// What a try can fail with: the values of `reason` and `kind` in families labelled by backend.
 const KINDS: [Code; 8] = [
     Code::UpstreamAuthError,
@@ -175,14 +107,28 @@ pub struct Reloads {
     pub rejected: AtomicU64,
 }
 
+/// What a scrape shows.
+#[derive(Debug)]
+pub struct Scrape<'a> {
+    /// What the workers counted.
+    pub telemetry: &'a Telemetry,
+    /// The backends, in the order of the configuration.
+    pub backends: &'a [Arc<Upstream>],
+    /// The client keys.
+    pub clients: &'a Clients,
+    /// Requests that wait.
+    pub queue_depth: usize,
+    /// Client keys that the rate limiter tracks.
+    pub rate_limit_keys: usize,
+}
+
 /// The text of `/metrics`.
-pub fn encode(shared: &Shared) -> String {
-    let snapshot = shared.snapshot.load();
+pub fn encode(scrape: &Scrape<'_>) -> String {
     let mut e = Encoder::default();
-    requests(&mut e, shared, &snapshot.backends);
-    gateway(&mut e, shared);
-    clients(&mut e, &snapshot.clients);
-    backends(&mut e, &snapshot.backends);
+    requests(&mut e, scrape);
+    gateway(&mut e, scrape);
+    clients(&mut e, scrape.clients);
+    backends(&mut e, scrape.backends);
     process(&mut e);
     e.finish()
 }
@@ -191,8 +137,8 @@ fn sum<T>(lanes: &[T], value: impl Fn(&T) -> u64) -> u64 {
     lanes.iter().map(value).fold(0, u64::wrapping_add)
 }
 
-fn requests(e: &mut Encoder, shared: &Shared, backends: &[std::sync::Arc<Upstream>]) {
-    let lanes = &shared.lanes;
+fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
+    let (lanes, backends) = (&scrape.telemetry.lanes, scrape.backends);
     e.family(
         "zap_requests_total",
         "counter",
@@ -250,18 +196,19 @@ fn answers<'l>(e: &mut Encoder, endpoint: Endpoint, backend: &str, lanes: impl I
     }
 }
 
-fn gateway(e: &mut Encoder, shared: &Shared) {
-    let lanes = &shared.lanes;
+fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
+    let Scrape { telemetry, .. } = scrape;
+    let lanes = &telemetry.lanes;
     let mut one = |name: &str, kind: &str, help: &str, value: u64| {
         e.family(name, kind, help);
         e.sample(name, &[], value);
     };
-    one("zap_queue_depth", "gauge", "Requests that wait.", shared.admission.depth() as u64);
+    one("zap_queue_depth", "gauge", "Requests that wait.", scrape.queue_depth as u64);
     one(
         "zap_rate_limit_keys",
         "gauge",
         "Client keys tracked by the rate limiter.",
-        shared.limiter.keys() as u64,
+        scrape.rate_limit_keys as u64,
     );
     one(
         "zap_panic_picks_total",
@@ -273,7 +220,7 @@ fn gateway(e: &mut Encoder, shared: &Shared) {
         "zap_log_lines_dropped_total",
         "counter",
         "Log lines lost to a full or closed stderr.",
-        shared.log.dropped(),
+        telemetry.log.dropped(),
     );
     e.family("zap_queue_wait_seconds", "histogram", "Time in the queue, of requests that were queued.");
     e.histogram("zap_queue_wait_seconds", &[], &Total::of(REQUEST, lanes.iter().map(|l| &l.queue_wait)));
@@ -295,7 +242,7 @@ fn gateway(e: &mut Encoder, shared: &Shared) {
         e.sample("zap_client_disconnects_total", &[("phase", phase.name())], n);
     }
     e.family("zap_config_reloads_total", "counter", "Configuration reloads.");
-    for (result, n) in [("applied", &shared.reloads.applied), ("rejected", &shared.reloads.rejected)] {
+    for (result, n) in [("applied", &telemetry.reloads.applied), ("rejected", &telemetry.reloads.rejected)] {
         e.sample("zap_config_reloads_total", &[("result", result)], n.load(Ordering::Relaxed));
     }
     e.family("zap_build_info", "gauge", "Always 1; the version is the label.");
@@ -311,7 +258,7 @@ fn clients(e: &mut Encoder, clients: &Clients) {
     }
 }
 
-fn backends(e: &mut Encoder, backends: &[std::sync::Arc<Upstream>]) {
+fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     let now = clock::now();
     let mut gauge = |name: &str, help: &str, value: &dyn Fn(&Upstream) -> u64| {
         e.family(name, "gauge", help);

@@ -2,11 +2,11 @@
 
 pub mod metrics;
 
-pub mod histogram;
-
 pub mod encode;
 
 pub mod log;
+
+pub mod clients;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -14,111 +14,24 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
+use crossbeam_utils::CachePadded;
 use http::{HeaderValue, Method};
 
-use self::log::push_json;
-use self::metrics::{Lane, Side};
 use crate::clock;
-use crate::error::Code;
+use crate::code::Code;
+use crate::config;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
-use crate::policy::{MILLI, Nanos, SECOND};
-use crate::state::Shared;
-use crate::state::clients::Client;
-use crate::state::snapshot::Passed;
+use crate::protocol::Endpoint;
+use crate::telemetry::clients::Client;
+use crate::telemetry::log::{Log, push_json};
+use crate::telemetry::metrics::{Lane, Reloads, Side};
+use crate::time::{MILLI, Nanos, SECOND};
 use crate::upstream::Upstream;
-
-/// What a path is for: the `endpoint` of metrics and log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Endpoint {
-    Chat,
-    Completions,
-    Embeddings,
-    Health,
-    Images,
-    Metrics,
-    Models,
-    Moderations,
-    Other,
-    Ready,
-    Rerank,
-    Responses,
-    Speech,
-    Status,
-}
-
-impl Endpoint {
-    /// All of them, in the order of their discriminants.
-    pub const ALL: [Endpoint; 14] = [
-        Endpoint::Chat,
-        Endpoint::Completions,
-        Endpoint::Embeddings,
-        Endpoint::Health,
-        Endpoint::Images,
-        Endpoint::Metrics,
-        Endpoint::Models,
-        Endpoint::Moderations,
-        Endpoint::Other,
-        Endpoint::Ready,
-        Endpoint::Rerank,
-        Endpoint::Responses,
-        Endpoint::Speech,
-        Endpoint::Status,
-    ];
-
-    /// As it stands in labels.
-    pub fn name(self) -> &'static str {
-        match self {
-            Endpoint::Chat => "chat",
-            Endpoint::Completions => "completions",
-            Endpoint::Embeddings => "embeddings",
-            Endpoint::Health => "health",
-            Endpoint::Images => "images",
-            Endpoint::Metrics => "metrics",
-            Endpoint::Models => "models",
-            Endpoint::Moderations => "moderations",
-            Endpoint::Other => "other",
-            Endpoint::Ready => "ready",
-            Endpoint::Rerank => "rerank",
-            Endpoint::Responses => "responses",
-            Endpoint::Speech => "speech",
-            Endpoint::Status => "status",
-        }
-    }
-
-    /// Its path behind a backend's API base; `None`: Zap answers it by itself.
-    pub fn tail(self) -> Option<&'static str> {
-        Some(match self {
-            Endpoint::Chat => "/chat/completions",
-            Endpoint::Completions => "/completions",
-            Endpoint::Embeddings => "/embeddings",
-            Endpoint::Images => "/images/generations",
-            Endpoint::Moderations => "/moderations",
-            Endpoint::Rerank => "/rerank",
-            Endpoint::Responses => "/responses",
-            Endpoint::Speech => "/audio/speech",
-            Endpoint::Health
-            | Endpoint::Metrics
-            | Endpoint::Models
-            | Endpoint::Other
-            | Endpoint::Ready
-            | Endpoint::Status => return None,
-        })
-    }
-
-    /// Whether a request may leave its model to the backend's default.
-    pub fn has_default_model(self) -> bool {
-        matches!(self, Endpoint::Chat | Endpoint::Completions | Endpoint::Responses)
-    }
-
-    /// Whether a stream of it ends with `[DONE]`.
-    pub fn ends_with_done(self) -> bool {
-        matches!(self, Endpoint::Chat | Endpoint::Completions)
-    }
-}
+use crate::upstream::fleet::Passed;
 
 /// Where a request is on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,21 +98,57 @@ pub enum Caller {
     Unknown(u64),
 }
 
+/// What all workers share of the telemetry.
+#[derive(Debug)]
+pub struct Telemetry {
+    /// One lane a worker.
+    pub lanes: Box<[CachePadded<Lane>]>,
+    /// Reloads so far.
+    pub reloads: Reloads,
+    /// The way to stderr.
+    pub log: Log,
+    /// Every request gets a line in the log.
+    log_requests: AtomicBool,
+}
+
+impl Telemetry {
+    /// Counts nothing yet.
+    pub fn new(workers: usize, log: Log, log_requests: bool) -> Arc<Self> {
+        Arc::new(Telemetry {
+            lanes: (0..workers).map(|_| CachePadded::default()).collect(),
+            reloads: Reloads::default(),
+            log,
+            log_requests: AtomicBool::new(log_requests),
+        })
+    }
+
+    /// Follows a new configuration.
+    pub fn configure(&self, config: &config::Log) {
+        self.log.set_format(config.events);
+        self.log_requests.store(config.requests, Ordering::Relaxed);
+    }
+}
+
 /// A worker's telemetry: its lane and the way to the log.
 #[derive(Debug)]
 pub struct Recorder {
     /// The worker's number.
     pub worker: usize,
-    /// Everything that is shared, the lanes among it.
-    pub shared: Arc<Shared>,
+    /// What all workers share, the lanes among it.
+    pub telemetry: Arc<Telemetry>,
     /// Id and tries of a request that a bug has just ended.
     pub broken: RefCell<Option<(HeaderValue, u32)>>,
 }
 
 impl Recorder {
+    /// The recorder of worker number `worker`.
+    pub fn new(worker: usize, telemetry: Arc<Telemetry>) -> Rc<Self> {
+        Rc::new(Recorder { worker, telemetry, broken: RefCell::default() })
+    }
+
     /// The worker's lane.
     pub fn lane(&self) -> &Lane {
-        &self.shared.lanes[self.worker]
+        &self.telemetry.lanes[self.worker]
     }
 }
 
@@ -276,7 +225,7 @@ impl Completion {
     /// A request that has just arrived.
     pub fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
         let Arrival { method, path, endpoint, request_id, peer } = arrival;
-        let is_logged = recorder.shared.log_requests();
+        let is_logged = recorder.telemetry.log_requests.load(Ordering::Relaxed);
         let path = if is_logged { path.to_owned() } else { String::new() };
         Box::new(Completion {
             recorder,
@@ -347,7 +296,7 @@ impl Completion {
         let lane = self.recorder.lane();
         match &self.backend {
             Some(b) => {
-                b.lanes[self.recorder.worker].first_byte(first_byte);
+                b.lanes[self.recorder.worker].first_byte.record(first_byte);
                 b.lanes[self.recorder.worker].answered(self.endpoint, status);
                 lane.overhead.record(first_byte.saturating_sub(self.others));
             }
@@ -465,7 +414,7 @@ impl Drop for Completion {
             client.lanes[self.recorder.worker].add(1);
         }
         lane.lasted(self.endpoint, total);
-        let log = &self.recorder.shared.log;
+        let log = &self.recorder.telemetry.log;
         match self.is_logged {
             true if self.is_noise => log.lose(1),
             true => log.line(self.line(total)),

@@ -20,11 +20,12 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-use super::dial::{DialError, Dialer};
-use super::names::Resolver;
-use crate::clock::{self, Late};
+use crate::clock;
+use crate::clock::Late;
+use crate::code::Code;
 use crate::config;
-use crate::error::Code;
+use crate::upstream::dial::{DialError, Dialer};
+use crate::upstream::resolver::Resolver;
 
 /// An open connection, plain or TLS.
 pub type Io = MaybeHttpsStream<TokioIo<TcpStream>>;

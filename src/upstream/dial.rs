@@ -21,7 +21,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::sleep;
 use tower_service::Service;
 
-use super::names::Resolver;
+use crate::upstream::resolver::Resolver;
 
 /// How long an address may not answer before the next one is tried beside it (RFC 8305, section 5).
 const HEAD_START: Duration = Duration::from_millis(250);

@@ -22,11 +22,11 @@ use smallvec::SmallVec;
 use socket2::SockRef;
 use tokio::io::Interest;
 
-use super::connect::Io;
-use super::decode::Decoder;
-use crate::error::Code;
-use crate::gather::{Scratch, one_piece};
-use crate::policy::patch::Slices;
+use crate::code::Code;
+use crate::http1::coalesce::{Scratch, one_piece};
+use crate::http1::decode::Decoder;
+use crate::json::patch::Slices;
+use crate::upstream::connect::Io;
 
 /// Most that one read brings, and so the largest frame.
 const READ: usize = 32 * 1024;
@@ -267,7 +267,7 @@ impl Link for Http1 {
                     return Poll::Ready(Ok(parts));
                 }
                 Poll::Ready(Ok(Some(Ok(None)))) => continue,
-                Poll::Ready(Ok(Some(Err(super::decode::Invalid)))) => Code::UpstreamInvalidResponse,
+                Poll::Ready(Ok(Some(Err(crate::http1::decode::Invalid)))) => Code::UpstreamInvalidResponse,
                 Poll::Ready(Ok(None)) if self.decoder.end_of_head().is_err() => Code::UpstreamInvalidResponse,
                 Poll::Ready(Ok(None) | Err(_)) => Code::UpstreamUnreachable,
                 // A broken connection says so to the reader too; until then what it has said before may come.

@@ -4,19 +4,17 @@ pub mod connect;
 
 pub mod dial;
 
-pub mod decode;
-
 pub mod link;
 
-pub mod names;
+pub mod resolver;
 
 pub mod pool;
 
-pub mod spare;
-
 pub mod send;
 
-pub mod probe;
+pub mod fleet;
+
+pub mod counters;
 
 use std::cell::Cell;
 use std::fmt;
@@ -30,20 +28,21 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
-use self::connect::Connector;
-use self::link::write_header;
 use crate::clock;
-use crate::config::{self, HEALTH_PATH};
-use crate::error::Code;
-use crate::policy::Nanos;
+use crate::code::Code;
+use crate::config;
+use crate::config::HEALTH_PATH;
+use crate::http1::headers::X_REQUEST_ID;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
-use crate::policy::headers::X_REQUEST_ID;
 use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
 use crate::policy::quota::{Quota, Turn};
-use crate::telemetry::Endpoint;
-use crate::telemetry::metrics::BackendLane;
+use crate::protocol::Endpoint;
+use crate::time::Nanos;
+use crate::upstream::connect::Connector;
+use crate::upstream::counters::BackendLane;
+use crate::upstream::link::write_header;
 
 /// Headers of a health check beside a backend's own.
 const PROBE_HEADERS: &[(HeaderName, &str)] =

@@ -10,10 +10,10 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::Upstream;
-use super::link::{Http1, Link};
-use crate::policy::{Nanos, SECOND};
-use crate::telemetry::histogram::Counter;
+use crate::counter::Counter;
+use crate::time::{Nanos, SECOND};
+use crate::upstream::Upstream;
+use crate::upstream::link::{Http1, Link};
 
 /// How long a connection may wait for its next request.
 const MAX_IDLE: Nanos = 30 * SECOND;

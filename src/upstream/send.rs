@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use http::{StatusCode, response};
 
-use super::Upstream;
-use super::connect::{ConnectError, Io};
-use super::link::{Http1, Link, LinkError, Message};
-use super::pool::{Lease, Pool};
 use crate::clock;
-use crate::error::Code;
-use crate::policy::{Nanos, SECOND};
+use crate::code::Code;
+use crate::time::{Nanos, SECOND};
+use crate::upstream::Upstream;
+use crate::upstream::connect::{ConnectError, Io};
+use crate::upstream::link::{Http1, Link, LinkError, Message};
+use crate::upstream::pool::{Lease, Pool};
 
 /// An answer whose head is here and whose body is still to be read from `lease`.
 pub struct Answer {

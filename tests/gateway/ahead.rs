@@ -65,7 +65,7 @@ mod at_once {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use http::HeaderValue;
-    use zap::gateway::bug;
+    use zap::gateway::failpoint;
 
     use super::*;
 
@@ -98,7 +98,7 @@ mod at_once {
             eventually("it waits", || self.gate.waiting() == 1);
             let held = Gate::default();
             let hold = held.clone();
-            bug::instead("try", HeaderValue::from_static(id), move || hold.pass());
+            failpoint::instead("try", HeaderValue::from_static(id), move || hold.pass());
             let mut other = self.zap.client();
             other.post("/chat", &format!("x-request-id: {id}\r\n"), CHAT);
             eventually("the worker stands still", || held.waiting() == 1);

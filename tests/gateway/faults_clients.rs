@@ -717,7 +717,7 @@ fn o6_a_bug_before_the_answer_costs_its_own_request_alone() {
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
     let mut other = zap.client();
     assert_eq!(other.chat("", CHAT).text(), "ok");
-    zap::gateway::bug::want("try", http::HeaderValue::from_static("bug-try"));
+    zap::gateway::failpoint::want("try", http::HeaderValue::from_static("bug-try"));
     let mut client = zap.client();
     let broken = client.chat("x-request-id: bug-try\r\n", CHAT);
     assert_eq!((broken.status, broken.code().as_str()), (500, "internal_error"));
@@ -752,7 +752,7 @@ fn o6_a_bug_in_the_midst_of_an_answer_cuts_that_one_alone() {
         After::Keep
     });
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
-    zap::gateway::bug::want("body", http::HeaderValue::from_static("bug-body"));
+    zap::gateway::failpoint::want("body", http::HeaderValue::from_static("bug-body"));
     let (mut client, mut other) = (zap.client(), zap.client());
     other.post("/chat", "", STREAM);
     let mut whole = other.head();

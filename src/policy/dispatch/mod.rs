@@ -6,13 +6,14 @@
 
 use std::time::Duration;
 
-use crate::error::Code;
-use crate::policy::Nanos;
+use crate::code::Code;
 use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
-use crate::policy::choose::{self, Closed, Fleet};
+use crate::policy::choose;
+use crate::policy::choose::{Closed, Fleet};
 use crate::policy::retry::{Budget, Outcome, backoff, judge};
 use crate::policy::route::TargetId;
+use crate::time::Nanos;
 
 /// The limits of one request.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, VecDeque};
 use super::*;
 use crate::policy::balance::{Cursor, Schedule};
 use crate::policy::choose::{Load, Rotation, Strategy};
-use crate::policy::{MILLI, SECOND};
+use crate::time::{MILLI, SECOND};
 
 /// Targets as a text: `a b*3 c/1 d!`. Behind the name: `*N` its weight, `/N` its priority, `@b` the backend whose second
 /// model it is, `!` ejected, `?` its key refused, `#` full, `~N` cooling for N s, `%N` at its quota for N s.

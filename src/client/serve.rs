@@ -16,13 +16,13 @@ use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-use super::io::{ClientIo, Conn};
-use super::rooms::{Desk, Rooms};
+use crate::client::body::Body;
+use crate::client::conn::{ClientIo, Conn};
+use crate::client::future_pool::{Desk, Rooms};
 use crate::clock;
 use crate::gateway::Gateway;
-use crate::gateway::body::Body;
-use crate::policy::{Nanos, SECOND};
-use crate::upstream::spare;
+use crate::http1::header_map_pool;
+use crate::time::{Nanos, SECOND};
 
 /// Largest head and largest piece of a body that hyper buffers.
 const MAX_BUFFER: usize = 64 * 1024;
@@ -74,7 +74,7 @@ pub async fn tell(gateway: Rc<Gateway>, desk: Rc<Desk<Asked, Response<Body>>>) {
         let (request, conn) = desk.next().await;
         let (head, body) = request.into_parts();
         let answer = guarded(&gateway, &head, body, &conn).await;
-        spare::give_back(head.headers);
+        header_map_pool::give_back(head.headers);
         desk.leave(answer);
     }
 }

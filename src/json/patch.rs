@@ -1,11 +1,11 @@
 //! What an endpoint asks of a body, and the splice that puts a model's name in without copying the rest.
 //!
-//! Works on what [`crate::policy::scan`] found and on reference-counted chunks; it never looks at the bytes.
+//! Works on what [`crate::json::scan`] found and on reference-counted chunks; it never looks at the bytes.
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use super::fields::{Fields, Kind, Model};
+use crate::json::members::{Fields, Kind, Model};
 
 /// A body that is JSON but not a request that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,7 @@ impl Fields {
 }
 
 /// The splices that make a body say what one backend is to get, in the order of the body: `model` as its model, where
-/// there is one to put in, and no member that `drops`, by its index in [`Watch::droppable`](super::fields::Watch).
+/// there is one to put in, and no member that `drops`, by its index in [`Watch::droppable`](crate::json::members::Watch).
 pub fn splices<'f>(
     fields: &'f Fields,
     model: Option<&ModelText>,
@@ -161,8 +161,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::fields::{ScanError, Watch};
-    use crate::policy::scan::Scanner;
+    use crate::json::members::{ScanError, Watch};
+    use crate::json::scan::Scanner;
 
     /// `body` as a backend gets it whose default is `model`.
     fn patched(body: &str, model: &str, chunk: usize) -> String {

@@ -7,18 +7,19 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::clients::Clients;
 use crate::clock;
 use crate::config::{Config, Strategy};
-use crate::policy::Nanos;
+use crate::json::members::Watch;
 use crate::policy::balance::{BackendId, Cursor, Schedule, rendezvous};
 use crate::policy::breaker::Thresholds;
-use crate::policy::choose::{self, Closed, Fleet, Load, Rotation};
-use crate::policy::fields::Watch;
+use crate::policy::choose;
+use crate::policy::choose::{Closed, Fleet, Load, Rotation};
 use crate::policy::quota::Turn;
 use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
-use crate::telemetry::Endpoint;
+use crate::protocol::Endpoint;
+use crate::time::Nanos;
 use crate::upstream::Upstream;
+use crate::upstream::connect::Roots;
 
 /// The fleet and its settings; replaced as a whole.
 #[derive(Debug)]
@@ -27,8 +28,6 @@ pub struct Snapshot {
     pub config: Arc<Config>,
     /// All backends, drained ones too.
     pub backends: Arc<[Arc<Upstream>]>,
-    /// Who may call.
-    pub clients: Arc<Clients>,
     layout: Arc<Layout>,
     /// By [`Shape`].
     plans: Box<[Plan]>,
@@ -120,33 +119,30 @@ pub enum Passed {
 }
 
 impl Snapshot {
-    /// The first snapshot of a configuration. Of the one `before` clients keep their counters, and turns among the same
-    /// backends go on.
+    /// The first snapshot of a configuration. Turns among the same backends as in the one `before` go on.
     pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>, before: Option<&Snapshot>) -> Self {
-        let clients = Arc::new(Clients::new(&config, before.map(|b| &*b.clients)));
         let same_names =
             |b: &&Snapshot| b.backends.iter().map(|u| u.name()).eq(backends.iter().map(|u| u.name()));
         let layout = Layout::new(&config, &backends, before.filter(same_names).map(|b| &*b.layout));
-        Self::with_plans(config, backends, clients, Arc::new(layout), &[])
+        Self::with_plans(config, backends, Arc::new(layout), &[])
     }
 
     /// The same fleet in its present state.
     pub fn rebuilt(&self) -> Self {
-        let Snapshot { config, backends, clients, layout, plans } = self;
-        Self::with_plans(config.clone(), backends.clone(), clients.clone(), layout.clone(), plans)
+        let Snapshot { config, backends, layout, plans } = self;
+        Self::with_plans(config.clone(), backends.clone(), layout.clone(), plans)
     }
 
     fn with_plans(
         config: Arc<Config>,
         backends: Arc<[Arc<Upstream>]>,
-        clients: Arc<Clients>,
         layout: Arc<Layout>,
         before: &[Plan],
     ) -> Self {
         let now = clock::now();
         let plan = |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i));
         let plans = layout.shapes.iter().enumerate().map(plan).collect();
-        Snapshot { config, backends, clients, layout, plans }
+        Snapshot { config, backends, layout, plans }
     }
 
     /// Whether both are of one configuration: then what one's ids mean the other's mean too.
@@ -449,12 +445,36 @@ impl Plan {
     }
 }
 
+/// The fleet of a configuration, with what lives on of the one `before`; that one is left as it is. Reads certificates,
+/// so it may block.
+///
+/// # Errors
+/// What only trying shows, for the operator: the first certificate that does not load or address that is none.
+pub fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
+    let roots = Roots::load(&config.backends);
+    let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
+    let backends: Result<Vec<_>, String> = config
+        .backends
+        .iter()
+        .map(|b| {
+            let upstream = Upstream::new(
+                b.clone(),
+                config.server.workers,
+                &roots,
+                config.queue.max_size,
+                known(&b.name),
+            );
+            upstream.map(Arc::new)
+        })
+        .collect();
+    Ok(Snapshot::new(Arc::new(config), backends?.into(), before))
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::state::prepare;
 
     /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, of which `big` has three times the weight, and to `b`.
     fn fleet(strategy: &str) -> Snapshot {

@@ -5,7 +5,7 @@ use parking_lot::Mutex;
 
 use crate::clock;
 use crate::policy::allowance::Allowance;
-use crate::policy::{MILLI, Nanos, SECOND};
+use crate::time::{MILLI, Nanos, SECOND};
 
 /// Time that all workers together spend on pages in a second, before pages are served again: a quarter of a core.
 const MOST: Nanos = 250 * MILLI;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::policy::{MILLI, Nanos, SECOND};
+use crate::time::{MILLI, Nanos, SECOND};
 
 /// Bounds for whole requests and waits: 5 ms to 300 s.
 pub const REQUEST: &[Nanos] = &[

@@ -9,8 +9,8 @@ use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, StatusCode, Version, response};
 
-use super::spare;
-use crate::policy::head::is_worth_parsing;
+use crate::http1::head::is_worth_parsing;
+use crate::http1::header_map_pool;
 
 /// Largest head of an answer, interim ones included.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -352,7 +352,7 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid
         let end = if answer.headers.iter().any(is_coded) { from + length } else { bytes.len() };
         let text = Bytes::copy_from_slice(&bytes[from..end]);
         // Room for Zap's own headers as well.
-        parts.headers = spare::map(answer.headers.len() + 8);
+        parts.headers = header_map_pool::map(answer.headers.len() + 8);
         let mut framing = Framing::default();
         for line in answer.headers.iter() {
             let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Invalid)?;

@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 use crate::clock;
-use crate::policy::Nanos;
+use crate::time::Nanos;
 
 /// Look-ups of one name at a time: one may hang for want of a lost packet, and the others not wait for it.
 const AT_ONCE: usize = 4;

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::clock;
-use crate::policy::{Nanos, SECOND};
+use crate::time::{Nanos, SECOND};
 
 /// Time between two sweeps: how late an alarm may ring.
 pub const GRAIN: Duration = Duration::from_millis(100);

@@ -1,5 +1,5 @@
-//! What a scan of a body looks for, what it finds, and what it refuses: [`crate::policy::scan`] fills it in,
-//! [`crate::policy::patch`] acts on it. All offsets are bytes from the body's first.
+//! What a scan of a body looks for, what it finds, and what it refuses: [`crate::json::scan`] fills it in,
+//! [`crate::json::patch`] acts on it. All offsets are bytes from the body's first.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,7 +1,9 @@
 //! What a scan notes of the members at the top level, and of the messages up to the first of a user.
 
-use super::skip;
-use super::{At, Fault, Keep, Kind, Member, Model, Opening, Place, Read, ScanError, Scanner, Within};
+use crate::json::scan::skip;
+use crate::json::scan::{
+    At, Fault, Keep, Kind, Member, Model, Opening, Place, Read, ScanError, Scanner, Within,
+};
 
 impl Scanner<'_> {
     /// Members that may have to be noted, from a key's quote at `i` on, for as long as they are short and close together,

@@ -1,6 +1,6 @@
 //! Strings, of which some are kept: keys that may matter, a model's name, a role.
 
-use super::{Fault, Keep, MAX_NAME, Scanner, Within, skip};
+use crate::json::scan::{Fault, Keep, MAX_NAME, Scanner, Within, skip};
 
 impl Scanner<'_> {
     /// The text of a string, from `i` on.

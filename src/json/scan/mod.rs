@@ -3,7 +3,7 @@
 //! It accepts exactly what RFC 8259 allows as one object (UTF-8, depth at most [`MAX_DEPTH`]), in one pass, with
 //! constant state, whatever the chunking. It keeps no copy of the body: only the name of the model. What else it
 //! looks for is a [`Watch`]; of that it notes the places alone. It does not judge what an endpoint needs; that is
-//! [`crate::policy::patch`]. Text, which is most of a body, is `skip`'s.
+//! [`crate::json::patch`]. Text, which is most of a body, is `skip`'s.
 
 mod notes;
 
@@ -13,7 +13,7 @@ mod text;
 
 use smallvec::SmallVec;
 
-use super::fields::{Fields, Kind, MAX_NAME, Member, Model, NOTHING, Place, ScanError, Watch};
+use crate::json::members::{Fields, Kind, MAX_NAME, Member, Model, NOTHING, Place, ScanError, Watch};
 
 /// Deepest nesting that is accepted; the object itself is 1.
 pub const MAX_DEPTH: u32 = 128;

@@ -9,18 +9,20 @@ use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
-use super::attempt::{Attempts, Kept};
-use super::bug;
+use crate::client::deadline::Elapsed;
 use crate::clock;
-use crate::error::Code;
+use crate::code::Code;
+use crate::gateway::attempt::{Attempts, Kept};
+use crate::gateway::failpoint;
+use crate::http1::headers;
+use crate::http1::headers::About;
+use crate::json::patch::{slices, splices};
 use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
-use crate::policy::headers::About;
-use crate::policy::patch::{slices, splices};
 use crate::policy::retry::cooling;
 use crate::policy::route::TargetId;
-use crate::policy::{Nanos, advertised, headers};
-use crate::server::alarm::Elapsed;
+use crate::protocol::rate_limits;
 use crate::telemetry::Phase;
+use crate::time::Nanos;
 use crate::upstream::link::{Link, Message, write_header};
 use crate::upstream::pool::Lease;
 use crate::upstream::send::{Answer, SendError, Source, Step, send};
@@ -46,7 +48,7 @@ impl Attempts<'_> {
     ) -> Result<Good, Bad> {
         self.completion.tries += 1;
         self.completion.phase = Phase::Waiting;
-        bug::here("try", &self.completion.request_id);
+        failpoint::here("try", &self.completion.request_id);
         let upstream = entered.upstream().clone();
         let mut begun = None;
         let mut answer = self.ask_once(target, &entered, limit, true, &mut begun).await;
@@ -152,7 +154,7 @@ impl Attempts<'_> {
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
         // A refusal closes nobody: one client's request could close the backend for all with it.
         if (status < 400 || status == 429)
-            && let Some(span) = advertised::exhausted(&head.headers, SystemTime::now)
+            && let Some(span) = rate_limits::exhausted(&head.headers, SystemTime::now)
         {
             self.cool(target, span);
         }
@@ -198,7 +200,7 @@ impl Attempts<'_> {
         if upstream.live.breaker.bad_key(clock::now()) {
             let shared = self.gateway.shared();
             let text = format!("{} answered {status} to its api_key", upstream.name());
-            shared.log.event("error", "backend_misconfigured", &text);
+            shared.telemetry.log.event("error", "backend_misconfigured", &text);
             shared.fleet_changed.notify_one();
         }
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::*;
-use crate::policy::fields::Affinity;
+use crate::json::members::Affinity;
 
 fn scan(body: &[u8]) -> Result<Fields, ScanError> {
     scan_for(&NOTHING, body)

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
 use http::{Response, StatusCode};
 
-use crate::gateway::body::Body;
-use crate::policy::responses::Seen;
+use crate::client::body::Body;
+use crate::code::Code;
 use crate::policy::retry::retry_after_secs;
-use crate::policy::{Nanos, SECOND};
+use crate::time::{Nanos, SECOND};
 
 /// A refusal. Its wire form is the one table in `GatewayError::row`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,64 +86,6 @@ struct Row {
     message: String,
     retry_after: Option<Nanos>,
     close: bool,
-}
-
-macro_rules! codes {
-    ($($variant:ident $text:literal,)*) => {
-        /// The `code` of an error and the `reason` or `kind` of a metric.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[allow(missing_docs)]
-        pub enum Code { $($variant,)* }
-
-        impl Code {
-            /// All codes.
-            pub const ALL: [Code; codes!(@count $($variant)*)] = [$(Code::$variant,)*];
-
-            /// As it stands in answers and labels.
-            pub const fn text(self) -> &'static str {
-                match self { $(Code::$variant => $text,)* }
-            }
-
-            /// Whether it only says why a try failed: it stands in metrics and the log, in no answer of Zap's own.
-            pub const fn is_label(self) -> bool {
-                matches!(self, Code::UpstreamError | Code::UpstreamRefused)
-            }
-        }
-    };
-    (@count $($v:ident)*) => { [$(stringify!($v)),*].len() };
-}
-
-codes! {
-    BadRequest "bad_request",
-    Draining "draining",
-    DuplicateKey "duplicate_key",
-    ExpectationFailed "expectation_failed",
-    InternalError "internal_error",
-    InvalidApiKey "invalid_api_key",
-    InvalidJson "invalid_json",
-    InvalidType "invalid_type",
-    MethodNotAllowed "method_not_allowed",
-    MissingMessages "missing_messages",
-    MissingModel "missing_model",
-    ModelNotFound "model_not_found",
-    NoBackend "no_backend",
-    QueueFull "queue_full",
-    QueueTimeout "queue_timeout",
-    RateLimitExceeded "rate_limit_exceeded",
-    RequestTimeout "request_timeout",
-    RequestTooLarge "request_too_large",
-    UnknownUrl "unknown_url",
-    UnsupportedContentEncoding "unsupported_content_encoding",
-    UpgradeRequired "upgrade_required",
-    UpstreamAuthError "upstream_auth_error",
-    UpstreamError "upstream_error",
-    UpstreamInvalidResponse "upstream_invalid_response",
-    UpstreamRateLimited "upstream_rate_limited",
-    UpstreamRedirect "upstream_redirect",
-    UpstreamRefused "upstream_refused",
-    UpstreamTimeout "upstream_timeout",
-    UpstreamTlsError "upstream_tls_error",
-    UpstreamUnreachable "upstream_unreachable",
 }
 
 const AUTHENTICATION: &str = "authentication_error";
@@ -471,27 +413,6 @@ impl fmt::Display for GatewayError {
 
 impl std::error::Error for GatewayError {}
 
-macro_rules! interrupted {
-    () => {
-        r#"{"message":"The stream was cut before its end; what came so far is not the whole answer.","type":"upstream_error","param":null,"code":"stream_interrupted"}"#
-    };
-}
-
-/// The event that ends a stream which the upstream did not end itself.
-const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "}\n\n");
-
-/// The event that ends a stream which the upstream did not end itself, in the shape of its endpoint. `seen`: what a stream
-/// of `/v1/responses` has said.
-pub fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
-    match seen {
-        None => STREAM_INTERRUPTED.into(),
-        Some(seen) => {
-            let error = serde_json::from_str(interrupted!()).unwrap_or_default();
-            seen.failed(request_id, &error).into()
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use http_body_util::BodyExt;
@@ -562,7 +483,7 @@ mod tests {
             assert!(message.ends_with('.') || status == 429);
             assert!(status == 429 || !is_misleading(message), "{message}");
         }
-        assert!(!is_misleading(STREAM_INTERRUPTED));
+        assert!(!is_misleading(&crate::protocol::error_event::stream_interrupted(None, "")));
         assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
         for error in [GatewayError::NoBackend, GatewayError::UpstreamAuth, GatewayError::UpstreamRedirect] {
             assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");
@@ -586,18 +507,5 @@ mod tests {
             std::task::Poll::Ready(out) => out,
             std::task::Poll::Pending => panic!("a full body is always ready"),
         }
-    }
-
-    #[test]
-    fn the_interruption_is_one_event_with_an_openai_error() {
-        let data = STREAM_INTERRUPTED.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
-        let json: serde_json::Value = serde_json::from_str(data).unwrap();
-        assert_eq!(json["error"]["code"], "stream_interrupted");
-        assert!(json["error"]["param"].is_null());
-        let failed = stream_interrupted(Some(&Seen::default()), "r");
-        assert!(failed.starts_with("event: response.failed\n") && !is_misleading(&failed));
-        let data = failed.split_once("data: ").unwrap().1;
-        let failed: serde_json::Value = serde_json::from_str(data).unwrap();
-        assert_eq!(failed["error"], json["error"], "both SDKs raise it");
     }
 }

@@ -9,8 +9,8 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
-use super::relay::RelayBody;
-use crate::server::io::Conn;
+use crate::client::conn::Conn;
+use crate::gateway::relay::RelayBody;
 
 /// The body of an answer: one piece of Zap's own, or an upstream's, passed on.
 #[derive(Debug)]

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::Upstream;
-use super::connect::ConnectError;
-use super::link::{Http1, Link, Message};
 use crate::clock;
+use crate::gateway::state::Shared;
 use crate::policy::breaker::{Change, Probe, Status};
-use crate::state::Shared;
-use crate::state::snapshot::Snapshot;
+use crate::upstream::Upstream;
+use crate::upstream::connect::ConnectError;
+use crate::upstream::fleet::Snapshot;
+use crate::upstream::link::{Http1, Link, Message};
 
 /// Within this time of the start the first checks begin; more for very many backends.
 const FIRST: Duration = Duration::from_millis(200);
@@ -79,7 +79,7 @@ pub fn announce(shared: &Shared, upstream: &Upstream, change: Change, cause: &st
         }
         Change::Up => ("info", "backend_up", "is back, as seen by"),
     };
-    shared.log.event(level, event, &format!("{} {text} {cause}", upstream.name()));
+    shared.telemetry.log.event(level, event, &format!("{} {text} {cause}", upstream.name()));
     shared.fleet_changed.notify_one();
 }
 

@@ -1,31 +1,23 @@
 //! What all workers share: the fleet as a [`Snapshot`] behind an `ArcSwap`, and the counters of the policies.
 
-pub mod snapshot;
-
-pub mod clients;
-
-pub mod pages;
-
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
-use crossbeam_utils::CachePadded;
 use tokio::sync::Notify;
 
-use self::pages::Pages;
-use self::snapshot::Snapshot;
 use crate::clock;
 use crate::config::Config;
-use crate::policy::Nanos;
+use crate::gateway::pages::Pages;
 use crate::policy::limit::Limiter;
 use crate::policy::queue::Admission;
 use crate::policy::retry::Budget;
+use crate::telemetry::Telemetry;
+use crate::telemetry::clients::Clients;
 use crate::telemetry::log::Log;
-use crate::telemetry::metrics::{Lane, Reloads};
-use crate::upstream::Upstream;
-use crate::upstream::connect::Roots;
+use crate::time::Nanos;
+use crate::upstream::fleet::{Snapshot, prepare};
 
 /// Everything that workers share.
 #[derive(Debug)]
@@ -38,14 +30,12 @@ pub struct Shared {
     pub admission: Arc<Admission>,
     /// Retries against offered requests.
     pub budget: Budget,
-    /// One lane a worker.
-    pub lanes: Box<[CachePadded<Lane>]>,
+    /// Who may call.
+    pub clients: ArcSwap<Clients>,
+    /// Counters and log.
+    pub telemetry: Arc<Telemetry>,
     /// Pages that are costly to make.
     pub pages: Pages,
-    /// Reloads so far.
-    pub reloads: Reloads,
-    /// The way to stderr.
-    pub log: Log,
     /// Rung when a backend's state changed, so that the schedule is rebuilt.
     pub fleet_changed: Notify,
     /// Rung when a backend may be asked again: requests in line look for a target anew.
@@ -70,23 +60,17 @@ impl Shared {
             limiter: Limiter::new(config.rate_limit.max_keys),
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
-            lanes: (0..config.server.workers).map(|_| CachePadded::default()).collect(),
+            clients: ArcSwap::from_pointee(Clients::new(config, None)),
+            telemetry: Telemetry::new(config.server.workers, log, config.log.requests),
             pages: Pages::default(),
-            reloads: Reloads::default(),
             fleet_changed: Notify::new(),
             reopened: Notify::new(),
             reload_wanted: Notify::new(),
             reloaded: Notify::new(),
             draining: AtomicBool::new(false),
             hasher: RandomState::new(),
-            log,
             snapshot: ArcSwap::from_pointee(snapshot),
         })
-    }
-
-    /// Whether every request gets a line in the log.
-    pub fn log_requests(&self) -> bool {
-        self.snapshot.load().config.log.requests
     }
 
     /// Puts another configuration's fleet, made by [`prepare`] of the present one, in its place. Requests under way keep
@@ -96,7 +80,8 @@ impl Shared {
         self.limiter.set_max_keys(config.rate_limit.max_keys);
         self.admission.resize(config.queue.max_in_flight, config.queue.max_size);
         self.budget.set_percent(config.retry.budget_percent);
-        self.log.set_format(config.log.events);
+        self.telemetry.configure(&config.log);
+        self.clients.store(Arc::new(Clients::new(config, Some(&self.clients.load()))));
         let now = clock::now();
         next.backends.iter().for_each(|b| b.apply(config.queue.max_size, now));
         self.snapshot.store(Arc::new(next));
@@ -128,29 +113,4 @@ impl Shared {
         let now = clock::now();
         current.backends.iter().filter_map(|b| b.live.breaker.retries_key_at(now)).min()
     }
-}
-
-/// The fleet of a configuration, with what lives on of the one `before`; that one is left as it is. Reads certificates,
-/// so it may block.
-///
-/// # Errors
-/// What only trying shows, for the operator: the first certificate that does not load or address that is none.
-pub fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
-    let roots = Roots::load(&config.backends);
-    let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
-    let backends: Result<Vec<_>, String> = config
-        .backends
-        .iter()
-        .map(|b| {
-            let upstream = Upstream::new(
-                b.clone(),
-                config.server.workers,
-                &roots,
-                config.queue.max_size,
-                known(&b.name),
-            );
-            upstream.map(Arc::new)
-        })
-        .collect();
-    Ok(Snapshot::new(Arc::new(config), backends?.into(), before))
 }

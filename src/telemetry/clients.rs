@@ -7,7 +7,7 @@ use ring::digest::{SHA256, digest};
 use subtle::ConstantTimeEq;
 
 use crate::config::{ClientKey, Config};
-use crate::telemetry::histogram::Counter;
+use crate::counter::Counter;
 
 /// All of them. Empty: anyone may call.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use http::header::{
 };
 use smallvec::SmallVec;
 
-use super::{MILLI, Nanos};
+use crate::time::{MILLI, Nanos};
 
 /// `x-request-id`
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

@@ -1,7 +1,7 @@
 //! A client's socket as hyper gets to see it: whole heads, one message at a time, and the news that it left.
 //!
 //! Three things happen between the socket and hyper. A head is held back until it is whole and has passed
-//! [`crate::policy::head`]; a bad one is replaced by a request that the gateway refuses. Bytes behind the
+//! [`crate::http1::head`]; a bad one is replaced by a request that the gateway refuses. Bytes behind the
 //! message that is being served are put aside, so that they cannot hide that the client has gone. And a
 //! write that was flushed is noticed, so that an answer can be cut exactly behind it.
 
@@ -16,11 +16,11 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::alarm::{Alarm, Alarms, GRAIN};
+use crate::client::deadline::{Alarm, Alarms, GRAIN};
 use crate::clock;
-use crate::gather::{Scratch, one_piece};
-use crate::policy::head::{Framing, inspect, is_worth_parsing};
-use crate::policy::{Nanos, SECOND};
+use crate::http1::coalesce::{Scratch, one_piece};
+use crate::http1::head::{Framing, inspect, is_worth_parsing};
+use crate::time::{Nanos, SECOND};
 
 /// A head must be complete this long after the connection or its first byte.
 const HEAD_TIME: Nanos = 10 * SECOND;

@@ -1,0 +1,59 @@
+//! The codes of errors: what went wrong, in one word each.
+
+macro_rules! codes {
+    ($($variant:ident $text:literal,)*) => {
+        /// The `code` of an error and the `reason` or `kind` of a metric.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[allow(missing_docs)]
+        pub enum Code { $($variant,)* }
+
+        impl Code {
+            /// All codes.
+            pub const ALL: [Code; codes!(@count $($variant)*)] = [$(Code::$variant,)*];
+
+            /// As it stands in answers and labels.
+            pub const fn text(self) -> &'static str {
+                match self { $(Code::$variant => $text,)* }
+            }
+
+            /// Whether it only says why a try failed: it stands in metrics and the log, in no answer of Zap's own.
+            pub const fn is_label(self) -> bool {
+                matches!(self, Code::UpstreamError | Code::UpstreamRefused)
+            }
+        }
+    };
+    (@count $($v:ident)*) => { [$(stringify!($v)),*].len() };
+}
+
+codes! {
+    BadRequest "bad_request",
+    Draining "draining",
+    DuplicateKey "duplicate_key",
+    ExpectationFailed "expectation_failed",
+    InternalError "internal_error",
+    InvalidApiKey "invalid_api_key",
+    InvalidJson "invalid_json",
+    InvalidType "invalid_type",
+    MethodNotAllowed "method_not_allowed",
+    MissingMessages "missing_messages",
+    MissingModel "missing_model",
+    ModelNotFound "model_not_found",
+    NoBackend "no_backend",
+    QueueFull "queue_full",
+    QueueTimeout "queue_timeout",
+    RateLimitExceeded "rate_limit_exceeded",
+    RequestTimeout "request_timeout",
+    RequestTooLarge "request_too_large",
+    UnknownUrl "unknown_url",
+    UnsupportedContentEncoding "unsupported_content_encoding",
+    UpgradeRequired "upgrade_required",
+    UpstreamAuthError "upstream_auth_error",
+    UpstreamError "upstream_error",
+    UpstreamInvalidResponse "upstream_invalid_response",
+    UpstreamRateLimited "upstream_rate_limited",
+    UpstreamRedirect "upstream_redirect",
+    UpstreamRefused "upstream_refused",
+    UpstreamTimeout "upstream_timeout",
+    UpstreamTlsError "upstream_tls_error",
+    UpstreamUnreachable "upstream_unreachable",
+}

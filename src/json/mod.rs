@@ -1,0 +1,10 @@
+//! JSON as bytes (RFC 8259): the scanner of request bodies, what it finds, and the splice that changes a body without
+//! copying the rest.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+pub mod scan;
+
+pub mod members;
+
+pub mod patch;

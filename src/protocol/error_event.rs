@@ -1,0 +1,44 @@
+//! The event that ends a stream which the upstream did not end itself, in the shape of its endpoint.
+
+use std::borrow::Cow;
+
+use crate::protocol::responses::Seen;
+
+macro_rules! interrupted {
+    () => {
+        r#"{"message":"The stream was cut before its end; what came so far is not the whole answer.","type":"upstream_error","param":null,"code":"stream_interrupted"}"#
+    };
+}
+
+/// The event that ends a stream which the upstream did not end itself.
+const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "}\n\n");
+
+/// The event that ends a stream which the upstream did not end itself, in the shape of its endpoint. `seen`: what a stream
+/// of `/v1/responses` has said.
+pub fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
+    match seen {
+        None => STREAM_INTERRUPTED.into(),
+        Some(seen) => {
+            let error = serde_json::from_str(interrupted!()).unwrap_or_default();
+            seen.failed(request_id, &error).into()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interruption_is_one_event_with_an_openai_error() {
+        let data = STREAM_INTERRUPTED.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
+        let json: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(json["error"]["code"], "stream_interrupted");
+        assert!(json["error"]["param"].is_null());
+        let failed = stream_interrupted(Some(&Seen::default()), "r");
+        assert!(failed.starts_with("event: response.failed\n"));
+        let data = failed.split_once("data: ").unwrap().1;
+        let failed: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(failed["error"], json["error"], "both SDKs raise it");
+    }
+}
