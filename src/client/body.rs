@@ -10,19 +10,19 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 
 use crate::client::conn::Conn;
-use crate::gateway::relay::RelayBody;
+use crate::client::exchange::Exchange;
 
 /// The body of an answer: one piece of Zap's own, or an upstream's, passed on.
 #[derive(Debug)]
-pub struct Body {
-    kind: Kind,
+pub struct Body<S> {
+    kind: Kind<S>,
     turn: Option<Turn>,
 }
 
 #[derive(Debug)]
-enum Kind {
+enum Kind<S> {
     Full(Option<Bytes>),
-    Relay(Box<RelayBody>),
+    Stream(Box<S>),
 }
 
 /// Says, when the body is dropped, that the connection may serve the next request.
@@ -53,46 +53,49 @@ impl From<Infallible> for Cut {
     }
 }
 
-impl Body {
+impl<S> Body<S> {
     /// One piece, or nothing.
     pub fn full(data: Bytes) -> Self {
         Body { kind: Kind::Full(Some(data).filter(|d| !d.is_empty())), turn: None }
     }
 
-    /// An upstream's body.
-    pub fn relay(body: RelayBody) -> Self {
-        Body { kind: Kind::Relay(Box::new(body)), turn: None }
+    /// A body that comes piece by piece.
+    pub fn stream(body: S) -> Self {
+        Body { kind: Kind::Stream(Box::new(body)), turn: None }
     }
 
-    /// The body, which ends `conn`'s turn when it is done.
-    pub fn on(mut self, conn: Rc<Conn>) -> Self {
-        self.turn = Some(Turn(conn));
+    /// The body, which ends the exchange when it is done.
+    pub fn on(mut self, exchange: &Exchange) -> Self {
+        self.turn = Some(Turn(exchange.conn().clone()));
         self
     }
 }
 
-impl http_body::Body for Body {
+impl<S> http_body::Body for Body<S>
+where
+    S: http_body::Body<Data = Bytes, Error = Cut> + Unpin,
+{
     type Data = Bytes;
     type Error = Cut;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         match &mut self.kind {
             Kind::Full(data) => Poll::Ready(data.take().map(|d| Ok(Frame::data(d)))),
-            Kind::Relay(relay) => relay.poll_frame(cx).map(|f| f.map(|f| f.map(Frame::data))),
+            Kind::Stream(stream) => Pin::new(&mut **stream).poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Full(data) => data.is_none(),
-            Kind::Relay(relay) => relay.is_end(),
+            Kind::Stream(stream) => stream.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Full(data) => SizeHint::with_exact(data.as_ref().map_or(0, |d| d.len() as u64)),
-            Kind::Relay(relay) => relay.size_hint(),
+            Kind::Stream(stream) => stream.size_hint(),
         }
     }
 }

@@ -6,6 +6,12 @@ pub mod conn;
 
 pub mod serve;
 
+pub mod exchange;
+
 pub mod body;
+
+pub mod respond;
+
+pub mod load;
 
 pub mod future_pool;

@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
+use bytes::Bytes;
 use http::request::Parts;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -16,11 +17,11 @@ use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-use crate::client::body::Body;
+use crate::client::body::{Body, Cut};
 use crate::client::conn::{ClientIo, Conn};
+use crate::client::deadline::Alarms;
+use crate::client::exchange::Exchange;
 use crate::client::future_pool::{Desk, Rooms};
-use crate::clock;
-use crate::gateway::Gateway;
 use crate::http1::header_map_pool;
 use crate::time::{Nanos, SECOND};
 
@@ -36,18 +37,54 @@ const LINGER: Nanos = 2 * SECOND;
 /// How much a client may send meanwhile.
 const MAX_DISCARD: usize = 64 << 20;
 
-/// What a room is given.
+/// What answers requests.
+pub trait Service: 'static {
+    /// The body of an answer that comes piece by piece.
+    type Stream: http_body::Body<Data = Bytes, Error = Cut> + Unpin + 'static;
+
+    /// Answers one request. Everything it does is owned by the future and by the body of the answer.
+    fn handle<B>(
+        self: &Rc<Self>,
+        head: &Parts,
+        body: B,
+        exchange: &Exchange,
+    ) -> impl Future<Output = Response<Body<Self::Stream>>>
+    where
+        B: http_body::Body<Data = Bytes> + Unpin;
+
+    /// The answer to a request that a bug has ended.
+    fn broken(&self) -> Response<Body<Self::Stream>>;
+
+    /// Connections close behind their answers.
+    fn is_draining(&self) -> bool;
+
+    /// Idle connections close.
+    fn is_closing(&self) -> bool;
+}
+
+/// What a pooled future is given.
 pub type Asked = (Request<Incoming>, Rc<Conn>);
 
-/// Serves one connection to its end, each request in one of the `rooms`.
-pub async fn serve<F: Future>(
-    stream: TcpStream,
-    peer: IpAddr,
-    gateway: Rc<Gateway>,
-    rooms: Rc<Rooms<Asked, Response<Body>, F>>,
+/// The answer of a service.
+type Answer<S> = Response<Body<<S as Service>::Stream>>;
+
+/// What connections have in common.
+#[derive(Debug)]
+pub struct Settings {
+    /// The worker's deadlines.
+    pub deadlines: Rc<Alarms>,
+    /// How long a connection may be idle.
+    pub keep_alive: Nanos,
+}
+
+/// Serves one connection to its end, each request in one of the pooled futures.
+pub async fn serve<S: Service, F: Future>(
+    (stream, peer): (TcpStream, IpAddr),
+    settings: &Settings,
+    gateway: Rc<S>,
+    rooms: Rc<Rooms<Asked, Answer<S>, F>>,
 ) {
-    let keep_alive = clock::nanos(gateway.server().keep_alive);
-    let conn = Conn::new(stream, peer, gateway.alarms().clone(), keep_alive);
+    let conn = Conn::new(stream, peer, settings.deadlines.clone(), settings.keep_alive);
     // A connection that says nothing costs no buffers: hyper comes in with the first byte.
     let first = poll_fn(|cx| {
         conn.alarm.register(cx);
@@ -69,19 +106,24 @@ pub async fn serve<F: Future>(
 }
 
 /// Tells the stories of the requests that come to `desk`.
-pub async fn tell(gateway: Rc<Gateway>, desk: Rc<Desk<Asked, Response<Body>>>) {
+pub async fn tell<S: Service>(gateway: Rc<S>, desk: Rc<Desk<Asked, Answer<S>>>) {
     loop {
         let (request, conn) = desk.next().await;
         let (head, body) = request.into_parts();
-        let answer = guarded(&gateway, &head, body, &conn).await;
+        let answer = guarded(&gateway, &head, body, &Exchange::new(conn)).await;
         header_map_pool::give_back(head.headers);
         desk.leave(answer);
     }
 }
 
 /// The answer to one request. A bug on its way ends that request alone: what it held is dropped, its client gets a 500.
-async fn guarded(gateway: &Rc<Gateway>, head: &Parts, body: Incoming, conn: &Rc<Conn>) -> Response<Body> {
-    let mut story = pin!(gateway.handle(head, body, conn));
+async fn guarded<S: Service>(
+    gateway: &Rc<S>,
+    head: &Parts,
+    body: Incoming,
+    exchange: &Exchange,
+) -> Answer<S> {
+    let mut story = pin!(gateway.handle(head, body, exchange));
     let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| story.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
@@ -90,9 +132,10 @@ async fn guarded(gateway: &Rc<Gateway>, head: &Parts, body: Incoming, conn: &Rc<
 }
 
 /// `true`: hyper ended it; `false`: an alarm did, and nobody waits for an answer.
-async fn serve_http<S>(conn: &Rc<Conn>, gateway: &Rc<Gateway>, service: S) -> bool
+async fn serve_http<S, H>(conn: &Rc<Conn>, gateway: &Rc<S>, service: H) -> bool
 where
-    S: HttpService<Incoming, ResBody = Body, Error = Infallible>,
+    S: Service,
+    H: HttpService<Incoming, ResBody = Body<S::Stream>, Error = Infallible>,
 {
     let mut builder = http1::Builder::new();
     // No timer: `alarm` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it. Without
@@ -106,7 +149,7 @@ where
         let mut ended = http.as_mut().poll(cx).is_ready();
         // On the way out a connection closes behind its answer, also behind one whose head did not say so. What has come is
         // read before, and answered.
-        let is_last = gateway.is_closing() || answers && gateway.shared().is_draining();
+        let is_last = gateway.is_closing() || answers && gateway.is_draining();
         if is_last && !closing && !ended {
             closing = true;
             http.as_mut().graceful_shutdown();

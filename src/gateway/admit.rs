@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::futures::Notified;
 use tokio::time::sleep;
 
-use crate::client::conn::Conn;
 use crate::client::deadline::Elapsed;
+use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::refusal::GatewayError;
@@ -34,7 +34,7 @@ impl From<QueueFull> for GatewayError {
 /// [`GatewayError::QueueFull`] at once, [`GatewayError::QueueTimeout`] at the deadline.
 pub async fn admit(
     gateway: &Gateway,
-    conn: &Conn,
+    exchange: &Exchange,
     completion: &mut Completion,
     deadline: Nanos,
 ) -> Result<Slot, GatewayError> {
@@ -44,7 +44,7 @@ pub async fn admit(
     };
     completion.phase = Phase::Queued;
     let since = clock::now();
-    let slot = conn.alarm.limit(deadline, place).await;
+    let slot = exchange.limit(deadline, place).await;
     waited(completion, since);
     // A slot that comes at the last moment comes too late for any backend.
     slot.ok().filter(|_| clock::now() < deadline).ok_or(GatewayError::QueueTimeout)
@@ -99,7 +99,7 @@ impl Line {
     pub async fn readmit(
         &mut self,
         gateway: &Gateway,
-        conn: &Conn,
+        exchange: &Exchange,
         completion: &mut Completion,
         deadline: Nanos,
     ) -> Result<Slot, GatewayError> {
@@ -108,7 +108,7 @@ impl Line {
         }
         // It may not count twice while it waits for a slot.
         self.outside = None;
-        admit(gateway, conn, completion, deadline).await
+        admit(gateway, exchange, completion, deadline).await
     }
 
     /// Leaves all lines where the request has `entered` a backend.
@@ -130,7 +130,7 @@ impl Line {
     pub async fn wait(
         &mut self,
         gateway: &Gateway,
-        conn: &Conn,
+        exchange: &Exchange,
         completion: &mut Completion,
         wait: Wait<'_>,
         reopened: Option<Notified<'_>>,
@@ -184,7 +184,7 @@ impl Line {
                 }
                 Poll::Pending
             });
-            match conn.alarm.limit(deadline, woken).await {
+            match exchange.limit(deadline, woken).await {
                 Ok(Woken::Opened) => break Ok(()),
                 Ok(Woken::Moved) => {}
                 Err(Elapsed) => break Err(GatewayError::QueueTimeout),

@@ -10,7 +10,7 @@ use http::header::{HeaderValue, RETRY_AFTER};
 use http::response::Parts;
 use tokio::time::sleep;
 
-use crate::client::conn::Conn;
+use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
@@ -69,7 +69,7 @@ pub struct Attempts<'a> {
     /// The worker's gateway.
     pub gateway: &'a Gateway,
     /// The client's connection, for time limits.
-    pub conn: &'a Conn,
+    pub exchange: &'a Exchange,
     /// The client's headers.
     pub headers: &'a HeaderMap,
     /// The client's body.
@@ -132,8 +132,10 @@ impl Attempts<'_> {
                 Do::Wait(busy) => {
                     drop(slot.take());
                     let wait = Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline };
-                    line.wait(self.gateway, self.conn, self.completion, wait, reopened).await?;
-                    slot = Some(line.readmit(self.gateway, self.conn, self.completion, self.deadline).await?);
+                    line.wait(self.gateway, self.exchange, self.completion, wait, reopened).await?;
+                    slot = Some(
+                        line.readmit(self.gateway, self.exchange, self.completion, self.deadline).await?,
+                    );
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {
@@ -230,7 +232,7 @@ impl Attempts<'_> {
 
     async fn back_off(&mut self, now: Nanos, until: Nanos) {
         self.completion.phase = Phase::Backoff;
-        self.conn.alarm.set(self.deadline);
+        self.exchange.set_deadline(self.deadline);
         sleep(std::time::Duration::from_nanos(until.saturating_sub(now))).await;
         self.completion.others += clock::now() - now;
     }

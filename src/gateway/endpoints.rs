@@ -3,13 +3,13 @@
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue};
-use http::{Response, StatusCode};
+use http::StatusCode;
 use serde_json::json;
 
-use crate::client::body::Body;
+use crate::client::respond::text;
 use crate::clock;
 use crate::config::Config;
+use crate::gateway::Answer;
 use crate::gateway::pages::Page;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::Shared;
@@ -24,12 +24,12 @@ use crate::upstream::Upstream;
 use crate::upstream::fleet::Snapshot;
 
 /// `/health`: the process lives.
-pub fn health() -> Response<Body> {
+pub fn health() -> Answer {
     text(StatusCode::OK, "application/json", "{\"status\":\"ok\"}".into())
 }
 
 /// `/ready`: new requests are welcome.
-pub fn ready(shared: &Shared) -> Response<Body> {
+pub fn ready(shared: &Shared) -> Answer {
     if shared.is_draining() {
         text(StatusCode::SERVICE_UNAVAILABLE, "application/json", "{\"status\":\"draining\"}".into())
     } else {
@@ -38,7 +38,7 @@ pub fn ready(shared: &Shared) -> Response<Body> {
 }
 
 /// `/metrics`: Prometheus text.
-pub fn metrics(shared: &Shared) -> Response<Body> {
+pub fn metrics(shared: &Shared) -> Answer {
     text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(Page::Metrics, || scrape(shared)))
 }
 
@@ -54,7 +54,7 @@ fn scrape(shared: &Shared) -> Bytes {
 }
 
 /// `/status`: the backends and their states.
-pub fn status(shared: &Shared) -> Response<Body> {
+pub fn status(shared: &Shared) -> Answer {
     text(StatusCode::OK, "application/json", shared.pages.text(Page::Status, || states(shared)))
 }
 
@@ -120,7 +120,7 @@ pub struct Lists {
 
 impl Lists {
     /// `/v1/models`: what `client` may use, in OpenAI's shape.
-    pub fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> Response<Body> {
+    pub fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> Answer {
         if !std::ptr::eq(self.config.as_ptr(), Arc::as_ptr(&snapshot.config)) {
             *self = Lists { config: Arc::downgrade(&snapshot.config), lists: Vec::new() };
         }
@@ -153,7 +153,7 @@ pub fn model(
     client: Option<&Client>,
     id: &str,
     may_search: impl FnOnce() -> bool,
-) -> Result<Response<Body>, GatewayError> {
+) -> Result<Answer, GatewayError> {
     let id = percent_decoded(id);
     let listed = snapshot.table().listed().iter().find(|l| *l.name == *id && may_see(client, l));
     match listed {
@@ -204,13 +204,6 @@ fn percent_decoded(text: &str) -> String {
         }
     }
     String::from_utf8_lossy(&out).into_owned()
-}
-
-fn text(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body> {
-    let mut response = Response::new(Body::full(body));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
 }
 
 #[cfg(test)]

@@ -6,12 +6,11 @@ use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
-use http_body::Body as _;
-use hyper::body::Incoming;
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
-use crate::client::conn::Conn;
+use crate::client::exchange::Exchange;
+use crate::client::load::Upload;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::refusal::GatewayError;
@@ -20,7 +19,6 @@ use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
 use crate::protocol::Endpoint;
-use crate::server::worker::Upload;
 use crate::telemetry::Completion;
 use crate::time::{Nanos, SECOND};
 
@@ -69,8 +67,8 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
 pub async fn read(
     gateway: &Gateway,
-    mut body: Incoming,
-    conn: &Conn,
+    mut body: impl http_body::Body<Data = Bytes> + Unpin,
+    exchange: &Exchange,
     completion: &mut Completion,
     watch: &Watch,
     deadline: Nanos,
@@ -81,7 +79,7 @@ pub async fn read(
     let mut scanner = Scanner::new(watch);
     let mut pieces = Pieces::default();
     let (mut length, mut marked) = (0u64, 0u64);
-    let mut until = deadline.min(conn.coarse_now() + PATIENCE);
+    let mut until = deadline.min(exchange.coarse_now() + PATIENCE);
     while !body.is_end_stream() {
         // What is here already costs no look at the clock.
         let mut since = None;
@@ -93,7 +91,7 @@ pub async fn read(
             }
             frame
         });
-        let frame = conn.alarm.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
+        let frame = exchange.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
         completion.others += since.map_or(0, |since| clock::now() - since);
         let Some(frame) = frame else { break };
         // Trailers end at Zap.

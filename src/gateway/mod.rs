@@ -27,24 +27,25 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use arc_swap::Guard;
+use bytes::Bytes;
 use http::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE,
     CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, UPGRADE,
 };
 use http::request::Parts;
 use http::{Method, Response, Version};
-use hyper::body::Incoming;
 
 use crate::client::body::Body;
-use crate::client::conn::Conn;
-use crate::client::deadline::Alarms;
+use crate::client::exchange::Exchange;
+use crate::client::load::{Load, Upload};
+use crate::client::serve::Service;
 use crate::clock;
 use crate::code::Code;
 use crate::config::{Server, Strategy};
 use crate::gateway::attempt::{Attempts, Delivery};
 use crate::gateway::endpoints::Lists;
 use crate::gateway::intake::ChatRequest;
-use crate::gateway::refusal::GatewayError;
+use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
 use crate::gateway::relay::{Held, RelayBody, Shape};
 use crate::gateway::state::Shared;
 use crate::http1::headers;
@@ -54,8 +55,6 @@ use crate::policy::allowance::Allowance;
 use crate::policy::limit::Decision;
 use crate::protocol::Endpoint;
 use crate::protocol::redact::{Redactor, holds_key};
-use crate::server::probe::announce;
-use crate::server::worker::{Load, Upload};
 use crate::telemetry::{Arrival, Completion, End, Recorder};
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot};
@@ -78,12 +77,14 @@ const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
 
+/// An answer to a client.
+pub type Answer = Response<Body<RelayBody>>;
+
 /// One worker's gateway.
 pub struct Gateway {
     shared: Arc<Shared>,
     recorder: Rc<Recorder>,
     pool: Pool,
-    alarms: Rc<Alarms>,
     load: Arc<Load>,
     server: Server,
     rng: RefCell<fastrand::Rng>,
@@ -98,14 +99,13 @@ pub struct Gateway {
 
 impl Gateway {
     /// The gateway of worker number `worker`.
-    pub fn new(worker: usize, shared: Arc<Shared>, alarms: Rc<Alarms>, load: Arc<Load>) -> Rc<Self> {
+    pub fn new(worker: usize, shared: Arc<Shared>, load: Arc<Load>) -> Rc<Self> {
         let server = shared.snapshot.load().config.server.clone();
         let recorder = Recorder::new(worker, shared.telemetry.clone());
         Rc::new(Gateway {
             shared,
             recorder,
             pool: Pool::new(worker, load.upstreams()),
-            alarms,
             load,
             server,
             rng: RefCell::default(),
@@ -117,9 +117,12 @@ impl Gateway {
     }
 
     /// Answers one request. Everything it does is owned by the future and by the body of the answer.
-    pub async fn handle(self: &Rc<Self>, head: &Parts, body: Incoming, conn: &Rc<Conn>) -> Response<Body> {
-        if let Some(why) = conn.refusal() {
-            return self.refuse_head(why, conn);
+    async fn answer<B>(self: &Rc<Self>, head: &Parts, body: B, exchange: &Exchange) -> Answer
+    where
+        B: http_body::Body<Data = Bytes> + Unpin,
+    {
+        if let Some(why) = exchange.refusal() {
+            return self.refuse_head(why, exchange);
         }
         let path = head.uri.path();
         let (endpoint, allow) = route(path);
@@ -127,19 +130,19 @@ impl Gateway {
         let request_id =
             request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
         let method = Some(&head.method);
-        let arrival = Arrival { method, path, endpoint, request_id, peer: conn.peer() };
+        let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut completion = Completion::new(self.recorder.clone(), arrival);
         if is_guarded(path) {
             match caller::identify(self, &head.headers) {
                 Ok(caller) => completion.caller = caller,
                 Err(error) => {
                     let response = self.refuse(&error, &mut completion);
-                    return self.finish(response, completion, None, conn);
+                    return self.finish(response, completion, None, exchange);
                 }
             }
         }
         if allow == "POST" && head.method == Method::POST {
-            return self.forward(head, body, conn, completion).await;
+            return self.forward(head, body, exchange, completion).await;
         }
         let is_read = matches!(head.method, Method::GET | Method::HEAD);
         let result = match endpoint {
@@ -154,10 +157,10 @@ impl Gateway {
             _ => Ok(endpoints::status(self.shared())),
         };
         let response = result.unwrap_or_else(|error| self.refuse(&error, &mut completion));
-        self.finish(response, completion, None, conn)
+        self.finish(response, completion, None, exchange)
     }
 
-    fn models(&self, path: &str, completion: &Completion) -> Result<Response<Body>, GatewayError> {
+    fn models(&self, path: &str, completion: &Completion) -> Result<Answer, GatewayError> {
         if self.shared().is_draining() {
             return Err(GatewayError::Draining);
         }
@@ -172,19 +175,22 @@ impl Gateway {
     }
 
     /// A request to a backend, phase by phase.
-    async fn forward(
+    async fn forward<B>(
         self: &Rc<Self>,
         head: &Parts,
-        body: Incoming,
-        conn: &Rc<Conn>,
+        body: B,
+        exchange: &Exchange,
         mut completion: Box<Completion>,
-    ) -> Response<Body> {
+    ) -> Answer
+    where
+        B: http_body::Body<Data = Bytes> + Unpin,
+    {
         let mut decision = None;
         let result = async {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            decision = caller::check_limits(self, &head.headers, conn.peer(), &completion);
+            decision = caller::check_limits(self, &head.headers, exchange.peer(), &completion);
             if let Some(refused) = decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
@@ -193,17 +199,18 @@ impl Gateway {
             let deadline = completion.started + clock::nanos(snapshot.config.queue.timeout);
             let mut upload = None;
             let watch = snapshot.watch();
-            let chat = intake::read(self, body, conn, &mut completion, watch, deadline, &mut upload).await?;
+            let chat =
+                intake::read(self, body, exchange, &mut completion, watch, deadline, &mut upload).await?;
             completion.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 completion.model = Some(name.clone());
             }
             let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
-            let slot = admit::admit(self, conn, &mut completion, deadline).await?;
+            let slot = admit::admit(self, exchange, &mut completion, deadline).await?;
             drop(upload);
             let attempts = Attempts {
                 gateway: self,
-                conn,
+                exchange,
                 headers: &head.headers,
                 chat: &chat,
                 ask,
@@ -215,14 +222,14 @@ impl Gateway {
         }
         .await;
         match result {
-            Ok(delivery) => self.deliver(delivery, completion, decision, conn, head.version),
+            Ok(delivery) => self.deliver(delivery, completion, decision, exchange, head.version),
             // It left in its body: nobody is there to be told, and it is counted as gone.
-            Err(error @ GatewayError::BodyIncomplete) if conn.has_ended() => error.response(false),
+            Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => error.response(false),
             Err(error) => {
                 // Whatever a cut request was waiting for, the way out ended it.
                 let error = if self.is_cut() { GatewayError::Draining } else { error };
                 let response = self.refuse(&error, &mut completion);
-                self.finish(response, completion, decision, conn)
+                self.finish(response, completion, decision, exchange)
             }
         }
     }
@@ -269,9 +276,9 @@ impl Gateway {
         delivery: Delivery,
         mut completion: Box<Completion>,
         decision: Option<Decision>,
-        conn: &Rc<Conn>,
+        exchange: &Exchange,
         version: Version,
-    ) -> Response<Body> {
+    ) -> Answer {
         let Delivery { mut head, about, lease, entered, slot, first, patience } = delivery;
         let upstream = entered.upstream().clone();
         let About { id, is_events: events, is_encoded, has_length } = about;
@@ -293,19 +300,20 @@ impl Gateway {
         completion.backend = Some(upstream);
         let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
         if spent {
-            head.headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            head.headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
         }
-        self.dress(&mut head.headers, &mut completion, decision, conn);
+        self.dress(&mut head.headers, &mut completion, decision, exchange);
         if events {
             // nginx in front, with its defaults, would keep the tokens back until the stream ends.
             head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
         completion.answered(head.status.as_u16());
-        conn.begin_answer(patience);
+        exchange.begin_answer(patience);
         let held = Held { lease, entered, slot, completion };
-        let relay = RelayBody::new(held, self.clone(), conn.clone(), first, redactor.map(Box::new), shape);
-        let mut response = Response::new(Body::relay(relay).on(conn.clone()));
+        let relay =
+            RelayBody::new(held, self.clone(), exchange.clone(), first, redactor.map(Box::new), shape);
+        let mut response = Response::new(Body::stream(relay).on(exchange));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
         response
@@ -314,19 +322,19 @@ impl Gateway {
     /// Zap's own answer on its way out.
     fn finish(
         &self,
-        mut response: Response<Body>,
+        mut response: Answer,
         mut completion: Box<Completion>,
         decision: Option<Decision>,
-        conn: &Rc<Conn>,
-    ) -> Response<Body> {
-        self.dress(response.headers_mut(), &mut completion, decision, conn);
+        exchange: &Exchange,
+    ) -> Answer {
+        self.dress(response.headers_mut(), &mut completion, decision, exchange);
         completion.answered(response.status().as_u16());
         completion.bytes = http_body::Body::size_hint(response.body()).lower();
         if completion.end == End::ClientGone {
             completion.end = End::Complete;
         }
-        conn.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
-        response.map(|body| body.on(conn.clone()))
+        exchange.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
+        response.map(|body| body.on(exchange))
     }
 
     /// The headers that every answer has.
@@ -335,7 +343,7 @@ impl Gateway {
         headers: &mut HeaderMap,
         completion: &mut Completion,
         decision: Option<Decision>,
-        conn: &Conn,
+        exchange: &Exchange,
     ) {
         headers.reserve(8);
         headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
@@ -352,7 +360,7 @@ impl Gateway {
             headers.insert(REMAINING, headers::number(d.remaining));
             headers.insert(RESET, headers::reset(d.reset));
         }
-        if conn.must_close() || self.shared().is_draining() {
+        if exchange.must_close() || self.shared().is_draining() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }
@@ -366,7 +374,7 @@ impl Gateway {
         last.1.clone()
     }
 
-    fn refuse(&self, error: &GatewayError, completion: &mut Completion) -> Response<Body> {
+    fn refuse(&self, error: &GatewayError, completion: &mut Completion) -> Answer {
         let code = error.code();
         self.recorder.lane().rejected(code);
         completion.refused = Some(code);
@@ -383,7 +391,7 @@ impl Gateway {
     }
 
     /// The answer to a request that a bug has ended: the record is written already.
-    pub fn broken(&self) -> Response<Body> {
+    fn internal_error(&self) -> Answer {
         let mut response = GatewayError::Internal.response(!self.shared().budget.has_room(clock::now()));
         let broken = self.recorder.broken.take();
         let (id, tries) =
@@ -395,14 +403,19 @@ impl Gateway {
     }
 
     /// A head that broke the rules: hyper has read a stand-in for it.
-    fn refuse_head(&self, why: &'static str, conn: &Rc<Conn>) -> Response<Body> {
+    fn refuse_head(&self, why: &'static str, exchange: &Exchange) -> Answer {
         let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
-        let arrival =
-            Arrival { method: None, path: "", endpoint: Endpoint::Other, request_id: id, peer: conn.peer() };
+        let arrival = Arrival {
+            method: None,
+            path: "",
+            endpoint: Endpoint::Other,
+            request_id: id,
+            peer: exchange.peer(),
+        };
         let mut completion = Completion::new(self.recorder.clone(), arrival);
         completion.is_noise = !self.refused_heads.borrow_mut().take(completion.started, MAX_REFUSED_LINES);
         let response = self.refuse(&GatewayError::BadRequest(why), &mut completion);
-        self.finish(response, completion, None, conn)
+        self.finish(response, completion, None, exchange)
     }
 
     /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
@@ -416,7 +429,7 @@ impl Gateway {
         }
         upstream.live.penalty.add(clock::now());
         if let Some(change) = upstream.live.breaker.failure(self.snapshot().thresholds()) {
-            announce(self.shared(), upstream, change, "a request");
+            self.shared().announce(upstream, change, "a request");
         }
     }
 
@@ -445,11 +458,6 @@ impl Gateway {
         &self.pool
     }
 
-    /// The worker's alarms.
-    pub fn alarms(&self) -> &Rc<Alarms> {
-        &self.alarms
-    }
-
     /// Says that a body is being waited for, until what comes back is dropped.
     pub fn begin_upload(&self) -> Upload {
         Upload::new(self.load.clone())
@@ -464,9 +472,27 @@ impl Gateway {
     pub fn is_cut(&self) -> bool {
         self.load.is_cut()
     }
+}
 
-    /// Idle connections are to be closed.
-    pub fn is_closing(&self) -> bool {
+impl Service for Gateway {
+    type Stream = RelayBody;
+
+    async fn handle<B>(self: &Rc<Self>, head: &Parts, body: B, exchange: &Exchange) -> Answer
+    where
+        B: http_body::Body<Data = Bytes> + Unpin,
+    {
+        self.answer(head, body, exchange).await
+    }
+
+    fn broken(&self) -> Answer {
+        self.internal_error()
+    }
+
+    fn is_draining(&self) -> bool {
+        self.shared().is_draining()
+    }
+
+    fn is_closing(&self) -> bool {
         self.load.is_closing()
     }
 }

@@ -118,7 +118,7 @@ impl Attempts<'_> {
         };
         // It is large, and would be moved into the limit.
         let sending = pin!(send(source, entered.upstream(), message, on_step));
-        self.conn.alarm.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
+        self.exchange.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
     }
 
     /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
@@ -179,7 +179,7 @@ impl Attempts<'_> {
             return Ok(None);
         }
         let frame = poll_fn(|cx| lease.link.poll_frame(cx));
-        match self.conn.alarm.limit(limit, frame).await {
+        match self.exchange.limit(limit, frame).await {
             Ok(Some(Ok(first))) => Ok(Some(first)),
             Ok(None) => Ok(None),
             Ok(Some(Err(code))) => Err(Event::Broke(code)),

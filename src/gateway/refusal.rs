@@ -3,14 +3,18 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use bytes::Bytes;
-use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
-use http::{Response, StatusCode};
+use http::StatusCode;
+use http::header::{ALLOW, CONNECTION, HeaderName, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
+use smallvec::SmallVec;
 
-use crate::client::body::Body;
+use crate::client::respond::{self, ErrorBody};
 use crate::code::Code;
+use crate::gateway::Answer;
 use crate::policy::retry::retry_after_secs;
 use crate::time::{Nanos, SECOND};
+
+/// Tells the SDKs of OpenAI whether to try again by themselves.
+pub const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// A refusal. Its wire form is the one table in `GatewayError::row`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,36 +110,32 @@ impl GatewayError {
     }
 
     /// The answer. `spent`: the retry budget is used up, so SDKs are asked not to try again by themselves.
-    pub fn response(&self, spent: bool) -> Response<Body> {
+    pub fn response(&self, spent: bool) -> Answer {
         let row = self.row();
-        let text = |s: &str| serde_json::Value::from(s);
-        let json = format!(
-            "{{\"error\":{{\"message\":{},\"type\":\"{}\",\"param\":{},\"code\":\"{}\"}}}}",
-            text(&row.message),
-            row.kind,
-            self.param().map_or(serde_json::Value::Null, text),
-            row.code.text()
-        );
-        let mut response = Response::new(Body::full(Bytes::from(json)));
-        *response.status_mut() = row.status;
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let error =
+            ErrorBody { message: &row.message, kind: row.kind, param: self.param(), code: row.code.text() };
+        respond::error(row.status, &error, self.headers(&row, spent))
+    }
+
+    fn headers(&self, row: &Row, spent: bool) -> SmallVec<[(HeaderName, HeaderValue); 4]> {
+        let mut headers = SmallVec::new();
         if let Some(wait) = row.retry_after {
-            headers.insert(RETRY_AFTER, HeaderValue::from(retry_after_secs(wait)));
+            headers.push((RETRY_AFTER, HeaderValue::from(retry_after_secs(wait))));
         }
-        if *self == GatewayError::InvalidApiKey {
-            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        }
-        if let GatewayError::MethodNotAllowed(allow) = self {
-            headers.insert(ALLOW, HeaderValue::from_static(allow));
-        }
-        if *self == GatewayError::UpgradeRequired {
+        match self {
+            GatewayError::InvalidApiKey => {
+                headers.push((WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
+            }
+            GatewayError::MethodNotAllowed(allow) => headers.push((ALLOW, HeaderValue::from_static(allow))),
             // RFC 9110, section 15.5.22: a 426 must say which protocol to use, and 7.8: as an option of the connection.
-            headers.insert(UPGRADE, HeaderValue::from_static("HTTP/1.1"));
-            headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            GatewayError::UpgradeRequired => {
+                headers.push((UPGRADE, HeaderValue::from_static("HTTP/1.1")));
+                headers.push((CONNECTION, HeaderValue::from_static("upgrade")));
+            }
+            _ => {}
         }
         if row.close {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            headers.push((CONNECTION, HeaderValue::from_static("close")));
         }
         // What is refused, redirected or drained now will be so again.
         let is_final = matches!(
@@ -143,9 +143,9 @@ impl GatewayError {
             GatewayError::NoBackend | GatewayError::UpstreamAuth | GatewayError::UpstreamRedirect
         );
         if spent && row.status.is_server_error() || is_final {
-            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            headers.push((X_SHOULD_RETRY, HeaderValue::from_static("false")));
         }
-        response
+        headers
     }
 
     fn param(&self) -> Option<&str> {

@@ -5,15 +5,16 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::Version;
-use http_body::SizeHint;
+use http_body::{Frame, SizeHint};
 
 use crate::client::body::Cut;
-use crate::client::conn::Conn;
+use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
@@ -72,7 +73,7 @@ pub struct Shape {
 pub struct RelayBody {
     held: Option<Held>,
     gateway: Rc<Gateway>,
-    conn: Rc<Conn>,
+    exchange: Exchange,
     first: Option<Bytes>,
     /// Rare, and wider than all the rest.
     redactor: Option<Box<Redactor>>,
@@ -104,7 +105,7 @@ impl RelayBody {
     pub fn new(
         held: Held,
         gateway: Rc<Gateway>,
-        conn: Rc<Conn>,
+        exchange: Exchange,
         first: Option<Bytes>,
         redactor: Option<Box<Redactor>>,
         shape: Shape,
@@ -119,7 +120,7 @@ impl RelayBody {
             state: State::Streaming,
             held: Some(held),
             gateway,
-            conn,
+            exchange,
         };
         if relay.first.is_none() && relay.redactor.is_none() && relay.upstream_is_done() {
             relay.finish();
@@ -127,27 +128,11 @@ impl RelayBody {
         relay
     }
 
-    /// The body is known to be over.
-    pub fn is_end(&self) -> bool {
-        self.state == State::Ended
-    }
-
-    /// Bytes still to come, where that is known.
-    pub fn size_hint(&self) -> SizeHint {
-        let rest = self.held.as_ref().map_or(SizeHint::with_exact(0), |h| h.lease.link.remaining());
-        match (&self.redactor, rest.exact()) {
-            (None, Some(rest)) => {
-                SizeHint::with_exact(rest + self.first.as_ref().map_or(0, |f| f.len() as u64))
-            }
-            _ => SizeHint::default(),
-        }
-    }
-
     /// The next frame.
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
         match self.state {
             State::Ended => return Poll::Ready(None),
-            State::Flushing => return self.conn.poll_flushed().map(|()| Some(Err(Cut))),
+            State::Flushing => return self.exchange.poll_flushed().map(|()| Some(Err(Cut))),
             // The order to cut is not to be lost in what still comes.
             State::Streaming if self.gateway.is_cut() => return self.interrupt(End::UpstreamError),
             State::Streaming => {}
@@ -157,7 +142,7 @@ impl RelayBody {
             let frame = match self.first.take() {
                 Some(first) => Poll::Ready(Some(Ok(first))),
                 // Should it never catch up, its alarm is not for the upstream.
-                None if self.conn.is_behind() => return Poll::Pending,
+                None if self.exchange.is_behind() => return Poll::Pending,
                 None => held.lease.link.poll_frame(cx),
             };
             match frame {
@@ -177,7 +162,7 @@ impl RelayBody {
                     self.finish();
                     return Poll::Ready(rest);
                 }
-                Poll::Pending if self.conn.alarm.answer() => {
+                Poll::Pending if self.exchange.take_timeout() => {
                     return self.interrupt(if self.gateway.is_cut() {
                         End::UpstreamError
                     } else {
@@ -197,8 +182,8 @@ impl RelayBody {
         if let Some(seen) = &mut self.seen {
             seen.feed(&data);
         }
-        self.conn.progress();
-        self.conn.hand_over(data.len());
+        self.exchange.progress();
+        self.exchange.hand_over(data.len());
         if let Some(held) = &mut self.held {
             failpoint::here("body", &held.completion.request_id);
             held.completion.bytes += data.len() as u64;
@@ -240,9 +225,9 @@ impl RelayBody {
             return self.end_behind_done();
         }
         self.state = State::Flushing;
-        self.conn.expect_flush();
+        self.exchange.expect_flush();
         // A client that reads nothing any more has as long again for the last of it.
-        self.conn.progress();
+        self.exchange.progress();
         let mut event = None;
         if let Some(mut held) = self.held.take() {
             let upstream = held.entered.upstream().clone();
@@ -260,9 +245,9 @@ impl RelayBody {
         }
         let Some(event) = event else {
             if self.shape.version < Version::HTTP_11 {
-                self.conn.reset_on_close();
+                self.exchange.reset_on_close();
             }
-            return self.conn.poll_flushed().map(|()| Some(Err(Cut)));
+            return self.exchange.poll_flushed().map(|()| Some(Err(Cut)));
         };
         if self.seen.is_some() {
             // Codex drops an event that no clean end follows.
@@ -293,8 +278,31 @@ impl RelayBody {
         }
         // The length that was stated is not reached: the client's connection cannot go on either.
         self.state = State::Flushing;
-        self.conn.expect_flush();
-        self.conn.poll_flushed().map(|()| Some(Err(Cut)))
+        self.exchange.expect_flush();
+        self.exchange.poll_flushed().map(|()| Some(Err(Cut)))
+    }
+}
+
+impl http_body::Body for RelayBody {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        self.get_mut().poll_data(cx).map(|frame| frame.map(|frame| frame.map(Frame::data)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let rest = self.held.as_ref().map_or(SizeHint::with_exact(0), |h| h.lease.link.remaining());
+        match (&self.redactor, rest.exact()) {
+            (None, Some(rest)) => {
+                SizeHint::with_exact(rest + self.first.as_ref().map_or(0, |f| f.len() as u64))
+            }
+            _ => SizeHint::default(),
+        }
     }
 }
 
@@ -303,7 +311,7 @@ impl Drop for RelayBody {
     fn drop(&mut self) {
         if std::thread::panicking() {
             // A bug has cut it: without framing that must show.
-            self.conn.reset_on_close();
+            self.exchange.reset_on_close();
         }
     }
 }

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use crate::clock;
 use crate::config::Config;
 use crate::gateway::pages::Pages;
+use crate::policy::breaker::Change;
 use crate::policy::limit::Limiter;
 use crate::policy::queue::Admission;
 use crate::policy::retry::Budget;
@@ -17,6 +18,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
 use crate::telemetry::log::Log;
 use crate::time::Nanos;
+use crate::upstream::Upstream;
 use crate::upstream::fleet::{Snapshot, prepare};
 
 /// Everything that workers share.
@@ -86,6 +88,19 @@ impl Shared {
         next.backends.iter().for_each(|b| b.apply(config.queue.max_size, now));
         self.snapshot.store(Arc::new(next));
         self.reloaded.notify_waiters();
+    }
+
+    /// Logs a change of state and has the schedule rebuilt.
+    pub fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
+        let (level, event, text) = match change {
+            Change::Down => ("warn", "backend_down", "is out: too many failures in a row, the last seen by"),
+            Change::Misconfigured => {
+                ("error", "backend_misconfigured", "refuses its api_key (or needs one), as seen by")
+            }
+            Change::Up => ("info", "backend_up", "is back, as seen by"),
+        };
+        self.telemetry.log.event(level, event, &format!("{} {text} {cause}", upstream.name()));
+        self.fleet_changed.notify_one();
     }
 
     /// The process is on its way out.

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::clock;
 use crate::gateway::state::Shared;
-use crate::policy::breaker::{Change, Probe, Status};
+use crate::policy::breaker::{Probe, Status};
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::fleet::Snapshot;
@@ -41,7 +41,7 @@ pub async fn watch(shared: Arc<Shared>, id: u64) {
             if let Some(probe) = probe
                 && let Some(change) = upstream.live.breaker.probed(probe, snapshot.thresholds(), clock::now())
             {
-                announce(&shared, &upstream, change, "the health check");
+                shared.announce(&upstream, change, "the health check");
             }
         }
         drop((snapshot, upstream));
@@ -68,19 +68,6 @@ async fn pause(shared: &Shared, id: u64) {
             () = reloaded => {}
         }
     }
-}
-
-/// Logs a change of state and has the schedule rebuilt.
-pub fn announce(shared: &Shared, upstream: &Upstream, change: Change, cause: &str) {
-    let (level, event, text) = match change {
-        Change::Down => ("warn", "backend_down", "is out: too many failures in a row, the last seen by"),
-        Change::Misconfigured => {
-            ("error", "backend_misconfigured", "refuses its api_key (or needs one), as seen by")
-        }
-        Change::Up => ("info", "backend_up", "is back, as seen by"),
-    };
-    shared.telemetry.log.event(level, event, &format!("{} {text} {cause}", upstream.name()));
-    shared.fleet_changed.notify_one();
 }
 
 /// One check: GET of `health_path` with the backend's key. `None`: this machine could not ask.

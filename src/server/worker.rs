@@ -4,17 +4,18 @@ use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use tokio::net::TcpStream;
 use tokio::runtime::{self, LocalOptions};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use crate::client::deadline::{Alarms, GRAIN};
 use crate::client::future_pool::Rooms;
-use crate::client::serve;
+use crate::client::load::Load;
+use crate::client::serve::{self, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
@@ -33,41 +34,7 @@ pub struct Worker {
     thread: JoinHandle<io::Result<()>>,
 }
 
-/// What a worker and the control thread tell each other.
-#[derive(Debug, Default)]
-pub struct Load {
-    /// Upstream connections that the worker may have while idle ones can make room.
-    upstreams: usize,
-    connections: AtomicUsize,
-    /// Bodies of requests that it waits for.
-    uploads: AtomicUsize,
-    /// Streams are to be cut now.
-    cut: AtomicBool,
-    /// Connections are to be closed as soon as they are idle.
-    close: AtomicBool,
-    /// Idle upstream connections are to make room for clients.
-    lacks_files: AtomicBool,
-    news: Notify,
-}
-
 type Client = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
-
-impl Load {
-    /// Whether streams are to be cut.
-    pub fn is_cut(&self) -> bool {
-        self.cut.load(Ordering::Relaxed)
-    }
-
-    /// Upstream connections that the worker may have while idle ones can make room.
-    pub fn upstreams(&self) -> usize {
-        self.upstreams
-    }
-
-    /// Whether idle connections are to be closed.
-    pub fn is_closing(&self) -> bool {
-        self.close.load(Ordering::Relaxed)
-    }
-}
 
 impl Worker {
     /// Starts worker number `id`, which may have so many upstream connections while idle ones can make room.
@@ -132,25 +99,6 @@ impl Worker {
     }
 }
 
-/// Counts a body that is waited for until it is dropped.
-#[derive(Debug)]
-#[must_use = "dropping it says that nobody waits for the body any more"]
-pub struct Upload(Arc<Load>);
-
-impl Upload {
-    /// One more.
-    pub fn new(load: Arc<Load>) -> Self {
-        load.uploads.fetch_add(1, Ordering::Relaxed);
-        Upload(load)
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        self.0.uploads.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// Counts a connection until it is dropped.
 struct Counted(Arc<Load>);
 
@@ -174,7 +122,9 @@ fn run(id: usize, shared: Arc<Shared>, load: Arc<Load>, inbox: UnboundedReceiver
 async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: UnboundedReceiver<Client>) {
     let alarms = Rc::new(Alarms::default());
     alarms.sweep();
-    let gateway = Gateway::new(id, shared, alarms.clone(), load.clone());
+    let gateway = Gateway::new(id, shared, load.clone());
+    let keep_alive = clock::nanos(gateway.server().keep_alive);
+    let settings = Rc::new(Settings { deadlines: alarms.clone(), keep_alive });
     let teller = gateway.clone();
     let rooms = Rooms::new(move |desk| serve::tell(teller.clone(), desk));
     let mut sweep = tokio::time::interval(GRAIN);
@@ -187,10 +137,10 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
-                        let (gateway, rooms) = (gateway.clone(), rooms.clone());
+                        let (gateway, rooms, settings) = (gateway.clone(), rooms.clone(), settings.clone());
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            serve::serve(client, peer, gateway, rooms).await;
+                            serve::serve((client, peer), &settings, gateway, rooms).await;
                         });
                     }
                 }
