@@ -16,7 +16,7 @@ use crate::client::exchange::Exchange;
 #[derive(Debug)]
 pub struct Body<S> {
     kind: Kind<S>,
-    turn: Option<Turn>,
+    turn: Option<ExchangeEnd>,
 }
 
 #[derive(Debug)]
@@ -27,9 +27,9 @@ enum Kind<S> {
 
 /// Says, when the body is dropped, that the connection may serve the next request.
 #[derive(Debug)]
-struct Turn(Rc<Conn>);
+struct ExchangeEnd(Rc<Conn>);
 
-impl Drop for Turn {
+impl Drop for ExchangeEnd {
     fn drop(&mut self) {
         self.0.end_turn();
     }
@@ -66,7 +66,7 @@ impl<S> Body<S> {
 
     /// The body, which ends the exchange when it is done.
     pub fn on(mut self, exchange: &Exchange) -> Self {
-        self.turn = Some(Turn(exchange.conn().clone()));
+        self.turn = Some(ExchangeEnd(exchange.conn().clone()));
         self
     }
 }

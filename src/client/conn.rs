@@ -16,7 +16,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::client::deadline::{Alarm, Alarms, GRAIN};
+use crate::client::deadline::{Deadline, Deadlines, GRAIN};
 use crate::clock;
 use crate::http1::coalesce::{Scratch, one_piece};
 use crate::http1::head::{Framing, inspect, is_worth_parsing};
@@ -43,8 +43,8 @@ pub struct Conn {
     stream: RefCell<TcpStream>,
     peer: IpAddr,
     /// Its time limit.
-    pub alarm: Rc<Alarm>,
-    alarms: Rc<Alarms>,
+    pub deadline: Rc<Deadline>,
+    deadlines: Rc<Deadlines>,
     keep_alive: Nanos,
     reading: Cell<Reading>,
     /// Bytes received but not given to hyper: of an incomplete head, or behind the message being served.
@@ -83,12 +83,12 @@ enum Reading {
 
 impl Conn {
     /// A fresh connection. `keep_alive`: how long it may be idle.
-    pub fn new(stream: TcpStream, peer: IpAddr, alarms: Rc<Alarms>, keep_alive: Nanos) -> Rc<Self> {
+    pub fn new(stream: TcpStream, peer: IpAddr, deadlines: Rc<Deadlines>, keep_alive: Nanos) -> Rc<Self> {
         Rc::new(Conn {
             stream: RefCell::new(stream),
             peer,
-            alarm: alarms.add(alarms.coarse_now() + HEAD_TIME),
-            alarms,
+            deadline: deadlines.add(deadlines.coarse_now() + HEAD_TIME),
+            deadlines,
             keep_alive,
             reading: Cell::new(Reading::Head),
             aside: RefCell::default(),
@@ -132,7 +132,7 @@ impl Conn {
 
     /// Coarse time: of the last sweep.
     pub fn coarse_now(&self) -> Nanos {
-        self.alarms.coarse_now()
+        self.deadlines.coarse_now()
     }
 
     /// Says that an answer begins, which must make progress, on either side, every `patience`.
@@ -151,7 +151,7 @@ impl Conn {
         match self.patience.get() {
             0 => {}
             // The time of the last sweep is up to a grain behind.
-            patience => self.alarm.set(self.coarse_now() + clock::nanos(GRAIN) + patience),
+            patience => self.deadline.set(self.coarse_now() + clock::nanos(GRAIN) + patience),
         }
     }
 
@@ -166,10 +166,10 @@ impl Conn {
     pub fn end_turn(&self) {
         self.turn_over.set(true);
         self.patience.set(0);
-        self.alarm.set(self.coarse_now() + self.keep_alive);
+        self.deadline.set(self.coarse_now() + self.keep_alive);
         if !self.aside.borrow().is_empty() {
             // The next request is here already: nothing on the socket will wake hyper for it.
-            self.alarm.wake();
+            self.deadline.wake();
         }
     }
 
@@ -223,7 +223,7 @@ impl Conn {
             }
             Reading::Head | Reading::Length(_) | Reading::Refused => false,
         };
-        self.alarm.be_attentive(is_deaf);
+        self.deadline.set_attentive(is_deaf);
         if !is_deaf {
             return false;
         }
@@ -244,7 +244,7 @@ impl Conn {
             aside.extend_from_slice(buf.filled());
             if self.turn_over.get() {
                 // It is the next request. hyper 1.12 looks by itself before this; should it not, it is not to be lost.
-                self.alarm.wake();
+                self.deadline.wake();
             }
         }
     }
@@ -280,7 +280,7 @@ impl Conn {
             if self.reading.get() == Reading::Done && self.turn_over.get() {
                 self.reading.set(Reading::Head);
                 if !self.aside.borrow().is_empty() {
-                    self.alarm.set(self.coarse_now() + HEAD_TIME);
+                    self.deadline.set(self.coarse_now() + HEAD_TIME);
                 }
             }
             let start = buf.filled().len();
@@ -296,7 +296,7 @@ impl Conn {
                     }
                     let mut aside = self.aside.borrow_mut();
                     if aside.is_empty() {
-                        self.alarm.set(self.coarse_now() + HEAD_TIME);
+                        self.deadline.set(self.coarse_now() + HEAD_TIME);
                         // Usually the whole head is here and stays where it was read to.
                         match inspect(&buf.filled()[start..]) {
                             Ok(Some(head)) => {
@@ -457,7 +457,7 @@ impl AsyncWrite for ClientIo {
         self.0.flushed.set(true);
         self.0.unflushed.set(0);
         if self.0.wants_flush.take() {
-            self.0.alarm.wake();
+            self.0.deadline.wake();
         }
         Poll::Ready(Ok(()))
     }

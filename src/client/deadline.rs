@@ -1,7 +1,7 @@
 //! Time limits of client connections: one coarse sweep a worker instead of a timer a phase.
 //!
 //! A connection is in one phase at a time, so one deadline is enough for it: each phase sets its own, and the
-//! sweep rings those that have passed. An alarm that nobody answers ends the connection.
+//! sweep rings those that have passed. An deadline that nobody answers ends the connection.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::clock;
 use crate::time::{Nanos, SECOND};
 
-/// Time between two sweeps: how late an alarm may ring.
+/// Time between two sweeps: how late an deadline may expire.
 pub const GRAIN: Duration = Duration::from_millis(100);
 
 /// A sweep that comes so late tells that the process was stopped, and with it all that the limits are for.
@@ -25,40 +25,40 @@ pub struct Elapsed;
 
 /// One connection's deadline.
 #[derive(Debug, Default)]
-pub struct Alarm {
+pub struct Deadline {
     at: Cell<Nanos>,
-    rang: Cell<bool>,
+    expired: Cell<bool>,
     /// The task is to be woken by every sweep.
     attentive: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
-impl Alarm {
+impl Deadline {
     /// Rings at `at`, and not for what was set before.
     pub fn set(&self, at: Nanos) {
         self.at.set(at);
-        self.rang.set(false);
+        self.expired.set(false);
     }
 
     /// Whether it has rung and nobody has answered.
-    pub fn is_ringing(&self) -> bool {
-        self.rang.get()
+    pub fn has_expired(&self) -> bool {
+        self.expired.get()
     }
 
     /// Answers it: `true` if it was ringing.
-    pub fn answer(&self) -> bool {
-        self.rang.take()
+    pub fn take_expired(&self) -> bool {
+        self.expired.take()
     }
 
     /// Rings now, whatever it was set to.
-    pub fn ring(&self) {
+    pub fn expire(&self) {
         self.at.set(Nanos::MAX);
-        self.rang.set(true);
+        self.expired.set(true);
         self.wake();
     }
 
     /// Has every sweep wake the task, or none.
-    pub fn be_attentive(&self, attentive: bool) {
+    pub fn set_attentive(&self, attentive: bool) {
         self.attentive.set(attentive);
     }
 
@@ -80,33 +80,33 @@ impl Alarm {
     /// Runs `work` until the deadline `at`.
     ///
     /// # Errors
-    /// [`Elapsed`] once the alarm has rung; `work` is dropped then.
+    /// [`Elapsed`] once the deadline has rung; `work` is dropped then.
     pub async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
         self.set(at);
         let mut work = pin!(work);
         poll_fn(|cx| match work.as_mut().poll(cx) {
             Poll::Ready(out) => Poll::Ready(Ok(out)),
-            Poll::Pending if self.answer() => Poll::Ready(Err(Elapsed)),
+            Poll::Pending if self.take_expired() => Poll::Ready(Err(Elapsed)),
             Poll::Pending => Poll::Pending,
         })
         .await
     }
 }
 
-/// A worker's alarms.
+/// A worker's deadlines.
 #[derive(Debug, Default)]
-pub struct Alarms {
-    all: RefCell<Vec<Weak<Alarm>>>,
+pub struct Deadlines {
+    all: RefCell<Vec<Weak<Deadline>>>,
     now: Cell<Nanos>,
 }
 
-impl Alarms {
-    /// A new alarm, which rings at `at`.
-    pub fn add(&self, at: Nanos) -> Rc<Alarm> {
-        let alarm = Rc::new(Alarm::default());
-        alarm.set(at);
-        self.all.borrow_mut().push(Rc::downgrade(&alarm));
-        alarm
+impl Deadlines {
+    /// A new deadline, which rings at `at`.
+    pub fn add(&self, at: Nanos) -> Rc<Deadline> {
+        let deadline = Rc::new(Deadline::default());
+        deadline.set(at);
+        self.all.borrow_mut().push(Rc::downgrade(&deadline));
+        deadline
     }
 
     /// The time of the last sweep, a little early or late: good enough for limits of seconds and free to read.
@@ -125,21 +125,21 @@ impl Alarms {
         // What came meanwhile has not been seen yet: nobody is late by this.
         let grace = if last > 0 && late >= STOPPED { late } else { 0 };
         self.all.borrow_mut().retain(|weak| {
-            let Some(alarm) = weak.upgrade() else { return false };
-            alarm.at.set(alarm.at.get().saturating_add(grace));
-            if alarm.at.get() <= now {
-                alarm.ring();
-            } else if alarm.attentive.get() {
-                alarm.wake();
+            let Some(deadline) = weak.upgrade() else { return false };
+            deadline.at.set(deadline.at.get().saturating_add(grace));
+            if deadline.at.get() <= now {
+                deadline.expire();
+            } else if deadline.attentive.get() {
+                deadline.wake();
             }
             true
         });
     }
 
-    /// Wakes every connection, or rings every alarm.
-    pub fn all(&self, ring: bool) {
-        for alarm in self.all.borrow().iter().filter_map(Weak::upgrade) {
-            if ring { alarm.ring() } else { alarm.wake() }
+    /// Wakes every connection, or rings every deadline.
+    pub fn all(&self, expire: bool) {
+        for deadline in self.all.borrow().iter().filter_map(Weak::upgrade) {
+            if expire { deadline.expire() } else { deadline.wake() }
         }
     }
 }
@@ -150,40 +150,40 @@ mod tests {
 
     #[test]
     fn rings_once_what_is_due_and_forgets_the_rest() {
-        let alarms = Alarms::default();
-        let (due, later) = (alarms.add(0), alarms.add(Nanos::MAX));
-        drop(alarms.add(0));
-        alarms.sweep();
-        assert!(due.is_ringing() && !later.is_ringing());
-        assert!(due.answer() && !due.answer());
-        alarms.sweep();
-        assert!(!due.is_ringing(), "a deadline rings once");
-        assert_eq!(alarms.all.borrow().len(), 2);
+        let deadlines = Deadlines::default();
+        let (due, later) = (deadlines.add(0), deadlines.add(Nanos::MAX));
+        drop(deadlines.add(0));
+        deadlines.sweep();
+        assert!(due.has_expired() && !later.has_expired());
+        assert!(due.take_expired() && !due.take_expired());
+        deadlines.sweep();
+        assert!(!due.has_expired(), "a deadline rings once");
+        assert_eq!(deadlines.all.borrow().len(), 2);
     }
 
     #[test]
     fn a_process_that_was_stopped_gives_everybody_that_time() {
-        let alarms = Alarms::default();
-        alarms.sweep_at(SECOND);
-        let alarm = alarms.add(3 * SECOND);
-        alarms.sweep_at(61 * SECOND);
-        assert!(!alarm.is_ringing(), "a minute was lost");
-        (0..15).for_each(|i| alarms.sweep_at(61 * SECOND + i * SECOND / 10));
-        assert!(!alarm.is_ringing());
-        (15..25).for_each(|i| alarms.sweep_at(61 * SECOND + i * SECOND / 10));
-        assert!(alarm.is_ringing(), "two seconds were left of three");
+        let deadlines = Deadlines::default();
+        deadlines.sweep_at(SECOND);
+        let deadline = deadlines.add(3 * SECOND);
+        deadlines.sweep_at(61 * SECOND);
+        assert!(!deadline.has_expired(), "a minute was lost");
+        (0..15).for_each(|i| deadlines.sweep_at(61 * SECOND + i * SECOND / 10));
+        assert!(!deadline.has_expired());
+        (15..25).for_each(|i| deadlines.sweep_at(61 * SECOND + i * SECOND / 10));
+        assert!(deadline.has_expired(), "two seconds were left of three");
     }
 
     #[test]
     fn limits_work_that_does_not_end() {
-        let alarms = Alarms::default();
-        let alarm = alarms.add(Nanos::MAX);
+        let deadlines = Deadlines::default();
+        let deadline = deadlines.add(Nanos::MAX);
         let mut cx = Context::from_waker(Waker::noop());
-        let mut work = pin!(alarm.limit(0, std::future::pending::<()>()));
+        let mut work = pin!(deadline.limit(0, std::future::pending::<()>()));
         assert!(work.as_mut().poll(&mut cx).is_pending());
-        alarms.sweep();
+        deadlines.sweep();
         assert_eq!(work.as_mut().poll(&mut cx), Poll::Ready(Err(Elapsed)));
-        let mut done = pin!(alarm.limit(0, std::future::ready(3)));
+        let mut done = pin!(deadline.limit(0, std::future::ready(3)));
         assert_eq!(done.as_mut().poll(&mut cx), Poll::Ready(Ok(3)));
     }
 }

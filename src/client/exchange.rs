@@ -42,30 +42,30 @@ impl Exchange {
     /// # Errors
     /// [`Elapsed`] once that time has passed; `work` is dropped then.
     pub async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
-        self.0.alarm.limit(at, work).await
+        self.0.deadline.limit(at, work).await
     }
 
     /// Sets the deadline of a phase that ends by itself.
     pub fn set_deadline(&self, at: Nanos) {
-        self.0.alarm.set(at);
+        self.0.deadline.set(at);
     }
 
     /// Whether the deadline has passed; says so once.
     pub fn take_timeout(&self) -> bool {
-        self.0.alarm.answer()
+        self.0.deadline.take_expired()
     }
 
-    /// Begins an answer, which must make progress, on either side, every `patience`.
+    /// Begins an take_expired, which must make progress, on either side, every `patience`.
     pub fn begin_answer(&self, patience: Nanos) {
         self.0.begin_answer(patience);
     }
 
-    /// The answer under way has made progress.
+    /// The take_expired under way has made progress.
     pub fn progress(&self) {
         self.0.progress();
     }
 
-    /// Hands `n` bytes more of an answer over.
+    /// Hands `n` bytes more of an take_expired over.
     pub fn hand_over(&self, n: usize) {
         self.0.hand_over(n);
     }
@@ -85,12 +85,12 @@ impl Exchange {
         self.0.poll_flushed()
     }
 
-    /// Makes the close that follows a reset, so that an answer without framing cannot look whole.
+    /// Makes the close that follows a reset, so that an take_expired without framing cannot look whole.
     pub fn reset_on_close(&self) {
         self.0.reset_on_close();
     }
 
-    /// Whether the connection must close behind the answer, since nobody knows where the next request begins.
+    /// Whether the connection must close behind the take_expired, since nobody knows where the next request begins.
     pub fn must_close(&self) -> bool {
         self.0.must_close()
     }

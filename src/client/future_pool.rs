@@ -1,4 +1,4 @@
-//! Room for the futures of requests: taken from the heap once, then used by one request after the other.
+//! PooledFuture for the futures of requests: taken from the heap once, then used by one request after the other.
 //!
 //! Such a future has some kilobytes, which hyper would keep with every connection as long as it lives, and which would
 //! be the largest piece of memory that a request takes and gives back. So a future here serves requests for ever, one
@@ -16,90 +16,90 @@ use std::task::{Context, Poll};
 const MAX_FREE: usize = 256;
 
 /// Where a future finds its requests `I` and leaves their answers `O`.
-pub struct Desk<I, O> {
+pub struct Mailbox<I, O> {
     request: Cell<Option<I>>,
     answer: Cell<Option<O>>,
 }
 
-impl<I, O> Desk<I, O> {
+impl<I, O> Mailbox<I, O> {
     /// The next request.
     pub async fn next(&self) -> I {
         poll_fn(|_| self.request.take().map_or(Poll::Pending, Poll::Ready)).await
     }
 
     /// Leaves the answer to it.
-    pub fn leave(&self, answer: O) {
+    pub fn reply(&self, answer: O) {
         self.answer.set(Some(answer));
     }
 }
 
-struct Room<I, O, F> {
+struct PooledFuture<I, O, F> {
     future: Pin<Box<F>>,
-    desk: Rc<Desk<I, O>>,
+    mailbox: Rc<Mailbox<I, O>>,
 }
 
-/// A worker's rooms, the youngest one used first.
-pub struct Rooms<I, O, F> {
-    free: RefCell<Vec<Room<I, O, F>>>,
-    furnish: Furnish<I, O, F>,
+/// A worker's pool, the youngest one used first.
+pub struct FuturePool<I, O, F> {
+    free: RefCell<Vec<PooledFuture<I, O, F>>>,
+    make: Make<I, O, F>,
 }
 
-type Furnish<I, O, F> = Box<dyn Fn(Rc<Desk<I, O>>) -> F>;
+type Make<I, O, F> = Box<dyn Fn(Rc<Mailbox<I, O>>) -> F>;
 
-/// The answer to one request, which has a room to itself until it is there.
-pub struct Lodged<I, O, F> {
-    room: Option<Room<I, O, F>>,
-    rooms: Rc<Rooms<I, O, F>>,
+/// The answer to one request, which has a future to itself until it is there.
+pub struct Running<I, O, F> {
+    future: Option<PooledFuture<I, O, F>>,
+    pool: Rc<FuturePool<I, O, F>>,
 }
 
-impl<I, O, F> fmt::Debug for Rooms<I, O, F> {
+impl<I, O, F> fmt::Debug for FuturePool<I, O, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rooms").finish_non_exhaustive()
+        f.debug_struct("FuturePool").finish_non_exhaustive()
     }
 }
 
-impl<I, O, F> fmt::Debug for Lodged<I, O, F> {
+impl<I, O, F> fmt::Debug for Running<I, O, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lodged").finish_non_exhaustive()
+        f.debug_struct("Running").finish_non_exhaustive()
     }
 }
 
-impl<I, O> fmt::Debug for Desk<I, O> {
+impl<I, O> fmt::Debug for Mailbox<I, O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Desk").finish_non_exhaustive()
+        f.debug_struct("Mailbox").finish_non_exhaustive()
     }
 }
 
-impl<I, O, F: Future> Rooms<I, O, F> {
-    /// No room yet. `furnish` makes the future that serves what comes to a desk.
-    pub fn new(furnish: impl Fn(Rc<Desk<I, O>>) -> F + 'static) -> Rc<Self> {
-        Rc::new(Rooms { free: RefCell::default(), furnish: Box::new(furnish) })
+impl<I, O, F: Future> FuturePool<I, O, F> {
+    /// No future yet. `make` makes the future that serves what comes to a mailbox.
+    pub fn new(make: impl Fn(Rc<Mailbox<I, O>>) -> F + 'static) -> Rc<Self> {
+        Rc::new(FuturePool { free: RefCell::default(), make: Box::new(make) })
     }
 
-    /// Puts a request into a room.
-    pub fn lodge(self: &Rc<Self>, request: I) -> Lodged<I, O, F> {
+    /// Puts a request into a future.
+    pub fn run(self: &Rc<Self>, request: I) -> Running<I, O, F> {
         let free = self.free.borrow_mut().pop();
-        let room = free.unwrap_or_else(|| {
-            let desk = Rc::new(Desk { request: Cell::default(), answer: Cell::default() });
-            Room { future: Box::pin((self.furnish)(desk.clone())), desk }
+        let future = free.unwrap_or_else(|| {
+            let mailbox = Rc::new(Mailbox { request: Cell::default(), answer: Cell::default() });
+            PooledFuture { future: Box::pin((self.make)(mailbox.clone())), mailbox }
         });
-        room.desk.request.set(Some(request));
-        Lodged { room: Some(room), rooms: self.clone() }
+        future.mailbox.request.set(Some(request));
+        Running { future: Some(future), pool: self.clone() }
     }
 }
 
-impl<I, O, F: Future> Future for Lodged<I, O, F> {
+impl<I, O, F: Future> Future for Running<I, O, F> {
     type Output = Result<O, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        let Some(room) = &mut this.room else { return Poll::Pending };
+        let Some(future) = &mut this.future else { return Poll::Pending };
         // It does not end: what it leaves is what counts.
-        let _ = room.future.as_mut().poll(cx);
-        let Some(answer) = room.desk.answer.take() else { return Poll::Pending };
-        let mut free = this.rooms.free.borrow_mut();
+        let _ = future.future.as_mut().poll(cx);
+        let Some(answer) = future.mailbox.answer.take() else { return Poll::Pending };
+        let mut free = this.pool.free.borrow_mut();
         if free.len() < MAX_FREE {
-            free.extend(this.room.take());
+            free.extend(this.future.take());
         }
         Poll::Ready(Ok(answer))
     }
@@ -117,55 +117,55 @@ mod tests {
         let made = Rc::new(Cell::new(0));
         let count = made.clone();
         // It asks to be polled twice.
-        let rooms = Rooms::new(move |desk: Rc<Desk<u32, u32>>| {
+        let pool = FuturePool::new(move |mailbox: Rc<Mailbox<u32, u32>>| {
             count.set(count.get() + 1);
             async move {
                 loop {
-                    let request = desk.next().await;
+                    let request = mailbox.next().await;
                     let mut polled = false;
                     poll_fn(|_| {
                         if std::mem::replace(&mut polled, true) { Poll::Ready(()) } else { Poll::Pending }
                     })
                     .await;
-                    desk.leave(request + 1);
+                    mailbox.reply(request + 1);
                 }
             }
         });
         let mut cx = Context::from_waker(Waker::noop());
-        let free = || rooms.free.borrow().len();
+        let free = || pool.free.borrow().len();
         for request in 0..3 {
-            let mut lodged = pin!(rooms.lodge(request));
-            assert!(lodged.as_mut().poll(&mut cx).is_pending());
-            assert_eq!(lodged.as_mut().poll(&mut cx), Poll::Ready(Ok(request + 1)));
+            let mut running = pin!(pool.run(request));
+            assert!(running.as_mut().poll(&mut cx).is_pending());
+            assert_eq!(running.as_mut().poll(&mut cx), Poll::Ready(Ok(request + 1)));
             assert_eq!((made.get(), free()), (1, 1));
         }
-        assert!(pin!(rooms.lodge(0)).poll(&mut cx).is_pending(), "dropped at once");
+        assert!(pin!(pool.run(0)).poll(&mut cx).is_pending(), "dropped at once");
         assert_eq!((made.get(), free()), (1, 0));
-        let mut given_up = Box::pin(rooms.lodge(7));
+        let mut given_up = Box::pin(pool.run(7));
         assert!(given_up.as_mut().poll(&mut cx).is_pending());
         drop(given_up);
         assert_eq!((made.get(), free()), (2, 0));
-        let mut many: Vec<_> = (0..MAX_FREE as u32 + 9).map(|n| Box::pin(rooms.lodge(n))).collect();
-        for lodged in &mut many {
-            assert!(lodged.as_mut().poll(&mut cx).is_pending());
-            assert!(lodged.as_mut().poll(&mut cx).is_ready());
+        let mut many: Vec<_> = (0..MAX_FREE as u32 + 9).map(|n| Box::pin(pool.run(n))).collect();
+        for running in &mut many {
+            assert!(running.as_mut().poll(&mut cx).is_pending());
+            assert!(running.as_mut().poll(&mut cx).is_ready());
         }
         assert_eq!((made.get(), free()), (MAX_FREE + 11, MAX_FREE), "no more are kept");
     }
 
     #[test]
     fn a_free_room_holds_nothing_of_its_last_request() {
-        let rooms = Rooms::new(|desk: Rc<Desk<Rc<()>, ()>>| async move {
+        let pool = FuturePool::new(|mailbox: Rc<Mailbox<Rc<()>, ()>>| async move {
             loop {
-                let _held = desk.next().await;
-                desk.leave(());
+                let _held = mailbox.next().await;
+                mailbox.reply(());
             }
         });
         let held = Rc::new(());
         let mut cx = Context::from_waker(Waker::noop());
-        assert!(pin!(rooms.lodge(held.clone())).poll(&mut cx).is_ready());
-        assert_eq!((Rc::strong_count(&held), rooms.free.borrow().len()), (1, 1));
-        drop(rooms.lodge(held.clone()));
-        assert_eq!((Rc::strong_count(&held), rooms.free.borrow().len()), (1, 0), "never polled");
+        assert!(pin!(pool.run(held.clone())).poll(&mut cx).is_ready());
+        assert_eq!((Rc::strong_count(&held), pool.free.borrow().len()), (1, 1));
+        drop(pool.run(held.clone()));
+        assert_eq!((Rc::strong_count(&held), pool.free.borrow().len()), (1, 0), "never polled");
     }
 }

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 
 /// What a worker and the control thread tell each other.
 #[derive(Debug, Default)]
-pub struct Load {
+pub struct WorkerState {
     /// Upstream connections that the worker may have while idle ones can make room.
     pub(crate) upstreams: usize,
     pub(crate) connections: AtomicUsize,
@@ -22,7 +22,7 @@ pub struct Load {
     pub(crate) news: Notify,
 }
 
-impl Load {
+impl WorkerState {
     /// Whether streams are to be cut.
     pub fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Relaxed)
@@ -42,11 +42,11 @@ impl Load {
 /// Counts a body that is waited for until it is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it says that nobody waits for the body any more"]
-pub struct Upload(Arc<Load>);
+pub struct Upload(Arc<WorkerState>);
 
 impl Upload {
     /// One more.
-    pub fn new(load: Arc<Load>) -> Self {
+    pub fn new(load: Arc<WorkerState>) -> Self {
         load.uploads.fetch_add(1, Ordering::Relaxed);
         Upload(load)
     }

@@ -19,9 +19,9 @@ use tokio::net::TcpStream;
 
 use crate::client::body::{Body, Cut};
 use crate::client::conn::{ClientIo, Conn};
-use crate::client::deadline::Alarms;
+use crate::client::deadline::Deadlines;
 use crate::client::exchange::Exchange;
-use crate::client::future_pool::{Desk, Rooms};
+use crate::client::future_pool::{FuturePool, Mailbox};
 use crate::http1::header_map_pool;
 use crate::time::{Nanos, SECOND};
 
@@ -63,16 +63,16 @@ pub trait Service: 'static {
 }
 
 /// What a pooled future is given.
-pub type Asked = (Request<Incoming>, Rc<Conn>);
+pub type Job = (Request<Incoming>, Rc<Conn>);
 
 /// The answer of a service.
-type Answer<S> = Response<Body<<S as Service>::Stream>>;
+type ServiceAnswer<S> = Response<Body<<S as Service>::Stream>>;
 
 /// What connections have in common.
 #[derive(Debug)]
 pub struct Settings {
     /// The worker's deadlines.
-    pub deadlines: Rc<Alarms>,
+    pub deadlines: Rc<Deadlines>,
     /// How long a connection may be idle.
     pub keep_alive: Nanos,
 }
@@ -82,37 +82,37 @@ pub async fn serve<S: Service, F: Future>(
     (stream, peer): (TcpStream, IpAddr),
     settings: &Settings,
     gateway: Rc<S>,
-    rooms: Rc<Rooms<Asked, Answer<S>, F>>,
+    futures: Rc<FuturePool<Job, ServiceAnswer<S>, F>>,
 ) {
     let conn = Conn::new(stream, peer, settings.deadlines.clone(), settings.keep_alive);
     // A connection that says nothing costs no buffers: hyper comes in with the first byte.
     let first = poll_fn(|cx| {
-        conn.alarm.register(cx);
+        conn.deadline.register(cx);
         match conn.poll_readable(cx) {
-            Poll::Pending if conn.alarm.is_ringing() || gateway.is_closing() => Poll::Ready(false),
+            Poll::Pending if conn.deadline.has_expired() || gateway.is_closing() => Poll::Ready(false),
             readable => readable.map(|r| r.is_ok()),
         }
     });
     if !first.await {
         return;
     }
-    let service = service_fn(|request| rooms.lodge((request, conn.clone())));
+    let service = service_fn(|request| futures.run((request, conn.clone())));
     let answered = serve_http(&conn, &gateway, service).await;
     if answered && conn.is_unread() {
         let mut left = MAX_DISCARD;
         let drained = poll_fn(|cx| conn.poll_discard(cx, &mut left));
-        let _ = conn.alarm.limit(conn.coarse_now() + LINGER, drained).await;
+        let _ = conn.deadline.limit(conn.coarse_now() + LINGER, drained).await;
     }
 }
 
-/// Tells the stories of the requests that come to `desk`.
-pub async fn tell<S: Service>(gateway: Rc<S>, desk: Rc<Desk<Asked, Answer<S>>>) {
+/// Tells the stories of the requests that come to `mailbox`.
+pub async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox<Job, ServiceAnswer<S>>>) {
     loop {
-        let (request, conn) = desk.next().await;
+        let (request, conn) = mailbox.next().await;
         let (head, body) = request.into_parts();
         let answer = guarded(&gateway, &head, body, &Exchange::new(conn)).await;
         header_map_pool::give_back(head.headers);
-        desk.leave(answer);
+        mailbox.reply(answer);
     }
 }
 
@@ -122,29 +122,29 @@ async fn guarded<S: Service>(
     head: &Parts,
     body: Incoming,
     exchange: &Exchange,
-) -> Answer<S> {
-    let mut story = pin!(gateway.handle(head, body, exchange));
-    let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| story.as_mut().poll(cx))) {
+) -> ServiceAnswer<S> {
+    let mut answer = pin!(gateway.handle(head, body, exchange));
+    let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| answer.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
     answer.await.unwrap_or_else(|| gateway.broken())
 }
 
-/// `true`: hyper ended it; `false`: an alarm did, and nobody waits for an answer.
+/// `true`: hyper ended it; `false`: an deadline did, and nobody waits for an answer.
 async fn serve_http<S, H>(conn: &Rc<Conn>, gateway: &Rc<S>, service: H) -> bool
 where
     S: Service,
     H: HttpService<Incoming, ResBody = Body<S::Stream>, Error = Infallible>,
 {
     let mut builder = http1::Builder::new();
-    // No timer: `alarm` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it. Without
+    // No timer: `deadline` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it. Without
     // `half_close` hyper would look itself, and take 8 KiB for it.
     builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS).half_close(true);
     let mut http = pin!(builder.serve_connection(TokioIo::new(ClientIo(conn.clone())), service));
     let mut closing = false;
     poll_fn(|cx| {
-        conn.alarm.register(cx);
+        conn.deadline.register(cx);
         let answers = conn.is_answering();
         let mut ended = http.as_mut().poll(cx).is_ready();
         // On the way out a connection closes behind its answer, also behind one whose head did not say so. What has come is
@@ -160,8 +160,8 @@ where
             conn.has_left(cx);
             return Poll::Ready(true);
         }
-        // An alarm that no phase of a request has answered: idle, a slow head, or a write that nobody reads.
-        if conn.alarm.is_ringing() || conn.has_left(cx) { Poll::Ready(false) } else { Poll::Pending }
+        // An deadline that no phase of a request has answered: idle, a slow head, or a write that nobody reads.
+        if conn.deadline.has_expired() || conn.has_left(cx) { Poll::Ready(false) } else { Poll::Pending }
     })
     .await
 }

@@ -336,7 +336,7 @@ fn read(
     label: &str,
     base: &Path,
     env: &dyn Fn(&str) -> Option<String>,
-) -> Result<raw::Read, Faults> {
+) -> Result<raw::Parsed, Faults> {
     let sink = Sink::new(text, label);
     let surroundings = raw::Surroundings { base, env };
     let read = toml_reader::document(&sink, |root| raw::config(root, &surroundings));

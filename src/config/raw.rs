@@ -59,14 +59,14 @@ pub(super) struct Surroundings<'a> {
 }
 
 /// A configuration, right if its sink has no fault.
-pub(super) struct Read {
+pub(super) struct Parsed {
     pub(super) config: Config,
     /// Whether a key is written in the text, a backend's or a client's.
     pub(super) inline_key: bool,
 }
 
 /// Reads the whole document.
-pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Read {
+pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Parsed {
     let server = root.section("server", server);
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
@@ -125,7 +125,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> R
         warnings: Vec::new(),
         file: None,
     };
-    Read { config, inline_key: inline_key || inline_client }
+    Parsed { config, inline_key: inline_key || inline_client }
 }
 
 fn server(t: &mut Section<'_, '_>) -> Server {

@@ -15,7 +15,7 @@ use crate::http1::decode::{Decoder, Invalid, MAX_HEAD, MAX_HEADERS};
 
 /// What was read of an answer.
 #[derive(Debug, PartialEq)]
-struct Answer {
+struct DecodedAnswer {
     status: StatusCode,
     version: Version,
     headers: HeaderMap,
@@ -61,16 +61,22 @@ fn panic_of(ours: &impl std::fmt::Debug, cut: &impl std::fmt::Debug) {
 }
 
 /// Reads `bytes` in pieces, and then the end of the connection; `None`: no head.
-fn decode(bytes: &[u8], piece: usize) -> Result<Option<Answer>, Invalid> {
+fn decode(bytes: &[u8], piece: usize) -> Result<Option<DecodedAnswer>, Invalid> {
     let mut decoder = Decoder::default();
     decoder.begin();
-    let mut answer: Option<Answer> = None;
+    let mut answer: Option<DecodedAnswer> = None;
     for piece in bytes.chunks(piece.min(bytes.len()).max(1)) {
         let Some(answer) = &mut answer else {
             let Some((parts, data)) = decoder.head(piece)? else { continue };
             let response::Parts { status, version, headers, .. } = parts;
-            answer =
-                Some(Answer { status, version, headers, body: data.to_vec(), whole: false, goes_on: false });
+            answer = Some(DecodedAnswer {
+                status,
+                version,
+                headers,
+                body: data.to_vec(),
+                whole: false,
+                goes_on: false,
+            });
             continue;
         };
         if decoder.is_done() || decoder.is_broken() {
@@ -78,7 +84,7 @@ fn decode(bytes: &[u8], piece: usize) -> Result<Option<Answer>, Invalid> {
         }
         match decoder.body(piece) {
             Ok(data) => answer.body.extend_from_slice(&data),
-            Err(Invalid) => return Ok(Some(Answer { whole: false, ..take(answer) })),
+            Err(Invalid) => return Ok(Some(DecodedAnswer { whole: false, ..take(answer) })),
         }
     }
     let Some(mut answer) = answer else {
@@ -90,9 +96,9 @@ fn decode(bytes: &[u8], piece: usize) -> Result<Option<Answer>, Invalid> {
     Ok(Some(answer))
 }
 
-fn take(answer: &mut Answer) -> Answer {
+fn take(answer: &mut DecodedAnswer) -> DecodedAnswer {
     let (headers, body) = (std::mem::take(&mut answer.headers), std::mem::take(&mut answer.body));
-    Answer { headers, body, ..*answer }
+    DecodedAnswer { headers, body, ..*answer }
 }
 
 /// The same through hyper's client, which asks first and then finds `bytes` and the end of the connection.

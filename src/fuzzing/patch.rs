@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::json::members::{Fields, Kind, MAX_NAME, Member, Model, Place, ScanError, Watch};
+use crate::json::members::{Fields, MAX_NAME, Member, MemberSpan, Model, ScanError, ValueKind, Watch};
 use crate::json::patch::{ModelText, slices, splices};
 use crate::json::scan::{MAX_DEPTH, Scanner};
 
@@ -95,15 +95,15 @@ fn one_object(data: &[u8]) -> Option<&str> {
 }
 
 /// What a naive look finds in a valid object.
-struct Look {
+struct LookedAt {
     depth: u32,
     inside: usize,
     /// Where keys and values stand, quotes included, and the commas behind.
     members: Vec<(Range<usize>, Range<usize>, Option<usize>)>,
 }
 
-fn look(text: &str) -> Look {
-    let mut look = Look { depth: 0, inside: text.find('{').map_or(0, |at| at + 1), members: Vec::new() };
+fn look(text: &str) -> LookedAt {
+    let mut look = LookedAt { depth: 0, inside: text.find('{').map_or(0, |at| at + 1), members: Vec::new() };
     let (mut depth, mut in_string, mut escaped) = (0u32, false, false);
     let mut start = look.inside;
     let mut key = None;
@@ -138,7 +138,7 @@ fn look(text: &str) -> Look {
     look
 }
 
-impl Look {
+impl LookedAt {
     /// What the scan should find, or the key that it should refuse first. A name that only the scan can read, as
     /// it holds a lone surrogate, is empty.
     fn fields(&self, text: &str, watch: &Watch) -> Result<Fields, ScanError> {
@@ -153,11 +153,11 @@ impl Look {
         for (nth, (key, span, behind)) in self.members.iter().enumerate() {
             let value = &text[span.clone()];
             let kind = match &value[..1] {
-                "[" => Kind::Array,
-                "f" => Kind::False,
-                "n" => Kind::Null,
-                "t" => Kind::True,
-                _ => Kind::Other,
+                "[" => ValueKind::Array,
+                "f" => ValueKind::False,
+                "n" => ValueKind::Null,
+                "t" => ValueKind::True,
+                _ => ValueKind::Other,
             };
             let key_text = serde_json::from_str::<String>(&text[key.clone()]).unwrap_or_default();
             let wide = span.start as u64..span.end as u64;
@@ -186,7 +186,7 @@ impl Look {
             match member {
                 Some(Member::Messages) => {
                     fields.messages = kind;
-                    if watch.affinity && kind == Kind::Array {
+                    if watch.affinity && kind == ValueKind::Array {
                         fields.affinity.opening = Some(wide.start..span.start as u64 + opening(value));
                     }
                 }
@@ -212,7 +212,7 @@ impl Look {
             if let Some(name) = droppable {
                 let next = behind.map(|at| at as u64 + 1);
                 let span = key.start as u64..span.end as u64;
-                fields.droppable.push(Place { name, nth: nth as u64, comma, span, next });
+                fields.droppable.push(MemberSpan { name, nth: nth as u64, comma, span, next });
             }
             comma = behind.map_or(0, |at| at as u64);
         }

@@ -15,9 +15,9 @@ use crate::gateway::Gateway;
 use crate::gateway::refusal::GatewayError;
 use crate::policy::balance::BackendId;
 use crate::policy::dispatch::Busy;
-use crate::policy::queue::{Entry, Outside, Place, QueueFull, Slot};
-use crate::policy::quota::{LEEWAY, Turn};
-use crate::telemetry::{Completion, Phase};
+use crate::policy::queue::{Admitted, Outside, Permit, QueueFull, Ticket};
+use crate::policy::quota::{LEEWAY, QuotaTicket};
+use crate::telemetry::{Phase, RequestRecord};
 use crate::time::Nanos;
 use crate::upstream::InLine;
 use crate::upstream::fleet::Snapshot;
@@ -35,30 +35,30 @@ impl From<QueueFull> for GatewayError {
 pub async fn admit(
     gateway: &Gateway,
     exchange: &Exchange,
-    completion: &mut Completion,
+    record: &mut RequestRecord,
     deadline: Nanos,
-) -> Result<Slot, GatewayError> {
+) -> Result<Permit, GatewayError> {
     let place = match gateway.shared().admission.enter()? {
-        Entry::Passed(slot) => return Ok(slot),
-        Entry::Queued(place) => place,
+        Admitted::Passed(slot) => return Ok(slot),
+        Admitted::Queued(place) => place,
     };
-    completion.phase = Phase::Queued;
+    record.phase = Phase::Queued;
     let since = clock::now();
     let slot = exchange.limit(deadline, place).await;
-    waited(completion, since);
+    waited(record, since);
     // A slot that comes at the last moment comes too late for any backend.
     slot.ok().filter(|_| clock::now() < deadline).ok_or(GatewayError::QueueTimeout)
 }
 
 /// Where a request stands in the lines before busy backends. Dropping it leaves them all.
 #[derive(Default)]
-pub struct Line {
+pub struct Lines {
     /// Before a quota.
     quota: Option<(BackendId, InLine)>,
     /// Before full backends.
-    places: Vec<(BackendId, Place)>,
+    places: Vec<(BackendId, Ticket)>,
     /// A place that came.
-    pub granted: Option<(BackendId, Slot)>,
+    pub granted: Option<(BackendId, Permit)>,
     /// It counts as waiting from its first wait on, so that nobody takes its place in the queue while it looks again.
     outside: Option<Outside>,
 }
@@ -81,9 +81,9 @@ enum Woken {
     Opened,
 }
 
-impl Line {
+impl Lines {
     /// The turn at a quota, if it waits for one.
-    pub fn turn(&self) -> Option<&Turn> {
+    pub fn turn(&self) -> Option<&QuotaTicket> {
         self.quota.as_ref().and_then(|(_, line)| line.turn())
     }
 
@@ -100,15 +100,15 @@ impl Line {
         &mut self,
         gateway: &Gateway,
         exchange: &Exchange,
-        completion: &mut Completion,
+        record: &mut RequestRecord,
         deadline: Nanos,
-    ) -> Result<Slot, GatewayError> {
+    ) -> Result<Permit, GatewayError> {
         if let Some(slot) = gateway.shared().admission.try_pass() {
             return Ok(slot);
         }
         // It may not count twice while it waits for a slot.
         self.outside = None;
-        admit(gateway, exchange, completion, deadline).await
+        admit(gateway, exchange, record, deadline).await
     }
 
     /// Leaves all lines where the request has `entered` a backend.
@@ -119,7 +119,7 @@ impl Line {
         if let Some((_, line)) = self.quota.take_if(|(id, _)| *id == backend) {
             line.served();
         }
-        *self = Line::default();
+        *self = Lines::default();
     }
 
     /// Waits, without a slot, until one of the busy targets may have reopened: at its time, when a full one has a place, or
@@ -131,14 +131,14 @@ impl Line {
         &mut self,
         gateway: &Gateway,
         exchange: &Exchange,
-        completion: &mut Completion,
+        record: &mut RequestRecord,
         wait: Wait<'_>,
         reopened: Option<Notified<'_>>,
     ) -> Result<(), GatewayError> {
         let Wait { snapshot, busy, deadline } = wait;
         let mut reopened = pin!(reopened);
         let since = clock::now();
-        let latest = deadline.min(completion.started + clock::nanos(snapshot.config.queue.max_wait));
+        let latest = deadline.min(record.started + clock::nanos(snapshot.config.queue.max_wait));
         let in_time = |at: &Nanos| *at <= latest;
         let first = busy.opens.filter(|(at, ..)| in_time(at));
         if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
@@ -147,11 +147,11 @@ impl Line {
         if self.outside.is_none() {
             self.outside = Some(gateway.shared().admission.wait_outside()?);
         }
-        completion.phase = Phase::Queued;
+        record.phase = Phase::Queued;
         self.stand(snapshot, busy, first);
         let result = loop {
             let mut moved =
-                pin!(self.quota.as_ref().map(|(id, _)| snapshot.backends[*id].live.moved.notified()));
+                pin!(self.quota.as_ref().map(|(id, _)| snapshot.backends[*id].state.moved.notified()));
             if let Some(moved) = moved.as_mut().as_pin_mut() {
                 moved.enable();
             }
@@ -190,7 +190,7 @@ impl Line {
                 Err(Elapsed) => break Err(GatewayError::QueueTimeout),
             }
         };
-        waited(completion, since);
+        waited(record, since);
         result
     }
 
@@ -202,8 +202,8 @@ impl Line {
                 continue;
             }
             match snapshot.backends[*id].wait_for_place() {
-                Ok(Some(Entry::Queued(place))) => self.places.push((*id, place)),
-                Ok(Some(Entry::Passed(slot))) => self.granted = Some((*id, slot)),
+                Ok(Some(Admitted::Queued(place))) => self.places.push((*id, place)),
+                Ok(Some(Admitted::Passed(slot))) => self.granted = Some((*id, slot)),
                 // As many wait for it as may: then for the others alone.
                 Ok(None) | Err(QueueFull) => {}
             }
@@ -236,8 +236,8 @@ fn nap(at: Nanos, now: Nanos) -> Duration {
 }
 
 /// The first place whose turn has come.
-fn poll_places(places: &mut Vec<(BackendId, Place)>, cx: &mut Context<'_>) -> Option<(BackendId, Slot)> {
-    let ready = |(i, (id, place)): (usize, &mut (BackendId, Place))| match Pin::new(place).poll(cx) {
+fn poll_places(places: &mut Vec<(BackendId, Ticket)>, cx: &mut Context<'_>) -> Option<(BackendId, Permit)> {
+    let ready = |(i, (id, place)): (usize, &mut (BackendId, Ticket))| match Pin::new(place).poll(cx) {
         Poll::Ready(slot) => Some((i, *id, slot)),
         Poll::Pending => None,
     };
@@ -250,8 +250,8 @@ fn is_ready<F: Future>(future: Option<Pin<&mut F>>, cx: &mut Context<'_>) -> boo
     future.is_some_and(|future| future.poll(cx).is_ready())
 }
 
-fn waited(completion: &mut Completion, since: Nanos) {
+fn waited(record: &mut RequestRecord, since: Nanos) {
     let waited = clock::now() - since;
-    completion.queued = Some(completion.queued.unwrap_or(0) + waited);
-    completion.others += waited;
+    record.queued = Some(record.queued.unwrap_or(0) + waited);
+    record.others += waited;
 }

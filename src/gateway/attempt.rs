@@ -14,17 +14,17 @@ use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
-use crate::gateway::admit::{Line, Wait, refusal};
+use crate::gateway::admit::{Lines, Wait, refusal};
 use crate::gateway::intake::ChatRequest;
 use crate::gateway::refusal::GatewayError;
 use crate::http1::headers;
 use crate::http1::headers::About;
 use crate::policy::choose::Closed;
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
-use crate::policy::queue::Slot;
+use crate::policy::queue::Permit;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::route::TargetId;
-use crate::telemetry::{Completion, Phase};
+use crate::telemetry::{Phase, RequestRecord};
 use crate::time::{Nanos, SECOND};
 use crate::upstream::InFlight;
 use crate::upstream::fleet::{Ask, Snapshot, View};
@@ -45,7 +45,7 @@ pub struct Delivery {
     /// The place at the backend.
     pub entered: InFlight,
     /// The slot.
-    pub slot: Slot,
+    pub slot: Permit,
     /// The body's first frame, where it was waited for.
     pub first: Option<Bytes>,
     /// How long the answer may make no progress.
@@ -79,7 +79,7 @@ pub struct Attempts<'a> {
     /// The fleet, of the configuration that the request came under.
     pub snapshot: Arc<Snapshot>,
     /// The record.
-    pub completion: &'a mut Completion,
+    pub record: &'a mut RequestRecord,
     /// When the first byte must be on its way.
     pub deadline: Nanos,
 }
@@ -89,13 +89,13 @@ impl Attempts<'_> {
     ///
     /// # Errors
     /// What to tell the client where there is none.
-    pub async fn run(mut self, slot: Slot) -> Result<Delivery, GatewayError> {
-        let (mut slot, mut kept, mut line) = (Some(slot), None, Line::default());
+    pub async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
+        let (mut slot, mut kept, mut line) = (Some(slot), None, Lines::default());
         let mut dispatch = Dispatch::new(self.rules());
         let mut now = clock::now();
         self.gateway.shared().budget.offer(now);
         loop {
-            if self.completion.others > 0 {
+            if self.record.others > 0 {
                 self.refresh();
             }
             let mut step = self.decide(now, &mut dispatch, &line);
@@ -132,10 +132,8 @@ impl Attempts<'_> {
                 Do::Wait(busy) => {
                     drop(slot.take());
                     let wait = Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline };
-                    line.wait(self.gateway, self.exchange, self.completion, wait, reopened).await?;
-                    slot = Some(
-                        line.readmit(self.gateway, self.exchange, self.completion, self.deadline).await?,
-                    );
+                    line.wait(self.gateway, self.exchange, self.record, wait, reopened).await?;
+                    slot = Some(line.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {
@@ -167,7 +165,7 @@ impl Attempts<'_> {
         }
     }
 
-    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, line: &Line) -> Do {
+    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, line: &Lines) -> Do {
         let view = View {
             snapshot: &self.snapshot,
             ask: &self.ask,
@@ -180,7 +178,7 @@ impl Attempts<'_> {
     }
 
     /// Takes a place at a target and leaves all lines; `None` where another request came first.
-    fn enter(&self, now: Nanos, target: TargetId, line: &mut Line) -> Option<InFlight> {
+    fn enter(&self, now: Nanos, target: TargetId, line: &mut Lines) -> Option<InFlight> {
         let backend = self.snapshot.route(&self.ask).targets[target].backend;
         let upstream = &self.snapshot.backends[backend];
         let entered = match line.granted.take_if(|(granted, _)| *granted == backend) {
@@ -194,7 +192,7 @@ impl Attempts<'_> {
     /// Counts a try: a further one by the backend whose failure led to it.
     fn count_try(&self, panic: bool) {
         let recorder = self.gateway.recorder();
-        if let Some((upstream, reason)) = self.completion.failed.last() {
+        if let Some((upstream, reason)) = self.record.failed.last() {
             upstream.lanes[recorder.worker].retried(*reason);
         }
         if panic {
@@ -204,7 +202,7 @@ impl Attempts<'_> {
 
     /// Notes for the log which targets were passed over.
     fn note_passed(&mut self, now: Nanos, tried: &[TargetId], step: &Do) {
-        if !self.completion.is_logged {
+        if !self.record.is_logged {
             return;
         }
         let chosen = match step {
@@ -212,7 +210,7 @@ impl Attempts<'_> {
             _ => None,
         };
         for (upstream, why) in self.snapshot.passed(now, &self.ask, tried, chosen) {
-            self.completion.pass_over(upstream, why, now);
+            self.record.pass_over(upstream, why, now);
         }
     }
 
@@ -231,13 +229,13 @@ impl Attempts<'_> {
     }
 
     async fn back_off(&mut self, now: Nanos, until: Nanos) {
-        self.completion.phase = Phase::Backoff;
+        self.record.phase = Phase::Backoff;
         self.exchange.set_deadline(self.deadline);
         sleep(std::time::Duration::from_nanos(until.saturating_sub(now))).await;
-        self.completion.others += clock::now() - now;
+        self.record.others += clock::now() - now;
     }
 
-    fn deliver_kept(&mut self, kept: Kept, slot: Slot) -> Delivery {
+    fn deliver_kept(&mut self, kept: Kept, slot: Permit) -> Delivery {
         let Kept { mut head, lease, entered, number } = kept;
         let about = headers::to_client(&mut head.headers);
         if head.status == http::StatusCode::TOO_MANY_REQUESTS {
@@ -245,9 +243,9 @@ impl Attempts<'_> {
             head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
             head.headers.remove("retry-after-ms");
         }
-        if number == self.completion.tries {
+        if number == self.record.tries {
             // In the log the status of the answer says more than the code of the failure.
-            self.completion.failed.pop();
+            self.record.failed.pop();
         }
         Delivery { head, about, lease, entered, slot, first: None, patience: self.patience() }
     }

@@ -11,11 +11,11 @@ use crate::gateway::refusal::GatewayError;
 use crate::http1::headers;
 use crate::policy::limit::Decision;
 use crate::telemetry::clients::Client;
-use crate::telemetry::{Caller, Completion};
+use crate::telemetry::{Caller, RequestRecord};
 
 /// What is counted by: one map holds them all, and none can pass for another.
 #[derive(Hash)]
-enum Counted<'a> {
+enum CountedBy<'a> {
     Address(IpAddr),
     /// Everybody without a credential.
     Anonymous,
@@ -35,7 +35,7 @@ pub fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, Gatewa
     let credential = headers::credential(headers);
     let clients = gateway.shared().clients.load();
     if clients.is_open() {
-        let key = |c| gateway.shared().key_of(Counted::Credential(c));
+        let key = |c| gateway.shared().key_of(CountedBy::Credential(c));
         return Ok(credential.map_or(Caller::Anonymous, |c| Caller::Unknown(key(c))));
     }
     let known = credential.and_then(|c| clients.find(c));
@@ -47,16 +47,16 @@ pub fn check_limits(
     gateway: &Gateway,
     headers: &HeaderMap,
     peer: IpAddr,
-    completion: &Completion,
+    record: &RequestRecord,
 ) -> Option<Decision> {
     let (shared, snapshot) = (gateway.shared(), gateway.snapshot());
     let limits = &snapshot.config.rate_limit;
-    let now = completion.started;
-    let (key, limit) = match &completion.caller {
-        Caller::Anonymous => (shared.key_of(Counted::Anonymous), limits.requests_per_minute),
+    let now = record.started;
+    let (key, limit) = match &record.caller {
+        Caller::Anonymous => (shared.key_of(CountedBy::Anonymous), limits.requests_per_minute),
         Caller::Known(client) => {
             let limit = client.conf.requests_per_minute.or(limits.requests_per_minute);
-            (shared.key_of(Counted::Named(&client.conf.name)), limit)
+            (shared.key_of(CountedBy::Named(&client.conf.name)), limit)
         }
         Caller::Unknown(key) => (*key, limits.requests_per_minute),
     };
@@ -64,7 +64,7 @@ pub fn check_limits(
     let address = by_address.map(|limit| {
         let proxies = &snapshot.config.server.trusted_proxies;
         let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
-        (shared.key_of(Counted::Address(headers::client_address(headers, peer, trusted))), limit)
+        (shared.key_of(CountedBy::Address(headers::client_address(headers, peer, trusted))), limit)
     });
     let first = address.map(|(key, limit)| shared.limiter.check_stamped(key, limit, now));
     let second = limit.map(|limit| match first {

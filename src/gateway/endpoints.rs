@@ -73,7 +73,7 @@ fn states(shared: &Shared) -> Bytes {
 
 fn backend(b: &Upstream) -> serde_json::Value {
     let now = clock::now();
-    let status = b.live.breaker.status(now);
+    let status = b.state.breaker.status(now);
     let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
     let cooling = match status {
         Status::Cooling(until) => Some(until),

@@ -19,7 +19,7 @@ use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
 use crate::protocol::Endpoint;
-use crate::telemetry::Completion;
+use crate::telemetry::RequestRecord;
 use crate::time::{Nanos, SECOND};
 
 /// A body must grow by [`PROGRESS`] bytes in this time.
@@ -69,13 +69,13 @@ pub async fn read(
     gateway: &Gateway,
     mut body: impl http_body::Body<Data = Bytes> + Unpin,
     exchange: &Exchange,
-    completion: &mut Completion,
+    record: &mut RequestRecord,
     watch: &Watch,
     deadline: Nanos,
     upload: &mut Option<Upload>,
 ) -> Result<ChatRequest, GatewayError> {
     let refuse = |error| refuse(error, watch);
-    let (endpoint, max) = (completion.endpoint, gateway.server().max_body_bytes);
+    let (endpoint, max) = (record.endpoint, gateway.server().max_body_bytes);
     let mut scanner = Scanner::new(watch);
     let mut pieces = Pieces::default();
     let (mut length, mut marked) = (0u64, 0u64);
@@ -92,7 +92,7 @@ pub async fn read(
             frame
         });
         let frame = exchange.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
-        completion.others += since.map_or(0, |since| clock::now() - since);
+        record.others += since.map_or(0, |since| clock::now() - since);
         let Some(frame) = frame else { break };
         // Trailers end at Zap.
         let Ok(data) = frame.map_err(|_| GatewayError::BodyIncomplete)?.into_data() else { continue };

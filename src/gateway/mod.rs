@@ -37,7 +37,7 @@ use http::{Method, Response, Version};
 
 use crate::client::body::Body;
 use crate::client::exchange::Exchange;
-use crate::client::load::{Load, Upload};
+use crate::client::load::{Upload, WorkerState};
 use crate::client::serve::Service;
 use crate::clock;
 use crate::code::Code;
@@ -46,7 +46,7 @@ use crate::gateway::attempt::{Attempts, Delivery};
 use crate::gateway::endpoints::Lists;
 use crate::gateway::intake::ChatRequest;
 use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
-use crate::gateway::relay::{Held, RelayBody, Shape};
+use crate::gateway::relay::{BodyKind, Held, RelayBody};
 use crate::gateway::state::Shared;
 use crate::http1::headers;
 use crate::http1::headers::About;
@@ -55,7 +55,7 @@ use crate::policy::allowance::Allowance;
 use crate::policy::limit::Decision;
 use crate::protocol::Endpoint;
 use crate::protocol::redact::{Redactor, holds_key};
-use crate::telemetry::{Arrival, Completion, End, Recorder};
+use crate::telemetry::{Arrival, End, Recorder, RequestRecord};
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::pool::Pool;
@@ -85,7 +85,7 @@ pub struct Gateway {
     shared: Arc<Shared>,
     recorder: Rc<Recorder>,
     pool: Pool,
-    load: Arc<Load>,
+    load: Arc<WorkerState>,
     server: Server,
     rng: RefCell<fastrand::Rng>,
     /// The limit that was stated last, as text.
@@ -99,7 +99,7 @@ pub struct Gateway {
 
 impl Gateway {
     /// The gateway of worker number `worker`.
-    pub fn new(worker: usize, shared: Arc<Shared>, load: Arc<Load>) -> Rc<Self> {
+    pub fn new(worker: usize, shared: Arc<Shared>, load: Arc<WorkerState>) -> Rc<Self> {
         let server = shared.snapshot.load().config.server.clone();
         let recorder = Recorder::new(worker, shared.telemetry.clone());
         Rc::new(Gateway {
@@ -131,18 +131,18 @@ impl Gateway {
             request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
         let method = Some(&head.method);
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
-        let mut completion = Completion::new(self.recorder.clone(), arrival);
+        let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         if is_guarded(path) {
             match caller::identify(self, &head.headers) {
-                Ok(caller) => completion.caller = caller,
+                Ok(caller) => record.caller = caller,
                 Err(error) => {
-                    let response = self.refuse(&error, &mut completion);
-                    return self.finish(response, completion, None, exchange);
+                    let response = self.refuse(&error, &mut record);
+                    return self.finish(response, record, None, exchange);
                 }
             }
         }
         if allow == "POST" && head.method == Method::POST {
-            return self.forward(head, body, exchange, completion).await;
+            return self.forward(head, body, exchange, record).await;
         }
         let is_read = matches!(head.method, Method::GET | Method::HEAD);
         let result = match endpoint {
@@ -151,23 +151,23 @@ impl Gateway {
             _ if !is_read || allow == "POST" => Err(GatewayError::MethodNotAllowed(allow)),
             Endpoint::Health => Ok(endpoints::health()),
             Endpoint::Metrics => Ok(endpoints::metrics(self.shared())),
-            Endpoint::Models => self.models(path, &completion),
+            Endpoint::Models => self.models(path, &record),
             Endpoint::Ready => Ok(endpoints::ready(self.shared())),
             // What is left are POST endpoints, which were refused just now.
             _ => Ok(endpoints::status(self.shared())),
         };
-        let response = result.unwrap_or_else(|error| self.refuse(&error, &mut completion));
-        self.finish(response, completion, None, exchange)
+        let response = result.unwrap_or_else(|error| self.refuse(&error, &mut record));
+        self.finish(response, record, None, exchange)
     }
 
-    fn models(&self, path: &str, completion: &Completion) -> Result<Answer, GatewayError> {
+    fn models(&self, path: &str, record: &RequestRecord) -> Result<Answer, GatewayError> {
         if self.shared().is_draining() {
             return Err(GatewayError::Draining);
         }
-        let (snapshot, client) = (self.snapshot(), caller::known(&completion.caller));
+        let (snapshot, client) = (self.snapshot(), caller::known(&record.caller));
         match path.strip_prefix(MODELS).and_then(|rest| rest.strip_prefix('/')) {
             Some(id) => {
-                let may_search = || self.may_search(completion);
+                let may_search = || self.may_search(record);
                 endpoints::model(&snapshot, client.map(|c| &**c), id, may_search)
             }
             None => Ok(self.lists.borrow_mut().models(&snapshot, client)),
@@ -180,7 +180,7 @@ impl Gateway {
         head: &Parts,
         body: B,
         exchange: &Exchange,
-        mut completion: Box<Completion>,
+        mut record: Box<RequestRecord>,
     ) -> Answer
     where
         B: http_body::Body<Data = Bytes> + Unpin,
@@ -190,23 +190,22 @@ impl Gateway {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            decision = caller::check_limits(self, &head.headers, exchange.peer(), &completion);
+            decision = caller::check_limits(self, &head.headers, exchange.peer(), &record);
             if let Some(refused) = decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let snapshot = self.shared().snapshot.load_full();
-            let deadline = completion.started + clock::nanos(snapshot.config.queue.timeout);
+            let deadline = record.started + clock::nanos(snapshot.config.queue.timeout);
             let mut upload = None;
             let watch = snapshot.watch();
-            let chat =
-                intake::read(self, body, exchange, &mut completion, watch, deadline, &mut upload).await?;
-            completion.stream = chat.fields.wants_stream();
+            let chat = intake::read(self, body, exchange, &mut record, watch, deadline, &mut upload).await?;
+            record.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
-                completion.model = Some(name.clone());
+                record.model = Some(name.clone());
             }
-            let ask = self.ask(&snapshot, &head.headers, &chat, &completion)?;
-            let slot = admit::admit(self, exchange, &mut completion, deadline).await?;
+            let ask = self.ask(&snapshot, &head.headers, &chat, &record)?;
+            let slot = admit::admit(self, exchange, &mut record, deadline).await?;
             drop(upload);
             let attempts = Attempts {
                 gateway: self,
@@ -215,28 +214,28 @@ impl Gateway {
                 chat: &chat,
                 ask,
                 snapshot,
-                completion: &mut completion,
+                record: &mut record,
                 deadline,
             };
             attempts.run(slot).await
         }
         .await;
         match result {
-            Ok(delivery) => self.deliver(delivery, completion, decision, exchange, head.version),
+            Ok(delivery) => self.deliver(delivery, record, decision, exchange, head.version),
             // It left in its body: nobody is there to be told, and it is counted as gone.
             Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => error.response(false),
             Err(error) => {
                 // Whatever a cut request was waiting for, the way out ended it.
                 let error = if self.is_cut() { GatewayError::Draining } else { error };
-                let response = self.refuse(&error, &mut completion);
-                self.finish(response, completion, decision, exchange)
+                let response = self.refuse(&error, &mut record);
+                self.finish(response, record, decision, exchange)
             }
         }
     }
 
     /// Whether a worker may spend time on names near one that nobody serves: anyone can ask for such.
-    fn may_search(&self, completion: &Completion) -> bool {
-        self.searches.borrow_mut().take(completion.started, MAX_SEARCHES)
+    fn may_search(&self, record: &RequestRecord) -> bool {
+        self.searches.borrow_mut().take(record.started, MAX_SEARCHES)
     }
 
     /// What is asked of the fleet: the route of the model, if the caller may use it.
@@ -245,15 +244,15 @@ impl Gateway {
         snapshot: &Snapshot,
         headers: &HeaderMap,
         chat: &'c ChatRequest,
-        completion: &Completion,
+        record: &RequestRecord,
     ) -> Result<Ask<'c>, GatewayError> {
         let (model, whole) = match &chat.fields.model {
             Model::Named { name, whole, .. } => (Some(&**name), *whole),
             _ => (None, true),
         };
-        let client = caller::known(&completion.caller).map(|client| &**client);
+        let client = caller::known(&record.caller).map(|client| &**client);
         let not_found = || match model {
-            Some(name) => endpoints::model_not_found(snapshot, client, name, self.may_search(completion)),
+            Some(name) => endpoints::model_not_found(snapshot, client, name, self.may_search(record)),
             None => GatewayError::MissingModel,
         };
         let may = client.is_none_or(|c| match model {
@@ -267,14 +266,14 @@ impl Gateway {
         } else {
             None
         };
-        Ok(Ask { endpoint: completion.endpoint, route, model, affinity })
+        Ok(Ask { endpoint: record.endpoint, route, model, affinity })
     }
 
     /// An upstream's answer on its way out.
     fn deliver(
         self: &Rc<Self>,
         delivery: Delivery,
-        mut completion: Box<Completion>,
+        mut record: Box<RequestRecord>,
         decision: Option<Decision>,
         exchange: &Exchange,
         version: Version,
@@ -283,34 +282,34 @@ impl Gateway {
         let upstream = entered.upstream().clone();
         let About { id, is_events: events, is_encoded, has_length } = about;
         let readable = events && !is_encoded;
-        let shape = Shape {
+        let shape = BodyKind {
             is_stream: events,
             events: readable && !has_length,
-            done_expected: readable && head.status.is_success() && completion.endpoint.ends_with_done(),
+            done_expected: readable && head.status.is_success() && record.endpoint.ends_with_done(),
             version,
         };
         let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
-        completion.upstream_request_id =
+        record.upstream_request_id =
             id.filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())));
         let secret = key.filter(|_| head.status.as_u16() >= 400);
         let redactor = secret.and_then(Redactor::new);
         if let Some(redactor) = &redactor {
             redact(&mut head.headers, redactor);
         }
-        completion.backend = Some(upstream);
+        record.backend = Some(upstream);
         let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
         if spent {
             head.headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
         }
-        self.dress(&mut head.headers, &mut completion, decision, exchange);
+        self.dress(&mut head.headers, &mut record, decision, exchange);
         if events {
             // nginx in front, with its defaults, would keep the tokens back until the stream ends.
             head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
-        completion.answered(head.status.as_u16());
+        record.answered(head.status.as_u16());
         exchange.begin_answer(patience);
-        let held = Held { lease, entered, slot, completion };
+        let held = Held { lease, entered, slot, record };
         let relay =
             RelayBody::new(held, self.clone(), exchange.clone(), first, redactor.map(Box::new), shape);
         let mut response = Response::new(Body::stream(relay).on(exchange));
@@ -323,15 +322,15 @@ impl Gateway {
     fn finish(
         &self,
         mut response: Answer,
-        mut completion: Box<Completion>,
+        mut record: Box<RequestRecord>,
         decision: Option<Decision>,
         exchange: &Exchange,
     ) -> Answer {
-        self.dress(response.headers_mut(), &mut completion, decision, exchange);
-        completion.answered(response.status().as_u16());
-        completion.bytes = http_body::Body::size_hint(response.body()).lower();
-        if completion.end == End::ClientGone {
-            completion.end = End::Complete;
+        self.dress(response.headers_mut(), &mut record, decision, exchange);
+        record.answered(response.status().as_u16());
+        record.bytes = http_body::Body::size_hint(response.body()).lower();
+        if record.end == End::ClientGone {
+            record.end = End::Complete;
         }
         exchange.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
         response.map(|body| body.on(exchange))
@@ -341,17 +340,17 @@ impl Gateway {
     fn dress(
         &self,
         headers: &mut HeaderMap,
-        completion: &mut Completion,
+        record: &mut RequestRecord,
         decision: Option<Decision>,
         exchange: &Exchange,
     ) {
         headers.reserve(8);
-        headers.insert(headers::X_REQUEST_ID, completion.request_id.clone());
-        if let Some(id) = &completion.upstream_request_id {
+        headers.insert(headers::X_REQUEST_ID, record.request_id.clone());
+        if let Some(id) = &record.upstream_request_id {
             headers.insert(headers::X_UPSTREAM_REQUEST_ID, id.clone());
         }
-        headers.insert(X_ZAP_ATTEMPTS, headers::number(completion.tries));
-        match &completion.backend {
+        headers.insert(X_ZAP_ATTEMPTS, headers::number(record.tries));
+        match &record.backend {
             Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),
             None => headers.remove(X_ZAP_BACKEND),
         };
@@ -374,17 +373,17 @@ impl Gateway {
         last.1.clone()
     }
 
-    fn refuse(&self, error: &GatewayError, completion: &mut Completion) -> Answer {
+    fn refuse(&self, error: &GatewayError, record: &mut RequestRecord) -> Answer {
         let code = error.code();
         self.recorder.lane().rejected(code);
-        completion.refused = Some(code);
+        record.refused = Some(code);
         if matches!(
             error,
             GatewayError::QueueTimeout | GatewayError::RequestTimeout | GatewayError::UpstreamTimeout
         ) {
-            completion.end = End::Timeout;
+            record.end = End::Timeout;
         } else if error.status().as_u16() == 502 {
-            completion.end = End::UpstreamError;
+            record.end = End::UpstreamError;
         }
         let spent = error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
         error.response(spent)
@@ -412,10 +411,10 @@ impl Gateway {
             request_id: id,
             peer: exchange.peer(),
         };
-        let mut completion = Completion::new(self.recorder.clone(), arrival);
-        completion.is_noise = !self.refused_heads.borrow_mut().take(completion.started, MAX_REFUSED_LINES);
-        let response = self.refuse(&GatewayError::BadRequest(why), &mut completion);
-        self.finish(response, completion, None, exchange)
+        let mut record = RequestRecord::new(self.recorder.clone(), arrival);
+        record.is_noise = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
+        let response = self.refuse(&GatewayError::BadRequest(why), &mut record);
+        self.finish(response, record, None, exchange)
     }
 
     /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
@@ -427,8 +426,8 @@ impl Gateway {
         if !blame {
             return;
         }
-        upstream.live.penalty.add(clock::now());
-        if let Some(change) = upstream.live.breaker.failure(self.snapshot().thresholds()) {
+        upstream.state.penalty.add(clock::now());
+        if let Some(change) = upstream.state.breaker.failure(self.snapshot().thresholds()) {
             self.shared().announce(upstream, change, "a request");
         }
     }

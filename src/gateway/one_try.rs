@@ -23,9 +23,9 @@ use crate::policy::route::TargetId;
 use crate::protocol::rate_limits;
 use crate::telemetry::Phase;
 use crate::time::Nanos;
-use crate::upstream::link::{Link, Message, write_header};
+use crate::upstream::link::{Link, WireRequest, write_header};
 use crate::upstream::pool::Lease;
-use crate::upstream::send::{Answer, SendError, Source, Step, send};
+use crate::upstream::send::{SendError, Source, Step, UpstreamAnswer, send};
 use crate::upstream::{InFlight, Upstream};
 
 /// Room in a head for what most clients' headers take.
@@ -46,9 +46,9 @@ impl Attempts<'_> {
         limit: Nanos,
         dispatch: &mut Dispatch,
     ) -> Result<Good, Bad> {
-        self.completion.tries += 1;
-        self.completion.phase = Phase::Waiting;
-        failpoint::here("try", &self.completion.request_id);
+        self.record.tries += 1;
+        self.record.phase = Phase::Waiting;
+        failpoint::here("try", &self.record.request_id);
         let upstream = entered.upstream().clone();
         let mut begun = None;
         let mut answer = self.ask_once(target, &entered, limit, true, &mut begun).await;
@@ -57,7 +57,7 @@ impl Attempts<'_> {
         }
         let event = match answer {
             _ if self.gateway.is_cut() => Event::Cut,
-            Ok(Answer { mut head, mut lease }) => {
+            Ok(UpstreamAnswer { mut head, mut lease }) => {
                 if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
                     self.stop_waiting(begun);
                     return Err(failure.keep.then(|| self.keep(head, lease, entered)));
@@ -85,13 +85,13 @@ impl Attempts<'_> {
 
     /// The backend has answered, or will not: the time since it `begun` was its own.
     fn stop_waiting(&mut self, begun: Option<Nanos>) {
-        self.completion.others += begun.map_or(0, |begun| clock::now() - begun);
+        self.record.others += begun.map_or(0, |begun| clock::now() - begun);
     }
 
     fn keep(&self, head: Parts, lease: Lease, mut entered: InFlight) -> Box<Kept> {
         // The next try may be for this target again.
         entered.leave_place();
-        Box::new(Kept { head, lease, entered, number: self.completion.tries })
+        Box::new(Kept { head, lease, entered, number: self.record.tries })
     }
 
     /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection unless it may `reuse`
@@ -103,16 +103,16 @@ impl Attempts<'_> {
         limit: Nanos,
         reuse: bool,
         begun: &mut Option<Nanos>,
-    ) -> Result<Answer, SendError> {
+    ) -> Result<UpstreamAnswer, SendError> {
         let message = self.message(target, entered.upstream());
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
-        let completion = &mut *self.completion;
+        let record = &mut *self.record;
         let on_step = |step| match step {
             Step::Begun(now) => *begun = begun.or(Some(now)),
-            Step::Connecting => completion.phase = Phase::Connecting,
+            Step::Connecting => record.phase = Phase::Connecting,
             Step::Sending => {
-                completion.phase = Phase::Waiting;
+                record.phase = Phase::Waiting;
                 entered.sent();
             }
         };
@@ -122,7 +122,7 @@ impl Attempts<'_> {
     }
 
     /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
-    fn message(&self, target: TargetId, upstream: &Upstream) -> Message {
+    fn message(&self, target: TargetId, upstream: &Upstream) -> WireRequest {
         let begin = upstream.begin(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEAD_ROOM);
         head.extend_from_slice(begin);
@@ -131,7 +131,7 @@ impl Attempts<'_> {
                 write_header(&mut head, name, value.as_bytes());
             }
         });
-        write_header(&mut head, &headers::X_REQUEST_ID, self.completion.request_id.as_bytes());
+        write_header(&mut head, &headers::X_REQUEST_ID, self.record.request_id.as_bytes());
         let target = &self.snapshot.route(&self.ask).targets[target];
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
@@ -140,7 +140,7 @@ impl Attempts<'_> {
         let length: usize = body.iter().map(Bytes::len).sum();
         write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
         head.extend_from_slice(b"\r\n");
-        Message { head, body }
+        WireRequest { head, body }
     }
 
     /// Judges an answer by its status: why it is not to be delivered, if it is not.
@@ -192,12 +192,12 @@ impl Attempts<'_> {
         let now = clock::now();
         let target = &self.snapshot.route(&self.ask).targets[target];
         let until = now + clock::nanos(span);
-        self.snapshot.upstream(target).live.breaker.cool(target.key(self.ask.model), until, now);
+        self.snapshot.upstream(target).state.breaker.cool(target.key(self.ask.model), until, now);
     }
 
     /// The backend refuses its key: it is closed for a while.
     fn close_for_key(&self, upstream: &Upstream, status: u16) {
-        if upstream.live.breaker.bad_key(clock::now()) {
+        if upstream.state.breaker.bad_key(clock::now()) {
             let shared = self.gateway.shared();
             let text = format!("{} answered {status} to its api_key", upstream.name());
             shared.telemetry.log.event("error", "backend_misconfigured", &text);
@@ -206,7 +206,7 @@ impl Attempts<'_> {
     }
 
     fn account(&mut self, upstream: &Arc<Upstream>, failure: Failure) {
-        self.completion.failed.push((upstream.clone(), failure.code));
+        self.record.failed.push((upstream.clone(), failure.code));
         self.gateway.account(upstream, failure.code, failure.blame);
     }
 }

@@ -21,10 +21,10 @@ pub enum Page {
 
 /// The last text of each page, and the time that was spent on them.
 #[derive(Debug, Default)]
-pub struct Pages(Mutex<State>);
+pub struct Pages(Mutex<Budgeted>);
 
 #[derive(Debug, Default)]
-struct State {
+struct Budgeted {
     spent: Allowance,
     /// By page: in which second it was made, and its text.
     last: [Option<(u64, Bytes)>; 2],
@@ -44,7 +44,7 @@ impl Pages {
     }
 }
 
-impl State {
+impl Budgeted {
     fn kept(&self, page: Page, now: Nanos) -> Option<Bytes> {
         let (second, text) = self.last[page as usize].as_ref()?;
         (self.spent.used(now) >= MOST && *second >= now / SECOND).then(|| text.clone())
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     /// Asks for `page` at `now`, where making it takes `took`: the text, which says when it was made, and when it was here.
-    fn ask(state: &mut State, page: Page, now: Nanos, took: Nanos) -> (Nanos, Nanos) {
+    fn ask(state: &mut Budgeted, page: Page, now: Nanos, took: Nanos) -> (Nanos, Nanos) {
         if let Some(text) = state.kept(page, now) {
             return (std::str::from_utf8(&text).unwrap().parse().unwrap(), now);
         }
@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn a_flood_costs_a_quarter_of_the_time_and_gets_texts_of_this_second() {
         for took in [MILLI, 10 * MILLI, 100 * MILLI] {
-            let (mut state, mut now, mut spent) = (State::default(), 0, 0);
+            let (mut state, mut now, mut spent) = (Budgeted::default(), 0, 0);
             while now < 10 * SECOND {
                 let (made, then) = ask(&mut state, Page::Metrics, now, took);
                 assert!(now - made <= SECOND, "{made} at {now}");
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn ordinary_scrapes_are_fresh_and_a_flood_of_one_page_leaves_the_other_a_text_a_second() {
-        let mut state = State::default();
+        let mut state = Budgeted::default();
         for now in (0..100).map(|i| i * SECOND / 5) {
             assert_eq!(ask(&mut state, Page::Status, now, 20 * MILLI).0, now);
         }

@@ -41,7 +41,7 @@ pub enum GatewayError {
     InvalidType(&'static str, &'static str),
     /// The path is served, the method is not; what is.
     MethodNotAllowed(&'static str),
-    /// A chat completion without an array of messages.
+    /// A chat record without an array of messages.
     MissingMessages,
     /// No model is named at an endpoint that has no default.
     MissingModel,

@@ -19,14 +19,14 @@ use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::failpoint;
-use crate::policy::queue::Slot;
+use crate::policy::queue::Permit;
 use crate::protocol::Endpoint;
 use crate::protocol::error_event::stream_interrupted;
 use crate::protocol::events::Tail;
 use crate::protocol::redact::Redactor;
 use crate::protocol::responses::Seen;
 use crate::telemetry::metrics::Side;
-use crate::telemetry::{Completion, End};
+use crate::telemetry::{End, RequestRecord};
 use crate::time::Nanos;
 use crate::upstream::InFlight;
 use crate::upstream::link::Link;
@@ -39,26 +39,26 @@ pub struct Held {
     /// The place at the backend.
     pub entered: InFlight,
     /// The slot.
-    pub slot: Slot,
+    pub slot: Permit,
     /// The record.
-    pub completion: Box<Completion>,
+    pub record: Box<RequestRecord>,
 }
 
 impl Held {
     /// The answer went out whole. Only that shows that the backend works, and only where it is not an error: a 4xx says
     /// something about the request alone, and a stream without a byte is no answer.
     fn speak_for_backend(&self, now: Nanos) {
-        let Completion { status, bytes, .. } = *self.completion;
+        let RequestRecord { status, bytes, .. } = *self.record;
         let may_be_empty = matches!(status, 204 | 304);
         if status < 400 && (bytes > 0 || may_be_empty) {
-            self.entered.upstream().live.breaker.success(now);
+            self.entered.upstream().state.breaker.success(now);
         }
     }
 }
 
 /// What kind of body it is.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct BodyKind {
     /// `text/event-stream`, in whatever form.
     pub is_stream: bool,
     /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
@@ -77,15 +77,15 @@ pub struct RelayBody {
     first: Option<Bytes>,
     /// Rare, and wider than all the rest.
     redactor: Option<Box<Redactor>>,
-    shape: Shape,
+    shape: BodyKind,
     tail: Tail,
     /// What a stream of `/v1/responses` has said of itself.
     seen: Option<Box<Seen>>,
-    state: State,
+    state: RelayState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum RelayState {
     /// Over, whole.
     Ended,
     /// Cut: the connection closes once what was written has gone out.
@@ -108,16 +108,16 @@ impl RelayBody {
         exchange: Exchange,
         first: Option<Bytes>,
         redactor: Option<Box<Redactor>>,
-        shape: Shape,
+        shape: BodyKind,
     ) -> Self {
-        let is_response = shape.events && held.completion.endpoint == Endpoint::Responses;
+        let is_response = shape.events && held.record.endpoint == Endpoint::Responses;
         let mut relay = RelayBody {
             first,
             redactor,
             shape,
             tail: Tail::new(shape.done_expected),
             seen: is_response.then(Box::default),
-            state: State::Streaming,
+            state: RelayState::Streaming,
             held: Some(held),
             gateway,
             exchange,
@@ -131,11 +131,11 @@ impl RelayBody {
     /// The next frame.
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
         match self.state {
-            State::Ended => return Poll::Ready(None),
-            State::Flushing => return self.exchange.poll_flushed().map(|()| Some(Err(Cut))),
+            RelayState::Ended => return Poll::Ready(None),
+            RelayState::Flushing => return self.exchange.poll_flushed().map(|()| Some(Err(Cut))),
             // The order to cut is not to be lost in what still comes.
-            State::Streaming if self.gateway.is_cut() => return self.interrupt(End::UpstreamError),
-            State::Streaming => {}
+            RelayState::Streaming if self.gateway.is_cut() => return self.interrupt(End::UpstreamError),
+            RelayState::Streaming => {}
         }
         loop {
             let Some(held) = &mut self.held else { return Poll::Ready(None) };
@@ -185,8 +185,8 @@ impl RelayBody {
         self.exchange.progress();
         self.exchange.hand_over(data.len());
         if let Some(held) = &mut self.held {
-            failpoint::here("body", &held.completion.request_id);
-            held.completion.bytes += data.len() as u64;
+            failpoint::here("body", &held.record.request_id);
+            held.record.bytes += data.len() as u64;
         }
         if self.redactor.is_none() && self.upstream_is_done() {
             self.finish();
@@ -206,14 +206,14 @@ impl RelayBody {
 
     /// The upstream's body is whole.
     fn finish(&mut self) {
-        self.state = State::Ended;
+        self.state = RelayState::Ended;
         let Some(mut held) = self.held.take() else { return };
         let now = clock::now();
         if self.shape.done_expected && !self.tail.has_done() {
-            held.completion.end = End::UpstreamError;
-            held.completion.recorder().lane().interrupted(Side::Upstream);
+            held.record.end = End::UpstreamError;
+            held.record.recorder().lane().interrupted(Side::Upstream);
         } else {
-            held.completion.end = End::Complete;
+            held.record.end = End::Complete;
             held.speak_for_backend(now);
         }
         self.gateway.pool().park(held.lease, now);
@@ -224,24 +224,24 @@ impl RelayBody {
         if self.is_over() {
             return self.end_behind_done();
         }
-        self.state = State::Flushing;
+        self.state = RelayState::Flushing;
         self.exchange.expect_flush();
         // A client that reads nothing any more has as long again for the last of it.
         self.exchange.progress();
         let mut event = None;
         if let Some(mut held) = self.held.take() {
             let upstream = held.entered.upstream().clone();
-            let recorder = held.completion.recorder().clone();
+            let recorder = held.record.recorder().clone();
             if !self.gateway.is_cut() {
                 let code = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
                 // An error says all that there is to say by its status: it was judged by that.
-                self.gateway.account(&upstream, code, held.completion.status < 400);
+                self.gateway.account(&upstream, code, held.record.status < 400);
             }
             if self.shape.is_stream {
                 recorder.lane().interrupted(Side::Upstream);
             }
-            held.completion.end = end;
-            event = self.last_event(&held.completion);
+            held.record.end = end;
+            event = self.last_event(&held.record);
         }
         let Some(event) = event else {
             if self.shape.version < Version::HTTP_11 {
@@ -251,14 +251,14 @@ impl RelayBody {
         };
         if self.seen.is_some() {
             // Codex drops an event that no clean end follows.
-            self.state = State::Ended;
+            self.state = RelayState::Ended;
         }
         Poll::Ready(Some(Ok(event)))
     }
 
     /// The event that says that a stream was cut; `None` where none fits in.
-    fn last_event(&self, completion: &Completion) -> Option<Bytes> {
-        let id = completion.request_id.to_str().unwrap_or_default();
+    fn last_event(&self, record: &RequestRecord) -> Option<Bytes> {
+        let id = record.request_id.to_str().unwrap_or_default();
         let event = self.shape.events.then(|| stream_interrupted(self.seen.as_deref(), id))?;
         Some(match (self.tail.is_between_events(), event) {
             (true, Cow::Borrowed(event)) => Bytes::from_static(event.as_bytes()),
@@ -277,7 +277,7 @@ impl RelayBody {
             return Poll::Ready(None);
         }
         // The length that was stated is not reached: the client's connection cannot go on either.
-        self.state = State::Flushing;
+        self.state = RelayState::Flushing;
         self.exchange.expect_flush();
         self.exchange.poll_flushed().map(|()| Some(Err(Cut)))
     }
@@ -292,7 +292,7 @@ impl http_body::Body for RelayBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.state == State::Ended
+        self.state == RelayState::Ended
     }
 
     fn size_hint(&self) -> SizeHint {

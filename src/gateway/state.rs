@@ -126,6 +126,6 @@ impl Shared {
         self.snapshot.store(Arc::new(current.rebuilt()));
         self.reopened.notify_waiters();
         let now = clock::now();
-        current.backends.iter().filter_map(|b| b.live.breaker.retries_key_at(now)).min()
+        current.backends.iter().filter_map(|b| b.state.breaker.retries_key_at(now)).min()
     }
 }

@@ -31,7 +31,7 @@ pub struct Invalid;
 /// Reads one answer after the other.
 #[derive(Default)]
 pub struct Decoder {
-    state: State,
+    state: Position,
     /// The peer keeps the connection open behind this answer.
     keep_alive: bool,
     /// The head said how long the body is.
@@ -51,7 +51,7 @@ struct Parsed {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum State {
+enum Position {
     /// It is no answer from here on.
     Broken,
     /// The answer is whole.
@@ -93,11 +93,11 @@ enum State {
 struct Trailer {
     read: u16,
     lines: u8,
-    line: Line,
+    line: TrailerLine,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Line {
+enum TrailerLine {
     #[default]
     Empty,
     Name,
@@ -107,19 +107,19 @@ enum Line {
 impl Decoder {
     /// Waits for the next answer.
     pub fn begin(&mut self) {
-        self.state = State::Head;
+        self.state = Position::Head;
         self.head = BytesMut::new();
         self.parsed = Parsed::default();
     }
 
     /// The answer is whole.
     pub fn is_done(&self) -> bool {
-        self.state == State::Done
+        self.state == Position::Done
     }
 
     /// Nothing that comes now is of the answer.
     pub fn is_broken(&self) -> bool {
-        self.state == State::Broken
+        self.state == Position::Broken
     }
 
     /// The answer is whole, and the next may come on the same connection.
@@ -130,15 +130,15 @@ impl Decoder {
     /// Bytes of the body still to come, where the head said so.
     pub fn remaining(&self) -> Option<u64> {
         match self.state {
-            State::Length(left) => Some(left),
+            Position::Length(left) => Some(left),
             _ => self.stated.then_some(0),
         }
     }
 
     /// The connection ended; whether the answer did too.
     pub fn end(&mut self) -> bool {
-        if self.state == State::Open {
-            self.state = State::Done;
+        if self.state == Position::Open {
+            self.state = Position::Done;
         }
         self.is_done()
     }
@@ -176,14 +176,15 @@ impl Decoder {
             return Ok(None);
         };
         self.state = framing.state(parts.status, parts.version)?;
-        self.keep_alive = parts.version == Version::HTTP_11 && !framing.closes && self.state != State::Open;
-        self.stated = matches!(self.state, State::Done | State::Length(_));
+        self.keep_alive =
+            parts.version == Version::HTTP_11 && !framing.closes && self.state != Position::Open;
+        self.stated = matches!(self.state, Position::Done | Position::Length(_));
         let data = match self.state {
-            State::Length(left) if left >= rest as u64 => {
+            Position::Length(left) if left >= rest as u64 => {
                 self.came(left, rest);
                 text.slice(text.len() - rest..)
             }
-            State::Open => text.slice(text.len() - rest..),
+            Position::Open => text.slice(text.len() - rest..),
             // What came last ended the head, so all of the rest is of it.
             _ => self.body(&input[input.len() - rest..])?,
         };
@@ -192,7 +193,7 @@ impl Decoder {
 
     /// `n` bytes of a body came, of which `left` were to come.
     fn came(&mut self, left: u64, n: usize) {
-        self.state = if left == n as u64 { State::Done } else { State::Length(left - n as u64) };
+        self.state = if left == n as u64 { Position::Done } else { Position::Length(left - n as u64) };
     }
 
     /// Reads on in a body: what of it is in `input`, in one piece. What stands behind the answer ends the connection.
@@ -201,12 +202,12 @@ impl Decoder {
     /// [`Invalid`]: the chunks are none, here or where the last call ended.
     pub fn body(&mut self, input: &[u8]) -> Result<Bytes, Invalid> {
         let (data, read) = match self.state {
-            State::Length(left) => {
+            Position::Length(left) => {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
                 self.came(left, n);
                 (Bytes::copy_from_slice(&input[..n]), n)
             }
-            State::Open => (Bytes::copy_from_slice(input), input.len()),
+            Position::Open => (Bytes::copy_from_slice(input), input.len()),
             _ => self.chunks(input)?,
         };
         if read < input.len() {
@@ -219,20 +220,21 @@ impl Decoder {
     fn chunks(&mut self, input: &[u8]) -> Result<(Bytes, usize), Invalid> {
         let mut data = Vec::new();
         let mut at = 0;
-        while at < input.len() && self.state != State::Done {
-            if let State::Data(left) = self.state {
+        while at < input.len() && self.state != Position::Done {
+            if let Position::Data(left) = self.state {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len() - at);
                 data.reserve_exact(input.len() - at);
                 data.extend_from_slice(&input[at..at + n]);
                 at += n;
-                self.state = if left == n as u64 { State::DataCr } else { State::Data(left - n as u64) };
+                self.state =
+                    if left == n as u64 { Position::DataCr } else { Position::Data(left - n as u64) };
                 continue;
             }
             match self.state.after(input[at]) {
                 Ok(next) => self.state = next,
                 // What came before is the body still.
                 Err(Invalid) if !data.is_empty() => {
-                    self.state = State::Broken;
+                    self.state = Position::Broken;
                     break;
                 }
                 Err(Invalid) => return Err(Invalid),
@@ -243,36 +245,36 @@ impl Decoder {
     }
 }
 
-impl State {
+impl Position {
     /// Between the data of chunks: what comes after `b`.
-    fn after(self, b: u8) -> Result<State, Invalid> {
+    fn after(self, b: u8) -> Result<Position, Invalid> {
         Ok(match (self, b) {
-            (State::DataCr, b'\r') => State::DataLf,
-            (State::DataLf, b'\n') => State::Size { size: 0, digits: 0, read: 0 },
-            (State::Size { size, digits, read }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
+            (Position::DataCr, b'\r') => Position::DataLf,
+            (Position::DataLf, b'\n') => Position::Size { size: 0, digits: 0, read: 0 },
+            (Position::Size { size, digits, read }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
                 let digit = (b as char).to_digit(16).ok_or(Invalid)?;
                 // Sixteen digits and no more, so that nobody reads another number.
                 if digits == 16 {
                     return Err(Invalid);
                 }
-                State::Size { size: size << 4 | u64::from(digit), digits: digits + 1, read: read + 1 }
+                Position::Size { size: size << 4 | u64::from(digit), digits: digits + 1, read: read + 1 }
             }
-            (State::Size { digits: 0, .. }, _) => return Err(Invalid),
-            (State::Size { size, .. } | State::Extension { size, .. }, b'\r') => State::SizeLf(size),
-            (State::Size { size, read, .. }, b';' | b' ' | b'\t') => {
-                State::Extension { size, read: read + 1, begun: b == b';' }
+            (Position::Size { digits: 0, .. }, _) => return Err(Invalid),
+            (Position::Size { size, .. } | Position::Extension { size, .. }, b'\r') => Position::SizeLf(size),
+            (Position::Size { size, read, .. }, b';' | b' ' | b'\t') => {
+                Position::Extension { size, read: read + 1, begun: b == b';' }
             }
-            (State::Extension { size, read, begun }, b'\t' | b' '..=b'~' | 0x80..)
+            (Position::Extension { size, read, begun }, b'\t' | b' '..=b'~' | 0x80..)
                 if usize::from(read) < MAX_SIZE_LINE && (begun || b";\t ".contains(&b)) =>
             {
-                State::Extension { size, read: read + 1, begun: begun || b == b';' }
+                Position::Extension { size, read: read + 1, begun: begun || b == b';' }
             }
-            (State::SizeLf(0), b'\n') => State::Trailer(Trailer::default()),
-            (State::SizeLf(size), b'\n') => State::Data(size),
-            (State::Trailer(trailer), _) => trailer.after(b)?,
-            (State::TrailerLf(Trailer { line: Line::Empty, .. }), b'\n') => State::Done,
-            (State::TrailerLf(trailer), b'\n') => {
-                State::Trailer(Trailer { line: Line::Empty, lines: trailer.lines + 1, ..trailer })
+            (Position::SizeLf(0), b'\n') => Position::Trailer(Trailer::default()),
+            (Position::SizeLf(size), b'\n') => Position::Data(size),
+            (Position::Trailer(trailer), _) => trailer.after(b)?,
+            (Position::TrailerLf(Trailer { line: TrailerLine::Empty, .. }), b'\n') => Position::Done,
+            (Position::TrailerLf(trailer), b'\n') => {
+                Position::Trailer(Trailer { line: TrailerLine::Empty, lines: trailer.lines + 1, ..trailer })
             }
             _ => return Err(Invalid),
         })
@@ -281,26 +283,26 @@ impl State {
 
 impl Trailer {
     /// In a line of the trailers: what comes after `b`.
-    fn after(self, b: u8) -> Result<State, Invalid> {
+    fn after(self, b: u8) -> Result<Position, Invalid> {
         let is_token = b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
         let line = match (self.line, b) {
-            (Line::Empty | Line::Value, b'\r') => return Ok(State::TrailerLf(self)),
-            (Line::Empty | Line::Name, _) if is_token => Line::Name,
-            (Line::Name, b':') => Line::Value,
-            (Line::Value, b'\t' | b' '..=b'~' | 0x80..) => Line::Value,
+            (TrailerLine::Empty | TrailerLine::Value, b'\r') => return Ok(Position::TrailerLf(self)),
+            (TrailerLine::Empty | TrailerLine::Name, _) if is_token => TrailerLine::Name,
+            (TrailerLine::Name, b':') => TrailerLine::Value,
+            (TrailerLine::Value, b'\t' | b' '..=b'~' | 0x80..) => TrailerLine::Value,
             _ => return Err(Invalid),
         };
         if self.read == MAX_TRAILERS || usize::from(self.lines) == MAX_HEADERS {
             return Err(Invalid);
         }
-        Ok(State::Trailer(Trailer { read: self.read + 1, line, ..self }))
+        Ok(Position::Trailer(Trailer { read: self.read + 1, line, ..self }))
     }
 }
 
 /// A whole head.
 struct Whole {
     parts: response::Parts,
-    framing: Framing,
+    framing: BodyFraming,
     /// The copy that its values share; with the rest, where that is not chunked.
     text: Bytes,
     /// Bytes that came behind it.
@@ -353,7 +355,7 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid
         let text = Bytes::copy_from_slice(&bytes[from..end]);
         // Room for Zap's own headers as well.
         parts.headers = header_map_pool::map(answer.headers.len() + 8);
-        let mut framing = Framing::default();
+        let mut framing = BodyFraming::default();
         for line in answer.headers.iter() {
             let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Invalid)?;
             let start = line.value.as_ptr().addr() - bytes[from..].as_ptr().addr();
@@ -372,7 +374,7 @@ fn has_bare_lf(head: &[u8]) -> bool {
 
 /// What a head says of the body's end and of the connection's.
 #[derive(Debug, Default)]
-struct Framing {
+struct BodyFraming {
     lengths: u8,
     /// The last one, where it is a number.
     length: Option<u64>,
@@ -383,7 +385,7 @@ struct Framing {
     closes: bool,
 }
 
-impl Framing {
+impl BodyFraming {
     fn note(&mut self, name: &HeaderName, value: &[u8]) {
         if *name == CONTENT_LENGTH {
             self.lengths = self.lengths.saturating_add(1);
@@ -400,7 +402,7 @@ impl Framing {
 
     /// Where the body ends (RFC 9112, section 6.3). A head that says so in two ways is refused: no length beside a coding,
     /// none twice, no coding but `chunked`.
-    fn state(&self, status: StatusCode, version: Version) -> Result<State, Invalid> {
+    fn state(&self, status: StatusCode, version: Version) -> Result<Position, Invalid> {
         let coded = match (self.codings, self.lengths) {
             (0, 0) => false,
             (0, 1) if self.length.is_some() => false,
@@ -409,11 +411,11 @@ impl Framing {
         };
         let bodiless = [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED, StatusCode::SWITCHING_PROTOCOLS];
         Ok(match self.length {
-            _ if bodiless.contains(&status) => State::Done,
-            _ if coded => State::Size { size: 0, digits: 0, read: 0 },
-            Some(0) => State::Done,
-            Some(length) => State::Length(length),
-            None => State::Open,
+            _ if bodiless.contains(&status) => Position::Done,
+            _ if coded => Position::Size { size: 0, digits: 0, read: 0 },
+            Some(0) => Position::Done,
+            Some(length) => Position::Length(length),
+            None => Position::Open,
         })
     }
 }
@@ -442,7 +444,7 @@ mod tests {
             (&[("transfer-encoding", "gzip, chunked")], Version::HTTP_11, false),
             (&[("transfer-encoding", "identity")], Version::HTTP_11, false),
         ] {
-            let mut framing = Framing::default();
+            let mut framing = BodyFraming::default();
             headers
                 .iter()
                 .for_each(|(name, value)| framing.note(&HeaderName::from_static(name), value.as_bytes()));

@@ -24,7 +24,7 @@ pub enum Framing {
 
 /// A complete head that may be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub struct RequestHead {
     /// Bytes up to and including the empty line.
     pub len: usize,
     /// The body behind it.
@@ -32,7 +32,7 @@ pub struct Head {
 }
 
 #[derive(Default)]
-struct Seen<'a> {
+struct KeyHeaders<'a> {
     host: Option<&'a [u8]>,
     length: Option<u64>,
     chunked: bool,
@@ -42,7 +42,7 @@ struct Seen<'a> {
 ///
 /// # Errors
 /// The first rule that the head breaks, as soon as it can be seen.
-pub fn inspect(bytes: &[u8]) -> Result<Option<Head>, HeadFault> {
+pub fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
     // One empty line before a request is ignored (RFC 9112, section 2.2). A lone CR or LF is no line.
     let start = match bytes {
         [b'\r'] => return Ok(None),
@@ -56,7 +56,7 @@ pub fn inspect(bytes: &[u8]) -> Result<Option<Head>, HeadFault> {
     let mut lines = Lines { bytes, at: start, block: start, next: start, marks: 0 };
     let Some(line) = lines.next()? else { return Ok(None) };
     let (target, is_11) = request_line(line)?;
-    let mut seen = Seen::default();
+    let mut seen = KeyHeaders::default();
     loop {
         let Some(line) = lines.next()? else { return Ok(None) };
         if line.is_empty() {
@@ -74,7 +74,7 @@ pub fn inspect(bytes: &[u8]) -> Result<Option<Head>, HeadFault> {
         None => {}
         Some(host) => same_authority(target, host)?,
     }
-    Ok(Some(Head { len: lines.at, framing }))
+    Ok(Some(RequestHead { len: lines.at, framing }))
 }
 
 /// Whether a head that is not whole should be parsed again. Its first `parsed` bytes were, without an end; it is parsed
@@ -164,7 +164,7 @@ fn request_line(line: &[u8]) -> Result<(&[u8], bool), HeadFault> {
     Ok((target, is_11))
 }
 
-fn header<'a>(line: &'a [u8], seen: &mut Seen<'a>, is_11: bool) -> Result<(), HeadFault> {
+fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<(), HeadFault> {
     let Some(end) = line.iter().position(|b| !is_token(*b)) else {
         return Err(HeadFault("a header line has no colon"));
     };
@@ -274,7 +274,7 @@ const fn alphanumeric_and(marks: &[u8]) -> [bool; 256] {
 mod tests {
     use super::*;
 
-    fn verdict(head: &str) -> Result<Option<Head>, HeadFault> {
+    fn verdict(head: &str) -> Result<Option<RequestHead>, HeadFault> {
         inspect(head.as_bytes())
     }
 
@@ -291,9 +291,9 @@ mod tests {
             ("GET /v1/models/a:b@c~d%C3%A9 HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
             ("GET /chat?a[]={b}|^c&d='(e)!$*+,;=? HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
         ] {
-            assert_eq!(verdict(head), Ok(Some(Head { len: head.len(), framing })), "{head:?}");
+            assert_eq!(verdict(head), Ok(Some(RequestHead { len: head.len(), framing })), "{head:?}");
             let behind = format!("{head}{{}}");
-            assert_eq!(verdict(&behind), Ok(Some(Head { len: head.len(), framing })), "{behind:?}");
+            assert_eq!(verdict(&behind), Ok(Some(RequestHead { len: head.len(), framing })), "{behind:?}");
             for cut in 0..head.len() {
                 assert_eq!(verdict(&head[..cut]), Ok(None), "{:?}", &head[..cut]);
             }
@@ -386,7 +386,7 @@ mod tests {
     fn a_line_may_end_anywhere_in_a_block() {
         for length in 0..40 {
             let head = format!("GET / HTTP/1.1\r\nx: {}\r\nhost: a\r\n\r\n", "v".repeat(length));
-            let want = Head { len: head.len(), framing: Framing::Length(0) };
+            let want = RequestHead { len: head.len(), framing: Framing::Length(0) };
             assert_eq!(verdict(&head), Ok(Some(want)), "{length}");
             (0..head.len()).for_each(|cut| assert_eq!(verdict(&head[..cut]), Ok(None), "{length}, {cut}"));
             let bare = head.replacen("v\r\n", "v\n", 1).replacen("x: \r\n", "x: \n", 1);

@@ -32,7 +32,7 @@ pub enum ScanError {
 pub struct Watch {
     /// Find what tells one conversation from another: [`Affinity`].
     pub affinity: bool,
-    /// Names of top-level members whose [`Place`] is noted; none of those that Zap reads.
+    /// Names of top-level members whose [`MemberSpan`] is noted; none of those that Zap reads.
     pub droppable: Vec<Box<str>>,
 }
 
@@ -139,7 +139,7 @@ fn folded(mut text: &[u8]) -> impl Iterator<Item = u8> {
 
 /// Where a member stands that may have to be left out. All are offsets in the body, from 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct MemberSpan {
     /// Which of [`Watch::droppable`].
     pub name: usize,
     /// How many members stand before it.
@@ -186,7 +186,7 @@ pub enum Model {
 
 /// The JSON type of a member's value, as far as Zap needs it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Kind {
+pub enum ValueKind {
     /// No such member.
     #[default]
     Absent,
@@ -208,15 +208,15 @@ pub struct Fields {
     /// `model`
     pub model: Model,
     /// Type of `stream`.
-    pub stream: Kind,
+    pub stream: ValueKind,
     /// Type of `messages`.
-    pub messages: Kind,
+    pub messages: ValueKind,
     /// Offset just past the opening brace.
     pub inside: u64,
     /// Members of the object.
     pub members: u64,
     /// What there is of [`Watch::droppable`], in the body's order.
-    pub droppable: Vec<Place>,
+    pub droppable: Vec<MemberSpan>,
     /// Found only where it is watched for.
     pub affinity: Affinity,
     /// Length of the body in bytes.

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::json::members::{Fields, Kind, Model};
+use crate::json::members::{Fields, Model, ValueKind};
 
 /// A body that is JSON but not a request that can be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ impl ModelText {
 impl Fields {
     /// Whether the body asks for a streamed answer.
     pub fn wants_stream(&self) -> bool {
-        self.stream == Kind::True
+        self.stream == ValueKind::True
     }
 
     /// Checks what a request must have: `messages` where it is a chat, and a model where none has a default.
@@ -74,10 +74,10 @@ impl Fields {
         if self.model == Model::Other {
             return Err(BodyFault::ModelType);
         }
-        if !matches!(self.stream, Kind::Absent | Kind::False | Kind::Null | Kind::True) {
+        if !matches!(self.stream, ValueKind::Absent | ValueKind::False | ValueKind::Null | ValueKind::True) {
             return Err(BodyFault::StreamType);
         }
-        if is_chat && self.messages != Kind::Array {
+        if is_chat && self.messages != ValueKind::Array {
             return Err(BodyFault::MissingMessages);
         }
         if !has_default_model && !matches!(self.model, Model::Named { .. }) {

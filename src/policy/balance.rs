@@ -14,7 +14,7 @@ pub type BackendId = usize;
 /// One turn of the round robin: each member as often as its weight.
 #[derive(Debug)]
 pub struct Schedule {
-    order: Order,
+    order: TurnOrder,
     /// Picks in one turn.
     length: u64,
     members: Box<[(BackendId, u32)]>,
@@ -22,7 +22,7 @@ pub struct Schedule {
 
 /// How one turn goes.
 #[derive(Debug)]
-enum Order {
+enum TurnOrder {
     /// nginx's smooth order, as indexes of members.
     Smooth(Box<[u16]>),
     /// A turn that would take too long to write down: pick number `n` is the member that owns the point
@@ -137,8 +137,8 @@ impl Schedule {
     fn turn(&self, n: u64) -> BackendId {
         let point = n % self.length;
         let member = match &self.order {
-            Order::Smooth(turn) => usize::from(turn[point as usize]),
-            Order::Strided { ends, stride } => {
+            TurnOrder::Smooth(turn) => usize::from(turn[point as usize]),
+            TurnOrder::Strided { ends, stride } => {
                 let point = point * stride % self.length;
                 ends.partition_point(|end| *end <= point)
             }
@@ -180,7 +180,7 @@ impl Schedule {
 }
 
 /// nginx's smooth weighted round robin.
-fn smooth(weights: &[u64], length: u64) -> Order {
+fn smooth(weights: &[u64], length: u64) -> TurnOrder {
     let mut credit = vec![0i64; weights.len()];
     let turn = (0..length).map(|_| {
         let mut best = 0;
@@ -193,17 +193,17 @@ fn smooth(weights: &[u64], length: u64) -> Order {
         credit[best] -= length as i64;
         best as u16
     });
-    Order::Smooth(turn.collect())
+    TurnOrder::Smooth(turn.collect())
 }
 
-fn strided(weights: &[u64], length: u64) -> Order {
+fn strided(weights: &[u64], length: u64) -> TurnOrder {
     let ends = weights.iter().scan(0, |end, weight| {
         *end += weight;
         Some(*end)
     });
     let golden = (length as f64 * 0.618_033_988_749_895) as u64;
     let stride = (golden.max(1)..).find(|stride| gcd(*stride, length) == 1).unwrap_or(1);
-    Order::Strided { ends: ends.collect(), stride }
+    TurnOrder::Strided { ends: ends.collect(), stride }
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
@@ -398,7 +398,7 @@ mod tests {
         for n in [100, 300, 1_000] {
             let weights = odd_weights(n);
             let s = Schedule::new(weights.iter().copied().enumerate());
-            assert!(matches!(s.order, Order::Strided { .. }), "{n} members");
+            assert!(matches!(s.order, TurnOrder::Strided { .. }), "{n} members");
             let c = Cursor::default();
             let mut got = vec![0; weights.len()];
             let mut last = vec![0; weights.len()];

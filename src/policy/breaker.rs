@@ -83,7 +83,7 @@ pub struct Breaker {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum Health {
     Up = 0,
     Ejected = 1,
     Misconfigured = 2,
@@ -91,7 +91,7 @@ enum State {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word {
-    state: State,
+    state: Health,
     /// Requests that failed in a row.
     failures: u32,
     /// Checks that failed in a row.
@@ -106,9 +106,9 @@ const MAX_COUNT: u32 = 0xFFFF;
 impl Word {
     fn unpack(word: u64) -> Self {
         let state = match word & 3 {
-            1 => State::Ejected,
-            2 => State::Misconfigured,
-            _ => State::Up,
+            1 => Health::Ejected,
+            2 => Health::Misconfigured,
+            _ => Health::Up,
         };
         let count = |at: u32| (word >> at) as u32 & MAX_COUNT;
         Word { state, failures: count(2), failed_checks: count(18), successes: count(34) }
@@ -122,12 +122,12 @@ impl Word {
     /// One more failure in a row: out where one of the counts has reached its limit.
     fn judged(self, limits: Thresholds) -> Self {
         let is_out = self.failures.max(self.failed_checks) >= limits.failures;
-        let state = if self.state == State::Up && is_out { State::Ejected } else { self.state };
+        let state = if self.state == Health::Up && is_out { Health::Ejected } else { self.state };
         Word { state, successes: 0, ..self }
     }
 
     /// Just come into `state`.
-    fn entered(state: State) -> Self {
+    fn entered(state: Health) -> Self {
         Word { state, failures: 0, failed_checks: 0, successes: 0 }
     }
 }
@@ -168,10 +168,10 @@ impl Breaker {
 
     fn status_and(&self, now: Nanos, cooling: impl FnOnce() -> Option<Nanos>) -> Status {
         let state = Word::unpack(self.word.load(Ordering::Relaxed)).state;
-        if state == State::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
+        if state == Health::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
             return Status::Misconfigured;
         }
-        if state == State::Ejected {
+        if state == Health::Ejected {
             return Status::Ejected;
         }
         cooling().map_or(Status::Healthy, Status::Cooling)
@@ -184,8 +184,8 @@ impl Breaker {
             return;
         }
         self.change(|w| match w.state {
-            State::Up => Word::entered(State::Up),
-            State::Ejected | State::Misconfigured => w,
+            Health::Up => Word::entered(Health::Up),
+            Health::Ejected | Health::Misconfigured => w,
         });
     }
 
@@ -201,13 +201,13 @@ impl Breaker {
             last => now >= last.saturating_add(2 * limits.interval),
         };
         let change = self.change(|w| match (probe, w.state) {
-            (Probe::Alive, State::Up) => Word { failed_checks: 0, ..w },
+            (Probe::Alive, Health::Up) => Word { failed_checks: 0, ..w },
             (Probe::Alive, _) if may_return && w.successes + 1 >= limits.successes => {
-                Word::entered(State::Up)
+                Word::entered(Health::Up)
             }
             (Probe::Alive, _) => Word { successes: (w.successes + 1).min(MAX_COUNT), ..w },
-            (Probe::BadKey, _) => Word::entered(State::Misconfigured),
-            (Probe::Failed, State::Misconfigured) => Word::entered(State::Ejected),
+            (Probe::BadKey, _) => Word::entered(Health::Misconfigured),
+            (Probe::Failed, Health::Misconfigured) => Word::entered(Health::Ejected),
             (Probe::Failed, _) => {
                 Word { failed_checks: (w.failed_checks + 1).min(MAX_COUNT), ..w }.judged(limits)
             }
@@ -260,9 +260,9 @@ impl Breaker {
         let (before, after) = (Word::unpack(before), step(Word::unpack(before)));
         match (before.state, after.state) {
             (old, new) if old == new => None,
-            (_, State::Up) => Some(Change::Up),
-            (_, State::Ejected) => Some(Change::Down),
-            (_, State::Misconfigured) => Some(Change::Misconfigured),
+            (_, Health::Up) => Some(Change::Up),
+            (_, Health::Ejected) => Some(Change::Down),
+            (_, Health::Misconfigured) => Some(Change::Misconfigured),
         }
     }
 }

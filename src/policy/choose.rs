@@ -10,7 +10,7 @@ use crate::time::Nanos;
 
 /// How a target is chosen among those that may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Strategy {
+pub enum Choice {
     /// The target with the fewest requests in flight for its weight.
     LeastLoaded,
     /// The target that the conversation with this key belongs to.
@@ -34,7 +34,7 @@ pub enum Closed {
 
 /// What a target has to do.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Load {
+pub struct TargetLoad {
     /// Requests that its backend serves.
     pub in_flight: usize,
     /// Recent failures, in requests in flight.
@@ -71,7 +71,7 @@ impl<'a> Rotation<'a> {
 /// The targets of one request at one moment.
 pub trait Fleet {
     /// How targets are chosen.
-    fn strategy(&self) -> Strategy;
+    fn strategy(&self) -> Choice;
 
     /// The rotation number `n` in the order of priority, of targets that were up when it was made.
     fn tier(&self, n: usize) -> Option<Rotation<'_>>;
@@ -91,11 +91,11 @@ pub trait Fleet {
     /// The weight of a target.
     fn weight(&self, target: TargetId) -> u32;
 
-    /// What a target is known by under [`Strategy::PrefixHash`].
+    /// What a target is known by under [`Choice::PrefixHash`].
     fn identity(&self, target: TargetId) -> u64;
 
     /// What a target has to do.
-    fn load(&self, target: TargetId) -> Load;
+    fn load(&self, target: TargetId) -> TargetLoad;
 
     /// Whether a target may be asked.
     ///
@@ -149,7 +149,7 @@ pub fn in_panic(fleet: &impl Fleet, is_first: bool, passed: impl Fn(TargetId) ->
     };
     let all = fleet.all();
     all.schedule.least_loaded(all.turns(is_first), |id, weight| {
-        let Load { in_flight, penalty, .. } = fleet.load(id);
+        let TargetLoad { in_flight, penalty, .. } = fleet.load(id);
         has_room(id).then(|| load(in_flight, weight, penalty, 0))
     })
 }
@@ -163,13 +163,13 @@ fn choose(
     eligible: impl Fn(TargetId) -> bool,
 ) -> Option<TargetId> {
     match fleet.strategy() {
-        Strategy::PrefixHash(key) => tier.schedule.by_affinity(key, |id| {
+        Choice::PrefixHash(key) => tier.schedule.by_affinity(key, |id| {
             eligible(id).then(|| (fleet.identity(id), own_share(fleet, id, fleet.load(id).in_flight)))
         }),
-        Strategy::LeastLoaded => {
+        Choice::LeastLoaded => {
             let least = tier.schedule.least_loaded(tier.turns(advance), |id, weight| {
                 let found = || {
-                    let Load { in_flight, penalty, up_for } = fleet.load(id);
+                    let TargetLoad { in_flight, penalty, up_for } = fleet.load(id);
                     // A model that cools leaves its share to all others, not to its mate.
                     let weight = fleet.mates(id).map_or(weight, |mates| mates.weight(&eligible));
                     load(in_flight, weight, penalty, up_for)
@@ -178,7 +178,7 @@ fn choose(
             })?;
             among_mates(fleet, least, advance, eligible)
         }
-        Strategy::RoundRobin => {
+        Choice::RoundRobin => {
             let id = tier.schedule.round_robin(tier.turns(advance), &eligible)?;
             // Where no turn is taken, the same one of a backend's models would come each time.
             if advance { Some(id) } else { among_mates(fleet, id, true, eligible) }

@@ -43,12 +43,12 @@ pub struct Decision {
 #[derive(Debug, Default)]
 pub struct Window {
     /// Youngest last. `count` is the sum of all `n`.
-    log: VecDeque<Entry>,
+    log: VecDeque<Admissions>,
     count: u32,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Admissions {
     first: Nanos,
     last: Nanos,
     n: u32,
@@ -146,7 +146,7 @@ impl Window {
                 entry.last = now;
                 entry.n += 1;
             }
-            _ => self.log.push_back(Entry { first: now, last: now, n: 1 }),
+            _ => self.log.push_back(Admissions { first: now, last: now, n: 1 }),
         }
         now
     }
@@ -155,7 +155,7 @@ impl Window {
 /// Windows of all keys.
 #[derive(Debug)]
 pub struct Limiter {
-    map: DashMap<u64, Slot, BuildHasherDefault<Identity>>,
+    map: DashMap<u64, Tracked, BuildHasherDefault<Identity>>,
     order: Box<[CachePadded<Shard>]>,
     len: AtomicUsize,
     clock: CachePadded<AtomicU64>,
@@ -163,7 +163,7 @@ pub struct Limiter {
 }
 
 #[derive(Debug)]
-struct Slot {
+struct Tracked {
     window: Window,
     /// Place of the key in its order shard.
     node: u32,
@@ -172,13 +172,13 @@ struct Slot {
 /// The keys of one shard in the order of their use, and when the oldest was used.
 #[derive(Debug)]
 struct Shard {
-    order: Mutex<Order>,
+    order: Mutex<UseOrder>,
     /// Ticket of the oldest key's last use; `u64::MAX` where there is none.
     oldest: AtomicU64,
 }
 
 #[derive(Debug)]
-struct Order {
+struct UseOrder {
     /// A doubly linked list in a slab: `head` is the oldest, `free` chains the unused nodes by `next`.
     nodes: Vec<Node>,
     head: u32,
@@ -198,8 +198,9 @@ struct Node {
 impl Limiter {
     /// A limiter that tracks at most `max_keys` keys (at least 1).
     pub fn new(max_keys: usize) -> Self {
-        let shard =
-            || CachePadded::new(Shard { order: Mutex::new(Order::new()), oldest: AtomicU64::new(u64::MAX) });
+        let shard = || {
+            CachePadded::new(Shard { order: Mutex::new(UseOrder::new()), oldest: AtomicU64::new(u64::MAX) })
+        };
         Limiter {
             map: DashMap::default(),
             order: (0..ORDER_SHARDS).map(|_| shard()).collect(),
@@ -231,7 +232,7 @@ impl Limiter {
         let decision = {
             let mut slot = self.map.entry(key).or_insert_with(|| {
                 is_new = true;
-                Slot { window: Window::default(), node: NONE }
+                Tracked { window: Window::default(), node: NONE }
             });
             let ticket = self.clock.fetch_add(1, Ordering::Relaxed);
             slot.node = shard.touch(slot.node, key, ticket, now);
@@ -331,14 +332,14 @@ impl Shard {
         same
     }
 
-    fn publish(&self, order: &Order) {
+    fn publish(&self, order: &UseOrder) {
         self.oldest.store(order.oldest().map_or(u64::MAX, |n| n.ticket), Ordering::Release);
     }
 }
 
-impl Order {
+impl UseOrder {
     fn new() -> Self {
-        Order { nodes: Vec::new(), head: NONE, tail: NONE, free: NONE }
+        UseOrder { nodes: Vec::new(), head: NONE, tail: NONE, free: NONE }
     }
 
     fn oldest(&self) -> Option<Node> {

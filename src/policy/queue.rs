@@ -86,12 +86,12 @@ struct Waiter {
 /// A slot; dropping it hands it to the first waiter or frees it.
 #[derive(Debug)]
 #[must_use = "dropping a slot gives it back"]
-pub struct Slot(Arc<Admission>);
+pub struct Permit(Arc<Admission>);
 
-/// A place in the queue: a future that yields the [`Slot`]. Dropping it gives the place up.
+/// A place in the queue: a future that yields the [`Permit`]. Dropping it gives the place up.
 #[derive(Debug)]
 #[must_use = "dropping a place gives it up"]
-pub struct Place {
+pub struct Ticket {
     admission: Arc<Admission>,
     waiter: Arc<Waiter>,
     done: bool,
@@ -104,11 +104,11 @@ pub struct Outside(Arc<Admission>);
 
 /// What [`Admission::enter`] decides.
 #[derive(Debug)]
-pub enum Entry {
+pub enum Admitted {
     /// Straight through.
-    Passed(Slot),
+    Passed(Permit),
     /// Wait for this.
-    Queued(Place),
+    Queued(Ticket),
 }
 
 impl Admission {
@@ -139,7 +139,7 @@ impl Admission {
     ///
     /// # Errors
     /// [`QueueFull`] where there is neither.
-    pub fn enter(self: &Arc<Self>) -> Result<Entry, QueueFull> {
+    pub fn enter(self: &Arc<Self>) -> Result<Admitted, QueueFull> {
         let outside = self.outside.load(Ordering::Relaxed);
         let mut passed = false;
         self.update(|mut c| {
@@ -155,7 +155,7 @@ impl Admission {
         })
         .ok_or(QueueFull)?;
         if passed {
-            return Ok(Entry::Passed(Slot(self.clone())));
+            return Ok(Admitted::Passed(Permit(self.clone())));
         }
         let waiter = Arc::new(Waiter { state: AtomicU8::new(WAITING), waker: Mutex::new(None) });
         if let Err(waiter) = self.queue.push(waiter.clone()) {
@@ -165,16 +165,16 @@ impl Admission {
             front.push_back(waiter);
         }
         self.settle();
-        Ok(Entry::Queued(Place { admission: self.clone(), waiter, done: false }))
+        Ok(Admitted::Queued(Ticket { admission: self.clone(), waiter, done: false }))
     }
 
     /// Takes a slot if one is free and nobody waits for it.
-    pub fn try_pass(self: &Arc<Self>) -> Option<Slot> {
+    pub fn try_pass(self: &Arc<Self>) -> Option<Permit> {
         let free = |mut c: Counts| {
             c.in_flight += 1;
             (c.in_flight <= self.slots.load(Ordering::Relaxed)).then_some(c)
         };
-        self.update(free).map(|_| Slot(self.clone()))
+        self.update(free).map(|_| Permit(self.clone()))
     }
 
     /// Whether [`try_pass`](Self::try_pass) would fail now.
@@ -299,7 +299,7 @@ impl Admission {
     }
 }
 
-impl Drop for Slot {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.release();
     }
@@ -311,15 +311,15 @@ impl Drop for Outside {
     }
 }
 
-impl Future for Place {
-    type Output = Slot;
+impl Future for Ticket {
+    type Output = Permit;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Slot> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Permit> {
         let mut waker = self.waiter.waker.lock();
         if self.waiter.state.load(Ordering::SeqCst) == GRANTED {
             drop(waker);
             self.done = true;
-            return Poll::Ready(Slot(self.admission.clone()));
+            return Poll::Ready(Permit(self.admission.clone()));
         }
         if !waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
             *waker = Some(cx.waker().clone());
@@ -328,7 +328,7 @@ impl Future for Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Ticket {
     fn drop(&mut self) {
         if self.done {
             return;
@@ -346,23 +346,23 @@ mod tests {
 
     use super::*;
 
-    fn poll(place: &mut Place) -> Option<Slot> {
+    fn poll(place: &mut Ticket) -> Option<Permit> {
         match Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(slot) => Some(slot),
             Poll::Pending => None,
         }
     }
 
-    fn slot(a: &Arc<Admission>) -> Slot {
+    fn slot(a: &Arc<Admission>) -> Permit {
         match a.enter() {
-            Ok(Entry::Passed(slot)) => slot,
+            Ok(Admitted::Passed(slot)) => slot,
             other => panic!("no slot: {other:?}"),
         }
     }
 
-    fn place(a: &Arc<Admission>) -> Place {
+    fn place(a: &Arc<Admission>) -> Ticket {
         match a.enter() {
-            Ok(Entry::Queued(place)) => place,
+            Ok(Admitted::Queued(place)) => place,
             other => panic!("no place: {other:?}"),
         }
     }
@@ -495,12 +495,12 @@ mod tests {
                     for _ in 0..5_000 {
                         let slot = match a.enter() {
                             Err(QueueFull) => continue,
-                            Ok(Entry::Passed(slot)) => slot,
-                            Ok(Entry::Queued(place)) if rng.u8(..4) == 0 => {
+                            Ok(Admitted::Passed(slot)) => slot,
+                            Ok(Admitted::Queued(place)) if rng.u8(..4) == 0 => {
                                 drop(place);
                                 continue;
                             }
-                            Ok(Entry::Queued(place)) => block_on(place),
+                            Ok(Admitted::Queued(place)) => block_on(place),
                         };
                         assert!(inside.fetch_add(1, Ordering::SeqCst) < 3);
                         if rng.bool() {
@@ -515,7 +515,7 @@ mod tests {
         assert!(is_idle(&a), "{:?}", Counts::unpack(a.word.load(Ordering::SeqCst)));
     }
 
-    fn block_on(mut place: Place) -> Slot {
+    fn block_on(mut place: Ticket) -> Permit {
         struct Unpark(std::thread::Thread);
         impl std::task::Wake for Unpark {
             fn wake(self: Arc<Self>) {
@@ -536,13 +536,13 @@ mod tests {
         #[test]
         fn behaves_as_a_line_at_a_counter(slots in 1usize..4, places in 0usize..4, ops in prop::collection::vec((0u8..4, any::<prop::sample::Index>()), 1..120)) {
             let a = Admission::new(slots, places);
-            let (mut held, mut line): (Vec<Slot>, VecDeque<Place>) = Default::default();
+            let (mut held, mut line): (Vec<Permit>, VecDeque<Ticket>) = Default::default();
             let (mut slots, mut places) = (slots, places);
             for (op, index) in ops {
                 match op {
                     0 => match a.enter() {
-                        Ok(Entry::Passed(s)) => { prop_assert!(held.len() < slots); held.push(s); }
-                        Ok(Entry::Queued(p)) => { prop_assert!(held.len() >= slots && line.len() < places); line.push_back(p); }
+                        Ok(Admitted::Passed(s)) => { prop_assert!(held.len() < slots); held.push(s); }
+                        Ok(Admitted::Queued(p)) => { prop_assert!(held.len() >= slots && line.len() < places); line.push_back(p); }
                         Err(QueueFull) => prop_assert!(held.len() >= slots && line.len() >= places),
                     },
                     1 if !held.is_empty() => drop(held.swap_remove(index.index(held.len()))),

@@ -22,23 +22,23 @@ pub const LEEWAY: Nanos = 25 * MILLI;
 #[derive(Debug)]
 pub struct Quota {
     limit: AtomicU32,
-    state: Mutex<State>,
+    state: Mutex<QuotaState>,
     /// When a newcomer would be admitted, behind all that wait; kept beside the state, so that a look takes no lock.
     opens: CachePadded<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct QuotaState {
     window: Window,
     /// Tickets of those who wait, rising.
     line: VecDeque<u64>,
     next: u64,
 }
 
-/// A place in the line, until it is [left](Turn::leave).
+/// A place in the line, until it is [left](QuotaTicket::leave).
 #[derive(Debug)]
 #[must_use = "who does not leave blocks those behind"]
-pub struct Turn {
+pub struct QuotaTicket {
     quota: Arc<Quota>,
     ticket: u64,
 }
@@ -61,7 +61,7 @@ impl Quota {
     }
 
     /// When a request is admitted that has this `turn`, or stands behind all that wait; not after `now`: at once.
-    pub fn opens_at(&self, now: Nanos, turn: Option<&Turn>) -> Nanos {
+    pub fn opens_at(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Nanos {
         if !turn.is_some_and(|turn| turn.is_of(self)) {
             return self.opens.load(Ordering::Acquire);
         }
@@ -71,7 +71,7 @@ impl Quota {
     }
 
     /// Takes one request of the quota, if it is this request's turn; returns the stamp under which it is counted.
-    pub fn take(&self, now: Nanos, turn: Option<&Turn>) -> Option<Nanos> {
+    pub fn take(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Option<Nanos> {
         self.change(now, |state| {
             let free = u32::try_from(self.before(state, turn))
                 .ok()
@@ -88,18 +88,18 @@ impl Quota {
     }
 
     /// Stands in line at `now`.
-    pub fn wait(self: &Arc<Self>, now: Nanos) -> Turn {
+    pub fn wait(self: &Arc<Self>, now: Nanos) -> QuotaTicket {
         let ticket = self.change(now, |state| {
             let ticket = state.next;
             state.next += 1;
             state.line.push_back(ticket);
             ticket
         });
-        Turn { quota: self.clone(), ticket }
+        QuotaTicket { quota: self.clone(), ticket }
     }
 
     /// Those that come before a request with this `turn`: all that wait, where it is no turn of this quota.
-    fn before(&self, state: &State, turn: Option<&Turn>) -> usize {
+    fn before(&self, state: &QuotaState, turn: Option<&QuotaTicket>) -> usize {
         match turn.filter(|turn| turn.is_of(self)) {
             Some(turn) => state.line.partition_point(|ticket| *ticket < turn.ticket),
             None => state.line.len(),
@@ -107,7 +107,7 @@ impl Quota {
     }
 
     /// Changes the state, and says anew when a newcomer would be admitted.
-    fn change<T>(&self, now: Nanos, change: impl FnOnce(&mut State) -> T) -> T {
+    fn change<T>(&self, now: Nanos, change: impl FnOnce(&mut QuotaState) -> T) -> T {
         let mut state = self.state.lock();
         let result = change(&mut state);
         let before = self.before(&state, None);
@@ -117,7 +117,7 @@ impl Quota {
     }
 
     /// When a request is admitted that has so many `before` it; 0 where that is now.
-    fn opening(&self, state: &mut State, now: Nanos, before: usize) -> Nanos {
+    fn opening(&self, state: &mut QuotaState, now: Nanos, before: usize) -> Nanos {
         let limit = self.limit();
         let (turns, rest) = (before as u64 / u64::from(limit), before as u64 % u64::from(limit));
         match state.window.opens_in(limit - rest as u32, now) {
@@ -127,7 +127,7 @@ impl Quota {
     }
 }
 
-impl Turn {
+impl QuotaTicket {
     /// Whether it is a turn of this quota.
     pub fn is_of(&self, quota: &Quota) -> bool {
         std::ptr::eq(&*self.quota, quota)

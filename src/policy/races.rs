@@ -11,7 +11,7 @@ use loom::thread;
 
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::breaker::{Breaker, Change, Probe, Status, Thresholds};
-use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
+use crate::policy::queue::{Admission, Admitted, Permit, QueueFull};
 
 /// All interleavings with at most so many preemptions: most races need two (Musuvathi and Qadeer 2007).
 fn model(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {
@@ -25,10 +25,10 @@ fn is_idle(admission: &Admission) -> bool {
 }
 
 /// Waits for a slot, if there is a place to wait at.
-fn wait(admission: &Arc<Admission>) -> Option<Slot> {
+fn wait(admission: &Arc<Admission>) -> Option<Permit> {
     match admission.enter() {
-        Ok(Entry::Passed(slot)) => Some(slot),
-        Ok(Entry::Queued(place)) => Some(block_on(place)),
+        Ok(Admitted::Passed(slot)) => Some(slot),
+        Ok(Admitted::Queued(place)) => Some(block_on(place)),
         Err(QueueFull) => None,
     }
 }
@@ -121,7 +121,7 @@ fn a_slot_that_is_given_back_while_the_limit_changes_is_not_lost() {
         let admission = Admission::new(1, 2);
         let slot = wait(&admission).expect("it is free");
         let queued = || match admission.enter() {
-            Ok(Entry::Queued(place)) => place,
+            Ok(Admitted::Queued(place)) => place,
             other => panic!("no place: {other:?}"),
         };
         let (first, second) = (queued(), queued());

@@ -19,7 +19,7 @@ pub struct Redactor {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
+enum Match {
     No,
     /// More bytes must come.
     Perhaps,
@@ -59,13 +59,13 @@ impl Redactor {
             let rest = &text[at..];
             let Some(unit) = unit(rest, self.in_string, end) else { break };
             match self.find(rest, unit, end) {
-                Found::Perhaps => break,
-                Found::No => {
+                Match::Perhaps => break,
+                Match::No => {
                     self.in_string ^= rest[0] == b'"';
                     out.extend_from_slice(&rest[..unit]);
                     at += unit;
                 }
-                Found::Key(length) => {
+                Match::Key(length) => {
                     self.mask(&rest[..length], &mut out);
                     at += length;
                 }
@@ -77,22 +77,22 @@ impl Redactor {
 
     /// Looks for a key that begins in the first `unit` bytes of `text`. What is found begins and ends with a unit: half
     /// an escape would be no JSON.
-    fn find(&self, text: &[u8], unit_len: usize, end: bool) -> Found {
+    fn find(&self, text: &[u8], unit_len: usize, end: bool) -> Match {
         for skip in 0..unit_len {
             let key_end = match find_at(&self.key, &text[skip..]) {
-                Found::Key(length) => skip + length,
-                Found::Perhaps if !end => return Found::Perhaps,
+                Match::Key(length) => skip + length,
+                Match::Perhaps if !end => return Match::Perhaps,
                 _ => continue,
             };
             let (mut length, mut in_string) = (0, self.in_string);
             while length < key_end {
-                let Some(next) = unit(&text[length..], in_string, end) else { return Found::Perhaps };
+                let Some(next) = unit(&text[length..], in_string, end) else { return Match::Perhaps };
                 in_string ^= text[length] == b'"';
                 length += next;
             }
-            return Found::Key(length);
+            return Match::Key(length);
         }
-        Found::No
+        Match::No
     }
 
     /// Writes what replaces `span`, which consists of whole units.
@@ -115,7 +115,7 @@ impl Redactor {
 /// Whether a header's `value` holds `key`, unless the key is a dummy.
 pub fn holds_key(key: &[u8], value: &[u8]) -> bool {
     let starts = value.len().checked_sub(key.len()).filter(|_| key.len() >= MIN_KEY);
-    starts.is_some_and(|last| (0..=last).any(|at| matches!(find_at(key, &value[at..]), Found::Key(_))))
+    starts.is_some_and(|last| (0..=last).any(|at| matches!(find_at(key, &value[at..]), Match::Key(_))))
 }
 
 /// Writes what replaces a part of a key that has no quote.
@@ -148,25 +148,25 @@ fn unit(text: &[u8], in_string: bool, end: bool) -> Option<usize> {
 }
 
 /// Whether `text` begins with the key, as it is or as a JSON string spells it.
-fn find_at(key: &[u8], text: &[u8]) -> Found {
+fn find_at(key: &[u8], text: &[u8]) -> Match {
     // Most texts differ in their first byte.
     if text.first().is_some_and(|b| *b != key[0] && *b != b'\\') {
-        return Found::No;
+        return Match::No;
     }
     let known = text.len().min(key.len());
     match (key[..known] == text[..known], spelled_at(key, text)) {
-        (true, _) if known == key.len() => Found::Key(known),
-        (true, Found::No) => Found::Perhaps,
+        (true, _) if known == key.len() => Match::Key(known),
+        (true, Match::No) => Match::Perhaps,
         (_, spelled) => spelled,
     }
 }
 
 /// Whether `text` begins with a JSON spelling of the key.
-fn spelled_at(key: &[u8], text: &[u8]) -> Found {
+fn spelled_at(key: &[u8], text: &[u8]) -> Match {
     let mut at = 0;
     for b in key {
         match (text.get(at), text.get(at + 1)) {
-            (None, _) | (Some(b'\\'), None) => return Found::Perhaps,
+            (None, _) | (Some(b'\\'), None) => return Match::Perhaps,
             (Some(b'\\'), Some(b'u')) => {
                 let hex = [
                     b'0',
@@ -176,19 +176,19 @@ fn spelled_at(key: &[u8], text: &[u8]) -> Found {
                 ];
                 let came = &text[at + 2..text.len().min(at + 6)];
                 if !came.eq_ignore_ascii_case(&hex[..came.len()]) {
-                    return Found::No;
+                    return Match::No;
                 }
                 if came.len() < hex.len() {
-                    return Found::Perhaps;
+                    return Match::Perhaps;
                 }
                 at += 6;
             }
             (Some(b'\\'), Some(escaped)) if escaped == b && b"\"\\/".contains(b) => at += 2,
             (Some(raw), _) if raw == b && !b"\"\\".contains(b) => at += 1,
-            _ => return Found::No,
+            _ => return Match::No,
         }
     }
-    Found::Key(at)
+    Match::Key(at)
 }
 
 #[cfg(test)]

@@ -129,14 +129,14 @@ impl Terminal {
 #[derive(Debug, Default)]
 struct Sequence {
     last: Option<u64>,
-    at: At,
+    at: KeyState,
     /// The end of the last piece, which may be the beginning of [`KEY`].
     kept: [u8; KEY.len() - 1],
     kept_len: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum At {
+enum KeyState {
     /// Anywhere.
     #[default]
     Text,
@@ -152,29 +152,29 @@ impl Sequence {
     fn feed(&mut self, data: &[u8]) {
         let mut at = self.across(data);
         while at < data.len() {
-            if self.at == At::Text {
+            if self.at == KeyState::Text {
                 match FIND_KEY.find(&data[at..]) {
                     Some(found) => at += found + KEY.len(),
                     None => return self.keep(&data[at..]),
                 }
-                self.at = At::Key;
+                self.at = KeyState::Key;
                 continue;
             }
             let b = data[at];
             self.at = match (self.at, b) {
-                (At::Key | At::Colon, b' ' | b'\t') => self.at,
-                (At::Key, b':') => At::Colon,
-                (At::Colon, b'0'..=b'9') => At::Number(u64::from(b - b'0')),
-                (At::Number(n), b'0'..=b'9') => {
-                    At::Number(n.saturating_mul(10).saturating_add(u64::from(b - b'0')))
+                (KeyState::Key | KeyState::Colon, b' ' | b'\t') => self.at,
+                (KeyState::Key, b':') => KeyState::Colon,
+                (KeyState::Colon, b'0'..=b'9') => KeyState::Number(u64::from(b - b'0')),
+                (KeyState::Number(n), b'0'..=b'9') => {
+                    KeyState::Number(n.saturating_mul(10).saturating_add(u64::from(b - b'0')))
                 }
-                (At::Number(n), b',' | b'}' | b' ' | b'\t' | b'\r' | b'\n') => {
+                (KeyState::Number(n), b',' | b'}' | b' ' | b'\t' | b'\r' | b'\n') => {
                     self.last = Some(n);
-                    At::Text
+                    KeyState::Text
                 }
                 // It is looked at once more: it may begin a key.
                 _ => {
-                    self.at = At::Text;
+                    self.at = KeyState::Text;
                     continue;
                 }
             };
@@ -193,7 +193,7 @@ impl Sequence {
         both[kept..kept + head].copy_from_slice(&data[..head]);
         match FIND_KEY.find(&both[..kept + head]) {
             Some(found) => {
-                self.at = At::Key;
+                self.at = KeyState::Key;
                 found + KEY.len() - kept
             }
             None if head == data.len() => {

@@ -29,7 +29,7 @@ const QUICK: Nanos = MILLI;
 
 /// The thread that watches the fleet; it ends when this is dropped.
 #[derive(Debug)]
-pub struct Fleet {
+pub struct FleetWatch {
     /// Sends nothing: that it is gone ends the thread.
     stop: oneshot::Sender<Infallible>,
     /// The other end is gone when the thread has ended.
@@ -37,13 +37,13 @@ pub struct Fleet {
     thread: std::thread::JoinHandle<()>,
 }
 
-impl Fleet {
+impl FleetWatch {
     /// Starts it.
     ///
     /// # Errors
     /// The system has no thread, or no files for one.
     pub fn start(shared: Arc<Shared>) -> io::Result<Self> {
-        Fleet::run(async move || watch(&shared).await)
+        FleetWatch::run(async move || watch(&shared).await)
     }
 
     fn run(work: impl AsyncFnOnce() + Send + 'static) -> io::Result<Self> {
@@ -65,7 +65,7 @@ impl Fleet {
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name("zap-fleet".into()).spawn(run)?;
-        Ok(Fleet { stop, ended, thread })
+        Ok(FleetWatch { stop, ended, thread })
     }
 
     /// Waits until the thread has ended by itself, which only a bug makes it do.
@@ -124,7 +124,7 @@ impl Probes {
     fn keep_up(&mut self, shared: &Arc<Shared>) {
         let snapshot = shared.snapshot.load();
         let takes_requests: HashSet<u64> =
-            snapshot.backends.iter().filter(|b| b.conf.weight > 0).map(|b| b.live.id).collect();
+            snapshot.backends.iter().filter(|b| b.conf.weight > 0).map(|b| b.state.id).collect();
         self.0.retain(|id, probe| {
             let stays = takes_requests.contains(id) && !probe.is_finished();
             if !stays {
@@ -133,8 +133,8 @@ impl Probes {
             stays
         });
         for b in snapshot.backends.iter().filter(|b| b.conf.weight > 0) {
-            let begin = || spawn_local(probe::watch(shared.clone(), b.live.id));
-            self.0.entry(b.live.id).or_insert_with(begin);
+            let begin = || spawn_local(probe::watch(shared.clone(), b.state.id));
+            self.0.entry(b.state.id).or_insert_with(begin);
         }
     }
 }
@@ -202,7 +202,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let held = Arc::new(());
         let theirs = held.clone();
-        let mut fleet = Fleet::run(async move || {
+        let mut fleet = FleetWatch::run(async move || {
             let _held = theirs;
             pending().await
         })
@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(early, Err(clock::Late));
         assert!(fleet.join());
         assert_eq!(Arc::strong_count(&held), 1, "nothing of it is left");
-        let mut broken = Fleet::run(async || panic!("a bug")).unwrap();
+        let mut broken = FleetWatch::run(async || panic!("a bug")).unwrap();
         let ended = runtime.block_on(clock::within(Duration::from_secs(10), broken.ended()));
         assert_eq!(ended, Ok(()));
         assert!(!broken.join());

@@ -20,7 +20,7 @@ use tokio::sync::mpsc::Receiver;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::drain::Order;
-use crate::server::fleet::Fleet;
+use crate::server::fleet::FleetWatch;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
 
@@ -46,12 +46,12 @@ pub async fn serve(
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let config = shared.snapshot.load().config.clone();
-    let room = Room::of(&shared, &config);
+    let room = FileRoom::of(&shared, &config);
     let upstreams = (room.upstreams / config.server.workers).max(1);
     let workers: Result<Vec<_>, _> =
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
-    let mut fleet = Fleet::start(shared.clone())?;
+    let mut fleet = FleetWatch::start(shared.clone())?;
     let whole = {
         let clients = accept(&shared, &listener, &workers, room.clients);
         // Accepting and probing go on while the running requests end.
@@ -98,14 +98,14 @@ fn running(shared: &Shared, workers: &[Worker]) -> usize {
 
 /// Connections that the process has files for.
 #[derive(Clone, Copy, Debug)]
-struct Room {
+struct FileRoom {
     /// As many clients as configured, or fewer: at most half of the files.
     clients: usize,
     /// Connections to backends, in use and idle: what clients leave.
     upstreams: usize,
 }
 
-impl Room {
+impl FileRoom {
     fn of(shared: &Shared, config: &Config) -> Self {
         let limit = getrlimit(Resource::Nofile);
         if let Some(most) = limit.maximum {
@@ -114,7 +114,7 @@ impl Room {
         }
         let wanted = config.server.max_connections;
         let Some(files) = getrlimit(Resource::Nofile).current else {
-            return Room { clients: wanted, upstreams: usize::MAX };
+            return FileRoom { clients: wanted, upstreams: usize::MAX };
         };
         let own = OWN_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
         let all = usize::try_from(files.saturating_sub(own)).unwrap_or(usize::MAX).max(2);
@@ -127,7 +127,7 @@ impl Room {
             shared.telemetry.log.event("warn", "start", &text);
         }
         let clients = fit.min(wanted);
-        Room { clients, upstreams: all - clients }
+        FileRoom { clients, upstreams: all - clients }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::policy::breaker::{Probe, Status};
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::fleet::Snapshot;
-use crate::upstream::link::{Http1, Link, Message};
+use crate::upstream::link::{Http1, Link, WireRequest};
 
 /// Within this time of the start the first checks begin; more for very many backends.
 const FIRST: Duration = Duration::from_millis(200);
@@ -34,12 +34,13 @@ pub async fn watch(shared: Arc<Shared>, id: u64) {
     while let Some((snapshot, upstream)) = find(&shared, id) {
         let health = &snapshot.config.health;
         let now = clock::now();
-        let proven = upstream.live.breaker.succeeded_within(clock::nanos(health.interval), now);
-        if !(proven && matches!(upstream.live.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
+        let proven = upstream.state.breaker.succeeded_within(clock::nanos(health.interval), now);
+        if !(proven && matches!(upstream.state.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
             let probe = clock::within(health.timeout, checking).await.unwrap_or(Some(Probe::Failed));
             if let Some(probe) = probe
-                && let Some(change) = upstream.live.breaker.probed(probe, snapshot.thresholds(), clock::now())
+                && let Some(change) =
+                    upstream.state.breaker.probed(probe, snapshot.thresholds(), clock::now())
             {
                 shared.announce(&upstream, change, "the health check");
             }
@@ -52,7 +53,7 @@ pub async fn watch(shared: Arc<Shared>, id: u64) {
 /// The backend known by `id`, while it is one that takes requests.
 fn find(shared: &Shared, id: u64) -> Option<(Arc<Snapshot>, Arc<Upstream>)> {
     let snapshot = shared.snapshot.load_full();
-    let upstream = snapshot.backends.iter().find(|b| b.live.id == id && b.conf.weight > 0)?.clone();
+    let upstream = snapshot.backends.iter().find(|b| b.state.id == id && b.conf.weight > 0)?.clone();
     Some((snapshot, upstream))
 }
 
@@ -78,7 +79,7 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
         Err(ConnectError::Peer { .. }) => return Some(Probe::Failed),
     };
     let mut link = Http1::new(io);
-    link.start(Message { head: upstream.probe().to_vec(), ..Message::default() });
+    link.start(WireRequest { head: upstream.probe().to_vec(), ..WireRequest::default() });
     Some(match poll_fn(|cx| link.poll_head(cx)).await {
         Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),
         Err(_) => Probe::Failed,

@@ -12,9 +12,9 @@ use tokio::runtime::{self, LocalOptions};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::client::deadline::{Alarms, GRAIN};
-use crate::client::future_pool::Rooms;
-use crate::client::load::Load;
+use crate::client::deadline::{Deadlines, GRAIN};
+use crate::client::future_pool::FuturePool;
+use crate::client::load::WorkerState;
 use crate::client::serve::{self, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
@@ -29,12 +29,12 @@ const POOL_SWEEP: u32 = 10;
 /// A worker as the acceptor sees it.
 #[derive(Debug)]
 pub struct Worker {
-    clients: UnboundedSender<Client>,
-    load: Arc<Load>,
+    clients: UnboundedSender<NewClient>,
+    load: Arc<WorkerState>,
     thread: JoinHandle<io::Result<()>>,
 }
 
-type Client = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
+type NewClient = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
 
 impl Worker {
     /// Starts worker number `id`, which may have so many upstream connections while idle ones can make room.
@@ -43,7 +43,7 @@ impl Worker {
     /// The system has no thread to give.
     pub fn start(id: usize, shared: Arc<Shared>, upstreams: usize) -> io::Result<Self> {
         let (clients, inbox) = unbounded_channel();
-        let load = Arc::new(Load { upstreams, ..Load::default() });
+        let load = Arc::new(WorkerState { upstreams, ..WorkerState::default() });
         let theirs = load.clone();
         let thread = std::thread::Builder::new()
             .name(format!("zap-{id}"))
@@ -100,7 +100,7 @@ impl Worker {
 }
 
 /// Counts a connection until it is dropped.
-struct Counted(Arc<Load>);
+struct Counted(Arc<WorkerState>);
 
 impl Drop for Counted {
     fn drop(&mut self) {
@@ -108,7 +108,12 @@ impl Drop for Counted {
     }
 }
 
-fn run(id: usize, shared: Arc<Shared>, load: Arc<Load>, inbox: UnboundedReceiver<Client>) -> io::Result<()> {
+fn run(
+    id: usize,
+    shared: Arc<Shared>,
+    load: Arc<WorkerState>,
+    inbox: UnboundedReceiver<NewClient>,
+) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING)
@@ -119,14 +124,19 @@ fn run(id: usize, shared: Arc<Shared>, load: Arc<Load>, inbox: UnboundedReceiver
     Ok(())
 }
 
-async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: UnboundedReceiver<Client>) {
-    let alarms = Rc::new(Alarms::default());
-    alarms.sweep();
+async fn serve(
+    id: usize,
+    shared: Arc<Shared>,
+    load: Arc<WorkerState>,
+    mut inbox: UnboundedReceiver<NewClient>,
+) {
+    let deadlines = Rc::new(Deadlines::default());
+    deadlines.sweep();
     let gateway = Gateway::new(id, shared, load.clone());
     let keep_alive = clock::nanos(gateway.server().keep_alive);
-    let settings = Rc::new(Settings { deadlines: alarms.clone(), keep_alive });
+    let settings = Rc::new(Settings { deadlines: deadlines.clone(), keep_alive });
     let teller = gateway.clone();
-    let rooms = Rooms::new(move |desk| serve::tell(teller.clone(), desk));
+    let futures = FuturePool::new(move |mailbox| serve::run_requests(teller.clone(), mailbox));
     let mut sweep = tokio::time::interval(GRAIN);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
@@ -137,10 +147,10 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
-                        let (gateway, rooms, settings) = (gateway.clone(), rooms.clone(), settings.clone());
+                        let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            serve::serve((client, peer), &settings, gateway, rooms).await;
+                            serve::serve((client, peer), &settings, gateway, futures).await;
                         });
                     }
                 }
@@ -151,11 +161,11 @@ async fn serve(id: usize, shared: Arc<Shared>, load: Arc<Load>, mut inbox: Unbou
                     gateway.pool().close_half();
                 }
                 if load.is_closing() {
-                    alarms.all(load.is_cut());
+                    deadlines.all(load.is_cut());
                 }
             }
             _ = sweep.tick() => {
-                alarms.sweep();
+                deadlines.sweep();
                 sweeps = sweeps.wrapping_add(1);
                 if sweeps.is_multiple_of(POOL_SWEEP) {
                     gateway.pool().sweep(clock::now(), &gateway.snapshot().backends);

@@ -268,10 +268,10 @@ fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     };
     gauge("zap_in_flight", "Requests that a backend serves now.", &|b| b.in_flight() as u64);
     gauge("zap_backend_up", "1 while a backend may be asked, cooling or not.", &|b| {
-        u64::from(b.live.breaker.is_up(now))
+        u64::from(b.state.breaker.is_up(now))
     });
     gauge("zap_backend_cooling", "1 while a backend wants to be left alone.", &|b| {
-        u64::from(matches!(b.live.breaker.status(now), crate::policy::breaker::Status::Cooling(_)))
+        u64::from(matches!(b.state.breaker.status(now), crate::policy::breaker::Status::Cooling(_)))
     });
     e.family("zap_upstream_connections", "gauge", "Connections to a backend.");
     for b in backends {

@@ -1,4 +1,4 @@
-//! What a request leaves behind: one [`Completion`], which feeds the metrics and the log.
+//! What a request leaves behind: one [`RequestRecord`], which feeds the metrics and the log.
 
 pub mod metrics;
 
@@ -66,7 +66,7 @@ impl Phase {
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The client left. Also what a completion reports that is dropped before anything else was said.
+    /// The client left. Also what a record reports that is dropped before anything else was said.
     ClientGone,
     /// The answer went out whole.
     Complete,
@@ -169,7 +169,7 @@ pub struct Arrival<'a> {
 
 /// One request's record, filled on its way and reported once, when it is dropped.
 #[derive(Debug)]
-pub struct Completion {
+pub struct RequestRecord {
     recorder: Rc<Recorder>,
     /// When the request's head was read.
     pub started: Nanos,
@@ -221,13 +221,13 @@ pub struct Completion {
     pub is_noise: bool,
 }
 
-impl Completion {
+impl RequestRecord {
     /// A request that has just arrived.
     pub fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
         let Arrival { method, path, endpoint, request_id, peer } = arrival;
         let is_logged = recorder.telemetry.log_requests.load(Ordering::Relaxed);
         let path = if is_logged { path.to_owned() } else { String::new() };
-        Box::new(Completion {
+        Box::new(RequestRecord {
             recorder,
             started: clock::now(),
             is_logged,
@@ -268,7 +268,10 @@ impl Completion {
             Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
             Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
         };
-        if !self.passed.iter().any(|(b, known, _)| b.live.id == backend.live.id && kind(known) == kind(&why))
+        if !self
+            .passed
+            .iter()
+            .any(|(b, known, _)| b.state.id == backend.state.id && kind(known) == kind(&why))
         {
             self.passed.push((backend.clone(), why, now));
         }
@@ -389,7 +392,7 @@ fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
     }
 }
 
-impl Drop for Completion {
+impl Drop for RequestRecord {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.breaks();

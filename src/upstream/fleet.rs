@@ -13,8 +13,8 @@ use crate::json::members::Watch;
 use crate::policy::balance::{BackendId, Cursor, Schedule, rendezvous};
 use crate::policy::breaker::Thresholds;
 use crate::policy::choose;
-use crate::policy::choose::{Closed, Fleet, Load, Rotation};
-use crate::policy::quota::Turn;
+use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
+use crate::policy::quota::QuotaTicket;
 use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
 use crate::protocol::Endpoint;
 use crate::time::Nanos;
@@ -28,22 +28,22 @@ pub struct Snapshot {
     pub config: Arc<Config>,
     /// All backends, drained ones too.
     pub backends: Arc<[Arc<Upstream>]>,
-    layout: Arc<Layout>,
-    /// By [`Shape`].
-    plans: Box<[Plan]>,
+    routing: Arc<Routing>,
+    /// By [`TargetSet`].
+    rotations: Box<[RotationSet]>,
 }
 
 /// What a configuration fixes.
 #[derive(Debug)]
-struct Layout {
+struct Routing {
     table: Table,
     /// What the scanner must look for; `drops[backend][index]`: the backend is not sent that member.
     watch: Watch,
     drops: Box<[Box<[bool]>]>,
-    shapes: Vec<Shape>,
-    /// By route: its shape for chats, and for the other endpoints.
-    shape_of: Vec<[usize; 2]>,
-    /// By route, and by the slot of a schedule in its plan: a cursor for each endpoint. Two kinds of traffic that share
+    sets: Vec<TargetSet>,
+    /// By route: its set for chats, and for the other endpoints.
+    set_of: Vec<[usize; 2]>,
+    /// By route, and by the slot of a schedule in its rotation_set: a cursor for each endpoint. Two kinds of traffic that share
     /// a cursor would take each other's turns.
     cursors: Vec<Box<[EndpointCursors]>>,
 }
@@ -52,20 +52,20 @@ type EndpointCursors = [Cursor; Endpoint::ALL.len()];
 
 /// Targets as far as turns go: routes that differ in models alone share one, and with it their schedules.
 #[derive(Debug, PartialEq, Eq, Hash, Clone)]
-struct Shape(Vec<Place>);
+struct TargetSet(Vec<TargetSpec>);
 
 #[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
-struct Place {
+struct TargetSpec {
     backend: BackendId,
     /// 0: it takes nothing.
     weight: u32,
     priority: u32,
 }
 
-/// The schedules of a shape; members are [`TargetId`]s. Each has a slot, the same in every plan of the shape, by which
+/// The schedules of a set; members are [`TargetId`]s. Each has a slot, the same in every rotation_set of the set, by which
 /// its cursors are found: first the tiers, then `all`, then the mates.
 #[derive(Debug)]
-struct Plan {
+struct RotationSet {
     /// By priority, lowest first: those that were up when this was made.
     tiers: Vec<Arc<Schedule>>,
     /// Every target with a weight, up or not.
@@ -100,7 +100,7 @@ pub struct View<'a> {
     /// When.
     pub now: Nanos,
     /// The request's turn in the line of a quota.
-    pub turn: Option<&'a Turn>,
+    pub turn: Option<&'a QuotaTicket>,
     /// The backend at which the request holds a place that it waited for.
     pub granted: Option<BackendId>,
     /// The request waits for busy targets already.
@@ -123,51 +123,52 @@ impl Snapshot {
     pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>, before: Option<&Snapshot>) -> Self {
         let same_names =
             |b: &&Snapshot| b.backends.iter().map(|u| u.name()).eq(backends.iter().map(|u| u.name()));
-        let layout = Layout::new(&config, &backends, before.filter(same_names).map(|b| &*b.layout));
-        Self::with_plans(config, backends, Arc::new(layout), &[])
+        let routing = Routing::new(&config, &backends, before.filter(same_names).map(|b| &*b.routing));
+        Self::with_plans(config, backends, Arc::new(routing), &[])
     }
 
     /// The same fleet in its present state.
     pub fn rebuilt(&self) -> Self {
-        let Snapshot { config, backends, layout, plans } = self;
-        Self::with_plans(config.clone(), backends.clone(), layout.clone(), plans)
+        let Snapshot { config, backends, routing, rotations } = self;
+        Self::with_plans(config.clone(), backends.clone(), routing.clone(), rotations)
     }
 
     fn with_plans(
         config: Arc<Config>,
         backends: Arc<[Arc<Upstream>]>,
-        layout: Arc<Layout>,
-        before: &[Plan],
+        routing: Arc<Routing>,
+        before: &[RotationSet],
     ) -> Self {
         let now = clock::now();
-        let plan = |(i, shape): (usize, &Shape)| Plan::new(shape, &backends, now, before.get(i));
-        let plans = layout.shapes.iter().enumerate().map(plan).collect();
-        Snapshot { config, backends, layout, plans }
+        let rotation_set =
+            |(i, set): (usize, &TargetSet)| RotationSet::new(set, &backends, now, before.get(i));
+        let rotations = routing.sets.iter().enumerate().map(rotation_set).collect();
+        Snapshot { config, backends, routing, rotations }
     }
 
     /// Whether both are of one configuration: then what one's ids mean the other's mean too.
     pub fn is_of(&self, other: &Snapshot) -> bool {
-        Arc::ptr_eq(&self.layout, &other.layout)
+        Arc::ptr_eq(&self.routing, &other.routing)
     }
 
     /// All routes.
     pub fn table(&self) -> &Table {
-        &self.layout.table
+        &self.routing.table
     }
 
     /// The route of an [`Ask`].
     pub fn route(&self, ask: &Ask<'_>) -> &Route {
-        self.layout.table.route(ask.route)
+        self.routing.table.route(ask.route)
     }
 
     /// What the scanner must look for.
     pub fn watch(&self) -> &Watch {
-        &self.layout.watch
+        &self.routing.watch
     }
 
     /// Whether a backend is not to be sent a member, by its index in [`watch`](Self::watch).
     pub fn drops(&self, backend: BackendId, member: usize) -> bool {
-        self.layout.drops[backend][member]
+        self.routing.drops[backend][member]
     }
 
     /// The backend of a target.
@@ -209,7 +210,7 @@ impl Snapshot {
             |id: TargetId| rendezvous(ask.affinity.unwrap_or(0), self.identity(ask, id), targets[id].weight);
         let by_hash = self.config.strategy == Strategy::PrefixHash && ask.affinity.is_some();
         let home = chosen.filter(|_| by_hash).map(|id| (rank(id), targets[id].priority));
-        self.plan(ask).all.members().iter().filter_map(move |(id, _)| {
+        self.rotation_set(ask).all.members().iter().filter_map(move |(id, _)| {
             let t = &targets[*id];
             if chosen == Some(*id) || t.priority > last {
                 return None;
@@ -224,14 +225,14 @@ impl Snapshot {
         })
     }
 
-    fn plan(&self, ask: &Ask<'_>) -> &Plan {
+    fn rotation_set(&self, ask: &Ask<'_>) -> &RotationSet {
         let class = usize::from(ask.endpoint != Endpoint::Chat);
-        &self.plans[self.layout.shape_of[ask.route][class]]
+        &self.rotations[self.routing.set_of[ask.route][class]]
     }
 
-    /// A schedule of `ask`'s plan with the cursor in its slot.
+    /// A schedule of `ask`'s rotation_set with the cursor in its slot.
     fn rotation<'s>(&'s self, ask: &Ask<'_>, schedule: &'s Schedule, slot: usize) -> Rotation<'s> {
-        Rotation { schedule, cursor: &self.layout.cursors[ask.route][slot][ask.endpoint as usize] }
+        Rotation { schedule, cursor: &self.routing.cursors[ask.route][slot][ask.endpoint as usize] }
     }
 
     /// What a target is known by under affinity, the same in every process: its backend, and its model where the route
@@ -254,31 +255,31 @@ impl View<'_> {
 }
 
 impl Fleet for View<'_> {
-    fn strategy(&self) -> choose::Strategy {
+    fn strategy(&self) -> choose::Choice {
         match (self.snapshot.config.strategy, self.ask.affinity) {
-            (Strategy::PrefixHash, Some(key)) => choose::Strategy::PrefixHash(key),
-            (Strategy::LeastLoaded, _) => choose::Strategy::LeastLoaded,
-            (Strategy::RoundRobin | Strategy::PrefixHash, _) => choose::Strategy::RoundRobin,
+            (Strategy::PrefixHash, Some(key)) => choose::Choice::PrefixHash(key),
+            (Strategy::LeastLoaded, _) => choose::Choice::LeastLoaded,
+            (Strategy::RoundRobin | Strategy::PrefixHash, _) => choose::Choice::RoundRobin,
         }
     }
 
     fn tier(&self, n: usize) -> Option<Rotation<'_>> {
-        let schedule = self.snapshot.plan(self.ask).tiers.get(n)?;
+        let schedule = self.snapshot.rotation_set(self.ask).tiers.get(n)?;
         Some(self.snapshot.rotation(self.ask, schedule, n))
     }
 
     fn all(&self) -> Rotation<'_> {
-        let plan = self.snapshot.plan(self.ask);
-        self.snapshot.rotation(self.ask, &plan.all, plan.tiers.len())
+        let rotation_set = self.snapshot.rotation_set(self.ask);
+        self.snapshot.rotation(self.ask, &rotation_set.all, rotation_set.tiers.len())
     }
 
     fn mates(&self, target: TargetId) -> Option<Rotation<'_>> {
-        let (schedule, slot) = self.snapshot.plan(self.ask).mates[target].as_ref()?;
+        let (schedule, slot) = self.snapshot.rotation_set(self.ask).mates[target].as_ref()?;
         Some(self.snapshot.rotation(self.ask, schedule, *slot))
     }
 
     fn up(&self) -> usize {
-        self.snapshot.plan(self.ask).up
+        self.snapshot.rotation_set(self.ask).up
     }
 
     fn backend(&self, target: TargetId) -> BackendId {
@@ -293,10 +294,10 @@ impl Fleet for View<'_> {
         self.snapshot.identity(self.ask, target)
     }
 
-    fn load(&self, target: TargetId) -> Load {
+    fn load(&self, target: TargetId) -> TargetLoad {
         let b = self.upstream(target);
-        let (penalty, up_for) = (b.live.penalty.at(self.now), b.live.breaker.up_for(self.now));
-        Load { in_flight: b.in_flight(), penalty, up_for }
+        let (penalty, up_for) = (b.state.penalty.at(self.now), b.state.breaker.up_for(self.now));
+        TargetLoad { in_flight: b.in_flight(), penalty, up_for }
     }
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
@@ -322,9 +323,9 @@ impl Fleet for View<'_> {
     }
 }
 
-impl Layout {
-    /// `before`: the layout that this one replaces, of backends of the same names; turns of the same routes go on.
-    fn new(config: &Config, backends: &[Arc<Upstream>], before: Option<&Layout>) -> Self {
+impl Routing {
+    /// `before`: the routing that this one replaces, of backends of the same names; turns of the same routes go on.
+    fn new(config: &Config, backends: &[Arc<Upstream>], before: Option<&Routing>) -> Self {
         let serves = |b: &crate::config::Backend| Serves {
             models: b.models.clone(),
             default_model: b.default_model.clone(),
@@ -341,47 +342,47 @@ impl Layout {
         let drops = drops.collect();
         let watch = Watch { affinity: config.strategy == Strategy::PrefixHash, droppable };
         let mut known = HashMap::new();
-        let mut shapes = Vec::new();
-        let mut intern = |shape: Shape| {
-            *known.entry(shape).or_insert_with_key(|shape| {
-                shapes.push(shape.clone());
-                shapes.len() - 1
+        let mut sets = Vec::new();
+        let mut intern = |set: TargetSet| {
+            *known.entry(set).or_insert_with_key(|set| {
+                sets.push(set.clone());
+                sets.len() - 1
             })
         };
-        let shape_of = table.routes().iter().map(|route| {
+        let set_of = table.routes().iter().map(|route| {
             [false, true]
-                .map(|others| intern(Shape::new(route, |t| !others || backends[t.backend].serves_all())))
+                .map(|others| intern(TargetSet::new(route, |t| !others || backends[t.backend].serves_all())))
         });
-        let shape_of: Vec<[usize; 2]> = shape_of.collect();
-        let shapes_of = |layout: &Layout, route: RouteId| {
-            Some(layout.shape_of.get(route)?.map(|shape| layout.shapes[shape].clone()))
+        let set_of: Vec<[usize; 2]> = set_of.collect();
+        let shapes_of = |routing: &Routing, route: RouteId| {
+            Some(routing.set_of.get(route)?.map(|set| routing.sets[set].clone()))
         };
-        let mut layout = Layout { table, watch, drops, shapes, shape_of, cursors: Vec::new() };
+        let mut routing = Routing { table, watch, drops, sets, set_of, cursors: Vec::new() };
         let cursors = |route: RouteId| {
-            let slots = layout.shape_of[route].map(|shape| layout.shapes[shape].slots());
-            let known = before.filter(|b| shapes_of(b, route) == shapes_of(&layout, route));
+            let slots = routing.set_of[route].map(|set| routing.sets[set].slots());
+            let known = before.filter(|b| shapes_of(b, route) == shapes_of(&routing, route));
             let cursor = |slot: usize, endpoint: usize| {
                 let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][slot][endpoint]));
-                let start = if layout.table.is_by_name(route) { route + endpoint } else { endpoint };
+                let start = if routing.table.is_by_name(route) { route + endpoint } else { endpoint };
                 resumed.unwrap_or_else(|| Cursor::starting_at(start as u64))
             };
             (0..slots[0].max(slots[1]))
                 .map(|slot| std::array::from_fn(|endpoint| cursor(slot, endpoint)))
                 .collect()
         };
-        layout.cursors = (0..layout.shape_of.len()).map(cursors).collect();
-        layout
+        routing.cursors = (0..routing.set_of.len()).map(cursors).collect();
+        routing
     }
 }
 
-impl Shape {
+impl TargetSet {
     fn new(route: &Route, fits: impl Fn(&Target) -> bool) -> Self {
-        let place = |t: &Target| Place {
+        let place = |t: &Target| TargetSpec {
             backend: t.backend,
             weight: if fits(t) { t.weight } else { 0 },
             priority: t.priority,
         };
-        Shape(route.targets.iter().map(place).collect())
+        TargetSet(route.targets.iter().map(place).collect())
     }
 
     /// Those that take requests.
@@ -402,26 +403,27 @@ impl Shape {
         by_backend.into_values().filter(|ids| ids.len() > 1)
     }
 
-    /// Schedules of its plans.
+    /// Schedules of its rotations.
     fn slots(&self) -> usize {
         self.priorities().len() + 1 + self.mates().count()
     }
 }
 
-impl Plan {
-    /// `before`: the plan that this one replaces; a schedule whose members are the same is not computed again.
-    fn new(shape: &Shape, backends: &[Arc<Upstream>], now: Nanos, before: Option<&Plan>) -> Self {
-        let is_up = |id: &TargetId| backends[shape.0[*id].backend].live.breaker.is_up(now);
-        let known: Vec<&Arc<Schedule>> = before.iter().flat_map(|plan| plan.schedules()).collect();
+impl RotationSet {
+    /// `before`: the rotation_set that this one replaces; a schedule whose members are the same is not computed again.
+    fn new(set: &TargetSet, backends: &[Arc<Upstream>], now: Nanos, before: Option<&RotationSet>) -> Self {
+        let is_up = |id: &TargetId| backends[set.0[*id].backend].state.breaker.is_up(now);
+        let known: Vec<&Arc<Schedule>> =
+            before.iter().flat_map(|rotation_set| rotation_set.schedules()).collect();
         let schedule = |ids: &[TargetId]| {
-            let members = || ids.iter().map(|id| (*id, shape.0[*id].weight));
+            let members = || ids.iter().map(|id| (*id, set.0[*id].weight));
             let same = known.iter().find(|s| s.members().iter().copied().eq(members()));
             same.map_or_else(|| Arc::new(Schedule::new(members())), |s| Arc::clone(s))
         };
         let mut up = 0;
-        let tiers = shape.priorities().into_iter().map(|priority| {
+        let tiers = set.priorities().into_iter().map(|priority| {
             let (mut listed, rest): (Vec<_>, Vec<_>) =
-                shape.weighted().filter(|id| shape.0[*id].priority == priority).partition(is_up);
+                set.weighted().filter(|id| set.0[*id].priority == priority).partition(is_up);
             up += listed.len();
             // Nobody up: the state may change before the next rebuild, so the whole tier stays listed.
             if listed.is_empty() {
@@ -430,13 +432,13 @@ impl Plan {
             schedule(&listed)
         });
         let tiers: Vec<_> = tiers.collect();
-        let all = schedule(&shape.weighted().collect::<Vec<_>>());
-        let mut mates = vec![None; shape.0.len()];
-        for (ids, slot) in shape.mates().zip(tiers.len() + 1..) {
+        let all = schedule(&set.weighted().collect::<Vec<_>>());
+        let mut mates = vec![None; set.0.len()];
+        for (ids, slot) in set.mates().zip(tiers.len() + 1..) {
             let schedule = schedule(&ids);
             ids.into_iter().for_each(|id| mates[id] = Some((schedule.clone(), slot)));
         }
-        Plan { tiers, all, up, mates: mates.into() }
+        RotationSet { tiers, all, up, mates: mates.into() }
     }
 
     fn schedules(&self) -> impl Iterator<Item = &Arc<Schedule>> {
@@ -529,7 +531,7 @@ mod tests {
             let snapshot = fleet(strategy);
             let now = clock::now();
             let cooling = &snapshot.table().route(ask(&snapshot, "two", None).route).targets[0];
-            snapshot.backends[0].live.breaker.cool(cooling.key(Some("two")), now + Nanos::MAX / 2, now);
+            snapshot.backends[0].state.breaker.cool(cooling.key(Some("two")), now + Nanos::MAX / 2, now);
             let (mut held, mut picks) = (Vec::new(), [0; 3]);
             for n in 0..500 {
                 let hash = xxhash_rust::xxh64::xxh64(&[n as u8, (n >> 8) as u8], 0);

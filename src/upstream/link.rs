@@ -47,13 +47,13 @@ pub enum LinkError {
     /// The peer closed it without a word.
     HungUp,
     /// It had died, of what the code says, before a byte of the request was written; here is the request.
-    Unsent(Box<Message>, Code),
+    Unsent(Box<WireRequest>, Code),
 }
 
 /// One connection that carries one exchange at a time.
 pub trait Link {
     /// Begins an exchange. Only on a link that [`is_reusable`](Link::is_reusable).
-    fn start(&mut self, request: Message);
+    fn start(&mut self, request: WireRequest);
 
     /// Drives the exchange to the head of the answer.
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>>;
@@ -76,16 +76,16 @@ pub trait Link {
 
 /// A request as it goes out, with the backend's key in it.
 #[derive(Default)]
-pub struct Message {
+pub struct WireRequest {
     /// The head, to its empty line (RFC 9112, section 3).
     pub head: Vec<u8>,
     /// Slices of the client's chunks and what was spliced in between.
     pub body: Slices,
 }
 
-impl fmt::Debug for Message {
+impl fmt::Debug for WireRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Message").finish_non_exhaustive()
+        f.debug_struct("WireRequest").finish_non_exhaustive()
     }
 }
 
@@ -101,7 +101,7 @@ pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
 pub struct Http1 {
     io: Io,
     /// The request under way.
-    request: Option<Message>,
+    request: Option<WireRequest>,
     outbox: Outbox,
     decoder: Decoder,
     /// The beginning of the body, which came with the head.
@@ -201,7 +201,7 @@ impl Outbox {
         &mut self,
         mut io: Pin<&mut Io>,
         cx: &mut Context<'_>,
-        Message { head, body }: &Message,
+        WireRequest { head, body }: &WireRequest,
     ) -> Poll<std::io::Result<()>> {
         while self.state == Sending::Writing {
             let mut slices = SmallVec::<[IoSlice<'_>; 8]>::new();
@@ -247,7 +247,7 @@ impl Outbox {
 }
 
 impl Link for Http1 {
-    fn start(&mut self, request: Message) {
+    fn start(&mut self, request: WireRequest) {
         self.outbox = Outbox { state: Sending::Writing, ..Outbox::default() };
         self.request = Some(request);
         self.decoder.begin();

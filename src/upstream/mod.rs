@@ -36,8 +36,8 @@ use crate::http1::headers::X_REQUEST_ID;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
-use crate::policy::queue::{Admission, Entry, QueueFull, Slot};
-use crate::policy::quota::{Quota, Turn};
+use crate::policy::queue::{Admission, Admitted, Permit, QueueFull};
+use crate::policy::quota::{Quota, QuotaTicket};
 use crate::protocol::Endpoint;
 use crate::time::Nanos;
 use crate::upstream::connect::Connector;
@@ -56,13 +56,13 @@ pub struct Upstream {
     /// As configured.
     pub conf: config::Backend,
     /// What a reload leaves alone where the provider stays the same.
-    pub live: Arc<Live>,
+    pub state: Arc<BackendState>,
     /// One lane a worker; they stay with the name.
     pub lanes: Arc<[CachePadded<BackendLane>]>,
     /// How a request to each endpoint begins, by its discriminant; `None` where it is not served.
-    heads: [Option<Head>; Endpoint::ALL.len()],
+    heads: [Option<HeadStart>; Endpoint::ALL.len()],
     /// The head of a probe.
-    probe: Head,
+    probe: HeadStart,
     /// Headers that [`heads`](Self::begin) has: nobody else's of the same name are sent.
     own: Vec<HeaderName>,
     /// `x-zap-backend`.
@@ -78,26 +78,26 @@ pub struct Upstream {
 }
 
 /// The beginning of a request's head, with Zap's own key in it.
-struct Head(Vec<u8>);
+struct HeadStart(Vec<u8>);
 
-impl fmt::Debug for Head {
+impl fmt::Debug for HeadStart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
 }
 
-impl Head {
+impl HeadStart {
     fn new(method: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
         let path = target.path_and_query().map_or("/", |p| p.as_str());
         let mut head = format!("{method} {path} HTTP/1.1\r\n").into_bytes();
         headers.iter().for_each(|(name, value)| write_header(&mut head, name, value.as_bytes()));
-        Head(head)
+        HeadStart(head)
     }
 }
 
 /// What is known of a provider, from its first configuration to its last.
 #[derive(Debug)]
-pub struct Live {
+pub struct BackendState {
     /// Never used twice in a process: pools and probes know it by it.
     pub id: u64,
     /// Health, cooling, key.
@@ -110,9 +110,9 @@ pub struct Live {
     last_error: Mutex<Option<(std::time::SystemTime, Code)>>,
 }
 
-impl Live {
+impl BackendState {
     fn new() -> Self {
-        Live {
+        BackendState {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             breaker: Breaker::new(),
             penalty: Penalty::default(),
@@ -131,7 +131,7 @@ pub struct InFlight {
     /// Under which the quota counts it, where there is one.
     stamp: Cell<Nanos>,
     /// Its place, where there is a limit.
-    place: Option<Slot>,
+    place: Option<Permit>,
 }
 
 /// A turn in the line of a backend's quota; dropping it lets those behind move up.
@@ -139,7 +139,7 @@ pub struct InFlight {
 #[must_use = "dropping it leaves the line"]
 pub struct InLine {
     /// Until it is left.
-    turn: Option<Turn>,
+    turn: Option<QuotaTicket>,
     quota: Arc<Quota>,
     upstream: Arc<Upstream>,
     served: bool,
@@ -175,8 +175,8 @@ impl Upstream {
         own.retain(|(name, _)| conf.extra_headers.iter().all(|(extra, _)| extra != name));
         own.extend(conf.extra_headers.iter().filter(|(name, _)| *name != X_REQUEST_ID).cloned());
         let targets = targets(&conf).map_err(bad)?;
-        let heads = targets.map(|target| target.map(|target| Head::new("POST", &target, &own)));
-        let mut probe = Head::new("GET", &path(&conf.health_path)?, &own);
+        let heads = targets.map(|target| target.map(|target| HeadStart::new("POST", &target, &own)));
+        let mut probe = HeadStart::new("GET", &path(&conf.health_path)?, &own);
         for (name, value) in PROBE_HEADERS {
             if own.iter().all(|(known, _)| known != name) {
                 write_header(&mut probe.0, name, value.as_bytes());
@@ -192,7 +192,7 @@ impl Upstream {
             .requests_per_minute
             .map(|limit| same.and_then(|b| b.quota.clone()).unwrap_or_else(|| Quota::new(limit)));
         Ok(Upstream {
-            live: same.map_or_else(|| Arc::new(Live::new()), |b| b.live.clone()),
+            state: same.map_or_else(|| Arc::new(BackendState::new()), |b| b.state.clone()),
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
             heads,
             probe,
@@ -214,7 +214,7 @@ impl Upstream {
         }
         if let (Some(quota), Some(limit)) = (&self.quota, self.conf.requests_per_minute) {
             quota.set_limit(limit, now);
-            self.live.moved.notify_waiters();
+            self.state.moved.notify_waiters();
         }
     }
 
@@ -235,7 +235,7 @@ impl Upstream {
 
     /// Requests it serves now.
     pub fn in_flight(&self) -> usize {
-        self.live.in_flight.load(Ordering::Relaxed)
+        self.state.in_flight.load(Ordering::Relaxed)
     }
 
     /// The beginning of a request's head: its first line, and the headers that are this backend's own. `None`: it does not
@@ -264,7 +264,12 @@ impl Upstream {
     ///
     /// # Errors
     /// Why not.
-    pub fn check(&self, now: Nanos, key: impl FnOnce() -> u64, turn: Option<&Turn>) -> Result<(), Closed> {
+    pub fn check(
+        &self,
+        now: Nanos,
+        key: impl FnOnce() -> u64,
+        turn: Option<&QuotaTicket>,
+    ) -> Result<(), Closed> {
         self.check_place(now, key, turn)?;
         self.check_full()
     }
@@ -276,7 +281,7 @@ impl Upstream {
         }
     }
 
-    fn check_quota(&self, now: Nanos, turn: Option<&Turn>) -> Result<(), Closed> {
+    fn check_quota(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Result<(), Closed> {
         match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, turn)) {
             at if at <= now => Ok(()),
             at => Err(Closed::Quota(at)),
@@ -291,13 +296,13 @@ impl Upstream {
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
-        turn: Option<&Turn>,
+        turn: Option<&QuotaTicket>,
     ) -> Result<(), Closed> {
-        match self.live.breaker.status(now) {
+        match self.state.breaker.status(now) {
             Status::Ejected => {}
             other => return Err(Closed::Out(other)),
         }
-        if let Some(until) = self.live.breaker.cools_until(key, now) {
+        if let Some(until) = self.state.breaker.cools_until(key, now) {
             return Err(Closed::Cooling(until));
         }
         self.check_quota(now, turn)?;
@@ -312,9 +317,9 @@ impl Upstream {
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
-        turn: Option<&Turn>,
+        turn: Option<&QuotaTicket>,
     ) -> Result<(), Closed> {
-        match self.live.breaker.status_for(key, now) {
+        match self.state.breaker.status_for(key, now) {
             Status::Healthy => {}
             Status::Cooling(until) => return Err(Closed::Cooling(until)),
             out => return Err(Closed::Out(out)),
@@ -323,7 +328,7 @@ impl Upstream {
     }
 
     /// Takes one of its places and one of its quota, both or neither.
-    pub fn enter(self: &Arc<Self>, now: Nanos, turn: Option<&Turn>) -> Option<InFlight> {
+    pub fn enter(self: &Arc<Self>, now: Nanos, turn: Option<&QuotaTicket>) -> Option<InFlight> {
         let place = match &self.places {
             Some(places) => Some(places.try_pass()?),
             None => None,
@@ -334,15 +339,15 @@ impl Upstream {
     /// Takes one of its quota, at a place that was waited for.
     pub fn enter_at(
         self: &Arc<Self>,
-        place: Option<Slot>,
+        place: Option<Permit>,
         now: Nanos,
-        turn: Option<&Turn>,
+        turn: Option<&QuotaTicket>,
     ) -> Option<InFlight> {
         let stamp = match &self.quota {
             Some(quota) => quota.take(now, turn)?,
             None => 0,
         };
-        self.live.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.state.in_flight.fetch_add(1, Ordering::Relaxed);
         Some(InFlight { upstream: self.clone(), stamp: Cell::new(stamp), place })
     }
 
@@ -350,7 +355,7 @@ impl Upstream {
     ///
     /// # Errors
     /// [`QueueFull`] where as many wait as may.
-    pub fn wait_for_place(&self) -> Result<Option<Entry>, QueueFull> {
+    pub fn wait_for_place(&self) -> Result<Option<Admitted>, QueueFull> {
         self.places.as_ref().map(Admission::enter).transpose()
     }
 
@@ -361,12 +366,12 @@ impl Upstream {
 
     /// Notes a failed try for `/status`.
     pub fn note_error(&self, code: Code) {
-        *self.live.last_error.lock() = Some((std::time::SystemTime::now(), code));
+        *self.state.last_error.lock() = Some((std::time::SystemTime::now(), code));
     }
 
     /// The last failed try.
     pub fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
-        *self.live.last_error.lock()
+        *self.state.last_error.lock()
     }
 }
 
@@ -416,7 +421,7 @@ impl InLine {
     }
 
     /// Its turn.
-    pub fn turn(&self) -> Option<&Turn> {
+    pub fn turn(&self) -> Option<&QuotaTicket> {
         self.turn.as_ref()
     }
 
@@ -437,7 +442,7 @@ impl Drop for InLine {
             turn.leave(clock::now());
         }
         if !self.served {
-            self.upstream.live.moved.notify_waiters();
+            self.upstream.state.moved.notify_waiters();
         }
     }
 }
@@ -463,6 +468,6 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.upstream.live.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.upstream.state.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -137,7 +137,7 @@ impl Pool {
     /// An idle connection to `upstream` that its peer still holds open.
     pub fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
-        let parked = idle.get_mut(&upstream.live.id)?;
+        let parked = idle.get_mut(&upstream.state.id)?;
         while let Some(mut lease) = parked.pop_back() {
             if lease.is_fresh(now) && lease.link.is_open() {
                 lease.count.set_idle(false);
@@ -155,7 +155,7 @@ impl Pool {
         }
         lease.count.set_idle(true);
         let mut idle = self.idle.borrow_mut();
-        let parked = idle.entry(lease.count.upstream.live.id).or_default();
+        let parked = idle.entry(lease.count.upstream.state.id).or_default();
         if parked.len() < MAX_PER_BACKEND {
             parked.push_back(lease);
         }
@@ -169,7 +169,7 @@ impl Pool {
     pub fn sweep(&self, now: Nanos, fleet: &[Arc<Upstream>]) {
         self.idle.borrow_mut().retain(|id, parked| {
             parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_open());
-            !parked.is_empty() && fleet.iter().any(|b| b.live.id == *id)
+            !parked.is_empty() && fleet.iter().any(|b| b.state.id == *id)
         });
     }
 }

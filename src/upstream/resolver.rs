@@ -21,7 +21,7 @@ const AT_ONCE: usize = 4;
 pub type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
 
 /// The addresses of a name, if it resolves.
-pub type Found = Result<Vec<SocketAddr>, Failed>;
+pub type LookUpResult = Result<Vec<SocketAddr>, Failed>;
 
 /// Resolves the name of one backend for all workers: who has to wait shares the next look-up that begins.
 #[derive(Clone)]
@@ -29,7 +29,7 @@ pub struct Resolver {
     look_up: Arc<LookUp>,
     turn: Arc<Semaphore>,
     /// What the last look-up found, and when it began.
-    last: Arc<Mutex<Option<(Nanos, Found)>>>,
+    last: Arc<Mutex<Option<(Nanos, LookUpResult)>>>,
 }
 
 /// A name that does not resolve: the system's error, if there was one, and the text.
@@ -69,7 +69,7 @@ impl Resolver {
     ///
     /// # Errors
     /// It does not resolve.
-    pub async fn resolve(self, name: String) -> Found {
+    pub async fn resolve(self, name: String) -> LookUpResult {
         let asked = clock::now();
         let turn = self.turn.clone().acquire_owned().await.map_err(io::Error::other)?;
         if let Some((began, found)) = &*self.last.lock()
@@ -119,7 +119,7 @@ mod tests {
         runtime.block_on(async {
             let look = || resolver.clone().resolve("a.test".into());
             let first = tokio::spawn(look());
-            let mut crowd: JoinSet<Found> = (0..50).map(|_| look()).collect();
+            let mut crowd: JoinSet<LookUpResult> = (0..50).map(|_| look()).collect();
             while begun.load(Ordering::SeqCst) < AT_ONCE {
                 tokio::task::yield_now().await;
             }

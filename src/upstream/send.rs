@@ -12,11 +12,11 @@ use crate::code::Code;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::connect::{ConnectError, Io};
-use crate::upstream::link::{Http1, Link, LinkError, Message};
+use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 use crate::upstream::pool::{Lease, Pool};
 
 /// An answer whose head is here and whose body is still to be read from `lease`.
-pub struct Answer {
+pub struct UpstreamAnswer {
     /// Status and headers as they came.
     pub head: response::Parts,
     /// The connection.
@@ -117,9 +117,9 @@ impl Source<'_> {
 pub async fn send(
     source: Source<'_>,
     upstream: &Arc<Upstream>,
-    mut request: Message,
+    mut request: WireRequest,
     mut on_step: impl FnMut(Step),
-) -> Result<Answer, SendError> {
+) -> Result<UpstreamAnswer, SendError> {
     last_in_line().await;
     let since = clock::now();
     on_step(Step::Begun(since));
@@ -139,7 +139,7 @@ pub async fn send(
             Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
                 return Err(Code::UpstreamInvalidResponse.into());
             }
-            Ok(head) => return Ok(Answer { head, lease }),
+            Ok(head) => return Ok(UpstreamAnswer { head, lease }),
             Err(LinkError::HungUp) if reused && clock::now() < since + CROSSING => {
                 return Err(SendError::Stale);
             }

@@ -5,7 +5,7 @@
 //! looks for is a [`Watch`]; of that it notes the places alone. It does not judge what an endpoint needs; that is
 //! [`crate::json::patch`]. Text, which is most of a body, is `skip`'s.
 
-mod notes;
+mod members;
 
 mod skip;
 
@@ -13,7 +13,9 @@ mod text;
 
 use smallvec::SmallVec;
 
-use crate::json::members::{Fields, Kind, MAX_NAME, Member, Model, NOTHING, Place, ScanError, Watch};
+use crate::json::members::{
+    Fields, MAX_NAME, Member, MemberSpan, Model, NOTHING, ScanError, ValueKind, Watch,
+};
 
 /// Deepest nesting that is accepted; the object itself is 1.
 pub const MAX_DEPTH: u32 = 128;
@@ -108,7 +110,7 @@ enum Within {
     /// None.
     Nothing,
     /// Inside a number.
-    Number(Number),
+    NumberPart(NumberPart),
     /// Inside a string, at an ordinary character.
     Text { key: bool },
     /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
@@ -119,13 +121,13 @@ enum Within {
 type Fault = Box<ScanError>;
 
 /// How far a token was read, and the next index.
-enum Read {
+enum TokenRead {
     Part(usize),
     Whole(usize),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Number {
+enum NumberPart {
     /// After `-`.
     Minus,
     /// After a leading `0`.
@@ -199,7 +201,7 @@ impl<'w> Scanner<'w> {
                 Within::Escape { key } => self.escape(chunk[i], i, key)?,
                 Within::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
                 Within::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
-                Within::Number(number) => {
+                Within::NumberPart(number) => {
                     let read = self.number(chunk, i, number)?;
                     self.value_read(&read)
                 }
@@ -249,8 +251,8 @@ impl<'w> Scanner<'w> {
                 At::Start if b == b'{' => Some(self.open::<NOTED>(b, i)?),
                 At::Value | At::FirstItem if b == b'"' && !NOTED => {
                     match self.string(chunk, i, false) {
-                        Read::Whole(next) => i = next,
-                        Read::Part(next) => {
+                        TokenRead::Whole(next) => i = next,
+                        TokenRead::Part(next) => {
                             i = next;
                             break;
                         }
@@ -307,8 +309,8 @@ impl<'w> Scanner<'w> {
         loop {
             skip::work::add(1);
             match self.string(chunk, i, true) {
-                Read::Whole(next) => i = next,
-                Read::Part(next) => return (At::Key, next),
+                TokenRead::Whole(next) => i = next,
+                TokenRead::Part(next) => return (At::Key, next),
             }
             if chunk.get(i) != Some(&b':') {
                 return (At::Colon, i);
@@ -318,8 +320,8 @@ impl<'w> Scanner<'w> {
                 return (At::Value, i);
             }
             match self.string(chunk, i, false) {
-                Read::Whole(next) => i = next,
-                Read::Part(next) => return (At::Value, next),
+                TokenRead::Whole(next) => i = next,
+                TokenRead::Part(next) => return (At::Value, next),
             }
             if chunk.get(i) != Some(&b',') {
                 return (At::AfterValue, i);
@@ -333,16 +335,16 @@ impl<'w> Scanner<'w> {
 
     /// A string that nobody wants to know, with its quotes, `i` at the first; where it is not whole here, `within` it.
     #[inline(always)] // Most strings are short, and end in the first block that is looked at.
-    fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> Read {
+    fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> TokenRead {
         let end = match skip::short(chunk, i + 1) {
-            Ok(end) => return Read::Whole(end + 1),
+            Ok(end) => return TokenRead::Whole(end + 1),
             Err(from) => skip::text(chunk, from, &mut self.sound),
         };
         if chunk.get(end) == Some(&b'"') {
-            return Read::Whole(end + 1);
+            return TokenRead::Whole(end + 1);
         }
         self.within = Within::Text { key };
-        Read::Part(end)
+        TokenRead::Part(end)
     }
 
     #[cold]
@@ -371,11 +373,11 @@ impl<'w> Scanner<'w> {
 
     /// A number, `true`, `false` or `null` begins at `i` with `b`.
     #[inline(always)] // Two places call it.
-    fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<Read, Fault> {
+    fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<TokenRead, Fault> {
         match b {
-            b'-' => self.number(chunk, i + 1, Number::Minus),
-            b'0' => self.number(chunk, i + 1, Number::Zero),
-            b'1'..=b'9' => self.number(chunk, i + 1, Number::Integer),
+            b'-' => self.number(chunk, i + 1, NumberPart::Minus),
+            b'0' => self.number(chunk, i + 1, NumberPart::Zero),
+            b'1'..=b'9' => self.number(chunk, i + 1, NumberPart::Integer),
             b't' => self.literal(chunk, i + 1, b"rue"),
             b'f' => self.literal(chunk, i + 1, b"alse"),
             b'n' => self.literal(chunk, i + 1, b"ull"),
@@ -384,10 +386,10 @@ impl<'w> Scanner<'w> {
     }
 
     /// A value was read so far; returns the next index.
-    fn value_read(&mut self, read: &Read) -> usize {
+    fn value_read(&mut self, read: &TokenRead) -> usize {
         match *read {
-            Read::Part(next) => next,
-            Read::Whole(end) => {
+            TokenRead::Part(next) => next,
+            TokenRead::Whole(end) => {
                 self.value_ends(end);
                 end
             }
@@ -434,8 +436,8 @@ impl<'w> Scanner<'w> {
         At::AfterValue
     }
 
-    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: Number) -> Result<Read, Fault> {
-        use Number::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
+    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: NumberPart) -> Result<TokenRead, Fault> {
+        use NumberPart::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
         loop {
             if matches!(number, Integer | Fraction | Exponent) {
                 let digits = chunk[i..].iter().take_while(|b| b.is_ascii_digit()).count();
@@ -452,16 +454,16 @@ impl<'w> Scanner<'w> {
                 (Zero | Integer | Fraction, b'e' | b'E') => E,
                 (E, b'+' | b'-') => Sign,
                 (E | Sign, b'0'..=b'9') => Exponent,
-                (Zero | Integer | Fraction | Exponent, _) => return Ok(Read::Whole(i)),
+                (Zero | Integer | Fraction | Exponent, _) => return Ok(TokenRead::Whole(i)),
                 (Minus | Point | E | Sign, _) => return self.invalid(i),
             };
             i += 1;
         }
-        self.within = Within::Number(number);
-        Ok(Read::Part(i))
+        self.within = Within::NumberPart(number);
+        Ok(TokenRead::Part(i))
     }
 
-    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<Read, Fault> {
+    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<TokenRead, Fault> {
         let here = &chunk[i..chunk.len().min(i + rest.len())];
         if *here != rest[..here.len()] {
             let wrong = here.iter().zip(rest).position(|(b, want)| b != want);
@@ -469,10 +471,10 @@ impl<'w> Scanner<'w> {
         }
         let end = i + here.len();
         if here.len() == rest.len() {
-            return Ok(Read::Whole(end));
+            return Ok(TokenRead::Whole(end));
         }
         self.within = Within::Literal(&rest[here.len()..]);
-        Ok(Read::Part(end))
+        Ok(TokenRead::Part(end))
     }
 }
 

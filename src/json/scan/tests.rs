@@ -22,8 +22,8 @@ fn scan_for(watch: &Watch, body: &[u8]) -> Result<Fields, ScanError> {
 fn finds_the_members_at_the_top_level_only() {
     let fields =
         scan(br#"{"messages":[{"model":"inner","stream":true}],"stream":false,"model":"gpt"}"#).unwrap();
-    assert_eq!(fields.messages, Kind::Array);
-    assert_eq!(fields.stream, Kind::False);
+    assert_eq!(fields.messages, ValueKind::Array);
+    assert_eq!(fields.stream, ValueKind::False);
     assert_eq!(fields.model, Model::Named { span: 69..74, name: "gpt".into(), whole: true });
     assert_eq!((fields.inside, fields.members, fields.length), (1, 3, 75));
 }
@@ -80,8 +80,8 @@ fn notes_the_places_of_what_may_have_to_go() {
     let fields =
         scan_for(&watch, br#"{ "a":1 , "n" : {"store":[1,2]} ,"st\\u006fre":0, "st\u006Fre":1}"#).unwrap();
     let places = vec![
-        Place { name: 1, nth: 1, comma: 8, span: 10..31, next: Some(33) },
-        Place { name: 0, nth: 3, comma: 48, span: 50..64, next: None },
+        MemberSpan { name: 1, nth: 1, comma: 8, span: 10..31, next: Some(33) },
+        MemberSpan { name: 0, nth: 3, comma: 48, span: 50..64, next: None },
     ];
     assert_eq!(fields.droppable, places);
     let twice = scan_for(&watch, br#"{"store":1,"st\\u006fre":2,"st\u006fre":3}"#);

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use super::*;
 use crate::policy::balance::{Cursor, Schedule};
-use crate::policy::choose::{Load, Rotation, Strategy};
+use crate::policy::choose::{Choice, Rotation, TargetLoad};
 use crate::time::{MILLI, SECOND};
 
 /// Targets as a text: `a b*3 c/1 d!`. Behind the name: `*N` its weight, `/N` its priority, `@b` the backend whose second
@@ -16,7 +16,7 @@ struct Table {
     closed: RefCell<Vec<Result<(), Closed>>>,
     tiers: Vec<(Schedule, Cursor)>,
     all: (Schedule, Cursor),
-    strategy: Strategy,
+    strategy: Choice,
     penalty: Vec<f64>,
     granted: Option<BackendId>,
     in_line: bool,
@@ -64,7 +64,7 @@ impl Table {
         Table {
             tiers: priorities.into_iter().map(|p| schedule(Some(p))).collect(),
             all: schedule(None),
-            strategy: Strategy::RoundRobin,
+            strategy: Choice::RoundRobin,
             penalty: vec![0.0; names.len()],
             granted: None,
             in_line: false,
@@ -84,7 +84,7 @@ impl Table {
 }
 
 impl Fleet for Table {
-    fn strategy(&self) -> Strategy {
+    fn strategy(&self) -> Choice {
         self.strategy
     }
 
@@ -116,8 +116,8 @@ impl Fleet for Table {
         target as u64
     }
 
-    fn load(&self, target: TargetId) -> Load {
-        Load { in_flight: 0, penalty: self.penalty[target], up_for: Nanos::MAX }
+    fn load(&self, target: TargetId) -> TargetLoad {
+        TargetLoad { in_flight: 0, penalty: self.penalty[target], up_for: Nanos::MAX }
     }
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
@@ -413,12 +413,12 @@ fn strategies_choose_as_they_say() {
         other => panic!("{other:?}"),
     };
     let mut table = Table::new("a b c");
-    table.strategy = Strategy::LeastLoaded;
+    table.strategy = Choice::LeastLoaded;
     table.penalty = vec![5.0, 0.0, 7.0];
     assert_eq!((0..3).map(|_| first(&table)).collect::<String>(), "bbb");
-    table.strategy = Strategy::RoundRobin;
+    table.strategy = Choice::RoundRobin;
     assert_eq!((0..3).map(|_| first(&table)).collect::<BTreeSet<_>>().len(), 3);
-    table.strategy = Strategy::PrefixHash(7);
+    table.strategy = Choice::PrefixHash(7);
     let home = first(&table);
     assert_eq!(first(&table), home);
     table.set(home, Err(Closed::Cooling(SECOND)));

@@ -2,7 +2,7 @@
 
 use crate::json::scan::skip;
 use crate::json::scan::{
-    At, Fault, Keep, Kind, Member, Model, Opening, Place, Read, ScanError, Scanner, Within,
+    At, Fault, Keep, Member, MemberSpan, Model, Opening, ScanError, Scanner, TokenRead, ValueKind, Within,
 };
 
 impl Scanner<'_> {
@@ -13,8 +13,8 @@ impl Scanner<'_> {
         loop {
             skip::work::add(1);
             match self.noted_key(chunk, i)? {
-                Read::Whole(next) => i = next,
-                Read::Part(next) => return Ok((At::Key, next)),
+                TokenRead::Whole(next) => i = next,
+                TokenRead::Part(next) => return Ok((At::Key, next)),
             }
             if self.depth != 1 || chunk.get(i) != Some(&b':') {
                 return Ok((At::Colon, i));
@@ -29,8 +29,8 @@ impl Scanner<'_> {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
             match read {
-                Read::Whole(next) => i = next,
-                Read::Part(next) => return Ok((At::Value, next)),
+                TokenRead::Whole(next) => i = next,
+                TokenRead::Part(next) => return Ok((At::Value, next)),
             }
             self.member_ends(self.base + i as u64);
             if chunk.get(i) != Some(&b',') {
@@ -46,7 +46,7 @@ impl Scanner<'_> {
 
     /// A key that may have to be noted, with its quotes, `i` at the first.
     #[inline(always)] // One place calls it.
-    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<Read, Fault> {
+    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<TokenRead, Fault> {
         if self.depth == 1 {
             self.key_start = self.base + i as u64;
             self.fields.members += 1;
@@ -57,21 +57,21 @@ impl Scanner<'_> {
         if chunk.get(end) == Some(&b'"') {
             // Most often it is here as a whole and plain: then nothing need be kept.
             self.name(&chunk[i + 1..end])?;
-            return Ok(Read::Whole(end + 1));
+            return Ok(TokenRead::Whole(end + 1));
         }
         self.start_keeping(Keep::Key);
         self.within = Within::Text { key: true };
-        Ok(Read::Part(i + 1))
+        Ok(TokenRead::Part(i + 1))
     }
 
     /// Notes the type of a top-level member's value from its first byte.
     pub(super) fn note_kind(&mut self, b: u8) {
         let kind = match b {
-            b'[' => Kind::Array,
-            b'f' => Kind::False,
-            b'n' => Kind::Null,
-            b't' => Kind::True,
-            _ => Kind::Other,
+            b'[' => ValueKind::Array,
+            b'f' => ValueKind::False,
+            b'n' => ValueKind::Null,
+            b't' => ValueKind::True,
+            _ => ValueKind::Other,
         };
         match self.member {
             Some(Member::Messages) => self.fields.messages = kind,
@@ -115,7 +115,7 @@ impl Scanner<'_> {
         if let Some(name) = self.droppable.take() {
             let nth = self.fields.members - 1;
             let (comma, span) = (self.comma, self.key_start..end);
-            self.fields.droppable.push(Place { name, nth, comma, span, next: None });
+            self.fields.droppable.push(MemberSpan { name, nth, comma, span, next: None });
         }
         self.keep = Keep::Nothing;
     }
@@ -189,10 +189,10 @@ impl Scanner<'_> {
     pub(super) fn note_member(&mut self, member: Member) -> Result<(), Fault> {
         let seen = match member {
             Member::Droppable(name) => self.fields.droppable.iter().any(|place| place.name == name),
-            Member::Messages => self.fields.messages != Kind::Absent,
+            Member::Messages => self.fields.messages != ValueKind::Absent,
             Member::Model => self.fields.model != Model::Absent,
             Member::PromptCacheKey => std::mem::replace(&mut self.seen.0, true),
-            Member::Stream => self.fields.stream != Kind::Absent,
+            Member::Stream => self.fields.stream != ValueKind::Absent,
             Member::User => std::mem::replace(&mut self.seen.1, true),
         };
         if seen { Err(Box::new(ScanError::Duplicate(member))) } else { Ok(()) }
