@@ -8,9 +8,9 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use zap::counter::{Histogram, REQUEST, Total};
-use zap::telemetry::encode::Encoder;
-use zap::time::SECOND;
+use zap::internals::Encoder;
+use zap::internals::SECOND;
+use zap::internals::{Histogram, REQUEST, Total};
 
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 

@@ -12,9 +12,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use zap::config::Config;
-use zap::server::drain::{Order, orders};
-use zap::telemetry::log::Log;
+use zap::internals::Config;
+use zap::internals::Log;
+use zap::internals::{Order, orders};
 
 /// A chat of about 1 KB.
 fn body(stream: bool) -> String {

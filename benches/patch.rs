@@ -15,8 +15,8 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use zap::json::patch::{ModelText, Slices, slices, splices};
-use zap::json::scan::Scanner;
+use zap::internals::Scanner;
+use zap::internals::{ModelText, Slices, slices, splices};
 
 const SIZES: [(&str, usize); 6] = [
     ("200B", 200),

@@ -16,17 +16,14 @@ use std::time::{Duration, Instant};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use tokio::sync::Semaphore;
-use zap::config::{Config, LogFormat};
-use zap::gateway::state::Shared;
-use zap::policy::balance::{Cursor, Schedule, Turns};
-use zap::policy::breaker::{Breaker, Status, Thresholds};
-use zap::policy::choose;
-use zap::policy::limit::{Limiter, WINDOW};
-use zap::policy::queue::Admission;
-use zap::protocol::Endpoint;
-use zap::telemetry::log::Log;
-use zap::time::Nanos;
-use zap::upstream::fleet::{Ask, View};
+use zap::internals::Admission;
+use zap::internals::Log;
+use zap::internals::Nanos;
+use zap::internals::Shared;
+use zap::internals::{Breaker, Status, Thresholds};
+use zap::internals::{Config, LogFormat};
+use zap::internals::{Cursor, Schedule, Turns};
+use zap::internals::{Limiter, WINDOW};
 
 /// Measures `call` on one thread and on two. It is given the thread's number and a number that rises.
 fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64, u64) + Sync) {
@@ -142,22 +139,9 @@ fn pick(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("pick/{backends} backends"));
         for strategy in ["round_robin", "least_loaded", "prefix_hash"] {
             let shared = fleet(strategy, backends);
-            let snapshot = shared.snapshot.load_full();
             on_threads(&mut group, strategy, |_, i| {
                 let model = ["llama-8b", "llama-3.3-70b", "some-other"][i as usize % 3];
-                let route = snapshot.table().find(Some(model), true).unwrap_or_default();
-                let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity: Some(i) };
-                let view = View {
-                    snapshot: &snapshot,
-                    ask: &ask,
-                    now: i,
-                    turn: None,
-                    granted: None,
-                    stands_in_line: false,
-                };
-                let place = choose::pick(&view, true, |_| false)
-                    .and_then(|id| snapshot.upstream(&snapshot.route(&ask).targets[id]).enter(i, None));
-                black_box(place);
+                black_box(shared.pick_once(model, i, i));
             });
         }
         group.finish();

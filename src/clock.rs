@@ -12,7 +12,7 @@ use crate::time::{Nanos, SECOND};
 static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 
 /// Monotonic time since the process first asked.
-pub fn now() -> Nanos {
+pub(crate) fn now() -> Nanos {
     let start = *START;
     since_boot().saturating_sub(start)
 }
@@ -31,7 +31,7 @@ const APART: Duration = Duration::from_millis(100);
 
 /// The wall clock's reading at a moment of [`now`]. The same moment reads the same at every call, unless the wall clock
 /// has been set meanwhile.
-pub fn wall(at: Nanos) -> SystemTime {
+pub(crate) fn wall(at: Nanos) -> SystemTime {
     let epoch = wall_epoch(&mut EPOCH.lock(), SystemTime::now(), now());
     epoch + Duration::from_nanos(at)
 }
@@ -46,13 +46,13 @@ fn wall_epoch(known: &mut Option<SystemTime>, wall: SystemTime, now: Nanos) -> S
 }
 
 /// A span as [`Nanos`], saturating at 584 years.
-pub fn nanos(span: Duration) -> Nanos {
+pub(crate) fn nanos(span: Duration) -> Nanos {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A time limit has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Late;
+pub(crate) struct Late;
 
 /// A timer that fires so late tells that the process was stopped, and with it all that the limit is for.
 const STOPPED: Duration = Duration::from_secs(1);
@@ -61,7 +61,7 @@ const STOPPED: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// [`Late`]; `work` is dropped then.
-pub async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, Late> {
+pub(crate) async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, Late> {
     let mut work = pin!(work);
     loop {
         let since = Instant::now();
@@ -74,7 +74,7 @@ pub async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, La
 }
 
 /// The wall clock as RFC 3339 text in UTC with milliseconds: `2026-11-24T03:20:22.123Z`.
-pub fn timestamp(wall: SystemTime) -> String {
+pub(crate) fn timestamp(wall: SystemTime) -> String {
     let since = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
     // Days to a civil date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".

@@ -5,19 +5,19 @@ macro_rules! codes {
         /// The `code` of an error and the `reason` or `kind` of a metric.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[allow(missing_docs)]
-        pub enum Code { $($variant,)* }
+        pub(crate) enum Code { $($variant,)* }
 
         impl Code {
             /// All codes.
-            pub const ALL: [Code; codes!(@count $($variant)*)] = [$(Code::$variant,)*];
+            pub(crate) const ALL: [Code; codes!(@count $($variant)*)] = [$(Code::$variant,)*];
 
             /// As it stands in answers and labels.
-            pub const fn text(self) -> &'static str {
+            pub(crate) const fn text(self) -> &'static str {
                 match self { $(Code::$variant => $text,)* }
             }
 
             /// Whether it only says why a try failed: it stands in metrics and the log, in no answer of Zap's own.
-            pub const fn is_label(self) -> bool {
+            pub(crate) const fn is_label(self) -> bool {
                 matches!(self, Code::UpstreamError | Code::UpstreamRefused)
             }
         }

@@ -24,7 +24,7 @@ pub const REQUEST: &[Nanos] = &[
 ];
 
 /// Bounds for Zap's own share: 10 us to 100 ms.
-pub const OVERHEAD: &[Nanos] = &[
+pub(crate) const OVERHEAD: &[Nanos] = &[
     MILLI / 100,
     MILLI / 40,
     MILLI / 20,
@@ -42,21 +42,21 @@ pub const OVERHEAD: &[Nanos] = &[
 
 /// A number that one thread changes and any may read.
 #[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
+pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
     /// Adds `n`. Only the owning thread may call this: it is a plain load and store.
-    pub fn add(&self, n: u64) {
+    pub(crate) fn add(&self, n: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
     /// Takes `n` away; the owning thread only.
-    pub fn sub(&self, n: u64) {
+    pub(crate) fn sub(&self, n: u64) {
         self.add(n.wrapping_neg());
     }
 
     /// The value as it stands.
-    pub fn get(&self) -> u64 {
+    pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }

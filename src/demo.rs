@@ -29,7 +29,7 @@ const MAX_BODY: usize = 64 << 20;
 
 /// A mock provider.
 #[derive(Clone, Debug)]
-pub struct Provider {
+pub(crate) struct Provider {
     /// It says so in every answer.
     pub name: &'static str,
     /// Time between two tokens of a stream, and before an answer that is none.
@@ -41,7 +41,7 @@ impl Provider {
     ///
     /// # Errors
     /// No port or no thread is to be had.
-    pub fn start(self) -> io::Result<SocketAddr> {
+    pub(crate) fn start(self) -> io::Result<SocketAddr> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
@@ -168,7 +168,7 @@ impl http_body::Body for MockBody {
 ///
 /// # Errors
 /// The providers cannot be started.
-pub fn configuration(port: u16) -> io::Result<Config> {
+pub(crate) fn configuration(port: u16) -> io::Result<Config> {
     let fast = Provider { name: "alpha", pace: Duration::from_millis(20) }.start()?;
     let slow = Provider { name: "beta", pace: Duration::from_millis(25) }.start()?;
     let text = format!(
@@ -180,7 +180,7 @@ pub fn configuration(port: u16) -> io::Result<Config> {
 }
 
 /// What `zap demo` prints to try.
-pub fn curl_lines(port: u16) -> String {
+pub(crate) fn curl_lines(port: u16) -> String {
     format!(
         "Zap serves two mock providers, alpha and beta, in turn 2:1. Try:\n\n\
          \x20 curl -s http://127.0.0.1:{port}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\

@@ -17,40 +17,60 @@
 //! 6. [`telemetry`] takes one record per finished request and makes metrics and log lines of it.
 //! 7. [`error`] is the one table of refusals; [`demo`] the built-in mock provider; [`cli`] the command line.
 
-pub mod time;
+mod time;
 
-pub mod clock;
+mod clock;
 
-pub mod code;
+mod code;
 
-pub mod counter;
+mod counter;
 
-pub mod json;
+mod json;
 
-pub mod http1;
+mod http1;
 
-pub mod protocol;
+mod protocol;
 
-pub mod policy;
+mod policy;
 
-pub mod config;
+mod config;
 
-pub mod upstream;
+mod upstream;
 
-pub mod telemetry;
+mod telemetry;
 
-pub mod client;
+mod client;
 
-pub mod gateway;
+mod gateway;
 
-pub mod server;
+mod server;
 
-pub mod demo;
+mod demo;
 
 pub mod cli;
 
+#[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+
+/// What the project's own tests and benchmarks use beside [`run`]; no part of the interface.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::config::{Config, Faults, LoadError, LogFormat};
+    pub use crate::counter::{Histogram, REQUEST, Total};
+    pub use crate::gateway::failpoint;
+    pub use crate::gateway::state::Shared;
+    pub use crate::json::patch::{ModelText, Slices, slices, splices};
+    pub use crate::json::scan::Scanner;
+    pub use crate::policy::balance::{Cursor, Schedule, Turns};
+    pub use crate::policy::breaker::{Breaker, Status, Thresholds};
+    pub use crate::policy::limit::{Decision, Limiter, WINDOW};
+    pub use crate::policy::queue::Admission;
+    pub use crate::server::drain::{Order, orders};
+    pub use crate::telemetry::encode::Encoder;
+    pub use crate::telemetry::log::Log;
+    pub use crate::time::{Nanos, SECOND};
+}
 
 use std::io;
 use std::net::TcpListener;

@@ -7,4 +7,4 @@ pub type Nanos = u64;
 pub const SECOND: Nanos = 1_000_000_000;
 
 /// One millisecond in [`Nanos`].
-pub const MILLI: Nanos = 1_000_000;
+pub(crate) const MILLI: Nanos = 1_000_000;

@@ -14,7 +14,7 @@ use crate::client::exchange::Exchange;
 
 /// The body of an answer: one piece of Zap's own, or an upstream's, passed on.
 #[derive(Debug)]
-pub struct Body<S> {
+pub(crate) struct Body<S> {
     kind: Kind<S>,
     turn: Option<ExchangeEnd>,
 }
@@ -37,7 +37,7 @@ impl Drop for ExchangeEnd {
 
 /// An answer that breaks off: hyper closes the connection without a clean end.
 #[derive(Debug)]
-pub struct Cut;
+pub(crate) struct Cut;
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -55,17 +55,17 @@ impl From<Infallible> for Cut {
 
 impl<S> Body<S> {
     /// One piece, or nothing.
-    pub fn full(data: Bytes) -> Self {
+    pub(crate) fn full(data: Bytes) -> Self {
         Body { kind: Kind::Full(Some(data).filter(|d| !d.is_empty())), turn: None }
     }
 
     /// A body that comes piece by piece.
-    pub fn stream(body: S) -> Self {
+    pub(crate) fn stream(body: S) -> Self {
         Body { kind: Kind::Stream(Box::new(body)), turn: None }
     }
 
     /// The body, which ends the exchange when it is done.
-    pub fn on(mut self, exchange: &Exchange) -> Self {
+    pub(crate) fn on(mut self, exchange: &Exchange) -> Self {
         self.turn = Some(ExchangeEnd(exchange.conn().clone()));
         self
     }

@@ -39,7 +39,7 @@ const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\
 
 /// A client connection, shared by its socket, its request and its answer.
 #[derive(Debug)]
-pub struct Conn {
+pub(crate) struct Conn {
     stream: RefCell<TcpStream>,
     peer: IpAddr,
     /// Its time limit.
@@ -83,7 +83,12 @@ enum Reading {
 
 impl Conn {
     /// A fresh connection. `keep_alive`: how long it may be idle.
-    pub fn new(stream: TcpStream, peer: IpAddr, deadlines: Rc<Deadlines>, keep_alive: Nanos) -> Rc<Self> {
+    pub(crate) fn new(
+        stream: TcpStream,
+        peer: IpAddr,
+        deadlines: Rc<Deadlines>,
+        keep_alive: Nanos,
+    ) -> Rc<Self> {
         Rc::new(Conn {
             stream: RefCell::new(stream),
             peer,
@@ -104,50 +109,50 @@ impl Conn {
     }
 
     /// Where it comes from.
-    pub fn peer(&self) -> IpAddr {
+    pub(crate) fn peer(&self) -> IpAddr {
         self.peer
     }
 
     /// Why the head that hyper has just read must be refused, if it must.
-    pub fn refusal(&self) -> Option<&'static str> {
+    pub(crate) fn refusal(&self) -> Option<&'static str> {
         self.refused.get()
     }
 
     /// Whether nobody knows where the next request begins, since this one's body is chunked or not all here: the connection
     /// must close behind the answer.
-    pub fn must_close(&self) -> bool {
+    pub(crate) fn must_close(&self) -> bool {
         matches!(self.reading.get(), Reading::Chunked | Reading::Length(_))
     }
 
     /// Whether the client has ended its side, in whatever way.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.eof.get()
     }
 
     /// Whether the client may still be sending what nobody will read.
-    pub fn is_unread(&self) -> bool {
+    pub(crate) fn is_unread(&self) -> bool {
         let at_rest = matches!(self.reading.get(), Reading::Done | Reading::Head);
         !(self.eof.get() || at_rest && self.aside.borrow().is_empty())
     }
 
     /// Coarse time: of the last sweep.
-    pub fn coarse_now(&self) -> Nanos {
+    pub(crate) fn coarse_now(&self) -> Nanos {
         self.deadlines.coarse_now()
     }
 
     /// Says that an answer begins, which must make progress, on either side, every `patience`.
-    pub fn begin_answer(&self, patience: Nanos) {
+    pub(crate) fn begin_answer(&self, patience: Nanos) {
         self.patience.set(patience);
         self.progress();
     }
 
     /// Whether an answer is under way.
-    pub fn is_answering(&self) -> bool {
+    pub(crate) fn is_answering(&self) -> bool {
         self.patience.get() > 0
     }
 
     /// Says that the answer under way has made progress.
-    pub fn progress(&self) {
+    pub(crate) fn progress(&self) {
         match self.patience.get() {
             0 => {}
             // The time of the last sweep is up to a grain behind.
@@ -163,7 +168,7 @@ impl Conn {
     }
 
     /// Says that an answer has been handed over whole: the next head may come.
-    pub fn end_turn(&self) {
+    pub(crate) fn end_turn(&self) {
         self.turn_over.set(true);
         self.patience.set(0);
         self.deadline.set(self.coarse_now() + self.keep_alive);
@@ -174,7 +179,7 @@ impl Conn {
     }
 
     /// Ready once everything written so far has gone to the socket. The connection's task is woken for it.
-    pub fn poll_flushed(&self) -> Poll<()> {
+    pub(crate) fn poll_flushed(&self) -> Poll<()> {
         if self.flushed.get() {
             return Poll::Ready(());
         }
@@ -183,12 +188,12 @@ impl Conn {
     }
 
     /// Says that hyper is given `n` bytes more of an answer.
-    pub fn hand_over(&self, n: usize) {
+    pub(crate) fn hand_over(&self, n: usize) {
         self.unflushed.set(self.unflushed.get() + n);
     }
 
     /// Whether the client is so far behind that nothing more is to be read for it. Its task is woken when it is not.
-    pub fn is_behind(&self) -> bool {
+    pub(crate) fn is_behind(&self) -> bool {
         let behind = self.unflushed.get() >= MAX_UNFLUSHED;
         if behind {
             self.wants_flush.set(true);
@@ -197,12 +202,12 @@ impl Conn {
     }
 
     /// Says that a write is coming whose flush will be asked for.
-    pub fn expect_flush(&self) {
+    pub(crate) fn expect_flush(&self) {
         self.flushed.set(false);
     }
 
     /// Makes the close that follows a reset, so that an answer without framing cannot look whole.
-    pub fn reset_on_close(&self) {
+    pub(crate) fn reset_on_close(&self) {
         let stream = self.stream.borrow();
         // A socket that refuses the option is closed the ordinary way.
         let _ = socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO));
@@ -211,7 +216,7 @@ impl Conn {
     /// Whether the client has gone while its request is served: hyper does not look then. What it sends meanwhile is put
     /// aside. Where that may not go on, behind a chunked body and behind as many bytes as are put aside, every sweep looks
     /// anew.
-    pub fn has_left(&self, cx: &mut Context<'_>) -> bool {
+    pub(crate) fn has_left(&self, cx: &mut Context<'_>) -> bool {
         let is_deaf = match self.reading.get() {
             Reading::Chunked => self.poll_readable(cx).is_ready(),
             Reading::Done => {
@@ -250,12 +255,12 @@ impl Conn {
     }
 
     /// Ready once the socket has something to read.
-    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.stream.borrow().poll_read_ready(cx)
     }
 
     /// Reads and drops what the client still sends; ready at its end. `left`: how much is put up with.
-    pub fn poll_discard(&self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
+    pub(crate) fn poll_discard(&self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
         let mut scratch = [0; 4096];
         loop {
             let mut buf = ReadBuf::new(&mut scratch);
@@ -421,7 +426,7 @@ impl Conn {
 
 /// The handle that hyper owns.
 #[derive(Debug)]
-pub struct ClientIo(pub Rc<Conn>);
+pub(crate) struct ClientIo(pub Rc<Conn>);
 
 impl AsyncRead for ClientIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

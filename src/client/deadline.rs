@@ -14,18 +14,18 @@ use crate::clock;
 use crate::time::{Nanos, SECOND};
 
 /// Time between two sweeps: how late an deadline may expire.
-pub const GRAIN: Duration = Duration::from_millis(100);
+pub(crate) const GRAIN: Duration = Duration::from_millis(100);
 
 /// A sweep that comes so late tells that the process was stopped, and with it all that the limits are for.
 const STOPPED: Nanos = SECOND;
 
 /// The time limit of a phase has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Elapsed;
+pub(crate) struct Elapsed;
 
 /// One connection's deadline.
 #[derive(Debug, Default)]
-pub struct Deadline {
+pub(crate) struct Deadline {
     at: Cell<Nanos>,
     expired: Cell<bool>,
     /// The task is to be woken by every sweep.
@@ -35,42 +35,42 @@ pub struct Deadline {
 
 impl Deadline {
     /// Rings at `at`, and not for what was set before.
-    pub fn set(&self, at: Nanos) {
+    pub(crate) fn set(&self, at: Nanos) {
         self.at.set(at);
         self.expired.set(false);
     }
 
     /// Whether it has rung and nobody has answered.
-    pub fn has_expired(&self) -> bool {
+    pub(crate) fn has_expired(&self) -> bool {
         self.expired.get()
     }
 
     /// Answers it: `true` if it was ringing.
-    pub fn take_expired(&self) -> bool {
+    pub(crate) fn take_expired(&self) -> bool {
         self.expired.take()
     }
 
     /// Rings now, whatever it was set to.
-    pub fn expire(&self) {
+    pub(crate) fn expire(&self) {
         self.at.set(Nanos::MAX);
         self.expired.set(true);
         self.wake();
     }
 
     /// Has every sweep wake the task, or none.
-    pub fn set_attentive(&self, attentive: bool) {
+    pub(crate) fn set_attentive(&self, attentive: bool) {
         self.attentive.set(attentive);
     }
 
     /// Wakes the connection's task.
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         if let Some(waker) = &*self.waker.borrow() {
             waker.wake_by_ref();
         }
     }
 
     /// Remembers the task that owns the connection.
-    pub fn register(&self, cx: &Context<'_>) {
+    pub(crate) fn register(&self, cx: &Context<'_>) {
         let mut waker = self.waker.borrow_mut();
         if !waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
             *waker = Some(cx.waker().clone());
@@ -81,7 +81,7 @@ impl Deadline {
     ///
     /// # Errors
     /// [`Elapsed`] once the deadline has rung; `work` is dropped then.
-    pub async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
+    pub(crate) async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
         self.set(at);
         let mut work = pin!(work);
         poll_fn(|cx| match work.as_mut().poll(cx) {
@@ -95,14 +95,14 @@ impl Deadline {
 
 /// A worker's deadlines.
 #[derive(Debug, Default)]
-pub struct Deadlines {
+pub(crate) struct Deadlines {
     all: RefCell<Vec<Weak<Deadline>>>,
     now: Cell<Nanos>,
 }
 
 impl Deadlines {
     /// A new deadline, which rings at `at`.
-    pub fn add(&self, at: Nanos) -> Rc<Deadline> {
+    pub(crate) fn add(&self, at: Nanos) -> Rc<Deadline> {
         let deadline = Rc::new(Deadline::default());
         deadline.set(at);
         self.all.borrow_mut().push(Rc::downgrade(&deadline));
@@ -110,12 +110,12 @@ impl Deadlines {
     }
 
     /// The time of the last sweep, a little early or late: good enough for limits of seconds and free to read.
-    pub fn coarse_now(&self) -> Nanos {
+    pub(crate) fn coarse_now(&self) -> Nanos {
         self.now.get()
     }
 
     /// Rings what is due and forgets the connections that have gone.
-    pub fn sweep(&self) {
+    pub(crate) fn sweep(&self) {
         self.sweep_at(clock::now());
     }
 
@@ -137,7 +137,7 @@ impl Deadlines {
     }
 
     /// Wakes every connection, or rings every deadline.
-    pub fn all(&self, expire: bool) {
+    pub(crate) fn all(&self, expire: bool) {
         for deadline in self.all.borrow().iter().filter_map(Weak::upgrade) {
             if expire { deadline.expire() } else { deadline.wake() }
         }

@@ -10,7 +10,7 @@ use crate::time::Nanos;
 
 /// See the module. Cloning is cheap.
 #[derive(Clone, Debug)]
-pub struct Exchange(Rc<Conn>);
+pub(crate) struct Exchange(Rc<Conn>);
 
 impl Exchange {
     /// The exchange under way on a connection.
@@ -23,17 +23,17 @@ impl Exchange {
     }
 
     /// The address of the client.
-    pub fn peer(&self) -> IpAddr {
+    pub(crate) fn peer(&self) -> IpAddr {
         self.0.peer()
     }
 
     /// Why the request's head must be refused, if it must.
-    pub fn refusal(&self) -> Option<&'static str> {
+    pub(crate) fn refusal(&self) -> Option<&'static str> {
         self.0.refusal()
     }
 
     /// Coarse time: of the last sweep of the deadlines.
-    pub fn coarse_now(&self) -> Nanos {
+    pub(crate) fn coarse_now(&self) -> Nanos {
         self.0.coarse_now()
     }
 
@@ -41,62 +41,62 @@ impl Exchange {
     ///
     /// # Errors
     /// [`Elapsed`] once that time has passed; `work` is dropped then.
-    pub async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
+    pub(crate) async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
         self.0.deadline.limit(at, work).await
     }
 
     /// Sets the deadline of a phase that ends by itself.
-    pub fn set_deadline(&self, at: Nanos) {
+    pub(crate) fn set_deadline(&self, at: Nanos) {
         self.0.deadline.set(at);
     }
 
     /// Whether the deadline has passed; says so once.
-    pub fn take_timeout(&self) -> bool {
+    pub(crate) fn take_timeout(&self) -> bool {
         self.0.deadline.take_expired()
     }
 
     /// Begins an take_expired, which must make progress, on either side, every `patience`.
-    pub fn begin_answer(&self, patience: Nanos) {
+    pub(crate) fn begin_answer(&self, patience: Nanos) {
         self.0.begin_answer(patience);
     }
 
     /// The take_expired under way has made progress.
-    pub fn progress(&self) {
+    pub(crate) fn progress(&self) {
         self.0.progress();
     }
 
     /// Hands `n` bytes more of an take_expired over.
-    pub fn hand_over(&self, n: usize) {
+    pub(crate) fn hand_over(&self, n: usize) {
         self.0.hand_over(n);
     }
 
     /// Whether the client is so far behind that nothing more is to be read for it. Its task is woken when it is not.
-    pub fn is_behind(&self) -> bool {
+    pub(crate) fn is_behind(&self) -> bool {
         self.0.is_behind()
     }
 
     /// A write is coming whose flush will be asked for.
-    pub fn expect_flush(&self) {
+    pub(crate) fn expect_flush(&self) {
         self.0.expect_flush();
     }
 
     /// Ready once everything written so far has gone to the socket. The connection's task is woken for it.
-    pub fn poll_flushed(&self) -> Poll<()> {
+    pub(crate) fn poll_flushed(&self) -> Poll<()> {
         self.0.poll_flushed()
     }
 
     /// Makes the close that follows a reset, so that an take_expired without framing cannot look whole.
-    pub fn reset_on_close(&self) {
+    pub(crate) fn reset_on_close(&self) {
         self.0.reset_on_close();
     }
 
     /// Whether the connection must close behind the take_expired, since nobody knows where the next request begins.
-    pub fn must_close(&self) -> bool {
+    pub(crate) fn must_close(&self) -> bool {
         self.0.must_close()
     }
 
     /// Whether the client has ended its side, in whatever way.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.0.has_ended()
     }
 }

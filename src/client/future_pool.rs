@@ -16,19 +16,19 @@ use std::task::{Context, Poll};
 const MAX_FREE: usize = 256;
 
 /// Where a future finds its requests `I` and leaves their answers `O`.
-pub struct Mailbox<I, O> {
+pub(crate) struct Mailbox<I, O> {
     request: Cell<Option<I>>,
     answer: Cell<Option<O>>,
 }
 
 impl<I, O> Mailbox<I, O> {
     /// The next request.
-    pub async fn next(&self) -> I {
+    pub(crate) async fn next(&self) -> I {
         poll_fn(|_| self.request.take().map_or(Poll::Pending, Poll::Ready)).await
     }
 
     /// Leaves the answer to it.
-    pub fn reply(&self, answer: O) {
+    pub(crate) fn reply(&self, answer: O) {
         self.answer.set(Some(answer));
     }
 }
@@ -39,7 +39,7 @@ struct PooledFuture<I, O, F> {
 }
 
 /// A worker's pool, the youngest one used first.
-pub struct FuturePool<I, O, F> {
+pub(crate) struct FuturePool<I, O, F> {
     free: RefCell<Vec<PooledFuture<I, O, F>>>,
     make: Make<I, O, F>,
 }
@@ -47,7 +47,7 @@ pub struct FuturePool<I, O, F> {
 type Make<I, O, F> = Box<dyn Fn(Rc<Mailbox<I, O>>) -> F>;
 
 /// The answer to one request, which has a future to itself until it is there.
-pub struct Running<I, O, F> {
+pub(crate) struct Running<I, O, F> {
     future: Option<PooledFuture<I, O, F>>,
     pool: Rc<FuturePool<I, O, F>>,
 }
@@ -72,12 +72,12 @@ impl<I, O> fmt::Debug for Mailbox<I, O> {
 
 impl<I, O, F: Future> FuturePool<I, O, F> {
     /// No future yet. `make` makes the future that serves what comes to a mailbox.
-    pub fn new(make: impl Fn(Rc<Mailbox<I, O>>) -> F + 'static) -> Rc<Self> {
+    pub(crate) fn new(make: impl Fn(Rc<Mailbox<I, O>>) -> F + 'static) -> Rc<Self> {
         Rc::new(FuturePool { free: RefCell::default(), make: Box::new(make) })
     }
 
     /// Puts a request into a future.
-    pub fn run(self: &Rc<Self>, request: I) -> Running<I, O, F> {
+    pub(crate) fn run(self: &Rc<Self>, request: I) -> Running<I, O, F> {
         let free = self.free.borrow_mut().pop();
         let future = free.unwrap_or_else(|| {
             let mailbox = Rc::new(Mailbox { request: Cell::default(), answer: Cell::default() });

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 
 /// What a worker and the control thread tell each other.
 #[derive(Debug, Default)]
-pub struct WorkerState {
+pub(crate) struct WorkerState {
     /// Upstream connections that the worker may have while idle ones can make room.
     pub(crate) upstreams: usize,
     pub(crate) connections: AtomicUsize,
@@ -24,17 +24,17 @@ pub struct WorkerState {
 
 impl WorkerState {
     /// Whether streams are to be cut.
-    pub fn is_cut(&self) -> bool {
+    pub(crate) fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Relaxed)
     }
 
     /// Upstream connections that the worker may have while idle ones can make room.
-    pub fn upstreams(&self) -> usize {
+    pub(crate) fn upstreams(&self) -> usize {
         self.upstreams
     }
 
     /// Whether idle connections are to be closed.
-    pub fn is_closing(&self) -> bool {
+    pub(crate) fn is_closing(&self) -> bool {
         self.close.load(Ordering::Relaxed)
     }
 }
@@ -42,11 +42,11 @@ impl WorkerState {
 /// Counts a body that is waited for until it is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it says that nobody waits for the body any more"]
-pub struct Upload(Arc<WorkerState>);
+pub(crate) struct Upload(Arc<WorkerState>);
 
 impl Upload {
     /// One more.
-    pub fn new(load: Arc<WorkerState>) -> Self {
+    pub(crate) fn new(load: Arc<WorkerState>) -> Self {
         load.uploads.fetch_add(1, Ordering::Relaxed);
         Upload(load)
     }

@@ -1,17 +1,17 @@
 //! The clients' side: one connection and the requests on it.
 
-pub mod deadline;
+pub(crate) mod deadline;
 
-pub mod conn;
+pub(crate) mod conn;
 
-pub mod serve;
+pub(crate) mod serve;
 
-pub mod exchange;
+pub(crate) mod exchange;
 
-pub mod body;
+pub(crate) mod body;
 
-pub mod respond;
+pub(crate) mod respond;
 
-pub mod load;
+pub(crate) mod load;
 
-pub mod future_pool;
+pub(crate) mod future_pool;

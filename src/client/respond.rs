@@ -8,7 +8,7 @@ use crate::client::body::Body;
 
 /// What an error says, in OpenAI's terms.
 #[derive(Debug)]
-pub struct ErrorBody<'a> {
+pub(crate) struct ErrorBody<'a> {
     /// What happened, and what to do next.
     pub message: &'a str,
     /// The class of the error.
@@ -20,7 +20,7 @@ pub struct ErrorBody<'a> {
 }
 
 /// An error: `{"error":{"message":…,"type":…,"param":…,"code":…}}`, with further headers.
-pub fn error<S>(
+pub(crate) fn error<S>(
     status: StatusCode,
     error: &ErrorBody<'_>,
     headers: impl IntoIterator<Item = (HeaderName, HeaderValue)>,
@@ -39,7 +39,7 @@ pub fn error<S>(
 }
 
 /// A text in one piece.
-pub fn text<S>(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body<S>> {
+pub(crate) fn text<S>(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body<S>> {
     let mut response = Response::new(Body::full(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));

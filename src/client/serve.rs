@@ -38,7 +38,7 @@ const LINGER: Nanos = 2 * SECOND;
 const MAX_DISCARD: usize = 64 << 20;
 
 /// What answers requests.
-pub trait Service: 'static {
+pub(crate) trait Service: 'static {
     /// The body of an answer that comes piece by piece.
     type Stream: http_body::Body<Data = Bytes, Error = Cut> + Unpin + 'static;
 
@@ -63,14 +63,14 @@ pub trait Service: 'static {
 }
 
 /// What a pooled future is given.
-pub type Job = (Request<Incoming>, Rc<Conn>);
+pub(crate) type Job = (Request<Incoming>, Rc<Conn>);
 
 /// The answer of a service.
 type ServiceAnswer<S> = Response<Body<<S as Service>::Stream>>;
 
 /// What connections have in common.
 #[derive(Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// The worker's deadlines.
     pub deadlines: Rc<Deadlines>,
     /// How long a connection may be idle.
@@ -78,7 +78,7 @@ pub struct Settings {
 }
 
 /// Serves one connection to its end, each request in one of the pooled futures.
-pub async fn serve<S: Service, F: Future>(
+pub(crate) async fn serve<S: Service, F: Future>(
     (stream, peer): (TcpStream, IpAddr),
     settings: &Settings,
     gateway: Rc<S>,
@@ -106,7 +106,7 @@ pub async fn serve<S: Service, F: Future>(
 }
 
 /// Tells the stories of the requests that come to `mailbox`.
-pub async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox<Job, ServiceAnswer<S>>>) {
+pub(crate) async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox<Job, ServiceAnswer<S>>>) {
     loop {
         let (request, conn) = mailbox.next().await;
         let (head, body) = request.into_parts();

@@ -20,7 +20,7 @@ use crate::json::members::same_but_for_case;
 pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 /// `health_path` where none is given.
-pub const HEALTH_PATH: &str = "/health";
+pub(crate) const HEALTH_PATH: &str = "/health";
 const CHAT_PATH: &str = "/v1/chat/completions";
 /// Bytes of the longest backend name.
 const MAX_NAME: usize = 64;

@@ -32,10 +32,10 @@ use std::{
 use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
-pub use crate::config::backend::HEALTH_PATH;
-pub use crate::config::secret::Secret;
+pub(crate) use crate::config::backend::HEALTH_PATH;
+pub(crate) use crate::config::secret::Secret;
 use crate::config::toml_reader::Sink;
-pub use crate::config::url::BaseUrl;
+pub(crate) use crate::config::url::BaseUrl;
 use crate::policy::route::{Named, Pattern, Rule};
 
 /// Bytes of the largest configuration file that is read.

@@ -32,7 +32,7 @@ impl From<QueueFull> for GatewayError {
 ///
 /// # Errors
 /// [`GatewayError::QueueFull`] at once, [`GatewayError::QueueTimeout`] at the deadline.
-pub async fn admit(
+pub(crate) async fn admit(
     gateway: &Gateway,
     exchange: &Exchange,
     record: &mut RequestRecord,
@@ -52,7 +52,7 @@ pub async fn admit(
 
 /// Where a request stands in the lines before busy backends. Dropping it leaves them all.
 #[derive(Default)]
-pub struct Lines {
+pub(crate) struct Lines {
     /// Before a quota.
     quota: Option<(BackendId, InLine)>,
     /// Before full backends.
@@ -64,7 +64,7 @@ pub struct Lines {
 }
 
 /// What a request waits for.
-pub struct Wait<'a> {
+pub(crate) struct Wait<'a> {
     /// The fleet.
     pub snapshot: &'a Snapshot,
     /// The targets that it waits for.
@@ -83,12 +83,12 @@ enum Woken {
 
 impl Lines {
     /// The turn at a quota, if it waits for one.
-    pub fn turn(&self) -> Option<&QuotaTicket> {
+    pub(crate) fn turn(&self) -> Option<&QuotaTicket> {
         self.quota.as_ref().and_then(|(_, line)| line.turn())
     }
 
     /// Whether the request waits for busy targets, in whatever line.
-    pub fn stands(&self) -> bool {
+    pub(crate) fn stands(&self) -> bool {
         self.outside.is_some() || self.quota.is_some() || !self.places.is_empty()
     }
 
@@ -96,7 +96,7 @@ impl Lines {
     ///
     /// # Errors
     /// As [`admit`].
-    pub async fn readmit(
+    pub(crate) async fn readmit(
         &mut self,
         gateway: &Gateway,
         exchange: &Exchange,
@@ -112,7 +112,7 @@ impl Lines {
     }
 
     /// Leaves all lines where the request has `entered` a backend.
-    pub fn served(&mut self, backend: BackendId, entered: bool) {
+    pub(crate) fn served(&mut self, backend: BackendId, entered: bool) {
         if !entered {
             return;
         }
@@ -127,7 +127,7 @@ impl Lines {
     ///
     /// # Errors
     /// At once where none opens in time or too many wait already; else [`GatewayError::QueueTimeout`].
-    pub async fn wait(
+    pub(crate) async fn wait(
         &mut self,
         gateway: &Gateway,
         exchange: &Exchange,
@@ -218,7 +218,7 @@ impl Lines {
 }
 
 /// What to say where nobody waits for those who are `busy`.
-pub fn refusal(busy: &Busy, now: Nanos) -> GatewayError {
+pub(crate) fn refusal(busy: &Busy, now: Nanos) -> GatewayError {
     match busy.opens {
         Some((at, ..)) if busy.full.is_empty() => too_late(at, now),
         _ => GatewayError::QueueFull,

@@ -35,7 +35,7 @@ use crate::upstream::pool::Lease;
 const MAX_LEFTOVER: usize = 16;
 
 /// An answer that goes to the client.
-pub struct Delivery {
+pub(crate) struct Delivery {
     /// Status and headers, without those that end at Zap.
     pub head: Parts,
     /// What the headers say.
@@ -53,7 +53,7 @@ pub struct Delivery {
 }
 
 /// An answer that is kept, to be delivered if nobody has a better one.
-pub struct Kept {
+pub(crate) struct Kept {
     /// Status and headers as they came.
     pub head: Parts,
     /// The connection, positioned behind the head.
@@ -65,7 +65,7 @@ pub struct Kept {
 }
 
 /// One request's way through the backends.
-pub struct Attempts<'a> {
+pub(crate) struct Attempts<'a> {
     /// The worker's gateway.
     pub gateway: &'a Gateway,
     /// The client's connection, for time limits.
@@ -89,7 +89,7 @@ impl Attempts<'_> {
     ///
     /// # Errors
     /// What to tell the client where there is none.
-    pub async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
+    pub(crate) async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
         let (mut slot, mut kept, mut line) = (Some(slot), None, Lines::default());
         let mut dispatch = Dispatch::new(self.rules());
         let mut now = clock::now();

@@ -28,7 +28,7 @@ enum CountedBy<'a> {
 /// # Errors
 /// [`GatewayError::BadRequest`] where a credential is repeated, [`GatewayError::InvalidApiKey`] where client keys are
 /// configured and this is none of them.
-pub fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, GatewayError> {
+pub(crate) fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, GatewayError> {
     if headers::repeats_credential(headers) {
         return Err(GatewayError::BadRequest("a header with a credential is repeated"));
     }
@@ -43,7 +43,7 @@ pub fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, Gatewa
 }
 
 /// Counts the request against its caller's limits, if it has any. `peer`: whom the connection comes from.
-pub fn check_limits(
+pub(crate) fn check_limits(
     gateway: &Gateway,
     headers: &HeaderMap,
     peer: IpAddr,
@@ -82,7 +82,7 @@ pub fn check_limits(
 }
 
 /// The client, where it is one that is known.
-pub fn known(caller: &Caller) -> Option<&Arc<Client>> {
+pub(crate) fn known(caller: &Caller) -> Option<&Arc<Client>> {
     match caller {
         Caller::Known(client) => Some(client),
         Caller::Anonymous | Caller::Unknown(_) => None,

@@ -24,12 +24,12 @@ use crate::upstream::Upstream;
 use crate::upstream::fleet::Snapshot;
 
 /// `/health`: the process lives.
-pub fn health() -> Answer {
+pub(crate) fn health() -> Answer {
     text(StatusCode::OK, "application/json", "{\"status\":\"ok\"}".into())
 }
 
 /// `/ready`: new requests are welcome.
-pub fn ready(shared: &Shared) -> Answer {
+pub(crate) fn ready(shared: &Shared) -> Answer {
     if shared.is_draining() {
         text(StatusCode::SERVICE_UNAVAILABLE, "application/json", "{\"status\":\"draining\"}".into())
     } else {
@@ -38,7 +38,7 @@ pub fn ready(shared: &Shared) -> Answer {
 }
 
 /// `/metrics`: Prometheus text.
-pub fn metrics(shared: &Shared) -> Answer {
+pub(crate) fn metrics(shared: &Shared) -> Answer {
     text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(Page::Metrics, || scrape(shared)))
 }
 
@@ -54,7 +54,7 @@ fn scrape(shared: &Shared) -> Bytes {
 }
 
 /// `/status`: the backends and their states.
-pub fn status(shared: &Shared) -> Answer {
+pub(crate) fn status(shared: &Shared) -> Answer {
     text(StatusCode::OK, "application/json", shared.pages.text(Page::Status, || states(shared)))
 }
 
@@ -113,14 +113,14 @@ const MAX_LISTS: usize = 16;
 /// A worker's lists of models, as its clients asked for them last. A list depends on the configuration and the client
 /// alone.
 #[derive(Default)]
-pub struct Lists {
+pub(crate) struct Lists {
     config: Weak<Config>,
     lists: Vec<(Option<Arc<Client>>, Bytes)>,
 }
 
 impl Lists {
     /// `/v1/models`: what `client` may use, in OpenAI's shape.
-    pub fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> Answer {
+    pub(crate) fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> Answer {
         if !std::ptr::eq(self.config.as_ptr(), Arc::as_ptr(&snapshot.config)) {
             *self = Lists { config: Arc::downgrade(&snapshot.config), lists: Vec::new() };
         }
@@ -148,7 +148,7 @@ fn list_models(snapshot: &Snapshot, client: Option<&Client>) -> Bytes {
 ///
 /// # Errors
 /// [`GatewayError::ModelNotFound`].
-pub fn model(
+pub(crate) fn model(
     snapshot: &Snapshot,
     client: Option<&Client>,
     id: &str,
@@ -164,7 +164,7 @@ pub fn model(
 
 /// The refusal of a model that nobody serves, or that `client` may not use; with names that are near, if they are to be
 /// searched for.
-pub fn model_not_found(
+pub(crate) fn model_not_found(
     snapshot: &Snapshot,
     client: Option<&Client>,
     name: &str,

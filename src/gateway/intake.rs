@@ -31,11 +31,11 @@ const PROGRESS: usize = 1024;
 const SMALL: usize = 4096;
 
 /// A body's pieces: most often one.
-pub type Chunks = SmallVec<[Bytes; 1]>;
+pub(crate) type Chunks = SmallVec<[Bytes; 1]>;
 
 /// A chat request: its body in pieces and what the scan found.
 #[derive(Debug)]
-pub struct ChatRequest {
+pub(crate) struct ChatRequest {
     /// The body as it came.
     pub chunks: Chunks,
     /// Its top-level members.
@@ -46,7 +46,7 @@ pub struct ChatRequest {
 ///
 /// # Errors
 /// 413, 415 or 417.
-pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
+pub(crate) fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
     let announced = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|length| length > max) {
         return Err(GatewayError::TooLarge(max));
@@ -65,7 +65,7 @@ pub fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
 ///
 /// # Errors
 /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
-pub async fn read(
+pub(crate) async fn read(
     gateway: &Gateway,
     mut body: impl http_body::Body<Data = Bytes> + Unpin,
     exchange: &Exchange,
@@ -133,7 +133,12 @@ impl ChatRequest {
     /// What tells the conversation from others, the first that is there: the header `x-zap-session`, the body's
     /// `prompt_cache_key`, its `user`, else the model with at most `most` bytes of the opening messages. The same on
     /// every turn, in every process; `None` where there is nothing.
-    pub fn affinity(&self, session: Option<&HeaderValue>, model: Option<&str>, most: usize) -> Option<u64> {
+    pub(crate) fn affinity(
+        &self,
+        session: Option<&HeaderValue>,
+        model: Option<&str>,
+        most: usize,
+    ) -> Option<u64> {
         let Affinity { cache_key, user, opening } = &self.fields.affinity;
         // One may not pass for another.
         let hash = |seed, first: &[u8], span: Range<u64>| {

@@ -1,26 +1,26 @@
 //! The story of a request, told by [`Gateway::handle`].
 
-pub mod endpoints;
+pub(crate) mod endpoints;
 
-pub mod caller;
+pub(crate) mod caller;
 
-pub mod intake;
+pub(crate) mod intake;
 
-pub mod admit;
+pub(crate) mod admit;
 
-pub mod attempt;
+pub(crate) mod attempt;
 
-pub mod one_try;
+pub(crate) mod one_try;
 
-pub mod relay;
+pub(crate) mod relay;
 
 pub mod failpoint;
 
-pub mod refusal;
+pub(crate) mod refusal;
 
-pub mod state;
+pub(crate) mod state;
 
-pub mod pages;
+pub(crate) mod pages;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -78,10 +78,10 @@ const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-req
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
 
 /// An answer to a client.
-pub type Answer = Response<Body<RelayBody>>;
+pub(crate) type Answer = Response<Body<RelayBody>>;
 
 /// One worker's gateway.
-pub struct Gateway {
+pub(crate) struct Gateway {
     shared: Arc<Shared>,
     recorder: Rc<Recorder>,
     pool: Pool,
@@ -99,7 +99,7 @@ pub struct Gateway {
 
 impl Gateway {
     /// The gateway of worker number `worker`.
-    pub fn new(worker: usize, shared: Arc<Shared>, load: Arc<WorkerState>) -> Rc<Self> {
+    pub(crate) fn new(worker: usize, shared: Arc<Shared>, load: Arc<WorkerState>) -> Rc<Self> {
         let server = shared.snapshot.load().config.server.clone();
         let recorder = Recorder::new(worker, shared.telemetry.clone());
         Rc::new(Gateway {
@@ -309,7 +309,7 @@ impl Gateway {
         }
         record.answered(head.status.as_u16());
         exchange.begin_answer(patience);
-        let held = Held { lease, entered, slot, record };
+        let held = Held { lease, entered, _slot: slot, record };
         let relay =
             RelayBody::new(held, self.clone(), exchange.clone(), first, redactor.map(Box::new), shape);
         let mut response = Response::new(Body::stream(relay).on(exchange));
@@ -418,7 +418,7 @@ impl Gateway {
     }
 
     /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
-    pub fn account(&self, upstream: &Upstream, code: Code, blame: bool) {
+    pub(crate) fn account(&self, upstream: &Upstream, code: Code, blame: bool) {
         if code != Code::UpstreamRedirect {
             upstream.lanes[self.recorder.worker].failed(code);
         }
@@ -433,42 +433,42 @@ impl Gateway {
     }
 
     /// What all workers share.
-    pub fn shared(&self) -> &Arc<Shared> {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 
     /// The fleet as it is now.
-    pub fn snapshot(&self) -> Guard<Arc<Snapshot>> {
+    pub(crate) fn snapshot(&self) -> Guard<Arc<Snapshot>> {
         self.shared().snapshot.load()
     }
 
     /// `[server]`, which a reload does not change.
-    pub fn server(&self) -> &Server {
+    pub(crate) fn server(&self) -> &Server {
         &self.server
     }
 
     /// The worker's telemetry.
-    pub fn recorder(&self) -> &Recorder {
+    pub(crate) fn recorder(&self) -> &Recorder {
         &self.recorder
     }
 
     /// The worker's idle upstream connections.
-    pub fn pool(&self) -> &Pool {
+    pub(crate) fn pool(&self) -> &Pool {
         &self.pool
     }
 
     /// Says that a body is being waited for, until what comes back is dropped.
-    pub fn begin_upload(&self) -> Upload {
+    pub(crate) fn begin_upload(&self) -> Upload {
         Upload::new(self.load.clone())
     }
 
     /// A random number, for jitter.
-    pub fn random(&self) -> u64 {
+    pub(crate) fn random(&self) -> u64 {
         self.rng.borrow_mut().u64(..)
     }
 
     /// Streams are to be cut now.
-    pub fn is_cut(&self) -> bool {
+    pub(crate) fn is_cut(&self) -> bool {
         self.load.is_cut()
     }
 }

@@ -12,7 +12,7 @@ const MOST: Nanos = 250 * MILLI;
 
 /// A page that is costly to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Page {
+pub(crate) enum Page {
     /// `/metrics`.
     Metrics,
     /// `/status`.
@@ -21,7 +21,7 @@ pub enum Page {
 
 /// The last text of each page, and the time that was spent on them.
 #[derive(Debug, Default)]
-pub struct Pages(Mutex<Budgeted>);
+pub(crate) struct Pages(Mutex<Budgeted>);
 
 #[derive(Debug, Default)]
 struct Budgeted {
@@ -32,7 +32,7 @@ struct Budgeted {
 
 impl Pages {
     /// The text of `page`: made now, or where the time of this second is used up, the last one of this second.
-    pub fn text(&self, page: Page, make: impl FnOnce() -> Bytes) -> Bytes {
+    pub(crate) fn text(&self, page: Page, make: impl FnOnce() -> Bytes) -> Bytes {
         let began = clock::now();
         let kept = self.0.lock().kept(page, began);
         // Others may make it at the same time, each worker once: no worker waits for another.

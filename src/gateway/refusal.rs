@@ -14,11 +14,11 @@ use crate::policy::retry::retry_after_secs;
 use crate::time::{Nanos, SECOND};
 
 /// Tells the SDKs of OpenAI whether to try again by themselves.
-pub const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+pub(crate) const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// A refusal. Its wire form is the one table in `GatewayError::row`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum GatewayError {
+pub(crate) enum GatewayError {
     /// The request head breaks a rule of HTTP.
     BadRequest(&'static str),
     /// The request's body ended before it was whole.
@@ -41,7 +41,7 @@ pub enum GatewayError {
     InvalidType(&'static str, &'static str),
     /// The path is served, the method is not; what is.
     MethodNotAllowed(&'static str),
-    /// A chat record without an array of messages.
+    /// A chat completion without an array of messages.
     MissingMessages,
     /// No model is named at an endpoint that has no default.
     MissingModel,
@@ -100,17 +100,17 @@ const UPSTREAM: &str = "upstream_error";
 
 impl GatewayError {
     /// The code in the answer and in `zap_rejected_total`.
-    pub fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         self.row().code
     }
 
     /// The status of the answer.
-    pub fn status(&self) -> StatusCode {
+    pub(crate) fn status(&self) -> StatusCode {
         self.row().status
     }
 
     /// The answer. `spent`: the retry budget is used up, so SDKs are asked not to try again by themselves.
-    pub fn response(&self, spent: bool) -> Answer {
+    pub(crate) fn response(&self, spent: bool) -> Answer {
         let row = self.row();
         let error =
             ErrorBody { message: &row.message, kind: row.kind, param: self.param(), code: row.code.text() };

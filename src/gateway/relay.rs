@@ -33,13 +33,13 @@ use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 
 /// What a relay takes over from the request.
-pub struct Held {
+pub(crate) struct Held {
     /// The upstream connection, positioned behind the head.
     pub lease: Lease,
     /// The place at the backend.
     pub entered: InFlight,
     /// The slot.
-    pub slot: Permit,
+    pub _slot: Permit,
     /// The record.
     pub record: Box<RequestRecord>,
 }
@@ -58,7 +58,7 @@ impl Held {
 
 /// What kind of body it is.
 #[derive(Clone, Copy, Debug)]
-pub struct BodyKind {
+pub(crate) struct BodyKind {
     /// `text/event-stream`, in whatever form.
     pub is_stream: bool,
     /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
@@ -70,7 +70,7 @@ pub struct BodyKind {
 }
 
 /// See the module.
-pub struct RelayBody {
+pub(crate) struct RelayBody {
     held: Option<Held>,
     gateway: Rc<Gateway>,
     exchange: Exchange,
@@ -102,7 +102,7 @@ impl fmt::Debug for RelayBody {
 
 impl RelayBody {
     /// A body whose `first` frame may be here already. `redactor`: for answers that may echo the backend's key.
-    pub fn new(
+    pub(crate) fn new(
         held: Held,
         gateway: Rc<Gateway>,
         exchange: Exchange,

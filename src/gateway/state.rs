@@ -11,41 +11,43 @@ use crate::clock;
 use crate::config::Config;
 use crate::gateway::pages::Pages;
 use crate::policy::breaker::Change;
+use crate::policy::choose;
 use crate::policy::limit::Limiter;
 use crate::policy::queue::Admission;
 use crate::policy::retry::Budget;
+use crate::protocol::Endpoint;
 use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
 use crate::telemetry::log::Log;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
-use crate::upstream::fleet::{Snapshot, prepare};
+use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
 
 /// Everything that workers share.
 #[derive(Debug)]
 pub struct Shared {
     /// The fleet as it is now.
-    pub snapshot: ArcSwap<Snapshot>,
+    pub(crate) snapshot: ArcSwap<Snapshot>,
     /// Client limits.
-    pub limiter: Limiter,
+    pub(crate) limiter: Limiter,
     /// Slots and queue.
-    pub admission: Arc<Admission>,
+    pub(crate) admission: Arc<Admission>,
     /// Retries against offered requests.
-    pub budget: Budget,
+    pub(crate) budget: Budget,
     /// Who may call.
-    pub clients: ArcSwap<Clients>,
+    pub(crate) clients: ArcSwap<Clients>,
     /// Counters and log.
-    pub telemetry: Arc<Telemetry>,
+    pub(crate) telemetry: Arc<Telemetry>,
     /// Pages that are costly to make.
-    pub pages: Pages,
+    pub(crate) pages: Pages,
     /// Rung when a backend's state changed, so that the schedule is rebuilt.
-    pub fleet_changed: Notify,
+    pub(crate) fleet_changed: Notify,
     /// Rung when a backend may be asked again: requests in line look for a target anew.
-    pub reopened: Notify,
+    pub(crate) reopened: Notify,
     /// Rung when the configuration is to be read anew.
-    pub reload_wanted: Notify,
+    pub(crate) reload_wanted: Notify,
     /// Rung when it was.
-    pub reloaded: Notify,
+    pub(crate) reloaded: Notify,
     draining: AtomicBool,
     hasher: RandomState,
 }
@@ -77,7 +79,7 @@ impl Shared {
 
     /// Puts another configuration's fleet, made by [`prepare`] of the present one, in its place. Requests under way keep
     /// the old; what is counted goes on under the new limits.
-    pub fn replace(&self, next: Snapshot) {
+    pub(crate) fn replace(&self, next: Snapshot) {
         let config = &next.config;
         self.limiter.set_max_keys(config.rate_limit.max_keys);
         self.admission.resize(config.queue.max_in_flight, config.queue.max_size);
@@ -91,7 +93,7 @@ impl Shared {
     }
 
     /// Logs a change of state and has the schedule rebuilt.
-    pub fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
+    pub(crate) fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
         let (level, event, text) = match change {
             Change::Down => ("warn", "backend_down", "is out: too many failures in a row, the last seen by"),
             Change::Misconfigured => {
@@ -103,25 +105,38 @@ impl Shared {
         self.fleet_changed.notify_one();
     }
 
+    /// Picks a backend for a chat with `model` at `now`, takes a place there and gives it back: for benchmarks.
+    #[doc(hidden)]
+    pub fn pick_once(&self, model: &str, affinity: u64, now: Nanos) -> bool {
+        let snapshot = self.snapshot.load();
+        let Some(route) = snapshot.table().find(Some(model), true) else { return false };
+        let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity: Some(affinity) };
+        let view =
+            View { snapshot: &snapshot, ask: &ask, now, turn: None, granted: None, stands_in_line: false };
+        let picked = choose::pick(&view, true, |_| false);
+        let target = picked.map(|id| &snapshot.route(&ask).targets[id]);
+        target.and_then(|target| snapshot.upstream(target).enter(now, None)).is_some()
+    }
+
     /// The process is on its way out.
-    pub fn is_draining(&self) -> bool {
+    pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
 
     /// From now on new requests are refused.
-    pub fn start_draining(&self) {
+    pub(crate) fn start_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
     /// Something that is counted by, a credential or an address, as the rate limiter and the log know it: hashed with
     /// a key that dies with the process.
-    pub fn key_of(&self, what: impl Hash) -> u64 {
+    pub(crate) fn key_of(&self, what: impl Hash) -> u64 {
         self.hasher.hash_one(what)
     }
 
     /// Makes the schedule anew from the backends' present states, and wakes the requests in line, since one of them may be
     /// served by a backend that is back; returns when the next one changes by itself.
-    pub fn rebuild(&self) -> Option<Nanos> {
+    pub(crate) fn rebuild(&self) -> Option<Nanos> {
         let current = self.snapshot.load_full();
         self.snapshot.store(Arc::new(current.rebuilt()));
         self.reopened.notify_waiters();

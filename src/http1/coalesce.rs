@@ -10,10 +10,10 @@ use smallvec::SmallVec;
 const MAX: usize = 4096;
 
 /// Room for a small message, on the stack.
-pub type Scratch = SmallVec<[u8; MAX]>;
+pub(crate) type Scratch = SmallVec<[u8; MAX]>;
 
 /// The slices as one piece, if they are one already or a small message; else they are to be written as they are.
-pub fn one_piece<'p>(slices: &'p [IoSlice<'_>], scratch: &'p mut Scratch) -> Option<&'p [u8]> {
+pub(crate) fn one_piece<'p>(slices: &'p [IoSlice<'_>], scratch: &'p mut Scratch) -> Option<&'p [u8]> {
     if let [one] = slices {
         return Some(one);
     }

@@ -13,24 +13,24 @@ use crate::http1::head::is_worth_parsing;
 use crate::http1::header_map_pool;
 
 /// Largest head of an answer, interim ones included.
-pub const MAX_HEAD: usize = 64 * 1024;
+pub(crate) const MAX_HEAD: usize = 64 * 1024;
 
 /// Largest trailers, line ends left out.
 const MAX_TRAILERS: u16 = 8 * 1024;
 
 /// Most headers of an answer.
-pub const MAX_HEADERS: usize = 100;
+pub(crate) const MAX_HEADERS: usize = 100;
 
 /// Longest line of a chunk's size, extensions included.
 const MAX_SIZE_LINE: usize = 1024;
 
 /// What came is no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Invalid;
+pub(crate) struct Invalid;
 
 /// Reads one answer after the other.
 #[derive(Default)]
-pub struct Decoder {
+pub(crate) struct Decoder {
     state: Position,
     /// The peer keeps the connection open behind this answer.
     keep_alive: bool,
@@ -106,29 +106,29 @@ enum TrailerLine {
 
 impl Decoder {
     /// Waits for the next answer.
-    pub fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.state = Position::Head;
         self.head = BytesMut::new();
         self.parsed = Parsed::default();
     }
 
     /// The answer is whole.
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.state == Position::Done
     }
 
     /// Nothing that comes now is of the answer.
-    pub fn is_broken(&self) -> bool {
+    pub(crate) fn is_broken(&self) -> bool {
         self.state == Position::Broken
     }
 
     /// The answer is whole, and the next may come on the same connection.
-    pub fn may_go_on(&self) -> bool {
+    pub(crate) fn may_go_on(&self) -> bool {
         self.is_done() && self.keep_alive
     }
 
     /// Bytes of the body still to come, where the head said so.
-    pub fn remaining(&self) -> Option<u64> {
+    pub(crate) fn remaining(&self) -> Option<u64> {
         match self.state {
             Position::Length(left) => Some(left),
             _ => self.stated.then_some(0),
@@ -136,7 +136,7 @@ impl Decoder {
     }
 
     /// The connection ended; whether the answer did too.
-    pub fn end(&mut self) -> bool {
+    pub(crate) fn end(&mut self) -> bool {
         if self.state == Position::Open {
             self.state = Position::Done;
         }
@@ -147,7 +147,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Invalid`]: what came cannot begin an answer.
-    pub fn end_of_head(&mut self) -> Result<(), Invalid> {
+    pub(crate) fn end_of_head(&mut self) -> Result<(), Invalid> {
         read_head(&mem::take(&mut self.head), &mut self.parsed).map(drop)
     }
 
@@ -157,7 +157,7 @@ impl Decoder {
     /// # Errors
     /// [`Invalid`]: it is none, or too large; or the body begins wrong, as with [`body`](Decoder::body). A fault in a head
     /// that comes in pieces may be told later, at its end at the latest, or by [`end_of_head`](Decoder::end_of_head).
-    pub fn head(&mut self, input: &[u8]) -> Result<Option<(response::Parts, Bytes)>, Invalid> {
+    pub(crate) fn head(&mut self, input: &[u8]) -> Result<Option<(response::Parts, Bytes)>, Invalid> {
         // Nearly always it is whole at once, and is not kept.
         let mut before = mem::take(&mut self.head);
         let read = if before.is_empty() {
@@ -200,7 +200,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Invalid`]: the chunks are none, here or where the last call ended.
-    pub fn body(&mut self, input: &[u8]) -> Result<Bytes, Invalid> {
+    pub(crate) fn body(&mut self, input: &[u8]) -> Result<Bytes, Invalid> {
         let (data, read) = match self.state {
             Position::Length(left) => {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());

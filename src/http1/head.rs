@@ -11,11 +11,11 @@ const BLOCK: usize = 16;
 
 /// A head that is never served: what to tell the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HeadFault(pub &'static str);
+pub(crate) struct HeadFault(pub &'static str);
 
 /// How the body that follows a head is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
+pub(crate) enum Framing {
     /// `Transfer-Encoding: chunked`
     Chunked,
     /// So many bytes; 0 where the head announces none.
@@ -24,7 +24,7 @@ pub enum Framing {
 
 /// A complete head that may be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RequestHead {
+pub(crate) struct RequestHead {
     /// Bytes up to and including the empty line.
     pub len: usize,
     /// The body behind it.
@@ -42,7 +42,7 @@ struct KeyHeaders<'a> {
 ///
 /// # Errors
 /// The first rule that the head breaks, as soon as it can be seen.
-pub fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
+pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
     // One empty line before a request is ignored (RFC 9112, section 2.2). A lone CR or LF is no line.
     let start = match bytes {
         [b'\r'] => return Ok(None),
@@ -80,7 +80,7 @@ pub fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
 /// Whether a head that is not whole should be parsed again. Its first `parsed` bytes were, without an end; it is parsed
 /// again when it may have ended since, or has grown by a quarter: so the work stays linear in its length, however small
 /// the pieces are. Holds for requests and for answers.
-pub fn is_worth_parsing(head: &[u8], parsed: usize) -> bool {
+pub(crate) fn is_worth_parsing(head: &[u8], parsed: usize) -> bool {
     // An end may begin up to two bytes before what is new.
     let fresh = &head[parsed.saturating_sub(2).min(head.len())..];
     head.len() > parsed + parsed / 4

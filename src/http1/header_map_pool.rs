@@ -15,14 +15,14 @@ thread_local! {
 }
 
 /// An empty map with room for `headers`.
-pub fn map(headers: usize) -> HeaderMap {
+pub(crate) fn map(headers: usize) -> HeaderMap {
     let mut map = MAPS.with_borrow_mut(Vec::pop).unwrap_or_default();
     map.reserve(headers);
     map
 }
 
 /// Takes a map that is not needed any more.
-pub fn give_back(mut map: HeaderMap) {
+pub(crate) fn give_back(mut map: HeaderMap) {
     MAPS.with_borrow_mut(|maps| {
         if maps.len() < MAX_MAPS && map.capacity() <= MAX_ROOM {
             map.clear();

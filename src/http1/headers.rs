@@ -15,14 +15,14 @@ use smallvec::SmallVec;
 use crate::time::{MILLI, Nanos};
 
 /// `x-request-id`
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// `x-upstream-request-id`
-pub const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
+pub(crate) const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
 
 /// What the headers of an answer say, as far as Zap cares.
 #[derive(Debug, Default)]
-pub struct About {
+pub(crate) struct About {
     /// The provider's own id for the request: `x-request-id`, else `request-id`, of 1 to 128 visible ASCII characters.
     pub id: Option<HeaderValue>,
     /// The body is a stream of events, whatever was asked for.
@@ -67,7 +67,7 @@ fn is_events(content_type: &HeaderValue) -> bool {
 ///
 /// `forward_authorization` adds the client's bearer and the account headers that belong to it. Headers that
 /// `Connection` nominates are left out, whatever they are.
-pub fn to_backend(
+pub(crate) fn to_backend(
     client: &HeaderMap,
     forward_authorization: bool,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
@@ -107,7 +107,7 @@ pub fn to_backend(
 }
 
 /// Takes out of a response's headers what ends at Zap; returns what they say.
-pub fn to_client(upstream: &mut HeaderMap) -> About {
+pub(crate) fn to_client(upstream: &mut HeaderMap) -> About {
     let mut about = About::default();
     // One look at each header costs less than a search for each that could be there.
     let gone =
@@ -133,7 +133,7 @@ fn take_out(upstream: &mut HeaderMap, mut gone: SmallVec<[HeaderName; 4]>) {
 }
 
 /// Whether a message's body is encoded.
-pub fn is_encoded(headers: &HeaderMap) -> bool {
+pub(crate) fn is_encoded(headers: &HeaderMap) -> bool {
     headers.get_all(CONTENT_ENCODING).iter().any(encodes)
 }
 
@@ -156,7 +156,7 @@ const KEY_HEADERS: [&str; 3] = ["api-key", "x-api-key", "x-goog-api-key"];
 
 /// Whether a header with a credential stands more than once: the one that is counted need not be the one that a backend
 /// reads. Credentials of different kinds may stand side by side.
-pub fn repeats_credential(headers: &HeaderMap) -> bool {
+pub(crate) fn repeats_credential(headers: &HeaderMap) -> bool {
     // Most requests repeat no header at all.
     let is_repeated = |name: &str| headers.get_all(name).iter().nth(1).is_some();
     headers.len() > headers.keys_len()
@@ -164,7 +164,7 @@ pub fn repeats_credential(headers: &HeaderMap) -> bool {
 }
 
 /// The credential by which a request is counted: a bearer, else one of the API-key headers.
-pub fn credential(headers: &HeaderMap) -> Option<&[u8]> {
+pub(crate) fn credential(headers: &HeaderMap) -> Option<&[u8]> {
     let bearer = headers.get(AUTHORIZATION).and_then(|v| bearer_token(v.as_bytes()));
     bearer
         .or_else(|| KEY_HEADERS.iter().find_map(|n| headers.get(*n)).map(HeaderValue::as_bytes))
@@ -179,7 +179,7 @@ fn bearer_token(value: &[u8]) -> Option<&[u8]> {
 
 /// Whose request it is: the peer, or where that is a proxy that is `trusted` the last address in `x-forwarded-for` that
 /// is not. An IPv6 address stands for its /64, which is what one household or host is given.
-pub fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn(&IpAddr) -> bool) -> IpAddr {
+pub(crate) fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn(&IpAddr) -> bool) -> IpAddr {
     let mut address = peer.to_canonical();
     let lines: Vec<&HeaderValue> = headers.get_all("x-forwarded-for").iter().collect();
     let hops = lines.iter().rev().flat_map(|line| line.as_bytes().rsplit(|b| *b == b','));
@@ -212,7 +212,7 @@ fn hop_address(hop: &[u8]) -> Option<IpAddr> {
 }
 
 /// The client's request id if it is 1 to 128 visible ASCII characters.
-pub fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
+pub(crate) fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
     headers.get(X_REQUEST_ID).filter(|id| is_id(id))
 }
 
@@ -221,7 +221,7 @@ fn is_id(id: &HeaderValue) -> bool {
 }
 
 /// A new request id: 32 hexadecimal digits of `random`.
-pub fn new_request_id(random: u128) -> HeaderValue {
+pub(crate) fn new_request_id(random: u128) -> HeaderValue {
     let mut text = [0; 32];
     for (i, digit) in text.iter_mut().enumerate() {
         *digit = b"0123456789abcdef"[(random >> (4 * i) & 15) as usize];
@@ -231,7 +231,7 @@ pub fn new_request_id(random: u128) -> HeaderValue {
 }
 
 /// A number as a header's value; the usual ones cost nothing.
-pub fn number(n: u32) -> HeaderValue {
+pub(crate) fn number(n: u32) -> HeaderValue {
     const USUAL: [&str; 4] = ["0", "1", "2", "3"];
     match USUAL.get(n as usize) {
         Some(text) => HeaderValue::from_static(text),
@@ -240,7 +240,7 @@ pub fn number(n: u32) -> HeaderValue {
 }
 
 /// A time as OpenAI writes it: `2.5s`, rounded up to the millisecond.
-pub fn reset(time: Nanos) -> HeaderValue {
+pub(crate) fn reset(time: Nanos) -> HeaderValue {
     let millis = time.div_ceil(MILLI);
     if millis == 0 {
         return HeaderValue::from_static("0s");

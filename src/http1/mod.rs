@@ -2,12 +2,12 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-pub mod head;
+pub(crate) mod head;
 
-pub mod headers;
+pub(crate) mod headers;
 
-pub mod decode;
+pub(crate) mod decode;
 
-pub mod coalesce;
+pub(crate) mod coalesce;
 
-pub mod header_map_pool;
+pub(crate) mod header_map_pool;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Longest model name that is kept for logs and routing, in bytes. A longer one is forwarded but matches nothing.
-pub const MAX_NAME: usize = 256;
+pub(crate) const MAX_NAME: usize = 256;
 
 /// What is wrong with a body, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ const READ: [(&str, Member, bool); 5] = [
 
 /// Whether two keys are equal, or differ in their case alone: ASCII case, U+017F for `s` and U+212A for `k`. These are
 /// the characters that Go's `encoding/json` folds to ASCII when it looks for a struct's field.
-pub fn same_but_for_case(a: &[u8], b: &[u8]) -> bool {
+pub(crate) fn same_but_for_case(a: &[u8], b: &[u8]) -> bool {
     // Most keys differ in their first byte already.
     let may_be = |a: u8, b: u8| a.eq_ignore_ascii_case(&b) || a >= 0x80 || b >= 0x80;
     match (a.first(), b.first()) {

@@ -3,8 +3,8 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-pub mod scan;
+pub(crate) mod scan;
 
-pub mod members;
+pub(crate) mod members;
 
-pub mod patch;
+pub(crate) mod patch;

@@ -4,26 +4,26 @@ use crate::time::{Nanos, SECOND};
 
 /// What has been used in one second, in a unit of the caller's.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Allowance {
+pub(crate) struct Allowance {
     second: u64,
     used: u64,
 }
 
 impl Allowance {
     /// What has been used in the second of `now`.
-    pub fn used(&self, now: Nanos) -> u64 {
+    pub(crate) fn used(&self, now: Nanos) -> u64 {
         // A clock that was read before another's belongs to the younger second.
         if now / SECOND > self.second { 0 } else { self.used }
     }
 
     /// Uses so much in the second of `now`.
-    pub fn spend(&mut self, now: Nanos, amount: u64) {
+    pub(crate) fn spend(&mut self, now: Nanos, amount: u64) {
         self.used = self.used(now).saturating_add(amount);
         self.second = self.second.max(now / SECOND);
     }
 
     /// Uses one of `most` a second, if one is left.
-    pub fn take(&mut self, now: Nanos, most: u64) -> bool {
+    pub(crate) fn take(&mut self, now: Nanos, most: u64) -> bool {
         let is_left = self.used(now) < most;
         if is_left {
             self.spend(now, 1);

@@ -9,7 +9,7 @@ use crate::policy::sync::{AtomicU64, Ordering};
 use crate::time::{Nanos, SECOND};
 
 /// A backend's index in its snapshot.
-pub type BackendId = usize;
+pub(crate) type BackendId = usize;
 
 /// One turn of the round robin: each member as often as its weight.
 #[derive(Debug)]
@@ -212,7 +212,7 @@ fn gcd(a: u64, b: u64) -> u64 {
 
 /// A member's score for a key; the highest takes it. A weighted rendezvous hash (Thaler and Ravishankar 1998; the
 /// weights by Schindelhauer and Schomaker 2005): who comes or goes takes or leaves its own share alone.
-pub fn rendezvous(key: u64, identity: u64, weight: u32) -> f64 {
+pub(crate) fn rendezvous(key: u64, identity: u64, weight: u32) -> f64 {
     let hash = mix(key ^ mix(identity));
     // Uniform in (0, 1), never at an end.
     let unit = ((hash >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
@@ -228,26 +228,26 @@ fn mix(x: u64) -> u64 {
 
 /// Most that a member of `weight` may have in flight: ceil(1.25 x (`all` + 1) x `weight` / `weights`), where `all` are
 /// in flight over members of `weights` in all (consistent hashing with bounded loads, Mirrokni et al. 2016).
-pub fn bound(all: usize, weight: u32, weights: u64) -> usize {
+pub(crate) fn bound(all: usize, weight: u32, weights: u64) -> usize {
     let share = 5 * (all as u64 + 1) * u64::from(weight);
     share.div_ceil(4 * weights.max(1)) as usize
 }
 
 /// Load of a backend for [`Schedule::least_loaded`]: (in flight + 1 + penalty) over its weight, where the weight
 /// grows from a tenth to the whole in the first [`SLOW_START`] after the backend came back.
-pub fn load(in_flight: usize, weight: u32, penalty: f64, up_for: Nanos) -> f64 {
+pub(crate) fn load(in_flight: usize, weight: u32, penalty: f64, up_for: Nanos) -> f64 {
     let share = (up_for as f64 / SLOW_START as f64).clamp(0.1, 1.0);
     (in_flight as f64 + 1.0 + penalty) / (f64::from(weight) * share)
 }
 
 /// How long a backend that came back is given less than its weight.
-pub const SLOW_START: Nanos = 10 * SECOND;
+pub(crate) const SLOW_START: Nanos = 10 * SECOND;
 
 /// A count of failures that halves every 5 s: keeps a backend that fails fast from looking idle.
 ///
 /// What has decayed below [`NEGLIGIBLE`] is exactly 0: a residue must not decide a tie.
 #[derive(Debug, Default)]
-pub struct Penalty {
+pub(crate) struct Penalty {
     /// The value in sixteenths (upper [`VALUE_BITS`]) at a time in milliseconds since the process started (the rest);
     /// 0: no failure yet.
     word: AtomicU64,
@@ -265,7 +265,7 @@ const TIME_MASK: u64 = u64::MAX >> VALUE_BITS;
 
 impl Penalty {
     /// Adds one failure at `now`.
-    pub fn add(&self, now: Nanos) {
+    pub(crate) fn add(&self, now: Nanos) {
         let change = |word| {
             // Another thread may have read its clock later and written first.
             let at = Self::millis(now).max(word & TIME_MASK);
@@ -275,7 +275,7 @@ impl Penalty {
     }
 
     /// What is left of it at `now`, in requests in flight.
-    pub fn at(&self, now: Nanos) -> f64 {
+    pub(crate) fn at(&self, now: Nanos) -> f64 {
         match self.word.load(Ordering::Relaxed) {
             0 => 0.0,
             word => Self::value(word, Self::millis(now)),

@@ -9,7 +9,7 @@ use crate::policy::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
 use crate::time::{Nanos, SECOND};
 
 /// How long a refused key keeps a backend out.
-pub const BAD_KEY: Nanos = 60 * SECOND;
+pub(crate) const BAD_KEY: Nanos = 60 * SECOND;
 
 /// What a backend is at a moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use crate::time::Nanos;
 
 /// How a target is chosen among those that may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Choice {
+pub(crate) enum Choice {
     /// The target with the fewest requests in flight for its weight.
     LeastLoaded,
     /// The target that the conversation with this key belongs to.
@@ -21,7 +21,7 @@ pub enum Choice {
 
 /// Why a target cannot take a request now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Closed {
+pub(crate) enum Closed {
     /// It cools down until then.
     Cooling(Nanos),
     /// Its own `max_in_flight` is reached.
@@ -34,7 +34,7 @@ pub enum Closed {
 
 /// What a target has to do.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct TargetLoad {
+pub(crate) struct TargetLoad {
     /// Requests that its backend serves.
     pub in_flight: usize,
     /// Recent failures, in requests in flight.
@@ -45,7 +45,7 @@ pub struct TargetLoad {
 
 /// A schedule of targets and where its turns stand.
 #[derive(Clone, Copy, Debug)]
-pub struct Rotation<'a> {
+pub(crate) struct Rotation<'a> {
     /// Its members are [`TargetId`]s.
     pub schedule: &'a Schedule,
     /// Shared by all requests for the same route and endpoint.
@@ -63,13 +63,13 @@ impl<'a> Rotation<'a> {
     }
 
     /// The members.
-    pub fn targets(self) -> impl Iterator<Item = TargetId> + 'a {
+    pub(crate) fn targets(self) -> impl Iterator<Item = TargetId> + 'a {
         self.schedule.members().iter().map(|(id, _)| *id)
     }
 }
 
 /// The targets of one request at one moment.
-pub trait Fleet {
+pub(crate) trait Fleet {
     /// How targets are chosen.
     fn strategy(&self) -> Choice;
 
@@ -117,7 +117,11 @@ pub trait Fleet {
 }
 
 /// The target whose turn it is, of those that may be asked and have not been `passed`. Only a first try takes a turn.
-pub fn pick(fleet: &impl Fleet, is_first: bool, passed: impl Fn(TargetId) -> bool) -> Option<TargetId> {
+pub(crate) fn pick(
+    fleet: &impl Fleet,
+    is_first: bool,
+    passed: impl Fn(TargetId) -> bool,
+) -> Option<TargetId> {
     let eligible = |id: TargetId| !passed(id) && fleet.check(id).is_ok();
     if let Some(backend) = fleet.granted() {
         let granted = |id: TargetId| fleet.backend(id) == backend && eligible(id);
@@ -136,12 +140,16 @@ fn pick_by_tier(fleet: &impl Fleet, advance: bool, eligible: impl Fn(TargetId) -
 }
 
 /// The first of `order` that may be asked: the second round goes as the first went.
-pub fn in_order(fleet: &impl Fleet, order: impl IntoIterator<Item = TargetId>) -> Option<TargetId> {
+pub(crate) fn in_order(fleet: &impl Fleet, order: impl IntoIterator<Item = TargetId>) -> Option<TargetId> {
     order.into_iter().find(|id| fleet.check(*id).is_ok())
 }
 
 /// Where all are out: of those that have not been `passed` the one with room that failed least of late.
-pub fn in_panic(fleet: &impl Fleet, is_first: bool, passed: impl Fn(TargetId) -> bool) -> Option<TargetId> {
+pub(crate) fn in_panic(
+    fleet: &impl Fleet,
+    is_first: bool,
+    passed: impl Fn(TargetId) -> bool,
+) -> Option<TargetId> {
     let has_room = |id: TargetId| match fleet.check_ejected(id) {
         _ if passed(id) => false,
         Err(Closed::Full) => fleet.granted() == Some(fleet.backend(id)),

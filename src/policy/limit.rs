@@ -41,7 +41,7 @@ pub struct Decision {
 
 /// The log of one key's admissions in the last [`WINDOW`].
 #[derive(Debug, Default)]
-pub struct Window {
+pub(crate) struct Window {
     /// Youngest last. `count` is the sum of all `n`.
     log: VecDeque<Admissions>,
     count: u32,
@@ -58,14 +58,15 @@ impl Window {
     /// Decides on one request at `now` under `limit` (at least 1). A refusal changes nothing.
     ///
     /// `now` may run behind an earlier call's by a little: clocks are read before the lock is taken.
-    pub fn check(&mut self, limit: u32, now: Nanos) -> Decision {
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn check(&mut self, limit: u32, now: Nanos) -> Decision {
         self.check_late(limit, now, 0).0
     }
 
     /// The same for a request that may arrive up to `late` after `now`: its place reopens so much later. Returns the
     /// stamp of the admission too, by which it can be [moved](Self::restamp) or [taken back](Self::refund); 0 where the
     /// request was refused.
-    pub fn check_late(&mut self, limit: u32, now: Nanos, late: Nanos) -> (Decision, Nanos) {
+    pub(crate) fn check_late(&mut self, limit: u32, now: Nanos, late: Nanos) -> (Decision, Nanos) {
         self.expire(now);
         let admitted = self.count < limit;
         let stamp = if admitted { self.admit(limit, now + late) } else { 0 };
@@ -73,7 +74,7 @@ impl Window {
     }
 
     /// What [`check`](Self::check) would say, without an admission.
-    pub fn look(&mut self, limit: u32, now: Nanos) -> Decision {
+    pub(crate) fn look(&mut self, limit: u32, now: Nanos) -> Decision {
         self.expire(now);
         let admitted = self.count < limit;
         self.decision(admitted, limit, now)
@@ -86,7 +87,7 @@ impl Window {
     }
 
     /// Time until one more request would be admitted at `now`; 0 if it would be now.
-    pub fn opens_in(&mut self, limit: u32, now: Nanos) -> Nanos {
+    pub(crate) fn opens_in(&mut self, limit: u32, now: Nanos) -> Nanos {
         self.expire(now);
         // After a lowered limit more than one entry must expire first.
         let mut over = self.count.saturating_sub(limit.saturating_sub(1));
@@ -104,13 +105,13 @@ impl Window {
 
     /// Moves the admission with the stamp `from` to `to`, for a request that goes out only then; returns its new stamp. An
     /// admission that has expired meanwhile counts again: the provider sees the request now.
-    pub fn restamp(&mut self, limit: u32, from: Nanos, to: Nanos) -> Nanos {
+    pub(crate) fn restamp(&mut self, limit: u32, from: Nanos, to: Nanos) -> Nanos {
         self.remove(from);
         self.admit(limit, to)
     }
 
     /// Takes the admission with this stamp back.
-    pub fn refund(&mut self, stamp: Nanos) {
+    pub(crate) fn refund(&mut self, stamp: Nanos) {
         self.remove(stamp);
     }
 

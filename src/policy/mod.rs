@@ -6,27 +6,27 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-pub mod limit;
+pub(crate) mod limit;
 
-pub mod route;
+pub(crate) mod route;
 
-pub mod near;
+pub(crate) mod near;
 
-pub mod allowance;
+pub(crate) mod allowance;
 
-pub mod queue;
+pub(crate) mod queue;
 
-pub mod balance;
+pub(crate) mod balance;
 
-pub mod choose;
+pub(crate) mod choose;
 
-pub mod dispatch;
+pub(crate) mod dispatch;
 
-pub mod breaker;
+pub(crate) mod breaker;
 
-pub mod retry;
+pub(crate) mod retry;
 
-pub mod quota;
+pub(crate) mod quota;
 
 mod sync;
 

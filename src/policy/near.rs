@@ -2,7 +2,7 @@
 
 /// Edits (insert, drop, change, swap two neighbours) from `a` to `b`: the
 /// optimal string alignment distance.
-pub fn distance(a: &str, b: &str) -> usize {
+pub(crate) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut before: Vec<usize> = Vec::new();
     let mut above: Vec<usize> = (0..=b.len()).collect();
@@ -38,7 +38,7 @@ const MAX_WORD: usize = 64;
 const MAX_COMPARED: usize = 256;
 
 /// Up to `n` of `known` that are not far from `word`, the nearest first.
-pub fn nearest<'k>(word: &str, known: impl Iterator<Item = &'k str>, n: usize) -> Vec<&'k str> {
+pub(crate) fn nearest<'k>(word: &str, known: impl Iterator<Item = &'k str>, n: usize) -> Vec<&'k str> {
     if word.len() > MAX_WORD {
         return Vec::new();
     }

@@ -18,7 +18,7 @@ use crossbeam_utils::CachePadded;
 use crate::policy::sync::{ArrayQueue, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering};
 
 /// Largest number of slots or places: 21 bits of the word each.
-pub const MAX: usize = (1 << 21) - 1;
+pub(crate) const MAX: usize = (1 << 21) - 1;
 
 /// No slot is free and no place in the queue either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,11 +16,11 @@ use crate::time::{MILLI, Nanos};
 
 /// How much longer one request may take to the provider than the next: so much later a place reopens, so that the
 /// provider too sees no more than its quota in any window.
-pub const LEEWAY: Nanos = 25 * MILLI;
+pub(crate) const LEEWAY: Nanos = 25 * MILLI;
 
 /// So many requests in any [`WINDOW`].
 #[derive(Debug)]
-pub struct Quota {
+pub(crate) struct Quota {
     limit: AtomicU32,
     state: Mutex<QuotaState>,
     /// When a newcomer would be admitted, behind all that wait; kept beside the state, so that a look takes no lock.
@@ -38,20 +38,20 @@ struct QuotaState {
 /// A place in the line, until it is [left](QuotaTicket::leave).
 #[derive(Debug)]
 #[must_use = "who does not leave blocks those behind"]
-pub struct QuotaTicket {
+pub(crate) struct QuotaTicket {
     quota: Arc<Quota>,
     ticket: u64,
 }
 
 impl Quota {
     /// `limit` is at least 1.
-    pub fn new(limit: u32) -> Arc<Self> {
+    pub(crate) fn new(limit: u32) -> Arc<Self> {
         let limit = AtomicU32::new(limit.max(1));
         Arc::new(Quota { limit, state: Mutex::default(), opens: CachePadded::default() })
     }
 
     /// Changes the limit (at least 1) at `now`; what was taken before counts on.
-    pub fn set_limit(&self, limit: u32, now: Nanos) {
+    pub(crate) fn set_limit(&self, limit: u32, now: Nanos) {
         self.limit.store(limit.max(1), Ordering::Relaxed);
         self.change(now, |_| ());
     }
@@ -61,7 +61,7 @@ impl Quota {
     }
 
     /// When a request is admitted that has this `turn`, or stands behind all that wait; not after `now`: at once.
-    pub fn opens_at(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Nanos {
+    pub(crate) fn opens_at(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Nanos {
         if !turn.is_some_and(|turn| turn.is_of(self)) {
             return self.opens.load(Ordering::Acquire);
         }
@@ -71,7 +71,7 @@ impl Quota {
     }
 
     /// Takes one request of the quota, if it is this request's turn; returns the stamp under which it is counted.
-    pub fn take(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Option<Nanos> {
+    pub(crate) fn take(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Option<Nanos> {
         self.change(now, |state| {
             let free = u32::try_from(self.before(state, turn))
                 .ok()
@@ -83,12 +83,12 @@ impl Quota {
 
     /// A request that is counted under `stamp` goes out at `now`: after a while in which it connected, or in which its
     /// worker was busy. Returns the stamp under which it is counted from now on.
-    pub fn sent(&self, stamp: Nanos, now: Nanos) -> Nanos {
+    pub(crate) fn sent(&self, stamp: Nanos, now: Nanos) -> Nanos {
         self.change(now, |state| state.window.restamp(self.limit(), stamp, now + LEEWAY))
     }
 
     /// Stands in line at `now`.
-    pub fn wait(self: &Arc<Self>, now: Nanos) -> QuotaTicket {
+    pub(crate) fn wait(self: &Arc<Self>, now: Nanos) -> QuotaTicket {
         let ticket = self.change(now, |state| {
             let ticket = state.next;
             state.next += 1;
@@ -129,12 +129,12 @@ impl Quota {
 
 impl QuotaTicket {
     /// Whether it is a turn of this quota.
-    pub fn is_of(&self, quota: &Quota) -> bool {
+    pub(crate) fn is_of(&self, quota: &Quota) -> bool {
         std::ptr::eq(&*self.quota, quota)
     }
 
     /// Leaves the line at `now`.
-    pub fn leave(self, now: Nanos) {
+    pub(crate) fn leave(self, now: Nanos) {
         self.quota.change(now, |state| {
             if let Ok(at) = state.line.binary_search(&self.ticket) {
                 state.line.remove(at);

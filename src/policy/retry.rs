@@ -9,7 +9,7 @@ use crate::time::{Nanos, SECOND};
 
 /// What a status code says about the try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// 401 for a key that Zap put in.
     BadKey,
     /// 429: not a failure; the backend wants to be left alone.
@@ -26,7 +26,7 @@ pub enum Outcome {
 }
 
 /// Judges a response by its status. `own_key`: the request carried a key that Zap put in.
-pub fn judge(status: u16, own_key: bool) -> Outcome {
+pub(crate) fn judge(status: u16, own_key: bool) -> Outcome {
     match status {
         304 => Outcome::Deliver,
         300..=399 => Outcome::Redirect,
@@ -40,14 +40,14 @@ pub fn judge(status: u16, own_key: bool) -> Outcome {
 }
 
 /// Longest time that a provider may ask to be left alone.
-pub const MAX_COOLING: Duration = Duration::from_secs(600);
+pub(crate) const MAX_COOLING: Duration = Duration::from_secs(600);
 
 /// How long a backend cools that says 429 but not for how long.
-pub const DEFAULT_COOLING: Duration = Duration::from_secs(5);
+pub(crate) const DEFAULT_COOLING: Duration = Duration::from_secs(5);
 
 /// How long a 429 asks to be left alone: `retry-after-ms`, else `Retry-After` as seconds or as a date (RFC 9110,
 /// section 10.2.3); [`DEFAULT_COOLING`] where neither can be read, [`MAX_COOLING`] at most.
-pub fn cooling(headers: &HeaderMap, wall: SystemTime) -> Duration {
+pub(crate) fn cooling(headers: &HeaderMap, wall: SystemTime) -> Duration {
     let text = |name| headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
     let asked = text("retry-after-ms")
         .and_then(|t| seconds(t, 0.001))
@@ -67,19 +67,19 @@ fn until(text: &str, wall: SystemTime) -> Option<Duration> {
 }
 
 /// `Retry-After` for a wait: whole seconds, rounded up, at least 1.
-pub fn retry_after_secs(wait: Nanos) -> u64 {
+pub(crate) fn retry_after_secs(wait: Nanos) -> u64 {
     wait.div_ceil(SECOND).max(1)
 }
 
 /// Full jitter: uniform in [0, min(max, base x 2^n)], where `n` counts the backoffs before and `random` is any.
-pub fn backoff(base: Duration, max: Duration, n: u32, random: u64) -> Duration {
+pub(crate) fn backoff(base: Duration, max: Duration, n: u32, random: u64) -> Duration {
     let ceiling = base.saturating_mul(1u32.checked_shl(n).unwrap_or(u32::MAX)).min(max);
     let nanos = u64::try_from(ceiling.as_nanos()).unwrap_or(u64::MAX);
     Duration::from_nanos(random % nanos.saturating_add(1))
 }
 
 /// Retries a second that are always allowed.
-pub const ALWAYS: u64 = 10;
+pub(crate) const ALWAYS: u64 = 10;
 
 const BUCKETS: usize = 10;
 
@@ -90,7 +90,7 @@ const MAX_COUNT: u64 = (1 << COUNT_BITS) - 1;
 /// The retry budget: retries may add at most a share to the requests offered in the last ten seconds, though never
 /// fewer than [`ALWAYS`] a second.
 #[derive(Debug)]
-pub struct Budget {
+pub(crate) struct Budget {
     percent: AtomicU64,
     /// A ring of seconds, each a packed [`Bucket`].
     buckets: [AtomicU64; BUCKETS],
@@ -131,23 +131,23 @@ impl Bucket {
 
 impl Budget {
     /// A budget of `percent` (0 to 100).
-    pub fn new(percent: u32) -> Self {
+    pub(crate) fn new(percent: u32) -> Self {
         Budget { percent: AtomicU64::new(u64::from(percent)), buckets: Default::default() }
     }
 
     /// Changes the share to `percent` (0 to 100).
-    pub fn set_percent(&self, percent: u32) {
+    pub(crate) fn set_percent(&self, percent: u32) {
         self.percent.store(u64::from(percent), Ordering::Relaxed);
     }
 
     /// Counts a request that is offered to the backends at `now`.
-    pub fn offer(&self, now: Nanos) {
+    pub(crate) fn offer(&self, now: Nanos) {
         let second = now / SECOND;
         let _ = self.update(second, |bucket| Some(Bucket { requests: bucket.requests + 1, ..bucket }));
     }
 
     /// Asks for one retry and counts it if it is granted, as one step.
-    pub fn try_withdraw(&self, now: Nanos) -> bool {
+    pub(crate) fn try_withdraw(&self, now: Nanos) -> bool {
         let second = now / SECOND;
         let granted = |bucket: Bucket| {
             let allowed = self.allows(second, bucket);
@@ -157,7 +157,7 @@ impl Budget {
     }
 
     /// Whether a retry would be granted now.
-    pub fn has_room(&self, now: Nanos) -> bool {
+    pub(crate) fn has_room(&self, now: Nanos) -> bool {
         let second = now / SECOND;
         let bucket = Bucket::unpack(self.bucket(second).load(Ordering::Relaxed));
         bucket.turned_to(second).is_some_and(|bucket| self.allows(second, bucket))

@@ -16,10 +16,10 @@ use crate::policy::balance::BackendId;
 use crate::policy::near::nearest;
 
 /// Bytes of the longest name that a configuration may hold.
-pub const MAX_NAME: usize = crate::json::members::MAX_NAME;
+pub(crate) const MAX_NAME: usize = crate::json::members::MAX_NAME;
 
 /// The named route that catches what nothing else serves.
-pub const CATCH_ALL: &str = "*";
+pub(crate) const CATCH_ALL: &str = "*";
 
 /// A name, or with a trailing `*` every name that begins so.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -61,7 +61,7 @@ pub struct Rule {
 
 /// What one backend serves, as far as routes go.
 #[derive(Clone, Debug, Default)]
-pub struct Serves {
+pub(crate) struct Serves {
     /// `None`: any model, by its name.
     pub models: Option<Vec<Rule>>,
     /// What it is sent where no model is named.
@@ -95,14 +95,14 @@ pub struct NamedTarget {
 }
 
 /// A route's index in its [`Table`].
-pub type RouteId = usize;
+pub(crate) type RouteId = usize;
 
 /// A target's index in its [`Route`].
-pub type TargetId = usize;
+pub(crate) type TargetId = usize;
 
 /// A backend with what it is to be sent.
 #[derive(Clone, Debug)]
-pub struct Target {
+pub(crate) struct Target {
     /// Whom to ask.
     pub backend: BackendId,
     /// For which model.
@@ -115,7 +115,7 @@ pub struct Target {
 
 /// What a target is sent as the model.
 #[derive(Clone, Debug)]
-pub enum Sent {
+pub(crate) enum Sent {
     /// What the client sent, be it nothing.
     AsIs,
     /// This, whatever the client sent.
@@ -138,14 +138,14 @@ pub enum Sent {
 
 /// The targets of one model, or of none. Never empty.
 #[derive(Clone, Debug)]
-pub struct Route {
+pub(crate) struct Route {
     /// In the order of the configuration.
     pub targets: Box<[Target]>,
 }
 
 /// A model that `/v1/models` lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// Its public name.
     pub name: Box<str>,
     /// The first backend that has it; `None`: a named route.
@@ -154,7 +154,7 @@ pub struct Listed {
 
 /// All routes of a configuration.
 #[derive(Debug, Default)]
-pub struct Table {
+pub(crate) struct Table {
     routes: Vec<Route>,
     exact: HashMap<Box<str>, RouteId>,
     prefixes: HashMap<Box<[u8]>, RouteId>,
@@ -170,7 +170,7 @@ pub struct Table {
 
 impl Target {
     /// What `asked` becomes at this target; `None`: the body's model stays as it is.
-    pub fn text(&self, asked: Option<&str>) -> Option<Cow<'_, ModelText>> {
+    pub(crate) fn text(&self, asked: Option<&str>) -> Option<Cow<'_, ModelText>> {
         match &self.sent {
             Sent::AsIs => None,
             Sent::Fixed { text, .. } => Some(Cow::Borrowed(text)),
@@ -179,7 +179,7 @@ impl Target {
     }
 
     /// [`model_key`] of the name that goes out for `asked`; 0 where none does.
-    pub fn key(&self, asked: Option<&str>) -> u64 {
+    pub(crate) fn key(&self, asked: Option<&str>) -> u64 {
         match &self.sent {
             Sent::AsIs => asked.map_or(0, model_key),
             Sent::Fixed { key, .. } => *key,
@@ -210,7 +210,7 @@ impl Sent {
 
 impl Table {
     /// The routes of these backends (by index) and named routes.
-    pub fn new(backends: &[Serves], named: &[Named]) -> Self {
+    pub(crate) fn new(backends: &[Serves], named: &[Named]) -> Self {
         let mut table = Table::default();
         for route in named {
             let id =
@@ -250,7 +250,7 @@ impl Table {
     }
 
     /// The route for a model's name, or for none. `whole`: the name was not cut.
-    pub fn find(&self, name: Option<&str>, whole: bool) -> Option<RouteId> {
+    pub(crate) fn find(&self, name: Option<&str>, whole: bool) -> Option<RouteId> {
         let Some(name) = name else { return self.unnamed };
         let exact = || self.exact.get(name).copied();
         let prefix = || {
@@ -262,27 +262,27 @@ impl Table {
     }
 
     /// A route by its index.
-    pub fn route(&self, id: RouteId) -> &Route {
+    pub(crate) fn route(&self, id: RouteId) -> &Route {
         &self.routes[id]
     }
 
     /// Whether a route is for one name or prefix, and not for all that have no route of their own.
-    pub fn is_by_name(&self, id: RouteId) -> bool {
+    pub(crate) fn is_by_name(&self, id: RouteId) -> bool {
         ![self.open, self.unnamed, self.catch_all].contains(&Some(id))
     }
 
     /// All routes, by index.
-    pub fn routes(&self) -> &[Route] {
+    pub(crate) fn routes(&self) -> &[Route] {
         &self.routes
     }
 
     /// What `/v1/models` lists, each name once.
-    pub fn listed(&self) -> &[Listed] {
+    pub(crate) fn listed(&self) -> &[Listed] {
         &self.listed
     }
 
     /// Up to three listed names near `name`, of those that `may` be used.
-    pub fn near(&self, name: &str, may: impl Fn(&str) -> bool) -> Vec<&str> {
+    pub(crate) fn near(&self, name: &str, may: impl Fn(&str) -> bool) -> Vec<&str> {
         nearest(name, self.listed.iter().map(|l| &*l.name).filter(|name| may(name)), 3)
     }
 
@@ -355,7 +355,7 @@ fn sent_under(backend: &Serves, stem: &str) -> Option<Sent> {
 }
 
 /// A hash of a model's name, by which cooling is kept.
-pub fn model_key(name: &str) -> u64 {
+pub(crate) fn model_key(name: &str) -> u64 {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(name)
 }
 

@@ -2,17 +2,17 @@
 //! real ones.
 
 #[cfg(not(all(test, zap_loom)))]
-pub use real::*;
+pub(super) use real::*;
 
 #[cfg(all(test, zap_loom))]
 pub use modelled::*;
 
 #[cfg(not(all(test, zap_loom)))]
 mod real {
-    pub use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
-    pub use crossbeam_queue::ArrayQueue;
-    pub use parking_lot::Mutex;
+    pub(crate) use crossbeam_queue::ArrayQueue;
+    pub(crate) use parking_lot::Mutex;
 }
 
 #[cfg(all(test, zap_loom))]

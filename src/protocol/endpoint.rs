@@ -3,7 +3,7 @@
 /// What a path is for: the `endpoint` of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Endpoint {
+pub(crate) enum Endpoint {
     Chat,
     Completions,
     Embeddings,
@@ -22,7 +22,7 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// All of them, in the order of their discriminants.
-    pub const ALL: [Endpoint; 14] = [
+    pub(crate) const ALL: [Endpoint; 14] = [
         Endpoint::Chat,
         Endpoint::Completions,
         Endpoint::Embeddings,
@@ -40,7 +40,7 @@ impl Endpoint {
     ];
 
     /// As it stands in labels.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Endpoint::Chat => "chat",
             Endpoint::Completions => "completions",
@@ -60,7 +60,7 @@ impl Endpoint {
     }
 
     /// Its path behind a backend's API base; `None`: Zap answers it by itself.
-    pub fn tail(self) -> Option<&'static str> {
+    pub(crate) fn tail(self) -> Option<&'static str> {
         Some(match self {
             Endpoint::Chat => "/chat/completions",
             Endpoint::Completions => "/completions",
@@ -80,12 +80,12 @@ impl Endpoint {
     }
 
     /// Whether a request may leave its model to the backend's default.
-    pub fn has_default_model(self) -> bool {
+    pub(crate) fn has_default_model(self) -> bool {
         matches!(self, Endpoint::Chat | Endpoint::Completions | Endpoint::Responses)
     }
 
     /// Whether a stream of it ends with `[DONE]`.
-    pub fn ends_with_done(self) -> bool {
+    pub(crate) fn ends_with_done(self) -> bool {
         matches!(self, Endpoint::Chat | Endpoint::Completions)
     }
 }

@@ -15,7 +15,7 @@ const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "
 
 /// The event that ends a stream which the upstream did not end itself, in the shape of its endpoint. `seen`: what a stream
 /// of `/v1/responses` has said.
-pub fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
+pub(crate) fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
     match seen {
         None => STREAM_INTERRUPTED.into(),
         Some(seen) => {

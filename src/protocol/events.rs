@@ -14,7 +14,7 @@ const KEPT: usize = 24;
 
 /// The last bytes of a stream, and whether it is done.
 #[derive(Debug, Default)]
-pub struct Tail {
+pub(crate) struct Tail {
     bytes: [u8; KEPT],
     len: usize,
     /// Nobody asks for [`DONE`], or the stream has said it.
@@ -24,12 +24,12 @@ pub struct Tail {
 
 impl Tail {
     /// The beginning of a stream. `has_done`: it is one that says `[DONE]`; the search costs instructions.
-    pub fn new(has_done: bool) -> Self {
+    pub(crate) fn new(has_done: bool) -> Self {
         Tail { at_rest: !has_done, ..Tail::default() }
     }
 
     /// Takes the next piece of the stream.
-    pub fn push(&mut self, data: &[u8]) {
+    pub(crate) fn push(&mut self, data: &[u8]) {
         if !self.at_rest {
             self.done = self.meets_done(data);
             self.at_rest = self.done;
@@ -46,13 +46,13 @@ impl Tail {
     }
 
     /// Whether a new event may begin here.
-    pub fn is_between_events(&self) -> bool {
+    pub(crate) fn is_between_events(&self) -> bool {
         let tail = self.get();
         tail.is_empty() || [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"].iter().any(|end| tail.ends_with(end))
     }
 
     /// Whether the stream has said `[DONE]`, where it ends here: what comes behind does not matter.
-    pub fn has_done(&self) -> bool {
+    pub(crate) fn has_done(&self) -> bool {
         self.done || has_done_line(self.get(), self.len < KEPT, true)
     }
 

@@ -2,16 +2,16 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-pub mod endpoint;
+pub(crate) mod endpoint;
 
-pub mod events;
+pub(crate) mod events;
 
-pub mod responses;
+pub(crate) mod responses;
 
-pub mod error_event;
+pub(crate) mod error_event;
 
-pub mod rate_limits;
+pub(crate) mod rate_limits;
 
-pub mod redact;
+pub(crate) mod redact;
 
-pub use self::endpoint::Endpoint;
+pub(crate) use self::endpoint::Endpoint;

@@ -8,14 +8,14 @@ use std::time::{Duration, SystemTime};
 use http::HeaderMap;
 
 /// Longest time that a bucket's reset keeps a backend closed: some count by the day.
-pub const MAX_RESET: Duration = Duration::from_secs(86_400);
+pub(crate) const MAX_RESET: Duration = Duration::from_secs(86_400);
 
 const REMAINING: &str = "x-ratelimit-remaining";
 const RESET: &str = "x-ratelimit-reset";
 
 /// How long the fullest of the buckets that have nothing left stays so; `None` where all have something. `wall`: the
 /// time of day, asked for only where a bucket is empty.
-pub fn exhausted(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
+pub(crate) fn exhausted(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
     let empty = headers.iter().filter_map(|(name, value)| {
         let bucket = name.as_str().strip_prefix(REMAINING)?;
         (value.to_str().ok()?.trim().parse::<f64>().ok()? <= 0.0).then_some(bucket)
@@ -30,7 +30,7 @@ pub fn exhausted(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<D
 
 /// Reads a reset: `2m30s`, `1s`, `6ms`, seconds as a number, or the epoch (above 1e9 in seconds, above 1e12 in
 /// milliseconds). At most [`MAX_RESET`]; `None` for anything else.
-pub fn reset_in(text: &str, wall: SystemTime) -> Option<Duration> {
+pub(crate) fn reset_in(text: &str, wall: SystemTime) -> Option<Duration> {
     let text = text.trim();
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase() || b == b'.') {
         return None;

@@ -10,7 +10,7 @@ const MIN_KEY: usize = 8;
 
 /// Replaces one key in a stream of bytes. It holds back at most six bytes for each byte of the key, and an escape.
 #[derive(Debug)]
-pub struct Redactor {
+pub(crate) struct Redactor {
     key: Box<[u8]>,
     /// What may be the beginning of the key.
     held: Vec<u8>,
@@ -29,24 +29,24 @@ enum Match {
 
 impl Redactor {
     /// Looks for `key`; `None` where it is too short to be a secret.
-    pub fn new(key: &str) -> Option<Self> {
+    pub(crate) fn new(key: &str) -> Option<Self> {
         let key: Box<[u8]> = key.as_bytes().into();
         (key.len() >= MIN_KEY).then_some(Redactor { key, held: Vec::new(), in_string: false })
     }
 
     /// Whether the key stands in a header's `value`.
-    pub fn is_in(&self, value: &[u8]) -> bool {
+    pub(crate) fn is_in(&self, value: &[u8]) -> bool {
         holds_key(&self.key, value)
     }
 
     /// Takes a piece; returns what can go out.
-    pub fn push(&mut self, piece: &[u8]) -> Bytes {
+    pub(crate) fn push(&mut self, piece: &[u8]) -> Bytes {
         self.held.extend_from_slice(piece);
         self.pass(false)
     }
 
     /// What was held back.
-    pub fn finish(mut self) -> Bytes {
+    pub(crate) fn finish(mut self) -> Bytes {
         self.pass(true)
     }
 
@@ -113,7 +113,7 @@ impl Redactor {
 }
 
 /// Whether a header's `value` holds `key`, unless the key is a dummy.
-pub fn holds_key(key: &[u8], value: &[u8]) -> bool {
+pub(crate) fn holds_key(key: &[u8], value: &[u8]) -> bool {
     let starts = value.len().checked_sub(key.len()).filter(|_| key.len() >= MIN_KEY);
     starts.is_some_and(|last| (0..=last).any(|at| matches!(find_at(key, &value[at..]), Match::Key(_))))
 }

@@ -21,7 +21,7 @@ static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub(crate) struct Seen {
     sequence: Sequence,
     created: Created,
     terminal: Terminal,
@@ -29,20 +29,20 @@ pub struct Seen {
 
 impl Seen {
     /// Takes the next piece of the stream.
-    pub fn feed(&mut self, data: &[u8]) {
+    pub(crate) fn feed(&mut self, data: &[u8]) {
         self.sequence.feed(data);
         self.created.feed(data);
         self.terminal.feed(data);
     }
 
     /// The event that ends a response has come whole: `response.completed`, `.failed` or `.incomplete`.
-    pub fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.terminal.at == TerminalAt::Behind
     }
 
     /// The event that says that the response failed. `request_id` stands in for an id that never came, `error` is the
     /// error as every endpoint has it.
-    pub fn failed(&self, request_id: &str, error: &Value) -> String {
+    pub(crate) fn failed(&self, request_id: &str, error: &Value) -> String {
         let id = text(&self.created.id).unwrap_or_else(|| format!("resp_{request_id}"));
         let data = json!({
             "type": "response.failed",

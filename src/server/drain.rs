@@ -26,7 +26,7 @@ pub fn orders() -> (Sender<Order>, Receiver<Order>) {
 
 /// The signals that are orders. From when it exists they end the process no more.
 #[derive(Debug)]
-pub struct Signals {
+pub(crate) struct Signals {
     term: Signal,
     int: Signal,
     hup: Signal,
@@ -37,7 +37,7 @@ impl Signals {
     ///
     /// # Errors
     /// The signals cannot be caught.
-    pub fn catch() -> io::Result<Self> {
+    pub(crate) fn catch() -> io::Result<Self> {
         let [term, int, hup] =
             [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
         Ok(Signals { term: term?, int: int?, hup: hup? })
@@ -45,7 +45,7 @@ impl Signals {
 
     /// Turns SIGHUP into [`Order::Reload`], the first SIGTERM or SIGINT into [`Order::Drain`], and every further one into
     /// [`Order::Now`].
-    pub async fn send(mut self, orders: Sender<Order>) {
+    pub(crate) async fn send(mut self, orders: Sender<Order>) {
         let mut end = Order::Drain;
         loop {
             let order = tokio::select! {
@@ -70,7 +70,7 @@ const LOOK: Duration = Duration::from_millis(10);
 const CUT: Duration = Duration::from_millis(500);
 
 /// Waits until `running` says 0, then until every connection is closed; `false` where something had to be cut.
-pub async fn drain(
+pub(crate) async fn drain(
     workers: &[Worker],
     running: impl Fn() -> usize,
     limit: Duration,

@@ -29,7 +29,7 @@ const QUICK: Nanos = MILLI;
 
 /// The thread that watches the fleet; it ends when this is dropped.
 #[derive(Debug)]
-pub struct FleetWatch {
+pub(crate) struct FleetWatch {
     /// Sends nothing: that it is gone ends the thread.
     stop: oneshot::Sender<Infallible>,
     /// The other end is gone when the thread has ended.
@@ -42,7 +42,7 @@ impl FleetWatch {
     ///
     /// # Errors
     /// The system has no thread, or no files for one.
-    pub fn start(shared: Arc<Shared>) -> io::Result<Self> {
+    pub(crate) fn start(shared: Arc<Shared>) -> io::Result<Self> {
         FleetWatch::run(async move || watch(&shared).await)
     }
 
@@ -69,12 +69,12 @@ impl FleetWatch {
     }
 
     /// Waits until the thread has ended by itself, which only a bug makes it do.
-    pub async fn ended(&mut self) {
+    pub(crate) async fn ended(&mut self) {
         let _ = (&mut self.ended).await;
     }
 
     /// Ends it and waits for that. `false` where it failed.
-    pub fn join(self) -> bool {
+    pub(crate) fn join(self) -> bool {
         drop(self.stop);
         self.thread.join().is_ok()
     }

@@ -1,12 +1,12 @@
 //! The control thread: it accepts, hands connections to workers and ends the process. It does nothing that takes long.
 
-pub mod worker;
+pub(crate) mod worker;
 
-pub mod fleet;
+pub(crate) mod fleet;
 
-pub mod probe;
+pub(crate) mod probe;
 
-pub mod drain;
+pub(crate) mod drain;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// The listener cannot be used, or no thread can be started.
-pub async fn serve(
+pub(crate) async fn serve(
     shared: Arc<Shared>,
     listener: std::net::TcpListener,
     mut orders: Receiver<Order>,

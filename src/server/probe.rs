@@ -27,7 +27,7 @@ fn spread(backends: usize) -> Duration {
 
 /// Probes the backend that is known by `id`, as the configuration of the moment says, until there is none. A check is
 /// skipped while real traffic went well.
-pub async fn watch(shared: Arc<Shared>, id: u64) {
+pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     // Not all at the same time.
     let backends = shared.snapshot.load().backends.len();
     sleep(spread(backends).mul_f64(fastrand::f64())).await;

@@ -28,7 +28,7 @@ const POOL_SWEEP: u32 = 10;
 
 /// A worker as the acceptor sees it.
 #[derive(Debug)]
-pub struct Worker {
+pub(crate) struct Worker {
     clients: UnboundedSender<NewClient>,
     load: Arc<WorkerState>,
     thread: JoinHandle<io::Result<()>>,
@@ -41,7 +41,7 @@ impl Worker {
     ///
     /// # Errors
     /// The system has no thread to give.
-    pub fn start(id: usize, shared: Arc<Shared>, upstreams: usize) -> io::Result<Self> {
+    pub(crate) fn start(id: usize, shared: Arc<Shared>, upstreams: usize) -> io::Result<Self> {
         let (clients, inbox) = unbounded_channel();
         let load = Arc::new(WorkerState { upstreams, ..WorkerState::default() });
         let theirs = load.clone();
@@ -52,22 +52,22 @@ impl Worker {
     }
 
     /// Connections it serves.
-    pub fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         self.load.connections.load(Ordering::Relaxed)
     }
 
     /// Bodies of requests that it waits for.
-    pub fn uploads(&self) -> usize {
+    pub(crate) fn uploads(&self) -> usize {
         self.load.uploads.load(Ordering::Relaxed)
     }
 
     /// A bug has ended its thread.
-    pub fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         self.clients.is_closed()
     }
 
     /// Hands it a client. `permit` is given back when the connection ends.
-    pub fn take(&self, client: std::net::TcpStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
+    pub(crate) fn take(&self, client: std::net::TcpStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
         if self.clients.send((client, peer, permit)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);
@@ -75,25 +75,25 @@ impl Worker {
     }
 
     /// Has it close half of its idle upstream connections: no file is left for a client.
-    pub fn free_files(&self) {
+    pub(crate) fn free_files(&self) {
         self.load.lacks_files.store(true, Ordering::Relaxed);
         self.load.news.notify_one();
     }
 
     /// Has it close its idle connections, and every other one behind its answer.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.load.close.store(true, Ordering::Relaxed);
         self.load.news.notify_one();
     }
 
     /// Has it cut what still runs.
-    pub fn cut(&self) {
+    pub(crate) fn cut(&self) {
         self.load.cut.store(true, Ordering::Relaxed);
         self.close();
     }
 
     /// Waits for its end; it ends when all its connections have. `false` where it failed.
-    pub fn join(self) -> bool {
+    pub(crate) fn join(self) -> bool {
         drop(self.clients);
         matches!(self.thread.join(), Ok(Ok(())))
     }

@@ -11,11 +11,11 @@ use crate::counter::Counter;
 
 /// All of them. Empty: anyone may call.
 #[derive(Debug)]
-pub struct Clients(Box<[Arc<Client>]>);
+pub(crate) struct Clients(Box<[Arc<Client>]>);
 
 /// One of them.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     /// As configured.
     pub conf: ClientKey,
     /// Its requests, one counter a worker.
@@ -24,7 +24,7 @@ pub struct Client {
 
 impl Clients {
     /// Those of `config`; those who were known `before` keep their counters.
-    pub fn new(config: &Config, before: Option<&Clients>) -> Self {
+    pub(crate) fn new(config: &Config, before: Option<&Clients>) -> Self {
         let known = |name: &str| before?.iter().find(|c| c.conf.name == name).map(|c| c.lanes.clone());
         let client = |conf: &ClientKey| {
             let fresh = || (0..config.server.workers).map(|_| CachePadded::default()).collect();
@@ -35,17 +35,17 @@ impl Clients {
     }
 
     /// Whether anyone may call.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.0.is_empty()
     }
 
     /// All of them, in the order of the configuration.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Client>> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Client>> {
         self.0.iter()
     }
 
     /// Whose key `credential` is. All are compared, each in constant time, so the time tells nothing.
-    pub fn find(&self, credential: &[u8]) -> Option<&Arc<Client>> {
+    pub(crate) fn find(&self, credential: &[u8]) -> Option<&Arc<Client>> {
         let hash = digest(&SHA256, credential);
         let is_it = |client: &Arc<Client>| bool::from(client.conf.digest[..].ct_eq(hash.as_ref()));
         self.0.iter().fold(None, |found, client| if is_it(client) { Some(client) } else { found })
@@ -54,7 +54,7 @@ impl Clients {
 
 impl Client {
     /// Whether it may use the model of this name. `whole`: the name was not cut.
-    pub fn may_use(&self, model: &str, whole: bool) -> bool {
+    pub(crate) fn may_use(&self, model: &str, whole: bool) -> bool {
         let Some(models) = &self.conf.models else { return true };
         models.iter().any(|pattern| (whole || pattern.is_prefix()) && pattern.matches(model))
     }

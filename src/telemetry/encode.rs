@@ -6,7 +6,7 @@ use crate::counter::Total;
 use crate::time::SECOND;
 
 /// `Content-Type` of the text.
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Text under way.
 #[derive(Debug, Default)]
@@ -15,7 +15,7 @@ pub struct Encoder {
 }
 
 /// Name and value of a label.
-pub type Label<'a> = (&'static str, &'a str);
+pub(crate) type Label<'a> = (&'static str, &'a str);
 
 impl Encoder {
     /// Begins a family: `kind` is `counter`, `gauge` or `histogram`.

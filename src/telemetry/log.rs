@@ -121,7 +121,7 @@ fn write(lines: &Receiver<String>, dropped: &AtomicU64) {
 }
 
 /// Appends `text` as a JSON string; control characters (C0, DEL, C1) are escaped.
-pub fn push_json(out: &mut String, text: &str) {
+pub(crate) fn push_json(out: &mut String, text: &str) {
     out.push('"');
     for c in text.chars() {
         match c {

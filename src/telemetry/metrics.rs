@@ -21,7 +21,7 @@ use crate::upstream::counters::{Answers, BackendLane, STATUSES};
 /// Who ended a stream before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Side {
+pub(crate) enum Side {
     Client,
     Upstream,
 }
@@ -30,7 +30,7 @@ const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::U
 
 /// One worker's counts that belong to no backend.
 #[derive(Debug)]
-pub struct Lane {
+pub(crate) struct Lane {
     answers: Answers,
     durations: [Histogram; Endpoint::ALL.len()],
     /// Zap's own share of the time to the first byte.
@@ -61,27 +61,27 @@ impl Default for Lane {
 
 impl Lane {
     /// Zap answered by itself.
-    pub fn answered(&self, endpoint: Endpoint, status: u16) {
+    pub(crate) fn answered(&self, endpoint: Endpoint, status: u16) {
         self.answers.count(endpoint, status);
     }
 
     /// A request took so long in all.
-    pub fn lasted(&self, endpoint: Endpoint, nanos: u64) {
+    pub(crate) fn lasted(&self, endpoint: Endpoint, nanos: u64) {
         self.durations[endpoint as usize].record(nanos);
     }
 
     /// Zap refused a request.
-    pub fn rejected(&self, code: Code) {
+    pub(crate) fn rejected(&self, code: Code) {
         self.rejected[code as usize].add(1);
     }
 
     /// A stream was cut.
-    pub fn interrupted(&self, side: Side) {
+    pub(crate) fn interrupted(&self, side: Side) {
         self.interrupted[side as usize].add(1);
     }
 
     /// A client left.
-    pub fn disconnected(&self, phase: Phase) {
+    pub(crate) fn disconnected(&self, phase: Phase) {
         self.disconnects[phase as usize].add(1);
     }
 }
@@ -100,7 +100,7 @@ const KINDS: [Code; 8] = [
 
 /// Configuration reloads by result; written by the fleet's thread.
 #[derive(Debug, Default)]
-pub struct Reloads {
+pub(crate) struct Reloads {
     /// Taken over.
     pub applied: AtomicU64,
     /// Refused; the old one stays.
@@ -109,7 +109,7 @@ pub struct Reloads {
 
 /// What a scrape shows.
 #[derive(Debug)]
-pub struct Scrape<'a> {
+pub(crate) struct Scrape<'a> {
     /// What the workers counted.
     pub telemetry: &'a Telemetry,
     /// The backends, in the order of the configuration.
@@ -123,7 +123,7 @@ pub struct Scrape<'a> {
 }
 
 /// The text of `/metrics`.
-pub fn encode(scrape: &Scrape<'_>) -> String {
+pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
     let mut e = Encoder::default();
     requests(&mut e, scrape);
     gateway(&mut e, scrape);

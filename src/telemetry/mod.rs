@@ -1,12 +1,12 @@
 //! What a request leaves behind: one [`RequestRecord`], which feeds the metrics and the log.
 
-pub mod metrics;
+pub(crate) mod metrics;
 
-pub mod encode;
+pub(crate) mod encode;
 
-pub mod log;
+pub(crate) mod log;
 
-pub mod clients;
+pub(crate) mod clients;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -36,7 +36,7 @@ use crate::upstream::fleet::Passed;
 /// Where a request is on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Phase {
+pub(crate) enum Phase {
     Body,
     Queued,
     Connecting,
@@ -47,11 +47,11 @@ pub enum Phase {
 
 impl Phase {
     /// All of them, in the order of their discriminants.
-    pub const ALL: [Phase; 6] =
+    pub(crate) const ALL: [Phase; 6] =
         [Phase::Body, Phase::Queued, Phase::Connecting, Phase::Waiting, Phase::Backoff, Phase::Streaming];
 
     /// As it stands in labels.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Phase::Body => "body",
             Phase::Queued => "queued",
@@ -65,7 +65,7 @@ impl Phase {
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     /// The client left. Also what a record reports that is dropped before anything else was said.
     ClientGone,
     /// The answer went out whole.
@@ -89,7 +89,7 @@ impl End {
 
 /// Who sent a request.
 #[derive(Clone, Debug)]
-pub enum Caller {
+pub(crate) enum Caller {
     /// Somebody without a credential.
     Anonymous,
     /// One of the configured client keys.
@@ -100,7 +100,7 @@ pub enum Caller {
 
 /// What all workers share of the telemetry.
 #[derive(Debug)]
-pub struct Telemetry {
+pub(crate) struct Telemetry {
     /// One lane a worker.
     pub lanes: Box<[CachePadded<Lane>]>,
     /// Reloads so far.
@@ -113,7 +113,7 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// Counts nothing yet.
-    pub fn new(workers: usize, log: Log, log_requests: bool) -> Arc<Self> {
+    pub(crate) fn new(workers: usize, log: Log, log_requests: bool) -> Arc<Self> {
         Arc::new(Telemetry {
             lanes: (0..workers).map(|_| CachePadded::default()).collect(),
             reloads: Reloads::default(),
@@ -123,7 +123,7 @@ impl Telemetry {
     }
 
     /// Follows a new configuration.
-    pub fn configure(&self, config: &config::Log) {
+    pub(crate) fn configure(&self, config: &config::Log) {
         self.log.set_format(config.events);
         self.log_requests.store(config.requests, Ordering::Relaxed);
     }
@@ -131,7 +131,7 @@ impl Telemetry {
 
 /// A worker's telemetry: its lane and the way to the log.
 #[derive(Debug)]
-pub struct Recorder {
+pub(crate) struct Recorder {
     /// The worker's number.
     pub worker: usize,
     /// What all workers share, the lanes among it.
@@ -142,19 +142,19 @@ pub struct Recorder {
 
 impl Recorder {
     /// The recorder of worker number `worker`.
-    pub fn new(worker: usize, telemetry: Arc<Telemetry>) -> Rc<Self> {
+    pub(crate) fn new(worker: usize, telemetry: Arc<Telemetry>) -> Rc<Self> {
         Rc::new(Recorder { worker, telemetry, broken: RefCell::default() })
     }
 
     /// The worker's lane.
-    pub fn lane(&self) -> &Lane {
+    pub(crate) fn lane(&self) -> &Lane {
         &self.telemetry.lanes[self.worker]
     }
 }
 
 /// What is known of a request when it arrives.
 #[derive(Debug)]
-pub struct Arrival<'a> {
+pub(crate) struct Arrival<'a> {
     /// Its method; `None` where the head broke the rules.
     pub method: Option<&'a Method>,
     /// Its path as it came.
@@ -169,7 +169,7 @@ pub struct Arrival<'a> {
 
 /// One request's record, filled on its way and reported once, when it is dropped.
 #[derive(Debug)]
-pub struct RequestRecord {
+pub(crate) struct RequestRecord {
     recorder: Rc<Recorder>,
     /// When the request's head was read.
     pub started: Nanos,
@@ -223,7 +223,7 @@ pub struct RequestRecord {
 
 impl RequestRecord {
     /// A request that has just arrived.
-    pub fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
+    pub(crate) fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
         let Arrival { method, path, endpoint, request_id, peer } = arrival;
         let is_logged = recorder.telemetry.log_requests.load(Ordering::Relaxed);
         let path = if is_logged { path.to_owned() } else { String::new() };
@@ -258,12 +258,12 @@ impl RequestRecord {
     }
 
     /// The worker's telemetry.
-    pub fn recorder(&self) -> &Rc<Recorder> {
+    pub(crate) fn recorder(&self) -> &Rc<Recorder> {
         &self.recorder
     }
 
     /// Notes that a candidate was passed over at `now`, each once for each kind of reason.
-    pub fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed, now: Nanos) {
+    pub(crate) fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed, now: Nanos) {
         let kind = |why: &Passed| match why {
             Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
             Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
@@ -291,7 +291,7 @@ impl RequestRecord {
     }
 
     /// The head of the answer is ready.
-    pub fn answered(&mut self, status: u16) {
+    pub(crate) fn answered(&mut self, status: u16) {
         let first_byte = clock::now() - self.started;
         self.status = status;
         self.first_byte = Some(first_byte);

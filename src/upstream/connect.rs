@@ -28,20 +28,20 @@ use crate::upstream::dial::{DialError, Dialer};
 use crate::upstream::resolver::Resolver;
 
 /// An open connection, plain or TLS.
-pub type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
+pub(crate) type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
 
 /// What the system or TLS said.
-pub type BoxError = Box<dyn Error + Send + Sync>;
+pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
 /// The certificates that are trusted everywhere, loaded once and only if a backend needs them.
 #[derive(Debug)]
-pub struct Roots {
+pub(crate) struct Roots {
     system: RootCertStore,
 }
 
 impl Roots {
     /// Loads the system's roots if any of `backends` speaks TLS.
-    pub fn load(backends: &[config::Backend]) -> Self {
+    pub(crate) fn load(backends: &[config::Backend]) -> Self {
         let mut system = RootCertStore::empty();
         if backends.iter().any(|b| b.url.https) {
             system.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -70,7 +70,7 @@ fn read_pem(path: &Path) -> Result<Vec<CertificateDer<'static>>, BoxError> {
 
 /// Opens connections to one backend.
 #[derive(Clone)]
-pub struct Connector {
+pub(crate) struct Connector {
     https: HttpsConnector<Dialer>,
     dialer: Dialer,
     tls: Arc<ClientConfig>,
@@ -90,7 +90,7 @@ impl Connector {
     ///
     /// # Errors
     /// What is wrong with its URL or its certificates.
-    pub fn new(backend: &config::Backend, roots: &Roots) -> Result<Self, String> {
+    pub(crate) fn new(backend: &config::Backend, roots: &Roots) -> Result<Self, String> {
         let url = &backend.url;
         let scheme = if url.https { "https" } else { "http" };
         let to = format!("{scheme}://{}/", url.authority)
@@ -109,13 +109,13 @@ impl Connector {
     }
 
     /// A connector to the same backend that takes the turns of its addresses for itself.
-    pub fn with_own_turns(&self) -> Self {
+    pub(crate) fn with_own_turns(&self) -> Self {
         let https = HttpsConnector::from((self.dialer.with_own_turns(), self.tls.clone()));
         Connector { https, ..self.clone() }
     }
 
     /// Whether both trust the same certificates beside the system's.
-    pub fn trusts_as(&self, other: &Connector) -> bool {
+    pub(crate) fn trusts_as(&self, other: &Connector) -> bool {
         self.own_roots == other.own_roots
     }
 
@@ -124,7 +124,7 @@ impl Connector {
     /// # Errors
     /// [`Code::UpstreamUnreachable`], [`Code::UpstreamTlsError`] or, past the time limit, [`Code::UpstreamTimeout`]; or
     /// that this machine has nothing to connect with.
-    pub async fn connect(&self, limit: Duration) -> Result<Io, ConnectError> {
+    pub(crate) async fn connect(&self, limit: Duration) -> Result<Io, ConnectError> {
         let opening = self.https.clone().call(self.to.clone());
         match clock::within(limit, opening).await {
             Ok(Ok(io)) => Ok(io),
@@ -143,7 +143,7 @@ impl Connector {
 
 /// Why there is no connection.
 #[derive(Debug)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// This machine has no file, port or memory for it: no fault of the peer.
     Exhausted(io::Error),
     /// What the peer did.
@@ -157,14 +157,14 @@ pub enum ConnectError {
 
 impl ConnectError {
     /// Whether a file less in use would have helped.
-    pub fn lacks_a_file(&self) -> bool {
+    pub(crate) fn lacks_a_file(&self) -> bool {
         let ConnectError::Exhausted(error) = self else { return false };
         error.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files)
     }
 }
 
 /// Whether a system call failed because the process, or the machine, has too many open files.
-pub fn is_lack_of_files(errno: Errno) -> bool {
+pub(crate) fn is_lack_of_files(errno: Errno) -> bool {
     matches!(errno, Errno::MFILE | Errno::NFILE)
 }
 

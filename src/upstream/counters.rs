@@ -8,7 +8,7 @@ use crate::protocol::Endpoint;
 
 /// One worker's counts for one backend.
 #[derive(Debug)]
-pub struct BackendLane {
+pub(crate) struct BackendLane {
     /// Answers that went to clients.
     pub answers: Answers,
     /// Time from a request's arrival to the head of its answer.
@@ -38,31 +38,31 @@ impl Default for BackendLane {
 
 impl BackendLane {
     /// The backend answered a client.
-    pub fn answered(&self, endpoint: Endpoint, status: u16) {
+    pub(crate) fn answered(&self, endpoint: Endpoint, status: u16) {
         self.answers.count(endpoint, status);
     }
 
     /// Another try was made because this backend failed.
-    pub fn retried(&self, reason: Code) {
+    pub(crate) fn retried(&self, reason: Code) {
         self.retries[reason as usize].add(1);
     }
 
     /// A try failed.
-    pub fn failed(&self, kind: Code) {
+    pub(crate) fn failed(&self, kind: Code) {
         self.errors[kind as usize].add(1);
     }
 }
 
 /// Answers by endpoint and status. Rows are made when an endpoint is first used.
 #[derive(Debug, Default)]
-pub struct Answers([OnceLock<Box<[Counter]>>; Endpoint::ALL.len()]);
+pub(crate) struct Answers([OnceLock<Box<[Counter]>>; Endpoint::ALL.len()]);
 
 /// Statuses that are counted one by one; what is beyond them counts as the last of them.
-pub const STATUSES: std::ops::Range<u16> = 100..600;
+pub(crate) const STATUSES: std::ops::Range<u16> = 100..600;
 
 impl Answers {
     /// Counts an answer.
-    pub fn count(&self, endpoint: Endpoint, status: u16) {
+    pub(crate) fn count(&self, endpoint: Endpoint, status: u16) {
         let row = self.0[endpoint as usize].get_or_init(|| STATUSES.map(|_| Counter::default()).collect());
         // What is beyond them is a failure of no known kind, as the last of them.
         let status = status.min(STATUSES.end - 1);
@@ -72,7 +72,7 @@ impl Answers {
     }
 
     /// The counts of an endpoint, by status; `None`: it was never used.
-    pub fn row(&self, endpoint: Endpoint) -> Option<&[Counter]> {
+    pub(crate) fn row(&self, endpoint: Endpoint) -> Option<&[Counter]> {
         self.0[endpoint as usize].get().map(|row| &row[..])
     }
 }

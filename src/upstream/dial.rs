@@ -37,7 +37,7 @@ const USER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Opens TCP connections to one host.
 #[derive(Clone)]
-pub struct Dialer {
+pub(crate) struct Dialer {
     resolver: Resolver,
     /// Connections begun: the next one begins at this of the host's addresses.
     turn: Arc<AtomicUsize>,
@@ -45,7 +45,7 @@ pub struct Dialer {
 
 /// No address of the host could be connected to.
 #[derive(Debug)]
-pub struct DialError {
+pub(crate) struct DialError {
     /// This machine had no file, port or memory left for one of the addresses, so that the host was not asked there.
     pub exhausted: bool,
     /// The last failure; where this machine was exhausted, of that kind.
@@ -94,13 +94,13 @@ fn has_source(to: SocketAddr) -> bool {
 
 impl Dialer {
     /// Looks names up by `resolver`.
-    pub fn new(resolver: Resolver) -> Self {
+    pub(crate) fn new(resolver: Resolver) -> Self {
         Dialer { resolver, turn: Arc::default() }
     }
 
     /// The same host, with turns of its own: two kinds of connections that shared the turns could each always get the same
     /// of two addresses.
-    pub fn with_own_turns(&self) -> Self {
+    pub(crate) fn with_own_turns(&self) -> Self {
         Dialer::new(self.resolver.clone())
     }
 

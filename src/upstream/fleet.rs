@@ -23,7 +23,7 @@ use crate::upstream::connect::Roots;
 
 /// The fleet and its settings; replaced as a whole.
 #[derive(Debug)]
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     /// What the operator wrote.
     pub config: Arc<Config>,
     /// All backends, drained ones too.
@@ -80,7 +80,7 @@ type Mates = (Arc<Schedule>, usize);
 
 /// What a request asks for, as far as the choice of a backend goes.
 #[derive(Clone, Copy, Debug)]
-pub struct Ask<'a> {
+pub(crate) struct Ask<'a> {
     /// The endpoint.
     pub endpoint: Endpoint,
     /// The route of its model.
@@ -92,7 +92,7 @@ pub struct Ask<'a> {
 }
 
 /// The targets of one request at one moment, as [`choose`] and [`dispatch`](crate::policy::dispatch) see them.
-pub struct View<'a> {
+pub(crate) struct View<'a> {
     /// The fleet.
     pub snapshot: &'a Snapshot,
     /// What is asked for.
@@ -109,7 +109,7 @@ pub struct View<'a> {
 
 /// Why a candidate was passed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Passed {
+pub(crate) enum Passed {
     /// It cannot take the request now.
     Closed(Closed),
     /// It has more than its share in flight.
@@ -120,7 +120,11 @@ pub enum Passed {
 
 impl Snapshot {
     /// The first snapshot of a configuration. Turns among the same backends as in the one `before` go on.
-    pub fn new(config: Arc<Config>, backends: Arc<[Arc<Upstream>]>, before: Option<&Snapshot>) -> Self {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        backends: Arc<[Arc<Upstream>]>,
+        before: Option<&Snapshot>,
+    ) -> Self {
         let same_names =
             |b: &&Snapshot| b.backends.iter().map(|u| u.name()).eq(backends.iter().map(|u| u.name()));
         let routing = Routing::new(&config, &backends, before.filter(same_names).map(|b| &*b.routing));
@@ -128,7 +132,7 @@ impl Snapshot {
     }
 
     /// The same fleet in its present state.
-    pub fn rebuilt(&self) -> Self {
+    pub(crate) fn rebuilt(&self) -> Self {
         let Snapshot { config, backends, routing, rotations } = self;
         Self::with_plans(config.clone(), backends.clone(), routing.clone(), rotations)
     }
@@ -147,37 +151,37 @@ impl Snapshot {
     }
 
     /// Whether both are of one configuration: then what one's ids mean the other's mean too.
-    pub fn is_of(&self, other: &Snapshot) -> bool {
+    pub(crate) fn is_of(&self, other: &Snapshot) -> bool {
         Arc::ptr_eq(&self.routing, &other.routing)
     }
 
     /// All routes.
-    pub fn table(&self) -> &Table {
+    pub(crate) fn table(&self) -> &Table {
         &self.routing.table
     }
 
     /// The route of an [`Ask`].
-    pub fn route(&self, ask: &Ask<'_>) -> &Route {
+    pub(crate) fn route(&self, ask: &Ask<'_>) -> &Route {
         self.routing.table.route(ask.route)
     }
 
     /// What the scanner must look for.
-    pub fn watch(&self) -> &Watch {
+    pub(crate) fn watch(&self) -> &Watch {
         &self.routing.watch
     }
 
     /// Whether a backend is not to be sent a member, by its index in [`watch`](Self::watch).
-    pub fn drops(&self, backend: BackendId, member: usize) -> bool {
+    pub(crate) fn drops(&self, backend: BackendId, member: usize) -> bool {
         self.routing.drops[backend][member]
     }
 
     /// The backend of a target.
-    pub fn upstream(&self, target: &Target) -> &Arc<Upstream> {
+    pub(crate) fn upstream(&self, target: &Target) -> &Arc<Upstream> {
         &self.backends[target.backend]
     }
 
     /// Failures and successes that change a backend's state.
-    pub fn thresholds(&self) -> Thresholds {
+    pub(crate) fn thresholds(&self) -> Thresholds {
         let health = &self.config.health;
         Thresholds {
             interval: clock::nanos(health.interval),
@@ -190,14 +194,14 @@ impl Snapshot {
     ///
     /// # Errors
     /// Why not.
-    pub fn check(&self, now: Nanos, ask: &Ask<'_>, target: TargetId) -> Result<(), Closed> {
+    pub(crate) fn check(&self, now: Nanos, ask: &Ask<'_>, target: TargetId) -> Result<(), Closed> {
         let t = &self.route(ask).targets[target];
         self.upstream(t).check(now, || t.key(ask.model), None)
     }
 
     /// Candidates that were passed over for `chosen`, or for nobody: all of its priority and of lower ones that could
     /// not be asked, and under affinity those that would have come first.
-    pub fn passed(
+    pub(crate) fn passed(
         &self,
         now: Nanos,
         ask: &Ask<'_>,
@@ -452,7 +456,7 @@ impl RotationSet {
 ///
 /// # Errors
 /// What only trying shows, for the operator: the first certificate that does not load or address that is none.
-pub fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
+pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
     let roots = Roots::load(&config.backends);
     let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
     let backends: Result<Vec<_>, String> = config

@@ -41,7 +41,7 @@ thread_local! {
 
 /// Why a link gave no answer.
 #[derive(Debug)]
-pub enum LinkError {
+pub(crate) enum LinkError {
     /// It broke, or what came is not an answer.
     Broken(Code),
     /// The peer closed it without a word.
@@ -51,7 +51,7 @@ pub enum LinkError {
 }
 
 /// One connection that carries one exchange at a time.
-pub trait Link {
+pub(crate) trait Link {
     /// Begins an exchange. Only on a link that [`is_reusable`](Link::is_reusable).
     fn start(&mut self, request: WireRequest);
 
@@ -76,7 +76,7 @@ pub trait Link {
 
 /// A request as it goes out, with the backend's key in it.
 #[derive(Default)]
-pub struct WireRequest {
+pub(crate) struct WireRequest {
     /// The head, to its empty line (RFC 9112, section 3).
     pub head: Vec<u8>,
     /// Slices of the client's chunks and what was spliced in between.
@@ -90,7 +90,7 @@ impl fmt::Debug for WireRequest {
 }
 
 /// Writes one header line.
-pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
+pub(crate) fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
     out.extend_from_slice(name.as_str().as_bytes());
     out.extend_from_slice(b": ");
     out.extend_from_slice(value);
@@ -98,7 +98,7 @@ pub fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
 }
 
 /// Zap's own HTTP/1.1 client connection.
-pub struct Http1 {
+pub(crate) struct Http1 {
     io: Io,
     /// The request under way.
     request: Option<WireRequest>,
@@ -138,7 +138,7 @@ enum Sending {
 
 impl Http1 {
     /// An open connection.
-    pub fn new(io: Io) -> Self {
+    pub(crate) fn new(io: Io) -> Self {
         Http1 {
             io,
             request: None,

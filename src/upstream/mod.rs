@@ -1,20 +1,20 @@
 //! The backends' side: connections, one try, probes. Nothing in here sees a client's headers.
 
-pub mod connect;
+pub(crate) mod connect;
 
-pub mod dial;
+pub(crate) mod dial;
 
-pub mod link;
+pub(crate) mod link;
 
-pub mod resolver;
+pub(crate) mod resolver;
 
-pub mod pool;
+pub(crate) mod pool;
 
-pub mod send;
+pub(crate) mod send;
 
-pub mod fleet;
+pub(crate) mod fleet;
 
-pub mod counters;
+pub(crate) mod counters;
 
 use std::cell::Cell;
 use std::fmt;
@@ -52,7 +52,7 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
 /// One backend at run time: what its configuration fixes, made ready for use, and what all workers share.
 #[derive(Debug)]
-pub struct Upstream {
+pub(crate) struct Upstream {
     /// As configured.
     pub conf: config::Backend,
     /// What a reload leaves alone where the provider stays the same.
@@ -97,7 +97,7 @@ impl HeadStart {
 
 /// What is known of a provider, from its first configuration to its last.
 #[derive(Debug)]
-pub struct BackendState {
+pub(crate) struct BackendState {
     /// Never used twice in a process: pools and probes know it by it.
     pub id: u64,
     /// Health, cooling, key.
@@ -126,7 +126,7 @@ impl BackendState {
 /// A request that a backend serves; dropping it ends that.
 #[derive(Debug)]
 #[must_use = "dropping it says that the backend is done"]
-pub struct InFlight {
+pub(crate) struct InFlight {
     upstream: Arc<Upstream>,
     /// Under which the quota counts it, where there is one.
     stamp: Cell<Nanos>,
@@ -137,7 +137,7 @@ pub struct InFlight {
 /// A turn in the line of a backend's quota; dropping it lets those behind move up.
 #[derive(Debug)]
 #[must_use = "dropping it leaves the line"]
-pub struct InLine {
+pub(crate) struct InLine {
     /// Until it is left.
     turn: Option<QuotaTicket>,
     quota: Arc<Quota>,
@@ -152,7 +152,7 @@ impl Upstream {
     ///
     /// # Errors
     /// What is wrong with its URL or its certificates, for the operator.
-    pub fn new(
+    pub(crate) fn new(
         conf: config::Backend,
         workers: usize,
         roots: &connect::Roots,
@@ -208,7 +208,7 @@ impl Upstream {
     }
 
     /// Gives what it took over from the backend before it its own limits. At most `waiters` may wait for it.
-    pub fn apply(&self, waiters: usize, now: Nanos) {
+    pub(crate) fn apply(&self, waiters: usize, now: Nanos) {
         if let (Some(places), Some(max)) = (&self.places, self.conf.max_in_flight) {
             places.resize(max, waiters);
         }
@@ -219,43 +219,43 @@ impl Upstream {
     }
 
     /// Its name in labels, headers and logs.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.conf.name
     }
 
     /// The connector for its health checks.
-    pub fn check_connector(&self) -> &Connector {
+    pub(crate) fn check_connector(&self) -> &Connector {
         &self.check_connector
     }
 
     /// The connector to it.
-    pub fn connector(&self) -> &Connector {
+    pub(crate) fn connector(&self) -> &Connector {
         &self.connector
     }
 
     /// Requests it serves now.
-    pub fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.state.in_flight.load(Ordering::Relaxed)
     }
 
     /// The beginning of a request's head: its first line, and the headers that are this backend's own. `None`: it does not
     /// serve that endpoint.
-    pub fn begin(&self, endpoint: Endpoint) -> Option<&[u8]> {
+    pub(crate) fn begin(&self, endpoint: Endpoint) -> Option<&[u8]> {
         self.heads[endpoint as usize].as_ref().map(|head| &head.0[..])
     }
 
     /// Whether [`begin`](Self::begin) has a header of this name.
-    pub fn has_own(&self, name: &HeaderName) -> bool {
+    pub(crate) fn has_own(&self, name: &HeaderName) -> bool {
         self.own.contains(name)
     }
 
     /// The head of a health check.
-    pub fn probe(&self) -> &[u8] {
+    pub(crate) fn probe(&self) -> &[u8] {
         &self.probe.0
     }
 
     /// Whether it serves other endpoints than chat.
-    pub fn serves_all(&self) -> bool {
+    pub(crate) fn serves_all(&self) -> bool {
         self.begin(Endpoint::Completions).is_some()
     }
 
@@ -264,7 +264,7 @@ impl Upstream {
     ///
     /// # Errors
     /// Why not.
-    pub fn check(
+    pub(crate) fn check(
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
@@ -292,7 +292,7 @@ impl Upstream {
     ///
     /// # Errors
     /// Why not; that it is up, as [`Closed::Out`].
-    pub fn check_out(
+    pub(crate) fn check_out(
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
@@ -313,7 +313,7 @@ impl Upstream {
     ///
     /// # Errors
     /// Why not.
-    pub fn check_place(
+    pub(crate) fn check_place(
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
@@ -328,7 +328,7 @@ impl Upstream {
     }
 
     /// Takes one of its places and one of its quota, both or neither.
-    pub fn enter(self: &Arc<Self>, now: Nanos, turn: Option<&QuotaTicket>) -> Option<InFlight> {
+    pub(crate) fn enter(self: &Arc<Self>, now: Nanos, turn: Option<&QuotaTicket>) -> Option<InFlight> {
         let place = match &self.places {
             Some(places) => Some(places.try_pass()?),
             None => None,
@@ -337,7 +337,7 @@ impl Upstream {
     }
 
     /// Takes one of its quota, at a place that was waited for.
-    pub fn enter_at(
+    pub(crate) fn enter_at(
         self: &Arc<Self>,
         place: Option<Permit>,
         now: Nanos,
@@ -355,22 +355,22 @@ impl Upstream {
     ///
     /// # Errors
     /// [`QueueFull`] where as many wait as may.
-    pub fn wait_for_place(&self) -> Result<Option<Admitted>, QueueFull> {
+    pub(crate) fn wait_for_place(&self) -> Result<Option<Admitted>, QueueFull> {
         self.places.as_ref().map(Admission::enter).transpose()
     }
 
     /// Why it would refuse a request for any model at `now`, but for cooling, which goes by model.
-    pub fn closed(&self, now: Nanos) -> Option<Closed> {
+    pub(crate) fn closed(&self, now: Nanos) -> Option<Closed> {
         self.check(now, || 0, None).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
     }
 
     /// Notes a failed try for `/status`.
-    pub fn note_error(&self, code: Code) {
+    pub(crate) fn note_error(&self, code: Code) {
         *self.state.last_error.lock() = Some((std::time::SystemTime::now(), code));
     }
 
     /// The last failed try.
-    pub fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
+    pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
         *self.state.last_error.lock()
     }
 }
@@ -414,24 +414,24 @@ fn joined(base: &str, path: &str) -> String {
 
 impl InLine {
     /// Stands in the line of a backend's quota, if it has one.
-    pub fn new(upstream: &Arc<Upstream>) -> Option<Self> {
+    pub(crate) fn new(upstream: &Arc<Upstream>) -> Option<Self> {
         let quota = upstream.quota.clone()?;
         let turn = Some(quota.wait(clock::now()));
         Some(InLine { turn, quota, upstream: upstream.clone(), served: false })
     }
 
     /// Its turn.
-    pub fn turn(&self) -> Option<&QuotaTicket> {
+    pub(crate) fn turn(&self) -> Option<&QuotaTicket> {
         self.turn.as_ref()
     }
 
     /// When its turn comes, as far as is known at `now`.
-    pub fn opens_at(&self, now: Nanos) -> Nanos {
+    pub(crate) fn opens_at(&self, now: Nanos) -> Nanos {
         self.quota.opens_at(now, self.turn())
     }
 
     /// Leaves it because its turn has come: those behind wait on as before.
-    pub fn served(mut self) {
+    pub(crate) fn served(mut self) {
         self.served = true;
     }
 }
@@ -449,17 +449,17 @@ impl Drop for InLine {
 
 impl InFlight {
     /// The backend.
-    pub fn upstream(&self) -> &Arc<Upstream> {
+    pub(crate) fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream
     }
 
     /// Gives the place to the next: the backend is done with the request, but for an answer that may be dropped.
-    pub fn leave_place(&mut self) {
+    pub(crate) fn leave_place(&mut self) {
         self.place = None;
     }
 
     /// The request goes out: the provider counts it from now on.
-    pub fn sent(&self) {
+    pub(crate) fn sent(&self) {
         if let Some(quota) = &self.upstream.quota {
             self.stamp.set(quota.sent(self.stamp.get(), clock::now()));
         }

@@ -25,7 +25,7 @@ const MAX_AGE: Nanos = 300 * SECOND;
 const MAX_PER_BACKEND: usize = 1024;
 
 /// Idle connections by backend, the oldest first.
-pub struct Pool {
+pub(crate) struct Pool {
     idle: RefCell<HashMap<u64, VecDeque<Lease>, BuildHasherDefault<Spread>>>,
     worker: usize,
     /// Connections of the worker, in use or idle.
@@ -54,7 +54,7 @@ impl Hasher for Spread {
 }
 
 /// A connection, in use or idle; dropping it closes it.
-pub struct Lease {
+pub(crate) struct Lease {
     /// The connection itself.
     pub link: Box<Http1>,
     count: Count,
@@ -104,22 +104,22 @@ impl Lease {
 
 impl Pool {
     /// The pool of worker number `worker`, which keeps idle connections while it has no more than `most` in all.
-    pub fn new(worker: usize, most: usize) -> Self {
+    pub(crate) fn new(worker: usize, most: usize) -> Self {
         Pool { idle: RefCell::default(), worker, open: Rc::default(), most }
     }
 
     /// A fresh connection to `upstream`, in use from now on.
-    pub fn lease(&self, link: Http1, upstream: Arc<Upstream>, now: Nanos) -> Lease {
+    pub(crate) fn lease(&self, link: Http1, upstream: Arc<Upstream>, now: Nanos) -> Lease {
         Lease { link: Box::new(link), count: Count::new(upstream, self), born: now, parked: now }
     }
 
     /// Closes idle connections, the oldest first, until a fresh one fits.
-    pub fn make_room(&self) {
+    pub(crate) fn make_room(&self) {
         while self.open.get() >= self.most && self.close_oldest() {}
     }
 
     /// Closes the oldest idle connection, whichever backend it leads to; `false` where none is idle.
-    pub fn close_oldest(&self) -> bool {
+    pub(crate) fn close_oldest(&self) -> bool {
         let mut idle = self.idle.borrow_mut();
         let oldest = idle.values_mut().filter(|parked| !parked.is_empty());
         let oldest = oldest.min_by_key(|parked| parked.front().map(|lease| lease.parked));
@@ -127,7 +127,7 @@ impl Pool {
     }
 
     /// Closes the older half of the idle connections.
-    pub fn close_half(&self) {
+    pub(crate) fn close_half(&self) {
         let idle: usize = self.idle.borrow().values().map(VecDeque::len).sum();
         for _ in 0..idle.div_ceil(2) {
             self.close_oldest();
@@ -135,7 +135,7 @@ impl Pool {
     }
 
     /// An idle connection to `upstream` that its peer still holds open.
-    pub fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
+    pub(crate) fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
         let parked = idle.get_mut(&upstream.state.id)?;
         while let Some(mut lease) = parked.pop_back() {
@@ -148,7 +148,7 @@ impl Pool {
     }
 
     /// Takes a connection back, if it can serve again.
-    pub fn park(&self, mut lease: Lease, now: Nanos) {
+    pub(crate) fn park(&self, mut lease: Lease, now: Nanos) {
         lease.parked = now;
         if !lease.is_fresh(now) || !lease.link.is_reusable() {
             return;
@@ -166,7 +166,7 @@ impl Pool {
     }
 
     /// Closes what is too old, was closed by its peer, or leads to a backend that is none of `fleet` any more.
-    pub fn sweep(&self, now: Nanos, fleet: &[Arc<Upstream>]) {
+    pub(crate) fn sweep(&self, now: Nanos, fleet: &[Arc<Upstream>]) {
         self.idle.borrow_mut().retain(|id, parked| {
             parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_open());
             !parked.is_empty() && fleet.iter().any(|b| b.state.id == *id)

@@ -18,14 +18,14 @@ use crate::time::Nanos;
 const AT_ONCE: usize = 4;
 
 /// How a name is looked up; the port of what is found means nothing.
-pub type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
+pub(crate) type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
 
 /// The addresses of a name, if it resolves.
-pub type LookUpResult = Result<Vec<SocketAddr>, Failed>;
+pub(crate) type LookUpResult = Result<Vec<SocketAddr>, Failed>;
 
 /// Resolves the name of one backend for all workers: who has to wait shares the next look-up that begins.
 #[derive(Clone)]
-pub struct Resolver {
+pub(crate) struct Resolver {
     look_up: Arc<LookUp>,
     turn: Arc<Semaphore>,
     /// What the last look-up found, and when it began.
@@ -56,12 +56,12 @@ impl From<Failed> for io::Error {
 
 impl Resolver {
     /// Asks the system.
-    pub fn system() -> Self {
+    pub(crate) fn system() -> Self {
         Resolver::new(Arc::new(|name| Ok((name, 0).to_socket_addrs()?.collect())))
     }
 
     /// Asks `look_up`.
-    pub fn new(look_up: Arc<LookUp>) -> Self {
+    pub(crate) fn new(look_up: Arc<LookUp>) -> Self {
         Resolver { look_up, turn: Arc::new(Semaphore::new(AT_ONCE)), last: Arc::default() }
     }
 
@@ -69,7 +69,7 @@ impl Resolver {
     ///
     /// # Errors
     /// It does not resolve.
-    pub async fn resolve(self, name: String) -> LookUpResult {
+    pub(crate) async fn resolve(self, name: String) -> LookUpResult {
         let asked = clock::now();
         let turn = self.turn.clone().acquire_owned().await.map_err(io::Error::other)?;
         if let Some((began, found)) = &*self.last.lock()

@@ -16,7 +16,7 @@ use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 use crate::upstream::pool::{Lease, Pool};
 
 /// An answer whose head is here and whose body is still to be read from `lease`.
-pub struct UpstreamAnswer {
+pub(crate) struct UpstreamAnswer {
     /// Status and headers as they came.
     pub head: response::Parts,
     /// The connection.
@@ -25,7 +25,7 @@ pub struct UpstreamAnswer {
 
 /// Why there is no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SendError {
+pub(crate) enum SendError {
     /// What broke, as a code of the error table.
     Broken(Code),
     /// The caller's time has passed.
@@ -54,7 +54,7 @@ impl From<ConnectError> for SendError {
 
 /// How far a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     /// Its turn has come, then: what follows is waiting for the backend.
     Begun(Nanos),
     /// A fresh connection is to be opened.
@@ -84,7 +84,7 @@ async fn last_in_line() {
 
 /// Where the connection for a request comes from.
 #[derive(Clone, Copy)]
-pub struct Source<'p> {
+pub(crate) struct Source<'p> {
     /// The worker's connections.
     pub pool: &'p Pool,
     /// An idle one will do.
@@ -114,7 +114,7 @@ impl Source<'_> {
 ///
 /// # Errors
 /// Why there is no answer.
-pub async fn send(
+pub(crate) async fn send(
     source: Source<'_>,
     upstream: &Arc<Upstream>,
     mut request: WireRequest,

@@ -65,7 +65,7 @@ mod at_once {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use http::HeaderValue;
-    use zap::gateway::failpoint;
+    use zap::internals::failpoint;
 
     use super::*;
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use zap::server::drain::Order;
+use zap::internals::Order;
 
 use crate::support::provider::{After, Gate, chunk, end_chunks, start_events, wait_closed};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};

@@ -6,7 +6,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use zap::policy::limit::{Decision, Limiter, WINDOW};
+use zap::internals::{Decision, Limiter, WINDOW};
 
 use crate::support::provider::{After, Gate, chunk, reply, start_events, wait_closed};
 use crate::support::{CHAT, Client, Provider, Response, STREAM, Zap, eventually, within};
@@ -717,7 +717,7 @@ fn o6_a_bug_before_the_answer_costs_its_own_request_alone() {
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
     let mut other = zap.client();
     assert_eq!(other.chat("", CHAT).text(), "ok");
-    zap::gateway::failpoint::want("try", http::HeaderValue::from_static("bug-try"));
+    zap::internals::failpoint::want("try", http::HeaderValue::from_static("bug-try"));
     let mut client = zap.client();
     let broken = client.chat("x-request-id: bug-try\r\n", CHAT);
     assert_eq!((broken.status, broken.code().as_str()), (500, "internal_error"));
@@ -752,7 +752,7 @@ fn o6_a_bug_in_the_midst_of_an_answer_cuts_that_one_alone() {
         After::Keep
     });
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
-    zap::gateway::failpoint::want("body", http::HeaderValue::from_static("bug-body"));
+    zap::internals::failpoint::want("body", http::HeaderValue::from_static("bug-body"));
     let (mut client, mut other) = (zap.client(), zap.client());
     other.post("/chat", "", STREAM);
     let mut whole = other.head();

@@ -16,7 +16,7 @@ fn server(name: &str) -> (SocketAddr, PathBuf) {
 }
 
 /// The same for any certificate.
-pub fn server_with(params: rcgen::CertificateParams) -> (SocketAddr, PathBuf) {
+pub(crate) fn server_with(params: rcgen::CertificateParams) -> (SocketAddr, PathBuf) {
     let own = rcgen::KeyPair::generate().unwrap();
     let made = params.self_signed(&own).unwrap();
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(own.serialize_der()));
@@ -47,7 +47,7 @@ pub fn server_with(params: rcgen::CertificateParams) -> (SocketAddr, PathBuf) {
 }
 
 /// A backend that is one.
-pub fn backend(address: SocketAddr, more: &str) -> String {
+pub(crate) fn backend(address: SocketAddr, more: &str) -> String {
     format!(
         "[[backends]]\nname = \"tls\"\nurl = \"https://localhost:{}\"\nweight = 1\n{more}\n",
         address.port()

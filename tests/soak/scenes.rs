@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{sleep, sleep_until, timeout};
-use zap::policy::limit::Limiter;
+use zap::internals::Limiter;
 
 use crate::load::{Client, percentile};
 use crate::provider::{self, News, Process};

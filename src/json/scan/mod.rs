@@ -18,7 +18,7 @@ use crate::json::members::{
 };
 
 /// Deepest nesting that is accepted; the object itself is 1.
-pub const MAX_DEPTH: u32 = 128;
+pub(crate) const MAX_DEPTH: u32 = 128;
 
 /// A scan under way. Feed it chunks in order, then [`finish`](Scanner::finish) it.
 #[derive(Debug)]

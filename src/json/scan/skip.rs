@@ -15,7 +15,7 @@ const WIDE: usize = 4 * BLOCK;
 ///
 /// `sound`: up to there the chunk is known to be UTF-8; it rises as more is found to be. Linear: every byte is skipped
 /// once and validated at most twice.
-pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
+pub(super) fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
     loop {
         if at < *sound {
             at = escaped::<false>(&chunk[..*sound], at);
@@ -41,7 +41,7 @@ pub fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
 /// The end of a string whose text begins at `at`, if it is plain and ends in the first block; else where
 /// [`text`] is to go on.
 #[inline(always)]
-pub fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
+pub(super) fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
     let Some(block) = chunk.get(at..).and_then(<[u8]>::first_chunk) else { return Err(at) };
     work::add(BLOCK);
     let found = marks::<true>(block);
@@ -53,7 +53,7 @@ pub fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
 }
 
 /// Index, from `at` on, of the first quote, backslash, control character or byte outside of ASCII.
-pub fn plain(bytes: &[u8], mut at: usize) -> usize {
+pub(super) fn plain(bytes: &[u8], mut at: usize) -> usize {
     while at < bytes.len() {
         let (found, length) = narrow::<true>(bytes, at);
         if found != 0 {
@@ -183,7 +183,7 @@ pub(super) mod work {
 
     /// Counts `bytes` more.
     #[inline(always)]
-    pub fn add(bytes: usize) {
+    pub(crate) fn add(bytes: usize) {
         #[cfg(test)]
         DONE.set(DONE.get() + bytes as u64);
         #[cfg(not(test))]
@@ -192,7 +192,7 @@ pub(super) mod work {
 
     /// What was counted since the last call.
     #[cfg(test)]
-    pub fn take() -> u64 {
+    pub(crate) fn take() -> u64 {
         DONE.take()
     }
 }

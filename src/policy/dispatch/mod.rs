@@ -17,7 +17,7 @@ use crate::time::Nanos;
 
 /// The limits of one request.
 #[derive(Clone, Copy, Debug)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// Tries beyond the first.
     pub max_retries: u32,
     /// The first backoff is at most so long; each further one twice that.
@@ -30,7 +30,7 @@ pub struct Rules {
 
 /// What the gateway is to do next.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Do {
+pub(crate) enum Do {
     /// Wait until then, then ask again.
     Backoff {
         /// When.
@@ -55,7 +55,7 @@ pub enum Do {
 
 /// Why nobody serves a request.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// Those that could be asked are busy, and the request does not wait for them.
     Busy(Busy),
     /// The last try failed, of this, and no answer came.
@@ -68,7 +68,7 @@ pub enum Refusal {
 
 /// Targets that a request may wait for.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Busy {
+pub(crate) struct Busy {
     /// The first that reopens by itself: when, which backend, and whether its quota is what one waits for.
     pub opens: Option<(Nanos, BackendId, bool)>,
     /// Backends that are full, each once.
@@ -77,7 +77,7 @@ pub struct Busy {
 
 /// What came of a try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     /// The connection failed, or what came is no answer.
     Broke(Code),
     /// Zap is on its way out.
@@ -97,7 +97,7 @@ pub enum Event {
 
 /// What an event means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The answer goes to the client, unless its body breaks before the first byte.
     Deliver,
     /// The try failed.
@@ -106,7 +106,7 @@ pub enum Verdict {
 
 /// A try that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub(crate) struct Failure {
     /// Why, for metrics and log.
     pub code: Code,
     /// It counts against the backend.
@@ -123,7 +123,7 @@ pub struct Failure {
 
 /// What an answer asks to be done with its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
+pub(crate) enum Mark {
     /// The key is refused: close the backend for a while.
     BadKey,
     /// Leave the target alone as long as the answer says.
@@ -138,7 +138,7 @@ impl Failure {
 
 /// The course of one request.
 #[derive(Debug)]
-pub struct Dispatch {
+pub(crate) struct Dispatch {
     rules: Rules,
     /// Targets in the order in which they were first asked: later rounds follow it.
     order: Vec<TargetId>,
@@ -179,7 +179,7 @@ enum Look {
 
 impl Dispatch {
     /// Nobody has been asked yet.
-    pub fn new(rules: Rules) -> Self {
+    pub(crate) fn new(rules: Rules) -> Self {
         Dispatch {
             rules,
             order: Vec::new(),
@@ -197,12 +197,12 @@ impl Dispatch {
     }
 
     /// Targets asked in this round.
-    pub fn tried(&self) -> &[TargetId] {
+    pub(crate) fn tried(&self) -> &[TargetId] {
         &self.tried
     }
 
     /// Decides what to do at `now`. `random` gives any number: the jitter of a backoff.
-    pub fn next(
+    pub(crate) fn next(
         &mut self,
         now: Nanos,
         fleet: &impl Fleet,
@@ -231,12 +231,12 @@ impl Dispatch {
     }
 
     /// The target had no place any more: another request came first.
-    pub fn missed(&mut self) {
+    pub(crate) fn missed(&mut self) {
         self.missed.extend(self.asked.take());
     }
 
     /// Judges what came of the try. After [`Verdict::Deliver`] a further event says that the body broke.
-    pub fn on(&mut self, event: Event) -> Verdict {
+    pub(crate) fn on(&mut self, event: Event) -> Verdict {
         let failure = match event {
             Event::Broke(code) => Failure { blame: true, ..Failure::new(code) },
             Event::Cut => Failure { fatal: true, ..Failure::new(Code::Draining) },

@@ -10,7 +10,7 @@ use super::PATIENCE;
 
 /// One request as a provider saw it.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub(crate) struct Seen {
     pub line: String,
     /// Names in lower case, in order.
     pub headers: Vec<(String, String)>,
@@ -18,14 +18,14 @@ pub struct Seen {
 }
 
 impl Seen {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 }
 
 /// What a script does after its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
+pub(crate) enum After {
     Close,
     Keep,
 }
@@ -42,18 +42,18 @@ struct Inner {
 }
 
 /// See the module. Dropping it stops it.
-pub struct Provider {
+pub(crate) struct Provider {
     inner: Arc<Inner>,
     pub address: SocketAddr,
 }
 
 impl Provider {
     /// Answers chats by `script` and probes with 200.
-    pub fn start(script: impl Fn(&Seen, &mut TcpStream) -> After + Send + Sync + 'static) -> Self {
+    pub(crate) fn start(script: impl Fn(&Seen, &mut TcpStream) -> After + Send + Sync + 'static) -> Self {
         Self::start_on(TcpListener::bind("127.0.0.1:0").unwrap(), script)
     }
 
-    pub fn start_on(
+    pub(crate) fn start_on(
         listener: TcpListener,
         script: impl Fn(&Seen, &mut TcpStream) -> After + Send + Sync + 'static,
     ) -> Self {
@@ -80,7 +80,7 @@ impl Provider {
     }
 
     /// Answers every chat with `status` and `body`.
-    pub fn fixed(status: u16, headers: &'static str, body: &'static str) -> Self {
+    pub(crate) fn fixed(status: u16, headers: &'static str, body: &'static str) -> Self {
         Self::start(move |_, stream| {
             reply(stream, status, headers, body.as_bytes());
             After::Keep
@@ -88,39 +88,39 @@ impl Provider {
     }
 
     /// Answers every chat with 200 and a text that is `name`.
-    pub fn named(name: &'static str) -> Self {
+    pub(crate) fn named(name: &'static str) -> Self {
         Self::fixed(200, "content-type: application/json\r\n", name)
     }
 
     /// A port where nobody listens.
-    pub fn nobody() -> SocketAddr {
+    pub(crate) fn nobody() -> SocketAddr {
         TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
     }
 
     /// What probes get from now on.
-    pub fn set_health(&self, status: u16) {
+    pub(crate) fn set_health(&self, status: u16) {
         self.inner.health.store(status, Ordering::SeqCst);
     }
 
-    pub fn seen(&self) -> Vec<Seen> {
+    pub(crate) fn seen(&self) -> Vec<Seen> {
         self.inner.seen.lock().unwrap().clone()
     }
 
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.inner.seen.lock().unwrap().len()
     }
 
-    pub fn probes(&self) -> Vec<Seen> {
+    pub(crate) fn probes(&self) -> Vec<Seen> {
         self.inner.probes.lock().unwrap().clone()
     }
 
     /// Connections open now.
-    pub fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         self.inner.connections.load(Ordering::SeqCst)
     }
 
     /// A `[[backends]]` entry for it.
-    pub fn backend(&self, name: &str, more: &str) -> String {
+    pub(crate) fn backend(&self, name: &str, more: &str) -> String {
         backend(self.address, name, more)
     }
 }
@@ -133,7 +133,7 @@ impl Drop for Provider {
 }
 
 /// A `[[backends]]` entry; `more` may hold further keys, `weight` among them.
-pub fn backend(address: SocketAddr, name: &str, more: &str) -> String {
+pub(crate) fn backend(address: SocketAddr, name: &str, more: &str) -> String {
     let weight = if more.contains("weight") { "" } else { "weight = 1\n" };
     format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{address}\"\n{weight}{more}\n")
 }
@@ -185,7 +185,7 @@ fn read_request(reader: &mut impl BufRead) -> Option<Seen> {
 }
 
 /// Writes a whole answer.
-pub fn reply(stream: &mut TcpStream, status: u16, headers: &str, body: &[u8]) {
+pub(crate) fn reply(stream: &mut TcpStream, status: u16, headers: &str, body: &[u8]) {
     let mut out =
         format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n{headers}\r\n", body.len()).into_bytes();
     out.extend_from_slice(body);
@@ -193,24 +193,24 @@ pub fn reply(stream: &mut TcpStream, status: u16, headers: &str, body: &[u8]) {
 }
 
 /// Writes the head of a chunked stream of events.
-pub fn start_events(stream: &mut TcpStream) {
+pub(crate) fn start_events(stream: &mut TcpStream) {
     let _ = stream.write_all(
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n",
     );
 }
 
 /// Writes one chunk; `false` where the other side has gone.
-pub fn chunk(stream: &mut TcpStream, data: &str) -> bool {
+pub(crate) fn chunk(stream: &mut TcpStream, data: &str) -> bool {
     stream.write_all(format!("{:x}\r\n{data}\r\n", data.len()).as_bytes()).is_ok()
 }
 
 /// Ends a chunked body.
-pub fn end_chunks(stream: &mut TcpStream) {
+pub(crate) fn end_chunks(stream: &mut TcpStream) {
     let _ = stream.write_all(b"0\r\n\r\n");
 }
 
 /// Waits until the other side closes; `false` if it does not.
-pub fn wait_closed(stream: &TcpStream) -> bool {
+pub(crate) fn wait_closed(stream: &TcpStream) -> bool {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let closed = matches!((&*stream).read(&mut [0; 1]), Ok(0) | Err(_));
     let _ = stream.set_read_timeout(None);
@@ -219,7 +219,7 @@ pub fn wait_closed(stream: &TcpStream) -> bool {
 
 /// An address whose handshakes stay unanswered: a listener that accepts nothing and whose backlog is full. It is one
 /// while what comes with it lives.
-pub fn blackhole() -> (SocketAddr, impl Sized) {
+pub(crate) fn blackhole() -> (SocketAddr, impl Sized) {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     socket.listen(1).unwrap();
@@ -232,11 +232,11 @@ pub fn blackhole() -> (SocketAddr, impl Sized) {
 
 /// A door that scripts wait at until a test opens it.
 #[derive(Clone, Default)]
-pub struct Gate(Arc<(Mutex<(usize, usize)>, Condvar)>);
+pub(crate) struct Gate(Arc<(Mutex<(usize, usize)>, Condvar)>);
 
 impl Gate {
     /// Waits for one opening.
-    pub fn pass(&self) {
+    pub(crate) fn pass(&self) {
         let (lock, bell) = &*self.0;
         let mut state = lock.lock().unwrap();
         state.1 += 1;
@@ -247,13 +247,13 @@ impl Gate {
     }
 
     /// Lets `n` pass.
-    pub fn open(&self, n: usize) {
+    pub(crate) fn open(&self, n: usize) {
         self.0.0.lock().unwrap().0 += n;
         self.0.1.notify_all();
     }
 
     /// How many wait at it.
-    pub fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.0.0.lock().unwrap().1
     }
 }

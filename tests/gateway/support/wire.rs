@@ -8,7 +8,7 @@ use socket2::{Domain, Socket, Type};
 use super::PATIENCE;
 
 /// One connection to Zap.
-pub struct Client {
+pub(crate) struct Client {
     stream: TcpStream,
     /// Received but not yet taken.
     ahead: Vec<u8>,
@@ -16,7 +16,7 @@ pub struct Client {
 
 /// An answer, as far as it came.
 #[derive(Clone, Debug)]
-pub struct Response {
+pub(crate) struct Response {
     pub status: u16,
     /// Names in lower case, in order.
     pub headers: Vec<(String, String)>,
@@ -26,27 +26,27 @@ pub struct Response {
 }
 
 impl Response {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap()
     }
 
-    pub fn json(&self) -> serde_json::Value {
+    pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.body)
             .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
 
     /// `error.code` of the body.
-    pub fn code(&self) -> String {
+    pub(crate) fn code(&self) -> String {
         self.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
     }
 }
 
 impl Client {
-    pub fn connect(address: SocketAddr) -> Self {
+    pub(crate) fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -54,7 +54,7 @@ impl Client {
     }
 
     /// One that can receive a few kilobytes only before it reads.
-    pub fn with_small_window(address: SocketAddr) -> Self {
+    pub(crate) fn with_small_window(address: SocketAddr) -> Self {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
         socket.connect(&address.into()).unwrap();
@@ -63,17 +63,17 @@ impl Client {
         Client { stream, ahead: Vec::new() }
     }
 
-    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+    pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream.write_all(bytes.as_ref()).unwrap();
     }
 
     /// Sends what the other side may refuse to read.
-    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
+    pub(crate) fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
         self.stream.write_all(bytes.as_ref()).is_ok()
     }
 
     /// Sends a POST of `body` to `path` with further header lines.
-    pub fn post(&mut self, path: &str, headers: &str, body: impl AsRef<[u8]>) {
+    pub(crate) fn post(&mut self, path: &str, headers: &str, body: impl AsRef<[u8]>) {
         let body = body.as_ref();
         let head =
             format!("POST {path} HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n{headers}\r\n", body.len());
@@ -81,26 +81,26 @@ impl Client {
     }
 
     /// POSTs a chat and reads the answer.
-    pub fn chat(&mut self, headers: &str, body: impl AsRef<[u8]>) -> Response {
+    pub(crate) fn chat(&mut self, headers: &str, body: impl AsRef<[u8]>) -> Response {
         self.post("/chat", headers, body);
         self.response()
     }
 
     /// GETs `path`.
-    pub fn get(&mut self, path: &str) -> Response {
+    pub(crate) fn get(&mut self, path: &str) -> Response {
         self.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n"));
         self.response()
     }
 
     /// Reads one answer; panics where no head comes.
-    pub fn response(&mut self) -> Response {
+    pub(crate) fn response(&mut self) -> Response {
         let mut response = self.head();
         self.body(&mut response);
         response
     }
 
     /// Reads the head of an answer.
-    pub fn head(&mut self) -> Response {
+    pub(crate) fn head(&mut self) -> Response {
         let end = loop {
             if let Some(at) = self.ahead.windows(4).position(|w| w == b"\r\n\r\n") {
                 break at + 4;
@@ -118,7 +118,7 @@ impl Client {
     }
 
     /// Reads the rest of an answer.
-    pub fn body(&mut self, response: &mut Response) {
+    pub(crate) fn body(&mut self, response: &mut Response) {
         if response.header("transfer-encoding") == Some("chunked") {
             while let Some(piece) = self.chunk() {
                 if piece.is_empty() {
@@ -138,7 +138,7 @@ impl Client {
     }
 
     /// Reads one chunk of a chunked body, empty at its end; `None` where the connection breaks off.
-    pub fn chunk(&mut self) -> Option<Vec<u8>> {
+    pub(crate) fn chunk(&mut self) -> Option<Vec<u8>> {
         let line = loop {
             match self.ahead.windows(2).position(|w| w == b"\r\n") {
                 Some(at) => break at,
@@ -158,7 +158,7 @@ impl Client {
     }
 
     /// Reads what is left up to the end of the connection; `false` if it ends by a reset.
-    pub fn rest(&mut self) -> (Vec<u8>, bool) {
+    pub(crate) fn rest(&mut self) -> (Vec<u8>, bool) {
         let mut buf = [0; 4096];
         loop {
             match self.stream.read(&mut buf) {
@@ -173,23 +173,23 @@ impl Client {
     }
 
     /// Waits, longer than for an answer, for the other side to close.
-    pub fn close_within(&mut self, limit: std::time::Duration) {
+    pub(crate) fn close_within(&mut self, limit: std::time::Duration) {
         self.stream.set_read_timeout(Some(limit)).unwrap();
         assert!(!self.fill(), "something came");
     }
 
     /// Closes it the hard way.
-    pub fn reset(self) {
+    pub(crate) fn reset(self) {
         socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
     }
 
     /// Says that nothing more will be sent.
-    pub fn half_close(&self) {
+    pub(crate) fn half_close(&self) {
         self.stream.shutdown(Shutdown::Write).unwrap();
     }
 
     /// Whether nothing has come and the connection still stands.
-    pub fn is_quiet(&mut self) -> bool {
+    pub(crate) fn is_quiet(&mut self) -> bool {
         self.stream.set_nonblocking(true).unwrap();
         let quiet = matches!(self.stream.peek(&mut [0; 1]), Err(e) if e.kind() == ErrorKind::WouldBlock);
         self.stream.set_nonblocking(false).unwrap();

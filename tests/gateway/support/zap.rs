@@ -7,14 +7,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::mpsc::Sender;
-use zap::config::{Config, Faults, LoadError};
-use zap::server::drain::{Order, orders};
-use zap::telemetry::log::Log;
+use zap::internals::Log;
+use zap::internals::{Config, Faults, LoadError};
+use zap::internals::{Order, orders};
 
 use super::{Client, Response, eventually, within};
 
 /// A running gateway. Dropping it stops it at once.
-pub struct Zap {
+pub(crate) struct Zap {
     pub address: SocketAddr,
     orders: Sender<Order>,
     thread: Option<JoinHandle<bool>>,
@@ -22,12 +22,12 @@ pub struct Zap {
 
 impl Zap {
     /// Starts it with a configuration text. Two workers and no request log, unless the text says otherwise.
-    pub fn start(text: &str) -> Self {
+    pub(crate) fn start(text: &str) -> Self {
         Self::run(Config::parse(text, "test", Path::new(""), &|_| None), text)
     }
 
     /// Starts it with a file that holds these `[[backends]]` and settings, so that it can be [reloaded](Self::reload).
-    pub fn with_file(file: &File, settings: &str, backends: &[String]) -> Self {
+    pub(crate) fn with_file(file: &File, settings: &str, backends: &[String]) -> Self {
         let text = file.write(settings, backends);
         let config = Config::load(&file.0).map_err(|error| match error {
             LoadError::Invalid(faults) => faults,
@@ -53,21 +53,21 @@ impl Zap {
     }
 
     /// Starts it with these `[[backends]]` and settings.
-    pub fn with(settings: &str, backends: &[String]) -> Self {
+    pub(crate) fn with(settings: &str, backends: &[String]) -> Self {
         Self::start(&format!("{settings}\n{}", backends.concat()))
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::connect(self.address)
     }
 
     /// One chat on a connection of its own.
-    pub fn chat(&self, body: impl AsRef<[u8]>) -> Response {
+    pub(crate) fn chat(&self, body: impl AsRef<[u8]>) -> Response {
         self.client().chat("", body)
     }
 
     /// Has it read its file anew; `true` where the new configuration was taken.
-    pub fn reload(&self) -> bool {
+    pub(crate) fn reload(&self) -> bool {
         let count = |result: &str| self.metric(&format!("zap_config_reloads_total{{result=\"{result}\"}}"));
         let before = (count("applied"), count("rejected"));
         self.order(Order::Reload);
@@ -76,17 +76,17 @@ impl Zap {
     }
 
     /// Sends an order.
-    pub fn order(&self, order: Order) {
+    pub(crate) fn order(&self, order: Order) {
         self.orders.blocking_send(order).unwrap();
     }
 
     /// Waits for its end: whether nothing was cut.
-    pub fn join(mut self) -> bool {
+    pub(crate) fn join(mut self) -> bool {
         self.thread.take().unwrap().join().unwrap()
     }
 
     /// All samples of `/metrics`, by series.
-    pub fn metrics(&self) -> HashMap<String, f64> {
+    pub(crate) fn metrics(&self) -> HashMap<String, f64> {
         let text = self.client().get("/metrics");
         let samples = text.text().lines().filter(|l| !l.starts_with('#'));
         samples
@@ -96,13 +96,13 @@ impl Zap {
     }
 
     /// One sample; panics where there is no such series.
-    pub fn metric(&self, series: &str) -> f64 {
+    pub(crate) fn metric(&self, series: &str) -> f64 {
         let all = self.metrics();
         *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
     }
 
     /// Waits, a second at most, until nothing is held any more: slots, queue, backends, upstream connections in use.
-    pub fn is_clean(&self) {
+    pub(crate) fn is_clean(&self) {
         within(Duration::from_secs(1), "the gauges return to idle", || {
             let all = self.metrics();
             let sum = |name: &str, part: &str| -> f64 {
@@ -117,16 +117,16 @@ impl Zap {
 }
 
 /// A configuration file, gone when dropped.
-pub struct File(PathBuf);
+pub(crate) struct File(PathBuf);
 
 impl File {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let name = format!("zap-test-{}-{:x}.toml", std::process::id(), fastrand::u64(..));
         File(std::env::temp_dir().join(name))
     }
 
     /// Writes these `[[backends]]` and settings, without a request log; returns the text.
-    pub fn write(&self, settings: &str, backends: &[String]) -> String {
+    pub(crate) fn write(&self, settings: &str, backends: &[String]) -> String {
         let text = format!("{settings}\n[log]\nrequests = false\n{}", backends.concat());
         std::fs::write(&self.0, &text).unwrap();
         text
