@@ -82,6 +82,8 @@ pub(crate) struct Attempts<'a> {
     pub record: &'a mut RequestRecord,
     /// When the first byte must be on its way.
     pub deadline: Nanos,
+    /// When the present try began to wait for its backend, if it has.
+    pub begun: Option<Nanos>,
 }
 
 impl Attempts<'_> {

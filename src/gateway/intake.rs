@@ -18,7 +18,7 @@ use crate::http1::headers::is_encoded;
 use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
-use crate::protocol::Endpoint;
+use crate::protocol::endpoint::Api;
 use crate::telemetry::RequestRecord;
 use crate::time::{Nanos, SECOND};
 
@@ -60,56 +60,68 @@ pub(crate) fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayErr
     Ok(())
 }
 
-/// Reads and scans the body of a request for what `watch` names. `upload` is there from the first wait on, so that the way
-/// out waits too: until the request has a slot.
-///
-/// # Errors
-/// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or `deadline` passes.
-pub(crate) async fn read(
-    gateway: &Gateway,
-    mut body: impl http_body::Body<Data = Bytes> + Unpin,
-    exchange: &Exchange,
-    record: &mut RequestRecord,
-    watch: &Watch,
-    deadline: Nanos,
-    upload: &mut Option<Upload>,
-) -> Result<ChatRequest, GatewayError> {
-    let refuse = |error| refuse(error, watch);
-    let (endpoint, max) = (record.endpoint, gateway.server().max_body_bytes);
-    let mut scanner = Scanner::new(watch);
-    let mut pieces = Pieces::default();
-    let (mut length, mut marked) = (0u64, 0u64);
-    let mut until = deadline.min(exchange.coarse_now() + PATIENCE);
-    while !body.is_end_stream() {
-        // What is here already costs no look at the clock.
-        let mut since = None;
-        let frame = poll_fn(|cx| {
-            let frame = Pin::new(&mut body).poll_frame(cx);
-            if frame.is_pending() {
-                since.get_or_insert_with(clock::now);
-                upload.get_or_insert_with(|| gateway.begin_upload());
+/// The reading of a request's body.
+pub(crate) struct Intake<'a> {
+    /// The worker's gateway.
+    pub(crate) gateway: &'a Gateway,
+    /// The client's side.
+    pub(crate) exchange: &'a Exchange,
+    /// What the scanner looks for.
+    pub(crate) watch: &'a Watch,
+    /// When the request's time is up.
+    pub(crate) deadline: Nanos,
+}
+
+impl Intake<'_> {
+    /// Reads and scans the body. The [`Upload`] is there where the body had to be waited for: until the request has a slot, so
+    /// that the drain waits for it.
+    ///
+    /// # Errors
+    /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or the deadline passes.
+    pub(crate) async fn read(
+        &self,
+        mut body: impl http_body::Body<Data = Bytes> + Unpin,
+        api: &Api,
+        record: &mut RequestRecord,
+    ) -> Result<(ChatRequest, Option<Upload>), GatewayError> {
+        let refuse = |error| refuse(error, self.watch);
+        let max = self.gateway.server().max_body_bytes;
+        let mut scanner = Scanner::new(self.watch);
+        let mut upload = None;
+        let mut pieces = Pieces::default();
+        let (mut length, mut marked) = (0u64, 0u64);
+        let mut until = self.deadline.min(self.exchange.coarse_now() + PATIENCE);
+        while !body.is_end_stream() {
+            // What is here already costs no look at the clock.
+            let mut since = None;
+            let frame = poll_fn(|cx| {
+                let frame = Pin::new(&mut body).poll_frame(cx);
+                if frame.is_pending() {
+                    since.get_or_insert_with(clock::now);
+                    upload.get_or_insert_with(|| self.gateway.begin_upload());
+                }
+                frame
+            });
+            let frame = self.exchange.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
+            record.others += since.map_or(0, |since| clock::now() - since);
+            let Some(frame) = frame else { break };
+            // Trailers end at Zap.
+            let Ok(data) = frame.map_err(|_| GatewayError::BodyIncomplete)?.into_data() else { continue };
+            length += data.len() as u64;
+            if length > max {
+                return Err(GatewayError::TooLarge(max));
             }
-            frame
-        });
-        let frame = exchange.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
-        record.others += since.map_or(0, |since| clock::now() - since);
-        let Some(frame) = frame else { break };
-        // Trailers end at Zap.
-        let Ok(data) = frame.map_err(|_| GatewayError::BodyIncomplete)?.into_data() else { continue };
-        length += data.len() as u64;
-        if length > max {
-            return Err(GatewayError::TooLarge(max));
+            scanner.feed(&data).map_err(refuse)?;
+            pieces.push(data);
+            if length - marked >= PROGRESS as u64 && !body.is_end_stream() {
+                marked = length;
+                until = self.deadline.min(clock::now() + PATIENCE);
+            }
         }
-        scanner.feed(&data).map_err(refuse)?;
-        pieces.push(data);
-        if length - marked >= PROGRESS as u64 && !body.is_end_stream() {
-            marked = length;
-            until = deadline.min(clock::now() + PATIENCE);
-        }
+        let fields = scanner.finish().map_err(refuse)?;
+        fields.check(api.needs_messages, api.has_default_model).map_err(refuse_fault)?;
+        Ok((ChatRequest { chunks: pieces.finish(), fields }, upload))
     }
-    let fields = scanner.finish().map_err(refuse)?;
-    fields.check(endpoint == Endpoint::Chat, endpoint.has_default_model()).map_err(refuse_fault)?;
-    Ok(ChatRequest { chunks: pieces.finish(), fields })
 }
 
 fn refuse(error: ScanError, watch: &Watch) -> GatewayError {

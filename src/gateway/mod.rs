@@ -14,6 +14,8 @@ pub(crate) mod one_try;
 
 pub(crate) mod relay;
 
+mod answer;
+
 pub mod failpoint;
 
 pub(crate) mod refusal;
@@ -28,12 +30,9 @@ use std::sync::Arc;
 
 use arc_swap::Guard;
 use bytes::Bytes;
-use http::header::{
-    CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE,
-    CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, UPGRADE,
-};
+use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::request::Parts;
-use http::{Method, Response, Version};
+use http::{Method, Response};
 
 use crate::client::body::Body;
 use crate::client::exchange::Exchange;
@@ -42,26 +41,22 @@ use crate::client::serve::Service;
 use crate::clock;
 use crate::code::Code;
 use crate::config::{Server, Strategy};
-use crate::gateway::attempt::{Attempts, Delivery};
+use crate::gateway::answer::Reply;
+use crate::gateway::attempt::Attempts;
 use crate::gateway::endpoints::Lists;
-use crate::gateway::intake::ChatRequest;
-use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
-use crate::gateway::relay::{BodyKind, Held, RelayBody};
+use crate::gateway::intake::{ChatRequest, Intake};
+use crate::gateway::refusal::GatewayError;
+use crate::gateway::relay::RelayBody;
 use crate::gateway::state::Shared;
 use crate::http1::headers;
-use crate::http1::headers::About;
 use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
-use crate::policy::limit::Decision;
 use crate::protocol::Endpoint;
-use crate::protocol::redact::{Redactor, holds_key};
-use crate::telemetry::{Arrival, End, Recorder, RequestRecord};
+use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
+use crate::telemetry::{Arrival, Recorder, RequestRecord};
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::pool::Pool;
-
-/// Lines that a worker logs in a second of heads that it refused: whoever sends noise must not fill the log.
-const MAX_REFUSED_LINES: u64 = 10;
 
 /// Searches for near names that a worker makes in a second, for models that nobody serves.
 const MAX_SEARCHES: u64 = 50;
@@ -69,13 +64,7 @@ const MAX_SEARCHES: u64 = 50;
 /// Where the models are listed.
 const MODELS: &str = "/v1/models";
 
-const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
-const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
-const X_ZAP_BACKEND: HeaderName = HeaderName::from_static("x-zap-backend");
 const X_ZAP_SESSION: HeaderName = HeaderName::from_static("x-zap-session");
-const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
-const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
-const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
 
 /// An answer to a client.
 pub(crate) type Answer = Response<Body<RelayBody>>;
@@ -125,39 +114,48 @@ impl Gateway {
             return self.refuse_head(why, exchange);
         }
         let path = head.uri.path();
-        let (endpoint, allow) = route(path);
+        let endpoint = Endpoint::of(path);
         let request_id = headers::request_id(&head.headers).cloned();
         let request_id =
             request_id.unwrap_or_else(|| headers::new_request_id(self.rng.borrow_mut().u128(..)));
         let method = Some(&head.method);
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
+        let reply = Reply { exchange, version: head.version, decision: None };
         if is_guarded(path) {
             match caller::identify(self, &head.headers) {
                 Ok(caller) => record.caller = caller,
-                Err(error) => {
-                    let response = self.refuse(&error, &mut record);
-                    return self.finish(response, record, None, exchange);
-                }
+                Err(error) => return self.refused(&error, record, &reply),
             }
         }
-        if allow == "POST" && head.method == Method::POST {
-            return self.forward(head, body, exchange, record).await;
+        match &endpoint.row().served {
+            ServedBy::Backends(api) if head.method == Method::POST => {
+                self.forward(head, body, api, record, reply).await
+            }
+            ServedBy::Backends(_) if wants_websocket(head) => {
+                self.refused(&GatewayError::UpgradeRequired, record, &reply)
+            }
+            ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
+                match self.page(*page, path, &record) {
+                    Ok(response) => self.finish(response, record, &reply),
+                    Err(error) => self.refused(&error, record, &reply),
+                }
+            }
+            ServedBy::Backends(_) | ServedBy::Zap(_) => {
+                self.refused(&GatewayError::MethodNotAllowed(endpoint.row().allow()), record, &reply)
+            }
+            ServedBy::Nobody => self.refused(&GatewayError::UnknownUrl, record, &reply),
         }
-        let is_read = matches!(head.method, Method::GET | Method::HEAD);
-        let result = match endpoint {
-            Endpoint::Other => Err(GatewayError::UnknownUrl),
-            _ if allow == "POST" && wants_websocket(head) => Err(GatewayError::UpgradeRequired),
-            _ if !is_read || allow == "POST" => Err(GatewayError::MethodNotAllowed(allow)),
-            Endpoint::Health => Ok(endpoints::health()),
-            Endpoint::Metrics => Ok(endpoints::metrics(self.shared())),
-            Endpoint::Models => self.models(path, &record),
-            Endpoint::Ready => Ok(endpoints::ready(self.shared())),
-            // What is left are POST endpoints, which were refused just now.
-            _ => Ok(endpoints::status(self.shared())),
-        };
-        let response = result.unwrap_or_else(|error| self.refuse(&error, &mut record));
-        self.finish(response, record, None, exchange)
+    }
+
+    fn page(&self, page: Page, path: &str, record: &RequestRecord) -> Result<Answer, GatewayError> {
+        Ok(match page {
+            Page::Health => endpoints::health(),
+            Page::Metrics => endpoints::metrics(self.shared()),
+            Page::Models => return self.models(path, record),
+            Page::Ready => endpoints::ready(self.shared()),
+            Page::Status => endpoints::status(self.shared()),
+        })
     }
 
     fn models(&self, path: &str, record: &RequestRecord) -> Result<Answer, GatewayError> {
@@ -179,27 +177,27 @@ impl Gateway {
         self: &Rc<Self>,
         head: &Parts,
         body: B,
-        exchange: &Exchange,
+        api: &Api,
         mut record: Box<RequestRecord>,
+        mut reply: Reply<'_>,
     ) -> Answer
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
-        let mut decision = None;
+        let exchange = reply.exchange;
         let result = async {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            decision = caller::check_limits(self, &head.headers, exchange.peer(), &record);
-            if let Some(refused) = decision.filter(|d| !d.admitted) {
+            reply.decision = caller::check_limits(self, &head.headers, exchange.peer(), &record);
+            if let Some(refused) = reply.decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let snapshot = self.shared().snapshot.load_full();
             let deadline = record.started + clock::nanos(snapshot.config.queue.timeout);
-            let mut upload = None;
-            let watch = snapshot.watch();
-            let chat = intake::read(self, body, exchange, &mut record, watch, deadline, &mut upload).await?;
+            let intake = Intake { gateway: self, exchange, watch: snapshot.watch(), deadline };
+            let (chat, upload) = intake.read(body, api, &mut record).await?;
             record.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
@@ -216,20 +214,18 @@ impl Gateway {
                 snapshot,
                 record: &mut record,
                 deadline,
+                begun: None,
             };
             attempts.run(slot).await
         }
         .await;
         match result {
-            Ok(delivery) => self.deliver(delivery, record, decision, exchange, head.version),
-            // It left in its body: nobody is there to be told, and it is counted as gone.
+            Ok(delivery) => self.deliver(delivery, record, &reply),
+            // The client left while it sent its body: nobody is there to be told, and it is counted as gone.
             Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => error.response(false),
-            Err(error) => {
-                // Whatever a cut request was waiting for, the way out ended it.
-                let error = if self.is_cut() { GatewayError::Draining } else { error };
-                let response = self.refuse(&error, &mut record);
-                self.finish(response, record, decision, exchange)
-            }
+            // Whatever a cut request was waiting for, the drain ended it.
+            Err(_) if self.is_cut() => self.refused(&GatewayError::Draining, record, &reply),
+            Err(error) => self.refused(&error, record, &reply),
         }
     }
 
@@ -267,154 +263,6 @@ impl Gateway {
             None
         };
         Ok(Ask { endpoint: record.endpoint, route, model, affinity })
-    }
-
-    /// An upstream's answer on its way out.
-    fn deliver(
-        self: &Rc<Self>,
-        delivery: Delivery,
-        mut record: Box<RequestRecord>,
-        decision: Option<Decision>,
-        exchange: &Exchange,
-        version: Version,
-    ) -> Answer {
-        let Delivery { mut head, about, lease, entered, slot, first, patience } = delivery;
-        let upstream = entered.upstream().clone();
-        let About { id, is_events: events, is_encoded, has_length } = about;
-        let readable = events && !is_encoded;
-        let shape = BodyKind {
-            is_stream: events,
-            events: readable && !has_length,
-            done_expected: readable && head.status.is_success() && record.endpoint.ends_with_done(),
-            version,
-        };
-        let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
-        record.upstream_request_id =
-            id.filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())));
-        let secret = key.filter(|_| head.status.as_u16() >= 400);
-        let redactor = secret.and_then(Redactor::new);
-        if let Some(redactor) = &redactor {
-            redact(&mut head.headers, redactor);
-        }
-        record.backend = Some(upstream);
-        let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
-        if spent {
-            head.headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
-        }
-        self.dress(&mut head.headers, &mut record, decision, exchange);
-        if events {
-            // nginx in front, with its defaults, would keep the tokens back until the stream ends.
-            head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
-            head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
-        }
-        record.answered(head.status.as_u16());
-        exchange.begin_answer(patience);
-        let held = Held { lease, entered, _slot: slot, record };
-        let relay =
-            RelayBody::new(held, self.clone(), exchange.clone(), first, redactor.map(Box::new), shape);
-        let mut response = Response::new(Body::stream(relay).on(exchange));
-        *response.status_mut() = head.status;
-        *response.headers_mut() = head.headers;
-        response
-    }
-
-    /// Zap's own answer on its way out.
-    fn finish(
-        &self,
-        mut response: Answer,
-        mut record: Box<RequestRecord>,
-        decision: Option<Decision>,
-        exchange: &Exchange,
-    ) -> Answer {
-        self.dress(response.headers_mut(), &mut record, decision, exchange);
-        record.answered(response.status().as_u16());
-        record.bytes = http_body::Body::size_hint(response.body()).lower();
-        if record.end == End::ClientGone {
-            record.end = End::Complete;
-        }
-        exchange.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
-        response.map(|body| body.on(exchange))
-    }
-
-    /// The headers that every answer has.
-    fn dress(
-        &self,
-        headers: &mut HeaderMap,
-        record: &mut RequestRecord,
-        decision: Option<Decision>,
-        exchange: &Exchange,
-    ) {
-        headers.reserve(8);
-        headers.insert(headers::X_REQUEST_ID, record.request_id.clone());
-        if let Some(id) = &record.upstream_request_id {
-            headers.insert(headers::X_UPSTREAM_REQUEST_ID, id.clone());
-        }
-        headers.insert(X_ZAP_ATTEMPTS, headers::number(record.tries));
-        match &record.backend {
-            Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),
-            None => headers.remove(X_ZAP_BACKEND),
-        };
-        if let Some(d) = decision {
-            headers.insert(LIMIT, self.limit_value(d.limit));
-            headers.insert(REMAINING, headers::number(d.remaining));
-            headers.insert(RESET, headers::reset(d.reset));
-        }
-        if exchange.must_close() || self.shared().is_draining() {
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-    }
-
-    /// The limit as a header's value: that of the last answer, mostly.
-    fn limit_value(&self, limit: u32) -> HeaderValue {
-        let mut last = self.limit.borrow_mut();
-        if last.0 != limit {
-            *last = (limit, headers::number(limit));
-        }
-        last.1.clone()
-    }
-
-    fn refuse(&self, error: &GatewayError, record: &mut RequestRecord) -> Answer {
-        let code = error.code();
-        self.recorder.lane().rejected(code);
-        record.refused = Some(code);
-        if matches!(
-            error,
-            GatewayError::QueueTimeout | GatewayError::RequestTimeout | GatewayError::UpstreamTimeout
-        ) {
-            record.end = End::Timeout;
-        } else if error.status().as_u16() == 502 {
-            record.end = End::UpstreamError;
-        }
-        let spent = error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
-        error.response(spent)
-    }
-
-    /// The answer to a request that a bug has ended: the record is written already.
-    fn internal_error(&self) -> Answer {
-        let mut response = GatewayError::Internal.response(!self.shared().budget.has_room(clock::now()));
-        let broken = self.recorder.broken.take();
-        let (id, tries) =
-            broken.unwrap_or_else(|| (headers::new_request_id(self.rng.borrow_mut().u128(..)), 0));
-        response.headers_mut().insert(headers::X_REQUEST_ID, id);
-        response.headers_mut().insert(X_ZAP_ATTEMPTS, headers::number(tries));
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        response
-    }
-
-    /// A head that broke the rules: hyper has read a stand-in for it.
-    fn refuse_head(&self, why: &'static str, exchange: &Exchange) -> Answer {
-        let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
-        let arrival = Arrival {
-            method: None,
-            path: "",
-            endpoint: Endpoint::Other,
-            request_id: id,
-            peer: exchange.peer(),
-        };
-        let mut record = RequestRecord::new(self.recorder.clone(), arrival);
-        record.is_noise = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
-        let response = self.refuse(&GatewayError::BadRequest(why), &mut record);
-        self.finish(response, record, None, exchange)
     }
 
     /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
@@ -496,40 +344,6 @@ impl Service for Gateway {
     }
 }
 
-/// What a path is for, and the methods that it serves. Paths are compared as they come: nothing is normalised.
-fn route(path: &str) -> (Endpoint, &'static str) {
-    match path {
-        "/chat" | "/v1/chat/completions" => (Endpoint::Chat, "POST"),
-        "/v1/audio/speech" => (Endpoint::Speech, "POST"),
-        "/v1/completions" => (Endpoint::Completions, "POST"),
-        "/v1/embeddings" => (Endpoint::Embeddings, "POST"),
-        "/v1/images/generations" => (Endpoint::Images, "POST"),
-        "/v1/moderations" => (Endpoint::Moderations, "POST"),
-        "/v1/rerank" => (Endpoint::Rerank, "POST"),
-        "/v1/responses" => (Endpoint::Responses, "POST"),
-        MODELS => (Endpoint::Models, "GET, HEAD"),
-        "/health" => (Endpoint::Health, "GET, HEAD"),
-        "/metrics" => (Endpoint::Metrics, "GET, HEAD"),
-        "/ready" => (Endpoint::Ready, "GET, HEAD"),
-        "/status" => (Endpoint::Status, "GET, HEAD"),
-        one if one.starts_with("/v1/models/") => (Endpoint::Models, "GET, HEAD"),
-        _ => (Endpoint::Other, ""),
-    }
-}
-
-/// Hides the backend's key in the headers of its answer, apart from those that frame or describe the body: without them
-/// the body cannot be read.
-fn redact(headers: &mut HeaderMap, redactor: &Redactor) {
-    const OF_THE_BODY: [HeaderName; 4] = [CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_RANGE, CONTENT_TYPE];
-    for (name, value) in headers.iter_mut() {
-        if !OF_THE_BODY.contains(name) && redactor.is_in(value.as_bytes()) {
-            *value = HeaderValue::from_static("***");
-        }
-    }
-    // `***` may be shorter than the key: the body's length is not known any more.
-    headers.remove(CONTENT_LENGTH);
-}
-
 /// Whether a request asks for a WebSocket (RFC 6455, section 4.1), as Codex does first.
 fn wants_websocket(head: &Parts) -> bool {
     let is_named = |value: &HeaderValue| {
@@ -539,24 +353,4 @@ fn wants_websocket(head: &Parts) -> bool {
             .any(|name| name.trim_ascii().eq_ignore_ascii_case(b"websocket"))
     };
     head.method == Method::GET && head.headers.get_all(UPGRADE).iter().any(is_named)
-}
-
-/// Whether a path is for those alone who may call.
-fn is_guarded(path: &str) -> bool {
-    path == "/chat" || path.starts_with("/v1/")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_are_exact() {
-        assert_eq!(route("/chat").0, Endpoint::Chat);
-        assert_eq!(route("/v1/chat/completions").0, Endpoint::Chat);
-        assert_eq!((route("/v1/models").0, route("/v1/models/a/b").0), (Endpoint::Models, Endpoint::Models));
-        for path in ["/v1/modelsx", "/chat/", "/v1//chat", "/%63hat", "/Chat", "/", ""] {
-            assert_eq!(route(path).0, Endpoint::Other, "{path}");
-        }
-    }
 }

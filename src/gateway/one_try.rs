@@ -50,22 +50,22 @@ impl Attempts<'_> {
         self.record.phase = Phase::Waiting;
         failpoint::here("try", &self.record.request_id);
         let upstream = entered.upstream().clone();
-        let mut begun = None;
-        let mut answer = self.ask_once(target, &entered, limit, true, &mut begun).await;
+        self.begun = None;
+        let mut answer = self.ask_once(target, &entered, limit, true).await;
         if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, limit, false, &mut begun).await;
+            answer = self.ask_once(target, &entered, limit, false).await;
         }
         let event = match answer {
             _ if self.gateway.is_cut() => Event::Cut,
             Ok(UpstreamAnswer { mut head, mut lease }) => {
                 if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
-                    self.stop_waiting(begun);
+                    self.stop_waiting();
                     return Err(failure.keep.then(|| self.keep(head, lease, entered)));
                 }
                 let about = headers::to_client(&mut head.headers);
                 match self.first_frame(&about, &mut lease, limit).await {
                     Ok(first) => {
-                        self.stop_waiting(begun);
+                        self.stop_waiting();
                         return Ok((head, about, lease, entered, first));
                     }
                     Err(event) => event,
@@ -76,7 +76,7 @@ impl Attempts<'_> {
             Err(SendError::Exhausted) => Event::Exhausted,
             Err(SendError::Stale) => Event::Broke(Code::UpstreamUnreachable),
         };
-        self.stop_waiting(begun);
+        self.stop_waiting();
         if let Verdict::Failed(failure) = dispatch.on(event) {
             self.account(&upstream, failure);
         }
@@ -84,8 +84,8 @@ impl Attempts<'_> {
     }
 
     /// The backend has answered, or will not: the time since it `begun` was its own.
-    fn stop_waiting(&mut self, begun: Option<Nanos>) {
-        self.record.others += begun.map_or(0, |begun| clock::now() - begun);
+    fn stop_waiting(&mut self) {
+        self.record.others += self.begun.map_or(0, |begun| clock::now() - begun);
     }
 
     fn keep(&self, head: Parts, lease: Lease, mut entered: InFlight) -> Box<Kept> {
@@ -102,12 +102,11 @@ impl Attempts<'_> {
         entered: &InFlight,
         limit: Nanos,
         reuse: bool,
-        begun: &mut Option<Nanos>,
     ) -> Result<UpstreamAnswer, SendError> {
         let message = self.message(target, entered.upstream());
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
-        let record = &mut *self.record;
+        let (record, begun) = (&mut *self.record, &mut self.begun);
         let on_step = |step| match step {
             Step::Begun(now) => *begun = begun.or(Some(now)),
             Step::Connecting => record.phase = Phase::Connecting,

@@ -20,7 +20,7 @@ use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::failpoint;
 use crate::policy::queue::Permit;
-use crate::protocol::Endpoint;
+use crate::protocol::endpoint::Stream;
 use crate::protocol::error_event::stream_interrupted;
 use crate::protocol::events::Tail;
 use crate::protocol::redact::Redactor;
@@ -63,10 +63,20 @@ pub(crate) struct BodyKind {
     pub is_stream: bool,
     /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
     pub events: bool,
-    /// A stream that must end with a `[DONE]` that can be read.
-    pub done_expected: bool,
+    /// How the stream says that it is over, where it is one that can be read.
+    pub stream: Option<Stream>,
     /// The client's version: before 1.1 a body without a length ends with the connection.
     pub version: Version,
+}
+
+/// What is passed on, and how.
+pub(crate) struct Passing {
+    /// The first frame, which may be here already.
+    pub first: Option<Bytes>,
+    /// For answers that may echo the backend's key. Rare, and wider than all the rest.
+    pub redactor: Option<Box<Redactor>>,
+    /// What kind of body it is.
+    pub kind: BodyKind,
 }
 
 /// See the module.
@@ -78,6 +88,8 @@ pub(crate) struct RelayBody {
     /// Rare, and wider than all the rest.
     redactor: Option<Box<Redactor>>,
     shape: BodyKind,
+    /// The stream must end with a `[DONE]`.
+    done_expected: bool,
     tail: Tail,
     /// What a stream of `/v1/responses` has said of itself.
     seen: Option<Box<Seen>>,
@@ -101,21 +113,17 @@ impl fmt::Debug for RelayBody {
 }
 
 impl RelayBody {
-    /// A body whose `first` frame may be here already. `redactor`: for answers that may echo the backend's key.
-    pub(crate) fn new(
-        held: Held,
-        gateway: Rc<Gateway>,
-        exchange: Exchange,
-        first: Option<Bytes>,
-        redactor: Option<Box<Redactor>>,
-        shape: BodyKind,
-    ) -> Self {
-        let is_response = shape.events && held.record.endpoint == Endpoint::Responses;
+    /// Passes on what `held` still receives.
+    pub(crate) fn new(held: Held, gateway: Rc<Gateway>, exchange: Exchange, passing: Passing) -> Self {
+        let Passing { first, redactor, kind } = passing;
+        let done_expected = kind.stream == Some(Stream::Done) && held.record.status < 300;
+        let is_response = kind.events && kind.stream == Some(Stream::Responses);
         let mut relay = RelayBody {
             first,
             redactor,
-            shape,
-            tail: Tail::new(shape.done_expected),
+            shape: kind,
+            done_expected,
+            tail: Tail::new(done_expected),
             seen: is_response.then(Box::default),
             state: RelayState::Streaming,
             held: Some(held),
@@ -200,8 +208,7 @@ impl RelayBody {
 
     /// The stream has said that it is over, whatever the transport says.
     fn is_over(&self) -> bool {
-        self.shape.done_expected && self.tail.has_done()
-            || self.seen.as_ref().is_some_and(|seen| seen.is_over())
+        self.done_expected && self.tail.has_done() || self.seen.as_ref().is_some_and(|seen| seen.is_over())
     }
 
     /// The upstream's body is whole.
@@ -209,7 +216,7 @@ impl RelayBody {
         self.state = RelayState::Ended;
         let Some(mut held) = self.held.take() else { return };
         let now = clock::now();
-        if self.shape.done_expected && !self.tail.has_done() {
+        if self.done_expected && !self.tail.has_done() {
             held.record.end = End::UpstreamError;
             held.record.recorder().lane().interrupted(Side::Upstream);
         } else {

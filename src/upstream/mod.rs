@@ -390,10 +390,11 @@ fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
 /// The API base is the chat path less `/chat/completions`; a chat path that ends otherwise serves chat alone.
 fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()], &'static str> {
     let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
-    let base = Endpoint::Chat.tail().and_then(|tail| chat.strip_suffix(tail));
+    let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
+    let base = tail(Endpoint::Chat).and_then(|tail| chat.strip_suffix(tail));
     let mut targets = [const { None }; Endpoint::ALL.len()];
     for endpoint in Endpoint::ALL {
-        let path = match (endpoint, base, endpoint.tail()) {
+        let path = match (endpoint, base, tail(endpoint)) {
             (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
             (_, Some(base), Some(tail)) => joined(&conf.url.path, &format!("{base}{tail}{query}")),
             _ => continue,
