@@ -3,7 +3,7 @@
 //! `cargo test --release --test soak -- [--secs N]` mixes plain and streamed requests, clients that leave, providers that
 //! fail and reloads for N seconds (60), then looks at memory, open files, gauges and every answer that is not
 //! explained; it ends with 1 where any is off.
-//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys` each print one figure of the README and end with 1 where it is missed; `-- figures` does all of them.
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys` each print one figure of tests/README.md and end with 1 if it misses its bound; `-- figures` does all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // What cannot go on must say so.
 
