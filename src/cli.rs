@@ -1,6 +1,7 @@
 //! The command line: what was asked for, and doing it.
 
 use std::ffi::OsString;
+use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +11,7 @@ use tokio::sync::mpsc::Sender;
 use crate::config::{Config, LoadError};
 use crate::server::drain::{Order, Signals, orders};
 use crate::telemetry::log::Log;
-use crate::{RunError, demo};
+use crate::{RunError, demo, manual};
 
 const HELP: &str = "\
 Zap: one OpenAI-compatible endpoint in front of many LLM providers.
@@ -19,6 +20,8 @@ Usage:
   zap [--config FILE]         serve; FILE is ./config.toml unless given
   zap check [--config FILE]   validate the configuration and exit
   zap demo [--port N]         serve on 127.0.0.1:8000 in front of two built-in mock providers
+  zap help [WORD]             print the manual: its topics, or what it says of WORD, which is a topic, a
+                              configuration key, an error code, a metric or an endpoint
   zap --help | --version
 
 Exit codes: 0 fine, 1 runtime failure, 2 bad configuration or usage.
@@ -36,6 +39,8 @@ enum Command {
     Check(PathBuf),
     Demo(u16),
     Help,
+    /// A word of the manual, or its topics.
+    Manual(Option<String>),
     Serve(PathBuf),
     Version,
 }
@@ -43,17 +48,40 @@ enum Command {
 /// Runs the program with its arguments (the program's name left out).
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     match parse(args) {
-        Ok(Command::Help) => print!("{HELP}"),
-        Ok(Command::Version) => println!("zap {}", env!("CARGO_PKG_VERSION")),
-        Ok(Command::Check(file)) => return check(&file),
-        Ok(Command::Demo(port)) => return demo(port),
-        Ok(Command::Serve(file)) => return load(&file).map_or_else(|code| code, listen_and_serve),
+        Ok(Command::Help) => print(HELP),
+        Ok(Command::Version) => print(&format!("zap {}\n", env!("CARGO_PKG_VERSION"))),
+        Ok(Command::Manual(None)) => print(&manual::overview()),
+        Ok(Command::Manual(Some(word))) => look_up(&word),
+        Ok(Command::Check(file)) => check(&file),
+        Ok(Command::Demo(port)) => demo(port),
+        Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
             eprintln!("zap: {what}\n\n{HELP}");
-            return ExitCode::from(BAD_USAGE);
+            ExitCode::from(BAD_USAGE)
         }
     }
-    ExitCode::SUCCESS
+}
+
+/// Writes to stdout. A reader that closes the pipe early, as `head` does, is not a failure.
+fn print(text: &str) -> ExitCode {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("zap: cannot write: {e}");
+            ExitCode::from(FAILED)
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn look_up(word: &str) -> ExitCode {
+    match manual::look_up(word) {
+        Ok(text) => print(&text),
+        Err(what) => {
+            eprintln!("zap: {what}\n  zap help   lists the topics");
+            ExitCode::from(BAD_USAGE)
+        }
+    }
 }
 
 fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
@@ -61,7 +89,7 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
     while let Some(arg) = args.next() {
         let text = arg.to_string_lossy().into_owned();
         match text.as_str() {
-            "--help" | "-h" | "help" => return Ok(Command::Help),
+            "--help" | "-h" => return Ok(Command::Help),
             "--version" | "-V" => return Ok(Command::Version),
             "--config" | "-c" => file = Some(PathBuf::from(args.next().ok_or("--config needs a FILE")?)),
             "--port" => {
@@ -69,6 +97,7 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
                 let number = value.to_string_lossy().parse::<u16>();
                 port = Some(number.map_err(|_| "--port needs a number from 0 to 65535")?);
             }
+            "help" if verb.is_none() => return manual_command(args),
             "check" | "demo" if verb.is_none() => verb = Some(text),
             other => match other.strip_prefix("--config=") {
                 Some(path) => file = Some(PathBuf::from(path)),
@@ -83,6 +112,15 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
         _ if port.is_some() => Err("--port is for demo; set server.port in the configuration".into()),
         Some(_) => Ok(Command::Check(file)),
         None => Ok(Command::Serve(file)),
+    }
+}
+
+fn manual_command(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
+    let word = args.next().map(|word| word.to_string_lossy().into_owned());
+    match (word.as_deref(), args.next()) {
+        (Some("--help" | "-h"), _) => Ok(Command::Help),
+        (_, None) => Ok(Command::Manual(word)),
+        (_, Some(_)) => Err("help takes one WORD".into()),
     }
 }
 
@@ -108,13 +146,12 @@ fn check(file: &Path) -> ExitCode {
         eprintln!("warning: {warning}");
     }
     match crate::upstream::fleet::prepare(config, None) {
-        Ok(fleet) => println!("{}: fine, {} backends", file.display(), fleet.backends.len()),
+        Ok(fleet) => print(&format!("{}: fine, {} backends\n", file.display(), fleet.backends.len())),
         Err(what) => {
             eprintln!("{}: {what}", file.display());
-            return ExitCode::from(BAD_USAGE);
+            ExitCode::from(BAD_USAGE)
         }
     }
-    ExitCode::SUCCESS
 }
 
 fn listen_and_serve(config: Config) -> ExitCode {
@@ -152,7 +189,7 @@ fn serve(config: Config, listener: TcpListener) -> ExitCode {
 }
 
 /// Has the process's signals sent as orders, from now on.
-fn on_signals(orders: Sender<Order>) -> std::io::Result<()> {
+fn on_signals(orders: Sender<Order>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let signals = {
         let _inside = runtime.enter();
@@ -170,7 +207,7 @@ fn listen(address: SocketAddr) -> Result<TcpListener, ExitCode> {
 }
 
 /// A listener with a long backlog that a restart can take over at once.
-fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
@@ -186,7 +223,7 @@ fn demo(port: u16) -> ExitCode {
     let port = listener.local_addr().map_or(port, |address| address.port());
     match demo::configuration(port) {
         Ok(config) => {
-            print!("{}", demo::curl_lines(port));
+            print(&demo::curl_lines(port));
             serve(config, listener)
         }
         Err(e) => {
@@ -211,6 +248,9 @@ mod tests {
             (&["demo"], Ok(Command::Demo(8000))),
             (&["demo", "--port", "9"], Ok(Command::Demo(9))),
             (&["--help"], Ok(Command::Help)),
+            (&["help", "-h"], Ok(Command::Help)),
+            (&["help"], Ok(Command::Manual(None))),
+            (&["help", "demo"], Ok(Command::Manual(Some("demo".into())))),
             (&["check", "--version"], Ok(Command::Version)),
         ] {
             assert_eq!(parse(args.iter().map(OsString::from)), want, "{args:?}");
@@ -223,6 +263,8 @@ mod tests {
             &["demo", "--config", "a"],
             &["--port", "1"],
             &["check", "demo"],
+            &["help", "a", "b"],
+            &["check", "help"],
             &["\u{1b}"],
         ] {
             let error = parse(args.iter().map(OsString::from)).unwrap_err();

@@ -49,6 +49,8 @@ mod demo;
 
 pub mod cli;
 
+mod manual;
+
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -1,0 +1,242 @@
+//! The manual against the program: each has every name that the other has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::{CHAT, File, OK, Running, ask, config, provider, run, stderr, zap};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn page(topic: &str) -> String {
+    let output = run(&["help", topic]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The rows of a page's tables whose first column is called `heading`: the names of the first cell, and the other cells.
+fn rows(topic: &str, heading: &str) -> BTreeMap<String, Vec<String>> {
+    let mut rows = BTreeMap::new();
+    let mut wanted = None;
+    for line in page(topic).lines() {
+        let Some(row) = line.strip_prefix('|').and_then(|row| row.strip_suffix('|')) else {
+            wanted = None;
+            continue;
+        };
+        let mut cells = row.split('|').map(|cell| cell.trim().to_owned());
+        let first = cells.next().unwrap();
+        if *wanted.get_or_insert(first == heading) {
+            let cells: Vec<String> = cells.collect();
+            for name in first.split('`').skip(1).step_by(2) {
+                assert!(rows.insert(name.to_owned(), cells.clone()).is_none(), "{name} stands twice");
+            }
+        }
+    }
+    assert!(!rows.is_empty(), "{topic} has no table of {heading}");
+    rows
+}
+
+fn names(topic: &str, heading: &str) -> BTreeSet<String> {
+    rows(topic, heading).into_keys().collect()
+}
+
+/// The quoted values of a label in a text of metrics.
+fn labels(metrics: &str, label: &str) -> BTreeSet<String> {
+    let mark = format!("{label}=\"");
+    metrics.split(&mark).skip(1).map(|rest| rest.split('"').next().unwrap().to_owned()).collect()
+}
+
+/// The text of each source file without its tests.
+fn sources() -> Vec<String> {
+    fn collect(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(&Path::new(ROOT).join("src"), &mut found);
+    let text = |path: PathBuf| std::fs::read_to_string(path).unwrap();
+    found.into_iter().map(text).map(|t| t.split("#[cfg(test)]\nmod ").next().unwrap().to_owned()).collect()
+}
+
+/// What is wrong with a configuration.
+fn faults_of(text: &str) -> String {
+    let file = File::new(&format!("keys-{:x}", fastrand::u64(..)), text);
+    stderr(&run(&["check", "--config", file.path()]))
+}
+
+/// The keys that the table at `path` may have; `None`: no table is allowed there. `header` opens that table.
+fn keys_of(header: &str) -> Option<Vec<String>> {
+    const UNKNOWN: &str = "qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq";
+    let faults = faults_of(&format!("{header}{UNKNOWN} = 1\n"));
+    let (_, rest) = faults.split_once(&format!("{UNKNOWN}`; allowed: "))?;
+    let list = rest.lines().next().unwrap();
+    Some(list.split('`').skip(1).step_by(2).map(str::to_owned).collect())
+}
+
+/// Every key that the parser knows below `path`, and the header of the table that holds it.
+fn walk(path: &str, header: &str, leaves: &mut BTreeMap<String, String>, tables: &mut BTreeSet<String>) {
+    for key in keys_of(header).unwrap() {
+        let key = if path.is_empty() { key } else { format!("{path}.{key}") };
+        let forms = [
+            (key.clone(), format!("{header}[{key}]\n")),
+            (key.clone(), format!("{header}[[{key}]]\n")),
+            (format!("{key}.NAME"), format!("{header}[{key}.NAME]\n")),
+        ];
+        match forms.iter().find(|(_, header)| keys_of(header).is_some()) {
+            Some((path, header)) => {
+                tables.insert(key);
+                walk(path, header, leaves, tables);
+            }
+            None => drop(leaves.insert(key, header.to_owned())),
+        }
+    }
+}
+
+#[test]
+fn the_manual_has_every_configuration_key_with_its_range() {
+    let (mut leaves, mut tables) = (BTreeMap::new(), BTreeSet::new());
+    walk("", "", &mut leaves, &mut tables);
+    let manual = rows("configuration", "key");
+    for key in leaves.keys() {
+        assert!(manual.contains_key(key), "the manual lacks {key}");
+    }
+    for (key, cells) in &manual {
+        assert!(leaves.contains_key(key) || tables.contains(key), "{key} is no key");
+        let range = &cells[1];
+        let is_number = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+        if range.split(" to ").count() == 2 && range.split(" to ").all(is_number) {
+            let last = key.rsplit('.').next().unwrap();
+            let faults = faults_of(&format!("{}{last} = 99999999999\n", leaves[key]));
+            assert!(faults.contains(&format!("is 99999999999; allowed: {range}")), "{key}: {faults}");
+        }
+    }
+}
+
+#[test]
+fn the_manual_has_every_code_and_every_metric() {
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    let metrics = ask(zap.address, "GET /metrics HTTP/1.1", "");
+    let mut codes = labels(&metrics, "reason");
+    codes.extend(labels(&metrics, "kind"));
+    codes.insert("stream_interrupted".into());
+    assert_eq!(names("errors", "code"), codes);
+
+    let kinds: BTreeMap<String, String> = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '))
+        .map(|(name, kind)| (name.to_owned(), kind.to_owned()))
+        .collect();
+    let manual = rows("metrics", "name");
+    assert_eq!(manual.keys().collect::<Vec<_>>(), kinds.keys().collect::<Vec<_>>());
+    for (name, cells) in manual {
+        assert_eq!(cells[0].split(',').next(), Some(&*kinds[&name]), "{name}");
+    }
+}
+
+#[test]
+fn the_manual_has_every_endpoint() {
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    let is_served = |path: &str| {
+        !ask(zap.address, &format!("GET {path} HTTP/1.1"), "").contains("\"code\":\"unknown_url\"")
+    };
+    let manual = rows("api", "path");
+    for (path, cells) in &manual {
+        let refused = ask(zap.address, &format!("DELETE {} HTTP/1.1", path.replace("{id}", "a")), "");
+        assert!(refused.contains(&format!("\r\nallow: {}\r\n", cells[0])), "{path}: {refused}");
+    }
+    // Whatever the sources name that is a path which is served.
+    let is_path = |text: &&str| text.bytes().all(|b| b.is_ascii_lowercase() || b"/0123456789_-".contains(&b));
+    let sources = sources();
+    let literals = sources.iter().flat_map(|source| source.split("\"/").skip(1));
+    let paths: BTreeSet<&str> =
+        literals.map(|rest| rest.split('"').next().unwrap()).filter(is_path).collect();
+    let mut served = 0;
+    for path in paths.iter().map(|path| format!("/{path}")).filter(|path| is_served(path)) {
+        served += 1;
+        assert!(manual.contains_key(path.as_str()) || path == "/v1/models/", "the manual lacks {path}");
+    }
+    assert!(served > 10, "the sources name {served} endpoints");
+    let text = page("metrics");
+    let words: BTreeSet<&str> = text.split(|c: char| !c.is_ascii_lowercase()).collect();
+    for label in labels(&ask(zap.address, "GET /metrics HTTP/1.1", ""), "endpoint") {
+        assert!(words.contains(label.as_str()), "the manual lacks the endpoint label {label}");
+    }
+}
+
+#[test]
+fn the_manual_has_every_log_field_every_event_and_every_member_of_status() {
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
+    ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: fields", CHAT);
+    let keys =
+        |json: &serde_json::Value| json.as_object().unwrap().keys().cloned().collect::<BTreeSet<String>>();
+    let line = serde_json::from_str(&zap.line("\"fields\"")).unwrap();
+    assert_eq!(names("operations", "field"), keys(&line));
+
+    let mut events = BTreeSet::new();
+    for source in sources() {
+        for level in ["\"info\",", "\"warn\",", "\"error\","] {
+            for rest in source.split(level).skip(1) {
+                if let Some(rest) = rest.trim_start().strip_prefix('"') {
+                    events.insert(rest.split('"').next().unwrap().to_owned());
+                }
+            }
+        }
+    }
+    assert_eq!(names("operations", "event"), events);
+
+    let status = ask(zap.address, "GET /status HTTP/1.1", "");
+    let status: serde_json::Value = serde_json::from_str(status.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    let text = page("operations");
+    for key in keys(&status).union(&keys(&status["backends"][0])) {
+        assert!(text.contains(&format!("`{key}`")), "the manual lacks {key} of /status");
+    }
+}
+
+#[test]
+fn what_the_manual_and_the_readme_point_to_is_there() {
+    let readme = std::fs::read_to_string(format!("{ROOT}/README.md")).unwrap();
+    assert!(readme.lines().count() <= 200);
+    let topics = run(&["help"]);
+    let topics = String::from_utf8(topics.stdout).unwrap();
+    let topics = topics.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    let topics: Vec<&str> = topics.filter(|topic| *topic != "zap").collect();
+    assert_eq!(topics.len(), 8);
+    let texts = topics.iter().map(|topic| page(topic)).chain([readme]);
+    for text in texts {
+        for span in text.split('`').skip(1).step_by(2) {
+            // A word in capitals stands for others.
+            let word =
+                span.strip_prefix("zap help ").filter(|word| word.contains(|c: char| c.is_lowercase()));
+            if let Some(word) = word {
+                assert_eq!(run(&["help", word]).status.code(), Some(0), "{span}");
+            }
+            if span.starts_with("src/") || span.starts_with("benches/") || span.starts_with("tests/") {
+                let path = span.split(' ').next().unwrap();
+                assert!(Path::new(ROOT).join(path).exists(), "{path} is not there");
+            }
+        }
+    }
+}
+
+#[test]
+fn help_prints_a_key_says_what_is_near_and_survives_a_closed_pipe() {
+    let key = run(&["help", "max_size"]);
+    assert_eq!(key.status.code(), Some(0));
+    let text = String::from_utf8(key.stdout).unwrap();
+    assert!(text.starts_with("queue.max_size") && text.contains("0 to 1000000"), "{text}");
+    let unknown = run(&["help", "max_sise"]);
+    assert_eq!((unknown.status.code(), unknown.stdout.len()), (Some(2), 0));
+    assert!(stderr(&unknown).contains("did you mean max_size"), "{}", stderr(&unknown));
+    assert_eq!(run(&["help", "queue", "max_size"]).status.code(), Some(2));
+
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = zap().args(["help", "configuration"]).stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+}
