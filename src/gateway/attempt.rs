@@ -194,8 +194,8 @@ impl Attempts<'_> {
     /// Counts a try: a further one by the backend whose failure led to it.
     fn count_try(&self, panic: bool) {
         let recorder = self.gateway.recorder();
-        if let Some((upstream, reason)) = self.record.failed.last() {
-            upstream.lanes[recorder.worker].retried(*reason);
+        if let Some((upstream, fault)) = self.record.failed.last() {
+            upstream.lanes[recorder.worker].retried(fault.kind);
         }
         if panic {
             recorder.lane().panic_picks.add(1);

@@ -21,6 +21,7 @@ use crate::telemetry::metrics::Scrape;
 use crate::telemetry::{encode, metrics};
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
+use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
 
 /// `/health`: the process lives.
@@ -103,7 +104,9 @@ fn backend(b: &Upstream) -> serde_json::Value {
         "cooling_secs": cooling.map(secs_to),
         "cooling_until": cooling.map(|until| clock::timestamp(clock::wall(until))),
         "quota_opens_secs": quota,
-        "last_error": b.last_error().map(|(at, code)| json!({ "code": code.text(), "at": clock::timestamp(at) })),
+        "last_error": b.last_error().map(|(at, Fault { kind, cause })| {
+            json!({ "code": kind.text(), "cause": cause, "at": clock::timestamp(at) })
+        }),
     })
 }
 

@@ -55,6 +55,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
 use crate::telemetry::{Arrival, Recorder, RequestRecord};
 use crate::upstream::Upstream;
+use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::pool::Pool;
 
@@ -266,17 +267,17 @@ impl Gateway {
     }
 
     /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
-    pub(crate) fn account(&self, upstream: &Upstream, code: Code, blame: bool) {
-        if code != Code::UpstreamRedirect {
-            upstream.lanes[self.recorder.worker].failed(code);
+    pub(crate) fn account(&self, upstream: &Upstream, fault: &Fault, blame: bool) {
+        if fault.kind != Code::UpstreamRedirect {
+            upstream.lanes[self.recorder.worker].failed(fault.kind);
         }
-        upstream.note_error(code);
+        upstream.note_error(fault);
         if !blame {
             return;
         }
         upstream.state.penalty.add(clock::now());
         if let Some(change) = upstream.state.breaker.failure(self.snapshot().thresholds()) {
-            self.shared().announce(upstream, change, "a request");
+            self.shared().announce(upstream, change, &format!("request: {fault}"));
         }
     }
 

@@ -17,12 +17,14 @@ use crate::gateway::failpoint;
 use crate::http1::headers;
 use crate::http1::headers::About;
 use crate::json::patch::{slices, splices};
+use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
 use crate::policy::retry::cooling;
 use crate::policy::route::TargetId;
 use crate::protocol::rate_limits;
 use crate::telemetry::Phase;
 use crate::time::Nanos;
+use crate::upstream::fault::Fault;
 use crate::upstream::link::{Link, WireRequest, write_header};
 use crate::upstream::pool::Lease;
 use crate::upstream::send::{SendError, Source, Step, UpstreamAnswer, send};
@@ -55,9 +57,8 @@ impl Attempts<'_> {
         if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
             answer = self.ask_once(target, &entered, limit, false).await;
         }
-        let event = match answer {
-            _ if self.gateway.is_cut() => Event::Cut,
-            Ok(UpstreamAnswer { mut head, mut lease }) => {
+        let failed = match answer {
+            Ok(UpstreamAnswer { mut head, mut lease }) if !self.gateway.is_cut() => {
                 if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
                     self.stop_waiting();
                     return Err(failure.keep.then(|| self.keep(head, lease, entered)));
@@ -68,17 +69,22 @@ impl Attempts<'_> {
                         self.stop_waiting();
                         return Ok((head, about, lease, entered, first));
                     }
-                    Err(event) => event,
+                    Err(error) => error,
                 }
             }
-            Err(SendError::Broken(code)) => Event::Broke(code),
-            Err(SendError::Silent) => Event::TimedOut,
-            Err(SendError::Exhausted) => Event::Exhausted,
-            Err(SendError::Stale) => Event::Broke(Code::UpstreamUnreachable),
+            Ok(_) => SendError::Broken(Fault::cut()),
+            Err(error) => error,
         };
         self.stop_waiting();
+        let (event, fault) = match failed {
+            _ if self.gateway.is_cut() => (Event::Cut, Fault::cut()),
+            SendError::Broken(fault) => (Event::Broke(fault.kind), fault),
+            SendError::Late(fault) => (Event::TimedOut, fault),
+            SendError::Exhausted(fault) => (Event::Exhausted, fault),
+            SendError::Stale => (Event::Broke(Code::UpstreamUnreachable), Fault::closed()),
+        };
         if let Verdict::Failed(failure) = dispatch.on(event) {
-            self.account(&upstream, failure);
+            self.account(&upstream, fault, failure.blame);
         }
         Err(None)
     }
@@ -115,9 +121,12 @@ impl Attempts<'_> {
                 entered.sent();
             }
         };
-        // It is large, and would be moved into the limit.
-        let sending = pin!(send(source, entered.upstream(), message, on_step));
-        self.exchange.limit(limit, sending).await.unwrap_or(Err(SendError::Silent))
+        let answer = {
+            // It is large, and would be moved into the limit.
+            let sending = pin!(send(source, entered.upstream(), message, on_step));
+            self.exchange.limit(limit, sending).await
+        };
+        answer.unwrap_or_else(|Elapsed| Err(self.late("answer")))
     }
 
     /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
@@ -163,7 +172,7 @@ impl Attempts<'_> {
             Some(Mark::BadKey) => self.close_for_key(upstream, status),
             None => {}
         }
-        self.account(upstream, failure);
+        self.account(upstream, Fault::status(failure.code, status), failure.blame);
         Some(failure)
     }
 
@@ -173,7 +182,7 @@ impl Attempts<'_> {
         about: &About,
         lease: &mut Lease,
         limit: Nanos,
-    ) -> Result<Option<Bytes>, Event> {
+    ) -> Result<Option<Bytes>, SendError> {
         if about.is_events || lease.link.is_end() {
             return Ok(None);
         }
@@ -181,9 +190,15 @@ impl Attempts<'_> {
         match self.exchange.limit(limit, frame).await {
             Ok(Some(Ok(first))) => Ok(Some(first)),
             Ok(None) => Ok(None),
-            Ok(Some(Err(code))) => Err(Event::Broke(code)),
-            Err(Elapsed) => Err(Event::TimedOut),
+            Ok(Some(Err(fault))) => Err(fault.into()),
+            Err(Elapsed) => Err(self.late("body")),
         }
+    }
+
+    /// `what` has not come in time.
+    fn late(&self, what: &str) -> SendError {
+        let waited = clock::now() - self.begun.unwrap_or(clock::now());
+        SendError::Late(Fault::timed_out(what, Duration::from_nanos(waited)))
     }
 
     /// Leaves a target alone: its backend, with the model that it was sent.
@@ -198,14 +213,12 @@ impl Attempts<'_> {
     fn close_for_key(&self, upstream: &Upstream, status: u16) {
         if upstream.state.breaker.bad_key(clock::now()) {
             let shared = self.gateway.shared();
-            let text = format!("{} answered {status} to its api_key", upstream.name());
-            shared.telemetry.log.event("error", "backend_misconfigured", &text);
-            shared.fleet_changed.notify_one();
+            shared.announce(upstream, Change::Misconfigured, &format!("request: HTTP {status}"));
         }
     }
 
-    fn account(&mut self, upstream: &Arc<Upstream>, failure: Failure) {
-        self.record.failed.push((upstream.clone(), failure.code));
-        self.gateway.account(upstream, failure.code, failure.blame);
+    fn account(&mut self, upstream: &Arc<Upstream>, fault: Fault, blame: bool) {
+        self.gateway.account(upstream, &fault, blame);
+        self.record.failed.push((upstream.clone(), fault));
     }
 }

@@ -29,6 +29,7 @@ use crate::telemetry::metrics::Side;
 use crate::telemetry::{End, RequestRecord};
 use crate::time::Nanos;
 use crate::upstream::InFlight;
+use crate::upstream::fault::Fault;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 
@@ -142,7 +143,9 @@ impl RelayBody {
             RelayState::Ended => return Poll::Ready(None),
             RelayState::Flushing => return self.exchange.poll_flushed().map(|()| Some(Err(Cut))),
             // The order to cut is not to be lost in what still comes.
-            RelayState::Streaming if self.gateway.is_cut() => return self.interrupt(End::UpstreamError),
+            RelayState::Streaming if self.gateway.is_cut() => {
+                return self.interrupt(End::UpstreamError, Fault::cut());
+            }
             RelayState::Streaming => {}
         }
         loop {
@@ -163,7 +166,7 @@ impl RelayBody {
                         return Poll::Ready(Some(Ok(self.pass(data))));
                     }
                 }
-                Poll::Ready(Some(Err(_))) => return self.interrupt(End::UpstreamError),
+                Poll::Ready(Some(Err(fault))) => return self.interrupt(End::UpstreamError, fault),
                 Poll::Ready(None) => {
                     let rest = self.redactor.take().map(|r| r.finish()).filter(|r| !r.is_empty());
                     let rest = rest.map(|r| Ok(self.pass(r)));
@@ -171,11 +174,12 @@ impl RelayBody {
                     return Poll::Ready(rest);
                 }
                 Poll::Pending if self.exchange.take_timeout() => {
-                    return self.interrupt(if self.gateway.is_cut() {
-                        End::UpstreamError
+                    let patience = self.gateway.snapshot().config.timeouts.stream_idle;
+                    return if self.gateway.is_cut() {
+                        self.interrupt(End::UpstreamError, Fault::cut())
                     } else {
-                        End::Timeout
-                    });
+                        self.interrupt(End::Timeout, Fault::timed_out("stream", patience))
+                    };
                 }
                 Poll::Pending => return Poll::Pending,
             }
@@ -227,7 +231,7 @@ impl RelayBody {
     }
 
     /// The upstream broke off, fell silent, or time is up: what came stays, the rest is visibly missing.
-    fn interrupt(&mut self, end: End) -> Poll<Option<Result<Bytes, Cut>>> {
+    fn interrupt(&mut self, end: End, fault: Fault) -> Poll<Option<Result<Bytes, Cut>>> {
         if self.is_over() {
             return self.end_behind_done();
         }
@@ -240,9 +244,9 @@ impl RelayBody {
             let upstream = held.entered.upstream().clone();
             let recorder = held.record.recorder().clone();
             if !self.gateway.is_cut() {
-                let code = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
+                let kind = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
                 // An error says all that there is to say by its status: it was judged by that.
-                self.gateway.account(&upstream, code, held.record.status < 400);
+                self.gateway.account(&upstream, &Fault { kind, ..fault }, held.record.status < 400);
             }
             if self.shape.is_stream {
                 recorder.lane().interrupted(Side::Upstream);

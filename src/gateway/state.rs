@@ -92,16 +92,24 @@ impl Shared {
         self.reloaded.notify_waiters();
     }
 
-    /// Logs a change of state and has the schedule rebuilt.
+    /// Logs a change of state with who saw it and why, and has the schedule rebuilt.
     pub(crate) fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
+        let name = upstream.name();
         let (level, event, text) = match change {
-            Change::Down => ("warn", "backend_down", "is out: too many failures in a row, the last seen by"),
-            Change::Misconfigured => {
-                ("error", "backend_misconfigured", "refuses its api_key (or needs one), as seen by")
+            Change::Down => {
+                let failures = self.snapshot.load().thresholds().failures;
+                let in_a_row =
+                    if failures == 1 { "1 failure" } else { &format!("{failures} failures in a row") };
+                ("warn", "backend_down", format!("backend {name} is down after {in_a_row}: {cause}"))
             }
-            Change::Up => ("info", "backend_up", "is back, as seen by"),
+            Change::Misconfigured => (
+                "error",
+                "backend_misconfigured",
+                format!("backend {name} refuses its api_key, or needs one: {cause}"),
+            ),
+            Change::Up => ("info", "backend_up", format!("backend {name} is up again: {cause}")),
         };
-        self.telemetry.log.event(level, event, &format!("{} {text} {cause}", upstream.name()));
+        self.telemetry.log.event(level, event, &text);
         self.fleet_changed.notify_one();
     }
 

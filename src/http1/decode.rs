@@ -24,9 +24,19 @@ pub(crate) const MAX_HEADERS: usize = 100;
 /// Longest line of a chunk's size, extensions included.
 const MAX_SIZE_LINE: usize = 1024;
 
-/// What came is no answer.
+/// What came is no answer, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Invalid;
+pub(crate) struct Invalid(pub &'static str);
+
+const BAD_CHUNK: Invalid = Invalid("a chunk is malformed");
+
+const NO_STATUS_LINE: Invalid = Invalid("no status line");
+
+const TOO_LARGE: Invalid = Invalid("the head is too large");
+
+const BAD_TRAILER: Invalid = Invalid("a trailer is malformed");
+
+const BAD_HEADER: Invalid = Invalid("a header is malformed");
 
 /// Reads one answer after the other.
 #[derive(Default)]
@@ -233,11 +243,11 @@ impl Decoder {
             match self.state.after(input[at]) {
                 Ok(next) => self.state = next,
                 // What came before is the body still.
-                Err(Invalid) if !data.is_empty() => {
+                Err(_) if !data.is_empty() => {
                     self.state = Position::Broken;
                     break;
                 }
-                Err(Invalid) => return Err(Invalid),
+                Err(invalid) => return Err(invalid),
             }
             at += 1;
         }
@@ -252,14 +262,14 @@ impl Position {
             (Position::DataCr, b'\r') => Position::DataLf,
             (Position::DataLf, b'\n') => Position::Size { size: 0, digits: 0, read: 0 },
             (Position::Size { size, digits, read }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
-                let digit = (b as char).to_digit(16).ok_or(Invalid)?;
+                let digit = (b as char).to_digit(16).ok_or(BAD_CHUNK)?;
                 // Sixteen digits and no more, so that nobody reads another number.
                 if digits == 16 {
-                    return Err(Invalid);
+                    return Err(BAD_CHUNK);
                 }
                 Position::Size { size: size << 4 | u64::from(digit), digits: digits + 1, read: read + 1 }
             }
-            (Position::Size { digits: 0, .. }, _) => return Err(Invalid),
+            (Position::Size { digits: 0, .. }, _) => return Err(BAD_CHUNK),
             (Position::Size { size, .. } | Position::Extension { size, .. }, b'\r') => Position::SizeLf(size),
             (Position::Size { size, read, .. }, b';' | b' ' | b'\t') => {
                 Position::Extension { size, read: read + 1, begun: b == b';' }
@@ -276,7 +286,8 @@ impl Position {
             (Position::TrailerLf(trailer), b'\n') => {
                 Position::Trailer(Trailer { line: TrailerLine::Empty, lines: trailer.lines + 1, ..trailer })
             }
-            _ => return Err(Invalid),
+            (Position::TrailerLf(_), _) => return Err(BAD_TRAILER),
+            _ => return Err(BAD_CHUNK),
         })
     }
 }
@@ -290,10 +301,10 @@ impl Trailer {
             (TrailerLine::Empty | TrailerLine::Name, _) if is_token => TrailerLine::Name,
             (TrailerLine::Name, b':') => TrailerLine::Value,
             (TrailerLine::Value, b'\t' | b' '..=b'~' | 0x80..) => TrailerLine::Value,
-            _ => return Err(Invalid),
+            _ => return Err(BAD_TRAILER),
         };
         if self.read == MAX_TRAILERS || usize::from(self.lines) == MAX_HEADERS {
-            return Err(Invalid);
+            return Err(Invalid("the trailers are too large"));
         }
         Ok(Position::Trailer(Trailer { read: self.read + 1, line, ..self }))
     }
@@ -323,7 +334,7 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid
     loop {
         // `httparse` would skip empty lines before a status line.
         if matches!(bytes.get(from), Some(b'\r' | b'\n')) {
-            return Err(Invalid);
+            return Err(NO_STATUS_LINE);
         }
         let mut lines = [const { MaybeUninit::uninit() }; MAX_HEADERS];
         let mut answer = httparse::Response::new(&mut []);
@@ -335,12 +346,16 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid
                 *parsed = Parsed { interim: from, len: bytes.len() };
                 return Ok(None);
             }
-            _ => return Err(Invalid),
+            Ok(httparse::Status::Partial) => return Err(TOO_LARGE),
+            Err(error) => return Err(why(error)),
         };
-        if from + length > MAX_HEAD || has_bare_lf(&bytes[from..from + length]) {
-            return Err(Invalid);
+        if from + length > MAX_HEAD {
+            return Err(TOO_LARGE);
         }
-        let status = StatusCode::from_u16(answer.code.unwrap_or(0)).map_err(|_| Invalid)?;
+        if has_bare_lf(&bytes[from..from + length]) {
+            return Err(Invalid("a line of the head ends without CR"));
+        }
+        let status = StatusCode::from_u16(answer.code.unwrap_or(0)).map_err(|_| NO_STATUS_LINE)?;
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
             from += length;
             continue;
@@ -357,13 +372,22 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid
         parts.headers = header_map_pool::map(answer.headers.len() + 8);
         let mut framing = BodyFraming::default();
         for line in answer.headers.iter() {
-            let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| Invalid)?;
+            let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| BAD_HEADER)?;
             let start = line.value.as_ptr().addr() - bytes[from..].as_ptr().addr();
             let value = text.slice(start..start + line.value.len());
             framing.note(&name, line.value);
-            parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Invalid)?);
+            parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| BAD_HEADER)?);
         }
         return Ok(Some(Whole { parts, framing, text, rest: bytes.len() - from - length }));
+    }
+}
+
+/// What `httparse` found, in the words of RFC 9112.
+fn why(error: httparse::Error) -> Invalid {
+    match error {
+        httparse::Error::Version | httparse::Error::Status => NO_STATUS_LINE,
+        httparse::Error::TooManyHeaders => Invalid("too many headers"),
+        _ => BAD_HEADER,
     }
 }
 
@@ -407,7 +431,11 @@ impl BodyFraming {
             (0, 0) => false,
             (0, 1) if self.length.is_some() => false,
             (1, 0) if self.chunked && version > Version::HTTP_10 => true,
-            _ => return Err(Invalid),
+            (0, 1) => return Err(Invalid("content-length is no number")),
+            (0, _) => return Err(Invalid("two content-lengths")),
+            (1, 0) => return Err(Invalid("a transfer-encoding that is not chunked")),
+            (_, 0) => return Err(Invalid("two transfer-encodings")),
+            _ => return Err(Invalid("content-length beside transfer-encoding")),
         };
         let bodiless = [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED, StatusCode::SWITCHING_PROTOCOLS];
         Ok(match self.length {
@@ -542,7 +570,7 @@ mod tests {
             "HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999\r\n\r\n",
             "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n",
         ] {
-            assert_eq!(read(bytes, bytes.len()), Err(Invalid), "{bytes:?}");
+            assert!(read(bytes, bytes.len()).is_err(), "{bytes:?}");
         }
         for chunks in [
             "\r\n",
@@ -557,7 +585,7 @@ mod tests {
             "1 x\r\n",
         ] {
             let bytes = format!("{OK}transfer-encoding: chunked\r\n\r\n{chunks}ok\r\n0\r\n\r\n");
-            assert_eq!(read(&bytes, bytes.len()), Err(Invalid), "{chunks:?}");
+            assert_eq!(read(&bytes, bytes.len()), Err(BAD_CHUNK), "{chunks:?}");
         }
         for chunks in [
             "2\r\nok0\r\n\r\n",
@@ -574,6 +602,28 @@ mod tests {
                 "what came before is kept: {chunks:?}"
             );
         }
+    }
+
+    #[test]
+    fn the_reason_is_named() {
+        for (head, why) in [
+            ("SSH-2.0-x\r\n\r\n", "no status line"),
+            ("HTTP/1.1 200 OK\r\na : b\r\n\r\n", "a header is malformed"),
+            ("HTTP/1.1 200 OK\r\na: b\n\r\n", "a line of the head ends without CR"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n", "two content-lengths"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: +1\r\n\r\n", "content-length is no number"),
+            ("HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n", "a transfer-encoding that is not chunked"),
+            (
+                "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n",
+                "content-length beside transfer-encoding",
+            ),
+        ] {
+            assert_eq!(read(head, head.len()), Err(Invalid(why)), "{head:?}");
+        }
+        let large = format!("{OK}{}\r\n", "a: b\r\n".repeat(MAX_HEADERS + 1));
+        assert_eq!(read(&large, large.len()), Err(Invalid("too many headers")));
+        let large = format!("{OK}a: {}\r\n\r\n", "b".repeat(MAX_HEAD));
+        assert_eq!(read(&large, large.len()), Err(TOO_LARGE));
     }
 
     #[test]
@@ -606,8 +656,9 @@ mod tests {
             ("220 ready\r\n", false),
         ] {
             for size in 1..=bytes.len() {
-                let want = if is_valid { Ok(None) } else { Err(Invalid) };
-                assert_eq!(read(bytes, size), want, "{bytes:?} in {size}");
+                let read = read(bytes, size);
+                assert_eq!(read.is_ok(), is_valid, "{bytes:?} in {size}");
+                assert!(read.is_err() || read == Ok(None), "{bytes:?} in {size}");
             }
         }
     }
@@ -617,17 +668,17 @@ mod tests {
         let lines =
             |n: usize, value: usize| format!("{OK}{}\r\n", format!("a: {}\r\n", "x".repeat(value)).repeat(n));
         assert!(matches!(read(&lines(MAX_HEADERS, 9), 100), Ok(Some(_))));
-        assert_eq!(read(&lines(MAX_HEADERS + 1, 9), 100), Err(Invalid));
+        assert!(read(&lines(MAX_HEADERS + 1, 9), 100).is_err());
         assert!(matches!(read(&lines(60, 1000), 1000), Ok(Some(_))));
-        assert_eq!(read(&lines(66, 1000), 1000), Err(Invalid));
+        assert!(read(&lines(66, 1000), 1000).is_err());
         let endless = "HTTP/1.1 100 Continue\r\n\r\n".repeat(4000);
-        assert_eq!(read(&endless, 1000), Err(Invalid), "interim answers count");
+        assert_eq!(read(&endless, 1000), Err(TOO_LARGE), "interim answers count");
         let extension = format!("{OK}transfer-encoding: chunked\r\n\r\n1;{}", "x".repeat(MAX_SIZE_LINE + 1));
-        assert_eq!(read(&extension, extension.len()), Err(Invalid));
+        assert!(read(&extension, extension.len()).is_err());
         let trailers = format!(
             "{OK}transfer-encoding: chunked\r\n\r\n0\r\n{}",
             format!("a: {}\r\n", "b".repeat(99)).repeat(90)
         );
-        assert_eq!(read(&trailers, trailers.len()), Err(Invalid));
+        assert!(read(&trailers, trailers.len()).is_err());
     }
 }

@@ -7,12 +7,15 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::clock;
+use crate::clock::Late;
+use crate::code::Code;
 use crate::gateway::state::Shared;
 use crate::policy::breaker::{Probe, Status};
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
+use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
-use crate::upstream::link::{Http1, Link, WireRequest};
+use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 
 /// Within this time of the start the first checks begin; more for very many backends.
 const FIRST: Duration = Duration::from_millis(200);
@@ -37,12 +40,9 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
         let proven = upstream.state.breaker.succeeded_within(clock::nanos(health.interval), now);
         if !(proven && matches!(upstream.state.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
-            let probe = clock::within(health.timeout, checking).await.unwrap_or(Some(Probe::Failed));
-            if let Some(probe) = probe
-                && let Some(change) =
-                    upstream.state.breaker.probed(probe, snapshot.thresholds(), clock::now())
-            {
-                shared.announce(&upstream, change, "the health check");
+            let late = |Late| Some(Checked::failed(Fault::timed_out("health check", health.timeout)));
+            if let Some(checked) = clock::within(health.timeout, checking).await.unwrap_or_else(late) {
+                checked.note(&shared, &snapshot, &upstream);
             }
         }
         drop((snapshot, upstream));
@@ -71,19 +71,59 @@ async fn pause(shared: &Shared, id: u64) {
     }
 }
 
+/// What a check found.
+struct Checked {
+    probe: Probe,
+    /// The status of an answer that shows a backend at work, or why the check failed.
+    found: Result<u16, Fault>,
+}
+
+impl Checked {
+    fn failed(fault: Fault) -> Self {
+        Checked { probe: Probe::Failed, found: Err(fault) }
+    }
+
+    /// Notes it at the backend, and logs what it changes.
+    fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream) {
+        let cause = match &self.found {
+            Ok(status) => format!("health check: HTTP {status}"),
+            Err(fault) => {
+                upstream.note_error(fault);
+                format!("health check: {fault}")
+            }
+        };
+        let change = upstream.state.breaker.probed(self.probe, snapshot.thresholds(), clock::now());
+        if let Some(change) = change {
+            shared.announce(upstream, change, &cause);
+        }
+    }
+}
+
 /// One check: GET of `health_path` with the backend's key. `None`: this machine could not ask.
-async fn check(upstream: &Upstream, connect: Duration) -> Option<Probe> {
+async fn check(upstream: &Upstream, connect: Duration) -> Option<Checked> {
     let io = match upstream.check_connector().connect(connect).await {
         Ok(io) => io,
-        Err(ConnectError::Exhausted(_)) => return None,
-        Err(ConnectError::Peer { .. }) => return Some(Probe::Failed),
+        Err(ConnectError::Exhausted { .. }) => return None,
+        Err(ConnectError::Peer(fault)) => return Some(Checked::failed(fault)),
     };
     let mut link = Http1::new(io);
     link.start(WireRequest { head: upstream.probe().to_vec(), ..WireRequest::default() });
-    Some(match poll_fn(|cx| link.poll_head(cx)).await {
-        Ok(head) => Probe::of_status(head.status.as_u16(), upstream.conf.forward_authorization),
-        Err(_) => Probe::Failed,
-    })
+    match poll_fn(|cx| link.poll_head(cx)).await {
+        Ok(head) => {
+            let status = head.status.as_u16();
+            let probe = Probe::of_status(status, upstream.conf.forward_authorization);
+            let kind = match probe {
+                Probe::Alive => return Some(Checked { probe, found: Ok(status) }),
+                Probe::BadKey => Code::UpstreamAuthError,
+                Probe::Failed => Code::UpstreamError,
+            };
+            let cause = format!("HTTP {status} to GET {}", upstream.conf.health_path);
+            Some(Checked { probe, found: Err(Fault::new(kind, cause)) })
+        }
+        Err(LinkError::Broken(fault) | LinkError::HungUp(fault) | LinkError::Unsent(_, fault)) => {
+            Some(Checked::failed(fault))
+        }
+    }
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ use crate::telemetry::log::{Log, push_json};
 use crate::telemetry::metrics::{Lane, Reloads, Side};
 use crate::time::{MILLI, Nanos, SECOND};
 use crate::upstream::Upstream;
+use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Passed;
 
 /// Where a request is on its way.
@@ -201,8 +202,8 @@ pub(crate) struct RequestRecord {
     pub backend: Option<Arc<Upstream>>,
     /// Upstream tries.
     pub tries: u32,
-    /// Backend and outcome of every try that failed.
-    pub failed: Vec<(Arc<Upstream>, Code)>,
+    /// Every try that failed: where, and why.
+    pub failed: Vec<(Arc<Upstream>, Fault)>,
     /// Candidates that were passed over, why, and when Zap looked; kept only where requests are logged.
     pub passed: Vec<(Arc<Upstream>, Passed, Nanos)>,
     /// Time in the queue, if it was queued.
@@ -333,10 +334,12 @@ impl RequestRecord {
         out.push_str(",\"code\":");
         push_text(&mut out, self.refused.map(Code::text));
         out.push_str(",\"attempts\":[");
-        for (i, (backend, outcome)) in self.failed.iter().enumerate() {
+        for (i, (backend, fault)) in self.failed.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
             push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"]", outcome.text());
+            let _ = write!(out, ",\"{}\",", fault.kind.text());
+            push_json(&mut out, &fault.cause);
+            out.push(']');
         }
         if self.tries as usize > self.failed.len()
             && let Some(backend) = &self.backend

@@ -22,9 +22,9 @@ use tower_service::Service;
 
 use crate::clock;
 use crate::clock::Late;
-use crate::code::Code;
 use crate::config;
 use crate::upstream::dial::{DialError, Dialer};
+use crate::upstream::fault::Fault;
 use crate::upstream::resolver::Resolver;
 
 /// An open connection, plain or TLS.
@@ -122,21 +122,17 @@ impl Connector {
     /// Opens one connection within `limit`.
     ///
     /// # Errors
-    /// [`Code::UpstreamUnreachable`], [`Code::UpstreamTlsError`] or, past the time limit, [`Code::UpstreamTimeout`]; or
-    /// that this machine has nothing to connect with.
+    /// Why the peer could not be reached, or what this machine lacks.
     pub(crate) async fn connect(&self, limit: Duration) -> Result<Io, ConnectError> {
         let opening = self.https.clone().call(self.to.clone());
         match clock::within(limit, opening).await {
             Ok(Ok(io)) => Ok(io),
-            Ok(Err(e)) => Err(match e.downcast::<DialError>() {
-                Ok(failure) if failure.exhausted => ConnectError::Exhausted(failure.error),
-                Ok(failure) => {
-                    let cause = Some(failure.error.into());
-                    ConnectError::Peer { code: Code::UpstreamUnreachable, cause }
-                }
-                Err(tls) => ConnectError::Peer { code: Code::UpstreamTlsError, cause: Some(tls) },
+            Ok(Err(e)) => Err(match e.downcast_ref::<DialError>() {
+                Some(failure) if failure.exhausted => ConnectError::exhausted(&failure.error),
+                Some(failure) => ConnectError::Peer(Fault::unreachable(&failure.error)),
+                None => ConnectError::Peer(Fault::tls(&*e)),
             }),
-            Err(Late) => Err(ConnectError::Peer { code: Code::UpstreamTimeout, cause: None }),
+            Err(Late) => Err(ConnectError::Peer(Fault::timed_out("connect", limit))),
         }
     }
 }
@@ -145,21 +141,23 @@ impl Connector {
 #[derive(Debug)]
 pub(crate) enum ConnectError {
     /// This machine has no file, port or memory for it: no fault of the peer.
-    Exhausted(io::Error),
-    /// What the peer did.
-    Peer {
-        /// As a code of the error table.
-        code: Code,
-        /// What the system or TLS said; nothing past the time limit.
-        cause: Option<BoxError>,
+    Exhausted {
+        /// What is lacking.
+        fault: Fault,
+        /// One open file less would have helped.
+        lacks_a_file: bool,
     },
+    /// What the peer did.
+    Peer(Fault),
 }
 
 impl ConnectError {
-    /// Whether a file less in use would have helped.
-    pub(crate) fn lacks_a_file(&self) -> bool {
-        let ConnectError::Exhausted(error) = self else { return false };
-        error.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files)
+    fn exhausted(error: &io::Error) -> Self {
+        let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+        ConnectError::Exhausted {
+            fault: Fault::exhausted(error),
+            lacks_a_file: errno.is_some_and(is_lack_of_files),
+        }
     }
 }
 

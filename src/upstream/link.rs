@@ -22,11 +22,11 @@ use smallvec::SmallVec;
 use socket2::SockRef;
 use tokio::io::Interest;
 
-use crate::code::Code;
 use crate::http1::coalesce::{Scratch, one_piece};
-use crate::http1::decode::Decoder;
+use crate::http1::decode::{Decoder, Invalid};
 use crate::json::patch::Slices;
 use crate::upstream::connect::Io;
+use crate::upstream::fault::Fault;
 
 /// Most that one read brings, and so the largest frame.
 const READ: usize = 32 * 1024;
@@ -43,11 +43,11 @@ thread_local! {
 #[derive(Debug)]
 pub(crate) enum LinkError {
     /// It broke, or what came is not an answer.
-    Broken(Code),
+    Broken(Fault),
     /// The peer closed it without a word.
-    HungUp,
-    /// It had died, of what the code says, before a byte of the request was written; here is the request.
-    Unsent(Box<WireRequest>, Code),
+    HungUp(Fault),
+    /// It had died before a byte of the request was written; here is the request.
+    Unsent(Box<WireRequest>, Fault),
 }
 
 /// One connection that carries one exchange at a time.
@@ -59,7 +59,7 @@ pub(crate) trait Link {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>>;
 
     /// Drives the exchange to the next piece of the body; `None` at its end.
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>>;
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>>;
 
     /// Bytes of the body still to come, where the answer says so.
     fn remaining(&self) -> SizeHint;
@@ -180,12 +180,12 @@ impl Http1 {
     }
 
     /// Why there is no head: what is left of the request goes back if none of it was written.
-    fn broken(&mut self, code: Code) -> LinkError {
+    fn broken(&mut self, fault: Fault) -> LinkError {
         let is_unsent = self.is_unsent();
         match self.request.take().filter(|_| is_unsent) {
-            Some(request) => LinkError::Unsent(Box::new(request), code),
-            None if self.heard => LinkError::Broken(code),
-            None => LinkError::HungUp,
+            Some(request) => LinkError::Unsent(Box::new(request), fault),
+            None if self.heard => LinkError::Broken(fault),
+            None => LinkError::HungUp(fault),
         }
     }
 
@@ -261,19 +261,20 @@ impl Link for Http1 {
             let read = self.read(cx, Decoder::head);
             let failed = match read {
                 // Whatever it answers, it is not this request.
-                Poll::Ready(Ok(Some(Ok(Some(_))))) if self.is_unsent() => Code::UpstreamUnreachable,
+                Poll::Ready(Ok(Some(Ok(Some(_))))) if self.is_unsent() => Fault::closed(),
                 Poll::Ready(Ok(Some(Ok(Some((parts, ahead)))))) => {
                     self.ahead = Some(ahead).filter(|a| !a.is_empty());
                     return Poll::Ready(Ok(parts));
                 }
                 Poll::Ready(Ok(Some(Ok(None)))) => continue,
-                Poll::Ready(Ok(Some(Err(crate::http1::decode::Invalid)))) => Code::UpstreamInvalidResponse,
-                Poll::Ready(Ok(None)) if self.decoder.end_of_head().is_err() => Code::UpstreamInvalidResponse,
-                Poll::Ready(Ok(None) | Err(_)) => Code::UpstreamUnreachable,
+                Poll::Ready(Ok(Some(Err(Invalid(why))))) => Fault::not_http(why),
+                Poll::Ready(Ok(None)) => match self.decoder.end_of_head() {
+                    Err(Invalid(why)) => Fault::not_http(why),
+                    Ok(()) => Fault::closed(),
+                },
+                Poll::Ready(Err(error)) => Fault::unreachable(&error),
                 // A broken connection says so to the reader too; until then what it has said before may come.
-                Poll::Pending if self.outbox.state == Sending::Broken && self.waited => {
-                    Code::UpstreamUnreachable
-                }
+                Poll::Pending if self.outbox.state == Sending::Broken && self.waited => Fault::closed(),
                 Poll::Pending => {
                     self.waited = self.outbox.state == Sending::Broken;
                     return Poll::Pending;
@@ -283,7 +284,7 @@ impl Link for Http1 {
         }
     }
 
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Code>>> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
         if let Some(ahead) = self.ahead.take() {
             return Poll::Ready(Some(Ok(ahead)));
         }
@@ -292,14 +293,15 @@ impl Link for Http1 {
         }
         while !self.decoder.is_done() {
             if self.decoder.is_broken() {
-                return Poll::Ready(Some(Err(Code::UpstreamInvalidResponse)));
+                return Poll::Ready(Some(Err(Fault::not_http("a chunk is malformed"))));
             }
             match ready!(self.read(cx, Decoder::body)) {
                 Ok(Some(Ok(data))) if data.is_empty() => {}
                 Ok(Some(Ok(data))) => return Poll::Ready(Some(Ok(data))),
-                Ok(Some(Err(_))) => return Poll::Ready(Some(Err(Code::UpstreamInvalidResponse))),
+                Ok(Some(Err(Invalid(why)))) => return Poll::Ready(Some(Err(Fault::not_http(why)))),
                 Ok(None) if self.decoder.end() => {}
-                Ok(None) | Err(_) => return Poll::Ready(Some(Err(Code::UpstreamUnreachable))),
+                Ok(None) => return Poll::Ready(Some(Err(Fault::closed()))),
+                Err(error) => return Poll::Ready(Some(Err(Fault::unreachable(&error)))),
             }
         }
         Poll::Ready(None)

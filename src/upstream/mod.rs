@@ -4,6 +4,8 @@ pub(crate) mod connect;
 
 pub(crate) mod dial;
 
+pub(crate) mod fault;
+
 pub(crate) mod link;
 
 pub(crate) mod resolver;
@@ -29,7 +31,6 @@ use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::clock;
-use crate::code::Code;
 use crate::config;
 use crate::config::HEALTH_PATH;
 use crate::http1::headers::X_REQUEST_ID;
@@ -42,6 +43,7 @@ use crate::protocol::Endpoint;
 use crate::time::Nanos;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
+use crate::upstream::fault::Fault;
 use crate::upstream::link::write_header;
 
 /// Headers of a health check beside a backend's own.
@@ -107,7 +109,7 @@ pub(crate) struct BackendState {
     /// Rung when somebody has left the line of the quota, or its limit has changed.
     pub moved: Notify,
     in_flight: CachePadded<AtomicUsize>,
-    last_error: Mutex<Option<(std::time::SystemTime, Code)>>,
+    last_error: Mutex<Option<(std::time::SystemTime, Fault)>>,
 }
 
 impl BackendState {
@@ -364,14 +366,14 @@ impl Upstream {
         self.check(now, || 0, None).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
     }
 
-    /// Notes a failed try for `/status`.
-    pub(crate) fn note_error(&self, code: Code) {
-        *self.state.last_error.lock() = Some((std::time::SystemTime::now(), code));
+    /// Notes a failed try or health check for `/status`.
+    pub(crate) fn note_error(&self, fault: &Fault) {
+        *self.state.last_error.lock() = Some((std::time::SystemTime::now(), fault.clone()));
     }
 
-    /// The last failed try.
-    pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Code)> {
-        *self.state.last_error.lock()
+    /// The last failed try or health check.
+    pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Fault)> {
+        self.state.last_error.lock().clone()
     }
 }
 

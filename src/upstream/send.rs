@@ -8,10 +8,10 @@ use std::time::Duration;
 use http::{StatusCode, response};
 
 use crate::clock;
-use crate::code::Code;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::connect::{ConnectError, Io};
+use crate::upstream::fault::Fault;
 use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 use crate::upstream::pool::{Lease, Pool};
 
@@ -24,30 +24,30 @@ pub(crate) struct UpstreamAnswer {
 }
 
 /// Why there is no answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum SendError {
-    /// What broke, as a code of the error table.
-    Broken(Code),
+    /// What broke.
+    Broken(Fault),
     /// The caller's time has passed.
-    Silent,
+    Late(Fault),
     /// No connection could be opened, and the backend has no part in that.
-    Exhausted,
+    Exhausted(Fault),
     /// A connection that had served before was closed, without a word, as soon as the request was written: the peer had
     /// most likely closed it meanwhile, and a fresh one will do.
     Stale,
 }
 
-impl From<Code> for SendError {
-    fn from(code: Code) -> Self {
-        SendError::Broken(code)
+impl From<Fault> for SendError {
+    fn from(fault: Fault) -> Self {
+        SendError::Broken(fault)
     }
 }
 
 impl From<ConnectError> for SendError {
     fn from(error: ConnectError) -> Self {
         match error {
-            ConnectError::Exhausted(_) => SendError::Exhausted,
-            ConnectError::Peer { code, .. } => SendError::Broken(code),
+            ConnectError::Exhausted { fault, .. } => SendError::Exhausted(fault),
+            ConnectError::Peer(fault) => SendError::Broken(fault),
         }
     }
 }
@@ -101,7 +101,7 @@ impl Source<'_> {
         loop {
             let left = self.limit.saturating_sub(Duration::from_nanos(clock::now() - began));
             match upstream.connector().connect(left).await {
-                Err(error) if error.lacks_a_file() && self.pool.close_oldest() => {}
+                Err(ConnectError::Exhausted { lacks_a_file: true, .. }) if self.pool.close_oldest() => {}
                 opened => return opened,
             }
         }
@@ -137,16 +137,16 @@ pub(crate) async fn send(
         lease.link.start(request);
         match poll_fn(|cx| lease.link.poll_head(cx)).await {
             Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                return Err(Code::UpstreamInvalidResponse.into());
+                return Err(Fault::not_http("status 101, which nobody asked for").into());
             }
             Ok(head) => return Ok(UpstreamAnswer { head, lease }),
-            Err(LinkError::HungUp) if reused && clock::now() < since + CROSSING => {
+            Err(LinkError::HungUp(_)) if reused && clock::now() < since + CROSSING => {
                 return Err(SendError::Stale);
             }
-            Err(LinkError::HungUp) => return Err(Code::UpstreamUnreachable.into()),
-            Err(LinkError::Broken(code)) => return Err(code.into()),
             Err(LinkError::Unsent(back, _)) if reused => request = *back,
-            Err(LinkError::Unsent(_, code)) => return Err(code.into()),
+            Err(LinkError::HungUp(fault) | LinkError::Broken(fault) | LinkError::Unsent(_, fault)) => {
+                return Err(fault.into());
+            }
         }
     }
 }
