@@ -1,4 +1,4 @@
-//! Slots and the queue before them.
+//! The limit of requests in flight, and the queue in front of it.
 
 use std::time::{Duration, Instant};
 
@@ -15,14 +15,14 @@ fn gated(gate: &Gate) -> Provider {
 }
 
 #[test]
-fn serves_exactly_its_slots_and_places_and_refuses_the_rest_at_once() {
+fn requests_beyond_max_in_flight_and_max_size_are_refused_at_once() {
     let gate = Gate::default();
     let provider = gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 4\nmax_size = 10", &[provider.backend("a", "")]);
     let mut clients: Vec<_> = (0..60).map(|_| zap.client()).collect();
     clients.iter_mut().for_each(|c| c.post("/chat", "", CHAT));
-    eventually("46 are refused", || zap.metric("zap_rejected_total{reason=\"queue_full\"}") == 46.0);
-    eventually("four are being served", || gate.waiting() == 4);
+    eventually("46 requests are refused", || zap.metric("zap_rejected_total{reason=\"queue_full\"}") == 46.0);
+    eventually("the backend holds four requests", || gate.waiting() == 4);
     assert_eq!(zap.metric("zap_queue_depth"), 10.0);
     gate.open(14);
     let answers: Vec<_> = clients.iter_mut().map(|c| c.response()).collect();
@@ -32,27 +32,27 @@ fn serves_exactly_its_slots_and_places_and_refuses_the_rest_at_once() {
         assert_eq!((refused.header("retry-after"), refused.header("x-zap-attempts")), (Some("1"), Some("0")));
     }
     assert_eq!(provider.count(), 14);
-    zap.is_clean();
+    zap.wait_until_idle();
     assert_eq!(zap.metric("zap_queue_wait_seconds_count"), 10.0);
 }
 
 #[test]
-fn none_waits_where_the_queue_has_no_place() {
+fn a_queue_of_size_0_refuses_the_next_request() {
     let gate = Gate::default();
     let provider = gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 1\nmax_size = 0", &[provider.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
-    eventually("the first is being served", || gate.waiting() == 1);
+    eventually("the backend holds the first request", || gate.waiting() == 1);
     assert_eq!(zap.chat(CHAT).code(), "queue_full");
     gate.open(2);
     assert_eq!(first.response().status, 200);
     assert_eq!(zap.chat(CHAT).status, 200);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn those_who_wait_are_served_in_the_order_they_came() {
+fn queued_requests_are_served_in_order_of_arrival() {
     let gate = Gate::default();
     let provider = gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 1", &[provider.backend("a", "")]);
@@ -60,7 +60,7 @@ fn those_who_wait_are_served_in_the_order_they_came() {
         .map(|i| {
             let mut client = zap.client();
             client.post("/chat", &format!("x-request-id: n{i}\r\n"), CHAT);
-            eventually("it is being served or waits", || {
+            eventually("the request is at the backend or in the queue", || {
                 gate.waiting() as f64 + zap.metric("zap_queue_depth") == f64::from(i + 1)
             });
             client
@@ -74,7 +74,7 @@ fn those_who_wait_are_served_in_the_order_they_came() {
 }
 
 #[test]
-fn a_wait_to_the_deadline_is_a_504_that_no_upstream_sees() {
+fn a_queued_request_that_reaches_its_deadline_gets_a_504_and_is_not_sent() {
     let gate = Gate::default();
     let held = gate.clone();
     let provider = Provider::start(move |_, stream| {
@@ -86,7 +86,7 @@ fn a_wait_to_the_deadline_is_a_504_that_no_upstream_sees() {
     let zap = Zap::with("[queue]\nmax_in_flight = 1\ntimeout_secs = 1", &[provider.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", STREAM);
-    assert_eq!(first.head().status, 200, "its time limit ends with its first byte");
+    assert_eq!(first.head().status, 200, "the deadline of a stream ends at its first byte");
     let since = Instant::now();
     let second = zap.chat(CHAT);
     assert_eq!((second.status, second.code().as_str()), (504, "queue_timeout"));
@@ -94,23 +94,23 @@ fn a_wait_to_the_deadline_is_a_504_that_no_upstream_sees() {
     assert!(since.elapsed() > Duration::from_millis(900) && since.elapsed() < Duration::from_secs(2));
     assert_eq!(provider.count(), 1);
     gate.open(1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_client_that_leaves_while_queued_frees_its_place() {
+fn a_client_that_disconnects_while_queued_leaves_the_queue() {
     let gate = Gate::default();
     let provider = gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 1\nmax_size = 1", &[provider.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
-    eventually("the first is being served", || gate.waiting() == 1);
+    eventually("the backend holds the first request", || gate.waiting() == 1);
     for _ in 0..5 {
         let mut leaver = zap.client();
         leaver.post("/chat", "", CHAT);
-        eventually("it waits", || zap.metric("zap_queue_depth") == 1.0);
+        eventually("the request is queued", || zap.metric("zap_queue_depth") == 1.0);
         drop(leaver);
-        eventually("its place is free", || zap.metric("zap_queue_depth") == 0.0);
+        eventually("the queue is empty", || zap.metric("zap_queue_depth") == 0.0);
     }
     let mut last = zap.client();
     last.post("/chat", "", CHAT);
@@ -118,5 +118,5 @@ fn a_client_that_leaves_while_queued_frees_its_place() {
     assert_eq!((first.response().status, last.response().status), (200, 200));
     assert_eq!(provider.count(), 2);
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"queued\"}"), 5.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }

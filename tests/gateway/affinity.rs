@@ -1,4 +1,4 @@
-//! A conversation stays with its backend.
+//! `prefix_hash`: all turns of a conversation go to the same backend.
 
 use std::collections::HashMap;
 
@@ -28,7 +28,7 @@ fn named(names: &[&'static str]) -> (Vec<Provider>, Vec<String>) {
 }
 
 #[test]
-fn a_hundred_conversations_of_twenty_turns_stay_and_spread() {
+fn conversations_stay_on_their_backend_and_load_is_spread() {
     const CONVERSATIONS: usize = 100;
     let gate = Gate::default();
     let names = ["a", "b", "c", "d"];
@@ -46,10 +46,10 @@ fn a_hundred_conversations_of_twenty_turns_stay_and_spread() {
     let mut homes = vec![String::new(); CONVERSATIONS];
     let (mut stayed, mut load) = (0, HashMap::<String, usize>::new());
     for t in 0..20 {
-        // All hundred are in flight at once; each comes when the one before has its place.
+        // All hundred requests are in flight at once; each is sent after the previous one has reached its backend.
         for (n, client) in clients.iter_mut().enumerate() {
             client.post("/v1/chat/completions", "", turn(n, t));
-            eventually("it is being served", || gate.waiting() == n + 1);
+            eventually("the request is at its backend", || gate.waiting() == n + 1);
         }
         gate.open(CONVERSATIONS);
         for (n, client) in clients.iter_mut().enumerate() {
@@ -65,34 +65,34 @@ fn a_hundred_conversations_of_twenty_turns_stay_and_spread() {
     let most = *load.values().max().unwrap();
     assert!(stayed * 100 >= 95 * 20 * CONVERSATIONS, "{stayed} of {} stayed", 20 * CONVERSATIONS);
     assert!(most * 10 <= 13 * 20 * CONVERSATIONS / names.len(), "{load:?}");
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn whoever_goes_loses_its_own_conversations_alone() {
+fn removing_a_backend_moves_its_own_conversations_only() {
     let (mut providers, mut backends) = named(&["a", "b", "c"]);
     let homes = |backends: &[String]| -> Vec<String> {
         let zap = Zap::with(STICKY, backends);
         (0..60).map(|n| zap.chat(turn(n, 0)).header("x-zap-backend").unwrap().to_owned()).collect()
     };
     let before = homes(&backends);
-    backends[1] = backend(Provider::nobody(), "b", "");
+    backends[1] = backend(Provider::closed_port(), "b", "");
     let after = homes(&backends);
     for (before, after) in before.iter().zip(&after) {
         assert!(before == "b" && after != "b" || before == after, "{before} to {after}");
     }
     assert!(before.iter().any(|home| home == "b"));
-    // Another process with the list in another order agrees.
+    // A second process that lists the backends in another order picks the same ones.
     backends[1] = providers.remove(1).backend("b", "");
     backends.reverse();
-    // (The provider that was taken out of the list has gone with it: start it anew.)
+    // `providers.remove` stopped the old provider b, so a new one takes its place.
     let fresh = Provider::named("b");
     backends[1] = fresh.backend("b", "");
     assert_eq!(homes(&backends), before);
 }
 
 #[test]
-fn a_session_header_a_cache_key_and_a_user_name_the_conversation() {
+fn a_session_header_a_cache_key_or_a_user_identifies_the_conversation() {
     let (_providers, backends) = named(&["a", "b", "c", "d"]);
     let zap = Zap::with(STICKY, &backends);
     let homes = |headers: &str, more: &str| {
@@ -103,7 +103,7 @@ fn a_session_header_a_cache_key_and_a_user_name_the_conversation() {
         homes.dedup();
         homes.len()
     };
-    assert!(homes("", "") > 1, "twelve conversations are not at home at one backend");
+    assert!(homes("", "") > 1, "twelve conversations are spread over several backends");
     assert_eq!(homes("x-zap-session: s1\r\n", ""), 1);
     assert_eq!(homes("", ",\"prompt_cache_key\":\"k1\""), 1);
     assert_eq!(homes("", ",\"user\":\"u1\""), 1);
@@ -114,7 +114,7 @@ fn a_session_header_a_cache_key_and_a_user_name_the_conversation() {
 }
 
 #[test]
-fn what_names_no_conversation_goes_round() {
+fn requests_without_a_conversation_use_round_robin() {
     let (providers, backends) = named(&["a", "b"]);
     let zap = Zap::with(STICKY, &backends);
     let mut client = zap.client();

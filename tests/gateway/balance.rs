@@ -1,4 +1,4 @@
-//! Who gets a request.
+//! Load balancing: which backend gets a request.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use crate::support::provider::{After, Gate, reply};
 use crate::support::{CHAT, Provider, Zap, eventually};
 
 #[test]
-fn round_robin_gives_each_its_weight_exactly_over_all_workers() {
+fn round_robin_follows_the_weights_exactly_across_all_workers() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let zap = Zap::with("", &[a.backend("a", "weight = 2"), b.backend("b", "weight = 1")]);
     std::thread::scope(|s| {
@@ -22,7 +22,7 @@ fn round_robin_gives_each_its_weight_exactly_over_all_workers() {
 }
 
 #[test]
-fn round_robin_follows_the_smooth_order() {
+fn round_robin_is_smooth() {
     let (a, b) = (Provider::named("A"), Provider::named("B"));
     let zap = Zap::with("", &[a.backend("a", "weight = 2"), b.backend("b", "weight = 1")]);
     let order: String = (0..6).map(|_| zap.chat(CHAT).text().to_owned()).collect();
@@ -40,7 +40,7 @@ fn a_backend_that_fails_keeps_its_share_of_first_tries() {
 }
 
 #[test]
-fn first_requests_for_many_models_do_not_all_go_to_one_backend() {
+fn the_first_requests_for_many_models_are_spread_over_backends() {
     for strategy in ["round_robin", "least_loaded"] {
         let (a, b) = (Provider::named("a"), Provider::named("b"));
         let names: Vec<_> = (0..60).map(|n| format!("\"m{n}\"")).collect();
@@ -56,7 +56,7 @@ fn first_requests_for_many_models_do_not_all_go_to_one_backend() {
 }
 
 #[test]
-fn endpoints_and_routes_take_turns_of_their_own() {
+fn endpoints_and_routes_have_separate_rotations() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let served = "models = [\"m\", \"n\"]";
     let zap = Zap::with("", &[a.backend("a", served), b.backend("b", served)]);
@@ -81,7 +81,7 @@ fn endpoints_and_routes_take_turns_of_their_own() {
 }
 
 #[test]
-fn least_loaded_asks_whoever_serves_fewest() {
+fn least_loaded_picks_the_backend_with_the_fewest_requests() {
     let gate = Gate::default();
     let (held, free) = (gate.clone(), Provider::named("free"));
     let slow = Provider::start(move |_, stream| {
@@ -95,7 +95,7 @@ fn least_loaded_asks_whoever_serves_fewest() {
     while gate.waiting() == 0 {
         let mut client = zap.client();
         client.post("/chat", "", CHAT);
-        eventually("somebody serves it", || gate.waiting() == 1 || free.count() > 0);
+        eventually("a backend has the request", || gate.waiting() == 1 || free.count() > 0);
         waiting.push(client);
     }
     for _ in 0..20 {
@@ -103,11 +103,11 @@ fn least_loaded_asks_whoever_serves_fewest() {
     }
     gate.open(1);
     waiting.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_weight_of_0_is_drained_and_all_drained_is_no_backend() {
+fn a_backend_of_weight_0_gets_no_requests_and_without_others_there_is_no_backend() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let zap = Zap::with("", &[a.backend("a", "weight = 0"), b.backend("b", "")]);
     (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
@@ -121,7 +121,7 @@ fn a_weight_of_0_is_drained_and_all_drained_is_no_backend() {
 }
 
 #[test]
-fn a_higher_priority_number_serves_only_when_no_lower_one_can() {
+fn a_higher_priority_number_serves_only_if_no_lower_one_can() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let zap = Zap::with("", &[a.backend("a", ""), b.backend("b", "priority = 1")]);
     (0..5).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "a"));
@@ -136,14 +136,14 @@ fn a_higher_priority_number_serves_only_when_no_lower_one_can() {
     let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1"), b.backend("b", "priority = 1")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
-    eventually("a serves the first", || full.waiting() == 1);
+    eventually("backend a has the first request", || full.waiting() == 1);
     assert_eq!(zap.chat(CHAT).text(), "b");
     full.open(1);
     assert_eq!(first.response().text(), "a");
 }
 
 #[test]
-fn a_backend_at_its_own_limit_makes_requests_wait_without_a_slot() {
+fn requests_for_a_backend_at_its_limit_wait_without_a_slot() {
     let gate = Gate::default();
     let held = gate.clone();
     let provider = Provider::start(move |_, stream| {
@@ -154,16 +154,16 @@ fn a_backend_at_its_own_limit_makes_requests_wait_without_a_slot() {
     let zap = Zap::with("", &[provider.backend("a", "max_in_flight = 2")]);
     let mut clients: Vec<_> = (0..6).map(|_| zap.client()).collect();
     clients.iter_mut().for_each(|c| c.post("/chat", "", CHAT));
-    eventually("four wait", || zap.metric("zap_queue_depth") == 4.0);
-    eventually("two are served", || gate.waiting() == 2);
+    eventually("four requests are queued", || zap.metric("zap_queue_depth") == 4.0);
+    eventually("the backend holds two requests", || gate.waiting() == 2);
     assert_eq!((provider.count(), zap.metric("zap_in_flight{backend=\"a\"}")), (2, 2.0));
     gate.open(6);
     clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_provider_is_never_sent_more_than_its_quota() {
+fn a_backend_is_never_sent_more_than_its_quota() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let backends = [a.backend("a", "requests_per_minute = 3"), b.backend("b", "requests_per_minute = 2")];
     let zap = Zap::with("[queue]\nmax_wait_secs = 1", &backends);
@@ -177,5 +177,5 @@ fn a_provider_is_never_sent_more_than_its_quota() {
     let after: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((55..=60).contains(&after), "{after}");
     assert_eq!((a.count(), b.count()), (3, 2));
-    zap.is_clean();
+    zap.wait_until_idle();
 }

@@ -1,4 +1,4 @@
-//! What happens to a request's body.
+//! Request bodies: checks, limits, and the bytes that reach the backend.
 
 use crate::support::{CHAT, Provider, Zap, eventually};
 
@@ -10,7 +10,7 @@ fn echo() -> Provider {
 }
 
 #[test]
-fn the_default_model_goes_in_where_none_is_named_and_nothing_else_changes() {
+fn the_default_model_is_inserted_if_the_body_has_none_and_nothing_else_changes() {
     let provider = echo();
     let zap = Zap::with("", &[provider.backend("a", "default_model = \"m\\\"1\"")]);
     for (body, want) in [
@@ -29,7 +29,7 @@ fn the_default_model_goes_in_where_none_is_named_and_nothing_else_changes() {
 }
 
 #[test]
-fn without_a_default_the_body_passes_as_it_came() {
+fn without_a_default_model_the_body_passes_unchanged() {
     let provider = echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     for body in [r#"{"messages":[]}"#, r#"{"model":null,"messages":[]}"#, r#"{"model":"","messages":[]}"#] {
@@ -38,7 +38,7 @@ fn without_a_default_the_body_passes_as_it_came() {
 }
 
 #[test]
-fn every_bad_body_has_its_error_and_the_upstream_sees_nothing() {
+fn each_invalid_body_gets_its_error_and_is_not_sent() {
     let provider = echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let deep = format!("{{\"messages\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
@@ -80,11 +80,11 @@ fn every_bad_body_has_its_error_and_the_upstream_sees_nothing() {
         assert_eq!(error["type"], "invalid_request_error");
     }
     assert_eq!(provider.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn the_connection_survives_a_bad_body() {
+fn the_connection_survives_an_invalid_body() {
     let provider = echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let mut client = zap.client();
@@ -93,7 +93,7 @@ fn the_connection_survives_a_bad_body() {
 }
 
 #[test]
-fn a_body_over_the_limit_is_refused_when_that_is_known() {
+fn a_body_over_the_limit_is_refused_as_soon_as_its_size_is_known() {
     let provider = echo();
     let zap = Zap::with("[server]\nmax_body_bytes = 2048", &[provider.backend("a", "")]);
     let mut announced = zap.client();
@@ -116,9 +116,9 @@ fn a_body_over_the_limit_is_refused_when_that_is_known() {
 
     let exact = format!("{{\"messages\":[\"{}\"]}}", "x".repeat(2048 - 17));
     assert_eq!(exact.len(), 2048);
-    assert!(zap.chat(&exact).text() == exact, "a body of just the limit did not pass");
+    assert!(zap.chat(&exact).text() == exact, "a body of exactly the limit must pass unchanged");
     assert_eq!(provider.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn encodings_and_expectations_are_checked_before_the_body() {
 }
 
 #[test]
-fn a_chunked_body_arrives_whole_and_its_trailers_do_not() {
+fn a_chunked_body_arrives_complete_and_without_its_trailers() {
     let provider = echo();
     let zap = Zap::with("", &[provider.backend("a", "default_model = \"m\"")]);
     let mut client = zap.client();
@@ -172,7 +172,7 @@ fn a_large_body_passes_byte_for_byte() {
 }
 
 #[test]
-fn a_client_that_leaves_in_its_body_is_counted_and_forgotten() {
+fn a_client_that_disconnects_in_its_body_is_counted() {
     let provider = echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     for (n, framing) in
@@ -181,15 +181,17 @@ fn a_client_that_leaves_in_its_body_is_counted_and_forgotten() {
         let mut client = zap.client();
         client.send(format!("POST /chat HTTP/1.1\r\nhost: zap\r\n{framing}{{\"mess"));
         drop(client);
-        eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"body\"}") == n);
+        eventually("the disconnect is counted", || {
+            zap.metric("zap_client_disconnects_total{phase=\"body\"}") == n
+        });
     }
     assert_eq!(zap.metric("zap_requests_total{endpoint=\"chat\",backend=\"\",status=\"499\"}"), 2.0);
     assert_eq!(provider.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_body_that_stops_coming_is_a_408() {
+fn a_stalled_body_gets_a_408() {
     let provider = echo();
     let zap = Zap::with("[queue]\ntimeout_secs = 1", &[provider.backend("a", "")]);
     let mut client = zap.client();
@@ -200,5 +202,5 @@ fn a_body_that_stops_coming_is_a_408() {
     client.half_close();
     assert_eq!(client.rest().0, b"");
     assert_eq!(provider.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }

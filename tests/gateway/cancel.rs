@@ -1,11 +1,11 @@
-//! Clients that leave: whatever was being done for them ends at once.
+//! Cancellation: when a client disconnects, all work for its request ends at once.
 
 use std::time::{Duration, Instant};
 
 use crate::support::provider::{After, blackhole, chunk, start_events, wait_closed};
 use crate::support::{CHAT, Client, Provider, STREAM, Zap, eventually, within};
 
-/// Says nothing until the other side closes.
+/// Sends no response and waits until Zap closes the connection.
 fn silent() -> Provider {
     Provider::start(|_, stream| {
         wait_closed(stream);
@@ -13,7 +13,7 @@ fn silent() -> Provider {
     })
 }
 
-/// Streams one event and then waits for the other side to close.
+/// Streams one event, then waits until Zap closes the connection.
 fn starts() -> Provider {
     Provider::start(|_, stream| {
         start_events(stream);
@@ -25,15 +25,15 @@ fn starts() -> Provider {
 
 const NO_PROBES: &str = "[health]\ninterval_secs = 600\n";
 
-fn let_go(provider: &Provider, leave: impl FnOnce()) {
+fn closes_upstream(provider: &Provider, leave: impl FnOnce()) {
     let since = Instant::now();
     leave();
-    eventually("the upstream is let go", || provider.connections() == 0);
+    eventually("the upstream connection is closed", || provider.connections() == 0);
     assert!(since.elapsed() < Duration::from_millis(250), "{:?}", since.elapsed());
 }
 
 #[test]
-fn one_that_leaves_before_the_first_byte_ends_the_upstreams_work() {
+fn a_disconnect_before_the_first_byte_closes_the_upstream_connection() {
     let a = silent();
     let zap = Zap::with(NO_PROBES, &[a.backend("a", "")]);
     let ways: [fn(Client); 3] = [drop, Client::reset, |c| {
@@ -43,16 +43,16 @@ fn one_that_leaves_before_the_first_byte_ends_the_upstreams_work() {
     for (i, leave) in ways.into_iter().enumerate() {
         let mut client = zap.client();
         client.post("/chat", "", CHAT);
-        eventually("the upstream works", || a.count() == i + 1);
-        let_go(&a, || leave(client));
-        zap.is_clean();
+        eventually("the backend has the request", || a.count() == i + 1);
+        closes_upstream(&a, || leave(client));
+        zap.wait_until_idle();
     }
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"waiting\"}"), 3.0);
-    assert_eq!(a.count(), 3, "nothing is tried again for a client that left");
+    assert_eq!(a.count(), 3, "a request whose client disconnected is not retried");
 }
 
 #[test]
-fn one_that_leaves_mid_stream_ends_the_upstreams_work() {
+fn a_disconnect_mid_stream_closes_the_upstream_connection() {
     let a = starts();
     let zap = Zap::with(NO_PROBES, &[a.backend("a", "")]);
     for leave in [drop as fn(Client), Client::reset] {
@@ -60,8 +60,8 @@ fn one_that_leaves_mid_stream_ends_the_upstreams_work() {
         client.post("/chat", "", STREAM);
         client.head();
         assert_eq!(client.chunk().unwrap(), b"data: one\n\n");
-        let_go(&a, || leave(client));
-        zap.is_clean();
+        closes_upstream(&a, || leave(client));
+        zap.wait_until_idle();
     }
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"streaming\"}"), 2.0);
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"client\"}"), 2.0);
@@ -69,30 +69,34 @@ fn one_that_leaves_mid_stream_ends_the_upstreams_work() {
 }
 
 #[test]
-fn bytes_behind_the_request_do_not_hide_that_its_client_left() {
+fn bytes_after_the_request_do_not_hide_a_disconnect() {
     let a = silent();
     let zap = Zap::with(NO_PROBES, &[a.backend("a", "")]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
     client.post("/chat", "", CHAT);
-    eventually("the upstream works", || a.count() == 1);
+    eventually("the backend has the request", || a.count() == 1);
     client.send("GET /health HT");
-    let_go(&a, || drop(client));
-    zap.is_clean();
-    assert_eq!(a.count(), 1, "the second request was never made");
+    closes_upstream(&a, || drop(client));
+    zap.wait_until_idle();
+    assert_eq!(a.count(), 1, "the second request is not sent");
 }
 
 #[test]
-fn one_that_leaves_while_a_connection_opens_or_a_retry_waits_is_counted_there() {
+fn a_disconnect_during_connect_or_backoff_is_counted_in_that_phase() {
     let a = Provider::fixed(500, "", "no");
     let settings = "[health]\ninterval_secs = 600\nfailure_threshold = 1000\n[retry]\nbase_delay_ms = 600000\nmax_delay_ms = 600000\n[queue]\ntimeout_secs = 86400\n";
     let zap = Zap::with(settings, &[a.backend("a", "")]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("it was tried once", || a.count() == 1 && zap.metric("zap_in_flight{backend=\"a\"}") == 1.0);
+    eventually("the first try has ended", || {
+        a.count() == 1 && zap.metric("zap_in_flight{backend=\"a\"}") == 1.0
+    });
     drop(client);
-    eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"backoff\"}") == 1.0);
-    zap.is_clean();
+    eventually("the disconnect is counted", || {
+        zap.metric("zap_client_disconnects_total{phase=\"backoff\"}") == 1.0
+    });
+    zap.wait_until_idle();
 
     let (address, _held) = blackhole();
     let settings =
@@ -100,14 +104,16 @@ fn one_that_leaves_while_a_connection_opens_or_a_retry_waits_is_counted_there() 
     let zap = Zap::with(settings, &[crate::support::provider::backend(address, "a", "")]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("it is on its way", || zap.metric("zap_in_flight{backend=\"a\"}") == 1.0);
+    eventually("the connect has begun", || zap.metric("zap_in_flight{backend=\"a\"}") == 1.0);
     drop(client);
-    eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"connecting\"}") == 1.0);
-    zap.is_clean();
+    eventually("the disconnect is counted", || {
+        zap.metric("zap_client_disconnects_total{phase=\"connecting\"}") == 1.0
+    });
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_walk_through_every_phase_leaves_nothing_behind() {
+fn a_disconnect_in_any_phase_releases_everything() {
     let (hole, _held) = blackhole();
     let silent = silent();
     let streams = starts();
@@ -144,17 +150,17 @@ fn a_walk_through_every_phase_leaves_nothing_behind() {
                     others.push(ask("silent"));
                     eventually("the backend is full", || gauge("zap_in_flight{backend=\"silent\"}") == 1.0);
                     let client = ask("silent");
-                    eventually("it waits", || gauge("zap_queue_depth") == 1.0);
+                    eventually("the request is queued", || gauge("zap_queue_depth") == 1.0);
                     client
                 }
                 "connecting" => {
                     let client = ask("hole");
-                    eventually("it connects", || gauge("zap_in_flight{backend=\"hole\"}") == 1.0);
+                    eventually("the connect has begun", || gauge("zap_in_flight{backend=\"hole\"}") == 1.0);
                     client
                 }
                 "waiting" => {
                     let client = ask("silent");
-                    eventually("it is sent", || {
+                    eventually("the request is sent", || {
                         gauge("zap_upstream_connections{backend=\"silent\",state=\"active\"}") == 1.0
                     });
                     client
@@ -165,7 +171,7 @@ fn a_walk_through_every_phase_leaves_nothing_behind() {
                     let client = ask("failing");
                     let again =
                         || gauge("zap_upstream_errors_total{backend=\"failing\",kind=\"upstream_error\"}");
-                    eventually("it has failed", || again() > failures);
+                    eventually("the first try has failed", || again() > failures);
                     client
                 }
                 _ => {
@@ -181,9 +187,9 @@ fn a_walk_through_every_phase_leaves_nothing_behind() {
             }
             within(Duration::from_secs(1), phase, || gauge(&series) > before);
             others.into_iter().for_each(drop);
-            zap.is_clean();
+            zap.wait_until_idle();
         }
     }
-    eventually("no provider is left with work", || silent.connections() + streams.connections() == 0);
+    eventually("all upstream connections are closed", || silent.connections() + streams.connections() == 0);
     assert_eq!(gauge("zap_rate_limit_keys"), 1.0);
 }

@@ -1,4 +1,4 @@
-//! The way out.
+//! Shutdown: draining, its time limit, and the second order.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::support::provider::{After, Gate, chunk, end_chunks, start_events, wai
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 #[test]
-fn what_runs_may_end_and_what_is_new_is_refused() {
+fn draining_finishes_running_requests_and_refuses_new_ones() {
     let gate = Gate::default();
     let held = gate.clone();
     let a = Provider::start(move |_, stream| {
@@ -27,7 +27,7 @@ fn what_runs_may_end_and_what_is_new_is_refused() {
     stream.head();
     assert_eq!(stream.chunk().unwrap(), b"data: one\n\n");
     zap.order(Order::Drain);
-    eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
+    eventually("/ready is a 503", || zap.client().get("/ready").status == 503);
     let refused = zap.chat(CHAT);
     assert_eq!((refused.status, refused.code().as_str()), (503, "draining"));
     assert_eq!((refused.header("retry-after"), refused.header("connection")), (Some("1"), Some("close")));
@@ -36,35 +36,35 @@ fn what_runs_may_end_and_what_is_new_is_refused() {
     gate.open(1);
     assert_eq!(stream.chunk().unwrap(), b"data: [DONE]\n\n");
     assert_eq!(stream.chunk().unwrap(), b"");
-    assert!(zap.join(), "nothing was cut");
+    assert!(zap.join(), "no request was cut");
 }
 
 #[test]
-fn a_body_that_is_still_coming_runs_too() {
+fn a_request_whose_body_is_still_arriving_is_finished() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let mut upload = zap.client();
     let expect = "expect: 100-continue\r\n";
     upload.send(format!("POST /chat HTTP/1.1\r\nhost: x\r\n{expect}content-length: {}\r\n\r\n", CHAT.len()));
-    assert_eq!(upload.head().status, 100, "it waits for the body");
+    assert_eq!(upload.head().status, 100, "Zap asks for the body");
     upload.send("{");
     zap.order(Order::Drain);
-    eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
+    eventually("/ready is a 503", || zap.client().get("/ready").status == 503);
     let end = Instant::now() + Duration::from_millis(300);
     while Instant::now() < end {
         for path in ["/ready", "/v1/models"] {
-            assert_eq!(zap.client().get(path).status, 503, "connections are accepted still");
+            assert_eq!(zap.client().get(path).status, 503, "connections are still accepted");
         }
         assert_eq!(zap.chat(CHAT).code(), "draining");
     }
     upload.send(&CHAT[1..]);
     let answer = upload.response();
     assert_eq!((answer.text(), answer.header("connection")), ("a", Some("close")));
-    assert!(zap.join(), "nothing was cut");
+    assert!(zap.join(), "no request was cut");
 }
 
 #[test]
-fn a_connection_closes_behind_an_answer_that_had_begun_before() {
+fn a_connection_closes_after_a_response_that_began_before_the_drain() {
     let (short, long) = (Gate::default(), Gate::default());
     let (held_short, held_long) = (short.clone(), long.clone());
     let a = Provider::start(move |seen, stream| {
@@ -89,19 +89,19 @@ fn a_connection_closes_behind_an_answer_that_had_begun_before() {
         client
     });
     zap.order(Order::Drain);
-    eventually("it is not ready any more", || zap.client().get("/ready").status == 503);
+    eventually("/ready is a 503", || zap.client().get("/ready").status == 503);
     short.open(1);
     assert_eq!(streams[0].chunk().unwrap(), b"data: [DONE]\n\n");
     assert_eq!(streams[0].chunk().unwrap(), b"");
     streams[0].close_within(Duration::from_secs(2));
-    assert_eq!(zap.client().get("/ready").status, 503, "the other runs on");
+    assert_eq!(zap.client().get("/ready").status, 503, "the other stream still runs");
     long.open(1);
     assert_eq!(streams[1].chunk().unwrap(), b"data: [DONE]\n\n");
-    assert!(zap.join(), "nothing was cut");
+    assert!(zap.join(), "no request was cut");
 }
 
 #[test]
-fn what_overstays_is_cut_visibly() {
+fn a_stream_that_outlasts_drain_secs_is_cut_with_an_error() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, "data: one\n\n");
@@ -117,13 +117,13 @@ fn what_overstays_is_cut_visibly() {
     zap.order(Order::Drain);
     stream.body(&mut answer);
     assert!(answer.text().contains("stream_interrupted") && !answer.whole, "{}", answer.text());
-    assert!(!zap.join(), "something was cut");
+    assert!(!zap.join(), "a request was cut");
     let took = since.elapsed();
     assert!(took > Duration::from_millis(900) && took < Duration::from_secs(3), "{took:?}");
 }
 
 #[test]
-fn a_stream_of_responses_that_overstays_ends_in_its_own_shape() {
+fn a_v1_responses_stream_that_outlasts_drain_secs_ends_with_response_failed() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, "data: {\"type\":\"x\",\"sequence_number\":3}\n\n");
@@ -137,14 +137,17 @@ fn a_stream_of_responses_that_overstays_ends_in_its_own_shape() {
     answer.body = client.chunk().unwrap();
     zap.order(Order::Drain);
     client.body(&mut answer);
-    let (_, event) = answer.text().split_once("\n\nevent: response.failed\ndata: ").expect("its own shape");
+    let (_, event) = answer
+        .text()
+        .split_once("\n\nevent: response.failed\ndata: ")
+        .expect("the stream ends with response.failed");
     let event: serde_json::Value = serde_json::from_str(event).unwrap();
     assert_eq!((&event["sequence_number"], answer.whole), (&4.into(), true));
-    assert!(!zap.join(), "something was cut");
+    assert!(!zap.join(), "a request was cut");
 }
 
 #[test]
-fn a_second_order_ends_it_at_once() {
+fn a_second_order_ends_the_drain_at_once() {
     let a = Provider::start(|_, stream| {
         wait_closed(stream);
         After::Close
@@ -152,7 +155,7 @@ fn a_second_order_ends_it_at_once() {
     let zap = Zap::with("", &[a.backend("a", "")]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("it is being served", || a.count() == 1);
+    eventually("the backend has the request", || a.count() == 1);
     let since = Instant::now();
     zap.order(Order::Drain);
     zap.order(Order::Now);
@@ -160,11 +163,11 @@ fn a_second_order_ends_it_at_once() {
     assert_eq!((answer.status, answer.code().as_str()), (503, "draining"));
     assert!(!zap.join());
     assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
-    assert_eq!(a.count(), 1, "what is cut is not tried again");
+    assert_eq!(a.count(), 1, "a request that was cut is not retried");
 }
 
 #[test]
-fn with_nothing_to_do_it_ends_at_once() {
+fn an_idle_gateway_stops_at_once() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let mut idle = zap.client();
@@ -177,8 +180,8 @@ fn with_nothing_to_do_it_ends_at_once() {
 }
 
 #[test]
-fn a_stream_in_full_flow_is_cut_visibly_too() {
-    // Whatever still comes must not hide the order to cut.
+fn a_busy_stream_is_cut_with_an_error_too() {
+    // Data that keeps arriving must not hide the order to cut.
     let a = Provider::start(|_, stream| {
         start_events(stream);
         while chunk(stream, "data: more\n\n") {}
@@ -195,12 +198,12 @@ fn a_stream_in_full_flow_is_cut_visibly_too() {
         zap.order(Order::Drain);
         let end = Instant::now() + Duration::from_secs(5);
         while let Some(piece) = client.chunk() {
-            assert!(Instant::now() < end, "it flows on");
+            assert!(Instant::now() < end, "the stream is not cut");
             answer.body.extend_from_slice(&piece);
             answer.whole |= piece.is_empty();
         }
-        let end = answer.text().rfind("data: {\"error\"").expect("it says that it was cut");
+        let end = answer.text().rfind("data: {\"error\"").expect("the stream ends with an error event");
         assert!(!answer.whole && answer.text()[end..].contains("stream_interrupted"));
-        assert!(!zap.join(), "something was cut");
+        assert!(!zap.join(), "a request was cut");
     }
 }

@@ -1,4 +1,4 @@
-//! The edge: what of HTTP is served, and what is refused before anything else happens.
+//! The HTTP edge: which requests are served, and which are refused before any routing.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ fn start() -> (Provider, Zap) {
 }
 
 #[test]
-fn a_head_that_can_be_read_two_ways_is_refused_and_the_connection_closed() {
+fn an_ambiguous_head_is_refused_and_the_connection_closed() {
     let (provider, zap) = start();
     let body = format!("content-length: {}\r\n\r\n{CHAT}", CHAT.len());
     for head in [
@@ -34,7 +34,7 @@ fn a_head_that_can_be_read_two_ways_is_refused_and_the_connection_closed() {
         "\u{16}\u{3}\u{1}\u{2}".to_owned(),
     ] {
         let mut client = zap.client();
-        // Sent twice: the second must get no answer.
+        // A second request follows; it must get no response.
         client.send(format!("{head}GET /health HTTP/1.1\r\nhost: a\r\n\r\n"));
         let answer = client.response();
         assert_eq!((answer.status, answer.code().as_str()), (400, "bad_request"), "{head:?}");
@@ -42,11 +42,11 @@ fn a_head_that_can_be_read_two_ways_is_refused_and_the_connection_closed() {
         assert_eq!(client.rest().0, b"", "{head:?}");
     }
     assert_eq!(provider.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_head_may_come_byte_by_byte_and_requests_one_behind_the_other() {
+fn a_head_may_arrive_byte_by_byte_and_requests_may_be_pipelined() {
     let (_provider, zap) = start();
     let mut client = zap.client();
     for byte in b"\r\nGET /health HTTP/1.1\r\nHost: zap\r\n\r\n" {
@@ -64,7 +64,7 @@ fn a_head_may_come_byte_by_byte_and_requests_one_behind_the_other() {
 }
 
 #[test]
-fn an_answer_before_the_body_is_here_says_that_the_connection_closes() {
+fn a_response_before_the_end_of_the_body_closes_the_connection() {
     let (_provider, zap) = start();
     for (path, part, close) in [
         ("/nothing", "", true),
@@ -87,7 +87,7 @@ fn an_answer_before_the_body_is_here_says_that_the_connection_closes() {
 }
 
 #[test]
-fn a_large_head_and_body_in_one_write_arrive_whole() {
+fn a_large_head_and_body_in_one_write_arrive_complete() {
     let provider = Provider::start(|seen, stream| {
         crate::support::provider::reply(stream, 200, "", &seen.body);
         crate::support::provider::After::Keep
@@ -102,7 +102,7 @@ fn a_large_head_and_body_in_one_write_arrive_whole() {
 }
 
 #[test]
-fn oversized_heads_get_hypers_answer_and_a_close() {
+fn an_oversized_head_gets_a_431_from_hyper() {
     let (provider, zap) = start();
     for (head, status) in [
         (format!("GET /health HTTP/1.1\r\nhost: a\r\nx: {}\r\n\r\n", "y".repeat(500_000)), 431),
@@ -125,7 +125,7 @@ fn paths_and_methods_are_exact() {
         client.post(path, "", CHAT);
         assert_eq!(client.response().status, 404, "{path}");
     }
-    // What clients leave unescaped in a query is served.
+    // Characters that clients often leave unescaped in a query are accepted.
     assert_eq!(client.get("/health?a[]={b}|^c&d='(e)'!$*+,;=?").status, 200);
     for (path, allow) in [("/chat", "POST"), ("/v1/chat/completions", "POST")] {
         let answer = client.get(path);
@@ -163,7 +163,7 @@ fn http_1_0_is_served_without_chunks() {
 }
 
 #[test]
-fn an_absolute_target_that_names_the_host_is_served() {
+fn an_absolute_form_target_that_matches_the_host_is_served() {
     let (_provider, zap) = start();
     let mut client = zap.client();
     client.send("GET http://a:1/health HTTP/1.1\r\nhost: a:1\r\n\r\n");
@@ -201,7 +201,7 @@ fn idle_connections_and_slow_heads_are_closed() {
 }
 
 #[test]
-fn further_connections_wait_in_the_kernel() {
+fn connections_beyond_max_connections_wait_in_the_kernel() {
     let provider = Provider::named("ok");
     let zap = Zap::with("[server]\nmax_connections = 2", &[provider.backend("a", "")]);
     let (mut first, mut second) = (zap.client(), zap.client());

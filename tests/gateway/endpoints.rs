@@ -1,4 +1,4 @@
-//! The JSON endpoints beside chat: same rules, their own paths.
+//! The JSON endpoints other than chat: the same rules, each with its own path.
 
 use crate::support::provider::{After, chunk, end_chunks, reply, start_events};
 use crate::support::{Provider, Zap};
@@ -14,7 +14,7 @@ const FORWARDED: [(&str, &str); 7] = [
 ];
 
 #[test]
-fn a_websocket_is_told_to_speak_http() {
+fn a_websocket_upgrade_is_refused_with_a_hint_to_use_http() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let ask = |line: &str, headers: &str| {
@@ -42,7 +42,7 @@ fn a_websocket_is_told_to_speak_http() {
 }
 
 #[test]
-fn each_goes_to_its_place_behind_the_api_base_byte_for_byte() {
+fn each_endpoint_goes_to_its_path_under_the_api_base_byte_for_byte() {
     let a = Provider::start(|seen, stream| {
         reply(stream, 200, "", &seen.body);
         After::Keep
@@ -68,7 +68,7 @@ fn each_goes_to_its_place_behind_the_api_base_byte_for_byte() {
 }
 
 #[test]
-fn the_default_model_goes_in_where_there_is_one_to_have() {
+fn the_default_model_is_inserted_for_completions_and_responses_only() {
     let a = Provider::start(|seen, stream| {
         reply(stream, 200, "", &seen.body);
         After::Keep
@@ -89,7 +89,7 @@ fn the_default_model_goes_in_where_there_is_one_to_have() {
 }
 
 #[test]
-fn a_backend_with_a_chat_path_of_its_own_serves_chat_alone() {
+fn a_backend_with_a_custom_chat_path_serves_chat_only() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let zap = Zap::with("", &[a.backend("a", "weight = 9\nchat_path = \"/talk\""), b.backend("b", "")]);
     for _ in 0..4 {
@@ -105,7 +105,7 @@ fn a_backend_with_a_chat_path_of_its_own_serves_chat_alone() {
 }
 
 #[test]
-fn a_stream_of_responses_ends_with_its_own_event() {
+fn a_v1_responses_stream_ends_without_done() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, "event: response.completed\ndata: {}\n\n");

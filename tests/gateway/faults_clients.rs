@@ -1,4 +1,4 @@
-//! What clients, and as many of them as there are, can do wrong: rows of the faults table by their names.
+//! Faults of clients (c), overload (o) and security (s). A test name begins with its row in the table of faults.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -13,10 +13,10 @@ use crate::support::{CHAT, Client, Provider, Response, STREAM, Zap, eventually, 
 
 const NO_PROBES: &str = "[health]\ninterval_secs = 600\n";
 
-/// How a client leaves: by FIN and by RST.
+/// The ways of a client to disconnect: FIN and RST.
 static WAYS: [fn(Client); 2] = [drop, Client::reset];
 
-/// Says nothing until the other side closes.
+/// Sends no response and waits until Zap closes the connection.
 fn silent() -> Provider {
     Provider::start(|_, stream| {
         wait_closed(stream);
@@ -24,7 +24,7 @@ fn silent() -> Provider {
     })
 }
 
-/// Answers when the gate lets it.
+/// Responds with 200 when the gate is opened.
 fn gated(gate: &Gate) -> Provider {
     let gate = gate.clone();
     Provider::start(move |_, stream| {
@@ -34,24 +34,24 @@ fn gated(gate: &Gate) -> Provider {
     })
 }
 
-/// A chat in so many bytes and a few more.
+/// A chat of `size` bytes and a few more.
 fn chat_of(size: usize) -> String {
     format!("{{\"messages\":[\"{}\"]}}", "x".repeat(size))
 }
 
-/// A whole request with `body`.
+/// A complete request with `body`.
 fn post(body: &str) -> String {
     format!("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n\r\n{body}", body.len())
 }
 
-/// The same in chunks of `size` bytes; `body` is ASCII.
+/// Like [`post`], in chunks of `size` bytes; `body` must be ASCII.
 fn chunked(body: &str, size: usize) -> String {
     let pieces = body.as_bytes().chunks(size).map(|p| (p.len(), String::from_utf8_lossy(p)));
     let pieces: String = pieces.map(|(n, piece)| format!("{n:x}\r\n{piece}\r\n")).collect();
     format!("POST /chat HTTP/1.1\r\nhost: zap\r\ntransfer-encoding: chunked\r\n\r\n{pieces}0\r\n\r\n")
 }
 
-/// Sends a request on a connection of its own, whether or not it is read to its end.
+/// Sends a request on a new connection, even if Zap does not read all of it, and reads the response.
 fn ask(zap: &Zap, request: &str) -> Response {
     let mut client = zap.client();
     client.try_send(request);
@@ -66,82 +66,84 @@ fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
 }
 
-/// One after the other waits and leaves; its place is free at once, and `a` sees nothing of it.
-fn wait_and_leave(zap: &Zap, a: &Provider) {
+/// Queues a request and disconnects, in each way; each time the queue is empty at once, and `a` gets no request.
+fn disconnect_while_queued(zap: &Zap, a: &Provider) {
     let seen = a.count();
     for leave in WAYS {
         let mut client = zap.client();
         client.post("/chat", "", CHAT);
-        eventually("it waits", || zap.metric("zap_queue_depth") == 1.0);
+        eventually("the request is queued", || zap.metric("zap_queue_depth") == 1.0);
         leave(client);
-        within(secs(1), "its place is free", || zap.metric("zap_queue_depth") == 0.0);
+        within(secs(1), "the queue is empty", || zap.metric("zap_queue_depth") == 0.0);
     }
-    eventually("both are counted", || zap.metric("zap_client_disconnects_total{phase=\"queued\"}") == 2.0);
-    assert_eq!(a.count(), seen, "the upstream saw one that left");
+    eventually("both disconnects are counted", || {
+        zap.metric("zap_client_disconnects_total{phase=\"queued\"}") == 2.0
+    });
+    assert_eq!(a.count(), seen, "a request of a disconnected client was sent");
 }
 
 #[test]
-fn c1_leaves_while_it_waits_in_the_queue() {
+fn c1_client_disconnects_while_queued() {
     let gate = Gate::default();
     let a = gated(&gate);
     let settings = format!("{NO_PROBES}[queue]\nmax_in_flight = 1\n");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
-    eventually("the first is being served", || gate.waiting() == 1);
-    wait_and_leave(&zap, &a);
+    eventually("the backend has the first request", || gate.waiting() == 1);
+    disconnect_while_queued(&zap, &a);
     gate.open(1);
     assert_eq!(first.response().status, 200);
     assert_eq!(a.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c1_leaves_while_it_waits_for_a_cooling_backend() {
+fn c1_client_disconnects_while_the_backend_cools_down() {
     let a = Provider::fixed(429, "retry-after: 20\r\n", "{}");
     let settings = format!("{NO_PROBES}[queue]\nmax_wait_secs = 60\ntimeout_secs = 60\n");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
     assert_eq!(zap.chat(CHAT).status, 429);
-    wait_and_leave(&zap, &a);
+    disconnect_while_queued(&zap, &a);
     assert_eq!(a.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c1_leaves_while_it_waits_for_a_quota() {
+fn c1_client_disconnects_while_it_waits_for_quota() {
     let a = Provider::named("a");
-    // The quota opens a little more than a minute after its only request.
+    // The quota refills a little more than a minute after its only request.
     let settings = format!("{NO_PROBES}[queue]\nmax_wait_secs = 120\ntimeout_secs = 120\n");
     let zap = Zap::with(&settings, &[a.backend("a", "requests_per_minute = 1")]);
     assert_eq!(zap.chat(CHAT).status, 200);
-    wait_and_leave(&zap, &a);
+    disconnect_while_queued(&zap, &a);
     assert_eq!(a.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c1_leaves_while_it_waits_for_a_full_backend() {
+fn c1_client_disconnects_while_the_backend_is_full() {
     let gate = Gate::default();
     let a = gated(&gate);
     let zap = Zap::with(NO_PROBES, &[a.backend("a", "max_in_flight = 1")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
-    eventually("the first is being served", || gate.waiting() == 1);
-    wait_and_leave(&zap, &a);
+    eventually("the backend has the first request", || gate.waiting() == 1);
+    disconnect_while_queued(&zap, &a);
     gate.open(1);
     assert_eq!(first.response().status, 200);
     assert_eq!(a.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c2_c4_leaves_behind_a_second_request_whatever_its_size_and_framing() {
+fn c2_c4_client_disconnects_after_a_second_request_of_any_size_and_framing() {
     let a = silent();
     let zap = Zap::with(NO_PROBES, &[a.backend("a", "")]);
     let mut n = 0;
     for (first, behind, ways) in [
         (post(CHAT), post(CHAT), &WAYS[..]),
-        // More than is put aside. Behind more than the kernel takes as well no FIN arrives, but a reset does.
+        // More than Zap buffers. If the kernel's buffer is full too, a FIN does not arrive, but a reset does.
         (post(CHAT), post(&chat_of(100 << 10)), &WAYS[..]),
         (post(CHAT), post(&chat_of(200 << 10)), &WAYS[1..]),
         (chunked(CHAT, 10), post(CHAT), &WAYS[..]),
@@ -156,24 +158,24 @@ fn c2_c4_leaves_behind_a_second_request_whatever_its_size_and_framing() {
                 } else {
                     client.send(&first);
                 }
-                eventually("the upstream works", || a.count() == n);
+                eventually("the backend has the request", || a.count() == n);
                 if !at_once {
                     client.send(&behind);
                 }
                 leave(client);
-                within(secs(2), "the upstream is let go", || a.connections() == 0);
+                within(secs(2), "the upstream connection is closed", || a.connections() == 0);
                 let waiting = || zap.metric("zap_client_disconnects_total{phase=\"waiting\"}");
-                eventually("it is counted", || waiting() == n as f64);
-                assert_eq!(a.count(), n, "the second request was made");
+                eventually("the disconnect is counted", || waiting() == n as f64);
+                assert_eq!(a.count(), n, "the second request must not be sent");
             }
         }
     }
-    zap.is_clean();
+    zap.wait_until_idle();
     assert_eq!(a.count(), n);
 }
 
 #[test]
-fn c5_a_half_close_in_a_stream_is_a_leave() {
+fn c5_a_half_close_during_a_stream_is_a_disconnect() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, "data: one\n\n");
@@ -186,35 +188,40 @@ fn c5_a_half_close_in_a_stream_is_a_leave() {
     assert_eq!(client.head().status, 200);
     assert_eq!(client.chunk().unwrap(), b"data: one\n\n");
     client.half_close();
-    within(Duration::from_millis(250), "the upstream is let go", || a.connections() == 0);
+    within(Duration::from_millis(250), "the upstream connection is closed", || a.connections() == 0);
     let (rest, _) = client.rest();
-    assert!(!rest.ends_with(b"0\r\n\r\n"), "the cut answer looks whole");
-    eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"streaming\"}") == 1.0);
-    zap.is_clean();
+    assert!(!rest.ends_with(b"0\r\n\r\n"), "the cut response must not look complete");
+    eventually("the disconnect is counted", || {
+        zap.metric("zap_client_disconnects_total{phase=\"streaming\"}") == 1.0
+    });
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c5_a_half_close_in_the_queue_is_a_leave() {
+fn c5_a_half_close_while_queued_is_a_disconnect() {
     let gate = Gate::default();
     let a = gated(&gate);
     let settings = format!("{NO_PROBES}[queue]\nmax_in_flight = 1\n");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
     let (mut first, mut second) = (zap.client(), zap.client());
     first.post("/chat", "", CHAT);
-    eventually("the first is being served", || gate.waiting() == 1);
+    eventually("the backend has the first request", || gate.waiting() == 1);
     second.post("/chat", "", CHAT);
-    eventually("the second waits", || zap.metric("zap_queue_depth") == 1.0);
+    eventually("the second request is queued", || zap.metric("zap_queue_depth") == 1.0);
     second.half_close();
-    within(secs(1), "its place is free", || zap.metric("zap_queue_depth") == 0.0);
+    within(secs(1), "the queue is empty", || zap.metric("zap_queue_depth") == 0.0);
     assert_eq!(second.rest().0, b"");
-    eventually("it is counted", || zap.metric("zap_client_disconnects_total{phase=\"queued\"}") == 1.0);
+    eventually("the disconnect is counted", || {
+        zap.metric("zap_client_disconnects_total{phase=\"queued\"}") == 1.0
+    });
     gate.open(1);
     assert_eq!(first.response().status, 200);
     assert_eq!(a.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
-/// Has `n` connections send a head, a byte every 500 ms, until they are closed: how long each was open.
+/// Sends a head on each of `n` connections, one byte every 500 ms, until Zap closes them. Returns how long each
+/// connection was open.
 fn drip_heads(address: SocketAddr, n: usize) -> Vec<Duration> {
     const HEAD: &[u8] = b"GET /health HTTP/1.1\r\nhost: ";
     const EVERY: Duration = Duration::from_millis(500);
@@ -233,7 +240,7 @@ fn drip_heads(address: SocketAddr, n: usize) -> Vec<Duration> {
         open.retain_mut(|(stream, since)| {
             let is_closed = match stream.read(&mut [0; 16]) {
                 Ok(n) => {
-                    assert_eq!(n, 0, "something came");
+                    assert_eq!(n, 0, "unexpected bytes arrived");
                     true
                 }
                 Err(e) => e.kind() != ErrorKind::WouldBlock,
@@ -246,7 +253,7 @@ fn drip_heads(address: SocketAddr, n: usize) -> Vec<Duration> {
         if start.elapsed() >= EVERY * sent {
             let byte = HEAD.get(sent as usize).copied().unwrap_or(b'x');
             for (stream, _) in &mut open {
-                // It may have been closed just now.
+                // Zap may have closed the connection just now.
                 let _ = stream.write_all(&[byte]);
             }
             sent += 1;
@@ -258,7 +265,7 @@ fn drip_heads(address: SocketAddr, n: usize) -> Vec<Duration> {
 }
 
 #[test]
-fn c6_five_hundred_dripped_heads_are_closed_in_time_and_nobody_else_notices() {
+fn c6_five_hundred_slow_heads_are_closed_in_time_and_do_not_delay_others() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let (start, done) = (Instant::now(), AtomicBool::new(false));
@@ -283,13 +290,13 @@ fn c6_five_hundred_dripped_heads_are_closed_in_time_and_nobody_else_notices() {
         assert!(open > Duration::from_millis(9_500) && open < secs(12), "{open:?}");
     }
     let worst = took.iter().max().unwrap();
-    assert!(*worst < Duration::from_millis(500), "the worst of {} took {worst:?}", took.len());
+    assert!(*worst < Duration::from_millis(500), "the slowest of {} requests took {worst:?}", took.len());
     assert!(took.len() > 100, "{}", took.len());
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c7_a_body_must_grow_by_a_kibibyte_in_thirty_seconds() {
+fn c7_a_body_must_grow_by_1_kib_in_30_s() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
     std::thread::scope(|s| {
@@ -302,7 +309,7 @@ fn c7_a_body_must_grow_by_a_kibibyte_in_thirty_seconds() {
             sleep_until(since + secs(20));
             client.send(&rest[..1_024]);
             sleep_until(since + secs(33));
-            assert!(client.is_quiet(), "1 KiB in 30 s is progress");
+            assert!(client.is_quiet(), "1 KiB in 30 s is enough");
             client.send(&rest[1_024..]);
             assert_eq!(client.response().text(), "ok");
         });
@@ -328,8 +335,8 @@ fn c7_a_body_must_grow_by_a_kibibyte_in_thirty_seconds() {
         assert_eq!(client.rest().0, b"");
         steady.join().unwrap();
     });
-    assert_eq!(a.count(), 1, "the one that timed out was never passed on");
-    zap.is_clean();
+    assert_eq!(a.count(), 1, "the request that timed out is not sent");
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -352,7 +359,7 @@ fn c10_a_hundred_headers_pass_and_one_more_does_not() {
         assert_eq!(client.rest().0, b"");
     }
     assert_eq!(a.count(), 1);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -370,15 +377,15 @@ fn c10_a_head_that_is_too_large_is_refused_and_the_connection_closed() {
         assert_eq!(client.rest().0, b"");
     }
     assert_eq!(zap.chat(CHAT).status, 200);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c12_ten_megabytes_of_brackets_are_refused_in_linear_time() {
+fn c12_ten_mebibytes_of_brackets_are_refused_in_linear_time() {
     const SIZE: usize = 10 << 20;
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
-    // The last one is read to its end, which is missing.
+    // With the last prefix the brackets are inside a string without an end, so the whole body is read.
     for opening in ["", "{\"a\":", "{\"messages\":[\""] {
         let took = [SIZE, 2 * SIZE].map(|size| {
             let request = post(&format!("{opening}{}", "[".repeat(size)));
@@ -391,11 +398,11 @@ fn c12_ten_megabytes_of_brackets_are_refused_in_linear_time() {
         assert_eq!(a.count(), 0);
     }
     assert_eq!(zap.chat(CHAT).text(), "ok");
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c13_odd_spellings_reach_the_backend_byte_for_byte() {
+fn c13_unusual_json_reaches_the_backend_byte_for_byte() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "default_model = \"m\"")]);
     let body = [
@@ -411,11 +418,11 @@ fn c13_odd_spellings_reach_the_backend_byte_for_byte() {
         assert_eq!(ask(&zap, request).text(), "ok");
         assert_eq!(String::from_utf8_lossy(&a.seen()[i].body), want);
     }
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c14_a_repeated_model_gets_the_same_answer_wherever_it_stands() {
+fn c14_a_repeated_model_gets_the_same_error_at_any_position() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "default_model = \"m\"")]);
     let long = "x".repeat(10 << 20);
@@ -431,7 +438,7 @@ fn c14_a_repeated_model_gets_the_same_answer_wherever_it_stands() {
         requests.extend([post(body), chunked(body, 7), chunked(body, 1)]);
     }
     let mut answers: Vec<Response> = requests.iter().map(|request| ask(&zap, request)).collect();
-    // In writes of seven bytes.
+    // The same bodies in writes of seven bytes.
     for body in [first, around, last] {
         let mut client = zap.client();
         for piece in post(body).as_bytes().chunks(7) {
@@ -444,11 +451,11 @@ fn c14_a_repeated_model_gets_the_same_answer_wherever_it_stands() {
         assert_eq!(answer.text(), answers[0].text(), "{i}");
     }
     assert_eq!(a.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c15_nobody_is_asked_to_go_on_whose_head_is_refused() {
+fn c15_a_refused_head_gets_no_100_continue() {
     const ENCODING: &str = "unsupported_content_encoding";
     let a = Provider::named("ok");
     let open = Zap::with("", &[a.backend("a", "")]);
@@ -472,12 +479,12 @@ fn c15_nobody_is_asked_to_go_on_whose_head_is_refused() {
         assert_eq!(client.rest().0, b"", "{headers:?}");
     }
     assert_eq!(a.count(), 1);
-    open.is_clean();
-    limited.is_clean();
+    open.wait_until_idle();
+    limited.wait_until_idle();
 }
 
 #[test]
-fn c16_http_1_0_keeps_a_connection_only_where_it_is_asked_to() {
+fn c16_http_1_0_keeps_a_connection_only_on_request() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let length = CHAT.len();
@@ -490,17 +497,17 @@ fn c16_http_1_0_keeps_a_connection_only_where_it_is_asked_to() {
         let answer = client.response();
         assert_eq!((answer.status, answer.text()), (200, "ok"));
         assert_eq!((answer.header("transfer-encoding"), answer.header("content-length")), (None, Some("2")));
-        assert!(client.is_quiet(), "it was closed, or more came");
+        assert!(client.is_quiet(), "the connection must stay open without further bytes");
     }
     client.send(chat(""));
     assert_eq!(client.response().text(), "ok");
     assert_eq!(client.rest(), (Vec::new(), true));
     assert_eq!(a.count(), 3);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c17_other_methods_are_told_which_one_is_served() {
+fn c17_other_methods_get_a_405_with_allow() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
     for path in ["/chat", "/v1/chat/completions"] {
@@ -512,11 +519,11 @@ fn c17_other_methods_are_told_which_one_is_served() {
         }
     }
     assert_eq!(a.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
-/// Sends bytes that must get one refusal, and nothing for what stands behind it.
-fn is_refused_once(zap: &Zap, bytes: &[u8], what: &str) {
+/// Asserts that `bytes` get one 400, that the connection closes, and that nothing after the 400 is sent.
+fn assert_one_400_and_close(zap: &Zap, bytes: &[u8], what: &str) {
     let mut client = zap.client();
     client.try_send(bytes);
     let answer = client.response();
@@ -525,7 +532,7 @@ fn is_refused_once(zap: &Zap, bytes: &[u8], what: &str) {
     assert_eq!(client.rest().0, b"", "{what}");
 }
 
-const BEHIND: &str = "0\r\n\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n";
+const SMUGGLED: &str = "0\r\n\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n";
 
 #[test]
 fn c18_every_vector_of_the_desync_suite_is_refused() {
@@ -539,34 +546,34 @@ fn c18_every_vector_of_the_desync_suite_is_refused() {
         let headers = vector[4].as_array().unwrap();
         let headers: Vec<(&str, &str)> =
             headers.iter().map(|h| (h[0].as_str().unwrap(), h[1].as_str().unwrap())).collect();
-        // Without one they would all be refused for that.
+        // Without a host header every vector would be refused for that reason alone.
         let has_host = headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host"));
         let host = if has_host { "" } else { "Host: localhost\r\n" };
         let lines: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        let request = format!("{} {} {}\r\n{host}{lines}\r\n{BEHIND}", text(1), text(2), text(3));
-        // A character stands for a byte.
+        let request = format!("{} {} {}\r\n{host}{lines}\r\n{SMUGGLED}", text(1), text(2), text(3));
+        // Each character of the JSON text stands for one byte.
         let bytes: Vec<u8> = request.chars().map(|c| u8::try_from(c).unwrap()).collect();
-        is_refused_once(&zap, &bytes, text(0));
+        assert_one_400_and_close(&zap, &bytes, text(0));
     }
     assert_eq!(a.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c18_a_length_beside_a_coding_is_refused_in_either_order() {
+fn c18_content_length_with_transfer_encoding_is_refused_in_either_order() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let (length, coding) = (format!("content-length: {}\r\n", CHAT.len()), "transfer-encoding: chunked\r\n");
     for headers in [format!("{length}{coding}"), format!("{coding}{length}")] {
-        let request = format!("POST /chat HTTP/1.1\r\nhost: a\r\n{headers}\r\n{BEHIND}");
-        is_refused_once(&zap, request.as_bytes(), &headers);
+        let request = format!("POST /chat HTTP/1.1\r\nhost: a\r\n{headers}\r\n{SMUGGLED}");
+        assert_one_400_and_close(&zap, request.as_bytes(), &headers);
     }
     assert_eq!(a.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn c19_noise_is_closed_in_time_and_the_next_client_is_served() {
+fn c19_random_bytes_are_closed_in_time_and_the_next_client_is_served() {
     let a = Provider::named("ok");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let mut rng = fastrand::Rng::with_seed(19);
@@ -587,7 +594,7 @@ fn c19_noise_is_closed_in_time_and_the_next_client_is_served() {
         .iter()
         .map(|text| {
             let mut stream = TcpStream::connect(zap.address).unwrap();
-            // It may be refused before it is all sent.
+            // Zap may refuse the request before all of it is sent.
             let _ = stream.write_all(text);
             stream
         })
@@ -605,11 +612,11 @@ fn c19_noise_is_closed_in_time_and_the_next_client_is_served() {
     }
     assert_eq!(zap.chat(CHAT).text(), "ok");
     assert_eq!(a.count(), 2);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn o1_of_two_hundred_at_once_all_but_fourteen_are_refused() {
+fn o1_of_200_concurrent_requests_all_beyond_14_are_refused() {
     let gate = Gate::default();
     let a = gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 4\nmax_size = 10", &[a.backend("a", "")]);
@@ -619,10 +626,12 @@ fn o1_of_two_hundred_at_once_all_but_fourteen_are_refused() {
             s.spawn(move || part.iter_mut().for_each(|c| c.post("/chat", "", CHAT)));
         }
     });
-    eventually("186 are refused", || zap.metric("zap_rejected_total{reason=\"queue_full\"}") == 186.0);
-    eventually("four are being served", || gate.waiting() == 4);
+    eventually("186 requests are refused", || {
+        zap.metric("zap_rejected_total{reason=\"queue_full\"}") == 186.0
+    });
+    eventually("the backend holds four requests", || gate.waiting() == 4);
     assert_eq!(zap.metric("zap_queue_depth"), 10.0);
-    // One by one, so that none waits for the others' turns on this machine.
+    // One at a time, so that the requests do not compete for the CPU.
     let refuse = || {
         let mut client = zap.client();
         let since = Instant::now();
@@ -631,7 +640,7 @@ fn o1_of_two_hundred_at_once_all_but_fourteen_are_refused() {
     };
     let mut took: Vec<Duration> = (0..50).map(|_| refuse()).collect();
     took.sort_unstable();
-    assert!(took[25] < Duration::from_millis(5), "half of them took more than {:?}", took[25]);
+    assert!(took[25] < Duration::from_millis(5), "half of the refusals took more than {:?}", took[25]);
     gate.open(14);
     let answers: Vec<Response> = clients.iter_mut().map(Client::response).collect();
     assert_eq!(answers.iter().filter(|r| r.status == 200).count(), 14);
@@ -640,11 +649,11 @@ fn o1_of_two_hundred_at_once_all_but_fourteen_are_refused() {
         assert_eq!(refused.header("retry-after"), Some("1"));
     }
     assert_eq!(a.count(), 14);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn o2_exactly_the_limit_passes_on_each_of_a_hundred_keys() {
+fn o2_exactly_the_limit_passes_for_each_of_100_keys() {
     const KEYS: usize = 100;
     const LIMIT: usize = 3;
     let a = Provider::named("ok");
@@ -672,14 +681,14 @@ fn o2_exactly_the_limit_passes_on_each_of_a_hundred_keys() {
     }
     assert_eq!(a.count(), KEYS * LIMIT);
     assert_eq!(zap.metric("zap_rate_limit_keys"), KEYS as f64);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn o3_a_million_keys_take_no_more_room_and_those_in_use_keep_their_windows() {
+fn o3_a_million_keys_take_bounded_memory_and_active_keys_keep_their_windows() {
     const MAX: usize = 100_000;
     const LIMIT: u32 = 3;
-    // Three times as many keys as are tracked come in a window; one in use comes every five seconds.
+    // Each window brings three times as many keys as are tracked. Each active key returns every 5 s.
     const STEP: u64 = WINDOW / 300_000;
     const LIVE: u64 = 50;
     let hash = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -688,7 +697,7 @@ fn o3_a_million_keys_take_no_more_room_and_those_in_use_keep_their_windows() {
     let (mut most, mut refused) = (0usize, 0u32);
     for i in 0..1_000_000u64 {
         let now = (i + 1) * STEP;
-        assert!(limiter.check(hash(i), LIMIT, now).admitted, "{i} is new");
+        assert!(limiter.check(hash(i), LIMIT, now).admitted, "the new key {i} is refused");
         most = most.max(limiter.keys());
         if !i.is_multiple_of(500) {
             continue;
@@ -712,7 +721,7 @@ fn o3_a_million_keys_take_no_more_room_and_those_in_use_keep_their_windows() {
 
 #[cfg(debug_assertions)]
 #[test]
-fn o6_a_bug_before_the_answer_costs_its_own_request_alone() {
+fn o6_a_panic_before_the_response_fails_its_own_request_only() {
     let a = Provider::named("ok");
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
     let mut other = zap.client();
@@ -725,19 +734,19 @@ fn o6_a_bug_before_the_answer_costs_its_own_request_alone() {
     assert_eq!(broken.header("x-zap-attempts"), Some("1"));
     assert_eq!(broken.header("connection"), Some("close"));
     assert_eq!(client.rest().0, b"");
-    zap.is_clean();
+    zap.wait_until_idle();
     let all = zap.metrics();
     assert_eq!(all["zap_requests_total{endpoint=\"chat\",backend=\"\",status=\"500\"}"], 1.0);
     assert_eq!(all["zap_rejected_total{reason=\"internal_error\"}"], 1.0);
     assert_eq!(other.chat("", CHAT).text(), "ok");
     assert_eq!(zap.client().chat("x-request-id: bug-try\r\n", CHAT).text(), "ok");
     assert_eq!(a.count(), 3);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[cfg(debug_assertions)]
 #[test]
-fn o6_a_bug_in_the_midst_of_an_answer_cuts_that_one_alone() {
+fn o6_a_panic_during_a_response_cuts_that_response_only() {
     let (bad, good) = (Gate::default(), Gate::default());
     let (gate_of_bad, gate_of_good) = (bad.clone(), good.clone());
     let a = Provider::start(move |seen, stream| {
@@ -762,15 +771,17 @@ fn o6_a_bug_in_the_midst_of_an_answer_cuts_that_one_alone() {
     bad.open(1);
     client.body(&mut cut);
     assert!(!cut.whole && cut.body.is_empty(), "{cut:?}");
-    eventually("it is counted", || zap.metric("zap_rejected_total{reason=\"internal_error\"}") == 1.0);
+    eventually("the disconnect is counted", || {
+        zap.metric("zap_rejected_total{reason=\"internal_error\"}") == 1.0
+    });
     good.open(2);
     other.body(&mut whole);
     assert!(whole.whole && whole.text().ends_with("data: [DONE]\n\n"), "{whole:?}");
     assert!(zap.chat(STREAM).whole);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
-/// Everything that comes for a request, as it came.
+/// Sends `request` on a new connection and returns all bytes up to its end.
 fn raw(zap: &Zap, request: &str) -> String {
     let mut client = zap.client();
     client.try_send(request);
@@ -778,7 +789,7 @@ fn raw(zap: &Zap, request: &str) -> String {
 }
 
 #[test]
-fn s1_a_backends_key_is_in_no_answer_whatever_fails() {
+fn s1_a_backend_key_is_in_no_response_whatever_fails() {
     let a = Provider::start(|seen, stream| {
         let key = seen.header("authorization").unwrap_or_default();
         let body: serde_json::Value = serde_json::from_slice(&seen.body).unwrap();
@@ -813,7 +824,7 @@ fn s1_a_backends_key_is_in_no_answer_whatever_fails() {
         ("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\nexpect: more\r\n\r\n", 417),
         ("GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n", 200),
     ] {
-        // So that the answer ends with the connection.
+        // `connection: close`, so that the response ends with the connection.
         answers.push((raw(&zap, &head.replacen("\r\n", "\r\nconnection: close\r\n", 1)), status));
     }
     assert_eq!(a.count(), 0);
@@ -844,11 +855,11 @@ fn s1_a_backends_key_is_in_no_answer_whatever_fails() {
         assert!(!answer.headers.iter().any(|(_, v)| v.contains("CANARY")), "{path}");
         assert!(!answer.text().contains("CANARY"), "{path}");
     }
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn s2_nothing_a_client_sends_reaches_the_backend_as_its_own_or_changes_the_way() {
+fn s2_nothing_that_a_client_sends_leaks_to_the_backend_or_changes_the_route() {
     let evil = Provider::named("evil");
     let headers = format!(
         "authorization: Bearer sk-client\r\ncookie: a=sk-client\r\nx-api-key: sk-client\r\n\
@@ -863,7 +874,7 @@ fn s2_nothing_a_client_sends_reaches_the_backend_as_its_own_or_changes_the_way()
     for (more, key) in [
         ("", None),
         ("api_key = \"sk-own\"", Some("Bearer sk-own")),
-        // Asked for, but `Connection` says that it ends here.
+        // Forwarding is configured, but `Connection` names the header, so it is hop-by-hop and not forwarded.
         ("forward_authorization = true", None),
     ] {
         let a = Provider::named("a");
@@ -880,7 +891,7 @@ fn s2_nothing_a_client_sends_reaches_the_backend_as_its_own_or_changes_the_way()
             assert!(!value.contains(&evil.address.to_string()), "{name}: {value}");
         }
         assert_eq!(String::from_utf8_lossy(&seen.body), body);
-        zap.is_clean();
+        zap.wait_until_idle();
     }
     assert_eq!((evil.count(), evil.probes().len(), evil.connections()), (0, 0, 0));
 }
@@ -904,7 +915,7 @@ fn s3_thousands_of_models_paths_and_methods_make_no_series() {
     };
     let chats = || zap.metric("zap_request_duration_seconds_count{endpoint=\"chat\"}");
     one_of_each(&mut zap.client(), EACH);
-    eventually("all are counted", || chats() == 2.0);
+    eventually("all requests are counted", || chats() == 2.0);
     let before = series();
     std::thread::scope(|s| {
         for first in 0..THREADS {
@@ -915,7 +926,7 @@ fn s3_thousands_of_models_paths_and_methods_make_no_series() {
             });
         }
     });
-    eventually("all are counted", || chats() == (2 * EACH + 2) as f64);
+    eventually("all requests are counted", || chats() == (2 * EACH + 2) as f64);
     assert_eq!(series(), before);
-    zap.is_clean();
+    zap.wait_until_idle();
 }

@@ -1,4 +1,4 @@
-//! Faults of upstreams: rows U1 to U23 of the table of faults, as far as no other file has them.
+//! Faults of upstreams: rows U1 to U23 of the table of faults, except those tested in other files.
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
@@ -14,28 +14,28 @@ use crate::support::provider::{
 };
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually, within};
 
-/// No backoff to speak of, nobody taken out, one probe at the start.
+/// A backoff of 1 to 2 ms, no ejection, one probe at the start.
 const QUICK: &str =
     "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 2\n[health]\ninterval_secs = 600\nfailure_threshold = 1000\n";
 
-/// The same, but whoever backs off does so for minutes.
+/// Like [`QUICK`], with a backoff of ten minutes.
 const SLOW: &str = "[retry]\nbase_delay_ms = 600000\nmax_delay_ms = 600000\n\
     [health]\ninterval_secs = 600\nfailure_threshold = 1000\n";
 
 const JSON: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n";
 
-/// [`QUICK`] with so many retries.
+/// [`QUICK`] with `max_retries = n`.
 fn retries(n: usize) -> String {
     QUICK.replace("[retry]", &format!("[retry]\nmax_retries = {n}"))
 }
 
-/// How a provider ends its connection: the ordinary way.
+/// Ends a provider's connection with a FIN.
 fn eof(_: &mut TcpStream) -> After {
     After::Close
 }
 
-/// How a provider ends its connection: by a reset. A provider shuts its stream down before it drops it, and
-/// that FIN would come first; so the stream that it is left with is another.
+/// Ends a provider's connection with a reset. [`Provider`] shuts its stream down before it drops it, which would
+/// send a FIN first; so its stream is replaced by another one, and dropping the old one sends the reset.
 fn reset(stream: &mut TcpStream) -> After {
     SockRef::from(&*stream).set_linger(Some(Duration::ZERO)).unwrap();
     let elsewhere = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -43,15 +43,15 @@ fn reset(stream: &mut TcpStream) -> After {
     After::Close
 }
 
-/// The connections that a provider has served, by their peers.
+/// The peer addresses of all connections that a provider has served.
 type Peers = Arc<Mutex<HashSet<SocketAddr>>>;
 
 fn note(peers: &Peers, stream: &TcpStream) {
     peers.lock().unwrap().extend(stream.peer_addr().ok());
 }
 
-/// What speaks before it is asked, or hears half of a question, is no [`Provider`]: `serve` gets the bare
-/// connection, on a thread of its own. Dropping it stops it.
+/// A server without HTTP: `serve` gets each connection, on a new thread. [`Provider`] can neither send bytes before
+/// a request nor stop in the middle of one. The server stops when dropped.
 struct Raw {
     address: SocketAddr,
     stopped: Arc<AtomicBool>,
@@ -93,17 +93,17 @@ fn millis(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// The sum of a family's samples.
+/// The sum of all samples of a metric family.
 fn sum(zap: &Zap, family: &str) -> f64 {
     zap.metrics().iter().filter(|(series, _)| series.starts_with(family)).map(|(_, value)| *value).sum()
 }
 
-/// Failed tries at `backend` of this `kind`.
+/// The number of failed tries of this `kind` at `backend`.
 fn errors(zap: &Zap, backend: &str, kind: &str) -> f64 {
     zap.metric(&format!("zap_upstream_errors_total{{backend=\"{backend}\",kind=\"{kind}\"}}"))
 }
 
-/// Whether a text is the one event that says that its stream was cut.
+/// Whether `text` is exactly one `stream_interrupted` error event.
 fn is_interruption(text: &str) -> bool {
     let event = text.strip_prefix("data: ").and_then(|t| t.strip_suffix("\n\n")).unwrap_or_default();
     let error: serde_json::Value = serde_json::from_str(event).unwrap_or_default();
@@ -111,10 +111,10 @@ fn is_interruption(text: &str) -> bool {
 }
 
 #[test]
-fn u01_a_refused_connection_costs_no_delay_and_alone_is_a_502() {
+fn u01_a_refused_connection_is_retried_without_delay_and_alone_is_a_502() {
     let b = Provider::named("b");
-    // Nine first tries in a row are for a: retries take none of its turns.
-    let zap = Zap::with(SLOW, &[backend(Provider::nobody(), "a", "weight = 100"), b.backend("b", "")]);
+    // Backend a gets nine first tries in a row: retries do not advance the rotation.
+    let zap = Zap::with(SLOW, &[backend(Provider::closed_port(), "a", "weight = 100"), b.backend("b", "")]);
     let mut client = zap.client();
     let ask = |_| {
         let (answer, took) = timed(|| client.chat("", CHAT));
@@ -124,17 +124,17 @@ fn u01_a_refused_connection_costs_no_delay_and_alone_is_a_502() {
     let mut times: Vec<_> = (0..9).map(ask).collect();
     times.sort_unstable();
     assert!(times[4] < millis(100), "{times:?}");
-    zap.is_clean();
+    zap.wait_until_idle();
 
-    let zap = Zap::with(QUICK, &[backend(Provider::nobody(), "a", "")]);
+    let zap = Zap::with(QUICK, &[backend(Provider::closed_port(), "a", "")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_unreachable"));
     assert_eq!(answer.header("x-zap-attempts"), Some("3"));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u02_a_blackhole_costs_connect_ms_and_alone_is_a_504() {
+fn u02_an_unanswered_connect_ends_after_connect_ms_and_alone_is_a_504() {
     let (address, _held) = blackhole();
     let b = Provider::named("b");
     let settings = format!("{QUICK}[timeouts]\nconnect_ms = 300\n");
@@ -143,16 +143,16 @@ fn u02_a_blackhole_costs_connect_ms_and_alone_is_a_504() {
     assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")));
     assert!(took >= millis(300) && took < millis(800), "{took:?}");
     assert_eq!(errors(&zap, "a", "upstream_timeout"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 
     let zap = Zap::with(&settings, &[backend(address, "a", "")]);
     let (answer, took) = timed(|| zap.chat(CHAT));
     assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"));
     assert!(took >= millis(300) && took < millis(2_000), "{took:?}");
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
-/// Takes the request and says nothing until the other side closes.
+/// Reads the request, sends no response and waits until Zap closes the connection.
 fn silent() -> Provider {
     Provider::start(|_, stream| {
         wait_closed(stream);
@@ -161,7 +161,7 @@ fn silent() -> Provider {
 }
 
 #[test]
-fn u03_a_silent_backend_is_asked_once_however_often_the_others_are() {
+fn u03_a_silent_backend_is_tried_once_even_if_others_are_retried() {
     let (a, b) = (silent(), Provider::fixed(500, "", "b failed"));
     let n = AtomicUsize::new(0);
     let c = Provider::start(move |_, stream| {
@@ -178,43 +178,43 @@ fn u03_a_silent_backend_is_asked_once_however_often_the_others_are() {
     assert_eq!((answer.status, answer.text()), (200, "c"));
     assert_eq!((a.count(), c.count()), (1, 2));
     assert!((1..=2).contains(&b.count()), "{}", b.count());
-    // Its share was a third of the time.
+    // The silent backend gets a third of the time.
     assert!(took > millis(900) && took < millis(2_000), "{took:?}");
     assert_eq!(errors(&zap, "a", "upstream_timeout"), 1.0);
-    eventually("the silent one is let go", || a.connections() == 0);
-    zap.is_clean();
+    eventually("the connection to the silent backend is closed", || a.connections() == 0);
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u03_a_silent_backend_is_not_asked_again_where_all_the_others_fail() {
+fn u03_a_silent_backend_is_not_retried_even_if_all_others_fail() {
     let (a, b) = (silent(), Provider::fixed(500, "", "b failed"));
     let settings = format!("{}[queue]\ntimeout_secs = 2\n", retries(4));
     let zap = Zap::with(&settings, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.text()), (500, "b failed"));
     assert_eq!((a.count(), b.count(), answer.header("x-zap-attempts")), (1, 4, Some("5")));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u04_a_reset_after_the_request_is_tried_elsewhere() {
+fn u04_a_reset_after_the_request_is_retried_elsewhere() {
     let a = Provider::start(|_, stream| reset(stream));
     let b = Provider::named("b");
     let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")));
     assert_eq!((a.count(), errors(&zap, "a", "upstream_unreachable")), (1, 1.0));
-    zap.is_clean();
+    zap.wait_until_idle();
 
     let zap = Zap::with(QUICK, &[a.backend("a", "")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_unreachable"));
     assert_eq!((a.count(), errors(&zap, "a", "upstream_unreachable")), (4, 3.0));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u04_a_reset_while_the_request_is_sent_is_tried_elsewhere_with_the_whole_body() {
+fn u04_a_reset_while_the_request_is_sent_is_retried_elsewhere_with_the_whole_body() {
     let a = Raw::start(|mut stream| {
         let _ = stream.read_exact(&mut [0; 64]);
         SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
@@ -224,19 +224,19 @@ fn u04_a_reset_while_the_request_is_sent_is_tried_elsewhere_with_the_whole_body(
     let body = format!(r#"{{"messages":["{}"]}}"#, "x".repeat(8 << 20));
     let answer = zap.chat(&body);
     assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")));
-    assert!(b.seen()[0].body == body.as_bytes(), "another body arrived");
+    assert!(b.seen()[0].body == body.as_bytes(), "backend b must get the same body");
     assert_eq!(errors(&zap, "a", "upstream_unreachable"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u05_no_client_sees_a_connection_that_closes_while_it_is_idle() {
+fn u05_no_client_sees_the_close_of_an_idle_upstream_connection() {
     let peers = Peers::default();
     let theirs = peers.clone();
     let a = Provider::start(move |_, stream| {
         note(&theirs, stream);
         reply(stream, 200, "", b"ok");
-        // It closes after two ticks of the kernel without a request: 2 to 8 ms.
+        // Close after two kernel ticks without a request: 2 to 8 ms.
         stream.set_read_timeout(Some(millis(1))).unwrap();
         After::Keep
     });
@@ -249,23 +249,23 @@ fn u05_no_client_sees_a_connection_that_closes_while_it_is_idle() {
                 for _ in 0..500 {
                     let answer = client.chat("", CHAT);
                     assert_eq!((answer.status, answer.text()), (200, "ok"));
-                    // On both sides of the limit.
+                    // Sometimes shorter and sometimes longer than that idle time.
                     std::thread::sleep(Duration::from_micros(fastrand::u64(1_000..10_000)));
                 }
             });
         }
     });
     let opened = peers.lock().unwrap().len();
-    assert!(opened > 50 && opened < 2_000, "no race was run: {opened} connections");
+    assert!(opened > 50 && opened < 2_000, "the close never raced with a request: {opened} connections");
     assert_eq!(a.count(), 2_000);
     assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
     assert_eq!(errors(&zap, "a", "upstream_unreachable"), 0.0);
     assert_eq!((sum(&zap, "zap_upstream_errors_total"), sum(&zap, "zap_retries_total")), (0.0, 0.0));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u06_what_breaks_between_head_and_body_is_tried_elsewhere_and_alone_is_a_502() {
+fn u06_a_response_cut_after_its_head_is_retried_elsewhere_and_alone_is_a_502() {
     let ends: [fn(&mut TcpStream) -> After; 2] = [eof, reset];
     for framing in ["content-length: 50", "transfer-encoding: chunked"] {
         for (i, end) in ends.into_iter().enumerate() {
@@ -279,20 +279,20 @@ fn u06_what_breaks_between_head_and_body_is_tried_elsewhere_and_alone_is_a_502()
             assert_eq!((answer.status, answer.text()), (200, "b"), "{framing}, {i}");
             assert_eq!(answer.header("x-zap-attempts"), Some("2"), "{framing}, {i}");
             assert_eq!(errors(&zap, "a", "upstream_unreachable"), 1.0, "{framing}, {i}");
-            zap.is_clean();
+            zap.wait_until_idle();
 
             let zap = Zap::with(QUICK, &[a.backend("a", "")]);
             let answer = zap.chat(CHAT);
             let found = (answer.status, answer.code());
             assert_eq!(found, (502, "upstream_unreachable".to_owned()), "{framing}, {i}");
             assert_eq!((answer.header("x-zap-attempts"), answer.whole), (Some("3"), true), "{framing}, {i}");
-            zap.is_clean();
+            zap.wait_until_idle();
         }
     }
 }
 
 #[test]
-fn u07_a_reset_mid_stream_ends_it_with_an_error_event_and_a_close() {
+fn u07_a_reset_mid_stream_ends_with_an_error_event_and_a_close() {
     let gate = Gate::default();
     let held = gate.clone();
     let a = Provider::start(move |_, stream| {
@@ -312,11 +312,11 @@ fn u07_a_reset_mid_stream_ends_it_with_an_error_event_and_a_close() {
     assert_eq!(client.rest(), (Vec::new(), true));
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
     assert_eq!((a.count(), errors(&zap, "a", "upstream_error")), (1, 1.0));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u07_a_stream_cut_right_behind_its_head_ends_the_same_way() {
+fn u07_a_stream_cut_after_its_head_ends_with_an_error_event_and_a_close() {
     let ends: [fn(&mut TcpStream) -> After; 2] = [eof, reset];
     for end in ends {
         let a = Provider::start(move |_, stream| {
@@ -331,12 +331,12 @@ fn u07_a_stream_cut_right_behind_its_head_ends_the_same_way() {
         assert_eq!(client.rest(), (Vec::new(), true));
         assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
         assert_eq!(a.count(), 1);
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u07_a_stream_of_a_stated_length_that_is_cut_is_counted_too() {
+fn u07_a_cut_stream_with_content_length_is_counted_as_interrupted() {
     let a = Provider::start(|_, stream| {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\n";
         stream.write_all(format!("{head}data: one\n\n").as_bytes()).unwrap();
@@ -346,7 +346,7 @@ fn u07_a_stream_of_a_stated_length_that_is_cut_is_counted_too() {
     let answer = zap.chat(STREAM);
     assert_eq!((answer.text(), answer.whole), ("data: one\n\n", false));
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -355,12 +355,12 @@ fn a_status_beyond_599_is_a_failure() {
     let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
     assert_eq!(zap.chat(CHAT).text(), "b");
     let zap = Zap::with(QUICK, &[a.backend("a", "")]);
-    assert_eq!(zap.chat(CHAT).status, 700, "nobody has a better one");
+    assert_eq!(zap.chat(CHAT).status, 700, "no other backend has a better response");
     assert_eq!(zap.metric("zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"599\"}"), 1.0);
 }
 
 #[test]
-fn u08_a_clean_end_without_done_is_passed_and_counted_where_done_was_due() {
+fn u08_a_clean_end_without_done_passes_and_is_counted_on_endpoints_that_send_done() {
     for (path, body, counted) in [
         ("/chat", STREAM, 1.0),
         ("/v1/completions", r#"{"model":"m","prompt":"x","stream":true}"#, 1.0),
@@ -379,12 +379,12 @@ fn u08_a_clean_end_without_done_is_passed_and_counted_where_done_was_due() {
         assert_eq!((answer.text(), answer.whole), ("data: one\n\n", true), "{path}");
         assert!(client.is_quiet(), "{path}");
         assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), counted, "{path}");
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u09_a_stall_is_noticed_in_its_time_and_what_is_no_stream_of_events_is_aborted() {
+fn u09_a_stall_is_cut_in_time_and_other_bodies_than_event_streams_are_aborted() {
     for (head, chunked, events) in [
         ("content-type: text/event-stream\r\ntransfer-encoding: chunked", true, true),
         ("content-type: application/json\r\ntransfer-encoding: chunked", true, false),
@@ -405,22 +405,22 @@ fn u09_a_stall_is_noticed_in_its_time_and_what_is_no_stream_of_events_is_aborted
         client.post("/chat", "", STREAM);
         let mut answer = client.head();
         let (_, took) = timed(|| client.body(&mut answer));
-        // The clock of such limits goes in steps of 100 ms, more on a busy machine, and may be one behind.
+        // The clock of these limits has steps of 100 ms, longer on a busy machine, and may be one step late.
         assert!(took > millis(700) && took < millis(2_000), "{head}: {took:?}");
-        let rest = answer.text().strip_prefix("data: one\n\n").expect("what came is delivered");
+        let rest = answer.text().strip_prefix("data: one\n\n").expect("the received events are delivered");
         assert!(
             !answer.whole && is_interruption(rest) == events && rest.is_empty() != events,
             "{head}: {rest}"
         );
         assert_eq!(client.rest(), (Vec::new(), true), "{head}");
-        eventually("the upstream is let go", || a.connections() == 0);
+        eventually("the upstream connection is closed", || a.connections() == 0);
         assert_eq!(errors(&zap, "a", "upstream_timeout"), 1.0);
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
-/// What the kernel holds of a connection between two local ports, as seen from the first: bytes to be sent,
-/// and bytes to be read.
+/// The kernel's send and receive queue, in bytes, of the socket at port `from` of a connection between two local
+/// ports.
 fn queued(from: u16, to: u16) -> (usize, usize) {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let (from, to) = (format!(":{from:04X}"), format!(":{to:04X}"));
@@ -435,10 +435,10 @@ fn queued(from: u16, to: u16) -> (usize, usize) {
     found.unwrap_or_default()
 }
 
-/// The worst moment: the client's socket is full, and what Zap still has to write is less than it would take,
-/// so that it waits for both sides at once.
+/// The hardest case: the client's socket is full, and Zap has less left to write than it is willing to buffer, so it
+/// waits for both sides at once.
 #[test]
-fn u09_a_client_that_reads_nothing_is_given_up_when_its_upstream_falls_silent() {
+fn u09_a_client_that_reads_nothing_is_closed_when_its_upstream_stalls() {
     // The ports of Zap and of the client.
     let ports = Arc::new(OnceLock::<(u16, u16)>::new());
     let is_silent = Arc::new(AtomicBool::new(false));
@@ -461,7 +461,7 @@ fn u09_a_client_that_reads_nothing_is_given_up_when_its_upstream_falls_silent() 
         for _ in 0..4096 {
             let before = queued(zap, client).0;
             chunk(stream, &piece);
-            eventually("Zap has read it", || queued(peer, own).1 == 0);
+            eventually("Zap has read the chunk", || queued(peer, own).1 == 0);
             if !grows_beyond(before) {
                 fell_silent.store(true, Ordering::SeqCst);
                 break;
@@ -479,19 +479,20 @@ fn u09_a_client_that_reads_nothing_is_given_up_when_its_upstream_falls_silent() 
     ports.set((zap.address.port(), first.local_addr().unwrap().port())).unwrap();
     let head = format!("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n\r\n", STREAM.len());
     first.write_all([head.as_bytes(), STREAM.as_bytes()].concat().as_slice()).unwrap();
-    // Where very many sockets are open, each look at the kernel's table takes its time.
-    within(Duration::from_secs(60), "the upstream has fallen silent", || is_silent.load(Ordering::SeqCst));
-    // There is room for one connection: a second is served, within its 10 s of patience, once the first left.
+    // With very many open sockets each read of the kernel's table is slow.
+    within(Duration::from_secs(60), "the upstream has stopped sending", || is_silent.load(Ordering::SeqCst));
+    // Only one connection is allowed, so the second is served, within its read timeout of 10 s, once the first is
+    // closed.
     let mut second = zap.client();
     assert_eq!(second.get("/health").status, 200);
-    eventually("the upstream is let go", || a.connections() == 0);
+    eventually("the upstream connection is closed", || a.connections() == 0);
     drop(second);
-    zap.is_clean();
+    zap.wait_until_idle();
     drop(first);
 }
 
 #[test]
-fn u10_an_endless_stream_is_slowed_down_and_ends_with_its_client() {
+fn u10_an_endless_stream_is_slowed_to_its_client_and_ends_with_it() {
     let sent = Arc::new(AtomicUsize::new(0));
     let count = sent.clone();
     let a = Provider::start(move |_, stream| {
@@ -508,25 +509,25 @@ fn u10_an_endless_stream_is_slowed_down_and_ends_with_its_client() {
     client.head();
     let mut read = 0;
     while read < 64 << 20 {
-        read += client.chunk().expect("it goes on").len();
-        // The kernel's buffers on both sides of Zap may hold as much, whatever Zap does.
+        read += client.chunk().expect("the stream continues").len();
+        // The kernel's buffers on both sides of Zap may hold this much, whatever Zap does.
         let ahead = sent.load(Ordering::SeqCst).saturating_sub(read);
-        assert!(ahead < 48 << 20, "{ahead} bytes are on their way");
+        assert!(ahead < 48 << 20, "{ahead} bytes are in flight");
     }
     let since = Instant::now();
     drop(client);
-    eventually("the upstream is let go", || a.connections() == 0);
+    eventually("the upstream connection is closed", || a.connections() == 0);
     assert!(since.elapsed() < millis(250), "{:?}", since.elapsed());
-    eventually("it is counted", || {
+    eventually("the disconnect is counted", || {
         let all = zap.metrics();
         all["zap_client_disconnects_total{phase=\"streaming\"}"] == 1.0
             && all["zap_streams_interrupted_total{side=\"client\"}"] == 1.0
     });
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u11_what_is_no_answer_or_two_is_a_502_and_its_connection_is_closed() {
+fn u11_an_invalid_or_ambiguous_response_is_a_502_and_its_connection_is_closed() {
     let body = "\r\n\r\n2\r\nok\r\n0\r\n\r\n";
     for bytes in [
         format!("{JSON}transfer-encoding: chunked\r\ncontent-length: 2{body}"),
@@ -558,13 +559,13 @@ fn u11_what_is_no_answer_or_two_is_a_502_and_its_connection_is_closed() {
         assert_eq!(answer.code(), "upstream_invalid_response", "{shown}");
         assert_eq!((answer.header("x-zap-attempts"), answer.whole), (Some("1"), true), "{shown}");
         assert_eq!(errors(&zap, "a", "upstream_invalid_response"), 1.0, "{shown}");
-        eventually("its connection is closed", || a.connections() == 0);
-        zap.is_clean();
+        eventually("the upstream connection is closed", || a.connections() == 0);
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u11_bytes_before_an_answer_are_a_502() {
+fn u11_bytes_before_a_response_are_a_502() {
     let open = Arc::new(AtomicUsize::new(0));
     let theirs = open.clone();
     let a = Raw::start(move |mut stream| {
@@ -574,19 +575,19 @@ fn u11_bytes_before_an_answer_are_a_502() {
         theirs.fetch_sub(1, Ordering::SeqCst);
     });
     let zap = Zap::with(&retries(0), &[backend(a.address, "a", "")]);
-    // Whether they are here before the request goes out is up to the scheduler: several rounds.
+    // Several rounds, because the scheduler decides whether the bytes arrive before the request is sent.
     for _ in 0..20 {
         let answer = zap.chat(CHAT);
         assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_invalid_response"));
     }
-    eventually("all connections are closed", || open.load(Ordering::SeqCst) == 0);
-    zap.is_clean();
+    eventually("all upstream connections are closed", || open.load(Ordering::SeqCst) == 0);
+    zap.wait_until_idle();
 }
 
 const POISON: &str = "HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison";
 
 #[test]
-fn u11_bytes_behind_an_answer_reach_no_client() {
+fn u11_bytes_after_a_response_reach_no_client() {
     for first in ["content-length: 3\r\n\r\none", "transfer-encoding: chunked\r\n\r\n3\r\none\r\n0\r\n\r\n"] {
         let (peers, n) = (Peers::default(), AtomicUsize::new(0));
         let theirs = peers.clone();
@@ -605,14 +606,14 @@ fn u11_bytes_behind_an_answer_reach_no_client() {
         assert!(client.is_quiet(), "{first}");
         assert_eq!(client.chat("", CHAT).text(), "two", "{first}");
         assert!(client.is_quiet(), "{first}");
-        assert_eq!(peers.lock().unwrap().len(), 2, "{first}: the connection was used again");
-        eventually("the first connection is closed", || a.connections() == 1);
-        zap.is_clean();
+        assert_eq!(peers.lock().unwrap().len(), 2, "{first}: the connection must not be reused");
+        eventually("the first upstream connection is closed", || a.connections() == 1);
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u11_bytes_long_behind_an_answer_reach_no_client() {
+fn u11_late_bytes_after_a_response_reach_no_client() {
     let (peers, n, gate) = (Peers::default(), AtomicUsize::new(0), Gate::default());
     let is_out = Arc::new(AtomicBool::new(false));
     let (theirs, held, went_out) = (peers.clone(), gate.clone(), is_out.clone());
@@ -632,15 +633,15 @@ fn u11_bytes_long_behind_an_answer_reach_no_client() {
     let mut client = zap.client();
     assert_eq!(client.chat("", CHAT).text(), "one");
     gate.open(1);
-    eventually("they are out", || is_out.load(Ordering::SeqCst));
+    eventually("the extra bytes are sent", || is_out.load(Ordering::SeqCst));
     assert_eq!(client.chat("", CHAT).text(), "two");
     assert!(client.is_quiet());
-    assert_eq!(peers.lock().unwrap().len(), 2, "the connection was used again");
-    zap.is_clean();
+    assert_eq!(peers.lock().unwrap().len(), 2, "the connection must not be reused");
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u12_a_head_too_large_is_a_502_and_leaves_nothing_behind() {
+fn u12_an_oversized_head_is_a_502_and_releases_everything() {
     let with =
         |n: usize| format!("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n{}\r\nok", "x: y\r\n".repeat(n - 1));
     let big = format!("HTTP/1.1 200 OK\r\nx: {}\r\ncontent-length: 2\r\n\r\nok", "y".repeat(1 << 20));
@@ -661,14 +662,14 @@ fn u12_a_head_too_large_is_a_502_and_leaves_nothing_behind() {
         } else {
             let found = (answer.status, answer.code());
             assert_eq!(found, (502, "upstream_invalid_response".to_owned()), "{what}");
-            eventually("its connection is closed", || a.connections() == 0);
+            eventually("the upstream connection is closed", || a.connections() == 0);
         }
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u13_a_304_or_204_passes_without_a_body_and_both_connections_go_on() {
+fn u13_a_304_or_204_passes_without_a_body_and_both_connections_stay_open() {
     for (status, more) in
         [(304, "etag: x\r\n"), (304, "etag: x\r\ncontent-length: 50\r\n"), (204, "etag: x\r\n")]
     {
@@ -689,12 +690,12 @@ fn u13_a_304_or_204_passes_without_a_body_and_both_connections_go_on() {
         }
         assert_eq!((a.count(), peers.lock().unwrap().len()), (3, 1), "{status} {more}");
         assert_eq!(sum(&zap, "zap_upstream_errors_total"), 0.0);
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u13_bytes_behind_a_204_or_304_reach_no_client() {
+fn u13_bytes_after_a_204_or_304_reach_no_client() {
     for status in [204, 304] {
         let (peers, n) = (Peers::default(), AtomicUsize::new(0));
         let theirs = peers.clone();
@@ -711,8 +712,8 @@ fn u13_bytes_behind_a_204_or_304_reach_no_client() {
         assert_eq!(client.chat("", CHAT).status, status);
         assert!(client.is_quiet());
         assert_eq!(client.chat("", CHAT).text(), "two", "{status}");
-        assert_eq!(peers.lock().unwrap().len(), 2, "{status}: the connection was used again");
-        zap.is_clean();
+        assert_eq!(peers.lock().unwrap().len(), 2, "{status}: the connection must not be reused");
+        zap.wait_until_idle();
     }
 }
 
@@ -730,12 +731,12 @@ fn u13_no_redirect_is_followed() {
         assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_redirect"), "{status}");
         assert_eq!(answer.header("location"), None, "{status}");
         assert_eq!((a.count(), b.count()), (1, 0), "{status}");
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u13_interim_answers_before_a_stream_are_dropped() {
+fn u13_interim_responses_before_a_stream_are_dropped() {
     let a = Provider::start(|_, stream| {
         for interim in ["100 Continue\r\n", "102 Processing\r\n", "103 Early Hints\r\nlink: x\r\n"] {
             let _ = stream.write_all(format!("HTTP/1.1 {interim}\r\n").as_bytes());
@@ -753,11 +754,11 @@ fn u13_interim_answers_before_a_stream_are_dropped() {
         assert_eq!((answer.status, answer.header("link"), answer.whole), (200, None, true));
         assert_eq!(answer.text(), "data: one\n\ndata: [DONE]\n\n");
     }
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u14_a_429_until_a_date_cools_its_backend_and_another_serves_at_once() {
+fn u14_a_429_until_a_date_cools_down_its_backend_and_another_serves_at_once() {
     let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(60));
     let header = format!("retry-after: {date}\r\n");
     let a = Provider::start(move |_, stream| {
@@ -777,11 +778,11 @@ fn u14_a_429_until_a_date_cools_its_backend_and_another_serves_at_once() {
     assert!(secs > 45.0 && secs <= 60.0, "{secs}");
     assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
     assert_eq!(errors(&zap, "a", "upstream_rate_limited"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u15_what_always_fails_is_tried_three_times_and_its_last_answer_comes_as_it_is() {
+fn u15_a_request_that_always_fails_is_tried_three_times_and_gets_the_last_response_unchanged() {
     for status in [500, 529] {
         let n = Arc::new(AtomicUsize::new(0));
         let failing = || {
@@ -800,12 +801,12 @@ fn u15_what_always_fails_is_tried_three_times_and_its_last_answer_comes_as_it_is
         assert_eq!((answer.header("x-zap-attempts"), a.count() + b.count()), (Some("3"), 3));
         assert_eq!(sum(&zap, "zap_upstream_errors_total"), 3.0);
         assert_eq!(sum(&zap, "zap_retries_total"), 2.0);
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u16_a_clients_own_fault_leaves_no_mark_anywhere() {
+fn u16_a_client_error_is_not_counted_against_the_backend() {
     for status in [400, 404, 413, 422] {
         let a = Provider::fixed(status, "content-type: application/json\r\n", r#"{"error":1}"#);
         let b = Provider::named("b");
@@ -822,12 +823,12 @@ fn u16_a_clients_own_fault_leaves_no_mark_anywhere() {
         assert_eq!(sum(&zap, "zap_upstream_errors_total"), 0.0, "{status}");
         let shown = zap.client().get("/status").json();
         assert!(shown["backends"][0]["last_error"].is_null(), "{status}");
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u17_a_key_that_is_refused_shows_nowhere() {
+fn u17_a_refused_key_is_shown_nowhere() {
     for status in [401, 402, 403] {
         let headers = "x-echo: sk-CANARY\r\nwww-authenticate: Bearer sk-CANARY\r\n";
         let a = Provider::fixed(status, headers, "bad key sk-CANARY");
@@ -838,29 +839,33 @@ fn u17_a_key_that_is_refused_shows_nowhere() {
         assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")), "{status}");
         assert!(!format!("{:?}", answer.headers).contains("CANARY"), "{status}");
         assert_eq!(a.seen()[0].header("authorization"), Some("Bearer sk-CANARY"));
-        zap.is_clean();
+        zap.wait_until_idle();
 
         let zap = Zap::with(QUICK, &[a.backend("a", key)]);
         let answer = zap.chat(CHAT);
         if status == 401 {
             assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"));
         } else {
-            assert_eq!((answer.status, answer.text()), (status, "bad key ***"), "as it came");
+            assert_eq!(
+                (answer.status, answer.text()),
+                (status, "bad key ***"),
+                "the error passes, with the key redacted"
+            );
         }
         assert!(!format!("{:?}", answer.headers).contains("CANARY"), "{status}");
         assert!(!answer.text().contains("CANARY"), "{status}");
         for path in ["/metrics", "/status"] {
             assert!(!zap.client().get(path).text().contains("CANARY"), "{status}: {path}");
         }
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
-/// `hello`, stored.
+/// `hello` as gzip, in a stored (uncompressed) block.
 const GZIP: &[u8] = b"\x1f\x8b\x08\0\0\0\0\0\0\x03\x01\x05\0\xfa\xffhello\x86\xa6\x10\x36\x05\0\0\0";
 
 #[test]
-fn u18_what_is_compressed_although_nobody_asked_passes_as_it_is() {
+fn u18_an_unrequested_compressed_response_passes_unchanged() {
     for (status, more) in
         [(200, ""), (400, ""), (200, "api_key = \"sk-CANARY\""), (400, "api_key = \"sk-CANARY\"")]
     {
@@ -876,12 +881,12 @@ fn u18_what_is_compressed_although_nobody_asked_passes_as_it_is() {
             assert_eq!((&answer.body[..], answer.whole), (GZIP, true), "{status} {more}");
         }
         assert_eq!(a.seen()[0].header("accept-encoding"), Some("identity"));
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn u18_a_compressed_stream_passes_as_it_is() {
+fn u18_a_compressed_stream_passes_unchanged() {
     let a = Provider::start(|_, stream| {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\n";
         let _ = stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes());
@@ -899,7 +904,7 @@ fn u18_a_compressed_stream_passes_as_it_is() {
         assert_eq!((answer.status, answer.header("content-encoding")), (200, Some("gzip")));
         assert_eq!((&answer.body[..], answer.whole), (GZIP, true));
     }
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -914,7 +919,11 @@ fn u19_an_expired_certificate_is_a_tls_error_and_another_serves() {
         let zap = Zap::with(QUICK, std::slice::from_ref(&text));
         let answer = zap.chat(CHAT);
         if trusted {
-            assert_eq!((answer.status, answer.text()), (200, "secret"), "the test's own certificate");
+            assert_eq!(
+                (answer.status, answer.text()),
+                (200, "secret"),
+                "the certificate of the test is trusted"
+            );
         } else {
             assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_tls_error"));
             assert_eq!(
@@ -924,15 +933,15 @@ fn u19_an_expired_certificate_is_a_tls_error_and_another_serves() {
             let b = Provider::named("b");
             let beside = Zap::with(QUICK, &[text, b.backend("b", "")]);
             (0..2).for_each(|_| assert_eq!(beside.chat(CHAT).text(), "b"));
-            beside.is_clean();
+            beside.wait_until_idle();
         }
-        zap.is_clean();
+        zap.wait_until_idle();
         std::fs::remove_file(pem).unwrap();
     }
 }
 
 #[test]
-fn u19_a_handshake_that_stalls_costs_connect_ms_and_is_never_plain_text() {
+fn u19_a_stalled_handshake_ends_after_connect_ms_and_never_falls_back_to_plain_text() {
     let heard = Arc::new(Mutex::new(Vec::<u8>::new()));
     let theirs = heard.clone();
     let mute = Raw::start(move |mut stream| {
@@ -948,15 +957,15 @@ fn u19_a_handshake_that_stalls_costs_connect_ms_and_is_never_plain_text() {
     let (answer, took) = timed(|| zap.chat(CHAT));
     assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")));
     assert!(took >= millis(300) && took < millis(1_500), "{took:?}");
-    zap.is_clean();
+    zap.wait_until_idle();
 
     let zap = Zap::with(&settings, &[text]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"));
     let heard = heard.lock().unwrap().clone();
-    assert_eq!(heard.first(), Some(&0x16), "a handshake begins");
+    assert_eq!(heard.first(), Some(&0x16), "the first byte is that of a TLS handshake record");
     assert!(!heard.windows(9).any(|w| w == b"sk-CANARY"));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -971,14 +980,14 @@ fn u21_a_name_that_does_not_resolve_leaves_the_others_serving() {
         assert_eq!((answer.status, answer.text()), (200, "b"));
         assert!(took < millis(1_500), "{took:?}");
     }
-    // A resolver may say no or nothing at all.
+    // A resolver may refuse the name or time out.
     assert!(errors(&zap, "a", "upstream_unreachable") + errors(&zap, "a", "upstream_timeout") > 0.0);
-    eventually("it is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
-    zap.is_clean();
+    eventually("backend a is ejected", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    zap.wait_until_idle();
 }
 
 #[test]
-fn u22_a_backend_that_fails_while_its_health_is_fine_changes_its_state_once_an_interval_at_most() {
+fn u22_a_failing_backend_with_healthy_probes_changes_state_at_most_once_per_interval() {
     const UP: &str = "zap_backend_up{backend=\"a\"}";
     let a = Provider::fixed(500, "", "a failed");
     let b = Provider::named("b");
@@ -986,7 +995,7 @@ fn u22_a_backend_that_fails_while_its_health_is_fine_changes_its_state_once_an_i
         "[health]\ninterval_secs = 1\nfailure_threshold = 1\n",
         &[a.backend("a", ""), b.backend("b", "")],
     );
-    eventually("both were probed", || !a.probes().is_empty() && !b.probes().is_empty());
+    eventually("both backends are probed", || !a.probes().is_empty() && !b.probes().is_empty());
     let (since, window) = (Instant::now(), Duration::from_secs(6));
     let mut changes = 0;
     std::thread::scope(|s| {
@@ -1007,9 +1016,9 @@ fn u22_a_backend_that_fails_while_its_health_is_fine_changes_its_state_once_an_i
         }
     });
     assert!((1..=7).contains(&changes), "{changes} changes in 6 intervals");
-    // One failure takes it out: once at first, and once for each time that it came back.
+    // One failure ejects the backend: once at first, and once after each time it comes back.
     assert!((2..=4).contains(&a.count()), "{} failures", a.count());
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
@@ -1024,7 +1033,7 @@ fn u23_a_backend_that_fails_fast_attracts_no_traffic() {
         reply(stream, 200, "", b"b");
         After::Keep
     });
-    // Nobody is taken out: its load alone keeps traffic away. The budget lets the first crowd through.
+    // No backend is ejected, so only the load metric keeps traffic away. The budget allows all of the first retries.
     let settings = "[load_balancer]\nstrategy = \"least_loaded\"\n[retry]\nbudget_percent = 100\n\
         [health]\ninterval_secs = 600\nfailure_threshold = 1000\n";
     let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "")]);
@@ -1045,6 +1054,6 @@ fn u23_a_backend_that_fails_fast_attracts_no_traffic() {
     });
     let (failed, total) = (a.count() - early.0, served.load(Ordering::SeqCst) - early.1);
     assert!(total > 300, "{total} requests are too few to tell");
-    assert!(failed * 50 < total, "{failed} of {total} first tries went to the one that fails");
-    zap.is_clean();
+    assert!(failed * 50 < total, "{failed} of {total} first tries went to the failing backend");
+    zap.wait_until_idle();
 }

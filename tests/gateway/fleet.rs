@@ -1,4 +1,4 @@
-//! Four providers with different names for the same models, each of which fails in turn.
+//! Four backends with different names for the same models; each of them fails in turn.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::support::provider::{After, chunk, end_chunks, reply, start_events};
 use crate::support::{Provider, Zap, eventually};
 
-/// A provider that takes only its own names for models, and nothing at all while it is down.
+/// A provider that accepts only its own model names, and fails every request while `down` is set.
 fn provider(own: &'static [&'static str], down: Arc<AtomicBool>) -> Provider {
     let n = AtomicUsize::new(0);
     Provider::start(move |seen, stream| {
         if down.load(Ordering::SeqCst) {
-            // Outages have many faces.
+            // An outage shows as a closed connection, a 503 or a 429.
             match n.fetch_add(1, Ordering::SeqCst) % 3 {
                 0 => return After::Close,
                 1 => reply(stream, 503, "", b"down"),
@@ -36,7 +36,7 @@ fn provider(own: &'static [&'static str], down: Arc<AtomicBool>) -> Provider {
 }
 
 #[test]
-fn a_rolling_outage_of_each_fails_no_request() {
+fn a_rolling_outage_fails_no_request() {
     let down: Vec<Arc<AtomicBool>> = (0..4).map(|_| Arc::default()).collect();
     let own: [&[&str]; 4] = [
         &["llama-8b-instant", "llama-70b"],
@@ -80,7 +80,7 @@ fn a_rolling_outage_of_each_fails_no_request() {
                 }
             });
         }
-        // Whatever a test finds, the threads end.
+        // Stops the threads even if an assertion fails.
         struct Stop<'a>(&'a AtomicBool);
         impl Drop for Stop<'_> {
             fn drop(&mut self) {
@@ -90,7 +90,7 @@ fn a_rolling_outage_of_each_fails_no_request() {
         let _stop = Stop(&stop);
         let more = |n: usize| {
             let from = served.load(Ordering::SeqCst);
-            eventually("requests go on", || served.load(Ordering::SeqCst) >= from + n);
+            eventually("enough requests are served", || served.load(Ordering::SeqCst) >= from + n);
         };
         for (i, (provider, down)) in providers.iter().zip(&down).enumerate() {
             more(200);
@@ -99,14 +99,16 @@ fn a_rolling_outage_of_each_fails_no_request() {
             more(400);
             down.store(false, Ordering::SeqCst);
             provider.set_health(200);
-            // One outage at a time: it must be back, and done with cooling, before the next.
+            // One outage at a time: wait until the backend is back and no longer cools down.
             let state =
                 || zap.client().get("/status").json()["backends"][i]["state"].as_str().map(str::to_owned);
-            eventually("it may be asked again", || state().is_some_and(|s| s == "healthy" || s == "full"));
+            eventually("the backend is available again", || {
+                state().is_some_and(|s| s == "healthy" || s == "full")
+            });
         }
     });
     for (i, provider) in providers.iter().enumerate() {
-        assert!(provider.count() > 50, "provider {i} took part: {}", provider.count());
+        assert!(provider.count() > 50, "provider {i} got only {} requests", provider.count());
     }
-    zap.is_clean();
+    zap.wait_until_idle();
 }

@@ -1,4 +1,4 @@
-//! Which headers cross Zap.
+//! Which headers Zap forwards, in both directions.
 
 use crate::support::provider::{After, reply};
 use crate::support::{CHAT, Provider, Zap};
@@ -7,7 +7,7 @@ const CREDENTIALS: &str = "authorization: Bearer sk-client\r\nx-api-key: sk-clie
     x-goog-api-key: sk-client\r\ncookie: sk-client\r\nproxy-authorization: sk-client\r\n";
 
 #[test]
-fn a_backend_gets_its_own_key_and_never_the_clients() {
+fn a_backend_gets_its_own_key_and_never_the_client_key() {
     let provider = Provider::named("ok");
     let zap = Zap::with("", &[provider.backend("a", "api_key = \"sk-CANARY\"")]);
     let more = "x-forwarded-for: 1.2.3.4\r\nx-stainless-lang: rust\r\nopenai-organization: o\r\n\
@@ -35,7 +35,7 @@ fn a_backend_gets_its_own_key_and_never_the_clients() {
 }
 
 #[test]
-fn without_a_key_of_its_own_a_backend_gets_none() {
+fn a_backend_without_a_key_gets_no_key() {
     let provider = Provider::named("ok");
     let zap = Zap::with("", &[provider.backend("a", "")]);
     zap.client().chat(CREDENTIALS, CHAT);
@@ -43,7 +43,7 @@ fn without_a_key_of_its_own_a_backend_gets_none() {
 }
 
 #[test]
-fn forwarding_the_clients_bearer_must_be_asked_for() {
+fn the_client_bearer_is_forwarded_only_if_configured() {
     let provider = Provider::named("ok");
     let zap = Zap::with("", &[provider.backend("a", "forward_authorization = true")]);
     zap.client().chat(&format!("{CREDENTIALS}openai-project: p\r\n"), CHAT);
@@ -54,7 +54,7 @@ fn forwarding_the_clients_bearer_must_be_asked_for() {
 }
 
 #[test]
-fn the_paths_are_the_backends_own_and_the_query_stays_behind() {
+fn the_backend_path_is_used_and_the_client_query_dropped() {
     let provider = Provider::named("ok");
     let text = format!(
         "[health]\ninterval_secs = 1\n[[backends]]\nname = \"a\"\nurl = \"http://{}/base/\"\nweight = 1\nchat_path = \"/x/chat\"\nhealth_path = \"/x/health\"\n",
@@ -65,12 +65,12 @@ fn the_paths_are_the_backends_own_and_the_query_stays_behind() {
     client.post("/v1/chat/completions?api_base=http://evil/", "", CHAT);
     assert_eq!(client.response().status, 200);
     assert_eq!(provider.seen()[0].line, "POST /base/x/chat HTTP/1.1");
-    crate::support::eventually("it is probed", || !provider.probes().is_empty());
+    crate::support::eventually("the backend is probed", || !provider.probes().is_empty());
     assert_eq!(provider.probes()[0].line, "GET /base/x/health HTTP/1.1");
 }
 
 #[test]
-fn a_client_gets_the_upstreams_headers_less_the_connections() {
+fn a_client_gets_the_upstream_headers_except_hop_by_hop_ones() {
     let provider = Provider::start(|_, stream| {
         let headers = "content-type: application/json\r\nset-cookie: a=b\r\nalt-svc: h3\r\nkeep-alive: timeout=5\r\n\
             connection: keep-alive, x-hop\r\nx-hop: 1\r\nopenai-processing-ms: 7\r\nx-ratelimit-limit-requests: 9\r\n\
@@ -101,7 +101,7 @@ fn a_client_gets_the_upstreams_headers_less_the_connections() {
 }
 
 #[test]
-fn what_a_provider_says_of_its_own_site_ends_at_zap() {
+fn headers_about_the_provider_site_are_dropped() {
     let provider = Provider::start(|_, stream| {
         let headers = "access-control-allow-origin: *\r\nAccess-Control-Expose-Headers: x\r\naccess-control-new: 1\r\n\
             strict-transport-security: max-age=9\r\nclear-site-data: \"*\"\r\npublic-key-pins: a\r\n\
@@ -118,7 +118,7 @@ fn what_a_provider_says_of_its_own_site_ends_at_zap() {
 }
 
 #[test]
-fn a_providers_request_id_stands_beside_zaps() {
+fn the_provider_request_id_is_kept_beside_the_one_of_zap() {
     let long = format!("x-request-id: {}\r\n", "x".repeat(129)).leak();
     for (status, headers, want) in [
         (200, "x-request-id: req_1\r\n", Some("req_1")),
@@ -141,7 +141,7 @@ fn a_providers_request_id_stands_beside_zaps() {
 }
 
 #[test]
-fn a_request_id_is_the_clients_if_sane_else_new() {
+fn a_valid_request_id_of_the_client_is_kept_and_any_other_replaced() {
     let provider = Provider::named("ok");
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let id = |headers: &str| zap.client().chat(headers, CHAT).header("x-request-id").unwrap().to_owned();

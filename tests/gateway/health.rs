@@ -1,10 +1,10 @@
-//! Who is asked whether it lives, and what follows.
+//! Health checks, ejection, and what is done if all backends are ejected.
 
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
-use crate::support::{CHAT, PATIENCE, Provider, STREAM, Zap, eventually};
+use crate::support::{CHAT, Provider, STREAM, TIMEOUT, Zap, eventually};
 
 fn state(zap: &Zap, i: usize) -> String {
     zap.client().get("/status").json()["backends"][i]["state"].as_str().unwrap().to_owned()
@@ -13,85 +13,85 @@ fn state(zap: &Zap, i: usize) -> String {
 const FAST: &str = "[health]\ninterval_secs = 1\n";
 
 #[test]
-fn probes_carry_the_key_and_take_a_backend_out_and_back() {
+fn probes_carry_the_key_and_eject_and_restore_a_backend() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 2\n";
     let zap = Zap::with(settings, &[a.backend("a", "api_key = \"sk-probe\""), b.backend("b", "")]);
     a.set_health(503);
-    eventually("a is out", || state(&zap, 0) == "ejected");
+    eventually("backend a is ejected", || state(&zap, 0) == "ejected");
     assert_eq!(a.probes()[0].header("authorization"), Some("Bearer sk-probe"));
     assert_eq!(b.probes()[0].header("authorization"), None);
     (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 0.0);
     a.set_health(200);
-    eventually("a is back", || state(&zap, 0) == "healthy");
-    eventually("a serves again", || zap.chat(CHAT).text() == "a");
+    eventually("backend a is healthy", || state(&zap, 0) == "healthy");
+    eventually("backend a gets requests again", || zap.chat(CHAT).text() == "a");
 }
 
 #[test]
-fn an_answer_of_404_405_or_429_is_alive() {
+fn a_probe_status_of_404_405_or_429_is_healthy() {
     for status in [404, 405, 429] {
         let a = Provider::named("a");
         a.set_health(status);
         let zap = Zap::with("[health]\ninterval_secs = 1\nfailure_threshold = 1", &[a.backend("a", "")]);
-        eventually("it was probed twice", || a.probes().len() >= 2);
+        eventually("two probes were sent", || a.probes().len() >= 2);
         assert_eq!(state(&zap, 0), "healthy", "{status}");
     }
 }
 
 #[test]
-fn a_probe_whose_key_is_refused_shows_a_misconfigured_backend() {
+fn a_probe_with_a_refused_key_shows_the_backend_as_misconfigured() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     a.set_health(401);
     let zap = Zap::with(FAST, &[a.backend("a", "api_key = \"sk-CANARY\""), b.backend("b", "")]);
-    eventually("it shows", || state(&zap, 0) == "misconfigured");
+    eventually("the backend is misconfigured", || state(&zap, 0) == "misconfigured");
     assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 0.0);
     (0..3).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     a.set_health(200);
-    eventually("it is taken back", || state(&zap, 0) == "healthy");
+    eventually("the backend is healthy", || state(&zap, 0) == "healthy");
 }
 
 #[test]
-fn no_probe_is_sent_while_real_traffic_goes_well() {
+fn no_probe_is_sent_while_real_requests_succeed() {
     let a = Provider::named("a");
     let zap = Zap::with(FAST, &[a.backend("a", "")]);
-    eventually("the first probe came", || a.probes().len() == 1);
+    eventually("the first probe is sent", || a.probes().len() == 1);
     let mut client = zap.client();
     let end = std::time::Instant::now() + std::time::Duration::from_millis(2_500);
     while std::time::Instant::now() < end {
         assert_eq!(client.chat("", CHAT).status, 200);
     }
     assert_eq!(a.probes().len(), 1);
-    eventually("probes begin again", || a.probes().len() > 1);
+    eventually("probes are sent again", || a.probes().len() > 1);
 }
 
-/// Whether a backend of these `answers` to chats is checked on and goes out when its checks fail.
-fn is_found_out(answers: impl Fn(&mut TcpStream) -> After + Send + Sync + 'static, body: &str) {
+/// Asserts that a backend which treats chats by `answers` is still probed, and is ejected when its probes fail.
+fn assert_ejected_by_probes(answers: impl Fn(&mut TcpStream) -> After + Send + Sync + 'static, body: &str) {
     let a = Provider::start(move |_, stream| answers(stream));
     let settings = format!("{FAST}failure_threshold = 2\n[retry]\nmax_retries = 0");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
-    eventually("it was checked", || !a.probes().is_empty());
+    eventually("the backend is probed", || !a.probes().is_empty());
     a.set_health(503);
     let ends = AtomicBool::new(false);
     std::thread::scope(|s| {
         s.spawn(|| {
             let since = std::time::Instant::now();
-            while !ends.load(Ordering::Relaxed) && since.elapsed() < 2 * PATIENCE {
+            while !ends.load(Ordering::Relaxed) && since.elapsed() < 2 * TIMEOUT {
                 let mut client = zap.client();
                 client.post("/chat", "", body);
                 let _ = client.head();
-                // It leaves before any content.
+                // The client disconnects before any content.
             }
         });
-        eventually("it is out", || state(&zap, 0) == "ejected");
+        eventually("the backend is ejected", || state(&zap, 0) == "ejected");
         ends.store(true, Ordering::Relaxed);
     });
 }
 
 #[test]
-fn a_head_without_a_body_that_ends_whole_is_no_success() {
-    // Silence behind a good head, and clients that give up.
-    is_found_out(
+fn a_head_without_a_complete_body_is_no_success() {
+    // The backend sends a good head and then nothing, and the clients disconnect.
+    assert_ejected_by_probes(
         |stream| {
             start_events(stream);
             wait_closed(stream);
@@ -99,8 +99,8 @@ fn a_head_without_a_body_that_ends_whole_is_no_success() {
         },
         STREAM,
     );
-    // Streams that end at once, without a byte.
-    is_found_out(
+    // The stream ends at once, without a byte.
+    assert_ejected_by_probes(
         |stream| {
             start_events(stream);
             end_chunks(stream);
@@ -108,8 +108,8 @@ fn a_head_without_a_body_that_ends_whole_is_no_success() {
         },
         STREAM,
     );
-    // Streams that end without saying so.
-    is_found_out(
+    // The stream ends without an end event.
+    assert_ejected_by_probes(
         |stream| {
             start_events(stream);
             chunk(stream, ": hi\n\n");
@@ -118,8 +118,8 @@ fn a_head_without_a_body_that_ends_whole_is_no_success() {
         },
         STREAM,
     );
-    // An error of the client says nothing about the backend.
-    is_found_out(
+    // A client error says nothing about the health of the backend.
+    assert_ejected_by_probes(
         |stream| {
             reply(stream, 404, "", b"{}");
             After::Keep
@@ -129,26 +129,26 @@ fn a_head_without_a_body_that_ends_whole_is_no_success() {
 }
 
 #[test]
-fn failing_chats_take_a_backend_out_although_its_probes_are_fine() {
+fn failing_chats_eject_a_backend_whose_probes_succeed() {
     let a = Provider::fixed(500, "", "a failed");
     let b = Provider::named("b");
     let zap = Zap::with("[health]\ninterval_secs = 60", &[a.backend("a", ""), b.backend("b", "")]);
-    eventually("both were probed", || !a.probes().is_empty() && !b.probes().is_empty());
+    eventually("both backends are probed", || !a.probes().is_empty() && !b.probes().is_empty());
     (0..12).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
-    assert_eq!(a.count(), 3, "three failures in a row are enough");
+    assert_eq!(a.count(), 3, "three consecutive failures eject a backend");
     assert_eq!(state(&zap, 0), "ejected");
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_error\"}"), 3.0);
     assert_eq!(zap.metric("zap_retries_total{backend=\"a\",reason=\"upstream_error\"}"), 3.0);
 }
 
 #[test]
-fn when_all_are_out_the_least_bad_is_asked_once() {
+fn with_all_backends_ejected_the_best_of_them_is_tried_once() {
     let a = Provider::fixed(500, "", "a failed");
     let zap = Zap::with(
         "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nbase_delay_ms = 1",
         &[a.backend("a", "")],
     );
-    eventually("it was probed", || !a.probes().is_empty());
+    eventually("the backend is probed", || !a.probes().is_empty());
     assert_eq!(zap.chat(CHAT).text(), "a failed");
     assert_eq!(state(&zap, 0), "ejected");
     let before = a.count();
@@ -157,72 +157,72 @@ fn when_all_are_out_the_least_bad_is_asked_once() {
     assert_eq!((a.count() - before, answer.header("x-zap-attempts")), (1, Some("1")));
     assert_eq!(zap.metric("zap_panic_picks_total"), 1.0);
 
-    let nobody = crate::support::provider::backend(Provider::nobody(), "gone", "");
-    let zap = Zap::with("[health]\nfailure_threshold = 1", &[nobody]);
-    eventually("it is out", || state(&zap, 0) == "ejected");
+    let gone = crate::support::provider::backend(Provider::closed_port(), "gone", "");
+    let zap = Zap::with("[health]\nfailure_threshold = 1", &[gone]);
+    eventually("the backend is ejected", || state(&zap, 0) == "ejected");
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_unreachable"));
 }
 
 #[test]
-fn a_failure_that_is_delivered_is_no_success() {
+fn a_failure_that_is_delivered_to_the_client_still_counts_as_a_failure() {
     let a = Provider::fixed(500, "", "a failed");
     let settings = "[health]\ninterval_secs = 60\n[retry]\nmax_retries = 0";
     let zap = Zap::with(settings, &[a.backend("a", "")]);
-    eventually("the probe is over", || !a.probes().is_empty() && a.connections() == 0);
+    eventually("the probe has ended", || !a.probes().is_empty() && a.connections() == 0);
     for n in 0..3 {
         assert_eq!(state(&zap, 0), "healthy", "after {n}");
         assert_eq!(zap.chat(CHAT).text(), "a failed");
     }
-    assert_eq!(state(&zap, 0), "ejected", "three failures in a row are enough");
+    assert_eq!(state(&zap, 0), "ejected", "three consecutive failures eject a backend");
 
-    // Nor does it stand for a health check.
+    // Such a failure does not replace a probe either.
     let a = Provider::fixed(500, "", "a failed");
     let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1000\n[retry]\nmax_retries = 0";
     let zap = Zap::with(settings, &[a.backend("a", "")]);
-    eventually("it is probed on", || {
+    eventually("probes are still sent", || {
         assert_eq!(zap.chat(CHAT).status, 500);
         a.probes().len() >= 3
     });
 }
 
 #[test]
-fn where_all_are_out_the_others_are_asked_too() {
+fn with_all_backends_ejected_a_failed_try_is_retried_on_the_others() {
     let failing = Provider::fixed(500, "", "a failed");
     let b = Provider::named("b");
-    let gone = crate::support::provider::backend(Provider::nobody(), "c", "weight = 50");
-    // A long backoff would show.
+    let gone = crate::support::provider::backend(Provider::closed_port(), "c", "weight = 50");
+    // With a backoff this long, a wait for it would be noticed.
     failing.set_health(500);
     b.set_health(500);
     let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n\
         [retry]\nbase_delay_ms = 600000\nmax_delay_ms = 600000";
     let backends = [failing.backend("a", "weight = 100"), b.backend("b", ""), gone];
     let zap = Zap::with(settings, &backends);
-    (0..3).for_each(|i| eventually("it is out", || state(&zap, i) == "ejected"));
+    (0..3).for_each(|i| eventually("the backend is ejected", || state(&zap, i) == "ejected"));
     for _ in 0..4 {
         assert_eq!(zap.chat(CHAT).text(), "b");
     }
-    assert!(failing.count() > 0, "it was the least bad at first");
-    zap.is_clean();
+    assert!(failing.count() > 0, "backend a is the best pick at first");
+    zap.wait_until_idle();
 
-    // No further than max_retries; then the last answer as it came.
+    // Each backend is tried once; then the client gets the last response unchanged.
     let (a, b) = (Provider::fixed(500, "", "a failed"), Provider::fixed(502, "", "b failed"));
-    let zap = all_out(&[a.backend("a", ""), b.backend("b", "")], &[&a, &b]);
+    let zap = all_ejected(&[a.backend("a", ""), b.backend("b", "")], &[&a, &b]);
     let answer = zap.chat(CHAT);
     assert!([500, 502].contains(&answer.status), "{}", answer.status);
     assert_eq!((answer.header("x-zap-attempts"), a.count(), b.count()), (Some("2"), 1, 1));
 }
 
-/// Zap with backends that are out.
-fn all_out(backends: &[String], providers: &[&Provider]) -> Zap {
+/// Starts Zap and waits until all backends are ejected.
+fn all_ejected(backends: &[String], providers: &[&Provider]) -> Zap {
     providers.iter().for_each(|p| p.set_health(500));
     let zap = Zap::with("[health]\ninterval_secs = 60\nfailure_threshold = 1", backends);
-    (0..backends.len()).for_each(|i| eventually("it is out", || state(&zap, i) == "ejected"));
+    (0..backends.len()).for_each(|i| eventually("the backend is ejected", || state(&zap, i) == "ejected"));
     zap
 }
 
 #[test]
-fn of_those_that_are_out_one_with_room_is_asked() {
+fn with_all_backends_ejected_one_below_its_limit_is_picked() {
     let gate = Gate::default();
     let held = gate.clone();
     let a = Provider::start(move |_, stream| {
@@ -232,27 +232,27 @@ fn of_those_that_are_out_one_with_room_is_asked() {
     });
     let b = Provider::named("b");
     let one = "max_in_flight = 1";
-    let zap = all_out(&[a.backend("a", one)], &[&a]);
+    let zap = all_ejected(&[a.backend("a", one)], &[&a]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("a has it", || gate.waiting() == 1);
+    eventually("backend a has the request", || gate.waiting() == 1);
     let refused = zap.chat(CHAT);
     assert_eq!((refused.status, refused.code().as_str()), (503, "queue_full"), "{}", refused.text());
     gate.open(1);
     assert_eq!(client.response().text(), "a");
 
     let heavy = "max_in_flight = 1\nweight = 100";
-    let zap = all_out(&[a.backend("a", heavy), b.backend("b", "")], &[&a, &b]);
+    let zap = all_ejected(&[a.backend("a", heavy), b.backend("b", "")], &[&a, &b]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("a has it", || gate.waiting() == 1);
+    eventually("backend a has the request", || gate.waiting() == 1);
     (0..3).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     gate.open(1);
     assert_eq!(client.response().text(), "a");
 }
 
 #[test]
-fn who_waited_for_a_backend_that_went_out_is_served_by_it_all_the_same() {
+fn requests_queued_for_a_backend_that_is_then_ejected_are_still_served() {
     let gate = Gate::default();
     let (held, asked) = (gate.clone(), AtomicUsize::new(0));
     let a = Provider::start(move |_, stream| {
@@ -265,24 +265,26 @@ fn who_waited_for_a_backend_that_went_out_is_served_by_it_all_the_same() {
     });
     let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
     let zap = Zap::with(settings, &[a.backend("a", "max_in_flight = 1")]);
-    eventually("the probe is over", || !a.probes().is_empty() && a.connections() == 0);
+    eventually("the probe has ended", || !a.probes().is_empty() && a.connections() == 0);
     let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
     for (i, client) in clients.iter_mut().enumerate() {
         client.post("/chat", "", CHAT);
-        eventually("it has its place", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64);
+        eventually("the request is at the backend or in the queue", || {
+            gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64
+        });
     }
     gate.open(4);
     let answers: Vec<_> = clients.iter_mut().map(|c| c.response().status).collect();
     assert_eq!(answers, [500, 200, 200, 200]);
     assert_eq!(zap.metric("zap_panic_picks_total"), 3.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn whoever_is_out_keeps_its_quota_and_its_peace() {
+fn an_ejected_backend_keeps_its_quota_and_its_cooldown() {
     let a = Provider::named("a");
-    let zap = all_out(&[a.backend("a", "requests_per_minute = 1")], &[&a]);
-    assert_eq!(zap.chat(CHAT).text(), "a", "the least bad is asked");
+    let zap = all_ejected(&[a.backend("a", "requests_per_minute = 1")], &[&a]);
+    assert_eq!(zap.chat(CHAT).text(), "a", "the only backend is tried although it is ejected");
     let refused = zap.chat(CHAT);
     assert_eq!((refused.status, refused.code().as_str()), (429, "upstream_rate_limited"));
     let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
@@ -290,23 +292,23 @@ fn whoever_is_out_keeps_its_quota_and_its_peace() {
     assert_eq!(a.count(), 1);
 
     let a = Provider::fixed(429, "retry-after: 30\r\n", "slow down");
-    let zap = all_out(&[a.backend("a", "")], &[&a]);
+    let zap = all_ejected(&[a.backend("a", "")], &[&a]);
     assert_eq!(zap.chat(CHAT).status, 429);
     let refused = zap.chat(CHAT);
     assert_eq!((refused.status, refused.header("retry-after")), (429, Some("30")));
-    assert_eq!(a.count(), 1, "it wants to be left alone");
+    assert_eq!(a.count(), 1, "a backend that cools down is not tried");
 }
 
 #[test]
-fn a_provider_that_comes_back_is_found() {
-    let nobody = Provider::nobody();
+fn a_provider_that_comes_back_gets_requests_again() {
+    let address = Provider::closed_port();
     let b = Provider::named("b");
-    let zap = Zap::with(FAST, &[crate::support::provider::backend(nobody, "a", ""), b.backend("b", "")]);
+    let zap = Zap::with(FAST, &[crate::support::provider::backend(address, "a", ""), b.backend("b", "")]);
     (0..6).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
-    let listener = std::net::TcpListener::bind(nobody).unwrap();
+    let listener = std::net::TcpListener::bind(address).unwrap();
     let _a = Provider::start_on(listener, |_, stream| {
         reply(stream, 200, "", b"a");
         After::Keep
     });
-    eventually("it serves", || zap.chat(CHAT).text() == "a");
+    eventually("backend a serves a request", || zap.chat(CHAT).text() == "a");
 }

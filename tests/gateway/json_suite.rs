@@ -1,4 +1,4 @@
-//! The whole of JSONTestSuite (github.com/nst/JSONTestSuite, MIT), from the fuzzer's corpus.
+//! All of JSONTestSuite (github.com/nst/JSONTestSuite, MIT), read from the fuzzing corpus.
 
 use crate::support::provider::{After, reply};
 use crate::support::{Provider, Zap};
@@ -24,7 +24,7 @@ fn every_valid_text_reaches_the_backend_byte_for_byte() {
         let wrapped = [&b"{\"messages\":[], \"x\" :"[..], &text, b"}"].concat();
         let answer = client.chat("", &wrapped);
         assert_eq!((answer.status, &answer.body), (200, &wrapped), "{name}");
-        // An object of its own is a chat as soon as it has messages.
+        // An object is a valid chat once it has `messages`.
         if text.trim_ascii().starts_with(b"{") && text.trim_ascii() != b"{}" {
             let at = text.iter().position(|b| *b == b'{').unwrap() + 1;
             let body = [&text[..at], b"\"messages\":[],", &text[at..]].concat();
@@ -44,7 +44,7 @@ fn every_invalid_text_is_refused_and_the_backend_sees_nothing() {
         let mut client = zap.client();
         let answer = client.chat("", &text);
         assert_eq!((answer.status, answer.code().as_str()), (400, "invalid_json"), "{name}");
-        // As a value inside a chat some fragments close what they stand in; none may make a whole of it.
+        // Placed inside a chat, some fragments close the enclosing array or object; none may yield a valid chat.
         let wrapped = [&b"{\"messages\":[],\"x\":"[..], &text, b"}"].concat();
         let is_json = std::str::from_utf8(&wrapped)
             .is_ok_and(|t| serde_json::from_str::<&serde_json::value::RawValue>(t).is_ok());
@@ -53,11 +53,11 @@ fn every_invalid_text_is_refused_and_the_backend_sees_nothing() {
         }
     }
     assert_eq!(provider.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn every_undecided_text_is_taken_as_serde_json_takes_it() {
+fn texts_that_parsers_may_accept_or_refuse_are_treated_as_by_serde_json() {
     let provider = Provider::named("ok");
     let zap = Zap::with("", &[provider.backend("a", "")]);
     for (name, text) in suite("i_") {

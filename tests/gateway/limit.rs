@@ -1,4 +1,4 @@
-//! The rate limit of a client's key.
+//! Rate limits per client key.
 
 use crate::support::{CHAT, Provider, Zap};
 
@@ -11,7 +11,7 @@ fn start(limit: u32) -> (Provider, Zap) {
 }
 
 #[test]
-fn exactly_the_limit_passes_per_key_however_parallel() {
+fn exactly_the_limit_passes_for_each_key_under_concurrency() {
     let (provider, zap) = start(5);
     let passed: usize = std::thread::scope(|s| {
         let ask = |i: usize| {
@@ -27,7 +27,7 @@ fn exactly_the_limit_passes_per_key_however_parallel() {
 }
 
 #[test]
-fn every_limited_answer_says_where_the_limit_stands() {
+fn every_response_under_a_limit_has_the_rate_limit_headers() {
     let (_provider, zap) = start(2);
     let headers = |r: &crate::support::Response| {
         ["limit", "remaining", "reset"]
@@ -36,7 +36,11 @@ fn every_limited_answer_says_where_the_limit_stands() {
     let mut client = zap.client();
     let first = client.chat("", CHAT);
     assert_eq!(headers(&first), ["2", "1", "0s"]);
-    assert_eq!(first.header("x-ratelimit-limit-tokens"), Some("5"), "the upstream's other limits pass");
+    assert_eq!(
+        first.header("x-ratelimit-limit-tokens"),
+        Some("5"),
+        "other limit headers of the upstream pass"
+    );
     let second = client.chat("", CHAT);
     assert_eq!(headers(&second)[..2], ["2", "0"]);
     let refused = client.chat("", CHAT);
@@ -46,25 +50,25 @@ fn every_limited_answer_says_where_the_limit_stands() {
     let after: f64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!(reset > 55.0 && reset <= after && after <= 60.0, "{reset} {after}");
     assert_eq!(refused.json()["error"]["type"], "rate_limit_error");
-    // A request refused for its body has its headers too, and counts.
+    // A request that is refused for its body has these headers too, and counts.
     let bad = zap.client().chat("authorization: Bearer other\r\n", "{");
     assert_eq!((bad.status, headers(&bad)[1].as_str()), (400, "1"));
 }
 
 #[test]
-fn the_key_is_the_bearer_else_an_api_key_else_anonymous() {
+fn the_key_is_the_bearer_then_an_api_key_header_then_anonymous() {
     let (_provider, zap) = start(1);
     let status = |headers: &str| zap.client().chat(headers, CHAT).status;
     assert_eq!(status(""), 200);
-    assert_eq!(status("authorization: Basic x\r\n"), 429, "no bearer: anonymous");
+    assert_eq!(status("authorization: Basic x\r\n"), 429, "without a bearer the client is anonymous");
     assert_eq!(status("authorization: Bearer one\r\n"), 200);
-    assert_eq!(status("x-api-key: one\r\n"), 429, "the same credential, however it is sent");
+    assert_eq!(status("x-api-key: one\r\n"), 429, "the same credential counts once, in any header");
     assert_eq!(status("authorization: Bearer two\r\nx-api-key: one\r\n"), 200);
     assert_eq!(status("x-goog-api-key: three\r\n"), 200);
 }
 
 #[test]
-fn only_posts_count_and_the_body_of_a_refused_one_is_not_read() {
+fn only_posts_count_and_the_body_of_a_refused_post_is_not_read() {
     let (provider, zap) = start(1);
     let mut client = zap.client();
     for path in ["/health", "/metrics", "/status", "/chat", "/nothing"] {
@@ -79,7 +83,7 @@ fn only_posts_count_and_the_body_of_a_refused_one_is_not_read() {
 }
 
 #[test]
-fn without_a_limit_the_upstreams_headers_pass() {
+fn without_a_limit_the_rate_limit_headers_of_the_upstream_pass() {
     let provider = Provider::fixed(200, "x-ratelimit-remaining-requests: 77\r\n", "ok");
     let zap = Zap::with("", &[provider.backend("a", "")]);
     assert_eq!(zap.chat(CHAT).header("x-ratelimit-remaining-requests"), Some("77"));

@@ -1,6 +1,6 @@
-//! Zap as a whole, between scripted clients and scripted providers on loopback: one file per behaviour.
+//! End-to-end tests of Zap between scripted clients and scripted providers on loopback; one file per behaviour.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot go on must say so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot continue must panic.
 
 mod support;
 
@@ -8,7 +8,7 @@ mod admission;
 
 mod affinity;
 
-mod ahead;
+mod backend_queue;
 
 mod balance;
 
@@ -38,18 +38,18 @@ mod json_suite;
 
 mod limit;
 
-mod lines;
-
 mod models;
 
 mod observe;
+
+mod pipelining;
 
 mod providers;
 
 mod reload;
 
+mod retries;
+
 mod streams;
 
 mod tls;
-
-mod tries;

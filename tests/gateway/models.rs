@@ -1,4 +1,4 @@
-//! Which backend gets a model, and under which name.
+//! Model routing: which backend gets a model, and under which name.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ fn ask(model: &str) -> String {
     format!("{{\"messages\":[],\"model\":\"{model}\"}}")
 }
 
-/// The models that a provider was asked for, in order; empty where none was named.
+/// The models of a provider's requests, in order; an empty string stands for a request without a model.
 fn models(provider: &Provider) -> Vec<String> {
     let model = |body: &[u8]| {
         let value: serde_json::Value = serde_json::from_slice(body).unwrap();
@@ -23,13 +23,13 @@ const GROQ: &str = "weight = 2\ndefault_model = \"llama-3.1-8b-instant\"\nmodels
 const LOCAL: &str = "priority = 1\nmodels = { \"llama-3.1-8b-instant\" = \"llama3.1:8b\", \"llama-3.3-*\" = \"l33-*\", \"llama-*\" = \"any\" }";
 
 #[test]
-fn a_named_model_goes_to_those_who_serve_it_by_their_own_names() {
+fn a_model_goes_to_the_backends_that_serve_it_under_their_own_names() {
     let (groq, local) = (Provider::named("groq"), Provider::named("local"));
     let zap = Zap::with("", &[groq.backend("groq", GROQ), local.backend("local", LOCAL)]);
     for (model, want) in [
         ("llama-3.1-8b-instant", "groq"),
         ("llama-3.3-70b", "groq"),
-        // Only the local one has a pattern for it, of lower rank or not.
+        // Only `local` has a pattern that matches; its lower precedence does not matter.
         ("llama-4", "local"),
     ] {
         assert_eq!(zap.chat(ask(model)).text(), want, "{model}");
@@ -39,7 +39,7 @@ fn a_named_model_goes_to_those_who_serve_it_by_their_own_names() {
 }
 
 #[test]
-fn a_failover_asks_for_the_other_backends_own_name() {
+fn a_failover_uses_the_model_name_of_the_other_backend() {
     let (groq, local) = (Provider::fixed(503, "", "down"), Provider::named("local"));
     let settings = "[retry]\nbase_delay_ms = 1\n[health]\nfailure_threshold = 1000";
     let zap = Zap::with(settings, &[groq.backend("groq", GROQ), local.backend("local", LOCAL)]);
@@ -48,7 +48,11 @@ fn a_failover_asks_for_the_other_backends_own_name() {
         assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("local", Some("2")));
     }
     assert_eq!(models(&groq), ["llama-3.1-8b-instant", "llama-3.3-70b"]);
-    assert_eq!(models(&local), ["llama3.1:8b", "l33-70b"], "the longest prefix counts, its star is the rest");
+    assert_eq!(
+        models(&local),
+        ["llama3.1:8b", "l33-70b"],
+        "the longest prefix wins, and * stands for the rest"
+    );
 }
 
 #[test]
@@ -62,7 +66,7 @@ fn the_body_is_patched_in_place_and_nothing_else_changes() {
 }
 
 #[test]
-fn no_model_goes_to_those_with_a_default_and_to_those_that_take_any() {
+fn a_request_without_a_model_goes_to_backends_with_a_default_or_without_a_list() {
     let (a, b, c) = (Provider::named("a"), Provider::named("b"), Provider::named("c"));
     let backends = [
         a.backend("a", "default_model = \"own\"\nmodels = { own = \"mapped\" }"),
@@ -73,9 +77,9 @@ fn no_model_goes_to_those_with_a_default_and_to_those_that_take_any() {
     for body in [CHAT, "{\"messages\":[],\"model\":null}", "{\"messages\":[],\"model\":\"\"}", CHAT] {
         assert_eq!(zap.chat(body).status, 200);
     }
-    assert_eq!(models(&a), ["own", "own"], "a default is the backend's own name already");
+    assert_eq!(models(&a), ["own", "own"], "a default model is not mapped");
     assert_eq!((b.count(), c.count()), (0, 2));
-    // Its own name for the model may be asked for too: through the map where that has it.
+    // A client may name that model too; then the map applies.
     let zap = Zap::with("", &backends[..1]);
     zap.chat(ask("own"));
     assert_eq!(models(&a).last().unwrap(), "mapped");
@@ -87,7 +91,7 @@ fn no_model_goes_to_those_with_a_default_and_to_those_that_take_any() {
 }
 
 #[test]
-fn a_model_that_nobody_serves_is_not_found_and_near_ones_are_named() {
+fn an_unknown_model_is_not_found_and_similar_names_are_suggested() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "models = [\"gpt-4o\", \"gpt-4o-mini\", \"o3\", \"llama-*\"]")]);
     let refused = zap.chat(ask("gpt-4"));
@@ -99,15 +103,15 @@ fn a_model_that_nobody_serves_is_not_found_and_near_ones_are_named() {
     );
     assert!(error["message"].as_str().unwrap().contains("`gpt-4o`, `gpt-4o-mini`"), "{error}");
     assert_eq!(refused.header("x-zap-attempts"), Some("0"));
-    // Longer than any name may be: a prefix of it is no name either.
+    // The name is longer than is allowed, so its prefix does not match `llama-*`.
     let long = zap.chat(ask(&format!("llama-{}", "x".repeat(1000))));
     assert_eq!((long.status, long.code().as_str()), (404, "model_not_found"));
     assert_eq!(a.count(), 0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_route_of_its_own_name_has_weights_ranks_and_hides_what_has_the_same_name() {
+fn a_route_has_weights_and_priorities_and_hides_a_model_of_the_same_name() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let routes = "[models.cheap]\ntargets = [{ backend = \"a\", model = \"a-8b\", weight = 3 }, { backend = \"b\", model = \"b-8b\", weight = 1 }]\n\
         [models.smart]\ntargets = [{ backend = \"b\", model = \"b-70b\" }, { backend = \"a\", model = \"a-70b\", priority = 1 }]\n\
@@ -120,15 +124,15 @@ fn a_route_of_its_own_name_has_weights_ranks_and_hides_what_has_the_same_name() 
     };
     assert_eq!(count("cheap", 40), (30, 10));
     assert_eq!(count("smart", 5), (0, 5));
-    assert_eq!(count("gpt", 5), (5, 0), "the route hides b's own model of that name");
+    assert_eq!(count("gpt", 5), (5, 0), "the route hides the model of backend b with that name");
     let mut seen = models(&a);
     seen.dedup();
-    assert_eq!(seen, ["a-8b", "gpt"], "a target without a model is sent the name that was asked for");
+    assert_eq!(seen, ["a-8b", "gpt"], "a target without a model gets the requested name");
     assert!(models(&b)[10..].iter().all(|model| model == "b-70b"));
 }
 
 #[test]
-fn one_provider_may_be_tried_with_two_models() {
+fn one_backend_may_be_tried_with_two_models() {
     let a = Provider::start(|seen, stream| {
         match String::from_utf8_lossy(&seen.body).contains("small") {
             true => reply(stream, 200, "", b"small"),
@@ -137,7 +141,7 @@ fn one_provider_may_be_tried_with_two_models() {
         After::Keep
     });
     let routes = "[models.smart]\ntargets = [{ backend = \"a\", model = \"big\" }, { backend = \"a\", model = \"small\", priority = 1 }]\n";
-    // The first try's place is free for the second.
+    // The first try must release its permit before the second.
     for settings in ["", "max_in_flight = 1"] {
         let before = a.count();
         let zap = Zap::with(routes, &[a.backend("a", settings)]);
@@ -147,11 +151,11 @@ fn one_provider_may_be_tried_with_two_models() {
     }
 }
 
-/// A route to two models of one provider, three to one.
+/// A route to two models of one backend, with weights 3 and 1.
 const TWO: &str = "[models.two]\ntargets = [{ backend = \"a\", model = \"big\", weight = 3 }, { backend = \"a\", model = \"small\" }]\n";
 
 #[test]
-fn two_models_of_one_provider_share_by_weight_under_every_strategy() {
+fn two_models_of_one_backend_share_by_weight_under_every_strategy() {
     for strategy in ["round_robin", "least_loaded", "prefix_hash"] {
         let (a, b) = (Provider::named("a"), Provider::named("b"));
         let settings = format!("[load_balancer]\nstrategy = \"{strategy}\"\n{TWO}");
@@ -168,7 +172,7 @@ fn two_models_of_one_provider_share_by_weight_under_every_strategy() {
 }
 
 #[test]
-fn who_waited_for_a_place_gets_a_model_by_weight_and_priority() {
+fn a_queued_request_gets_a_model_by_weight_and_priority() {
     for (routes, big) in [
         (TWO, 14..=16),
         (
@@ -186,7 +190,9 @@ fn who_waited_for_a_place_gets_a_model_by_weight_and_priority() {
         let zap = Zap::with(routes, &[a.backend("a", "max_in_flight = 1")]);
         let mut clients: Vec<_> = (0..20).map(|_| zap.client()).collect();
         clients.iter_mut().for_each(|c| c.post("/chat", "", ask("two")));
-        eventually("all wait", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == 19.0);
+        eventually("all other requests are queued", || {
+            gate.waiting() == 1 && zap.metric("zap_queue_depth") == 19.0
+        });
         gate.open(20);
         clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
         let served = models(&a).iter().filter(|model| *model == "big").count();
@@ -195,17 +201,21 @@ fn who_waited_for_a_place_gets_a_model_by_weight_and_priority() {
 }
 
 #[test]
-fn the_star_catches_names_that_nothing_else_serves() {
+fn the_star_route_serves_names_that_nothing_else_serves() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let routes = "[models.\"*\"]\ntargets = [{ backend = \"b\", model = \"b-any\" }]\n";
     let zap = Zap::with(routes, &[a.backend("a", "models = [\"gpt\"]"), b.backend("b", "models = [\"x\"]")]);
     assert_eq!((zap.chat(ask("gpt")).text(), zap.chat(ask("other")).text()), ("a", "b"));
     assert_eq!(models(&b), ["b-any"]);
-    assert_eq!(zap.chat(CHAT).code(), "missing_model", "it is for names that are given");
+    assert_eq!(
+        zap.chat(CHAT).code(),
+        "missing_model",
+        "the star route does not apply to a request without a model"
+    );
 }
 
 #[test]
-fn a_flood_of_wrong_models_is_refused_without_a_search_for_each() {
+fn suggestions_for_unknown_models_are_limited_per_second() {
     let a = Provider::named("a");
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "models = [\"gpt-4o-mini\"]")]);
     let mut client = zap.client();
@@ -220,7 +230,7 @@ fn a_flood_of_wrong_models_is_refused_without_a_search_for_each() {
     assert!((50..=50 * seconds).contains(&searched), "{searched} in {seconds} s");
     assert!(searched < 400);
     std::thread::sleep(std::time::Duration::from_secs(1));
-    assert!(near(0), "the next second has its own");
+    assert!(near(0), "the next second has searches of its own");
     let mut client = zap.client();
     let wrong = client.get("/v1/models/gpt-4-mini");
     assert!(wrong.text().contains("near it"), "{}", wrong.text());
@@ -266,7 +276,7 @@ fn models_are_listed_once_with_their_owners() {
 }
 
 #[test]
-fn other_endpoints_route_by_model_too_and_pass_over_who_serves_chat_alone() {
+fn other_endpoints_route_by_model_and_skip_backends_that_serve_chat_only() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let backends = [
         a.backend("a", "weight = 9\nmodels = [\"e\"]\nchat_path = \"/only/chat\""),

@@ -1,9 +1,9 @@
-//! What operators see.
+//! Metrics and status: what operators see.
 
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 #[test]
-fn every_family_stands_from_the_start() {
+fn every_metric_family_exists_from_the_start() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let zap = Zap::with("", &[a.backend("a", ""), b.backend("b", "")]);
     let text = zap.client().get("/metrics");
@@ -54,14 +54,14 @@ fn every_family_stands_from_the_start() {
 }
 
 #[test]
-fn a_moment_reads_the_same_in_every_scrape() {
+fn a_point_in_time_is_the_same_in_every_scrape() {
     let busy = Provider::fixed(429, "retry-after: 30\r\n", "");
     let zap = Zap::with("[retry]\nmax_retries = 0", &[busy.backend("a", "")]);
     assert_eq!(zap.chat(CHAT).status, 429);
     let look = || {
         let status = zap.client().get("/status").json();
         let backend = &status["backends"][0];
-        let until = backend["cooling_until"].as_str().expect("it cools").to_owned();
+        let until = backend["cooling_until"].as_str().expect("the backend cools down").to_owned();
         (zap.metric("process_start_time_seconds"), until, backend["last_error"]["at"].clone())
     };
     let first = look();
@@ -72,7 +72,7 @@ fn a_moment_reads_the_same_in_every_scrape() {
 }
 
 #[test]
-fn a_flood_of_scrapes_gets_texts_of_this_second_and_few_are_made() {
+fn frequent_scrapes_share_a_rendered_page_of_at_most_one_second() {
     let a = Provider::named("a");
     let backends: Vec<_> = (0..200).map(|i| a.backend(&format!("b{i}"), "")).collect();
     let zap = Zap::with("[health]\ninterval_secs = 3600", &backends);
@@ -85,24 +85,24 @@ fn a_flood_of_scrapes_gets_texts_of_this_second_and_few_are_made() {
         let seconds = text.text().lines().find_map(|l| l.strip_prefix("process_cpu_seconds_total "));
         made.insert((seconds.unwrap().to_owned(), text.body.len()));
         served += 1;
-        // The client is slower than what is served again, on two cores.
+        // Each scrape takes less than the second for which a page is reused, even on two cores.
         assert!(since.elapsed() - before < std::time::Duration::from_secs(1));
     }
-    assert!(made.len() * 2 < served, "{} of {served} were made", made.len());
-    // What is asked for now and then is fresh.
+    assert!(made.len() * 2 < served, "{} of {served} pages were rendered", made.len());
+    // An occasional scrape gets a fresh page.
     std::thread::sleep(std::time::Duration::from_secs(1));
     let count = || zap.metric("zap_requests_total{endpoint=\"metrics\",backend=\"\",status=\"200\"}");
     assert_eq!(count() + 1.0, count());
 }
 
 #[test]
-fn requests_are_counted_once_by_who_answered_them() {
+fn each_request_is_counted_once_under_the_backend_that_responded() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     zap.chat(CHAT);
     zap.chat("{");
     zap.client().get("/nothing");
-    eventually("all are counted", || {
+    eventually("all requests are counted", || {
         zap.metric("zap_request_duration_seconds_count{endpoint=\"chat\"}") == 2.0
     });
     let all = zap.metrics();
@@ -115,7 +115,7 @@ fn requests_are_counted_once_by_who_answered_them() {
 }
 
 #[test]
-fn the_overhead_leaves_out_what_others_took() {
+fn the_overhead_excludes_the_time_of_the_backend() {
     let a = Provider::start(|_, stream| {
         std::thread::sleep(std::time::Duration::from_millis(120));
         crate::support::provider::reply(stream, 200, "", b"ok");
@@ -123,19 +123,19 @@ fn the_overhead_leaves_out_what_others_took() {
     });
     let zap = Zap::with("", &[a.backend("a", "")]);
     zap.chat(CHAT);
-    eventually("it is counted", || zap.metric("zap_overhead_seconds_count") == 1.0);
+    eventually("the overhead is recorded", || zap.metric("zap_overhead_seconds_count") == 1.0);
     assert!(zap.metric("zap_overhead_seconds_sum") < 0.1);
     assert!(zap.metric("zap_time_to_first_byte_seconds_sum{backend=\"a\"}") > 0.1);
 }
 
 #[test]
-fn the_overhead_is_what_zap_itself_does_with_a_body() {
+fn the_overhead_includes_work_on_the_body_but_not_the_wait_for_it() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let body = format!("{{\"messages\":[\"{}\"]}}", "\\u00e4 ".repeat(2_000_000));
     assert_eq!(zap.chat(body).status, 200);
     let sum = zap.metric("zap_overhead_seconds_sum");
-    assert!(sum > 0.002, "{sum}: 16 MB were read through");
+    assert!(sum > 0.002, "{sum} s is too little to scan 16 MB");
 
     let zap = Zap::with("", &[a.backend("a", "")]);
     let mut client = zap.client();
@@ -144,11 +144,11 @@ fn the_overhead_is_what_zap_itself_does_with_a_body() {
     client.send(&CHAT[1..]);
     assert_eq!(client.response().status, 200);
     let sum = zap.metric("zap_overhead_seconds_sum");
-    assert!(sum < 0.2, "{sum}: the client took its time");
+    assert!(sum < 0.2, "{sum} s includes the wait for the client");
 }
 
 #[test]
-fn nothing_a_client_sends_becomes_a_series() {
+fn nothing_that_a_client_sends_becomes_a_series() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let ask = |i: usize| {
@@ -159,7 +159,7 @@ fn nothing_a_client_sends_becomes_a_series() {
         client.response();
     };
     ask(0);
-    eventually("all are counted", || {
+    eventually("all requests are counted", || {
         zap.metric("zap_request_duration_seconds_count{endpoint=\"chat\"}") == 2.0
     });
     let before = zap.metrics().len();
@@ -176,7 +176,7 @@ fn status_and_metrics_hold_no_key_and_no_url() {
     for path in ["/status", "/metrics"] {
         let text = zap.client().get(path).text().to_owned();
         for secret in ["sk-CANARY", "sk-client", "127.0.0.1"] {
-            assert!(!text.contains(secret), "{path} holds {secret}");
+            assert!(!text.contains(secret), "{path} contains {secret}");
         }
     }
     let status = zap.client().get("/status").json();

@@ -1,13 +1,13 @@
-//! What one provider wants otherwise than the rest.
+//! Options for providers that differ from the rest: key headers, paths, extra headers, dropped fields.
 
 use crate::support::{CHAT, Provider, Zap, eventually};
 
 #[test]
-fn a_key_may_go_in_a_header_of_its_own() {
+fn auth_header_names_the_header_of_the_key() {
     let a = Provider::named("a");
     let more = "api_key = \"sk-CANARY\"\nauth_header = \"api-key\"";
     let zap = Zap::with("", &[a.backend("a", more)]);
-    eventually("it is probed", || !a.probes().is_empty());
+    eventually("the backend is probed", || !a.probes().is_empty());
     assert_eq!(a.probes()[0].header("api-key"), Some("sk-CANARY"));
     zap.client().chat("api-key: client\r\nauthorization: Bearer client\r\n", CHAT);
     let seen = a.seen().remove(0);
@@ -15,10 +15,10 @@ fn a_key_may_go_in_a_header_of_its_own() {
 }
 
 #[test]
-fn a_key_goes_bare_in_authorization_where_auth_header_names_it() {
+fn with_auth_header_authorization_the_key_has_no_scheme() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"\nauth_header = \"Authorization\"")]);
-    eventually("it is probed", || !a.probes().is_empty());
+    eventually("the backend is probed", || !a.probes().is_empty());
     assert_eq!(a.probes()[0].header("authorization"), Some("sk-CANARY"));
     zap.client().chat("authorization: Bearer client\r\n", CHAT);
     let keys: Vec<_> = a.seen().remove(0).headers.into_iter().filter(|(n, _)| n == "authorization").collect();
@@ -26,7 +26,7 @@ fn a_key_goes_bare_in_authorization_where_auth_header_names_it() {
 }
 
 #[test]
-fn a_key_in_a_header_of_its_own_is_hidden_and_judged_like_any_other() {
+fn a_key_in_a_custom_header_is_redacted_and_its_401_handled_like_any_other() {
     let a = Provider::fixed(400, "", "bad sk-CANARY");
     let more = "api_key = \"sk-CANARY\"\nauth_header = \"api-key\"";
     assert_eq!(Zap::with("", &[a.backend("a", more)]).chat(CHAT).text(), "bad ***");
@@ -35,11 +35,11 @@ fn a_key_in_a_header_of_its_own_is_hidden_and_judged_like_any_other() {
 }
 
 #[test]
-fn further_headers_take_the_place_of_the_clients() {
+fn extra_headers_replace_those_of_the_client() {
     let a = Provider::named("a");
     let more = "extra_headers = { HTTP-Referer = \"https://example.org\", user-agent = \"own\" }";
     let zap = Zap::with("", &[a.backend("a", more)]);
-    eventually("it is probed", || !a.probes().is_empty());
+    eventually("the backend is probed", || !a.probes().is_empty());
     assert_eq!(a.probes()[0].header("http-referer"), Some("https://example.org"));
     zap.client().chat("http-referer: x\r\nuser-agent: client\r\n", CHAT);
     let seen = a.seen().remove(0);
@@ -49,7 +49,7 @@ fn further_headers_take_the_place_of_the_clients() {
 }
 
 #[test]
-fn a_query_in_the_chat_path_goes_along_to_every_endpoint() {
+fn a_query_in_the_chat_path_is_sent_on_every_endpoint() {
     let a = Provider::named("a");
     let more = "chat_path = \"/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21\"";
     let zap = Zap::with("", &[a.backend("a", more)]);
@@ -65,7 +65,7 @@ fn a_query_in_the_chat_path_goes_along_to_every_endpoint() {
 }
 
 #[test]
-fn a_url_that_ends_in_v1_does_not_double_it() {
+fn a_base_url_that_ends_in_v1_does_not_repeat_v1() {
     for (base, more, chat, embeddings, health) in [
         ("", "", "/v1/chat/completions", "/v1/embeddings", "/health"),
         ("/v1", "", "/v1/chat/completions", "/v1/embeddings", "/health"),
@@ -100,7 +100,7 @@ fn a_url_that_ends_in_v1_does_not_double_it() {
         let a = Provider::named("a");
         let address = a.backend("a", more).replacen("\"\nweight", &format!("{base}\"\nweight"), 1);
         let zap = Zap::with("", &[address]);
-        eventually("it is probed", || !a.probes().is_empty());
+        eventually("the backend is probed", || !a.probes().is_empty());
         let mut client = zap.client();
         assert_eq!(client.chat("", CHAT).status, 200);
         client.post("/v1/embeddings", "", "{\"model\":\"e\"}");
@@ -113,7 +113,7 @@ fn a_url_that_ends_in_v1_does_not_double_it() {
 }
 
 #[test]
-fn members_that_a_provider_refuses_are_left_out_for_it_alone() {
+fn drop_fields_removes_members_for_that_backend_only() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let backends = [
         a.backend("a", "drop_fields = [\"store\", \"logprobs\"]\ndefault_model = \"m\""),
@@ -135,7 +135,7 @@ fn members_that_a_provider_refuses_are_left_out_for_it_alone() {
 }
 
 #[test]
-fn several_keys_of_one_provider_are_several_backends() {
+fn one_provider_with_several_keys_is_several_backends() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("one", "api_key = \"k1\""), a.backend("two", "api_key = \"k2\"")]);
     (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).status, 200));

@@ -1,4 +1,4 @@
-//! SIGHUP: what a new configuration changes at once, and what lives on.
+//! Reload on SIGHUP: what a new configuration changes at once, and which state is kept.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ fn state(zap: &Zap, name: &str) -> String {
 }
 
 #[test]
-fn a_new_fleet_is_in_place_at_once_and_a_bad_file_changes_nothing() {
+fn new_backends_apply_at_once_and_an_invalid_file_changes_nothing() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let file = File::new();
     let zap = Zap::with_file(&file, "", &[a.backend("a", "")]);
@@ -23,13 +23,13 @@ fn a_new_fleet_is_in_place_at_once_and_a_bad_file_changes_nothing() {
     assert!(zap.reload());
     (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     let text = zap.client().get("/metrics");
-    assert!(!text.text().contains("backend=\"a\""), "what is gone has no series");
+    assert!(!text.text().contains("backend=\"a\""), "a removed backend has no series");
     for bad in ["[queue]\nmax_sice = 3\n", "[[backends]\n", "[retry]\nmax_retries = 11\n"] {
         file.write(bad, &[a.backend("a", "")]);
         assert!(!zap.reload(), "{bad}");
         assert_eq!(zap.chat(CHAT).text(), "b");
     }
-    // Fine as a text, but its certificates do not load.
+    // The text is valid, but the certificates do not load.
     file.write("", &[format!("{}ca_file = \"/dev/null\"\n", a.backend("a", "").replace("http:", "https:"))]);
     assert!(!zap.reload());
     assert_eq!(zap.chat(CHAT).text(), "b");
@@ -38,7 +38,7 @@ fn a_new_fleet_is_in_place_at_once_and_a_bad_file_changes_nothing() {
 }
 
 #[test]
-fn a_gateway_without_a_file_goes_on() {
+fn a_gateway_without_a_file_survives_a_reload() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "")]);
     assert!(!zap.reload());
@@ -49,14 +49,14 @@ fn a_gateway_without_a_file_goes_on() {
 fn unchanged_backends_keep_health_cooling_connections_and_counts() {
     let (a, b, c) =
         (Provider::named("a"), Provider::fixed(429, "retry-after: 50\r\n", ""), Provider::named("c"));
-    let nobody = Provider::nobody();
+    let closed = Provider::closed_port();
     let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n";
     let file = File::new();
     let fleet = |weight: u32, more: &str| {
         [
             a.backend("a", &format!("weight = {weight}")),
             b.backend("b", ""),
-            crate::support::provider::backend(nobody, "out", ""),
+            crate::support::provider::backend(closed, "out", ""),
             c.backend("c", &format!("requests_per_minute = 3\n{more}")),
         ]
     };
@@ -72,12 +72,12 @@ fn unchanged_backends_keep_health_cooling_connections_and_counts() {
     assert!(zap.reload());
     assert_eq!([before("b"), before("out"), before("c")], ["cooling", "ejected", "quota"]);
     (0..20).for_each(|_| assert_eq!(client.chat("", CHAT).text(), "a"));
-    assert_eq!((b.count(), c.count()), (at_b, at_c), "nobody was asked who should not be");
-    assert_eq!(a.connections(), connections, "on the same connection");
+    assert_eq!((b.count(), c.count()), (at_b, at_c), "unavailable backends get no requests");
+    assert_eq!(a.connections(), connections, "the connections are kept");
     let served = zap.metric("zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"200\"}");
-    assert_eq!(served, a.count() as f64, "its counters go on");
+    assert_eq!(served, a.count() as f64, "the counters are kept");
 
-    // One more a minute than it had.
+    // The new quota is one request per minute larger.
     file.write(settings, &fleet(0, "").map(|text| text.replace("minute = 3", "minute = 4")));
     assert!(zap.reload());
     assert_eq!(client.chat("", CHAT).text(), "c");
@@ -85,7 +85,7 @@ fn unchanged_backends_keep_health_cooling_connections_and_counts() {
 }
 
 #[test]
-fn another_key_or_another_place_is_another_account() {
+fn a_new_key_resets_the_misconfigured_state() {
     let refuses = Provider::start(|seen, stream| {
         let good = seen.header("authorization") == Some("Bearer sk-new");
         reply(stream, if good { 200 } else { 401 }, "", b"fine");
@@ -97,14 +97,14 @@ fn another_key_or_another_place_is_another_account() {
     assert_eq!(zap.chat(CHAT).status, 502);
     assert_eq!(state(&zap, "a"), "misconfigured");
     assert!(zap.reload());
-    assert_eq!(state(&zap, "a"), "misconfigured", "it is the same key still");
+    assert_eq!(state(&zap, "a"), "misconfigured", "the key is unchanged");
     file.write(settings, &[refuses.backend("a", "api_key = \"sk-new\"")]);
     assert!(zap.reload());
     assert_eq!(zap.chat(CHAT).text(), "fine");
 }
 
 #[test]
-fn requests_under_way_keep_the_old_configuration() {
+fn running_requests_keep_the_old_configuration() {
     let gate = Gate::default();
     let (gate_a, gate_b) = (gate.clone(), gate.clone());
     let a = Provider::start(move |_, stream| {
@@ -127,7 +127,7 @@ fn requests_under_way_keep_the_old_configuration() {
     stream.post("/chat", "", STREAM);
     let mut streamed = stream.head();
     plain.post("/chat", "", CHAT);
-    eventually("both are there", || gate.waiting() == 2);
+    eventually("both requests are at the backends", || gate.waiting() == 2);
     file.write("", &[b.backend("b", "")]);
     assert!(zap.reload());
     assert_eq!(zap.chat(CHAT).text(), "b");
@@ -135,14 +135,14 @@ fn requests_under_way_keep_the_old_configuration() {
     stream.body(&mut streamed);
     assert!(streamed.whole && streamed.text().ends_with("[DONE]\n\n"));
     assert_eq!(plain.response().text(), "slow");
-    zap.is_clean();
-    eventually("connections to what is gone are closed", || a.connections() + slow.connections() == 0);
-    // The next on the same connections goes to the new fleet.
+    zap.wait_until_idle();
+    eventually("connections to removed backends are closed", || a.connections() + slow.connections() == 0);
+    // The next requests on the same client connections go to the new backends.
     assert_eq!((stream.chat("", CHAT).text(), plain.chat("", CHAT).text()), ("b", "b"));
 }
 
 #[test]
-fn limits_change_for_those_who_wait_and_clients_keep_their_windows() {
+fn new_limits_apply_to_queued_requests_and_rate_limit_windows_are_kept() {
     let gate = Gate::default();
     let door = gate.clone();
     let a = Provider::start(move |_, stream| {
@@ -159,38 +159,42 @@ fn limits_change_for_those_who_wait_and_clients_keep_their_windows() {
     let zap = Zap::with_file(&file, &settings(1, 3), &[a.backend("a", "")]);
     let mut clients = [zap.client(), zap.client(), zap.client()];
     clients[0].post("/chat", "", CHAT);
-    eventually("one is served", || gate.waiting() == 1);
+    eventually("the backend holds one request", || gate.waiting() == 1);
     clients[1].post("/chat", "", CHAT);
-    eventually("one waits", || zap.metric("zap_queue_depth") == 1.0);
+    eventually("one request is queued", || zap.metric("zap_queue_depth") == 1.0);
     assert_eq!(clients[2].chat("", CHAT).code(), "queue_full");
     file.write(&settings(2, 4), &[a.backend("a", "")]);
     assert!(zap.reload());
-    eventually("the one that waited has the new slot", || gate.waiting() == 2);
+    eventually("the queued request has the new slot", || gate.waiting() == 2);
     clients[2].post("/chat", "", CHAT);
-    eventually("the next waits", || zap.metric("zap_queue_depth") == 1.0);
-    assert_eq!(zap.chat(CHAT).code(), "rate_limit_exceeded", "three were counted before, one since");
+    eventually("the next request is queued", || zap.metric("zap_queue_depth") == 1.0);
+    assert_eq!(
+        zap.chat(CHAT).code(),
+        "rate_limit_exceeded",
+        "three requests were counted before the reload, one after it"
+    );
     gate.open(3);
     clients.iter_mut().for_each(|c| assert_eq!(c.response().text(), "a"));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn probes_follow_the_fleet() {
+fn probes_follow_the_new_configuration() {
     let (a, b) = (Provider::named("a"), Provider::named("b"));
     let file = File::new();
     let every = |secs: u32| format!("[health]\ninterval_secs = {secs}\n");
     let zap = Zap::with_file(&file, &every(3600), &[a.backend("a", "")]);
-    eventually("the first", || a.probes().len() == 1);
-    // An hour becomes a second, for those that are known too.
+    eventually("backend a is probed", || a.probes().len() == 1);
+    // The new interval applies to known backends too.
     file.write(&every(1), &[a.backend("a", "health_path = \"/other\""), b.backend("b", "")]);
     assert!(zap.reload());
-    eventually("both are probed", || a.probes().len() >= 3 && b.probes().len() >= 2);
+    eventually("both backends are probed", || a.probes().len() >= 3 && b.probes().len() >= 2);
     assert!(a.probes().last().is_some_and(|p| p.line.starts_with("GET /other ")));
     file.write(&every(1), &[b.backend("b", "")]);
     assert!(zap.reload());
     let (gone, more) = (a.probes().len(), b.probes().len() + 2);
-    eventually("the other goes on", || b.probes().len() >= more);
-    assert!(a.probes().len() <= gone + 1, "one may have been under way");
+    eventually("backend b is still probed", || b.probes().len() >= more);
+    assert!(a.probes().len() <= gone + 1, "at most one probe was in flight");
 }
 
 #[test]
@@ -218,7 +222,7 @@ fn reloads_under_load_fail_no_request() {
             let from = served.load(Ordering::SeqCst);
             let (end, enough) = (Instant::now() + Duration::from_secs(10), from + 20);
             while served.load(Ordering::SeqCst) < enough && !stop.load(Ordering::SeqCst) {
-                assert!(Instant::now() < end, "requests go on");
+                assert!(Instant::now() < end, "requests must still be served");
                 std::thread::yield_now();
             }
             match i % 5 {
@@ -240,5 +244,5 @@ fn reloads_under_load_fail_no_request() {
         stop.store(true, Ordering::SeqCst);
     });
     assert!(served.load(Ordering::SeqCst) >= 1000);
-    zap.is_clean();
+    zap.wait_until_idle();
 }

@@ -1,4 +1,4 @@
-//! Answers that come piece by piece, and those that break off.
+//! Streamed responses, complete and interrupted ones.
 
 use std::io::Write;
 use std::sync::mpsc::sync_channel;
@@ -9,7 +9,7 @@ use crate::support::{Provider, STREAM, Zap, eventually};
 
 const DONE: &str = "data: [DONE]\n\n";
 
-/// A provider that sends these pieces as chunks, then does `last`.
+/// A provider that sends these pieces as chunks and then calls `last`.
 fn pieces(all: &'static [&'static str], last: fn(&mut std::net::TcpStream) -> After) -> Provider {
     Provider::start(move |_, stream| {
         start_events(stream);
@@ -29,7 +29,7 @@ fn cut(_: &mut std::net::TcpStream) -> After {
 
 fn reset(stream: &mut std::net::TcpStream) -> After {
     socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
-    // What was sent before is to arrive before.
+    // Give Zap time to read the bytes sent before the reset.
     std::thread::sleep(std::time::Duration::from_millis(100));
     After::Close
 }
@@ -60,9 +60,9 @@ fn every_token_arrives_before_the_next_is_sent() {
     }
     sender.send("").unwrap();
     assert_eq!(client.chunk().unwrap(), b"");
-    zap.is_clean();
+    zap.wait_until_idle();
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
-    // The connection serves on.
+    // The connection stays usable.
     client.post("/chat", "", STREAM);
     sender.send(DONE).unwrap();
     sender.send("").unwrap();
@@ -86,17 +86,19 @@ fn a_proxy_in_front_is_told_not_to_buffer_a_stream() {
         let said = ["x-accel-buffering", "cache-control"].map(|name| answer.header(name));
         assert_eq!(said, [buffering, cache], "{headers}");
         let names = answer.headers.iter().filter(|(n, _)| n == "cache-control" || n == "x-accel-buffering");
-        assert!(names.count() <= 2, "each once");
+        assert!(names.count() <= 2, "no header is repeated");
     }
 }
 
 #[test]
-fn a_stream_cut_between_events_ends_with_an_error_event_and_no_end() {
+fn a_stream_cut_between_events_ends_with_an_error_event_and_an_abort() {
     let a = pieces(&["data: one\n\n", "data: two\n\n"], cut);
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
-    let rest = answer.text().strip_prefix("data: one\n\ndata: two\n\n").expect("what came is delivered");
-    let event = rest.strip_prefix("data: ").and_then(|r| r.strip_suffix("\n\n")).expect("one event");
+    let rest =
+        answer.text().strip_prefix("data: one\n\ndata: two\n\n").expect("the received events are delivered");
+    let event =
+        rest.strip_prefix("data: ").and_then(|r| r.strip_suffix("\n\n")).expect("exactly one event follows");
     let error: serde_json::Value = serde_json::from_str(event).unwrap();
     assert_eq!(
         (&error["error"]["code"], &error["error"]["type"]),
@@ -105,23 +107,25 @@ fn a_stream_cut_between_events_ends_with_an_error_event_and_no_end() {
     assert!(!answer.whole && !answer.text().contains("[DONE]"));
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"streaming\"}"), 0.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
-/// The last event of a stream of `/v1/responses` that was cut.
+/// The `response.failed` event that ends an interrupted stream of `/v1/responses`.
 fn failed_response(text: &str) -> serde_json::Value {
-    let at = text.find("event: response.failed\ndata: ").unwrap_or_else(|| panic!("no such event: {text}"));
+    let at = text
+        .find("event: response.failed\ndata: ")
+        .unwrap_or_else(|| panic!("no response.failed event: {text}"));
     let event = text[at..].strip_prefix("event: response.failed\ndata: ").unwrap();
     serde_json::from_str(event.strip_suffix("\n\n").unwrap()).unwrap()
 }
 
 #[test]
-fn a_response_that_was_completed_is_whole_however_its_connection_ends() {
+fn a_stream_after_response_completed_is_complete_even_if_its_connection_closes() {
     let events = "event: response.created\ndata: {\"type\":\"response.created\"}\n\nevent: response.completed\ndata: {\"type\":\"response.completed\"}\n\n";
     let a = Provider::start(move |_, stream| {
         start_events(stream);
         chunk(stream, events);
-        // Neither the last chunk nor a word more.
+        // Close without the last chunk.
         After::Close
     });
     let settings = "[health]\nfailure_threshold = 1\ninterval_secs = 600";
@@ -132,11 +136,11 @@ fn a_response_that_was_completed_is_whole_however_its_connection_ends() {
     assert_eq!((answer.text(), answer.whole), (events, true));
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
     assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_cut_stream_of_responses_ends_as_that_endpoint_does() {
+fn an_interrupted_v1_responses_stream_ends_with_response_failed() {
     let created = "event: response.created\ndata: {\"type\":\"response.created\",\"response\":{\"id\":\"resp_\\u0031\",\"object\":\"response\",\"created_at\":1741290958,\"metadata\":{\"model\":\"no\"},\"model\":\"gpt\"},\"sequence_number\":0}\n\n";
     let delta = "event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"sequence_number\": 41,\"delta\":\"\\\"sequence_number\\\":7\"}\n\n";
     for (pieces, want) in [
@@ -157,7 +161,7 @@ fn a_cut_stream_of_responses_ends_as_that_endpoint_does() {
         let mut client = zap.client();
         client.post("/v1/responses", "x-request-id: id-1\r\n", r#"{"stream":true,"input":"hi"}"#);
         let answer = client.response();
-        assert!(answer.whole, "it ends cleanly, or Codex drops the event");
+        assert!(answer.whole, "the body must end cleanly, or Codex drops the event");
         assert!(answer.text().starts_with(&sent), "{}", answer.text());
         let event = failed_response(answer.text());
         let (number, id, created_at, model) = want;
@@ -174,15 +178,15 @@ fn a_cut_stream_of_responses_ends_as_that_endpoint_does() {
         );
         assert!(event["error"]["param"].is_null() && event["error"]["message"].is_string());
         assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
-        zap.is_clean();
-        // The connection serves on.
+        zap.wait_until_idle();
+        // The connection stays usable.
         client.post("/v1/responses", "", r#"{"stream":true,"input":"hi"}"#);
         assert_eq!(client.response().status, 200);
     }
 }
 
 #[test]
-fn a_stream_cut_inside_an_event_breaks_the_line_first() {
+fn a_stream_cut_inside_an_event_ends_the_line_before_the_error_event() {
     let a = pieces(&["data: one\n\ndata: {\"tw"], cut);
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
@@ -191,7 +195,7 @@ fn a_stream_cut_inside_an_event_breaks_the_line_first() {
 }
 
 #[test]
-fn what_comes_behind_done_is_no_interruption() {
+fn a_stream_cut_after_done_is_not_interrupted() {
     const COMMENT: &str = ": a comment that is longer than what is kept of a stream\n\n";
     for all in [
         &["data: one\n\ndata: [DONE]\n\n: a comment that is longer than what is kept of a stream\n\n"][..],
@@ -209,17 +213,17 @@ fn what_comes_behind_done_is_no_interruption() {
             assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
             let idle = zap.metric("zap_upstream_connections{backend=\"a\",state=\"idle\"}");
             assert_eq!(idle == 1.0, is_whole, "{all:?}");
-            zap.is_clean();
+            zap.wait_until_idle();
         }
     }
-    // A text that only speaks of it is no end.
+    // `[DONE]` inside a value or a comment does not end the stream.
     let a = pieces(&["data: {\"delta\":\"data: [DONE]\"}\n\n: data: [DONE]\n\n"], cut);
     let zap = Zap::with("", &[a.backend("a", "")]);
     assert!(zap.chat(STREAM).text().contains("stream_interrupted"));
 }
 
 #[test]
-fn a_provider_that_keeps_quiet_behind_done_has_answered() {
+fn a_stream_that_stalls_after_done_is_complete() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, DONE);
@@ -229,10 +233,10 @@ fn a_provider_that_keeps_quiet_behind_done_has_answered() {
     let zap = Zap::with("[timeouts]\nstream_idle_secs = 1", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
     assert_eq!((answer.text(), answer.whole), (DONE, true));
-    eventually("the upstream is let go", || a.connections() == 0);
+    eventually("the upstream connection is closed", || a.connections() == 0);
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 0.0);
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
-    // A length that is not reached cannot end cleanly, but nobody is to blame.
+    // A body shorter than its content-length cannot end cleanly, but after `[DONE]` it is not an upstream error.
     let b = Provider::start(|_, stream| {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 500\r\n\r\n";
         let _ = stream.write_all([head, DONE].concat().as_bytes());
@@ -242,11 +246,11 @@ fn a_provider_that_keeps_quiet_behind_done_has_answered() {
     let answer = zap.chat(STREAM);
     assert_eq!((answer.text(), answer.whole), (DONE, false));
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"b\",kind=\"upstream_error\"}"), 0.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_stream_that_breaks_its_framing_ends_the_same_way() {
+fn a_stream_with_invalid_framing_ends_with_an_error_event() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, "data: one\n\n");
@@ -263,7 +267,7 @@ fn a_stream_that_breaks_its_framing_ends_the_same_way() {
 }
 
 #[test]
-fn a_stream_that_stalls_ends_the_same_way_and_the_upstream_is_let_go() {
+fn a_stream_that_stalls_ends_with_an_error_event_and_closes_the_upstream_connection() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         chunk(stream, "data: one\n\n");
@@ -273,13 +277,13 @@ fn a_stream_that_stalls_ends_the_same_way_and_the_upstream_is_let_go() {
     let zap = Zap::with("[timeouts]\nstream_idle_secs = 1", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
     assert!(answer.text().contains("stream_interrupted") && !answer.whole);
-    eventually("the upstream is let go", || a.connections() == 0);
+    eventually("the upstream connection is closed", || a.connections() == 0);
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_clean_end_without_done_is_passed_and_counted() {
+fn a_clean_end_without_done_passes_and_is_counted_as_interrupted() {
     let a = pieces(&["data: one\n\n"], whole);
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
@@ -288,7 +292,7 @@ fn a_clean_end_without_done_is_passed_and_counted() {
 }
 
 #[test]
-fn streams_that_no_event_fits_into_are_only_aborted() {
+fn streams_that_cannot_hold_an_event_are_aborted() {
     for head in [
         "content-type: text/event-stream\r\ncontent-encoding: gzip\r\ntransfer-encoding: chunked",
         "content-type: text/event-stream\r\ncontent-length: 500",
@@ -304,12 +308,12 @@ fn streams_that_no_event_fits_into_are_only_aborted() {
         let zap = Zap::with("", &[a.backend("a", "")]);
         let answer = zap.chat(STREAM);
         assert_eq!((answer.status, answer.text(), answer.whole), (200, "some", false), "{head}");
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn a_content_encoding_that_encodes_nothing_is_none() {
+fn a_content_encoding_of_identity_is_treated_as_none() {
     for (value, event) in [
         ("identity", true),
         ("None", true),
@@ -328,12 +332,16 @@ fn a_content_encoding_that_encodes_nothing_is_none() {
         });
         let answer = Zap::with("", &[a.backend("a", "")]).chat(STREAM);
         assert_eq!(answer.text().contains("stream_interrupted"), event, "{value:?}: {}", answer.text());
-        assert_eq!(answer.header("content-encoding"), Some(value), "its label stays");
+        assert_eq!(
+            answer.header("content-encoding"),
+            Some(value),
+            "the content-encoding header passes unchanged"
+        );
     }
 }
 
 #[test]
-fn before_http_1_1_a_cut_answer_ends_in_a_reset() {
+fn an_interrupted_http_1_0_response_ends_with_a_reset() {
     let a = Provider::start(|_, stream| {
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nsome\r\n");
         After::Close
@@ -342,11 +350,11 @@ fn before_http_1_1_a_cut_answer_ends_in_a_reset() {
     let mut client = zap.client();
     client.send(format!("POST /chat HTTP/1.0\r\ncontent-length: {}\r\n\r\n{STREAM}", STREAM.len()));
     let (_, clean) = client.rest();
-    assert!(!clean, "a truncated answer looks whole");
+    assert!(!clean, "a truncated response must not look complete");
 }
 
 #[test]
-fn an_answer_that_is_no_stream_passes_although_one_was_asked_for() {
+fn a_response_that_is_not_a_stream_passes_on_a_stream_request() {
     let a = Provider::fixed(400, "content-type: application/json\r\n", "{\"error\":{}}");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
@@ -373,9 +381,9 @@ fn a_slow_reader_slows_the_upstream_down() {
     let mut client = zap.client();
     client.post("/chat", "", STREAM);
     client.head();
-    // Nobody reads: the upstream must come to a halt far below its 64 MiB.
+    // The client reads nothing, so the upstream must stop far below its 64 MiB.
     let mut last = usize::MAX;
-    eventually("the upstream comes to a halt", || {
+    eventually("the upstream stops sending", || {
         std::thread::sleep(std::time::Duration::from_millis(50));
         let now = sent.load(std::sync::atomic::Ordering::SeqCst);
         std::mem::replace(&mut last, now) == now && now > 0
@@ -386,11 +394,11 @@ fn a_slow_reader_slows_the_upstream_down() {
         total += piece.len();
     }
     assert_eq!(total, 64 << 20);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_reader_that_stops_ends_both_sides() {
+fn a_client_that_stops_reading_is_closed_on_both_sides() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
         let piece = "x".repeat(16 * 1024);
@@ -401,8 +409,8 @@ fn a_reader_that_stops_ends_both_sides() {
     let mut client = zap.client();
     client.post("/chat", "", STREAM);
     client.head();
-    eventually("the upstream is let go", || a.connections() == 0 && a.count() == 1);
-    zap.is_clean();
+    eventually("the upstream connection is closed", || a.connections() == 0 && a.count() == 1);
+    zap.wait_until_idle();
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"streaming\"}"), 1.0);
 }
 

@@ -1,4 +1,4 @@
-//! Backends behind TLS.
+//! TLS to backends.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -10,12 +10,12 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use crate::support::{CHAT, Provider, Zap};
 
-/// A TLS server for `name` whose certificate signs itself: its address and a PEM file of the certificate.
+/// Starts a TLS server for `name` with a self-signed certificate; returns its address and a PEM file of it.
 fn server(name: &str) -> (SocketAddr, PathBuf) {
     server_with(rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap())
 }
 
-/// The same for any certificate.
+/// Like [`server`], with any certificate parameters.
 pub(crate) fn server_with(params: rcgen::CertificateParams) -> (SocketAddr, PathBuf) {
     let own = rcgen::KeyPair::generate().unwrap();
     let made = params.self_signed(&own).unwrap();
@@ -46,7 +46,7 @@ pub(crate) fn server_with(params: rcgen::CertificateParams) -> (SocketAddr, Path
     (address, pem)
 }
 
-/// A backend that is one.
+/// A `[[backends]]` entry for such a server.
 pub(crate) fn backend(address: SocketAddr, more: &str) -> String {
     format!(
         "[[backends]]\nname = \"tls\"\nurl = \"https://localhost:{}\"\nweight = 1\n{more}\n",
@@ -57,7 +57,7 @@ pub(crate) fn backend(address: SocketAddr, more: &str) -> String {
 const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n[health]\nfailure_threshold = 1000\n";
 
 #[test]
-fn a_certificate_from_ca_file_is_trusted_and_connections_are_used_again() {
+fn a_certificate_from_ca_file_is_trusted_and_connections_are_reused() {
     let (address, pem) = server("localhost");
     let zap = Zap::with(QUICK, &[backend(address, &format!("ca_file = \"{}\"", pem.display()))]);
     let mut client = zap.client();
@@ -69,7 +69,7 @@ fn a_certificate_from_ca_file_is_trusted_and_connections_are_used_again() {
 }
 
 #[test]
-fn what_cannot_be_trusted_is_a_tls_error_and_never_plain_text() {
+fn an_untrusted_certificate_is_a_tls_error_and_never_plain_text() {
     let (self_signed, pem) = server("localhost");
     let (wrong_name, wrong_pem) = server("other.test");
     let plain = Provider::named("plain");

@@ -1,4 +1,4 @@
-//! What every test stands on: Zap in the process, providers that do as told, clients down to the byte.
+//! Test support: Zap inside the test process, scripted providers, and a client with control of every byte.
 
 pub(crate) mod provider;
 
@@ -12,25 +12,25 @@ pub(crate) use self::provider::Provider;
 pub(crate) use self::wire::{Client, Response};
 pub(crate) use self::zap::{File, Zap};
 
-/// How long anything may take before a test gives up.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// The time after which a wait in a test fails.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A chat that names no model.
+/// A chat request body without a model.
 pub(crate) const CHAT: &str = r#"{"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// The same, asking for a stream.
+/// A chat request body that asks for a stream.
 pub(crate) const STREAM: &str = r#"{"stream":true,"messages":[{"role":"user","content":"hi"}]}"#;
 
-/// Waits until `done` says so.
+/// Waits until `done` returns true; panics after [`TIMEOUT`].
 pub(crate) fn eventually(what: &str, done: impl FnMut() -> bool) {
-    within(PATIENCE, what, done);
+    within(TIMEOUT, what, done);
 }
 
-/// Waits until `done` says so, for so long at most.
+/// Waits until `done` returns true; panics after `limit`.
 pub(crate) fn within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + limit;
     while !done() {
-        assert!(Instant::now() < end, "never came true: {what}");
+        assert!(Instant::now() < end, "timed out: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

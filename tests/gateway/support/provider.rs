@@ -1,4 +1,4 @@
-//! A provider that does what its script says, down to the byte, and remembers what it was sent.
+//! A provider that writes the bytes of its script and records the requests that it receives.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use super::PATIENCE;
+use super::TIMEOUT;
 
-/// One request as a provider saw it.
+/// A request as a provider received it.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
     pub line: String,
-    /// Names in lower case, in order.
+    /// Names in lower case, in the order received.
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
 }
@@ -23,7 +23,7 @@ impl Seen {
     }
 }
 
-/// What a script does after its answer.
+/// What happens to the connection after a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
     Close,
@@ -41,14 +41,14 @@ struct Inner {
     stopped: AtomicBool,
 }
 
-/// See the module. Dropping it stops it.
+/// A running provider; stopped when dropped.
 pub(crate) struct Provider {
     inner: Arc<Inner>,
     pub address: SocketAddr,
 }
 
 impl Provider {
-    /// Answers chats by `script` and probes with 200.
+    /// Starts a provider that runs `script` for each chat and responds to probes with 200.
     pub(crate) fn start(script: impl Fn(&Seen, &mut TcpStream) -> After + Send + Sync + 'static) -> Self {
         Self::start_on(TcpListener::bind("127.0.0.1:0").unwrap(), script)
     }
@@ -79,7 +79,7 @@ impl Provider {
         Provider { inner, address }
     }
 
-    /// Answers every chat with `status` and `body`.
+    /// Starts a provider that responds to every chat with this status, these header lines and this body.
     pub(crate) fn fixed(status: u16, headers: &'static str, body: &'static str) -> Self {
         Self::start(move |_, stream| {
             reply(stream, status, headers, body.as_bytes());
@@ -87,17 +87,17 @@ impl Provider {
         })
     }
 
-    /// Answers every chat with 200 and a text that is `name`.
+    /// Starts a provider that responds to every chat with 200 and the body `name`.
     pub(crate) fn named(name: &'static str) -> Self {
         Self::fixed(200, "content-type: application/json\r\n", name)
     }
 
-    /// A port where nobody listens.
-    pub(crate) fn nobody() -> SocketAddr {
+    /// An address without a listener: connects are refused.
+    pub(crate) fn closed_port() -> SocketAddr {
         TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
     }
 
-    /// What probes get from now on.
+    /// Sets the status of all further responses to probes.
     pub(crate) fn set_health(&self, status: u16) {
         self.inner.health.store(status, Ordering::SeqCst);
     }
@@ -114,12 +114,12 @@ impl Provider {
         self.inner.probes.lock().unwrap().clone()
     }
 
-    /// Connections open now.
+    /// The number of open connections.
     pub(crate) fn connections(&self) -> usize {
         self.inner.connections.load(Ordering::SeqCst)
     }
 
-    /// A `[[backends]]` entry for it.
+    /// A `[[backends]]` entry for this provider.
     pub(crate) fn backend(&self, name: &str, more: &str) -> String {
         backend(self.address, name, more)
     }
@@ -132,7 +132,7 @@ impl Drop for Provider {
     }
 }
 
-/// A `[[backends]]` entry; `more` may hold further keys, `weight` among them.
+/// A `[[backends]]` entry with the further lines `more`. The weight is 1, unless `more` sets it.
 pub(crate) fn backend(address: SocketAddr, name: &str, more: &str) -> String {
     let weight = if more.contains("weight") { "" } else { "weight = 1\n" };
     format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{address}\"\n{weight}{more}\n")
@@ -184,7 +184,7 @@ fn read_request(reader: &mut impl BufRead) -> Option<Seen> {
     Some(seen)
 }
 
-/// Writes a whole answer.
+/// Writes a complete response.
 pub(crate) fn reply(stream: &mut TcpStream, status: u16, headers: &str, body: &[u8]) {
     let mut out =
         format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n{headers}\r\n", body.len()).into_bytes();
@@ -192,33 +192,33 @@ pub(crate) fn reply(stream: &mut TcpStream, status: u16, headers: &str, body: &[
     let _ = stream.write_all(&out);
 }
 
-/// Writes the head of a chunked stream of events.
+/// Writes the head of a chunked event stream.
 pub(crate) fn start_events(stream: &mut TcpStream) {
     let _ = stream.write_all(
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n",
     );
 }
 
-/// Writes one chunk; `false` where the other side has gone.
+/// Writes one chunk; returns `false` if Zap has closed the connection.
 pub(crate) fn chunk(stream: &mut TcpStream, data: &str) -> bool {
     stream.write_all(format!("{:x}\r\n{data}\r\n", data.len()).as_bytes()).is_ok()
 }
 
-/// Ends a chunked body.
+/// Writes the last chunk of a chunked body.
 pub(crate) fn end_chunks(stream: &mut TcpStream) {
     let _ = stream.write_all(b"0\r\n\r\n");
 }
 
-/// Waits until the other side closes; `false` if it does not.
+/// Waits until Zap closes the connection; returns `false` if it stays open for [`TIMEOUT`].
 pub(crate) fn wait_closed(stream: &TcpStream) -> bool {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     let closed = matches!((&*stream).read(&mut [0; 1]), Ok(0) | Err(_));
     let _ = stream.set_read_timeout(None);
     closed
 }
 
-/// An address whose handshakes stay unanswered: a listener that accepts nothing and whose backlog is full. It is one
-/// while what comes with it lives.
+/// An address whose handshakes stay unanswered: a listener that accepts nothing and whose backlog is full. The
+/// second value keeps it so and must be held.
 pub(crate) fn blackhole() -> (SocketAddr, impl Sized) {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
@@ -226,16 +226,16 @@ pub(crate) fn blackhole() -> (SocketAddr, impl Sized) {
     let address = socket.local_addr().unwrap().as_socket().unwrap();
     let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
     let held: Vec<_> = (0..8).map_while(|_| connect()).collect();
-    assert!(held.len() < 8, "the backlog never filled");
+    assert!(held.len() < 8, "the backlog is not full");
     (address, (socket, held))
 }
 
-/// A door that scripts wait at until a test opens it.
+/// Holds scripts until the test lets them continue.
 #[derive(Clone, Default)]
 pub(crate) struct Gate(Arc<(Mutex<(usize, usize)>, Condvar)>);
 
 impl Gate {
-    /// Waits for one opening.
+    /// Waits until the gate is opened for this caller, for 60 s at most.
     pub(crate) fn pass(&self) {
         let (lock, bell) = &*self.0;
         let mut state = lock.lock().unwrap();
@@ -246,13 +246,13 @@ impl Gate {
         state.1 -= 1;
     }
 
-    /// Lets `n` pass.
+    /// Lets `n` callers of [`pass`](Self::pass) continue, now or when they come.
     pub(crate) fn open(&self, n: usize) {
         self.0.0.lock().unwrap().0 += n;
         self.0.1.notify_all();
     }
 
-    /// How many wait at it.
+    /// The number of callers that wait.
     pub(crate) fn waiting(&self) -> usize {
         self.0.0.lock().unwrap().1
     }

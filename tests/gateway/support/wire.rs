@@ -1,27 +1,27 @@
-//! A client that writes and reads bytes.
+//! A blocking HTTP client with control of every byte.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 
 use socket2::{Domain, Socket, Type};
 
-use super::PATIENCE;
+use super::TIMEOUT;
 
 /// One connection to Zap.
 pub(crate) struct Client {
     stream: TcpStream,
-    /// Received but not yet taken.
+    /// Bytes received but not yet parsed.
     ahead: Vec<u8>,
 }
 
-/// An answer, as far as it came.
+/// A response, as far as it was received.
 #[derive(Clone, Debug)]
 pub(crate) struct Response {
     pub status: u16,
-    /// Names in lower case, in order.
+    /// Names in lower case, in the order received.
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// It ended as its framing says it must.
+    /// Whether the body ended as its framing requires.
     pub whole: bool,
 }
 
@@ -39,7 +39,7 @@ impl Response {
             .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
 
-    /// `error.code` of the body.
+    /// The `error.code` of the JSON body; empty if it has none.
     pub(crate) fn code(&self) -> String {
         self.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
     }
@@ -49,17 +49,17 @@ impl Client {
     pub(crate) fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Client { stream, ahead: Vec::new() }
     }
 
-    /// One that can receive a few kilobytes only before it reads.
+    /// Connects with a receive buffer of a few kilobytes.
     pub(crate) fn with_small_window(address: SocketAddr) -> Self {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
         socket.connect(&address.into()).unwrap();
         let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Client { stream, ahead: Vec::new() }
     }
 
@@ -67,12 +67,12 @@ impl Client {
         self.stream.write_all(bytes.as_ref()).unwrap();
     }
 
-    /// Sends what the other side may refuse to read.
+    /// Sends bytes that Zap may refuse to read; returns whether the write succeeded.
     pub(crate) fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
         self.stream.write_all(bytes.as_ref()).is_ok()
     }
 
-    /// Sends a POST of `body` to `path` with further header lines.
+    /// Sends a POST of `body` to `path` with these additional header lines.
     pub(crate) fn post(&mut self, path: &str, headers: &str, body: impl AsRef<[u8]>) {
         let body = body.as_ref();
         let head =
@@ -80,32 +80,36 @@ impl Client {
         self.send([head.as_bytes(), body].concat());
     }
 
-    /// POSTs a chat and reads the answer.
+    /// Posts a chat and reads the response.
     pub(crate) fn chat(&mut self, headers: &str, body: impl AsRef<[u8]>) -> Response {
         self.post("/chat", headers, body);
         self.response()
     }
 
-    /// GETs `path`.
+    /// Sends a GET of `path` and reads the response.
     pub(crate) fn get(&mut self, path: &str) -> Response {
         self.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n"));
         self.response()
     }
 
-    /// Reads one answer; panics where no head comes.
+    /// Reads one response; panics if the connection ends before a complete head.
     pub(crate) fn response(&mut self) -> Response {
         let mut response = self.head();
         self.body(&mut response);
         response
     }
 
-    /// Reads the head of an answer.
+    /// Reads the head of a response.
     pub(crate) fn head(&mut self) -> Response {
         let end = loop {
             if let Some(at) = self.ahead.windows(4).position(|w| w == b"\r\n\r\n") {
                 break at + 4;
             }
-            assert!(self.fill(), "closed before a head: {:?}", String::from_utf8_lossy(&self.ahead));
+            assert!(
+                self.fill(),
+                "connection closed before a complete head: {:?}",
+                String::from_utf8_lossy(&self.ahead)
+            );
         };
         let head = String::from_utf8(self.ahead.drain(..end).collect()).unwrap();
         let mut lines = head.split("\r\n");
@@ -117,7 +121,7 @@ impl Client {
         Response { status, headers, body: Vec::new(), whole: false }
     }
 
-    /// Reads the rest of an answer.
+    /// Reads the rest of a response.
     pub(crate) fn body(&mut self, response: &mut Response) {
         if response.header("transfer-encoding") == Some("chunked") {
             while let Some(piece) = self.chunk() {
@@ -137,7 +141,7 @@ impl Client {
         response.whole = length.is_none_or(|l| l == n);
     }
 
-    /// Reads one chunk of a chunked body, empty at its end; `None` where the connection breaks off.
+    /// Reads one chunk of a chunked body; empty at its end, `None` if the connection ends early.
     pub(crate) fn chunk(&mut self) -> Option<Vec<u8>> {
         let line = loop {
             match self.ahead.windows(2).position(|w| w == b"\r\n") {
@@ -157,7 +161,7 @@ impl Client {
         Some(piece)
     }
 
-    /// Reads what is left up to the end of the connection; `false` if it ends by a reset.
+    /// Reads up to the end of the connection; the flag is `false` if the connection ends with a reset.
     pub(crate) fn rest(&mut self) -> (Vec<u8>, bool) {
         let mut buf = [0; 4096];
         loop {
@@ -172,23 +176,23 @@ impl Client {
         }
     }
 
-    /// Waits, longer than for an answer, for the other side to close.
+    /// Waits for up to `limit` until Zap closes the connection; panics if bytes arrive.
     pub(crate) fn close_within(&mut self, limit: std::time::Duration) {
         self.stream.set_read_timeout(Some(limit)).unwrap();
-        assert!(!self.fill(), "something came");
+        assert!(!self.fill(), "unexpected bytes arrived");
     }
 
-    /// Closes it the hard way.
+    /// Closes the connection with a reset.
     pub(crate) fn reset(self) {
         socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
     }
 
-    /// Says that nothing more will be sent.
+    /// Shuts down the write side (sends FIN).
     pub(crate) fn half_close(&self) {
         self.stream.shutdown(Shutdown::Write).unwrap();
     }
 
-    /// Whether nothing has come and the connection still stands.
+    /// Whether no bytes have arrived and the connection is still open.
     pub(crate) fn is_quiet(&mut self) -> bool {
         self.stream.set_nonblocking(true).unwrap();
         let quiet = matches!(self.stream.peek(&mut [0; 1]), Err(e) if e.kind() == ErrorKind::WouldBlock);
@@ -205,7 +209,7 @@ impl Client {
                 true
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                panic!("nothing came")
+                panic!("no bytes arrived in time")
             }
             Err(_) => false,
         }

@@ -1,4 +1,4 @@
-//! Zap in the test's own process.
+//! Zap inside the test process.
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
@@ -13,7 +13,7 @@ use zap::internals::{Order, orders};
 
 use super::{Client, Response, eventually, within};
 
-/// A running gateway. Dropping it stops it at once.
+/// A running gateway; stopped at once when dropped.
 pub(crate) struct Zap {
     pub address: SocketAddr,
     orders: Sender<Order>,
@@ -21,12 +21,12 @@ pub(crate) struct Zap {
 }
 
 impl Zap {
-    /// Starts it with a configuration text. Two workers and no request log, unless the text says otherwise.
+    /// Starts Zap with a configuration text. The defaults are two workers and no request log.
     pub(crate) fn start(text: &str) -> Self {
         Self::run(Config::parse(text, "test", Path::new(""), &|_| None), text)
     }
 
-    /// Starts it with a file that holds these `[[backends]]` and settings, so that it can be [reloaded](Self::reload).
+    /// Starts Zap with a file of these settings and `[[backends]]`, so that it can be [reloaded](Self::reload).
     pub(crate) fn with_file(file: &File, settings: &str, backends: &[String]) -> Self {
         let text = file.write(settings, backends);
         let config = Config::load(&file.0).map_err(|error| match error {
@@ -52,7 +52,7 @@ impl Zap {
         Zap { address, orders, thread: Some(thread) }
     }
 
-    /// Starts it with these `[[backends]]` and settings.
+    /// Starts Zap with these settings and `[[backends]]`.
     pub(crate) fn with(settings: &str, backends: &[String]) -> Self {
         Self::start(&format!("{settings}\n{}", backends.concat()))
     }
@@ -61,26 +61,26 @@ impl Zap {
         Client::connect(self.address)
     }
 
-    /// One chat on a connection of its own.
+    /// Sends one chat on a new connection.
     pub(crate) fn chat(&self, body: impl AsRef<[u8]>) -> Response {
         self.client().chat("", body)
     }
 
-    /// Has it read its file anew; `true` where the new configuration was taken.
+    /// Reloads the configuration file; returns whether the new configuration was applied.
     pub(crate) fn reload(&self) -> bool {
         let count = |result: &str| self.metric(&format!("zap_config_reloads_total{{result=\"{result}\"}}"));
         let before = (count("applied"), count("rejected"));
         self.order(Order::Reload);
-        eventually("a reload", || (count("applied"), count("rejected")) != before);
+        eventually("the reload has ended", || (count("applied"), count("rejected")) != before);
         count("applied") > before.0
     }
 
-    /// Sends an order.
+    /// Sends a shutdown order.
     pub(crate) fn order(&self, order: Order) {
         self.orders.blocking_send(order).unwrap();
     }
 
-    /// Waits for its end: whether nothing was cut.
+    /// Waits until Zap has stopped; returns whether all requests were finished.
     pub(crate) fn join(mut self) -> bool {
         self.thread.take().unwrap().join().unwrap()
     }
@@ -95,15 +95,15 @@ impl Zap {
             .collect()
     }
 
-    /// One sample; panics where there is no such series.
+    /// One sample; panics if there is no such series.
     pub(crate) fn metric(&self, series: &str) -> f64 {
         let all = self.metrics();
         *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
     }
 
-    /// Waits, a second at most, until nothing is held any more: slots, queue, backends, upstream connections in use.
-    pub(crate) fn is_clean(&self) {
-        within(Duration::from_secs(1), "the gauges return to idle", || {
+    /// Waits until no slot, queue entry, backend permit or upstream connection is in use; panics after a second.
+    pub(crate) fn wait_until_idle(&self) {
+        within(Duration::from_secs(1), "all gauges are back at 0", || {
             let all = self.metrics();
             let sum = |name: &str, part: &str| -> f64 {
                 all.iter().filter(|(k, _)| k.starts_with(name) && k.contains(part)).map(|(_, v)| *v).sum()
@@ -116,7 +116,7 @@ impl Zap {
     }
 }
 
-/// A configuration file, gone when dropped.
+/// A configuration file; removed when dropped.
 pub(crate) struct File(PathBuf);
 
 impl File {
@@ -125,7 +125,7 @@ impl File {
         File(std::env::temp_dir().join(name))
     }
 
-    /// Writes these `[[backends]]` and settings, without a request log; returns the text.
+    /// Writes these settings and `[[backends]]`, without a request log; returns the text.
     pub(crate) fn write(&self, settings: &str, backends: &[String]) -> String {
         let text = format!("{settings}\n[log]\nrequests = false\n{}", backends.concat());
         std::fs::write(&self.0, &text).unwrap();

@@ -1,4 +1,4 @@
-//! What an upstream's answer leads to.
+//! Tries and retries: what Zap does with each response or failure of a backend.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,9 +19,9 @@ fn raw(bytes: impl Into<Vec<u8>>) -> Provider {
 }
 
 #[test]
-fn a_refused_connection_costs_nothing_but_a_try() {
+fn a_refused_connection_is_retried_on_another_backend() {
     let b = Provider::named("b");
-    let zap = Zap::with(QUICK, &[backend(Provider::nobody(), "a", "weight = 9"), b.backend("b", "")]);
+    let zap = Zap::with(QUICK, &[backend(Provider::closed_port(), "a", "weight = 9"), b.backend("b", "")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.text(), answer.header("x-zap-backend")), ("b", Some("b")));
     assert_eq!(answer.header("x-zap-attempts"), Some("2"));
@@ -30,23 +30,23 @@ fn a_refused_connection_costs_nothing_but_a_try() {
 }
 
 #[test]
-fn three_failures_take_a_backend_out_and_no_client_notices() {
+fn three_failures_eject_a_backend_and_no_client_sees_an_error() {
     let b = Provider::named("b");
     let settings = "[health]\ninterval_secs = 600\n";
     let a = raw("");
     let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "")]);
-    eventually("both were probed", || !a.probes().is_empty() && !b.probes().is_empty());
+    eventually("both backends are probed", || !a.probes().is_empty() && !b.probes().is_empty());
     (0..20).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     assert_eq!(a.count(), 3);
     assert_eq!(
         zap.client().get("/status").json()["backends"][0]["last_error"]["code"],
         "upstream_unreachable"
     );
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_failure_leaves_its_place_to_the_next_try() {
+fn a_failed_try_releases_its_permit_for_the_next_try() {
     let answers = [500, 503, 200];
     let asked = AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
@@ -57,11 +57,11 @@ fn a_failure_leaves_its_place_to_the_next_try() {
     let zap = Zap::with(QUICK, &[a.backend("a", "max_in_flight = 1")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.header("x-zap-attempts")), (200, Some("3")));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn every_failing_status_is_served_by_another() {
+fn every_failing_status_is_retried_on_another_backend() {
     for status in [408, 498, 500, 502, 503, 504, 529] {
         let a = Provider::fixed(status, "", "a failed");
         let b = Provider::named("b");
@@ -73,7 +73,7 @@ fn every_failing_status_is_served_by_another() {
 }
 
 #[test]
-fn at_most_three_tries_then_the_last_answer_as_it_came() {
+fn after_three_tries_the_last_response_is_delivered_unchanged() {
     let a = Provider::fixed(503, "content-type: text/plain\r\nx-own: 1\r\n", "overloaded");
     let zap = Zap::with(QUICK, &[a.backend("a", "")]);
     let answer = zap.chat(CHAT);
@@ -81,11 +81,11 @@ fn at_most_three_tries_then_the_last_answer_as_it_came() {
     assert_eq!((answer.header("x-zap-attempts"), answer.header("x-zap-backend")), (Some("3"), Some("a")));
     assert_eq!(answer.header("content-length"), Some("10"));
     assert_eq!(a.count(), 3);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn no_retries_means_one_try() {
+fn max_retries_0_means_one_try() {
     let a = Provider::fixed(500, "", "no");
     let b = Provider::named("b");
     let zap = Zap::with(
@@ -97,7 +97,7 @@ fn no_retries_means_one_try() {
 }
 
 #[test]
-fn the_second_round_goes_as_the_first_went() {
+fn the_second_round_starts_with_the_backend_of_the_first_try() {
     let n = AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
         match n.fetch_add(1, Ordering::SeqCst) {
@@ -114,7 +114,7 @@ fn the_second_round_goes_as_the_first_went() {
 }
 
 #[test]
-fn a_429_cools_its_backend_and_is_not_a_failure() {
+fn a_429_cools_down_its_backend_and_is_not_a_failure() {
     for header in ["retry-after: 30\r\n", "retry-after-ms: 30000\r\n", ""] {
         let a = Provider::fixed(429, header, "slow down");
         let b = Provider::named("b");
@@ -131,14 +131,14 @@ fn a_429_cools_its_backend_and_is_not_a_failure() {
 }
 
 #[test]
-fn when_all_say_429_the_last_comes_through_with_the_soonest_wait() {
+fn if_all_backends_send_429_the_last_is_delivered_with_the_shortest_wait() {
     let a = Provider::fixed(429, "retry-after: 40\r\n", "a");
     let b = Provider::fixed(429, "retry-after: 50\r\nretry-after-ms: 50000\r\n", "b");
     let zap = Zap::with("", &[a.backend("a", "weight = 2"), b.backend("b", "")]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.text()), (429, "b"));
     assert_eq!((answer.header("retry-after"), answer.header("retry-after-ms")), (Some("40"), None));
-    // Both cool for longer than max_wait_secs: the next is refused at once, and nobody is asked.
+    // Both cool down for longer than `max_wait_secs`: the next request is refused at once and sent to no backend.
     let since = Instant::now();
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (429, "upstream_rate_limited"));
@@ -149,7 +149,7 @@ fn when_all_say_429_the_last_comes_through_with_the_soonest_wait() {
 }
 
 #[test]
-fn a_request_waits_for_a_backend_that_cools_briefly() {
+fn a_request_waits_for_a_short_cooldown() {
     let n = AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
         match n.fetch_add(1, Ordering::SeqCst) {
@@ -162,13 +162,16 @@ fn a_request_waits_for_a_backend_that_cools_briefly() {
     assert_eq!(zap.chat(CHAT).status, 429);
     let since = Instant::now();
     assert_eq!(zap.chat(CHAT).text(), "served");
-    assert!(since.elapsed() > Duration::from_millis(500), "it was not asked before its time");
+    assert!(
+        since.elapsed() > Duration::from_millis(500),
+        "the backend got the request before its cooldown ended"
+    );
     assert_eq!(zap.metric("zap_queue_wait_seconds_count"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_provider_that_says_it_has_nothing_left_is_left_alone_until_its_reset() {
+fn a_backend_with_no_requests_remaining_gets_none_until_its_reset() {
     let n = AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
         let headers = match n.fetch_add(1, Ordering::SeqCst) {
@@ -186,13 +189,13 @@ fn a_provider_that_says_it_has_nothing_left_is_left_alone_until_its_reset() {
     while since.elapsed() < Duration::from_millis(2_900) {
         assert_eq!(client.chat("", CHAT).text(), "b");
     }
-    assert_eq!(a.count(), 1, "not one request in those three seconds");
+    assert_eq!(a.count(), 1, "no request before the reset, 3 s later");
     assert_eq!(zap.metric("zap_backend_cooling{backend=\"a\"}"), 1.0);
-    eventually("it serves again", || zap.chat(CHAT).text() == "a");
+    eventually("backend a serves requests again", || zap.chat(CHAT).text() == "a");
 }
 
 #[test]
-fn a_backend_cools_for_the_model_that_was_refused_and_serves_the_others() {
+fn a_backend_cools_down_for_the_refused_model_only() {
     let a = Provider::start(|seen, stream| {
         match String::from_utf8_lossy(&seen.body).contains("busy") {
             true => reply(stream, 429, "retry-after: 30\r\n", b"a"),
@@ -211,7 +214,7 @@ fn a_backend_cools_for_the_model_that_was_refused_and_serves_the_others() {
 }
 
 #[test]
-fn a_key_that_is_refused_is_zaps_trouble_not_the_clients() {
+fn a_refused_backend_key_is_a_502_and_marks_the_backend_misconfigured() {
     let a = Provider::fixed(401, "", "bad key sk-CANARY");
     let b = Provider::named("b");
     let zap = Zap::with("", &[a.backend("a", "weight = 9\napi_key = \"sk-CANARY\""), b.backend("b", "")]);
@@ -219,7 +222,7 @@ fn a_key_that_is_refused_is_zaps_trouble_not_the_clients() {
     assert_eq!(a.count(), 1);
     assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "misconfigured");
 
-    // An SDK's second try hears the same as its first.
+    // Retries of an SDK get the same error as the first request.
     let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
     for attempts in ["1", "0", "0"] {
         let answer = zap.chat(CHAT);
@@ -230,7 +233,7 @@ fn a_key_that_is_refused_is_zaps_trouble_not_the_clients() {
 }
 
 #[test]
-fn a_403_or_402_is_tried_elsewhere_and_closes_nobody() {
+fn a_403_or_402_is_retried_elsewhere_and_the_backend_stays_healthy() {
     for status in [402, 403] {
         // Only one client's request is flagged.
         let picky = || {
@@ -253,7 +256,7 @@ fn a_403_or_402_is_tried_elsewhere_and_closes_nobody() {
                 (answer.status, answer.text(), answer.header("x-own")),
                 (status, "not that", Some("1"))
             );
-            assert_eq!(answer.header("x-zap-attempts"), Some("2"), "each is asked once");
+            assert_eq!(answer.header("x-zap-attempts"), Some("2"), "each backend is tried once");
         }
         let served: Vec<_> = (0..4).map(|_| zap.chat(CHAT)).collect();
         assert!(served.iter().all(|r| r.header("x-zap-attempts") == Some("1")));
@@ -263,13 +266,13 @@ fn a_403_or_402_is_tried_elsewhere_and_closes_nobody() {
 
         let c = Provider::named("c");
         let zap = Zap::with(settings, &[a.backend("a", "weight = 9"), c.backend("c", "")]);
-        assert_eq!(zap.chat(flagged).text(), "c", "another serves it");
-        zap.is_clean();
+        assert_eq!(zap.chat(flagged).text(), "c", "another backend serves the request");
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn a_refusal_closes_nobody_whatever_its_headers_say_and_however_its_body_ends() {
+fn a_refused_request_leaves_the_backend_healthy_whatever_its_headers_and_body() {
     for status in [400, 402, 403] {
         let a = Provider::start(move |seen, stream| {
             if String::from_utf8_lossy(&seen.body).contains("flagged") {
@@ -287,23 +290,23 @@ fn a_refusal_closes_nobody_whatever_its_headers_say_and_however_its_body_ends() 
         assert_eq!((answer.status, answer.whole), (status, false));
         assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "healthy");
         assert_eq!(zap.chat(CHAT).text(), "ok");
-        zap.is_clean();
+        zap.wait_until_idle();
     }
 }
 
 #[test]
-fn the_last_answer_that_came_is_delivered_although_the_last_try_got_none() {
+fn the_last_response_is_delivered_even_if_a_later_try_got_none() {
     let a = Provider::fixed(403, "", "not that");
-    let gone = || backend(Provider::nobody(), "b", "");
+    let gone = || backend(Provider::closed_port(), "b", "");
     let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), gone()]);
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.text(), answer.header("x-zap-backend")), (403, "not that", Some("a")));
     assert_eq!(answer.header("x-zap-attempts"), Some("3"));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_clients_own_fault_is_delivered_as_it_came() {
+fn a_client_error_is_delivered_unchanged() {
     for status in [400, 401, 404, 413, 418, 422] {
         let a = Provider::fixed(status, "content-type: application/json\r\n", "{\"error\":1}");
         let zap = Zap::with("[health]\nfailure_threshold = 1", &[a.backend("a", "")]);
@@ -315,7 +318,7 @@ fn a_clients_own_fault_is_delivered_as_it_came() {
 }
 
 #[test]
-fn a_key_echoed_in_an_error_becomes_stars() {
+fn a_key_echoed_in_an_error_is_redacted() {
     let a = Provider::fixed(400, "x-echo: sk-CANARY\r\n", "{\"error\":\"key sk-CANARY is bad, sk-CANARY\"}");
     let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
     let answer = zap.chat(CHAT);
@@ -324,7 +327,7 @@ fn a_key_echoed_in_an_error_becomes_stars() {
 }
 
 #[test]
-fn a_key_that_is_a_dummy_damages_no_error() {
+fn a_dummy_key_is_not_redacted_from_errors() {
     for key in ["1", "x", "null", "jso", "1234567"] {
         let body = "{\"error\":{\"message\":\"xx jso 1234567\",\"code\":null,\"n\":1234567}}";
         let a = Provider::fixed(400, "content-type: application/json\r\nx-echo: 1x null jso\r\n", body);
@@ -370,7 +373,7 @@ fn a_redirect_is_never_followed() {
 }
 
 #[test]
-fn what_is_not_http_is_a_failure_and_then_a_502() {
+fn a_response_that_is_not_http_is_a_failure_and_then_a_502() {
     let big = format!("HTTP/1.1 200 OK\r\nx: {}\r\ncontent-length: 2\r\n\r\nok", "y".repeat(1 << 20));
     let many = format!("HTTP/1.1 200 OK\r\n{}content-length: 2\r\n\r\nok", "x: y\r\n".repeat(1000));
     for bytes in [
@@ -395,7 +398,7 @@ fn what_is_not_http_is_a_failure_and_then_a_502() {
 }
 
 #[test]
-fn an_answer_that_breaks_before_its_first_byte_is_tried_again() {
+fn a_response_that_breaks_before_its_first_body_byte_is_retried() {
     let a = raw("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n");
     let b = Provider::named("b");
     let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
@@ -403,7 +406,7 @@ fn an_answer_that_breaks_before_its_first_byte_is_tried_again() {
 }
 
 #[test]
-fn interim_answers_are_dropped() {
+fn interim_responses_are_dropped() {
     let a = raw(
         "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
     );
@@ -413,7 +416,7 @@ fn interim_answers_are_dropped() {
 }
 
 #[test]
-fn a_silent_backend_gets_its_share_of_the_time_and_no_more() {
+fn a_silent_backend_times_out_early_enough_for_a_retry() {
     let silent = Provider::start(|_, stream| {
         wait_closed(stream);
         After::Close
@@ -433,12 +436,12 @@ fn a_silent_backend_gets_its_share_of_the_time_and_no_more() {
     let answer = zap.chat(CHAT);
     assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"));
     assert!(since.elapsed() > Duration::from_millis(900));
-    eventually("the silent ones are let go", || silent.connections() == 0);
-    zap.is_clean();
+    eventually("the connections to the silent backend are closed", || silent.connections() == 0);
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_blackhole_costs_connect_ms() {
+fn an_unanswered_connect_ends_after_connect_ms() {
     let (address, _held) = blackhole();
     let b = Provider::named("b");
     let zap =
@@ -449,7 +452,7 @@ fn a_blackhole_costs_connect_ms() {
 }
 
 #[test]
-fn a_pooled_connection_that_died_costs_neither_failure_nor_retry() {
+fn a_closed_pooled_connection_counts_as_neither_failure_nor_retry() {
     let a = Provider::start(|_, stream| {
         reply(stream, 200, "", b"ok");
         After::Close
@@ -462,16 +465,16 @@ fn a_pooled_connection_that_died_costs_neither_failure_nor_retry() {
     for _ in 0..50 {
         let answer = client.chat("", CHAT);
         assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("ok", Some("1")));
-        eventually("the provider has closed", || a.connections() == 0);
+        eventually("the provider has closed the connection", || a.connections() == 0);
     }
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_unreachable\"}"), 0.0);
 }
 
 #[test]
-fn connections_are_used_again() {
+fn connections_are_reused() {
     let a = Provider::named("ok");
     let zap = Zap::with("[server]\nworkers = 1\n[health]\ninterval_secs = 600", &[a.backend("a", "")]);
-    eventually("it was probed", || a.probes().len() == 1 && a.connections() == 0);
+    eventually("the backend is probed", || a.probes().len() == 1 && a.connections() == 0);
     let mut client = zap.client();
     (0..20).for_each(|_| assert_eq!(client.chat("", CHAT).status, 200));
     assert_eq!(a.connections(), 1);
@@ -479,12 +482,14 @@ fn connections_are_used_again() {
 }
 
 #[test]
-fn an_answer_that_is_not_delivered_leaves_its_connection_in_use() {
+fn the_connection_of_a_discarded_response_is_reused() {
     let a = Provider::fixed(500, "", "no");
     let b = Provider::named("b");
     let settings = format!("{QUICK}interval_secs = 600\n[server]\nworkers = 1");
     let zap = Zap::with(&settings, &[a.backend("a", ""), b.backend("b", "")]);
-    eventually("both were probed", || [&a, &b].iter().all(|p| p.probes().len() == 1 && p.connections() == 0));
+    eventually("both backends are probed", || {
+        [&a, &b].iter().all(|p| p.probes().len() == 1 && p.connections() == 0)
+    });
     let mut client = zap.client();
     (0..10).for_each(|_| assert_eq!(client.chat("", CHAT).text(), "b"));
     assert!(
@@ -496,7 +501,7 @@ fn an_answer_that_is_not_delivered_leaves_its_connection_in_use() {
 }
 
 #[test]
-fn a_spent_retry_budget_asks_clients_not_to_add_to_it() {
+fn a_spent_retry_budget_tells_clients_not_to_retry() {
     let a = Provider::fixed(500, "", "down");
     let zap = Zap::with(&QUICK.replace("[retry]", "[retry]\nbudget_percent = 0"), &[a.backend("a", "")]);
     let answers: Vec<_> = (0..40).map(|_| zap.chat(CHAT)).collect();
@@ -504,7 +509,7 @@ fn a_spent_retry_budget_asks_clients_not_to_add_to_it() {
     assert_eq!(answers[0].header("x-should-retry"), None);
     assert!(
         answers.iter().any(|r| r.header("x-should-retry") == Some("false")),
-        "ten a second were never spent"
+        "the budget of ten retries per second is never spent"
     );
     let spent = answers.iter().filter(|r| r.header("x-zap-attempts") == Some("1")).count();
     assert!(spent > 10, "{spent}");

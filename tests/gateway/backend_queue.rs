@@ -1,11 +1,11 @@
-//! The lines before busy backends.
+//! Queues for backends that are full or cool down.
 
 use std::time::Duration;
 
 use crate::support::provider::{After, Gate, end_chunks, reply, start_events};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
-/// A provider that lets requests go one by one, and says which it was sent.
+/// A provider that holds each request until `gate` is opened, and responds with the request body.
 fn gated(gate: &Gate) -> Provider {
     let held = gate.clone();
     Provider::start(move |seen, stream| {
@@ -20,7 +20,7 @@ fn ask(model: &str) -> String {
 }
 
 #[test]
-fn those_who_wait_for_a_full_backend_are_served_in_order_and_not_overtaken() {
+fn requests_that_wait_for_a_full_backend_are_served_in_order() {
     let gate = Gate::default();
     let a = gated(&gate);
     let zap = Zap::with("[server]\nworkers = 2", &[a.backend("a", "max_in_flight = 1")]);
@@ -28,7 +28,9 @@ fn those_who_wait_for_a_full_backend_are_served_in_order_and_not_overtaken() {
     for i in 0..8 {
         let mut client = zap.client();
         client.post("/chat", "", ask(&format!("m{i}")));
-        eventually("it has its place", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64);
+        eventually("the request is at a backend or in the queue", || {
+            gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64
+        });
         clients.push(client);
     }
     for client in &mut clients {
@@ -37,11 +39,11 @@ fn those_who_wait_for_a_full_backend_are_served_in_order_and_not_overtaken() {
     }
     let order: Vec<_> = a.seen().iter().map(|s| String::from_utf8(s.body.clone()).unwrap()).collect();
     assert_eq!(order, (0..8).map(|i| ask(&format!("m{i}"))).collect::<Vec<_>>());
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn who_waits_for_two_takes_whichever_has_room_first() {
+fn a_request_that_waits_for_two_backends_takes_the_first_with_room() {
     let (gate_a, gate_b) = (Gate::default(), Gate::default());
     let (a, b) = (gated(&gate_a), gated(&gate_b));
     let backends = [a.backend("a", "max_in_flight = 1"), b.backend("b", "max_in_flight = 1")];
@@ -49,42 +51,42 @@ fn who_waits_for_two_takes_whichever_has_room_first() {
     let mut clients: Vec<_> = (0..3).map(|_| zap.client()).collect();
     for (i, client) in clients.iter_mut().enumerate() {
         client.post("/chat", "", CHAT);
-        eventually("it has its place", || {
+        eventually("the request is at a backend or in the queue", || {
             gate_a.waiting() + gate_b.waiting() + zap.metric("zap_queue_depth") as usize == i + 1
         });
     }
     gate_b.open(2);
-    eventually("b has served two", || b.count() == 2 && gate_b.waiting() == 0);
+    eventually("backend b has served two requests", || b.count() == 2 && gate_b.waiting() == 0);
     assert_eq!(a.count(), 1);
     gate_a.open(1);
     clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn who_waits_for_a_full_backend_is_served_by_one_that_comes_back() {
+fn requests_that_wait_for_a_full_backend_are_served_by_one_that_comes_back() {
     let gate = Gate::default();
     let (a, b) = (Provider::named("a"), gated(&gate));
     a.set_health(503);
     let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1";
     let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "max_in_flight = 1")]);
-    eventually("a is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    eventually("backend a is ejected", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
-    eventually("b is full", || gate.waiting() == 1);
+    eventually("backend b is full", || gate.waiting() == 1);
     let mut waiting: Vec<_> = (0..3).map(|_| zap.client()).collect();
     waiting.iter_mut().for_each(|client| client.post("/chat", "", CHAT));
-    eventually("three wait", || zap.metric("zap_queue_depth") == 3.0);
+    eventually("three requests are queued", || zap.metric("zap_queue_depth") == 3.0);
     a.set_health(200);
     waiting.iter_mut().for_each(|client| assert_eq!(client.response().text(), "a"));
-    assert_eq!(b.count(), 1, "b is full as before");
+    assert_eq!(b.count(), 1, "backend b is still full");
     gate.open(1);
     assert_eq!(first.response().status, 200);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_wait_for_cooling_goes_on_when_the_backend_is_ejected() {
+fn a_wait_for_a_cooldown_continues_if_the_backend_is_ejected() {
     let asked = std::sync::atomic::AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
         match asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
@@ -98,57 +100,59 @@ fn a_wait_for_cooling_goes_on_when_the_backend_is_ejected() {
     a.set_health(500);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("it waits", || zap.metric("zap_queue_depth") == 1.0);
-    eventually("a is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    eventually("the request is queued", || zap.metric("zap_queue_depth") == 1.0);
+    eventually("backend a is ejected", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
     let answer = client.response();
     assert_eq!((answer.status, answer.text()), (200, "served"));
     assert_eq!(zap.metric("zap_panic_picks_total"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn who_leaves_the_line_gives_its_place_to_the_next() {
+fn a_client_that_leaves_the_queue_does_not_block_the_next() {
     let gate = Gate::default();
     let a = gated(&gate);
     let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1")]);
     let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
     for (i, client) in clients.iter_mut().enumerate() {
         client.post("/chat", "", ask(&format!("m{i}")));
-        eventually("it has its place", || gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64);
+        eventually("the request is at a backend or in the queue", || {
+            gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64
+        });
     }
     drop(clients.remove(1));
-    eventually("it has left", || zap.metric("zap_queue_depth") == 2.0);
+    eventually("the request has left the queue", || zap.metric("zap_queue_depth") == 2.0);
     gate.open(3);
     clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
     assert_eq!(a.count(), 3);
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"queued\"}"), 1.0);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_request_that_waits_for_one_model_never_blocks_one_for_another() {
+fn requests_that_wait_for_one_model_never_block_another_model() {
     let gate = Gate::default();
     let (slow, free) = (gated(&gate), Provider::named("free"));
     let backends = [
         slow.backend("slow", "max_in_flight = 1\nmodels = [\"slow\"]"),
         free.backend("free", "models = [\"free\"]"),
     ];
-    // Two slots in all: one is taken by the request that is served, and none by those that wait.
+    // Of the two slots, the request at the backend takes one; the waiting requests take none.
     let zap = Zap::with("[queue]\nmax_in_flight = 2\nmax_size = 5", &backends);
     let mut clients: Vec<_> = (0..6).map(|_| zap.client()).collect();
     clients.iter_mut().for_each(|c| c.post("/chat", "", ask("slow")));
-    eventually("five wait", || zap.metric("zap_queue_depth") == 5.0 && gate.waiting() == 1);
+    eventually("five requests are queued", || zap.metric("zap_queue_depth") == 5.0 && gate.waiting() == 1);
     (0..20).for_each(|_| assert_eq!(zap.chat(ask("free")).text(), "free"));
     let refused = zap.chat(ask("slow"));
     assert_eq!((refused.status, refused.code().as_str()), (503, "queue_full"));
     assert_eq!(refused.header("retry-after"), Some("1"));
     gate.open(6);
     clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_crowd_that_comes_and_goes_leaves_nothing_behind() {
+fn random_requests_and_disconnects_release_everything() {
     let provider = || {
         Provider::start(|_, stream| {
             std::thread::sleep(Duration::from_millis(1));
@@ -187,16 +191,16 @@ fn a_crowd_that_comes_and_goes_leaves_nothing_behind() {
         crowd.into_iter().map(|t| t.join().unwrap()).sum()
     });
     assert!(served > 250, "{served}");
-    assert!(b.count() <= 40, "the quota held: {}", b.count());
-    zap.is_clean();
+    assert!(b.count() <= 40, "the quota is 40, and the backend got {}", b.count());
+    zap.wait_until_idle();
     (0..10).for_each(|_| assert_eq!(zap.chat(ask("x")).status, 200));
 }
 
 #[test]
-fn a_wait_for_a_full_backend_ends_with_its_time() {
+fn a_wait_for_a_full_backend_ends_at_the_deadline() {
     let gate = Gate::default();
     let held = gate.clone();
-    // A stream that has begun holds its place for longer than anybody may wait.
+    // A stream that has begun keeps its permit for longer than any request may wait.
     let a = Provider::start(move |_, stream| {
         start_events(stream);
         held.pass();
@@ -210,13 +214,13 @@ fn a_wait_for_a_full_backend_ends_with_its_time() {
     let late = zap.chat(CHAT);
     assert_eq!((late.status, late.code().as_str()), (504, "queue_timeout"));
     gate.open(1);
-    assert_eq!(a.count(), 1, "it never saw the one that was late");
+    assert_eq!(a.count(), 1, "the request that timed out is not sent");
     drop(first);
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_quota_that_opens_too_late_refuses_at_once_and_says_when() {
+fn a_quota_that_refills_too_late_refuses_at_once_with_retry_after() {
     let a = Provider::named("a");
     let zap = Zap::with("", &[a.backend("a", "requests_per_minute = 2")]);
     (0..2).for_each(|_| assert_eq!(zap.chat(CHAT).status, 200));
@@ -229,19 +233,21 @@ fn a_quota_that_opens_too_late_refuses_at_once_and_says_when() {
     let status = &zap.client().get("/status").json()["backends"][0];
     assert_eq!(status["state"], "quota");
     assert!(status["quota_opens_secs"].as_f64().unwrap() > 50.0, "{status}");
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
 #[test]
-fn a_full_backend_says_so() {
+fn a_full_backend_is_shown_as_full() {
     let gate = Gate::default();
     let a = gated(&gate);
     let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1")]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("it is served", || gate.waiting() == 1);
+    eventually("the backend has the request", || gate.waiting() == 1);
     assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "full");
     gate.open(1);
     assert_eq!(client.response().status, 200);
-    eventually("it has room", || zap.client().get("/status").json()["backends"][0]["state"] == "healthy");
+    eventually("the backend is healthy", || {
+        zap.client().get("/status").json()["backends"][0]["state"] == "healthy"
+    });
 }

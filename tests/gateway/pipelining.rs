@@ -1,9 +1,9 @@
-//! What a client sends while its answer is still under way.
+//! Pipelining and half-close: bytes that a client sends while its response is still being delivered.
 
 use crate::support::provider::{After, Gate, reply};
 use crate::support::{CHAT, Client, Provider, Zap, eventually};
 
-/// Answers with as many bytes as the request says.
+/// Sends a response body of the size that the request asks for.
 fn sized() -> Provider {
     Provider::start(|seen, stream| {
         let body: serde_json::Value = serde_json::from_slice(&seen.body).unwrap();
@@ -18,7 +18,7 @@ fn ask(client: &mut Client, size: usize) {
 }
 
 #[test]
-fn the_next_request_and_a_leave_come_through_while_an_answer_waits_for_its_client() {
+fn a_pipelined_request_and_a_half_close_are_seen_while_the_response_is_unread() {
     let a = sized();
     let zap = Zap::with("", &[a.backend("a", "")]);
     let running = || zap.metric("zap_in_flight{backend=\"a\"}");
@@ -27,10 +27,11 @@ fn the_next_request_and_a_leave_come_through_while_an_answer_waits_for_its_clien
         let mut client = zap.client();
         ask(&mut client, size);
         begun.set(begun.get() + 1);
-        eventually("it is asked", || a.count() == begun.get());
+        eventually("the backend has the request", || a.count() == begun.get());
         client
     };
-    // Whether Zap gets rid of the whole answer though nobody reads it; all that follows must come all the same.
+    // Returns whether Zap can write the whole response while the client reads nothing. In both cases the client must
+    // get that response and the next one, and a half-close must end a third request.
     let fits = |size| {
         let mut client = begin(size);
         let fits = (0..20).any(|_| running() == 0.0);
@@ -40,13 +41,13 @@ fn the_next_request_and_a_leave_come_through_while_an_answer_waits_for_its_clien
             let answer = client.response();
             assert_eq!((answer.status, answer.body.len(), answer.whole), (200, want, true), "{size}");
         }
-        let leaver = begin(size);
-        leaver.half_close();
-        eventually("the leaver's place is free", || running() == 0.0);
+        let leaving = begin(size);
+        leaving.half_close();
+        eventually("the request of the half-closed client has ended", || running() == 0.0);
         fits
     };
-    // The size from which on an answer does not fit into the sockets, by halves: just below it, Zap has taken the answer
-    // to its end and keeps the last bytes.
+    // Bisect for the smallest response that the socket buffers cannot hold. Just below that size Zap has read the
+    // response to its end and still holds the last bytes.
     let (mut low, mut high) = (1 << 10, 32 << 20);
     while high - low > 4 << 10 {
         let middle = (low + high) / 2;
@@ -55,10 +56,10 @@ fn the_next_request_and_a_leave_come_through_while_an_answer_waits_for_its_clien
     for back in 0..16 {
         fits(high.saturating_sub(back << 12));
     }
-    zap.is_clean();
+    zap.wait_until_idle();
 }
 
-/// With a worker that a test can stop, so that what comes meanwhile is there at once.
+/// Tests with a worker that can be stopped, so that it finds several events at once when it continues.
 #[cfg(debug_assertions)]
 mod at_once {
     use std::sync::Arc;
@@ -69,10 +70,10 @@ mod at_once {
 
     use super::*;
 
-    /// Zap with one worker, and a provider of one answer; both stand still as a test wants it.
+    /// Zap with one worker, and a provider with one response. A test can stop both.
     struct Stage {
         zap: Zap,
-        /// The provider answers here, and has answered there.
+        /// The provider waits at the gate before each response and counts its responses in `replied`.
         gate: Gate,
         replied: Arc<AtomicUsize>,
         _a: Provider,
@@ -93,27 +94,30 @@ mod at_once {
             Stage { zap, gate, replied, _a: a }
         }
 
-        /// Lets `client` be answered and send `more` while the worker stands still, so that it finds both at once.
+        /// Has the provider respond and `client` send `more` while the worker is stopped, so that the worker finds
+        /// both at once.
         fn at_once(&self, id: &'static str, client: &mut Client, more: &str) {
-            eventually("it waits", || self.gate.waiting() == 1);
+            eventually("the provider has the request", || self.gate.waiting() == 1);
             let held = Gate::default();
             let hold = held.clone();
             failpoint::instead("try", HeaderValue::from_static(id), move || hold.pass());
             let mut other = self.zap.client();
             other.post("/chat", &format!("x-request-id: {id}\r\n"), CHAT);
-            eventually("the worker stands still", || held.waiting() == 1);
+            eventually("the worker is stopped", || held.waiting() == 1);
             client.send(more);
             self.gate.open(1);
-            eventually("the answer is there", || self.replied.load(Ordering::Relaxed) == 1);
+            eventually("the response is sent", || self.replied.load(Ordering::Relaxed) == 1);
             held.open(1);
-            eventually("the other one waits", || self.gate.waiting() == 1);
-            eventually("the answer has gone out", || self.zap.metric("zap_in_flight{backend=\"a\"}") == 1.0);
+            eventually("the provider has the other request", || self.gate.waiting() == 1);
+            eventually("the first request has ended", || {
+                self.zap.metric("zap_in_flight{backend=\"a\"}") == 1.0
+            });
         }
     }
 
     #[test]
-    fn what_comes_with_the_last_answer_does_not_turn_the_close_into_a_reset() {
-        // A reset would throw away what the client has not received yet.
+    fn bytes_that_arrive_with_the_last_response_do_not_cause_a_reset() {
+        // A reset would discard the bytes that the client has not received yet.
         let size = 40_000;
         let stage = Stage::new(String::new(), size);
         let mut client = Client::with_small_window(stage.zap.address);
@@ -125,8 +129,8 @@ mod at_once {
     }
 
     #[test]
-    fn a_request_that_comes_with_the_answer_to_the_last_one_is_served() {
-        // With a head of its buffer's size hyper writes before it lets go of the body.
+    fn a_request_that_arrives_with_the_previous_response_is_served() {
+        // If the head fills hyper's write buffer, hyper writes before it drops the body.
         for (id, pad) in [("hold-small", 0), ("hold-large", 65_430)] {
             let stage = Stage::new(format!("x-pad: {}\r\n", "p".repeat(pad)), 0);
             let mut client = stage.zap.client();
