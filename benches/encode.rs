@@ -1,4 +1,4 @@
-//! One answer of `/metrics`: Zap's encoder beside `format!`.
+//! Encoding of a `/metrics` page: Zap's encoder against `format!`.
 //!
 //! `cargo bench --bench encode`. Both sides write the same bytes: per backend, five counters with two labels and
 //! one histogram.

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""User instructions and allocations that one request costs Zap, exactly: valgrind counts them.
+"""The exact number of user instructions and allocations per request in Zap, counted by valgrind.
 
-  benches/exact.py [--write]      fails where a figure is more than 3 % above benches/exact.txt; --write makes that anew
+  benches/exact.py [--write]      fails if a figure is more than 3 % above benches/exact.txt; --write rewrites that file
 
-A figure is the difference of two runs with different numbers of requests, so that what start and end cost is left out.
-Every feature is on. Needs valgrind and target/release/zap (or $ZAP_BIN).
+A figure is the difference of two runs with different numbers of requests; that excludes the cost of start and shutdown.
+Every feature of Zap is on. Needs valgrind and target/release/zap (or $ZAP_BIN).
 """
 
 import os, re, signal, socket, subprocess, sys, tempfile, threading
 import lab
 
-TODAY = os.path.join(lab.HERE, "exact.txt")
+BASELINE = os.path.join(lab.HERE, "exact.txt")
 FEW, MANY = 500, 2500
 TURNS = ",".join('{"role":"%s","content":"%s"}' % (("user", "assistant")[i % 2], lab.TURN) for i in range(7))
 ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 640 + b'"}}]}'
@@ -23,7 +23,7 @@ def body(stream):
 
 
 def read_message(sock, buf):
-    """One message with a length, or chunks to their end; what came behind it stays in buf."""
+    """Reads one message with a content-length or in chunks; bytes after it stay in buf. Returns None at the end."""
     while b"\r\n\r\n" not in buf:
         piece = sock.recv(65536)
         if not piece:
@@ -33,8 +33,8 @@ def read_message(sock, buf):
     head = bytes(buf[:end]).lower()
     length = re.search(rb"content-length: (\d+)", head)
     chunked = b"transfer-encoding: chunked" in head
-    whole = lambda: b"\r\n0\r\n\r\n" in buf[end:] if chunked else len(buf) >= end + int(length[1] if length else 0)
-    while not whole():
+    is_complete = lambda: b"\r\n0\r\n\r\n" in buf[end:] if chunked else len(buf) >= end + int(length[1] if length else 0)
+    while not is_complete():
         buf += sock.recv(65536)
     stop = buf.index(b"\r\n0\r\n\r\n", end) + 7 if chunked else end + int(length[1] if length else 0)
     message = bytes(buf[:stop])
@@ -69,13 +69,13 @@ def count(tool, zap_command, requests, stream):
     command = ["valgrind", "--tool=" + tool]
     command += ["--callgrind-out-file=/dev/null"] if tool == "callgrind" else ["--leak-check=no"]
     zap = subprocess.Popen(command + zap_command, stderr=subprocess.PIPE, text=True)
-    said = []
+    output = []
     for line in zap.stderr:
-        said.append(line)
+        output.append(line)
         if "listening on" in line:
             break
-    port = int(said[-1].rsplit(":", 1)[1])
-    rest = threading.Thread(target=lambda: said.extend(zap.stderr))
+    port = int(output[-1].rsplit(":", 1)[1])
+    rest = threading.Thread(target=lambda: output.extend(zap.stderr))
     rest.start()
     sock = socket.create_connection(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -91,7 +91,7 @@ def count(tool, zap_command, requests, stream):
     zap.wait()
     rest.join()
     pattern = r"refs:\s+([\d,]+)" if tool == "callgrind" else r"total heap usage: ([\d,]+) allocs"
-    return int(re.search(pattern, "".join(said))[1].replace(",", ""))
+    return int(re.search(pattern, "".join(output))[1].replace(",", ""))
 
 
 def main():
@@ -105,15 +105,15 @@ def main():
                 few, many = (count(tool, command, n, stream) for n in (FEW, MANY))
                 figures[f"{kind} {what}"] = (many - few) / (MANY - FEW)
     if "--write" in sys.argv:
-        with open(TODAY, "w") as file:
+        with open(BASELINE, "w") as file:
             file.writelines(f"{name} {value:.1f}\n" for name, value in figures.items())
-    limits = dict(line.rsplit(" ", 1) for line in open(TODAY))
-    fine = True
+    limits = dict(line.rsplit(" ", 1) for line in open(BASELINE))
+    ok = True
     for name, value in figures.items():
         good = value <= float(limits[name]) * 1.03
-        fine &= good
-        print(f"{name:22} {value:10.1f} a request, {float(limits[name]):10.1f} known: {'fine' if good else 'MORE'}")
-    sys.exit(0 if fine else 1)
+        ok &= good
+        print(f"{name:22} {value:10.1f} a request, {float(limits[name]):10.1f} baseline: {'ok' if good else 'TOO HIGH'}")
+    sys.exit(0 if ok else 1)
 
 
 main()

@@ -1,11 +1,11 @@
-//! A request's way there and back on loopback, straight to a provider and through Zap: one answer, and a stream.
+//! Round trip of a request on loopback, directly to a provider and through Zap: a JSON response, and a stream.
 //!
-//! `cargo bench --bench gateway`. Everything is in this process: the client on criterion's thread, Zap's one worker and
-//! a provider that does nothing but answer on theirs. One request at a time, so a figure is latency, most of it the kernel's and the
-//! scheduler's; what a request costs in CPU is `benches/table.py`'s to say.
+//! `cargo bench --bench gateway`. Client, Zap and provider run in this process: the client on criterion's thread, Zap's
+//! one worker and the provider on threads of their own. Requests are sent one at a time, so a figure is latency, most
+//! of it spent in the kernel and the scheduler; for CPU time per request see `benches/table.py`.
 
 #![allow(missing_docs, reason = "criterion's macro writes a public function")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a bench that cannot go on has nothing to save")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a benchmark that cannot continue must panic")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,7 +16,7 @@ use zap::internals::Config;
 use zap::internals::Log;
 use zap::internals::{Order, orders};
 
-/// A chat of about 1 KB.
+/// A chat request body of about 1 KB.
 fn body(stream: bool) -> String {
     let turn = "The quick brown fox jumps over the lazy dog. ".repeat(4);
     let turns =
@@ -25,7 +25,7 @@ fn body(stream: bool) -> String {
     format!(r#"{{"messages":[{messages}],"temperature":0.7,"model":"mock","stream":{stream}}}"#)
 }
 
-/// A provider that answers at once, with one piece or a stream of ten events.
+/// A provider that responds at once, with a JSON body or a stream of ten events.
 fn provider() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -56,7 +56,7 @@ fn answer(mut socket: TcpStream) {
             Ok(n) if n > 0 => request.extend_from_slice(&piece[..n]),
             _ => return,
         }
-        if is_whole(&request) {
+        if is_complete(&request) {
             let wants_stream = memchr::memmem::find(&request, b"\"stream\":true").is_some();
             socket.write_all(if wants_stream { stream.as_bytes() } else { one.as_bytes() }).unwrap();
             request.clear();
@@ -64,7 +64,7 @@ fn answer(mut socket: TcpStream) {
     }
 }
 
-/// One connection, asked over and over.
+/// A client that sends the same request again and again on one connection.
 struct Client {
     stream: TcpStream,
     request: Vec<u8>,
@@ -88,17 +88,17 @@ impl Client {
         self.stream.write_all(&self.request).unwrap();
         self.answer.clear();
         let mut piece = [0; 16 * 1024];
-        while !is_whole(&self.answer) {
+        while !is_complete(&self.answer) {
             let n = self.stream.read(&mut piece).unwrap();
-            assert!(n > 0, "it was cut: {}", String::from_utf8_lossy(&self.answer));
+            assert!(n > 0, "connection closed in a response: {}", String::from_utf8_lossy(&self.answer));
             self.answer.extend_from_slice(&piece[..n]);
         }
         assert!(self.answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&self.answer));
     }
 }
 
-/// Whether a message is here to its end.
-fn is_whole(answer: &[u8]) -> bool {
+/// Whether a message is complete.
+fn is_complete(answer: &[u8]) -> bool {
     let Some(end) = memchr::memmem::find(answer, b"\r\n\r\n").map(|at| at + 4) else { return false };
     let head = String::from_utf8_lossy(&answer[..end]).to_lowercase();
     match head.split("content-length: ").nth(1) {

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a request costs Zap as its work grows: backends, client keys, connections, bodies, idle connections.
+"""CPU time per request in Zap by number of backends, client keys, connections, idle connections, and by body size.
 
   benches/growth.py [--rounds 3] [--secs 4]     prints a table; draws benches/results/*.svg
 
-Every feature is on; one worker, pinned to core 1; load and providers on core 0. Microseconds of CPU a request, the
-median of rounds that are taken in turn; ratios are to the first column of a row."""
+Every feature of Zap is on; its one worker is pinned to core 1, load and providers to core 0. A figure is microseconds
+of CPU per request, the median of interleaved rounds; ratios are to the first column of a row."""
 
 import argparse, contextlib, datetime, math, os, sys, tempfile
 import lab
@@ -13,7 +13,7 @@ RESULTS = os.path.join(lab.HERE, "results")
 
 
 def points(folder):
-    """(row, label of the x axis, [(x, command, options of the load, idle connections, seconds to warm up)])"""
+    """A list of (row, label of the x axis, [(x, command, options of the load, idle connections, warm-up seconds)])."""
     small = ["--conns", 64, "--body", lab.body(folder, 1_000)]
     two = lab.config(folder)
 
@@ -26,11 +26,11 @@ def points(folder):
 
     return [
         ("backends", "backends", [(n, backends(n), small, 0, 1) for n in (2, 20, 200)]),
-        # Each key is met once before it counts.
+        # The warm-up is long enough to send each key once before the measurement.
         ("keys", "client keys", [(n, two, small + ["--keys", n], 0, w) for n, w in ((1, 1), (10_000, 2), (1_000_000, 45))]),
         ("connections", "busy connections", [(n, two, ["--conns", n] + small[2:], 0, 1) for n in (1, 32, 256, 2_048)]),
         ("bodies", "bytes of a body", [(n, two, bodies(n), 0, 1) for n in (1_000, 100_000, 1_000_000, 10_000_000)]),
-        ("idle", "idle connections beside", [(n, two, small, n, 1) for n in (0, 9_000)]),
+        ("idle", "idle connections in addition", [(n, two, small, n, 1) for n in (0, 9_000)]),
     ]
 
 
@@ -41,12 +41,12 @@ def one(command, options, idle, warm, secs):
         if silent:
             silent.communicate()
         if found["bad"]:
-            print(f"# {found['bad']} bad: {found['said']}", file=sys.stderr)
+            print(f"# {found['bad']} bad: {found['report']}", file=sys.stderr)
         return found["cpu_us"]
 
 
 def draw(name, label, found, command):
-    """A plot with both axes logarithmic: the median of each point, and its rounds' least and most."""
+    """Draws a plot with two logarithmic axes: the median of each point, and the range of its rounds."""
     width, height, left, bottom, top, right = 460, 270, 58, 46, 46, 16
     xs = [max(x, 1) for x, _ in found]
     every = [v for _, values in found for v in values]
@@ -62,7 +62,7 @@ def draw(name, label, found, command):
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="16" font-size="13">CPU of a request, microseconds, by {label}</text>',
+        f'<text x="{left}" y="16" font-size="13">CPU time per request, microseconds, by {label}</text>',
         f'<text x="{left}" y="32" fill="#666">{datetime.date.today()} · {command}</text>',
     ]
     y = low
@@ -93,7 +93,7 @@ def main():
     args = parser.parse_args()
     lab.build()
     command = f"benches/growth.py --rounds {args.rounds} --secs {args.secs:g}"
-    print("| a request's CPU by | |\n|---|---|")
+    print("| CPU time per request by | |\n|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, label, steps in points(folder):
             if name not in args.rows.split(","):

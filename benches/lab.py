@@ -1,7 +1,7 @@
-"""What the measuring scripts share: the gauge's provider and load, gateways pinned to a core, and their CPU time.
+"""Shared parts of the benchmark scripts: the gauge's provider and load, gateways pinned to a core, and their CPU time.
 
-The gauge is `benches/gauge`: `measure.py`, `peers/` and the sources of `load` and `upstream`. Cargo builds both on first
-use, in `benches/gauge/target` or $GAUGE_TARGET."""
+The gauge is `benches/gauge`: `measure.py`, `peers/` and the sources of `load` and `upstream`. Cargo builds both on
+first use, in `benches/gauge/target` or $GAUGE_TARGET."""
 
 import contextlib, json, os, shlex, signal, socket, statistics, subprocess, time
 
@@ -13,25 +13,25 @@ PROVIDERS = (9301, 9302)
 ZAP_PORT = 9412
 OTHERS, GATEWAY = "0", "1"  # cores
 
-# One turn of a conversation: quotes, escapes and text beyond ASCII, as in the gauge's own bodies.
+# One turn of a conversation, with quotes, escapes and non-ASCII text, as in the gauge's own bodies.
 TURN = 'The quick brown fox jumps over the lazy dog; \\"quoted\\", a \\n newline and some é中 text. '
 
 
 def build():
     if not os.path.exists(ZAP):
-        raise SystemExit("no Zap to measure: cargo build --release")
-    # A provider that an earlier run has left would answer in place of the one that is measured with.
+        raise SystemExit(f"{ZAP} does not exist: run cargo build --release")
+    # A provider left over from an earlier run would respond in place of the one of this run.
     for port in (*PROVIDERS, ZAP_PORT, 9401, 9402):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
-            raise SystemExit(f"something listens on port {port} already: end it first")
+            raise SystemExit(f"port {port} is in use: stop the process that listens there")
     env = {**os.environ, "CARGO_TARGET_DIR": BUILT}
     subprocess.run(["cargo", "build", "--release", "--locked", "--quiet"], cwd=GAUGE, check=True, env=env)
 
 
 def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more="", settings=""):
-    """Writes Zap's configuration with every feature on; returns the command that runs it.
+    """Writes a configuration of Zap with every feature on; returns the command that runs Zap with it.
 
-    `more` is for each backend, `settings` for tables that are not here."""
+    `more` is added to each backend; `settings` adds further tables."""
     urls = urls or [f"http://127.0.0.1:{p}" for p in PROVIDERS]
     path = os.path.join(folder, name)
     with open(path, "w") as file:
@@ -49,7 +49,7 @@ def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more=""
 
 
 def body(folder, size):
-    """A conversation of about `size` bytes, in a file."""
+    """Writes a conversation of about `size` bytes to a file; returns its path."""
     path = os.path.join(folder, f"{size}.json")
     text = TURN * max(1, min(8, size // 5000))
     turns = max(1, (size - 100) // (len(text.encode()) + 30))
@@ -106,7 +106,7 @@ def family(pid):
 
 
 def cpu(pid):
-    """Seconds of user and system time, of a process and its children."""
+    """Seconds of user and system time of a process and its children."""
     ticks = 0
     for p in family(pid):
         with contextlib.suppress(OSError), open(f"/proc/{p}/stat") as file:
@@ -128,16 +128,16 @@ def load(port, options, secs, core=OTHERS, warm=1.0):
 
 
 def measure(process, port, options, secs, unit="request", warm=1.0):
-    """Loads a gateway; microseconds of CPU per unit of work, and what the load says."""
+    """Loads a gateway; returns microseconds of CPU per unit of work and the report of the load."""
     loading = load(port, options, secs, warm=warm)
     time.sleep(warm + 0.1)
     before, since = cpu(process.pid), time.time()
     time.sleep(secs - 0.3)
     used, span = cpu(process.pid) - before, time.time() - since
-    said = json.loads(loading.communicate(timeout=120)[0])
-    per_second = said["chunks_per_s"] if unit == "chunk" else said["rps"]
-    bad = said["bad"] + said["errors"] + said["truncated"]
-    return {"cpu_us": used / span / max(per_second, 1e-9) * 1e6, "per_s": per_second, "bad": bad, "said": said}
+    report = json.loads(loading.communicate(timeout=120)[0])
+    per_second = report["chunks_per_s"] if unit == "chunk" else report["rps"]
+    bad = report["bad"] + report["errors"] + report["truncated"]
+    return {"cpu_us": used / span / max(per_second, 1e-9) * 1e6, "per_s": per_second, "bad": bad, "report": report}
 
 
 def median(values):

@@ -1,9 +1,9 @@
-//! Putting a model into a body: Zap's scan and splice beside the obvious ways.
+//! Inserting a model into a body: Zap's scan and splice against simpler methods.
 //!
-//! `cargo bench --bench patch` runs all, `cargo bench --bench patch -- --quick text/1KB` a part, `-- no-such` the table
-//! of what is wanted alone, which is printed first. A body has no
-//! `model` of its own, so every way has to put one in; `memchr` looks for a byte that is not there, `quotes` for every
-//! quote, and `copy` copies the body: the floors of anything that reads every byte, or moves it.
+//! `cargo bench --bench patch` runs all, `cargo bench --bench patch -- --quick text/1KB` a part. The table of targets
+//! is printed first; `-- no-such` prints that table only. A body has no `model`, so every method has to insert one.
+//! `memchr` searches for a byte that is not there, `quotes` finds every quote, and `copy` copies the body: the lower
+//! bounds of code that reads or moves every byte.
 
 #![allow(missing_docs, reason = "criterion's macro writes a public function")]
 
@@ -27,7 +27,7 @@ const SIZES: [(&str, usize); 6] = [
     ("10MB", 10_000_000),
 ];
 
-/// A body arrives in pieces of about this size.
+/// The size of the pieces in which a body arrives.
 const PIECE: usize = 16 << 10;
 
 const ENGLISH: &str = "The request waits until a slot opens; then its body goes out as it came, and \"nobody\" \
@@ -35,10 +35,10 @@ const ENGLISH: &str = "The request waits until a slot opens; then its body goes 
 const MIXED: &str = "Запрос ждёт, пока не освободится место; потом его тело уходит таким, каким пришло. \
     依頼は空きが出るまで待ち、本文は届いたまま送られます。Grüße 😀 ";
 
-/// A body's shape: its name, and what makes one of about so many bytes.
+/// A kind of body: its name, and a function that builds a body of about the given number of bytes.
 type Shape = (&'static str, fn(usize) -> Value);
 
-/// A conversation of many turns, long strings, many short members, text outside of ASCII, an image in base64.
+/// A conversation of many turns, one long string, many short members, non-ASCII text, and an image in base64.
 const SHAPES: [Shape; 5] = [
     ("chat", |size| {
         let turn = |i: usize| {
@@ -95,7 +95,7 @@ fn raw_values(body: &[u8]) -> Option<Vec<u8>> {
     serde_json::to_vec(&members).ok()
 }
 
-/// Finds every quote, one after the other.
+/// Finds every quote, one by one.
 fn quotes(body: &[u8]) {
     for at in memchr::memchr_iter(b'"', body) {
         black_box(at);
@@ -126,34 +126,34 @@ fn patch(c: &mut Criterion) {
     }
 }
 
-/// A row of the table: its shape, its size, and what is wanted of it: microseconds at most or GB/s at least, and how many
-/// times another way's speed.
-type Row = (&'static str, usize, Wanted, &'static str, f64);
+/// A row of the table: the shape, the size in bytes, the target (at most so many microseconds or at least so many
+/// GB/s), another method, and the required speed relative to that method.
+type Row = (&'static str, usize, Target, &'static str, f64);
 
-enum Wanted {
+enum Target {
     Micros(f64),
     Gigabytes(f64),
 }
 
 const ROWS: [Row; 6] = [
-    ("chat", 1_000, Wanted::Micros(0.4), "serde_json", 8.0),
-    ("text", 1_000, Wanted::Micros(0.4), "serde_json", 8.0),
-    ("text", 100_000, Wanted::Gigabytes(4.0), "quotes", 0.5),
-    ("non-ascii", 100_000, Wanted::Gigabytes(2.0), "serde_json", 1.0),
-    ("base64", 1_000_000, Wanted::Gigabytes(8.0), "serde_json", 1.0),
-    ("members", 100_000, Wanted::Gigabytes(0.8), "serde_json", 1.0),
+    ("chat", 1_000, Target::Micros(0.4), "serde_json", 8.0),
+    ("text", 1_000, Target::Micros(0.4), "serde_json", 8.0),
+    ("text", 100_000, Target::Gigabytes(4.0), "quotes", 0.5),
+    ("non-ascii", 100_000, Target::Gigabytes(2.0), "serde_json", 1.0),
+    ("base64", 1_000_000, Target::Gigabytes(8.0), "serde_json", 1.0),
+    ("members", 100_000, Target::Gigabytes(0.8), "serde_json", 1.0),
 ];
 
-/// The least time of one call, in seconds, over batches that take turns with the other ways'.
-fn least(ways: &mut [&mut dyn FnMut()]) -> Vec<f64> {
+/// The shortest time of one call of each function, in seconds. Batches of the functions alternate.
+fn shortest(functions: &mut [&mut dyn FnMut()]) -> Vec<f64> {
     const BATCHES: usize = 40;
-    let mut best = vec![f64::INFINITY; ways.len()];
+    let mut best = vec![f64::INFINITY; functions.len()];
     for _ in 0..BATCHES {
-        for (way, best) in ways.iter_mut().zip(&mut best) {
+        for (function, best) in functions.iter_mut().zip(&mut best) {
             let start = Instant::now();
             let mut calls = 0;
             while start.elapsed() < Duration::from_millis(3) {
-                (0..8).for_each(|_| way());
+                (0..8).for_each(|_| function());
                 calls += 8;
             }
             *best = best.min(start.elapsed().as_secs_f64() / f64::from(calls));
@@ -162,18 +162,18 @@ fn least(ways: &mut [&mut dyn FnMut()]) -> Vec<f64> {
     best
 }
 
-/// Prints what is wanted of the patcher beside what it does, all in one run.
+/// Prints the measured speed of the patcher beside its targets, all from one run.
 fn table(_: &mut Criterion) {
     let model = ModelText::new("gpt-4o");
     println!(
-        "\nbody              bytes     zap us   GB/s  of serde_json  of raw_value  of quotes  of memchr  wanted"
+        "\nbody              bytes     zap us   GB/s  of serde_json  of raw_value  of quotes  of memchr  target"
     );
-    for (name, size, wanted, other, times) in ROWS {
+    for (name, size, target, other, times) in ROWS {
         let Some((_, build)) = SHAPES.iter().find(|(shape, _)| *shape == name) else { continue };
         let body = Bytes::from(build(size).to_string());
         let chunks: Vec<Bytes> =
             (0..body.len()).step_by(PIECE).map(|at| body.slice(at..body.len().min(at + PIECE))).collect();
-        let t = least(&mut [
+        let t = shortest(&mut [
             &mut || drop(black_box(zap(black_box(&chunks), &model))),
             &mut || drop(black_box(parse_and_rewrite(black_box(&body)))),
             &mut || drop(black_box(raw_values(black_box(&body)))),
@@ -184,9 +184,9 @@ fn table(_: &mut Criterion) {
         ]);
         let ratio = |i: usize| t[i] / t[0];
         let speed = body.len() as f64 / t[0] / 1e9;
-        let (met, text) = match wanted {
-            Wanted::Micros(most) => (t[0] * 1e6 <= most, format!("{most} us")),
-            Wanted::Gigabytes(least) => (speed >= least, format!("{least} GB/s")),
+        let (met, text) = match target {
+            Target::Micros(most) => (t[0] * 1e6 <= most, format!("{most} us")),
+            Target::Gigabytes(least) => (speed >= least, format!("{least} GB/s")),
         };
         let met = met && ratio(if other == "quotes" { 3 } else { 1 }) >= times;
         println!(
@@ -202,7 +202,7 @@ fn table(_: &mut Criterion) {
     }
 }
 
-/// What chunking costs: the same 1 MB in pieces of other sizes.
+/// The cost of chunking: the same 1 MB in pieces of different sizes.
 fn pieces(c: &mut Criterion) {
     let model = ModelText::new("gpt-4o");
     let body = Bytes::from(SHAPES[0].1(1_000_000).to_string());

@@ -1,8 +1,8 @@
-//! The decisions on a request's way, each beside the obvious alternative, on one thread and on two.
+//! The decisions that Zap makes for a request, each against a simple alternative, on one thread and on two.
 //!
-//! `cargo bench --bench policy` runs all, `cargo bench --bench policy -- limiter` one. A figure is the time from
-//! start to end divided by the calls of *one* thread: where two threads do not disturb each other, it is the same
-//! as with one. Time is made up and given to both sides, so no figure holds the reading of a clock.
+//! `cargo bench --bench policy` runs all, `cargo bench --bench policy -- limiter` one. A figure is the wall time
+//! divided by the calls of *one* thread: if two threads do not slow each other down, it is the same as with one. Time
+//! is simulated and passed to both sides, so no figure includes a clock read.
 
 #![allow(missing_docs, reason = "criterion's macro writes a public function")]
 
@@ -25,7 +25,7 @@ use zap::internals::{Config, LogFormat};
 use zap::internals::{Cursor, Schedule, Turns};
 use zap::internals::{Limiter, WINDOW};
 
-/// Measures `call` on one thread and on two. It is given the thread's number and a number that rises.
+/// Measures `call` on one thread and on two. The arguments of `call` are the thread's number and a rising counter.
 fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl Fn(u64, u64) + Sync) {
     let next = AtomicU64::new(0);
     for threads in [1u64, 2] {
@@ -49,19 +49,19 @@ fn on_threads(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, call: impl F
     }
 }
 
-/// What everybody writes first; a poisoned lock is as good as another.
+/// The simple alternative: a mutex around the state. A poisoned lock is used like any other.
 fn locked<T, R>(mutex: &Mutex<T>, act: impl FnOnce(&mut T) -> R) -> R {
     act(&mut mutex.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Each key is asked 50 times a minute under a limit of 60 (by two threads 100 times, so some are refused): its
-/// window is full of life, one in, one out.
+/// Checks each key 50 times a minute under a limit of 60 (with two threads 100 times, so some checks are refused). The
+/// window of a key stays filled: one request enters, one expires.
 fn limiter(c: &mut Criterion) {
     const LIMIT: u32 = 60;
     for keys in [1, 1_000, 100_000] {
         let mut group = c.benchmark_group(format!("limiter/{keys} keys"));
         let at = |i: u64| i * (WINDOW / 50 / keys);
-        // The threads walk half a round apart, so that they do not follow each other from key to key.
+        // The threads are half a cycle of keys apart, so that they do not contend for the same key.
         let key = |thread: u64, i: u64| ((i + thread * keys / 2) % keys).wrapping_mul(0x9E37_79B9_7F4A_7C15);
 
         let ours = Limiter::new(200_000);
@@ -89,7 +89,7 @@ fn limiter(c: &mut Criterion) {
     }
 }
 
-/// A slot taken and given back while there is room.
+/// Takes and releases a slot while there is room.
 fn queue(c: &mut Criterion) {
     let mut group = c.benchmark_group("queue");
     let ours = Admission::new(1_024, 1_000);
@@ -99,7 +99,7 @@ fn queue(c: &mut Criterion) {
     group.finish();
 }
 
-/// A pick where everybody is eligible.
+/// Picks a backend while all are eligible.
 fn schedule(c: &mut Criterion) {
     for backends in [2, 200] {
         let mut group = c.benchmark_group(format!("schedule/{backends} backends"));
@@ -133,7 +133,7 @@ fn schedule(c: &mut Criterion) {
     }
 }
 
-/// The whole choice as a request makes it: the route of its model, a backend of that, a place there.
+/// The whole choice for a request: the route of its model, a backend of that route, a permit of that backend.
 fn pick(c: &mut Criterion) {
     for backends in [2, 20, 200] {
         let mut group = c.benchmark_group(format!("pick/{backends} backends"));
@@ -148,7 +148,7 @@ fn pick(c: &mut Criterion) {
     }
 }
 
-/// So many backends that all serve all models of [`pick`], every other one under a name of its own.
+/// A configuration with `backends` backends that all serve the models of [`pick`], every second one under other names.
 fn fleet(strategy: &str, backends: usize) -> Shared {
     let mut text = format!("[load_balancer]\nstrategy = \"{strategy}\"\n");
     for i in 0..backends {
@@ -165,7 +165,7 @@ fn fleet(strategy: &str, backends: usize) -> Shared {
     Shared::new(config, Log::start(LogFormat::Text)).unwrap_or_else(|what| unreachable!("{what}"))
 }
 
-/// What a healthy backend's request asks and tells; the alternative is a struct behind a lock.
+/// The breaker calls of a request to a healthy backend; the alternative is a struct behind a mutex.
 fn breaker(c: &mut Criterion) {
     #[derive(Default)]
     struct Plain {

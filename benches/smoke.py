@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Whether the measuring still works: builds the gauge and loads Zap for a second each way. For `.ci/run`; judges no figure.
+"""Checks that the benchmarks still work: builds the gauge and puts each kind of load on Zap for a second.
 
-Needs two cores and target/release/zap (or $ZAP_BIN). Fails where a request fails or none is answered."""
+For `.ci/run`; does not judge figures. Needs two cores and target/release/zap (or $ZAP_BIN). Fails if a request fails or
+no request is served."""
 
 import sys, tempfile
 import lab
 
-# Name, load, unit.
+# Each row: name, options of the load, unit.
 LOADS = [
     ("json-1k", ["--conns", 64], "request"),
     ("rate", ["--conns", 64, "--rate", 1000, "--sleep"], "request"),
@@ -16,7 +17,7 @@ LOADS = [
 
 def main():
     lab.build()
-    fine = True
+    ok = True
     with tempfile.TemporaryDirectory() as folder:
         body = ["--body", lab.body(folder, 1000)]
         with lab.providers(["--body-bytes", "700", "--chunks", "10", "--chunk-bytes", "220", "--interval-ms", "20"]):
@@ -24,10 +25,10 @@ def main():
                 for name, options, unit in LOADS:
                     found = lab.measure(zap, lab.ZAP_PORT, options + (body if unit == "request" else []), 1, unit)
                     good = found["per_s"] > 0 and not found["bad"]
-                    fine &= good
+                    ok &= good
                     figures = f"{found['per_s']:,.0f} {unit}s/s, {found['cpu_us']:.1f} us of CPU each, {found['bad']} failed"
-                    print(f"{name:8} {figures}: {'fine' if good else 'BAD'}", flush=True)
-    sys.exit(0 if fine else 1)
+                    print(f"{name:8} {figures}: {'ok' if good else 'BAD'}", flush=True)
+    sys.exit(0 if ok else 1)
 
 
 main()

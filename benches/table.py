@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The whole table: nginx, HAProxy and Zap doing the same job, each figure beside its target.
+"""The table of figures: nginx, HAProxy and Zap with the same task, each figure beside its target.
 
   benches/table.py [--rounds 5] [--secs 4] [--cases json-1k,…] [--after 60]
                    [--parts cases,bound,first,memory,tls,exact,syscalls,workers,spread,process]
 
-nginx and HAProxy forward and put the key in; Zap has every feature on besides. One worker each. Ratios are of medians of
-one run; `bound` and `memory` take 3 rounds at most. With 5 rounds the table takes 45 minutes.
+nginx and HAProxy forward and insert the key; Zap also has every other feature on. Each has one worker. Ratios are of
+medians of one run; `bound` and `memory` run 3 rounds at most. With 5 rounds the table takes 45 minutes.
 
 From a fresh clone, on Debian, with two free cores and a limit of 20,000 open files (`ulimit -n`):
 
@@ -20,7 +20,7 @@ PEERS = os.path.join(lab.GAUGE, "peers")
 NGINX = f"nginx -c {PEERS}/nginx.conf"
 HAPROXY = f"haproxy -f {PEERS}/haproxy.cfg"
 
-# Row, case, figure, whom Zap is compared with, target.
+# Row, case, figure, what Zap is compared with, target.
 CASES = [
     ("json-1k: CPU/request", "json-1k", "cpu_us", "better", 1.00),
     ("json-c256: CPU/request", "json-c256", "cpu_us", "better", 1.05),
@@ -34,8 +34,8 @@ CASES = [
     ("silent: KiB/connection", "silent", "kb_conn", None, 2),
 ]
 
-BOUNDS = (1, 5, 10)  # ms of added p99
-RATES = (500, 100_000)  # requests/s: the step of the search and its end
+BOUNDS = (1, 5, 10)  # limits of the added p99, in ms
+RATES = (500, 100_000)  # requests/s: the step and the upper end of the search
 
 
 def row(what, nginx, haproxy, zap, ratio, target, met=False):
@@ -46,7 +46,7 @@ def row(what, nginx, haproxy, zap, ratio, target, met=False):
 
 
 def gateways(folder):
-    """Each gateway's port and command, in the order of the columns."""
+    """The port and command of each gateway, in the order of the columns."""
     return {"nginx": (9401, NGINX), "haproxy": (9402, HAPROXY), "zap": (lab.ZAP_PORT, lab.config(folder))}
 
 
@@ -66,18 +66,18 @@ def cases(folder, args):
         ratio = zap / (other[against] if against in other else found[against]["zap"]["cpu_us"])
         row(what, nginx, haproxy, zap, ratio if against else None, target, ratio <= target)
         if bad := found[case]["zap"]["bad"]:
-            print(f"# {what}: Zap answered {bad:.0f} badly", file=sys.stderr)
+            print(f"# {what}: {bad:.0f} bad responses from Zap", file=sys.stderr)
 
 
 def open_loop(port, options, rate):
-    """The p99 in ms at a rate of requests; infinite where a request fails or the rate is not kept."""
-    said = json.loads(lab.load(port, [*options, "--rate", rate, "--sleep"], 1, warm=0.5).communicate(timeout=60)[0])
-    failed = said["bad"] + said["errors"] + said["truncated"]
-    return math.inf if failed or said["rps"] < 0.98 * rate else said["latency_us"]["p99"] / 1000
+    """The p99 in ms at a request rate; infinite if a request fails or the rate is not reached."""
+    report = json.loads(lab.load(port, [*options, "--rate", rate, "--sleep"], 1, warm=0.5).communicate(timeout=60)[0])
+    failed = report["bad"] + report["errors"] + report["truncated"]
+    return math.inf if failed or report["rps"] < 0.98 * rate else report["latency_us"]["p99"] / 1000
 
 
 class Direct:
-    """What the provider alone takes at a rate, with the load on the core where it is beside a gateway."""
+    """The p99 of the provider alone at a rate, with the load on the same core as when a gateway is measured."""
 
     def __init__(self, options):
         self.options, self.known = options, {}
@@ -86,17 +86,17 @@ class Direct:
         if rate not in self.known:
             self.known[rate] = min(open_loop(lab.PROVIDERS[0], self.options, rate) for _ in range(2))
             if self.known[rate] == math.inf:
-                print(f"# bound: the provider alone does not keep {rate} requests/s", file=sys.stderr)
+                print(f"# bound: the provider alone does not reach {rate} requests/s", file=sys.stderr)
         return self.known[rate]
 
 
 def fastest(port, options, direct):
-    """For each bound the highest rate whose p99 is at most that much above the provider's, by bisection."""
+    """For each bound the highest rate whose p99 exceeds the provider's by at most the bound; found by bisection."""
     added = {}
 
     def holds(rate, bound):
         tries = added.setdefault(rate, [])
-        # A miss is tried once more: a single pause of the machine must not halve the result.
+        # Repeat a missed rate once: a single pause of the machine must not halve the result.
         while len(tries) < 2 and not any(ms <= bound for ms in tries):
             alone = direct.p99(rate)
             tries.append(open_loop(port, options, rate) - alone if alone < math.inf else math.inf)
@@ -104,7 +104,7 @@ def fastest(port, options, direct):
 
     rates, top = {}, RATES[1] // RATES[0] + 1
     for bound in sorted(BOUNDS, reverse=True):
-        # What holds a tighter bound holds this one, so the next search ends below it.
+        # A rate that meets a tighter bound meets a looser one too, so the next search ends at this result.
         low = 0
         while top - low > 1:
             middle = (low + top) // 2
@@ -114,7 +114,7 @@ def fastest(port, options, direct):
 
 
 def bound(folder, args):
-    """Requests/s that each gateway does while its p99 stays within a bound of the provider's own."""
+    """Requests/s of each gateway at which its p99 exceeds the provider's own by at most a bound."""
     options = ["--conns", 64, "--body", lab.body(folder, 1000)]
     found = {name: [] for name in gateways(folder)}
     for _ in range(min(args.rounds, 3)):
@@ -128,20 +128,20 @@ def bound(folder, args):
         nginx, haproxy, zap = (lab.median(rates[ms] for rates in found[name]) for name in found)
         better = max(nginx, haproxy)
         cells = [f"{v:,.0f}" for v in (nginx, haproxy, zap)]
-        row(f"requests/s at {ms} ms of added p99, the more the better", *cells, zap / better if better else None, "none")
+        row(f"requests/s at {ms} ms of added p99, higher is better", *cells, zap / better if better else None, "none")
 
 
 def first(folder, args):
-    """What a gateway adds to the time from a request to its first event: streams that end and begin all the time."""
+    """The time that a gateway adds before the first event of a stream, with streams that keep starting and ending."""
     options = ["--conns", 500, "--stream"]
     found = {name: {"p50": [], "p99": []} for name in gateways(folder)}
 
     def ask(name, port):
         loading = lab.load(port, options, args.secs, warm=2)
-        said = json.loads(loading.communicate(timeout=120)[0])
-        if failed := said["bad"] + said["errors"] + said["truncated"]:
+        report = json.loads(loading.communicate(timeout=120)[0])
+        if failed := report["bad"] + report["errors"] + report["truncated"]:
             print(f"# first event, {name}: {failed} failed", file=sys.stderr)
-        return said["ttft_us"]
+        return report["ttft_us"]
 
     for _ in range(args.rounds):
         with lab.providers(["--chunks", "20", "--chunk-bytes", "220", "--interval-ms", "20"]):
@@ -149,9 +149,9 @@ def first(folder, args):
             for name, (port, command) in gateways(folder).items():
                 with lab.running(command, port, lab.GATEWAY):
                     time.sleep(1)
-                    taken = ask(name, port)
+                    timed = ask(name, port)
                 for figure, values in found[name].items():
-                    values.append(taken[figure] - alone[figure])
+                    values.append(timed[figure] - alone[figure])
     for figure in ("p50", "p99"):
         nginx, haproxy, zap = (lab.median(found[name][figure]) for name in found)
         better = min(nginx, haproxy)
@@ -159,16 +159,16 @@ def first(folder, args):
 
 
 def memory(folder, args):
-    """RSS of a gateway and its children at rest, in a burst of large bodies and streams, and a while after it.
+    """RSS of a gateway and its children at rest, during a burst of large bodies and streams, and some time after it.
 
-    Each gateway waits for its last reading while the next has its burst."""
+    While one gateway waits for its last reading, the next one has its burst."""
     streams = ["--conns", 1000, "--stream"]
     bodies = ["--conns", 40, "--body", lab.body(folder, 4 * 2**20)]
     found = {name: {"rest": [], "plateau": [], "after": []} for name in gateways(folder)}
 
     def burst(name, port, pid):
         loads = [lab.load(port, streams, args.secs + 1, warm=3)]
-        time.sleep(3)  # all streams are open now, and last longer than the burst
+        time.sleep(3)  # all streams are open now and outlast the burst
         loads.append(lab.load(port, bodies, args.secs, warm=1))
         time.sleep(1)
         end, readings = time.time() + args.secs - 0.3, []
@@ -176,9 +176,9 @@ def memory(folder, args):
             readings.append(lab.rss(pid))
             time.sleep(0.1)
         for loading in loads:
-            said = json.loads(loading.communicate(timeout=120)[0])
-            if failed := said["bad"] + said["errors"] + said["truncated"]:
-                print(f"# memory, {name}: {failed} failed: {said}", file=sys.stderr)
+            report = json.loads(loading.communicate(timeout=120)[0])
+            if failed := report["bad"] + report["errors"] + report["truncated"]:
+                print(f"# memory, {name}: {failed} failed: {report}", file=sys.stderr)
         return lab.median(readings)
 
     for _ in range(min(args.rounds, 3)):
@@ -205,8 +205,8 @@ def memory(folder, args):
     row(f"memory: RSS {args.after:.0f} s after them, MiB; ratio to rest", *cells("after"), kept, "1.50", kept <= 1.5)
 
 
-def asked(path):
-    """HAProxy's `show info`, from its socket."""
+def haproxy_info(path):
+    """The values of HAProxy's `show info`, read from its socket."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
         sock.sendall(b"show info\n")
@@ -215,7 +215,7 @@ def asked(path):
 
 
 def tls(folder, args):
-    """The same rate for all, and the upstream behind TLS, which a HAProxy of its own ends on the providers' core."""
+    """CPU and handshakes with TLS upstreams, at one rate for all; an extra HAProxy on the providers' core ends TLS."""
     pem, stats = os.path.join(folder, "pem"), os.path.join(folder, "stats")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
@@ -253,26 +253,26 @@ def tls(folder, args):
         "chunk": (["--chunks", "100", "--chunk-bytes", "220", "--interval-ms", "20"], ["--conns", 300, "--stream"], 3),
     }
     figures = {(unit, name): [] for unit in loads for name in gateways}
-    shakes = {name: [] for name in gateways}
+    handshakes = {name: [] for name in gateways}
     for unit, (upstream, options, warm) in loads.items():
         for _ in range(args.rounds):
             for name, (port, command) in gateways.items():
                 with lab.providers(upstream), lab.running(f"haproxy -f {folder}/front.cfg", int(secure[0]), lab.OTHERS):
                     with lab.running(command, port, lab.GATEWAY) as process:
                         time.sleep(1)
-                        before = int(asked(stats)["CumSslConns"])
+                        before = int(haproxy_info(stats)["CumSslConns"])
                         found = lab.measure(process, port, options, args.secs, unit, warm)
                         figures[unit, name].append(found["cpu_us"])
                         if found["bad"]:
                             print(f"# TLS, {unit}, {name}: {found['bad']} bad", file=sys.stderr)
                         if unit == "request":
-                            made = int(asked(stats)["CumSslConns"]) - before
-                            shakes[name].append(made / found["per_s"] / (args.secs + warm) * 10_000)
+                            made = int(haproxy_info(stats)["CumSslConns"]) - before
+                            handshakes[name].append(made / found["per_s"] / (args.secs + warm) * 10_000)
     for unit in loads:
         nginx, haproxy, zap = (lab.median(figures[unit, name]) for name in gateways)
         ratio = zap / min(nginx, haproxy)
         row(f"TLS upstream: CPU/{unit}, the same rate for all", nginx, haproxy, zap, ratio, "1.00", ratio <= 1)
-    nginx, haproxy, zap = (lab.median(shakes[name]) for name in gateways)
+    nginx, haproxy, zap = (lab.median(handshakes[name]) for name in gateways)
     row("TLS upstream: handshakes per 10,000 requests", nginx, haproxy, zap, None, "the fewest", zap <= 1.05 * min(nginx, haproxy))
 
 
@@ -284,7 +284,7 @@ def exact(folder, args):
 
 
 def syscalls(folder, args):
-    """Counted from request to request over 2 seconds, so that what strace costs does not matter."""
+    """System calls per request, counted for 2 s; both counts come from strace, so its overhead does not matter."""
     found = []
     for port, command in ((9401, NGINX), (9402, HAPROXY), (lab.ZAP_PORT, lab.config(folder))):
         with lab.providers(["--body-bytes", "700"]), lab.running(command, port, lab.GATEWAY) as process:
@@ -299,14 +299,14 @@ def syscalls(folder, args):
             loading.communicate()
         calls = {line.split()[-1]: int(line.split()[3]) for line in open(out) if re.match(r"\s*\d+\.\d+\s", line)}
         total = calls.pop("total")
-        # Each request is written twice: to the provider and, answered, to the client.
+        # A request causes two writes: the request to the provider and the response to the client.
         written = sum(calls.get(name, 0) for name in ("writev", "write", "sendto", "sendmsg"))
         found.append(total / (written / 2))
     row("json-1k: syscalls/request", *found, None, "6.5", found[2] <= 6.5)
 
 
 def workers(folder, args):
-    """CPU a request with one worker and with two, at a rate that leaves both cores room; nothing is pinned."""
+    """CPU per request with one worker and with two, at a rate that leaves both cores idle time; nothing is pinned."""
     figures = {1: [], 2: []}
     options = ["--conns", 8, "--body", lab.body(folder, 1000), "--rate", 5000]
     for _ in range(args.rounds):
@@ -319,7 +319,7 @@ def workers(folder, args):
 
 
 def thread_cpu(pid):
-    """Ticks of each worker's thread."""
+    """CPU ticks of each worker thread."""
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{task}/stat") as file:
@@ -330,7 +330,7 @@ def thread_cpu(pid):
 
 
 def reuseport(connections):
-    """The share of the fuller of two listeners on one port, which the kernel deals connections to by a hash."""
+    """The larger share of two SO_REUSEPORT listeners, between which the kernel divides connections by a hash."""
     first = socket.socket()
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     first.bind(("127.0.0.1", 0))
@@ -352,7 +352,7 @@ def reuseport(connections):
 
 
 def spread(folder, args):
-    """How even 8 busy connections are on 2 workers: Zap hands each to the worker with the fewest."""
+    """How evenly 8 busy connections load 2 workers: Zap gives each connection to the worker with the fewest."""
     shares = []
     options = ["--conns", 8, "--body", lab.body(folder, 1000), "--rate", 5000]
     for _ in range(args.rounds):
@@ -367,7 +367,7 @@ def spread(folder, args):
 
 
 def process(folder, args):
-    """From exec to an answer of `/ready`, what it takes at rest, and the program without its symbols."""
+    """The time from exec to a 200 of `/ready`, the RSS at rest, and the size of the stripped binary."""
     command = lab.config(folder).split()
     spans, sizes = [], []
     with lab.providers():
@@ -393,7 +393,7 @@ def process(folder, args):
 
 
 def missing(parts):
-    """Programs that these parts call and the machine has not."""
+    """The programs that these parts need and that are not installed."""
     needs = {"tls": ["openssl"], "exact": ["valgrind"], "syscalls": ["strace"], "process": ["strip"]}
     tools = [tool for part in parts for tool in needs.get(part, [])]
     if {*parts} & {"cases", "bound", "first", "memory", "tls", "syscalls"}:
@@ -412,10 +412,10 @@ def main():
     args = parser.parse_args()
     chosen = args.parts.split(",")
     if unknown := [part for part in chosen if part not in parts]:
-        parser.error(f"no part is named {', '.join(unknown)}")
-    os.environ["PATH"] += ":/usr/sbin"  # Debian's place of nginx and haproxy
+        parser.error(f"unknown parts: {', '.join(unknown)}; the parts are {', '.join(parts)}")
+    os.environ["PATH"] += ":/usr/sbin"  # where Debian installs nginx and haproxy
     if tools := missing(chosen):
-        raise SystemExit(f"missing: {', '.join(tools)}")
+        raise SystemExit(f"not installed: {', '.join(tools)}")
     lab.build()
     print("| figure | nginx | HAProxy | Zap | ratio | target | |\n|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The tests' own tiny runner: @case("what"), then finish("suite")."""
+"""A minimal test runner: mark each test with @case("description"), then call finish("suite")."""
 import sys, traceback
 
 _cases = []
@@ -19,9 +19,9 @@ def finish(suite, skip=False):
         try:
             test()
             print(f"ok   {suite}: {what}", flush=True)
-        except Exception as why:
+        except Exception as error:
             failed += 1
-            at = traceback.extract_tb(why.__traceback__)[-1]
-            print(f"FAIL {suite}: {what}: {type(why).__name__} {why} ({at.name}:{at.lineno} `{at.line}`)", flush=True)
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"FAIL {suite}: {what}: {type(error).__name__} {error} ({at.name}:{at.lineno} `{at.line}`)", flush=True)
     print(f"{suite}: {len(_cases) - failed} passed, {failed} failed", flush=True)
     sys.exit(1 if failed else 0)

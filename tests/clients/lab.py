@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Starts Zap in front of mock providers, one pair for each disruptive case, and runs the suites against them.
+"""Starts a Zap instance with mock providers for each group of cases that would disturb the others, and runs the suites.
 
-A suite finds the instances in its environment: ZAP_<CASE> is a base URL, MOCKS_<CASE> its providers' URLs.
-The last line on stdout is the sum over the suites: `N passed, N failed`.
+Environment of a suite: ZAP_<CASE> is the base URL of an instance, MOCKS_<CASE> are the URLs of its providers.
+The last line on stdout is the total of all suites: `N passed, N failed`.
 """
 import os, pathlib, re, signal, socket, subprocess, sys, tempfile, time
 from provider import Provider
@@ -10,7 +10,7 @@ from provider import Provider
 HERE = pathlib.Path(__file__).resolve().parent
 REPO = HERE.parent.parent
 SUITE_SECS = 300
-# name: (providers that answer, extra configuration)
+# name: (names of the running providers, extra configuration)
 CASES = {
     "MAIN": (["alpha", "beta"], ""),
     "LIMIT": (["alpha"], "[rate_limit]\nrequests_per_minute = 5\n"),
@@ -32,7 +32,7 @@ key = "all-key"
 targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "big", priority = 1 }]
 """),
 }
-# What the backends of a case serve beyond their defaults.
+# Models that the backends of a case serve in addition to their default model.
 SERVES = {
     "ROUTES": {"alpha": 'models = ["meta/llama"]', "beta": 'models = { "meta/llama" = "llama-of-beta", other = "o" }'},
 }
@@ -46,7 +46,7 @@ def zap_binary():
 
 
 def dead_port():
-    """A bound socket that does not listen: nobody can take its port, every connection is refused."""
+    """A bound socket that does not listen: its port stays reserved, and every connection is refused."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     return sock, sock.getsockname()[1]
@@ -69,7 +69,7 @@ interval_secs = 1
 
 
 class Zap:
-    """One Zap process; `url` once it listens."""
+    """A Zap process. The constructor waits until it listens at `url`."""
 
     def __init__(self, text, folder):
         folder.mkdir(mode=0o700)
@@ -93,7 +93,7 @@ class Zap:
             if self.process.poll() is not None:
                 break
             time.sleep(0.02)
-        raise RuntimeError(f"zap does not listen (exit {self.process.poll()}):\n{self.tail()}")
+        raise RuntimeError(f"Zap does not listen (exit {self.process.poll()}):\n{self.tail()}")
 
     def tail(self, lines=15):
         return "\n".join("    " + line for line in self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -108,7 +108,7 @@ class Zap:
 
 
 def build(folder, opened):
-    """All instances of CASES; what is opened is appended to `opened` at once. Gives the suite's environment."""
+    """Starts all instances of CASES; returns the suite's environment. Adds each opened resource to `opened` at once."""
     env = {}
     for case, (names, extra) in CASES.items():
         mocks = []
@@ -129,20 +129,20 @@ def build(folder, opened):
 
 
 def run_suite(name, command, env):
-    """(passed, failed) as the suite's own last line tells; a suite that ends early counts as one failure more."""
+    """Returns (passed, failed) from the suite's last line; a suite that ends early adds one failure."""
     print(f"== {name}", flush=True)
     child = subprocess.Popen(command, env={**os.environ, "NO_PROXY": "127.0.0.1", **env}, cwd=HERE,
                              stdout=subprocess.PIPE, text=True, start_new_session=True)
-    # A suite that hangs ends here; SIGTERM first, so that it stops what it started.
+    # End a suite that hangs. SIGTERM lets it stop the processes that it started.
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(child.pid, signal.SIGTERM))
     signal.alarm(SUITE_SECS)
     passed = failed = 0
-    told = False
+    reported = False
     try:
         for line in child.stdout:
             print(line, end="", flush=True)
             if counts := re.fullmatch(rf"{name}: (\d+) passed, (\d+) failed\n", line):
-                passed, failed, told = int(counts[1]), int(counts[2]), True
+                passed, failed, reported = int(counts[1]), int(counts[2]), True
         status = child.wait()
     finally:
         signal.alarm(0)
@@ -152,7 +152,7 @@ def run_suite(name, command, env):
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
-    if not told or (status != 0 and failed == 0):
+    if not reported or (status != 0 and failed == 0):
         print(f"FAIL {name}: ended early with {status}", flush=True)
         failed += 1
     return passed, failed
@@ -172,16 +172,16 @@ def main():
                 p, f = run_suite(name, command, build(pathlib.Path(folder), opened))
                 for zap in (o for o in opened if isinstance(o, Zap)):
                     if zap.process.poll() is not None:
-                        print(f"FAIL {name}: a zap died with {zap.process.returncode}")
+                        print(f"FAIL {name}: a Zap process ended with {zap.process.returncode}")
                         f += 1
                     if f:
                         print(f"  last log lines of {zap.log.parent.name}:\n{zap.tail()}")
-            except RuntimeError as why:
-                print(f"FAIL {name}: {why}")
+            except RuntimeError as error:
+                print(f"FAIL {name}: {error}")
                 p, f = 0, 1
             finally:
-                for thing in reversed(opened):
-                    thing.close()
+                for resource in reversed(opened):
+                    resource.close()
         passed, failed = passed + p, failed + f
     p, f = run_suite("real-llm", [sys.executable, "test_real_llm.py"], {})
     passed, failed = passed + p, failed + f

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""A scripted mock provider. The last user message (else the model) says what it does:
+"""A scripted mock provider. The last user message, or else the model, selects the response:
 
-  status:NNN   answer NNN with an OpenAI error body, code mock_NNN (429: retry-after 7)
-  once:ID      429 with retry-after 1 the first time this provider sees ID, then a normal answer
+  status:NNN   status NNN with an OpenAI error body, code mock_NNN (429: retry-after 7)
+  once:ID      429 with retry-after 1 on this provider's first request with ID, then a normal response
   cut          a stream: 3 content chunks, then the connection closes without the terminating chunk
   short        a content-length larger than what is sent, then the connection closes
-  slow         wait for up to 10 s for the caller to leave (counted as `left`), then a normal answer
-  gated:ID     a stream whose chunks after the first wait each for a GET /_next?ID
-  else         a chat completion "NAME got MODEL: MESSAGE", streamed in 5 chunks where `stream` is true
+  slow         wait up to 10 s for the client to disconnect (counted as `disconnected`), then a normal response
+  gated:ID     a stream in which each chunk after the first waits for a GET /_next?ID
+  other        a chat completion "NAME got MODEL: MESSAGE", streamed in 5 chunks if `stream` is true
 
-GET /health: 200. GET /_seen: what arrived, as JSON. Standalone: provider.py [PORT]
+GET /health: 200. GET /_seen: counts, keys and headers of the received requests, as JSON. Standalone: provider.py [PORT]
 """
 import collections, json, select, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         if missing:
             self.close_connection = True
 
-    def note(self):
+    def record(self):
         seen = self.server.seen
         with self.server.lock:
             seen["headers"].update((k.lower(), v) for k, v in self.headers.items())
@@ -50,12 +50,12 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/_next":
             self.server.gates[query].release()
             return self.send(200, {})
-        self.note()
+        self.record()
         self.send(200 if path == "/health" else 404, {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.note()
+        self.record()
         model, said = body.get("model"), ""
         for message in body.get("messages", []):
             said = message["content"] if message["role"] == "user" else said
@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
                 if first:
                     return self.error(429, 1)
             if verb == "slow":
-                self.wait_for_leave()
+                self.wait_for_disconnect()
             if verb in ("once", "slow", "cut", "short", "gated"):
                 break
         else:
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             self.event(self.delta(model, {"content": text[n * size:(n + 1) * size]}))
-            time.sleep(0.01)  # a provider's pace
+            time.sleep(0.01)  # the pace of a provider
         self.event(self.delta(model, {}, "stop"))
         self.event(self.frame(model, "chat.completion.chunk", [], self.USAGE))
         self.event("[DONE]")
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         data = f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
-    def wait_for_leave(self):
+    def wait_for_disconnect(self):
         ready, _, _ = select.select([self.connection], [], [], 10)
         if ready:
             try:
@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             except OSError:
                 gone = True
             with self.server.lock:
-                self.server.seen["left"] += gone
+                self.server.seen["disconnected"] += gone
 
 
 class Provider(ThreadingHTTPServer):
@@ -139,11 +139,11 @@ class Provider(ThreadingHTTPServer):
         self.name, self.url = name, f"http://127.0.0.1:{self.server_port}"
         self.lock, self.once = threading.Lock(), set()
         self.gates = collections.defaultdict(lambda: threading.Semaphore(0))
-        self.seen = {"requests": 0, "left": 0, "authorization": set(), "headers": set()}
+        self.seen = {"requests": 0, "disconnected": 0, "authorization": set(), "headers": set()}
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, *_):
-        pass  # a caller that left is no news
+        pass  # a disconnect of the client is expected
 
     def close(self):
         self.shutdown()

@@ -1,4 +1,4 @@
-// The official Node SDK against Zap in front of mock providers (lab.py starts them).
+// Tests of the official Node SDK against Zap in front of mock providers; lab.py starts both.
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 const OpenAI = createRequire(new URL(".work/node/", import.meta.url))("openai").OpenAI;
@@ -20,19 +20,19 @@ async function raises(kind, call) {
   try {
     value = await call();
   } catch (error) {
-    assert.ok(error instanceof kind, `${error?.constructor?.name} is no ${kind.name}: ${error?.message}`);
+    assert.ok(error instanceof kind, `expected ${kind.name}, got ${error?.constructor?.name}: ${error?.message}`);
     return error;
   }
-  assert.fail(`no ${kind.name}, but ${JSON.stringify(value)}`);
+  assert.fail(`expected ${kind.name}, got ${JSON.stringify(value)}`);
 }
 
-function whole(header, low, high) {
+function checkRetryAfter(header, low, high) {
   assert.match(header ?? "none", /^\d+$/);
   assert.ok(low <= +header && +header <= high, `retry-after ${header}`);
 }
 
 const cases = {
-  async "a plain answer"() {
+  async "a plain response"() {
     const { data, response } = await raw(client("MAIN"), "hello");
     assert.deepEqual([data.model, data.usage.total_tokens, data.choices[0].finish_reason], ["m-1", 8, "stop"]);
     assert.equal(data.choices[0].message.content, `${response.headers.get("x-zap-backend")} got m-1: hello`);
@@ -47,14 +47,14 @@ const cases = {
     }
   },
 
-  async "a stream arrives chunk by chunk, ends with its finish and its usage"() {
+  async "a stream arrives chunk by chunk and ends with finish_reason and usage"() {
     const parts = [];
     let finish, usage;
     for await (const chunk of await ask(client("MAIN"), "gated:js", { stream: true })) {
       const choice = chunk.choices[0];
       if (choice?.delta.content) {
         parts.push(choice.delta.content);
-        // The provider sends the next chunk only now: a gateway that holds chunks back stops here.
+        // The provider sends the next chunk only after this: a gateway that buffers chunks times out.
         await Promise.all(mocks("MAIN").map((url) => get(`${url}/_next?js`)));
       }
       finish = choice?.finish_reason ?? finish;
@@ -66,7 +66,7 @@ const cases = {
     assert.equal(usage.total_tokens, 8);
   },
 
-  async "50 in parallel, plain and streamed, spread evenly"() {
+  async "50 concurrent requests, plain and streamed, are spread evenly"() {
     const zap = client("MAIN");
     const one = async (n) => {
       if (n % 2) return (await ask(zap, `n${n}`)).choices[0].message.content;
@@ -82,7 +82,7 @@ const cases = {
     assert.deepEqual(by, { alpha: 25, beta: 25 });
   },
 
-  async "BadRequestError: Zap's own for messages of a wrong type"() {
+  async "BadRequestError: Zap's own error for messages of a wrong type"() {
     const error = await raises(OpenAI.BadRequestError, () =>
       client("MAIN").chat.completions.create({ model: "m-1", messages: "hello" }));
     assert.deepEqual([error.code, error.type], ["missing_messages", "invalid_request_error"]);
@@ -90,14 +90,14 @@ const cases = {
     assert.equal(error.headers.get("x-zap-attempts"), "0");
   },
 
-  async "BadRequestError: an upstream's as it came"() {
+  async "BadRequestError: an upstream error passes unchanged"() {
     const error = await raises(OpenAI.BadRequestError, () => ask(client("MAIN"), "status:400"));
     const message = `${error.headers.get("x-zap-backend")} says 400`;
     assert.deepEqual(error.error, { message, type: "mock", param: null, code: "mock_400" });
     assert.equal(error.headers.get("x-zap-attempts"), "1");
   },
 
-  async "the client's own key never reaches a provider"() {
+  async "the client's key never reaches a provider"() {
     const headers = { "x-api-key": CLIENT_KEY, "api-key": CLIENT_KEY, cookie: CLIENT_KEY };
     for (let n = 0; n < 2; n++) await ask(client("MAIN"), "hello", {}, { headers });
     for (const [n, name] of ["alpha", "beta"].entries()) {
@@ -108,7 +108,7 @@ const cases = {
     }
   },
 
-  async "RateLimitError: Zap's own limiter, for each key"() {
+  async "RateLimitError: Zap's own limit, for each key"() {
     for (let n = 0; n < 5; n++) {
       const { headers } = (await raw(client("LIMIT"), "hello")).response;
       assert.equal(headers.get("x-ratelimit-limit-requests"), "5");
@@ -116,21 +116,21 @@ const cases = {
     }
     const error = await raises(OpenAI.RateLimitError, () => ask(client("LIMIT"), "hello"));
     assert.deepEqual([error.code, error.type], ["rate_limit_exceeded", "rate_limit_error"]);
-    whole(error.headers.get("retry-after"), 1, 60);
+    checkRetryAfter(error.headers.get("retry-after"), 1, 60);
     assert.ok((await ask(client("LIMIT", { apiKey: "another" }), "hello")).choices);
   },
 
-  async "RateLimitError: the upstream's, once every backend cools"() {
+  async "RateLimitError: the upstream's error, once every backend cools down"() {
     let error = await raises(OpenAI.RateLimitError, () => ask(client("COOL"), "status:429"));
     assert.deepEqual([error.code, error.headers.get("x-zap-attempts")], ["mock_429", "2"]);
-    whole(error.headers.get("retry-after"), 1, 7);
+    checkRetryAfter(error.headers.get("retry-after"), 1, 7);
     error = await raises(OpenAI.RateLimitError, () => ask(client("COOL"), "hello"));
     assert.deepEqual([error.code, error.headers.get("x-zap-attempts")], ["upstream_rate_limited", "0"]);
-    whole(error.headers.get("retry-after"), 1, 7);
+    checkRetryAfter(error.headers.get("retry-after"), 1, 7);
     assert.equal(await total("COOL", "requests"), 2);
   },
 
-  async "the SDK's own retry obeys retry-after and then succeeds"() {
+  async "a retry by the SDK obeys retry-after and succeeds"() {
     const began = performance.now();
     const answer = await ask(client("ONCE", { maxRetries: 1 }), "once:js");
     assert.match(answer.choices[0].message.content, /once:js$/);
@@ -138,19 +138,19 @@ const cases = {
     assert.equal(await total("ONCE", "requests"), 3);
   },
 
-  async "InternalServerError: an upstream 500 on every try, then a good answer"() {
+  async "InternalServerError: an upstream 500 on every try, then a good response"() {
     const error = await raises(OpenAI.InternalServerError, () => ask(client("FAIL"), "status:500"));
     assert.deepEqual([error.status, error.code, error.headers.get("x-zap-attempts")], [500, "mock_500", "3"]);
     assert.equal(await total("FAIL", "requests"), 3);
     assert.ok((await ask(client("FAIL"), "hello")).choices);
   },
 
-  async "APIError 502 where no backend listens"() {
+  async "APIError 502 if no backend listens"() {
     const error = await raises(OpenAI.InternalServerError, () => ask(client("DEAD"), "hello"));
     assert.deepEqual([error.status, error.code, error.type], [502, "upstream_unreachable", "upstream_error"]);
   },
 
-  async "a cut stream is an error after what came, never a quiet end"() {
+  async "a cut stream ends with an error after the received chunks"() {
     const parts = [];
     const error = await raises(OpenAI.APIError, async () => {
       for await (const chunk of await ask(client("CUT"), "cut", { stream: true })) parts.push(chunk.choices[0].delta.content);
@@ -159,14 +159,14 @@ const cases = {
     assert.deepEqual([parts.length, parts.join("")], [3, "alpha got m-"]);
   },
 
-  async "an error: an answer cut in the middle of its body"() {
-    // This SDK hands fetch's own error on where the body, not the head, is cut.
+  async "an error: a response cut in its body"() {
+    // If the body is cut after its head, this SDK passes on the error of fetch.
     const error = await raises(Error, () => ask(client("SHORT"), "short"));
     assert.ok(error instanceof OpenAI.APIConnectionError || error.message === "terminated", String(error));
     assert.ok(!(error instanceof OpenAI.APIConnectionTimeoutError));
   },
 
-  async "models are listed and looked up, those that the key may use"() {
+  async "the models that the key may use are listed and found"() {
     const listed = async (apiKey) => {
       const models = [];
       for await (const model of client("ROUTES", { apiKey }).models.list()) models.push(`${model.id} ${model.owned_by}`);
@@ -179,7 +179,7 @@ const cases = {
     assert.equal(error.code, "model_not_found");
   },
 
-  async "AuthenticationError and NotFoundError: who may call, and for what"() {
+  async "AuthenticationError and NotFoundError: wrong key, model not allowed"() {
     let error = await raises(OpenAI.AuthenticationError, () => ask(client("ROUTES", { apiKey: "wrong" }), "hello"));
     assert.deepEqual([error.code, error.type], ["invalid_api_key", "authentication_error"]);
     error = await raises(OpenAI.NotFoundError, () => ask(client("ROUTES", { apiKey: "team-key" }), "hello", { model: "other" }));
@@ -192,10 +192,10 @@ const cases = {
     assert.equal(response.headers.get("x-zap-attempts"), "2");
   },
 
-  async "APIConnectionTimeoutError: a client that leaves frees the provider"() {
+  async "APIConnectionTimeoutError: a disconnect of the client closes the provider's connection"() {
     await raises(OpenAI.APIConnectionTimeoutError, () => ask(client("SLOW"), "slow", {}, { timeout: 500 }));
     const deadline = performance.now() + 2000;
-    while ((await total("SLOW", "left")) === 0) {
+    while ((await total("SLOW", "disconnected")) === 0) {
       assert.ok(performance.now() < deadline, "the provider's connection is still open");
       await new Promise((resolve) => setTimeout(resolve, 20));
     }

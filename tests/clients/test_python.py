@@ -1,4 +1,4 @@
-"""The official Python SDK against Zap in front of mock providers (lab.py starts them)."""
+"""Tests of the official Python SDK against Zap in front of mock providers; lab.py starts both."""
 import asyncio, collections, json, os, time, urllib.request
 import openai
 from cases import case, finish
@@ -33,14 +33,14 @@ def raises(kind, call):
         value = call()
     except kind as error:
         return error
-    raise AssertionError(f"no {kind.__name__}, but {value!r}")
+    raise AssertionError(f"expected {kind.__name__}, got {value!r}")
 
 
-def whole(header, low, high):
+def check_retry_after(header, low, high):
     assert header is not None and header.isdigit() and low <= int(header) <= high, f"retry-after {header!r}"
 
 
-@case("a plain answer")
+@case("a plain response")
 def _():
     raw = ask(client("MAIN"), "hello", raw=True)
     answer = raw.parse()
@@ -56,7 +56,7 @@ def _():
         assert raw.parse().model == f"default-{raw.headers['x-zap-backend']}"
 
 
-@case("a stream arrives chunk by chunk, ends with its finish and its usage")
+@case("a stream arrives chunk by chunk and ends with finish_reason and usage")
 def _():
     with ask(client("MAIN"), "gated:py", stream=True, timeout=8) as stream:
         parts, finish_reason, usage = [], None, None
@@ -64,7 +64,7 @@ def _():
             for choice in chunk.choices:
                 if choice.delta.content:
                     parts.append(choice.delta.content)
-                    # The provider sends the next chunk only now: a gateway that holds chunks back stops here.
+                    # The provider sends the next chunk only after this: a gateway that buffers chunks times out.
                     for url in mocks("MAIN"):
                         get(f"{url}/_next?py")
                 finish_reason = choice.finish_reason or finish_reason
@@ -73,7 +73,7 @@ def _():
     assert finish_reason == "stop" and usage.total_tokens == 8
 
 
-@case("50 in parallel, plain and streamed, spread evenly")
+@case("50 concurrent requests, plain and streamed, are spread evenly")
 def _():
     async def one(zap, n):
         if n % 2:
@@ -93,14 +93,14 @@ def _():
     assert by == {"alpha": 25, "beta": 25}, by
 
 
-@case("BadRequestError: Zap's own for messages of a wrong type")
+@case("BadRequestError: Zap's own error for messages of a wrong type")
 def _():
     error = raises(openai.BadRequestError, lambda: client("MAIN").chat.completions.create(model="m-1", messages="hello"))
     assert error.code == "missing_messages" and error.type == "invalid_request_error", error.body
     assert error.request_id and error.response.headers["x-zap-attempts"] == "0"
 
 
-@case("BadRequestError: an upstream's as it came")
+@case("BadRequestError: an upstream error passes unchanged")
 def _():
     error = raises(openai.BadRequestError, lambda: ask(client("MAIN"), "status:400"))
     name = error.response.headers["x-zap-backend"]
@@ -108,7 +108,7 @@ def _():
     assert error.response.headers["x-zap-attempts"] == "1"
 
 
-@case("the client's own key never reaches a provider")
+@case("the client's key never reaches a provider")
 def _():
     headers = {"x-api-key": CLIENT_KEY, "api-key": CLIENT_KEY, "cookie": CLIENT_KEY}
     for _ in range(2):
@@ -119,7 +119,7 @@ def _():
         assert CLIENT_KEY not in json.dumps(seen)
 
 
-@case("RateLimitError: Zap's own limiter, for each key")
+@case("RateLimitError: Zap's own limit, for each key")
 def _():
     zap = client("LIMIT")
     for n in range(5):
@@ -128,22 +128,22 @@ def _():
         assert headers["x-ratelimit-remaining-requests"] == str(4 - n)
     error = raises(openai.RateLimitError, lambda: ask(zap, "hello"))
     assert error.code == "rate_limit_exceeded" and error.type == "rate_limit_error", error.body
-    whole(error.response.headers.get("retry-after"), 1, 60)
+    check_retry_after(error.response.headers.get("retry-after"), 1, 60)
     assert ask(client("LIMIT", key="another"), "hello").choices
 
 
-@case("RateLimitError: the upstream's, once every backend cools")
+@case("RateLimitError: the upstream's error, once every backend cools down")
 def _():
     error = raises(openai.RateLimitError, lambda: ask(client("COOL"), "status:429"))
     assert error.code == "mock_429" and error.response.headers["x-zap-attempts"] == "2", error.body
-    whole(error.response.headers.get("retry-after"), 1, 7)
+    check_retry_after(error.response.headers.get("retry-after"), 1, 7)
     error = raises(openai.RateLimitError, lambda: ask(client("COOL"), "hello"))
     assert error.code == "upstream_rate_limited" and error.response.headers["x-zap-attempts"] == "0", error.body
-    whole(error.response.headers.get("retry-after"), 1, 7)
+    check_retry_after(error.response.headers.get("retry-after"), 1, 7)
     assert total("COOL", "requests") == 2
 
 
-@case("the SDK's own retry obeys retry-after and then succeeds")
+@case("a retry by the SDK obeys retry-after and succeeds")
 def _():
     began = time.monotonic()
     answer = ask(client("ONCE", max_retries=1), "once:py")
@@ -151,7 +151,7 @@ def _():
     assert time.monotonic() - began >= 0.9 and total("ONCE", "requests") == 3
 
 
-@case("InternalServerError: an upstream 500 on every try, then a good answer")
+@case("InternalServerError: an upstream 500 on every try, then a good response")
 def _():
     error = raises(openai.InternalServerError, lambda: ask(client("FAIL"), "status:500"))
     assert error.status_code == 500 and error.code == "mock_500", error.body
@@ -159,7 +159,7 @@ def _():
     assert ask(client("FAIL"), "hello").choices
 
 
-@case("APIStatusError 502 where no backend listens")
+@case("APIStatusError 502 if no backend listens")
 def _():
     error = raises(openai.APIStatusError, lambda: ask(client("DEAD"), "hello"))
     assert isinstance(error, openai.InternalServerError)
@@ -167,7 +167,7 @@ def _():
     assert error.type == "upstream_error"
 
 
-@case("a cut stream is an error after what came, never a quiet end")
+@case("a cut stream ends with an error after the received chunks")
 def _():
     async def aio():
         async with client("CUT", openai.AsyncOpenAI) as zap:
@@ -185,22 +185,22 @@ def _():
         assert len(parts) == 3 and "".join(parts) == "alpha got m-", parts
 
 
-@case("APIConnectionError: an answer cut in the middle of its body")
+@case("APIConnectionError: a response cut in its body")
 def _():
     error = raises(openai.APIConnectionError, lambda: ask(client("SHORT"), "short"))
     assert not isinstance(error, openai.APITimeoutError)
 
 
-@case("APITimeoutError: a client that leaves frees the provider")
+@case("APITimeoutError: a disconnect of the client closes the provider's connection")
 def _():
     raises(openai.APITimeoutError, lambda: ask(client("SLOW"), "slow", timeout=0.5))
     deadline = time.monotonic() + 2
-    while total("SLOW", "left") == 0:
+    while total("SLOW", "disconnected") == 0:
         assert time.monotonic() < deadline, "the provider's connection is still open"
         time.sleep(0.02)
 
 
-@case("models are listed and looked up, those that the key may use")
+@case("the models that the key may use are listed and found")
 def _():
     listed = lambda key: [(m.id, m.owned_by) for m in client("ROUTES", key=key).models.list()]
     assert listed("team-key") == [("smart", "zap"), ("meta/llama", "alpha")], listed("team-key")
@@ -210,7 +210,7 @@ def _():
     assert error.code == "model_not_found", error.body
 
 
-@case("AuthenticationError, NotFoundError and BadRequestError: who may call, and for what")
+@case("AuthenticationError, NotFoundError and BadRequestError: wrong key, model not allowed, no model")
 def _():
     error = raises(openai.AuthenticationError, lambda: ask(client("ROUTES", key="wrong"), "hello"))
     assert (error.code, error.type) == ("invalid_api_key", "authentication_error"), error.body
@@ -220,7 +220,7 @@ def _():
     assert (error.code, error.param) == ("missing_model", "model"), error.body
 
 
-@case("a model has each backend's own name, and a route its fallback")
+@case("each backend gets its own name of a model, and a route falls back to another target")
 def _():
     zap = client("ROUTES", key="all-key")
     said = {ask(zap, "hello", model="meta/llama").choices[0].message.content for _ in range(2)}

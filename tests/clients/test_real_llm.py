@@ -1,4 +1,4 @@
-"""The Python SDK through Zap to two real model servers, one of which is killed under load."""
+"""Tests of the Python SDK through Zap to two real model servers; one of them is killed under load."""
 import concurrent.futures, os, pathlib, signal, socket, subprocess, sys, tempfile
 import openai
 from cases import case, finish
@@ -27,13 +27,13 @@ def ask(text, **more):
     return client.chat.completions.create(model="", max_tokens=8, messages=[{"role": "user", "content": text}], **more)
 
 
-@case("a plain answer")
+@case("a plain response")
 def _():
     answer = ask("Say hello.")
     assert answer.choices[0].message.content.strip() and answer.usage.completion_tokens > 0
 
 
-@case("a streamed answer in several chunks, with its finish")
+@case("a streamed response in several chunks, with finish_reason")
 def _():
     chunks = [c for c in ask("Count from one to ten.", stream=True) if c.choices]
     parts = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
@@ -41,7 +41,7 @@ def _():
     assert chunks[-1].choices[0].finish_reason in ("stop", "length"), chunks[-1]
 
 
-@case("20 calls, one server killed in the middle: not one fails")
+@case("20 calls, with one server killed meanwhile: none fails")
 def _():
     victim = int((HOME / f"run/{ports[0]}.pid").read_text())
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -55,7 +55,7 @@ def _():
 
 
 if not UP.exists():
-    print("skipped: no real-llm")
+    print(f"skipped: {UP} does not exist")
     finish("real-llm", skip=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with tempfile.TemporaryDirectory(prefix="zap-real-llm.") as folder:
@@ -71,7 +71,7 @@ with tempfile.TemporaryDirectory(prefix="zap-real-llm.") as folder:
         client = openai.OpenAI(base_url=zap.url + "/v1", api_key="any", max_retries=0, timeout=60)
         finish("real-llm")
     finally:
-        for thing in reversed(opened):
-            thing.close()
+        for resource in reversed(opened):
+            resource.close()
         for port in ports:
             up("stop", port)

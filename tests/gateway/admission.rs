@@ -106,10 +106,10 @@ fn a_client_that_disconnects_while_queued_leaves_the_queue() {
     first.post("/chat", "", CHAT);
     eventually("the backend holds the first request", || gate.waiting() == 1);
     for _ in 0..5 {
-        let mut leaver = zap.client();
-        leaver.post("/chat", "", CHAT);
+        let mut leaving = zap.client();
+        leaving.post("/chat", "", CHAT);
         eventually("the request is queued", || zap.metric("zap_queue_depth") == 1.0);
-        drop(leaver);
+        drop(leaving);
         eventually("the queue is empty", || zap.metric("zap_queue_depth") == 0.0);
     }
     let mut last = zap.client();

@@ -631,7 +631,7 @@ fn o1_of_200_concurrent_requests_all_beyond_14_are_refused() {
     });
     eventually("the backend holds four requests", || gate.waiting() == 4);
     assert_eq!(zap.metric("zap_queue_depth"), 10.0);
-    // One at a time, so that the requests do not compete for the CPU.
+    // Refuse one at a time, so that the requests do not compete for the CPU.
     let refuse = || {
         let mut client = zap.client();
         let since = Instant::now();

@@ -1016,7 +1016,7 @@ fn u22_a_failing_backend_with_healthy_probes_changes_state_at_most_once_per_inte
         }
     });
     assert!((1..=7).contains(&changes), "{changes} changes in 6 intervals");
-    // One failure ejects the backend: once at first, and once after each time it comes back.
+    // A single failure ejects the backend: once at first, and once after each time it comes back.
     assert!((2..=4).contains(&a.count()), "{} failures", a.count());
     zap.wait_until_idle();
 }

@@ -99,7 +99,7 @@ fn a_rolling_outage_fails_no_request() {
             more(400);
             down.store(false, Ordering::SeqCst);
             provider.set_health(200);
-            // One outage at a time: wait until the backend is back and no longer cools down.
+            // Only one backend may be down at a time: wait until this one is back and no longer cools down.
             let state =
                 || zap.client().get("/status").json()["backends"][i]["state"].as_str().map(str::to_owned);
             eventually("the backend is available again", || {

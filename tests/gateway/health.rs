@@ -176,7 +176,7 @@ fn a_failure_that_is_delivered_to_the_client_still_counts_as_a_failure() {
     }
     assert_eq!(state(&zap, 0), "ejected", "three consecutive failures eject a backend");
 
-    // Such a failure does not replace a probe either.
+    // A delivered failure does not replace a probe either.
     let a = Provider::fixed(500, "", "a failed");
     let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1000\n[retry]\nmax_retries = 0";
     let zap = Zap::with(settings, &[a.backend("a", "")]);

@@ -388,7 +388,7 @@ fn a_slow_reader_slows_the_upstream_down() {
         let now = sent.load(std::sync::atomic::Ordering::SeqCst);
         std::mem::replace(&mut last, now) == now && now > 0
     });
-    assert!(last < 32 << 20, "{last} bytes were taken from the upstream");
+    assert!(last < 32 << 20, "{last} bytes were read from the upstream");
     let mut total = 0;
     while let Some(piece) = client.chunk().filter(|p| !p.is_empty()) {
         total += piece.len();

@@ -1,4 +1,4 @@
-//! Clients that know what they must get.
+//! HTTP clients that check their responses.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -6,22 +6,22 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// The time limit of a chat.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A connection that is used again while it can be.
+/// A client that reuses its connection while it can.
 pub struct Client {
     address: SocketAddr,
     stream: Option<TcpStream>,
     buf: Vec<u8>,
 }
 
-/// An answer, as far as it came.
+/// A response, as far as it was received.
 #[derive(Debug, Default)]
 pub struct Answer {
     pub status: u16,
     pub body: Vec<u8>,
-    /// It ended as its framing says.
+    /// Whether the body ended as its framing requires.
     pub whole: bool,
 }
 
@@ -30,13 +30,13 @@ impl Answer {
         self.status == 200 && self.whole
     }
 
-    /// A stream with its end, and nothing behind it.
+    /// Whether this is a complete stream that ends with `[DONE]`.
     pub fn is_done(&self) -> bool {
         self.is_good() && self.body.ends_with(b"data: [DONE]\n\n")
     }
 
-    /// A stream that was cut, and says so.
-    pub fn is_visibly_cut(&self) -> bool {
+    /// Whether this is an interrupted stream with a `stream_interrupted` error event.
+    pub fn is_cut_with_error(&self) -> bool {
         !self.whole && memchr::memmem::find(&self.body, b"stream_interrupted").is_some()
     }
 
@@ -51,7 +51,7 @@ impl Client {
         Client { address, stream: None, buf: Vec::new() }
     }
 
-    /// Sends a chat whose `user` tells the provider what to do.
+    /// Sends a chat; its `user` is the script of the provider.
     pub async fn start(&mut self, user: &str) -> std::io::Result<()> {
         let stream = user.starts_with("stream");
         let body = format!(
@@ -74,23 +74,23 @@ impl Client {
         self.stream.as_mut().unwrap().write_all(request.as_bytes()).await
     }
 
-    /// Any request as it stands, and its answer.
+    /// Sends `text` unchanged and reads the response.
     pub async fn raw(&mut self, text: &str) -> Result<Answer, String> {
         self.write(text).await.map_err(|e| e.to_string())?;
         self.answer().await
     }
 
-    /// A chat and its answer.
+    /// Sends a chat and reads the response.
     pub async fn chat(&mut self, user: &str) -> Result<Answer, String> {
         self.start(user).await.map_err(|e| e.to_string())?;
-        match tokio::time::timeout(PATIENCE, self.answer()).await {
+        match tokio::time::timeout(TIMEOUT, self.answer()).await {
             Ok(answer) => answer,
-            Err(_) => Err("no answer".into()),
+            Err(_) => Err("no response in time".into()),
         }
     }
 
-    /// Leaves: politely, or by a reset.
-    pub fn leave(&mut self, reset: bool) {
+    /// Disconnects, with a FIN or a reset.
+    pub fn disconnect(&mut self, reset: bool) {
         if let Some(stream) = self.stream.take()
             && reset
         {
@@ -98,7 +98,7 @@ impl Client {
         }
     }
 
-    /// Reads one answer.
+    /// Reads one response.
     pub async fn answer(&mut self) -> Result<Answer, String> {
         let mut answer = Answer::default();
         let result = self.read(&mut answer).await;
@@ -112,7 +112,7 @@ impl Client {
         }
     }
 
-    /// Reads an answer as far as it comes; whether the connection closes behind it.
+    /// Reads a response as far as it arrives; returns whether the connection closes after it.
     async fn read(&mut self, answer: &mut Answer) -> Result<bool, String> {
         let end = loop {
             if let Some(end) = memchr::memmem::find(&self.buf, b"\r\n\r\n") {
@@ -166,7 +166,7 @@ impl Client {
     }
 }
 
-/// GETs a path on a connection of its own.
+/// Gets a path on a new connection and returns the body.
 pub async fn get(address: SocketAddr, path: &str) -> String {
     let mut client = Client::new(address);
     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -176,7 +176,7 @@ pub async fn get(address: SocketAddr, path: &str) -> String {
     String::from_utf8(answer.body).unwrap()
 }
 
-/// The value that `share` of all are not above; sorts them.
+/// The `share` quantile (0 to 1) of the values; sorts them.
 pub fn percentile(values: &mut [Duration], share: f64) -> Duration {
     values.sort_unstable();
     let last = values.len().saturating_sub(1);

@@ -1,11 +1,13 @@
-//! Zap's real binary under load for as long as one likes, and the figures that take too long for a test.
+//! The real binary under load for a given time, and figures that take too long to measure in a test.
 //!
-//! `cargo test --release --test soak -- [--secs N]` mixes plain and streamed requests, clients that leave, providers that
-//! fail and reloads for N seconds (60), then looks at memory, open files, gauges and every answer that is not
-//! explained; it ends with 1 where any is off.
-//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys` each print one figure of tests/README.md and end with 1 if it misses its bound; `-- figures` does all of them.
+//! `cargo test --release --test soak -- [--secs N]` mixes plain and streamed requests, clients that disconnect,
+//! providers that fail, and reloads for N seconds (default 60). Then it checks memory, open files, gauges and
+//! unexpected responses, and exits with 1 if a check fails.
+//!
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys` prints one figure of
+//! tests/README.md and exits with 1 if its target is missed; `-- figures` prints all of them.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // What cannot go on must say so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A run that cannot continue must panic.
 
 mod load;
 
@@ -22,12 +24,12 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let after = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1));
-    let number = |name: &str, otherwise: u64| {
-        after(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} needs a number")))
+    let number = |name: &str, default: u64| {
+        after(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} needs a number")))
     };
     let scene = args.first().filter(|a| !a.starts_with("--")).map_or("mixed", String::as_str);
     if let Err(e) = zap::raise_file_limit() {
-        eprintln!("the limit of open files stays as it is: {e}");
+        eprintln!("cannot raise the limit of open files: {e}");
     }
     let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let secs = number("--secs", if scene == "hold" { 300 } else { 60 });
@@ -57,7 +59,7 @@ fn main() -> ExitCode {
             fine &= scenes::keys();
             fine & scenes::hold(number("--secs", 300)).await
         }),
-        other => panic!("no scene {other}"),
+        other => panic!("unknown scene {other:?}"),
     };
     ExitCode::from(u8::from(!fine))
 }

@@ -1,4 +1,4 @@
-//! The soak: everything at once.
+//! The soak test: mixed load, failing providers and reloads at the same time.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -12,29 +12,29 @@ use crate::load::Client;
 use crate::provider::Process;
 use crate::zap::{Zap, config};
 
-/// Clients of each kind, and how long they think between two requests.
+/// The number of clients of each kind, and their mean pause between two requests.
 const PLAIN: usize = 24;
 const STREAMS: usize = 100;
-const LEAVERS: usize = 16;
-const THINK: Duration = Duration::from_millis(60);
+const DISCONNECTING: usize = 16;
+const PAUSE: Duration = Duration::from_millis(60);
 
-/// Between two reloads.
+/// The time between two reloads.
 const RELOAD: Duration = Duration::from_secs(2);
 
-/// What came of all requests.
+/// The results of all requests.
 #[derive(Default)]
 struct Tally {
     plain: Cell<u64>,
     streams: Cell<u64>,
     cut: Cell<u64>,
-    left: Cell<u64>,
-    unexplained: RefCell<Vec<String>>,
+    disconnected: Cell<u64>,
+    unexpected: RefCell<Vec<String>>,
     over: Cell<bool>,
 }
 
 impl Tally {
-    fn strange(&self, what: String) {
-        self.unexplained.borrow_mut().push(what);
+    fn add_unexpected(&self, what: String) {
+        self.unexpected.borrow_mut().push(what);
     }
 }
 
@@ -46,7 +46,7 @@ pub async fn run(secs: u64) -> bool {
         config(settings, &[("steady", steady.port, &a), ("shaky", shaky.port, &b)])
     };
     let zap = Rc::new(Zap::start(&fleet((2, 1))));
-    // Its threads open theirs one after the other.
+    // Zap's threads open their files one after another; wait until the number is stable.
     let mut files = 0;
     while files != zap.open_files() {
         files = zap.open_files();
@@ -58,7 +58,7 @@ pub async fn run(secs: u64) -> bool {
     let local = LocalSet::new();
     local
         .run_until(async {
-            for i in 0..PLAIN + STREAMS + LEAVERS {
+            for i in 0..PLAIN + STREAMS + DISCONNECTING {
                 let (zap, tally) = (zap.clone(), tally.clone());
                 spawn_local(async move {
                     let mut client = Client::new(zap.address);
@@ -66,9 +66,9 @@ pub async fn run(secs: u64) -> bool {
                         match i {
                             0..PLAIN => plain(&mut client, &tally).await,
                             i if i < PLAIN + STREAMS => stream(&mut client, &tally).await,
-                            _ => leave(&mut client, &tally).await,
+                            _ => disconnect(&mut client, &tally).await,
                         }
-                        sleep(THINK.mul_f64(0.5 + fastrand::f64())).await;
+                        sleep(PAUSE.mul_f64(0.5 + fastrand::f64())).await;
                     }
                 });
             }
@@ -95,7 +95,7 @@ pub async fn run(secs: u64) -> bool {
                 }
             }
             tally.over.set(true);
-            // Streams under way end by themselves.
+            // Let running streams end.
             sleep(Duration::from_secs(2)).await;
         })
         .await;
@@ -106,8 +106,8 @@ pub async fn run(secs: u64) -> bool {
 async fn plain(client: &mut Client, tally: &Tally) {
     match client.chat("plain").await {
         Ok(answer) if answer.is_good() => tally.plain.set(tally.plain.get() + 1),
-        Ok(answer) => tally.strange(answer.text()),
-        Err(e) => tally.strange(format!("plain: {e}")),
+        Ok(answer) => tally.add_unexpected(answer.text()),
+        Err(e) => tally.add_unexpected(format!("plain: {e}")),
     }
 }
 
@@ -115,20 +115,20 @@ async fn stream(client: &mut Client, tally: &Tally) {
     match client.chat("stream:30:20").await {
         Ok(answer) if answer.is_done() => tally.streams.set(tally.streams.get() + 1),
         // The shaky provider cuts some of its streams.
-        Ok(answer) if answer.is_visibly_cut() => tally.cut.set(tally.cut.get() + 1),
-        Ok(answer) => tally.strange(answer.text()),
-        Err(e) => tally.strange(format!("stream: {e}")),
+        Ok(answer) if answer.is_cut_with_error() => tally.cut.set(tally.cut.get() + 1),
+        Ok(answer) => tally.add_unexpected(answer.text()),
+        Err(e) => tally.add_unexpected(format!("stream: {e}")),
     }
 }
 
-async fn leave(client: &mut Client, tally: &Tally) {
+async fn disconnect(client: &mut Client, tally: &Tally) {
     let user = ["plain", "stream:50:20", "wait"][fastrand::usize(..3)];
     if let Err(e) = client.start(user).await {
-        tally.strange(format!("leaver: {e}"));
+        tally.add_unexpected(format!("disconnecting client: {e}"));
     }
     sleep(Duration::from_millis(fastrand::u64(..200))).await;
-    client.leave(fastrand::bool());
-    tally.left.set(tally.left.get() + 1);
+    client.disconnect(fastrand::bool());
+    tally.disconnected.set(tally.disconnected.get() + 1);
 }
 
 async fn report(
@@ -140,48 +140,52 @@ async fn report(
     secs: u64,
 ) -> bool {
     let mut fine = true;
-    let mut say = |name: &str, value: String, good: bool| {
-        println!("{name:24} {value:40} {}", if good { "fine" } else { "OFF" });
+    let mut check = |name: &str, value: String, good: bool| {
+        println!("{name:24} {value:40} {}", if good { "ok" } else { "FAILED" });
         fine &= good;
     };
     let (plain, streams) = (tally.plain.get(), tally.streams.get());
-    say("answers", format!("{plain} plain, {streams} streams"), plain > 0 && streams > 0);
-    say("left and cut", format!("{} left, {} visibly cut", tally.left.get(), tally.cut.get()), true);
-    let unexplained = tally.unexplained.take();
-    say("unexplained", unexplained.len().to_string(), unexplained.is_empty());
-    unexplained.iter().take(5).for_each(|what| println!("    {what}"));
+    check("responses", format!("{plain} plain, {streams} streams"), plain > 0 && streams > 0);
+    check(
+        "disconnected and cut",
+        format!("{} disconnected, {} cut with an error", tally.disconnected.get(), tally.cut.get()),
+        true,
+    );
+    let unexpected = tally.unexpected.take();
+    check("unexpected", unexpected.len().to_string(), unexpected.is_empty());
+    unexpected.iter().take(5).for_each(|what| println!("    {what}"));
     let counted = (
         zap.metric("zap_config_reloads_total", "applied").await as u64,
         zap.metric("zap_config_reloads_total", "rejected").await as u64,
     );
-    say("reloads", format!("{counted:?} of {reloads:?}"), counted == reloads);
+    check("reloads", format!("{counted:?} of {reloads:?}"), counted == reloads);
     // Idle upstream connections live for 30 s.
     let end = Instant::now() + Duration::from_secs(40);
     let (held, open) = loop {
         sleep(Duration::from_millis(200)).await;
-        // Counted before the gauges are read: the connection of that is closed only a moment later.
+        // Count files before reading the gauges: Zap closes the connection of that read a moment later.
         let open = zap.open_files();
         let held = zap.held().await;
         if open <= files && held.is_empty() || Instant::now() > end {
             break (held, open);
         }
     };
-    say("gauges", format!("{held:?}"), held.is_empty());
-    say("open files", format!("{open} of {files}"), open <= files);
-    // It warms up for half of the run, for half an hour at most: the allocator touches its pages one after the other, so
-    // what is resident nears what is mapped, while what is allocated stays the same.
+    check("gauges", format!("{held:?}"), held.is_empty());
+    check("open files", format!("{open} of {files}"), open <= files);
+    // The first half of the run, at most half an hour, is warm-up: the allocator touches its pages one by one, so
+    // resident memory approaches mapped memory while allocated memory stays constant.
     let from = (secs as f64 / 2.0).min(1800.0);
     let settled: Vec<_> = memory.iter().copied().filter(|(at, _)| *at >= from).collect();
     let slope = slope(&settled) * 3600.0 / 1024.0;
     let growth = slope * (secs as f64 - from) / 3600.0;
-    // A minute is too short for a slope: what the windows still take is allowed for.
+    // A minute is too short for a slope, so a short run allows 2 MiB in total, mostly for rate limit windows.
     let good = if secs >= 600 { slope < 1.0 } else { growth < 2.0 };
     let last = settled.last().map_or(0.0, |m| m.1 / 1024.0);
-    say("RssAnon", format!("{last:.1} MiB, {slope:+.2} MiB/h, {growth:+.2} MiB in all"), good);
+    check("RssAnon", format!("{last:.1} MiB, {slope:+.2} MiB/h, {growth:+.2} MiB in total"), good);
     fine
 }
 
-/// The slope of the line that fits best.
+/// The slope of the least-squares line.
 fn slope(points: &[(f64, f64)]) -> f64 {
     let n = points.len().max(1) as f64;
     let mean = points.iter().fold((0.0, 0.0), |m, p| (m.0 + p.0 / n, m.1 + p.1 / n));

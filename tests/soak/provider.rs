@@ -1,5 +1,5 @@
-//! Providers that do what a request's `user` says: `plain`, `wait` (never answers), or `stream:N:MS`, so many events so
-//! far apart. Some of their answers fail, if they are told to.
+//! Providers that do what a request's `user` says: `plain`, `wait` (no response), or `stream:N:MS` (N events, MS ms
+//! apart). A given share of their requests may fail.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
@@ -10,14 +10,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-/// A provider in a process of its own, killed when dropped.
+/// A provider in its own process; killed when dropped.
 pub struct Process {
     child: Child,
     pub port: u16,
 }
 
 impl Process {
-    /// Starts it on `port` (0: any); `fail` of a hundred answers fail.
+    /// Starts a provider on `port` (0 for any free one). `fail` percent of its requests are picked to fail: a stream
+    /// may be cut, and half of the time the request fails before its response begins.
     pub fn start(port: u16, fail: u64) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["provider", "--port", &port.to_string(), "--fail", &fail.to_string()]);
@@ -36,7 +37,7 @@ impl Drop for Process {
     }
 }
 
-/// Serves in this process until it is dropped; prints its port first.
+/// Prints the port, then serves in this process until the future is dropped.
 pub async fn run(port: u16, fail: u64) {
     let listener = listen(port);
     println!("{}", listener.local_addr().unwrap().port());
@@ -52,36 +53,37 @@ pub fn listen(port: u16) -> TcpListener {
     TcpListener::from_std(socket.into()).unwrap()
 }
 
-/// Rung for every connection with a request that breaks off, and for every request that comes.
+/// Notifications of a provider: `disconnected` for each client that disconnects during a request, `received` for each
+/// request.
 #[derive(Default)]
-pub struct News {
-    pub broken: Notify,
-    pub came: Notify,
+pub struct Events {
+    pub disconnected: Notify,
+    pub received: Notify,
 }
 
-pub async fn serve(listener: TcpListener, fail: u64, news: Arc<News>) {
+pub async fn serve(listener: TcpListener, fail: u64, events: Arc<Events>) {
     loop {
         let (stream, _) = listener.accept().await.unwrap();
-        let news = news.clone();
-        tokio::spawn(async move { connection(stream, fail, &news).await });
+        let events = events.clone();
+        tokio::spawn(async move { connection(stream, fail, &events).await });
     }
 }
 
-async fn connection(mut stream: TcpStream, fail: u64, news: &News) {
+async fn connection(mut stream: TcpStream, fail: u64, events: &Events) {
     stream.set_nodelay(true).unwrap();
     let mut buf = Vec::new();
     while let Some(user) = request(&mut stream, &mut buf).await {
         let failing = fastrand::u64(..100) < fail && user != "health";
         if user != "health" {
-            news.came.notify_one();
+            events.received.notify_one();
         }
-        if !answer(&mut stream, &user, failing, news).await {
+        if !answer(&mut stream, &user, failing, events).await {
             return;
         }
     }
 }
 
-/// Reads one request; returns what its `user` says.
+/// Reads one request; returns its `user`, or `health` for a GET.
 async fn request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> Option<String> {
     loop {
         if let Some(end) = memchr::memmem::find(buf, b"\r\n\r\n") {
@@ -102,41 +104,41 @@ async fn request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> Option<String> {
     }
 }
 
-/// Answers; `false`: the connection is over.
-async fn answer(stream: &mut TcpStream, user: &str, failing: bool, news: &News) -> bool {
+/// Sends the response; returns `false` if the connection must be closed.
+async fn answer(stream: &mut TcpStream, user: &str, failing: bool, events: &Events) -> bool {
     if failing && fastrand::bool() {
         return match fastrand::u8(..3) {
             0 => false,
-            1 => plain(stream, "500 X", "", "{\"error\":\"now and then\"}").await,
+            1 => plain(stream, "500 X", "", "{\"error\":\"random failure\"}").await,
             _ => plain(stream, "429 X", "retry-after-ms: 20\r\n", "{}").await,
         };
     }
     if user == "wait" {
-        wait_for_end(stream).await;
-        news.broken.notify_one();
+        wait_closed(stream).await;
+        events.disconnected.notify_one();
         return false;
     }
     let Some(stream_of) = user.strip_prefix("stream:") else {
         return plain(stream, "200 OK", "", "{\"choices\":[{\"message\":{\"content\":\"hi\"}}]}").await;
     };
-    let (events, pause) = stream_of.split_once(':').unwrap();
-    let events: u32 = events.parse().unwrap();
+    let (count, pause) = stream_of.split_once(':').unwrap();
+    let count: u32 = count.parse().unwrap();
     let pause = Duration::from_millis(pause.parse().unwrap());
     let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
     if stream.write_all(head.as_bytes()).await.is_err() {
         return false;
     }
-    for i in 0..events {
-        if failing && i > events / 2 {
+    for i in 0..count {
+        if failing && i > count / 2 {
             return false;
         }
         if stream.write_all(b"18\r\ndata: {\"content\":\"hi\"}\n\n\r\n").await.is_err() {
-            news.broken.notify_one();
+            events.disconnected.notify_one();
             return false;
         }
-        let paused = tokio::time::timeout(pause, wait_for_end(stream)).await;
+        let paused = tokio::time::timeout(pause, wait_closed(stream)).await;
         if paused.is_ok() {
-            news.broken.notify_one();
+            events.disconnected.notify_one();
             return false;
         }
     }
@@ -148,8 +150,8 @@ async fn plain(stream: &mut TcpStream, status: &str, headers: &str, body: &str) 
     stream.write_all(text.as_bytes()).await.is_ok()
 }
 
-/// Ready when the other side has gone.
-async fn wait_for_end(stream: &mut TcpStream) {
+/// Waits until Zap closes the connection.
+async fn wait_closed(stream: &mut TcpStream) {
     let mut one = [0; 1];
     while matches!(stream.peek(&mut one).await, Ok(n) if n > 0) {
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -1,4 +1,4 @@
-//! Zap's own process: its file, its signals, what the kernel says of it.
+//! A Zap process: its configuration file, its signals, and its memory and open files as seen by the kernel.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ pub fn raise_file_limit() -> std::io::Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
 }
 
-/// A running Zap, killed when dropped.
+/// A running Zap; killed when dropped.
 pub struct Zap {
     child: Child,
     pub address: SocketAddr,
@@ -36,14 +36,14 @@ impl Zap {
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let address = loop {
-            let line = lines.next().expect("it ended before it listened").unwrap();
+            let line = lines.next().expect("Zap ended before it listened").unwrap();
             match line.split_once("listening on ") {
                 Some((_, address)) => break address.parse().unwrap(),
                 None => eprintln!("zap: {line}"),
             }
         };
         std::thread::spawn(move || {
-            // What it says of bugs matters; the rest is as expected.
+            // Show only log lines about bugs; the other lines are expected.
             lines.map_while(Result::ok).filter(|l| l.contains("a bug")).for_each(|l| eprintln!("zap: {l}"));
         });
         Zap { child, address, file }
@@ -57,7 +57,7 @@ impl Zap {
         kill_process(Pid::from_raw(self.child.id() as i32).unwrap(), signal).unwrap();
     }
 
-    /// Waits for its end: the exit code and how long it took.
+    /// Waits up to `limit` for the process to exit; returns the exit code and the time it took.
     pub fn wait(&mut self, limit: Duration) -> Option<(i32, Duration)> {
         let since = Instant::now();
         while since.elapsed() < limit {
@@ -80,14 +80,14 @@ impl Zap {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    /// The sum of all samples whose series begins with `name` and holds `part`.
+    /// The sum of all samples of the metric `name` whose line contains `part`.
     pub async fn metric(&self, name: &str, part: &str) -> f64 {
         let text = load::get(self.address, "/metrics").await;
         let of = |l: &str| l.split([' ', '{']).next() == Some(name) && l.contains(part);
         text.lines().filter(|l| of(l)).filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
-    /// What is held, by the gauges; empty when nothing is.
+    /// The gauges of held resources that are not 0.
     pub async fn held(&self) -> Vec<(&'static str, f64)> {
         let mut held = Vec::new();
         for (name, part) in
@@ -114,7 +114,7 @@ fn write(file: &PathBuf, config: &str) {
     file.write_all(config.as_bytes()).unwrap();
 }
 
-/// A configuration of these backends: name, port, further keys.
+/// A configuration text with these backends, each given as name, port and further lines.
 pub fn config(settings: &str, backends: &[(&str, u16, &str)]) -> String {
     let mut text = format!(
         "[server]\nhost = \"127.0.0.1\"\nport = 0\nworkers = 2\n{settings}\n[log]\nrequests = false\n"

@@ -23,7 +23,7 @@ impl Seen {
     }
 }
 
-/// What happens to the connection after a response.
+/// Whether a provider keeps or closes the connection after a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
     Close,

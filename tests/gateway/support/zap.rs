@@ -95,7 +95,7 @@ impl Zap {
             .collect()
     }
 
-    /// One sample; panics if there is no such series.
+    /// The sample of `series`; panics if there is no such series.
     pub(crate) fn metric(&self, series: &str) -> f64 {
         let all = self.metrics();
         *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
