@@ -1,4 +1,5 @@
-//! Faults of clients (c), overload (o) and security (s). A test name begins with its row in the table of faults.
+//! Faults of clients, load, panics and security: rows C, O and S of the table of faults. A test name begins with the
+//! id of its row.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};

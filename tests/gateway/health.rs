@@ -205,7 +205,7 @@ fn with_all_backends_ejected_a_failed_try_is_retried_on_the_others() {
     assert!(failing.count() > 0, "backend a is the best pick at first");
     zap.wait_until_idle();
 
-    // Each backend is tried once; then the client gets the last response unchanged.
+    // Each backend is tried once, within `max_retries`; then the client gets the last response unchanged.
     let (a, b) = (Provider::fixed(500, "", "a failed"), Provider::fixed(502, "", "b failed"));
     let zap = all_ejected(&[a.backend("a", ""), b.backend("b", "")], &[&a, &b]);
     let answer = zap.chat(CHAT);
