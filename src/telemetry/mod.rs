@@ -352,7 +352,13 @@ impl RequestRecord {
         for (i, (backend, why, looked)) in self.passed.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
             push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"]", reason(*why, *looked));
+            let _ = write!(out, ",\"{}\"", reason(*why, *looked));
+            // Who is out says why.
+            if let (Passed::Closed(Closed::Out(_)), Some((_, fault))) = (why, backend.last_error()) {
+                out.push(',');
+                push_json(&mut out, &fault.cause);
+            }
+            out.push(']');
         }
         let _ = write!(
             out,

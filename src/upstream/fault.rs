@@ -57,16 +57,16 @@ impl Fault {
 
     /// The TLS handshake failed.
     pub(crate) fn tls(error: &(dyn Error + 'static)) -> Self {
-        let mut causes = std::iter::successors(Some(error), |e| Error::source(*e));
-        let tls = |e: &(dyn Error + 'static)| {
-            let inner = e.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-            inner.or_else(|| e.downcast_ref::<rustls::Error>()).map(tls_cause)
+        // An I/O error holds another error but does not call it its source.
+        let mut innermost = error;
+        while let Some(inner) = innermost.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            innermost = inner;
+        }
+        let io = || error.downcast_ref::<io::Error>().map(io_cause).unwrap_or("failed".into());
+        let cause = match innermost.downcast_ref::<rustls::Error>() {
+            Some(tls) => tls_cause(tls),
+            None => format!("TLS handshake: {}", io()).into(),
         };
-        let cause = causes.find_map(tls).unwrap_or_else(|| match error.downcast_ref::<io::Error>() {
-            Some(error) => format!("TLS handshake: {}", io_cause(error)).into(),
-            None => "TLS handshake failed".into(),
-        });
         Fault::new(Code::UpstreamTlsError, cause)
     }
 
@@ -157,6 +157,7 @@ mod tests {
         );
         let wrapped = io::Error::other(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer));
         assert_eq!(Fault::tls(&wrapped).to_string(), "certificate: unknown issuer");
+        assert_eq!(Fault::tls(&io::Error::other(wrapped)).to_string(), "certificate: unknown issuer");
         let plain = io::Error::from(io::ErrorKind::UnexpectedEof);
         assert_eq!(Fault::tls(&plain).to_string(), "TLS handshake: connection closed");
         assert_eq!(Fault::not_http("two lengths").to_string(), "not HTTP: two lengths");

@@ -438,7 +438,7 @@ fn s01_a_backends_key_is_in_no_line_of_the_log_whatever_fails() {
         let line: serde_json::Value = serde_json::from_str(&zap.line("line-1")).unwrap();
         assert_eq!((&line["status"], &line["end"]), (&status.into(), &end.into()), "{line} {sent}");
         if event != "start" {
-            assert!(zap.line(event).contains(": a "), "it says whom");
+            assert!(zap.line(event).contains(": backend a "), "it says whom");
         }
         let metrics = ask(zap.address, "GET /metrics HTTP/1.1", "");
         let state = ask(zap.address, "GET /status HTTP/1.1", "");

@@ -2,8 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot go on must say so.
 
+mod causes;
 mod faults;
 mod manual;
+#[path = "../gateway/support/tls_server.rs"]
+mod tls_server;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -131,20 +134,27 @@ fn ask(address: SocketAddr, head: &str, body: &str) -> String {
 
 /// A provider that answers every chat with these bytes after `wait`, and probes with 200.
 fn provider(answer: &'static str, wait: Duration) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    respond(move |is_check| {
+        if is_check {
+            return "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+        }
+        std::thread::sleep(wait);
+        answer
+    })
+}
+
+/// A provider that answers a check, or a chat, with these bytes.
+fn respond(answer: impl Fn(bool) -> &'static str + Send + Sync + 'static) -> SocketAddr {
+    let (listener, answer) = (TcpListener::bind("127.0.0.1:0").unwrap(), std::sync::Arc::new(answer));
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
+            let answer = answer.clone();
             std::thread::spawn(move || {
                 let mut stream = stream.unwrap();
                 let mut buf = [0; 8192];
                 let n = stream.read(&mut buf).unwrap();
-                if buf[..n].starts_with(b"GET") {
-                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
-                    return;
-                }
-                std::thread::sleep(wait);
-                let _ = stream.write_all(answer.as_bytes());
+                let _ = stream.write_all(answer(buf[..n].starts_with(b"GET")).as_bytes());
             });
         }
     });

@@ -914,7 +914,7 @@ fn u19_an_expired_certificate_is_a_tls_error_and_another_serves() {
     expired.not_before = rcgen::date_time_ymd(2019, 1, 1);
     expired.not_after = rcgen::date_time_ymd(2020, 1, 1);
     for (params, trusted) in [(named(), true), (expired, false)] {
-        let (address, pem) = crate::tls::server_with(params);
+        let (address, pem) = crate::support::tls_server::server_with(params);
         let text = crate::tls::backend(address, &format!("ca_file = \"{}\"", pem.display()));
         let zap = Zap::with(QUICK, std::slice::from_ref(&text));
         let answer = zap.chat(CHAT);

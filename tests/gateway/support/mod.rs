@@ -2,6 +2,8 @@
 
 pub(crate) mod provider;
 
+pub(crate) mod tls_server;
+
 pub(crate) mod wire;
 
 pub(crate) mod zap;

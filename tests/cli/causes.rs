@@ -1,0 +1,133 @@
+//! The cause of a failure stands in the event, in `/status` and in the log line.
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::{CHAT, OK, Running, ask, provider, respond, tls_server};
+
+/// A TLS backend whose certificate names `name`: its URL, and the settings that trust the certificate.
+fn tls(name: &str) -> (String, String) {
+    let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+    let (address, pem) = tls_server::server_with(params);
+    (format!("https://localhost:{}", address.port()), format!("ca_file = \"{}\"", pem.display()))
+}
+
+fn url(address: SocketAddr) -> String {
+    format!("http://{address}")
+}
+
+/// Starts Zap with backend `a` at `url`, and `b`, which works and is asked after it.
+fn start(url: &str, more: &str, failure_threshold: u32) -> Running {
+    let b = provider(OK, Duration::ZERO);
+    Running::with(&format!(
+        "[server]\nport = 0\nworkers = 1\n[timeouts]\nconnect_ms = 500\n\
+         [health]\ninterval_secs = 1\ntimeout_secs = 5\nfailure_threshold = {failure_threshold}\n\
+         [[backends]]\nname = \"a\"\nurl = \"{url}\"\nweight = 1\n{more}\n\
+         [[backends]]\nname = \"b\"\nurl = \"http://{b}\"\nweight = 1\npriority = 1\n"
+    ))
+}
+
+/// The log line of a chat.
+fn chat(zap: &Running) -> Value {
+    assert!(ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: chat-1", CHAT).ends_with("ok"));
+    serde_json::from_str(&zap.line("chat-1")).unwrap()
+}
+
+/// What `/status` says of backend `a`.
+fn last_error(zap: &Running) -> Value {
+    let status = ask(zap.address, "GET /status HTTP/1.1", "");
+    let status: Value = serde_json::from_str(status.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    status["backends"][0]["last_error"].clone()
+}
+
+/// Where a backend is, its other settings, its code, and one of the causes that are to be named.
+type Case = (String, String, &'static str, &'static [&'static str]);
+
+fn unreachable() -> [Case; 4] {
+    const LOOKUP: &[&str] =
+        &["no such host", "the name server does not answer", "connect timed out after 0.5 s"];
+    let (untrusted, _) = tls("localhost");
+    let (wrong_name, trusting) = tls("other.test");
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let none = String::new;
+    [
+        (untrusted, none(), "upstream_tls_error", &["certificate: unknown issuer"]),
+        (wrong_name, trusting, "upstream_tls_error", &["certificate: not valid for this name"]),
+        ("http://nowhere.invalid:8000".to_owned(), none(), "", LOOKUP),
+        (url(closed), none(), "upstream_unreachable", &["connection refused"]),
+    ]
+}
+
+/// `said` is one of the causes.
+fn is_one(said: &Value, causes: &[&str]) -> bool {
+    causes.iter().any(|cause| said == cause)
+}
+
+#[test]
+fn a_failed_check_names_its_cause_in_the_event_in_status_and_in_the_log_line() {
+    const NO_ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n";
+    let page = |answer| respond(move |is_check| if is_check { answer } else { OK });
+    let sick = page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n");
+    let more: [Case; 2] = [
+        (url(sick), "health_path = \"/health\"".to_owned(), "upstream_error", &["HTTP 503 to GET /health"]),
+        (
+            url(page(NO_ANSWER)),
+            String::new(),
+            "upstream_invalid_response",
+            &["not HTTP: two content-lengths"],
+        ),
+    ];
+    for (url, more, code, causes) in unreachable().into_iter().chain(more) {
+        let zap = start(&url, &more, 1);
+        let event = zap.line("backend_down");
+        let cause = event.split("backend a is down after 1 failure: health check: ").nth(1);
+        assert!(is_one(&cause.into(), causes), "{event}");
+        let error = last_error(&zap);
+        assert!(is_one(&error["cause"], causes), "{error}");
+        assert!(code.is_empty() || error["code"] == code, "{error}");
+        let passed = &chat(&zap)["passed"][0];
+        assert_eq!((&passed[0], &passed[1]), (&"a".into(), &"ejected".into()));
+        assert!(is_one(&passed[2], causes), "{passed}");
+    }
+}
+
+#[test]
+fn a_failed_try_names_its_cause_in_the_log_line_and_in_status() {
+    const NO_ANSWER: &str = "HTTP/1.1 200 OK\r\na : b\r\n\r\n";
+    let page = |answer| respond(move |is_check| if is_check { OK } else { answer });
+    let more: [Case; 3] = [
+        (
+            url(page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n")),
+            String::new(),
+            "upstream_error",
+            &["HTTP 503"],
+        ),
+        (
+            url(page(NO_ANSWER)),
+            String::new(),
+            "upstream_invalid_response",
+            &["not HTTP: a header is malformed"],
+        ),
+        (url(page("")), String::new(), "upstream_unreachable", &["connection closed before an answer"]),
+    ];
+    for (url, more, code, causes) in unreachable().into_iter().chain(more) {
+        let zap = start(&url, &more, 1_000);
+        let line = chat(&zap);
+        let (attempts, error) = (&line["attempts"], last_error(&zap));
+        assert!(attempts[0][0] == "a" && is_one(&attempts[0][2], causes), "{line}");
+        assert!(code.is_empty() || attempts[0][1] == code, "{line}");
+        assert_eq!(attempts[1], serde_json::json!(["b", "200"]), "{line}");
+        assert_eq!((&error["code"], &error["cause"]), (&attempts[0][1], &attempts[0][2]));
+    }
+}
+
+#[test]
+fn a_backend_that_real_requests_close_and_a_check_reopens_says_so() {
+    let a = respond(|is_check| if is_check { OK } else { "HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n" });
+    let zap = start(&url(a), "", 1);
+    assert_eq!(chat(&zap)["attempts"][0], serde_json::json!(["a", "upstream_error", "HTTP 500"]));
+    assert!(zap.line("backend_down").ends_with("backend a is down after 1 failure: request: HTTP 500"));
+    assert!(zap.line("backend_up").ends_with("backend a is up again: health check: HTTP 200"));
+}
