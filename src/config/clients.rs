@@ -1,57 +1,61 @@
-//! `[[client_keys]]`: who may call.
+//! `[[client_keys]]`: the clients that may send requests.
 
 use std::collections::HashMap;
 
 use ring::digest::{SHA256, digest};
 
 use crate::config::models::pattern;
-use crate::config::raw::{REQUESTS_PER_MINUTE, Surroundings};
+use crate::config::raw::{Context, REQUESTS_PER_MINUTE};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::{ClientKey, backend};
 
-/// The keys, and whether one stands in the text itself.
-pub(super) fn clients(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> (Vec<ClientKey>, bool) {
-    let read = root.sections("client_keys", |t| client(t, around));
+/// The client keys, and whether the text itself contains one.
+pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<ClientKey>, bool) {
+    let read = root.sections("client_keys", |t| client(t, ctx));
     let read: Vec<(ClientKey, usize, bool)> = read.into_iter().flatten().flatten().collect();
     let (mut names, mut digests) = (HashMap::new(), HashMap::new());
     for (client, line, _) in &read {
         if let Some(first) = names.insert(client.name.as_str(), line) {
-            let what = "each key needs a name of its own";
-            root.sink().fault(*line, format!("`client_keys.name` is that of line {first} again; {what}"));
+            let what = "each entry must have its own name";
+            root.sink().fault(*line, format!("`client_keys.name` repeats the name at line {first}; {what}"));
         }
         if let Some(first) = digests.insert(client.digest, line) {
-            root.sink().fault(*line, format!("this key is that of line {first} again; keys must differ"));
+            let what = "each entry must have its own key";
+            root.sink().fault(*line, format!("`client_keys` repeats the key at line {first}; {what}"));
         }
     }
     let inline = read.iter().any(|(_, _, inline)| *inline);
     (read.into_iter().map(|(client, ..)| client).collect(), inline)
 }
 
-/// One key, the line of its table, and whether it stands in the text; `None` has noted faults.
-fn client(t: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Option<(ClientKey, usize, bool)> {
+/// One client key, the line of its table, and whether the text itself contains the key. Returns `None` if a required
+/// entry is missing or not valid: then a fault is recorded.
+fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<(ClientKey, usize, bool)> {
     let line = t.line();
     if t.line_of("name").is_none() {
-        t.fault(line, "name", "is missing; a string is needed");
+        t.fault(line, "name", "is missing; a string is required");
     }
     let name = backend::name(t);
     let hash_line = t.line_of("sha256");
-    let (key, inline) = backend::secret(t, "key", around);
+    let (key, inline) = backend::secret(t, "key", ctx);
     let hash = t.text("sha256").and_then(|Text { value, line }| {
         let hash = parse_hex(&value);
         if hash.is_none() {
-            t.fault(line, "sha256", "is no SHA-256; allowed: 64 hexadecimal digits");
+            t.fault(line, "sha256", "is not a SHA-256; must be 64 hexadecimal digits");
         }
         hash
     });
     match (inline, hash_line) {
-        (None, None) => t.fault(line, "key", "is missing; either it or `sha256` is needed"),
-        (Some(_), Some(line)) => t.fault(line, "sha256", "stands beside a `key`; allowed: one of the two"),
+        (None, None) => t.fault(line, "key", "is missing; either `key` or `sha256` is required"),
+        (Some(_), Some(line)) => {
+            t.fault(line, "sha256", "is set and `key` is set; must be only one of the two");
+        }
         _ => {}
     }
     let requests_per_minute = t.optional("requests_per_minute", REQUESTS_PER_MINUTE);
     let models = t.texts("models").map(|texts| texts.iter().filter_map(|text| pattern(t, text)).collect());
-    let of_key = key.and_then(|key| digest(&SHA256, key.expose().as_bytes()).as_ref().try_into().ok());
-    let digest = of_key.or(hash)?;
+    let key_digest = key.and_then(|key| digest(&SHA256, key.expose().as_bytes()).as_ref().try_into().ok());
+    let digest = key_digest.or(hash)?;
     let client = ClientKey { name: name?.value, digest, requests_per_minute, models };
     Some((client, line, inline == Some(true)))
 }

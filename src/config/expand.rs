@@ -1,10 +1,10 @@
-//! `${NAME}` inside a value.
+//! Expansion of `${NAME}` inside a value.
 
-/// `text` with every `${NAME}` replaced by what `env` says.
+/// Replaces every `${NAME}` in `text` by the value that `env` returns. Values are not expanded again.
 ///
 /// # Errors
 ///
-/// Each thing that is wrong; it names variables, never their values nor `text`.
+/// Returns one message per fault. The messages name variables, but contain neither their values nor `text`.
 pub(super) fn expand(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<String, Vec<String>> {
     let mut expanded = String::with_capacity(text.len());
     let mut faults = Vec::new();
@@ -12,14 +12,17 @@ pub(super) fn expand(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result
     while let Some((before, after)) = rest.split_once("${") {
         expanded.push_str(before);
         let Some((name, tail)) = after.split_once('}').filter(|(name, _)| is_variable_name(name)) else {
-            faults.push("holds a malformed `${`; allowed: `${NAME}`, NAME of `A-Za-z0-9_`".into());
+            faults.push(
+                "contains a malformed `${`; must be `${NAME}`, NAME of `A-Za-z0-9_` and not beginning with a digit"
+                    .into(),
+            );
             return Err(faults);
         };
         match env(name).filter(|value| !value.is_empty()) {
             Some(value) => expanded.push_str(&value),
             None => faults.push(format!(
-                "names the environment variable `{name}`, which is unset or empty; \
-                 it must be set"
+                "uses the environment variable `{name}`, which is unset or empty; \
+                 the variable must be set"
             )),
         }
         rest = tail;
@@ -62,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_name_the_variable_alone() {
+    fn faults_name_the_variable_and_show_no_value() {
         for (text, count, part) in [
             ("sk-CANARY${NONE}${A}${EMPTY}", 2, "`NONE`"),
             ("sk-CANARY${", 1, "malformed"),

@@ -1,14 +1,17 @@
 //! The configuration: strict TOML, read once, valid by construction.
 //!
-//! [`Config::load`] reads a file, [`Config::parse`] a text. Both report every
-//! fault at once, each with its line, and no message ever holds a key.
+//! [`Config::load`] reads a file, [`Config::parse`] reads a text. Both report every
+//! fault at once, each with its line, and no message ever contains a key.
 //!
 //! # Layout
 //!
-//! `toml_reader` walks the spanned tree (types, ranges, unknown keys), `suggest`
-//! guesses what an unknown key means, `raw`, `backend`, `models` and `clients` name
-//! every key with its default and range, `url` and `expand` read one value each,
-//! `secret` keeps a key out of sight. To add a key: one field here, one line (and a const) there.
+//! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys.
+//! - `suggest` guesses which known key an unknown key means.
+//! - `raw`, `backend`, `models` and `clients` name every key with its default and range.
+//! - `url` and `expand` each read one value.
+//! - `secret` keeps a key from being printed.
+//!
+//! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models` or `clients`.
 
 mod backend;
 mod clients;
@@ -38,10 +41,10 @@ use crate::config::toml_reader::Sink;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::policy::route::{Named, Pattern, Rule};
 
-/// Bytes of the largest configuration file that is read.
+/// Largest configuration file, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// Everything Zap is told at its start; every value is within its range.
+/// The whole configuration; every value is within its range.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `[server]`: the listener and its limits.
@@ -50,54 +53,54 @@ pub struct Config {
     pub queue: Queue,
     /// `load_balancer.strategy`.
     pub strategy: Strategy,
-    /// `load_balancer.prefix_bytes`: how much of a conversation's opening tells it from others, at least 1.
+    /// `load_balancer.prefix_bytes`: bytes of a conversation's first messages that identify it, at least 1.
     pub prefix_bytes: usize,
     /// `[health]`: active checks.
     pub health: Health,
-    /// `[retry]`: further tries.
+    /// `[retry]`: retries.
     pub retry: Retry,
-    /// `[timeouts]`: of the upstream side.
+    /// `[timeouts]`: timeouts of the upstream side.
     pub timeouts: Timeouts,
-    /// `[rate_limit]`: per client key.
+    /// `[rate_limit]`: limits per client key.
     pub rate_limit: RateLimit,
     /// `[log]`: what is logged, and how.
     pub log: Log,
     /// `[[backends]]` in the file's order: never empty, names unique.
     pub backends: Vec<Backend>,
-    /// `[models.NAME]` in the file's order; their backends exist, none is empty.
+    /// `[models.NAME]` in the file's order. Every named backend exists; no route is empty.
     pub routes: Vec<Named>,
-    /// `[[client_keys]]`: names and keys unique. Empty: anyone may call.
+    /// `[[client_keys]]`: names and keys unique. If empty, every client is admitted.
     pub clients: Vec<ClientKey>,
-    /// What is allowed but unwise, one line each, no newline at the end.
+    /// Settings that are allowed but unwise: one line each, without a newline.
     pub warnings: Vec<String>,
-    /// The file it was read from, if any: a reload reads it again.
+    /// The file that the configuration was read from, if any; a reload reads it again.
     pub file: Option<PathBuf>,
 }
 
 /// `[server]`: the listener and its limits.
 #[derive(Clone, Debug)]
 pub struct Server {
-    /// Address listened on; `"localhost"` is read as 127.0.0.1.
+    /// Address to listen on; `"localhost"` is read as 127.0.0.1.
     pub host: IpAddr,
-    /// Port listened on; 0 lets the system pick one.
+    /// Port to listen on; 0 lets the system pick one.
     pub port: u16,
     /// Worker threads, 1 to 1024.
     pub workers: usize,
     /// Largest request body, in bytes.
     pub max_body_bytes: u64,
-    /// Open client connections, over all workers.
+    /// Most open client connections, over all workers.
     pub max_connections: usize,
-    /// How long SIGTERM waits for running requests, in whole seconds, may be 0.
+    /// How long SIGTERM waits for running requests, in whole seconds; may be 0.
     pub drain: Duration,
     /// Idle time after which a client connection is closed, in whole seconds.
     pub keep_alive: Duration,
-    /// Peers whose `x-forwarded-for` is believed.
+    /// Peers whose `x-forwarded-for` header is trusted.
     pub trusted_proxies: Vec<IpNet>,
 }
 
 impl Server {
-    /// The keys in which `other` is not the same, in the file's words.
-    pub fn differs(&self, other: &Server) -> Vec<&'static str> {
+    /// The keys whose values differ in `other`, as the file spells them.
+    pub fn changed_keys(&self, other: &Server) -> Vec<&'static str> {
         [
             ("server.host", self.host != other.host),
             ("server.port", self.port != other.port),
@@ -117,88 +120,88 @@ impl Server {
 /// `[queue]`: admission.
 #[derive(Clone, Debug)]
 pub struct Queue {
-    /// Requests that may wait for a slot; 0: none.
+    /// Most requests that may wait for a permit; 0: none may wait.
     pub max_size: usize,
-    /// Requests being served at once, over all backends.
+    /// Most requests served at once, over all backends.
     pub max_in_flight: usize,
     /// Longest wait for a cooling backend or a quota window, in whole seconds.
     pub max_wait: Duration,
-    /// From a request's arrival to its response's first byte, in whole seconds.
+    /// Longest time from a request's arrival to the first byte of its response, in whole seconds.
     pub timeout: Duration,
 }
 
-/// How a backend is picked among those eligible.
+/// How to pick one of the eligible backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
-    /// The smallest (in flight + 1) / weight.
+    /// The backend with the smallest (in flight + 1) / weight.
     LeastLoaded,
-    /// Each conversation at its own backend, by a hash.
+    /// The same backend for every request of a conversation, chosen by a hash.
     PrefixHash,
-    /// Smooth weighted order.
+    /// Smooth weighted round robin.
     RoundRobin,
 }
 
 /// `[health]`: active checks.
 #[derive(Clone, Debug)]
 pub struct Health {
-    /// Between two checks of one backend, in whole seconds.
+    /// Time between two checks of a backend, in whole seconds.
     pub interval: Duration,
     /// Longest check, in whole seconds.
     pub timeout: Duration,
-    /// Failures in a row that take a backend out, 1 to 1000.
+    /// Failures in a row that eject a backend, 1 to 1000.
     pub failure_threshold: u32,
-    /// Successes in a row that take it back, 1 to 1000.
+    /// Successes in a row after which the backend comes back, 1 to 1000.
     pub success_threshold: u32,
 }
 
-/// `[retry]`: further tries.
+/// `[retry]`: retries.
 #[derive(Clone, Debug)]
 pub struct Retry {
     /// Tries after the first, 0 to 10.
     pub max_retries: u32,
-    /// Backoff's base, in whole milliseconds; never above `max_delay`.
+    /// Base of the backoff, in whole milliseconds; at most `max_delay`.
     pub base_delay: Duration,
-    /// Backoff's cap, in whole milliseconds.
+    /// Cap of the backoff, in whole milliseconds.
     pub max_delay: Duration,
     /// Retries allowed as a share of the offered requests, 0 to 100 percent.
     pub budget_percent: u32,
 }
 
-/// `[timeouts]`: of the upstream side.
+/// `[timeouts]`: timeouts of the upstream side.
 #[derive(Clone, Debug)]
 pub struct Timeouts {
-    /// Name look-up, TCP and TLS together, in whole milliseconds.
+    /// Time for the name look-up, TCP and TLS together, in whole milliseconds.
     pub connect: Duration,
     /// Longest silence within a response, in whole seconds.
     pub stream_idle: Duration,
 }
 
-/// `[rate_limit]`: per client key.
+/// `[rate_limit]`: limits per client key.
 #[derive(Clone, Debug)]
 pub struct RateLimit {
     /// Requests in any 60 s per client key, at least 1; `None`: unlimited.
     pub requests_per_minute: Option<u32>,
-    /// The same per peer address, in the open mode alone.
+    /// The same per peer address; applies only if no client keys are configured.
     pub requests_per_minute_per_address: Option<u32>,
-    /// Client keys tracked at once.
+    /// Most client keys and addresses tracked at once.
     pub max_keys: usize,
 }
 
 /// `[log]`: what is logged, and how.
 #[derive(Clone, Debug)]
 pub struct Log {
-    /// Whether each request's completion is logged.
+    /// Whether each request gets a log line when it ends.
     pub requests: bool,
-    /// The shape of every other line.
+    /// The format of all other lines.
     pub events: LogFormat,
 }
 
-/// The shape of a log line.
+/// The format of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// Plain words.
+    /// Plain text.
     Text,
 }
 
@@ -207,35 +210,36 @@ pub enum LogFormat {
 pub struct Backend {
     /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
     pub name: String,
-    /// Where it is; `chat_path` and `health_path` are appended, a `/v1` that both have once.
+    /// Base URL; `chat_path` and `health_path` are appended. A `/v1` at its end is dropped before a path that begins
+    /// with `/v1/`, and before the default `health_path`.
     pub url: BaseUrl,
     /// Share of the traffic, 0 to 1000; 0: listed but drained.
     pub weight: u32,
-    /// Path of its health check; begins with `/`, may have a query.
+    /// Path of the health check; begins with `/`, may have a query.
     pub health_path: String,
-    /// Sent as `Authorization: Bearer`, or as `auth_header` says.
+    /// Key sent as `Authorization: Bearer`, or in `auth_header`.
     pub api_key: Option<Secret>,
-    /// The header that carries `api_key` bare; `None`: `Authorization: Bearer`.
+    /// Header that carries `api_key` without a scheme; `None`: `Authorization: Bearer`.
     pub auth_header: Option<HeaderName>,
-    /// Headers it is sent beside Zap's own; the values are marked sensitive.
+    /// Headers sent in addition to Zap's own; the values are marked sensitive.
     pub extra_headers: Vec<(HeaderName, HeaderValue)>,
-    /// Top-level members of a body that it is not sent.
+    /// Top-level members of a request body that are not sent to this backend.
     pub drop_fields: Vec<Box<str>>,
-    /// What it serves; `None`: any model.
+    /// Models that the backend serves; `None`: any model.
     pub models: Option<Vec<Rule>>,
-    /// Model put in where the client names none; its own name for it.
+    /// Model to send if the client names none, as the backend calls it.
     pub default_model: Option<String>,
-    /// Path of its chat endpoint; begins with `/`, may have a query.
+    /// Path of the chat endpoint; begins with `/`, may have a query.
     pub chat_path: String,
-    /// Lower is asked first, 0 to 1000.
+    /// Priority, 0 to 1000; the lowest is tried first.
     pub priority: u32,
-    /// PEM of further roots: resolved, and could be opened when it was read.
+    /// PEM file of additional root certificates: the path is resolved, and the file could be opened at load time.
     pub ca_file: Option<PathBuf>,
-    /// Its own limit of requests at once, at least 1.
+    /// Most requests at once to this backend, at least 1.
     pub max_in_flight: Option<usize>,
-    /// Its own quota of requests in any 60 s, at least 1.
+    /// Quota of this backend: requests in any 60 s, at least 1.
     pub requests_per_minute: Option<u32>,
-    /// Whether the client's own `Authorization` is passed on; never with `api_key`.
+    /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
 }
 
@@ -244,11 +248,11 @@ pub struct Backend {
 pub struct ClientKey {
     /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
     pub name: String,
-    /// SHA-256 of the key; the key itself is kept nowhere.
+    /// SHA-256 of the key; the key itself is not kept.
     pub digest: [u8; 32],
-    /// In place of `rate_limit.requests_per_minute`.
+    /// Overrides `rate_limit.requests_per_minute`.
     pub requests_per_minute: Option<u32>,
-    /// The models it may name; `None`: all.
+    /// The models that the client may name; `None`: all.
     pub models: Option<Vec<Pattern>>,
 }
 
@@ -258,28 +262,29 @@ impl fmt::Debug for ClientKey {
     }
 }
 
-/// Every fault of a configuration, in the order of its lines; never empty.
+/// All faults of a configuration, in line order; never empty.
 ///
-/// Displayed one per line, each `FILE:LINE: what is wrong, what is allowed`.
+/// `Display` writes one fault per line: `FILE:LINE: what is wrong; what is allowed`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Faults(Vec<String>);
 
-/// Why no configuration could be loaded.
+/// Why a configuration could not be loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LoadError {
-    /// The file is there but not right, or cannot be read.
+    /// The file exists but cannot be read or has faults.
     Invalid(Faults),
-    /// No file at this path.
+    /// There is no file at this path.
     Missing(PathBuf),
 }
 
 impl Config {
-    /// Reads the file at `path`; relative paths inside are relative to its
-    /// directory, `${NAME}` is taken from the process's environment.
+    /// Reads the file at `path`. Relative paths in it are relative to its
+    /// directory; `${NAME}` comes from the environment of the process.
     ///
     /// # Errors
     ///
-    /// [`LoadError::Missing`] if there is no such file, else every fault.
+    /// Returns [`LoadError::Missing`] if there is no file at `path`, and
+    /// [`LoadError::Invalid`] with every fault if the file cannot be read or is not valid.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let label = path.display().to_string();
         let bytes = match read_bounded(path) {
@@ -289,16 +294,16 @@ impl Config {
             }
             Err(error) => {
                 let kind = error.kind();
-                let what = format!("cannot be read ({kind}); a readable text file is needed");
+                let what = format!("cannot be read ({kind}); must be a readable text file");
                 return Err(LoadError::Invalid(Faults::at_first_line(&label, &what)));
             }
         };
         if bytes.len() as u64 > MAX_FILE_BYTES {
-            let what = format!("is too large; allowed: up to {MAX_FILE_BYTES} bytes");
+            let what = format!("is too large; must be at most {MAX_FILE_BYTES} bytes");
             return Err(LoadError::Invalid(Faults::at_first_line(&label, &what)));
         }
         let Ok(text) = String::from_utf8(bytes) else {
-            let what = "is not UTF-8; TOML is UTF-8 text";
+            let what = "is not UTF-8; must be UTF-8 text";
             return Err(LoadError::Invalid(Faults::at_first_line(&label, what)));
         };
         let base = path.parent().unwrap_or(Path::new(""));
@@ -306,20 +311,20 @@ impl Config {
         let mut read = read(&text, &label, base, &env).map_err(LoadError::Invalid)?;
         if read.inline_key && world_readable(path) {
             read.config.warnings.push(format!(
-                "{label} holds a key and every user may read it; \
-                 `chmod o-r` it, or take the key from the environment or a file"
+                "{label} contains a key and every user may read it; \
+                 run `chmod o-r` on it, or take the key from the environment or a file"
             ));
         }
         read.config.file = Some(path.to_owned());
         Ok(read.config)
     }
 
-    /// Reads `text`, calling it `label` in messages; relative paths inside are
-    /// relative to `base`, `${NAME}` is asked of `env`.
+    /// Reads `text`; messages call it `label`. Relative paths in it are
+    /// relative to `base`; `${NAME}` comes from `env`.
     ///
     /// # Errors
     ///
-    /// Every fault, or, if the text is no TOML, every syntax error.
+    /// Returns every fault, or every syntax error if `text` is not TOML.
     pub fn parse(
         text: &str,
         label: &str,
@@ -330,7 +335,7 @@ impl Config {
     }
 }
 
-/// [`Config::parse`], and whether the text itself sets a key.
+/// Does the work of [`Config::parse`], and says whether the text itself contains a key.
 fn read(
     text: &str,
     label: &str,
@@ -338,15 +343,15 @@ fn read(
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<raw::Parsed, Faults> {
     let sink = Sink::new(text, label);
-    let surroundings = raw::Surroundings { base, env };
-    let read = toml_reader::document(&sink, |root| raw::config(root, &surroundings));
+    let ctx = raw::Context { base, env };
+    let read = toml_reader::document(&sink, |root| raw::config(root, &ctx));
     match (read, sink.into_messages()) {
         (Some(read), messages) if messages.is_empty() => Ok(read),
         (_, messages) => Err(Faults(messages)),
     }
 }
 
-/// At most one byte more than [`MAX_FILE_BYTES`], so that more can be told.
+/// Reads at most one byte more than [`MAX_FILE_BYTES`], so that the caller can detect a larger file.
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
@@ -365,7 +370,7 @@ fn world_readable(_: &Path) -> bool {
 }
 
 impl Faults {
-    /// The faults, each one line `FILE:LINE: ...`.
+    /// The faults, one line each: `FILE:LINE: ...`.
     pub fn lines(&self) -> &[String] {
         &self.0
     }

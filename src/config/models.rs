@@ -1,28 +1,28 @@
-//! Which models a backend serves, and the routes that have names of their own.
+//! `models` of a backend, and the named routes of `[models.NAME]`.
 
 use crate::config::toml_reader::{Number, Range, Section, Text};
 use crate::config::{Backend, backend};
 use crate::policy::near::nearest;
 use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
 
-/// What a model's name must be.
-fn no_model(more: &str) -> String {
-    format!("is no model; allowed: 1 to {MAX_NAME} bytes, no control character{more}")
+/// What a model name must be, with `more` as a further condition.
+fn must_be(more: &str) -> String {
+    format!("must be 1 to {MAX_NAME} bytes without control characters{more}")
 }
 
-/// `models` of a backend: a list of names, or a table from public names to the backend's own.
+/// Reads `models` of a backend: a list of names, or a table from public names to the backend's own.
 pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
     let line = t.line_of("models");
     let entries = t.texts_or_pairs("models")?;
     if entries.is_empty() {
-        let what = "is empty; leave it out where the backend serves any model";
+        let what = "is empty; must be left out if the backend serves any model";
         t.fault(line.unwrap_or(t.line()), "models", what);
     }
     let mut rules: Vec<Rule> = Vec::new();
     for (public, own) in entries {
         let Some(pattern) = pattern(t, &public) else { continue };
         if rules.iter().any(|rule| rule.public == pattern) {
-            t.fault(public.line, "models", "holds a name twice; once is enough");
+            t.fault(public.line, "models", "contains a name twice; names must be unique");
         }
         let own = own.and_then(|own| own_name(t, own, &pattern));
         rules.push(Rule { public: pattern, own });
@@ -30,75 +30,78 @@ pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
     Some(rules)
 }
 
-/// A name, or a prefix with a `*` at its end; `None` is a noted fault.
+/// Reads a name, or a prefix that ends in `*`. Returns `None` if it is not valid: then a fault is recorded.
 pub(super) fn pattern(t: &Section<'_, '_>, text: &Text) -> Option<Pattern> {
     let pattern = Pattern::parse(&text.value);
     if pattern.is_none() {
-        let what = format!("holds what {}", no_model(", `*` at the end alone"));
-        t.fault(text.line, "models", &what);
+        t.invalid_element(text, "models", &format!("each name {}", must_be(", `*` only at the end")));
     }
     pattern
 }
 
-fn own_name(t: &Section<'_, '_>, Text { value, line }: Text, public: &Pattern) -> Option<Box<str>> {
-    if Pattern::parse(&value).is_none() {
-        t.fault(line, "models", &format!("maps a name to what {}", no_model(", `*` at the end alone")));
+/// Reads the backend's own name for `public`.
+fn own_name(t: &Section<'_, '_>, text: Text, public: &Pattern) -> Option<Box<str>> {
+    if Pattern::parse(&text.value).is_none() {
+        t.invalid_element(&text, "models", &format!("each name {}", must_be(", `*` only at the end")));
         return None;
     }
-    if value.ends_with('*') && !public.is_prefix() {
-        let what = "maps a name to one that ends in `*`; allowed: only where the name itself ends in `*`";
-        t.fault(line, "models", what);
+    if text.value.ends_with('*') && !public.is_prefix() {
+        let what = "maps a name without `*` to a name that ends in `*`; both names must end in `*`";
+        t.fault(text.line, "models", what);
     }
-    Some(value.into())
+    Some(text.value.into())
 }
 
-/// A model that is sent as it stands; `None` is a noted fault.
-pub(super) fn model(t: &mut Section<'_, '_>, key: &'static str) -> Option<String> {
-    let Text { value, line } = t.text(key)?;
-    let valid = (1..=MAX_NAME).contains(&value.len()) && !value.chars().any(char::is_control);
+/// Reads a model name that is sent unchanged. Returns `None` if it is not set, or if it is not valid: then a fault is
+/// recorded.
+pub(super) fn model_name(t: &mut Section<'_, '_>, key: &'static str) -> Option<String> {
+    let text = t.text(key)?;
+    let valid = (1..=MAX_NAME).contains(&text.value.len()) && !text.value.chars().any(char::is_control);
     if !valid {
-        t.fault(line, key, &no_model(""));
+        t.invalid(&text, key, &must_be(""));
     }
-    valid.then_some(value)
+    valid.then_some(text.value)
 }
 
-/// `[models.NAME]`. `known`: `backends` are all that there are.
-pub(super) fn named(root: &mut Section<'_, '_>, backends: &[Backend], known: bool) -> Vec<Named> {
+/// Reads `[models.NAME]`. `all_known`: no backend is missing in `backends` because of a fault.
+pub(super) fn named_routes(root: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Vec<Named> {
     root.named_sections("models", |t, name| {
         let valid = name.value == CATCH_ALL
             || Pattern::parse(&name.value).is_some_and(|pattern| !pattern.is_prefix());
         if !valid {
-            let what = format!("a name in `models` {}", no_model("; or `*` for any other name"));
-            t.sink().fault(name.line, what);
+            let what = must_be(" and without `*`, or only `*` for all other names");
+            t.sink().fault(name.line, format!("a name in `models` is not valid; {what}"));
         }
         let line = t.line_of("targets");
         let faults = t.sink().count();
-        let targets = t.sections("targets", |t| target(t, backends, known));
+        let targets = t.sections("targets", |t| target(t, backends, all_known));
         if targets.as_ref().is_none_or(Vec::is_empty) && t.sink().count() == faults {
             let what =
-                "is missing or empty; `{ backend = \"name\", model = \"name\" }`, at least one, is needed";
+                "is missing or empty; at least one `{ backend = \"name\", model = \"name\" }` is required";
             t.fault(line.unwrap_or(name.line), "targets", what);
         }
         Named { name: name.value, targets: targets.into_iter().flatten().flatten().collect() }
     })
 }
 
-fn target(t: &mut Section<'_, '_>, backends: &[Backend], known: bool) -> Option<NamedTarget> {
+fn target(t: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Option<NamedTarget> {
     const WEIGHT: Range<u32> = backend::WEIGHT;
     const PRIORITY: Number<u32> = backend::PRIORITY;
     let name = t.required_text("backend");
-    let model = model(t, "model");
+    let model = model_name(t, "model");
     let weight = t.optional("weight", WEIGHT);
     let priority = t.optional("priority", PRIORITY.range);
-    let Text { value, line } = name?;
-    let Some(backend) = backends.iter().position(|b| b.name == value) else {
-        if known {
+    let name = name?;
+    let Some(backend) = backends.iter().position(|b| b.name == name.value) else {
+        if all_known {
             let names = backends.iter().map(|b| b.name.as_str());
-            let hint = match nearest(&value, names.clone(), 1).first() {
-                Some(near) => format!("did you mean `{near}`?"),
-                None => format!("there are: `{}`", names.collect::<Vec<_>>().join("`, `")),
+            let allowed = match nearest(&name.value, names.clone(), 1).first() {
+                Some(near) => format!("must be the name of a backend; did you mean `{near}`?"),
+                None => {
+                    format!("must be the name of a backend: `{}`", names.collect::<Vec<_>>().join("`, `"))
+                }
             };
-            t.fault(line, "backend", &format!("is the name of no backend; {hint}"));
+            t.invalid(&name, "backend", &allowed);
         }
         return None;
     };

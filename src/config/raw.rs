@@ -1,5 +1,5 @@
-//! Every section and key by name, with its default and its range; those of a
-//! backend are in `backend`.
+//! Every section and key by name, with its default and its range. `backend`, `models` and `clients` read
+//! `[[backends]]`, `[models.NAME]` and `[[client_keys]]`.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -50,23 +50,23 @@ pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
 const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
-/// What a configuration refers to outside of itself.
-pub(super) struct Surroundings<'a> {
+/// What a configuration refers to outside its own text.
+pub(super) struct Context<'a> {
     /// Directory that relative paths are relative to.
     pub(super) base: &'a Path,
-    /// The environment.
+    /// Looks up an environment variable.
     pub(super) env: &'a dyn Fn(&str) -> Option<String>,
 }
 
-/// A configuration, right if its sink has no fault.
+/// A configuration; valid only if its sink has no fault.
 pub(super) struct Parsed {
     pub(super) config: Config,
-    /// Whether a key is written in the text, a backend's or a client's.
+    /// Whether the text itself contains a key of a backend or of a client.
     pub(super) inline_key: bool,
 }
 
 /// Reads the whole document.
-pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> Parsed {
+pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> Parsed {
     let server = root.section("server", server);
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
@@ -106,9 +106,9 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> P
         },
     });
     let faults = root.sink().count();
-    let (backends, inline_key) = backend::backends(root, around);
-    let routes = models::named(root, &backends, root.sink().count() == faults);
-    let (clients, inline_client) = clients::clients(root, around);
+    let (backends, inline_backend_key) = backend::backends(root, ctx);
+    let routes = models::named_routes(root, &backends, root.sink().count() == faults);
+    let (clients, inline_client_key) = clients::clients(root, ctx);
     let config = Config {
         server,
         queue,
@@ -125,18 +125,17 @@ pub(super) fn config(root: &mut Section<'_, '_>, around: &Surroundings<'_>) -> P
         warnings: Vec::new(),
         file: None,
     };
-    Parsed { config, inline_key: inline_key || inline_client }
+    Parsed { config, inline_key: inline_backend_key || inline_client_key }
 }
 
 fn server(t: &mut Section<'_, '_>) -> Server {
-    let host = t.text("host").and_then(|Text { value, line }| {
-        if value == "localhost" {
+    let host = t.text("host").and_then(|text| {
+        if text.value == "localhost" {
             return Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
         }
-        let host = value.parse().ok();
+        let host = text.value.parse().ok();
         if host.is_none() {
-            let what = "is no address; allowed: an IPv4 or IPv6 address, \"localhost\"";
-            t.fault(line, "host", what);
+            t.invalid(&text, "host", "must be an IPv4 address, an IPv6 address or \"localhost\"");
         }
         host
     });
@@ -155,13 +154,14 @@ fn server(t: &mut Section<'_, '_>) -> Server {
 
 fn trusted_proxies(t: &mut Section<'_, '_>) -> Vec<IpNet> {
     let mut nets = Vec::new();
-    for Text { value, line } in t.texts("trusted_proxies").unwrap_or_default() {
+    for text in t.texts("trusted_proxies").unwrap_or_default() {
+        let Text { value, .. } = &text;
         match value.parse().or_else(|_| value.parse::<IpAddr>().map(IpNet::from)) {
             Ok(net) => nets.push(net),
             Err(_) => {
-                let what =
-                    "holds what is no address; allowed: addresses as `10.0.0.1`, networks as `10.0.0.0/8`";
-                t.fault(line, "trusted_proxies", what);
+                let allowed =
+                    "each element must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`";
+                t.invalid_element(&text, "trusted_proxies", allowed);
             }
         }
     }
@@ -180,7 +180,7 @@ fn retry(t: &mut Section<'_, '_>) -> Retry {
     if retry.base_delay > retry.max_delay && t.sink().count() == faults {
         let base = retry.base_delay.as_millis();
         let max = retry.max_delay.as_millis();
-        let what = format!("is {base}, above `retry.max_delay_ms`, which is {max}; allowed: 1 to {max}");
+        let what = format!("is {base} and `retry.max_delay_ms` is {max}; must be from 1 to {max}");
         t.fault(line.unwrap_or(t.line()), "base_delay_ms", &what);
     }
     retry

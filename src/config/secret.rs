@@ -1,10 +1,10 @@
-//! A credential that cannot be printed by accident.
+//! A key that cannot be printed by accident.
 
 use std::fmt;
 
 use http::HeaderValue;
 
-/// A key made of visible ASCII alone; shown as `***`.
+/// A key of visible ASCII characters. `Debug` writes it as `***`.
 #[derive(Clone, PartialEq)]
 pub struct Secret {
     key: String,
@@ -12,17 +12,17 @@ pub struct Secret {
 }
 
 impl Secret {
-    /// Takes `key` as it is, bytes 0x21 to 0x7e alone, at least one.
+    /// Wraps `key`: at least one byte, all from 0x21 to 0x7e.
     ///
     /// # Errors
     ///
-    /// What is wrong and what is allowed, without the key.
+    /// Returns a message if `key` is empty or has another byte. The message does not contain the key.
     pub fn new(key: &str) -> Result<Self, &'static str> {
         if key.is_empty() {
-            return Err("is empty; at least one character is needed");
+            return Err("is empty; must have at least one character");
         }
-        let refused = "holds a space, a control or a non-ASCII character; \
-                       allowed: visible ASCII in one line";
+        let refused = "contains a space, a control character or a non-ASCII character; \
+                       must be visible ASCII on one line";
         if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(refused);
         }
@@ -36,7 +36,7 @@ impl Secret {
         &self.key
     }
 
-    /// The key alone for a header of the provider's own, marked sensitive.
+    /// The key without a scheme, for `auth_header`; marked sensitive.
     pub fn bare(&self) -> HeaderValue {
         let mut value = self.bearer.clone();
         if let Ok(bare) = HeaderValue::from_str(&self.key) {
@@ -46,7 +46,7 @@ impl Secret {
         value
     }
 
-    /// `Bearer <key>` for an `Authorization` header, marked sensitive.
+    /// `Bearer <key>`, for the `Authorization` header; marked sensitive.
     pub fn bearer(&self) -> HeaderValue {
         self.bearer.clone()
     }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn visible_ascii_alone_is_a_key() {
+    fn only_visible_ascii_is_accepted() {
         for good in ["x", "sk-1", "!~", "a\"b\\c"] {
             let secret = Secret::new(good).unwrap();
             assert_eq!(secret.expose(), good);
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_shows_nothing() {
+    fn debug_hides_the_key() {
         let secret = Secret::new("sk-CANARY").unwrap();
         assert_eq!(format!("{secret:?} {:?}", Some(&secret)), "*** Some(***)");
     }

@@ -1,13 +1,14 @@
-//! What an unknown key was meant to be.
+//! Suggestions for unknown keys.
 
 use crate::policy::near::distance;
 
-/// Whether an unknown key looks like a setting, not like a misplaced secret.
-pub(super) fn is_harmless(key: &str) -> bool {
-    key.len() <= 40 && key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+/// Whether a message may show `text`: at most 40 bytes of `a-z` and `_` look like a word of the configuration, anything
+/// else could be a misplaced secret.
+pub(super) fn is_harmless(text: &str) -> bool {
+    text.len() <= 40 && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
 }
 
-/// The known key that `written` most likely means.
+/// The known key that `written` most likely stands for, if any is near enough.
 pub(super) fn nearest<'k>(written: &str, known: &[&'k str]) -> Option<&'k str> {
     if !(2..=40).contains(&written.len()) {
         return None;
@@ -29,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn near_misses_are_found() {
+    fn misspelled_keys_get_a_suggestion() {
         let known = ["max_size", "max_in_flight", "timeout_secs", "url"];
         for (written, expected) in [
             ("max_sise", Some("max_size")),

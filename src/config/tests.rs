@@ -1,15 +1,15 @@
-//! Whole configurations: what loads, and every fault with its line.
+//! Tests of whole configurations: those that load, and every fault with its line.
 
 use std::{collections::HashSet, fs};
 
 use super::*;
 
-const NOT_ADDED: &str = "`backends.extra_headers` holds what is no header that may be added; \
-    allowed: header names except those that Zap sets itself and those of one connection";
+const NOT_ADDED: &str = "`backends.extra_headers` contains a header that cannot be added; \
+    must be headers that Zap does not set itself and that are not hop-by-hop";
 const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";
 
-/// Every key at once; the key is `sk-CANARY`.
-const FULL: &str = r#"# all of it
+/// A configuration that sets every key; the secret is `sk-CANARY`.
+const FULL: &str = r#"# every key
 [server]
 host = "::1"
 port = 0
@@ -119,7 +119,7 @@ fn faults(text: &str) -> Vec<String> {
     parse(text).err().map_or(Vec::new(), |faults| faults.0)
 }
 
-/// A fresh directory, gone when dropped.
+/// A fresh directory; dropping it deletes the directory.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -143,7 +143,7 @@ impl Drop for Directory {
 }
 
 #[test]
-fn the_seeds_shape_loads() {
+fn a_simple_configuration_loads() {
     let config = parse(
         r#"
 [server]
@@ -180,7 +180,7 @@ requests_per_minute = 60
 }
 
 #[test]
-fn defaults_are_those_of_the_table() {
+fn keys_that_are_not_set_have_their_defaults() {
     let c = parse(BACKEND).unwrap();
     let secs = Duration::from_secs;
     let millis = Duration::from_millis;
@@ -303,129 +303,157 @@ fn every_key_is_read() {
     assert!(!format!("{c:?}").contains("CANARY"));
 }
 
-/// Each text is put before a good backend; its faults, whole.
+/// Each text is put before a valid backend; the second element holds all its faults.
 #[test]
-fn faults_of_sections_are_told_with_line_and_range() {
+fn faults_of_sections_name_the_line_and_what_is_allowed() {
     for (text, expected) in [
-        ("[server]\n\nport = 70000", "3: `server.port` is 70000; allowed: 0 to 65535"),
-        ("[server]\nport = -1", "2: `server.port` is -1; allowed: 0 to 65535"),
-        ("server.port = 0x1_0000", "1: `server.port` is 65536; allowed: 0 to 65535"),
-        ("[server]\nport = 1.5", "2: `server.port` is a float; an integer is needed"),
-        ("[server]\nport = \"80\"", "2: `server.port` is a string; an integer is needed"),
-        ("[server]\nport = {}", "2: `server.port` is a table; an integer is needed"),
-        ("[server]\nport = 1979-05-27", "2: `server.port` is a date or time; an integer is needed"),
+        ("[server]\n\nport = 70000", "3: `server.port` is 70000; must be from 0 to 65535"),
+        ("[server]\nport = -1", "2: `server.port` is -1; must be from 0 to 65535"),
+        ("server.port = 0x1_0000", "1: `server.port` is 65536; must be from 0 to 65535"),
+        ("[server]\nport = 1.5", "2: `server.port` is a float; must be an integer"),
+        ("[server]\nport = \"80\"", "2: `server.port` is a string; must be an integer"),
+        ("[server]\nport = {}", "2: `server.port` is a table; must be an integer"),
+        ("[server]\nport = 1979-05-27", "2: `server.port` is a date or time; must be an integer"),
         (
             "[server]\nworkers = 99999999999999999999999999999999999999999999",
-            "2: `server.workers` is far out of range; allowed: 1 to 1024",
+            "2: `server.workers` is far out of range; must be from 1 to 1024",
         ),
-        ("[server]\nworkers = 0", "2: `server.workers` is 0; allowed: 1 to 1024"),
-        ("[server]\nmax_body_bytes = 1", "2: `server.max_body_bytes` is 1; allowed: 1024 to 1073741824"),
-        ("[server]\ndrain_secs = 86401", "2: `server.drain_secs` is 86401; allowed: 0 to 86400"),
-        ("[server]\nhost = true", "2: `server.host` is a boolean; a string is needed"),
+        ("[server]\nworkers = 0", "2: `server.workers` is 0; must be from 1 to 1024"),
+        ("[server]\nmax_body_bytes = 1", "2: `server.max_body_bytes` is 1; must be from 1024 to 1073741824"),
+        ("[server]\ndrain_secs = 86401", "2: `server.drain_secs` is 86401; must be from 0 to 86400"),
+        ("[server]\nhost = true", "2: `server.host` is a boolean; must be a string"),
         (
             "[server]\nhost = \"a.b\"",
-            "2: `server.host` is no address; allowed: an IPv4 or IPv6 address, \"localhost\"",
+            "2: `server.host` is not valid; must be an IPv4 address, an IPv6 address or \"localhost\"",
+        ),
+        (
+            "[server]\nhost = \"myhost\"",
+            "2: `server.host` is \"myhost\"; must be an IPv4 address, an IPv6 address or \"localhost\"",
         ),
         ("[server]\nprot = 1", "2: unknown key `server.prot`; did you mean `port`?"),
         ("[queue]\nmax_sise = 1", "2: unknown key `queue.max_sise`; did you mean `max_size`?"),
         (
             "[queue]\ncolour = 1",
             "2: unknown key `queue.colour`; \
-             allowed: `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+             must be one of `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
         ),
         (
             "[queue]\n\"sk-CANARY\" = 1",
             "2: unknown key in `queue`; \
-             allowed: `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+             must be one of `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+        ),
+        (
+            "\"sk-CANARY\" = 1",
+            "1: unknown key at the top level; \
+             must be one of `server`, `queue`, `load_balancer`, `health`, `retry`, `timeouts`, `rate_limit`, \
+             `log`, `backends`, `models`, `client_keys`",
         ),
         ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),
         (
             "[server.tls]\nx = 1",
             "1: unknown key `server.tls`; \
-             allowed: `host`, `port`, `workers`, `max_body_bytes`, `max_connections`, \
+             must be one of `host`, `port`, `workers`, `max_body_bytes`, `max_connections`, \
              `drain_secs`, `keep_alive_secs`, `trusted_proxies`",
         ),
-        ("[[server]]\nport = 1", "1: `server` is an array; a table is needed"),
-        ("server = 1", "1: `server` is an integer; a table is needed"),
+        ("[[server]]\nport = 1", "1: `server` is an array; must be a table"),
+        ("server = 1", "1: `server` is an integer; must be a table"),
         (
             "[load_balancer]\nstrategy = \"random\"",
-            "2: `load_balancer.strategy` is none of its words; \
-             allowed: \"round_robin\", \"least_loaded\", \"prefix_hash\"",
+            "2: `load_balancer.strategy` is \"random\"; \
+             must be one of \"round_robin\", \"least_loaded\", \"prefix_hash\"",
         ),
-        ("[load_balancer]\nprefix_bytes = 0", "2: `load_balancer.prefix_bytes` is 0; allowed: 1 to 1048576"),
+        (
+            "[load_balancer]\nstrategy = \"sk-CANARY\"",
+            "2: `load_balancer.strategy` is not valid; \
+             must be one of \"round_robin\", \"least_loaded\", \"prefix_hash\"",
+        ),
+        (
+            "[load_balancer]\nprefix_bytes = 0",
+            "2: `load_balancer.prefix_bytes` is 0; must be from 1 to 1048576",
+        ),
         (
             "[server]\ntrusted_proxies = [\"10.0.0.0/8\",\n\"lan\"]",
-            "3: `server.trusted_proxies` holds what is no address; \
-             allowed: addresses as `10.0.0.1`, networks as `10.0.0.0/8`",
+            "3: `server.trusted_proxies` contains \"lan\"; \
+             each element must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`",
+        ),
+        (
+            "[server]\ntrusted_proxies = [\"10.0.0.0/8\",\n\"sk-CANARY\"]",
+            "3: `server.trusted_proxies` contains an invalid value; \
+             each element must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`",
         ),
         (
             "[server]\ntrusted_proxies = \"10.0.0.1\"",
-            "2: `server.trusted_proxies` is a string; an array of strings is needed",
+            "2: `server.trusted_proxies` is a string; must be an array of strings",
         ),
         (
             "[models.\"sk-CANARY*\"]\ntargets = [{ backend = \"a\" }]",
-            "1: a name in `models` is no model; \
-             allowed: 1 to 256 bytes, no control character; or `*` for any other name",
+            "1: a name in `models` is not valid; must be 1 to 256 bytes without control characters \
+             and without `*`, or only `*` for all other names",
         ),
         (
             "[models.x]\ntargets = []",
             "2: `models.<name>.targets` is missing or empty; \
-             `{ backend = \"name\", model = \"name\" }`, at least one, is needed",
+             at least one `{ backend = \"name\", model = \"name\" }` is required",
         ),
-        ("[models]\nx = 1", "2: `models` is an integer; a table for each name is needed"),
+        ("[models]\nx = 1", "2: `models` contains an integer; each element must be a table"),
         (
             "[models.x]\ntargets = [{ backend = \"b\" }]",
-            "2: `models.<name>.targets.backend` is the name of no backend; did you mean `a`?",
+            "2: `models.<name>.targets.backend` is \"b\"; must be the name of a backend; did you mean `a`?",
         ),
         (
             "[models.x]\ntargets = [{ backend = \"somebody\" }]",
-            "2: `models.<name>.targets.backend` is the name of no backend; there are: `a`",
+            "2: `models.<name>.targets.backend` is \"somebody\"; must be the name of a backend: `a`",
+        ),
+        (
+            "[models.x]\ntargets = [{ backend = \"sk-CANARY\" }]",
+            "2: `models.<name>.targets.backend` is not valid; must be the name of a backend: `a`",
         ),
         (
             "[models.x]\ntargets = [{ backend = \"a\", weight = 1001 }]",
-            "2: `models.<name>.targets.weight` is 1001; allowed: 0 to 1000",
+            "2: `models.<name>.targets.weight` is 1001; must be from 0 to 1000",
         ),
         (
             "[models.x]\ntarget = 1",
             "1: `models.<name>.targets` is missing or empty; \
-             `{ backend = \"name\", model = \"name\" }`, at least one, is needed
+             at least one `{ backend = \"name\", model = \"name\" }` is required
 config.toml:2: unknown key `models.<name>.target`; did you mean `targets`?",
         ),
-        ("[[client_keys]]\nkey = \"sk-CANARY\"", "1: `client_keys.name` is missing; a string is needed"),
-        ("[[client_keys]]\nname = \"a\"", "1: `client_keys.key` is missing; either it or `sha256` is needed"),
+        ("[[client_keys]]\nkey = \"sk-CANARY\"", "1: `client_keys.name` is missing; a string is required"),
+        (
+            "[[client_keys]]\nname = \"a\"",
+            "1: `client_keys.key` is missing; either `key` or `sha256` is required",
+        ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\nsha256 = \"00\"",
-            "4: `client_keys.sha256` is no SHA-256; allowed: 64 hexadecimal digits
-config.toml:4: `client_keys.sha256` stands beside a `key`; allowed: one of the two",
+            "4: `client_keys.sha256` is not a SHA-256; must be 64 hexadecimal digits
+config.toml:4: `client_keys.sha256` is set and `key` is set; must be only one of the two",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\n[[client_keys]]\nname = \"b\"\nkey = \"sk-CANARY\"",
-            "4: this key is that of line 1 again; keys must differ",
+            "4: `client_keys` repeats the key at line 1; each entry must have its own key",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"x\"\n[[client_keys]]\nname = \"a\"\nkey = \"y\"",
-            "4: `client_keys.name` is that of line 1 again; each key needs a name of its own",
+            "4: `client_keys.name` repeats the name at line 1; each entry must have its own name",
         ),
-        ("[health]\nfailure_threshold = 0", "2: `health.failure_threshold` is 0; allowed: 1 to 1000"),
-        ("[retry]\nmax_retries = 11", "2: `retry.max_retries` is 11; allowed: 0 to 10"),
-        ("[retry]\nbudget_percent = 101", "2: `retry.budget_percent` is 101; allowed: 0 to 100"),
+        ("[health]\nfailure_threshold = 0", "2: `health.failure_threshold` is 0; must be from 1 to 1000"),
+        ("[retry]\nmax_retries = 11", "2: `retry.max_retries` is 11; must be from 0 to 10"),
+        ("[retry]\nbudget_percent = 101", "2: `retry.budget_percent` is 101; must be from 0 to 100"),
         (
             "[retry]\nmax_retries = 1\nbase_delay_ms = 3000",
-            "3: `retry.base_delay_ms` is 3000, above `retry.max_delay_ms`, which is 2000; \
-             allowed: 1 to 2000",
+            "3: `retry.base_delay_ms` is 3000 and `retry.max_delay_ms` is 2000; must be from 1 to 2000",
         ),
         (
             "[retry]\nmax_delay_ms = 5",
-            "2: `retry.base_delay_ms` is 100, above `retry.max_delay_ms`, which is 5; \
-             allowed: 1 to 5",
+            "2: `retry.base_delay_ms` is 100 and `retry.max_delay_ms` is 5; must be from 1 to 5",
         ),
-        ("[timeouts]\nconnect_ms = 600001", "2: `timeouts.connect_ms` is 600001; allowed: 1 to 600000"),
+        ("[timeouts]\nconnect_ms = 600001", "2: `timeouts.connect_ms` is 600001; must be from 1 to 600000"),
         (
             "[rate_limit]\nrequests_per_minute = 0",
-            "2: `rate_limit.requests_per_minute` is 0; allowed: 1 to 4294967295",
+            "2: `rate_limit.requests_per_minute` is 0; must be from 1 to 4294967295",
         ),
-        ("[log]\nrequests = 1", "2: `log.requests` is an integer; `true` or `false` is needed"),
-        ("[log]\nevents = \"xml\"", "2: `log.events` is none of its words; allowed: \"text\", \"json\""),
+        ("[log]\nrequests = 1", "2: `log.requests` is an integer; must be `true` or `false`"),
+        ("[log]\nevents = \"xml\"", "2: `log.events` is \"xml\"; must be one of \"text\", \"json\""),
     ] {
         let expected = format!("config.toml:{expected}");
         assert_eq!(faults(&format!("{text}\n{BACKEND}")).join("\n"), expected, "{text}");
@@ -434,68 +462,74 @@ config.toml:4: `client_keys.sha256` stands beside a `key`; allowed: one of the t
 
 /// Each text is put at line 4 of a backend that has `url` and `weight`.
 #[test]
-fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
-    let file = "cannot be read (entity not found); a readable file is needed, \
-                relative to the configuration's directory";
+fn faults_of_backends_name_the_line_and_never_show_a_secret() {
+    let file = "cannot be read (entity not found); must be a readable file, \
+                relative to the directory of the configuration";
     for (text, expected) in [
-        ("name = \"\"", "`backends.name` is no name; allowed: 1 to 64 of `A-Za-z0-9._-`".to_owned()),
+        (
+            "name = \"\"",
+            "`backends.name` is \"\"; must be 1 to 64 characters of `A-Za-z0-9._-`".to_owned(),
+        ),
         (
             "name = \"sk-CANARY!\"",
-            "`backends.name` is no name; allowed: 1 to 64 of `A-Za-z0-9._-`".to_owned(),
+            "`backends.name` is not valid; must be 1 to 64 characters of `A-Za-z0-9._-`".to_owned(),
         ),
-        ("priority = 1001", "`backends.priority` is 1001; allowed: 0 to 1000".to_owned()),
-        ("max_in_flight = 0", "`backends.max_in_flight` is 0; allowed: 1 to 1000000".to_owned()),
+        ("priority = 1001", "`backends.priority` is 1001; must be from 0 to 1000".to_owned()),
+        ("max_in_flight = 0", "`backends.max_in_flight` is 0; must be from 1 to 1000000".to_owned()),
         (
             "api_key = 7",
-            "`backends.api_key` is an integer; a string or `{ file = \"path\" }` is needed".to_owned(),
+            "`backends.api_key` is an integer; must be a string or `{ file = \"path\" }`".to_owned(),
         ),
-        ("api_key = \"\"", "`backends.api_key` is empty; at least one character is needed".to_owned()),
+        ("api_key = \"\"", "`backends.api_key` is empty; must have at least one character".to_owned()),
         (
             "api_key = \"sk-CANARY\\n\"",
-            "`backends.api_key` holds a space, a control or a non-ASCII character; \
-             allowed: visible ASCII in one line"
+            "`backends.api_key` contains a space, a control character or a non-ASCII character; \
+             must be visible ASCII on one line"
                 .to_owned(),
         ),
         (
             "api_key = \"${BAD_KEY}\"",
-            "`backends.api_key` holds a space, a control or a non-ASCII character; \
-             allowed: visible ASCII in one line"
+            "`backends.api_key` contains a space, a control character or a non-ASCII character; \
+             must be visible ASCII on one line"
                 .to_owned(),
         ),
         (
             "api_key = \"sk-CANARY${NONE}\"",
-            "`backends.api_key` names the environment variable `NONE`, which is unset or empty; \
-             it must be set"
+            "`backends.api_key` uses the environment variable `NONE`, which is unset or empty; \
+             the variable must be set"
                 .to_owned(),
         ),
         (
             "api_key = \"sk-CANARY${\"",
-            "`backends.api_key` holds a malformed `${`; allowed: `${NAME}`, NAME of `A-Za-z0-9_`".to_owned(),
+            "`backends.api_key` contains a malformed `${`; \
+             must be `${NAME}`, NAME of `A-Za-z0-9_` and not beginning with a digit"
+                .to_owned(),
         ),
         ("api_key = { file = \"sk-CANARY\" }", format!("`backends.api_key.file` {file}")),
-        ("api_key = {}", "`backends.api_key.file` is missing; a string is needed".to_owned()),
+        ("api_key = {}", "`backends.api_key.file` is missing; a string is required".to_owned()),
         ("ca_file = \"sk-CANARY\"", format!("`backends.ca_file` {file}")),
         ("api_keys = \"sk-CANARY\"", "unknown key `backends.api_keys`; did you mean `api_key`?".to_owned()),
         (
             "chat_path = \"chat\"",
-            "`backends.chat_path` is no path; \
-             allowed: `/` and visible ASCII without `#`, and a query behind `?`"
+            "`backends.chat_path` is \"chat\"; \
+             must be `/` and visible ASCII without `#`, with or without a query after `?`"
                 .to_owned(),
         ),
         (
             "health_path = \"/h#x\"",
-            "`backends.health_path` is no path; \
-             allowed: `/` and visible ASCII without `#`, and a query behind `?`"
+            "`backends.health_path` is not valid; \
+             must be `/` and visible ASCII without `#`, with or without a query after `?`"
                 .to_owned(),
         ),
         (
             "auth_header = \"api-key\"",
-            "`backends.auth_header` stands without an `api_key`; set both or neither".to_owned(),
+            "`backends.auth_header` is set without `api_key`; must be set with `api_key` or not at all"
+                .to_owned(),
         ),
         (
             "api_key = \"k\"\nauth_header = \"Host\"",
-            "`backends.auth_header` is no header that may carry a key; \
-             allowed: a header name such as `api-key` that Zap does not set itself"
+            "`backends.auth_header` is not valid; \
+             must be a header that Zap does not set itself, such as `api-key`"
                 .to_owned(),
         ),
         (
@@ -514,75 +548,75 @@ fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
         ("extra_headers = { Content-Encoding = \"gzip\" }", NOT_ADDED.to_owned()),
         (
             "api_key = \"k\"\nauth_header = \"Proxy-Authorization\"",
-            "`backends.auth_header` is no header that may carry a key; \
-             allowed: a header name such as `api-key` that Zap does not set itself"
+            "`backends.auth_header` is not valid; \
+             must be a header that Zap does not set itself, such as `api-key`"
                 .to_owned(),
         ),
         (
             "extra_headers = { X-A = \"sk-CANARY\", \"x-a\" = \"2\" }",
-            "`backends.extra_headers` holds a header twice; header names that differ in case alone are the same"
+            "`backends.extra_headers` contains a header twice; must be different names, and case does not count"
                 .to_owned(),
         ),
         (
             "extra_headers = { x = \"sk-CANARY\\n\" }",
-            "`backends.extra_headers` holds a value with a control character; \
-             allowed: visible ASCII and spaces"
+            "`backends.extra_headers` contains a value with a control character; \
+             must be visible ASCII and spaces"
                 .to_owned(),
         ),
         (
             "extra_headers = { x = 1 }",
-            "`backends.extra_headers` is an integer; a string for each name is needed".to_owned(),
+            "`backends.extra_headers` contains an integer; each element must be a string".to_owned(),
         ),
         (
             "drop_fields = [\"model\"]",
-            "`backends.drop_fields` holds what cannot be dropped; \
-             allowed: 1 to 64 bytes, not `messages`, `model`, `stream`, whatever their case"
+            "`backends.drop_fields` contains \"model\"; \
+             each element must be 1 to 64 bytes and not `messages`, `model`, `stream`, in any case"
                 .to_owned(),
         ),
         (
             "drop_fields = [\"Model\"]",
-            "`backends.drop_fields` holds what cannot be dropped; \
-             allowed: 1 to 64 bytes, not `messages`, `model`, `stream`, whatever their case"
+            "`backends.drop_fields` contains an invalid value; \
+             each element must be 1 to 64 bytes and not `messages`, `model`, `stream`, in any case"
                 .to_owned(),
         ),
         (
             "drop_fields = [1]",
-            "`backends.drop_fields` is an integer; a string in each place is needed".to_owned(),
+            "`backends.drop_fields` contains an integer; each element must be a string".to_owned(),
         ),
         (
             "models = []",
-            "`backends.models` is empty; leave it out where the backend serves any model".to_owned(),
+            "`backends.models` is empty; must be left out if the backend serves any model".to_owned(),
         ),
         (
             "models = [\"a*b\"]",
-            "`backends.models` holds what is no model; \
-             allowed: 1 to 256 bytes, no control character, `*` at the end alone"
+            "`backends.models` contains an invalid value; \
+             each name must be 1 to 256 bytes without control characters, `*` only at the end"
                 .to_owned(),
         ),
-        ("models = [\"a\", \"a\"]", "`backends.models` holds a name twice; once is enough".to_owned()),
+        ("models = [\"a\", \"a\"]", "`backends.models` contains a name twice; names must be unique".to_owned()),
         (
             "models = { a = \"b*\" }",
-            "`backends.models` maps a name to one that ends in `*`; \
-             allowed: only where the name itself ends in `*`"
+            "`backends.models` maps a name without `*` to a name that ends in `*`; \
+             both names must end in `*`"
                 .to_owned(),
         ),
         (
             "models = { a = \"\" }",
-            "`backends.models` maps a name to what is no model; \
-             allowed: 1 to 256 bytes, no control character, `*` at the end alone"
+            "`backends.models` contains \"\"; \
+             each name must be 1 to 256 bytes without control characters, `*` only at the end"
                 .to_owned(),
         ),
         (
             "models = true",
-            "`backends.models` is a boolean; an array or a table of strings is needed".to_owned(),
+            "`backends.models` is a boolean; must be an array or a table of strings".to_owned(),
         ),
         (
             "default_model = \"\"",
-            "`backends.default_model` is no model; allowed: 1 to 256 bytes, no control character".to_owned(),
+            "`backends.default_model` is \"\"; must be 1 to 256 bytes without control characters".to_owned(),
         ),
         (
             "forward_authorization = true\napi_key = \"sk-CANARY\"",
-            "`backends.forward_authorization` is true beside an `api_key`; allowed: one of the two"
+            "`backends.forward_authorization` is true and `api_key` is set; must be only one of the two"
                 .to_owned(),
         ),
     ] {
@@ -596,9 +630,9 @@ fn faults_of_backends_are_told_with_line_and_never_show_the_value() {
 fn bad_urls_and_missing_keys_are_faults() {
     for (text, expected) in [
         ("x\nurl = \"http://u:sk-CANARY@h\"", "has a user or a password"),
-        ("x\nurl = \"sk-CANARY\"", "has no usable scheme"),
+        ("x\nurl = \"sk-CANARY\"", "has no valid scheme"),
         ("x\nurl = \"http://${NONE}\"", "`NONE`"),
-        ("", "`backends.url` is missing; a string is needed"),
+        ("", "`backends.url` is missing; a string is required"),
     ] {
         let line = if text.is_empty() { 2 } else { 4 };
         let text = text.replacen('x', "[[backends]]\nweight = 1", 1);
@@ -610,33 +644,33 @@ fn bad_urls_and_missing_keys_are_faults() {
     }
     assert_eq!(
         faults("[[backends]]\nurl = \"http://a\""),
-        ["config.toml:1: `backends.weight` is missing; an integer, 0 to 1000, is needed"]
+        ["config.toml:1: `backends.weight` is missing; an integer from 0 to 1000 is required"]
     );
 }
 
 #[test]
 fn no_backend_is_a_fault() {
-    let what = "no backend; at least one `[[backends]]` with `url` and `weight` is needed";
+    let what = "no backends; at least one `[[backends]]` with `url` and `weight` is required";
     for (text, line) in [("", 1), ("# x\n\n[server]\n", 1), ("\nbackends = []", 2)] {
         assert_eq!(faults(text), [format!("config.toml:{line}: {what}")], "{text}");
     }
-    let what = "is a table; an array of tables, `[[backends]]`, is needed";
+    let what = "is a table; must be an array of tables, `[[backends]]`";
     assert_eq!(faults("[backends]\nurl = 1"), [format!("config.toml:1: `backends` {what}")]);
-    let what = "`backends` is an integer; a table is needed";
+    let what = "`backends` contains an integer; each element must be a table";
     assert_eq!(faults("backends = [1]"), [format!("config.toml:1: {what}")]);
 }
 
 #[test]
-fn all_faults_come_at_once_in_the_order_of_lines() {
+fn all_faults_are_reported_at_once_in_line_order() {
     let text = "[queue]\nmax_size = -1\n[server]\nport = \"x\"\nprot = 1\n\n[[backends]]\nurl = 1\n";
     let faults = parse(text).unwrap_err();
     assert_eq!(
         faults.to_string(),
-        "config.toml:2: `queue.max_size` is -1; allowed: 0 to 1000000\n\
-         config.toml:4: `server.port` is a string; an integer is needed\n\
+        "config.toml:2: `queue.max_size` is -1; must be from 0 to 1000000\n\
+         config.toml:4: `server.port` is a string; must be an integer\n\
          config.toml:5: unknown key `server.prot`; did you mean `port`?\n\
-         config.toml:7: `backends.weight` is missing; an integer, 0 to 1000, is needed\n\
-         config.toml:8: `backends.url` is an integer; a string is needed"
+         config.toml:7: `backends.weight` is missing; an integer from 0 to 1000 is required\n\
+         config.toml:8: `backends.url` is an integer; must be a string"
     );
     assert_eq!(faults.lines().len(), 5);
     assert_eq!(
@@ -661,7 +695,7 @@ fn syntax_errors_name_line_and_column_and_quote_nothing() {
 }
 
 #[test]
-fn names_are_unique() {
+fn backend_names_are_unique() {
     let entry = |name: &str, host: &str| {
         let name = if name.is_empty() { String::new() } else { format!("name = \"{name}\"\n") };
         format!("[[backends]]\n{name}url = \"http://{host}\"\nweight = 0\n")
@@ -687,20 +721,19 @@ fn names_are_unique() {
     let text = [entry("n", "a"), entry("m", "b"), entry("n", "c")].concat();
     assert_eq!(
         faults(&text),
-        ["config.toml:10: `backends.name` at line 10 is that of line 2 again; \
-          each backend needs a name of its own"]
+        ["config.toml:10: `backends.name` repeats the name at line 2; each backend must have its own name"]
     );
 }
 
 #[test]
-fn files_are_relative_and_lose_one_newline() {
+fn file_paths_are_relative_and_one_trailing_newline_is_dropped() {
     let directory = Directory::new("files");
     for (content, expected) in [
         ("sk-1", Ok("sk-1")),
         ("sk-1\n", Ok("sk-1")),
         ("sk-1\r\n", Ok("sk-1")),
-        ("sk-CANARY\n\n", Err("holds a space")),
-        ("sk-CANARY\r", Err("holds a space")),
+        ("sk-CANARY\n\n", Err("contains a space")),
+        ("sk-CANARY\r", Err("contains a space")),
         ("\n", Err("is empty")),
         ("", Err("is empty")),
     ] {
@@ -726,7 +759,7 @@ fn files_are_relative_and_lose_one_newline() {
 }
 
 #[test]
-fn load_tells_missing_from_invalid() {
+fn load_distinguishes_a_missing_file_from_an_invalid_one() {
     let directory = Directory::new("load");
     let missing = directory.0.join("none.toml");
     let error = Config::load(&missing).unwrap_err();
@@ -743,7 +776,7 @@ fn load_tells_missing_from_invalid() {
 
 #[cfg(unix)]
 #[test]
-fn a_world_readable_key_is_warned_about() {
+fn a_world_readable_key_causes_a_warning() {
     use std::os::unix::fs::PermissionsExt;
     let directory = Directory::new("mode");
     directory.write("key", "k");
@@ -767,8 +800,8 @@ fn a_world_readable_key_is_warned_about() {
     }
 }
 
-/// Calls `check` with every truncation, every byte flipped in several ways, cut
-/// out or doubled, and every line dropped, doubled or swapped with the next.
+/// Calls `check` with every truncation of `text`, with every byte flipped in several ways, removed
+/// or doubled, and with every line removed, doubled or swapped with the next.
 fn mangle(text: &str, mut check: impl FnMut(&str)) {
     let bytes = text.as_bytes();
     let mut emit = |mangled: &[u8]| {
@@ -798,7 +831,7 @@ fn mangle(text: &str, mut check: impl FnMut(&str)) {
 }
 
 #[test]
-fn nothing_panics_and_no_fault_shows_the_key() {
+fn mangled_texts_cause_no_panic_and_no_fault_shows_the_key() {
     let texts = [
         FULL.to_owned(),
         format!("{BACKEND}api_key = {{ file = \"sk-CANARY\" }}\n"),
@@ -806,32 +839,32 @@ fn nothing_panics_and_no_fault_shows_the_key() {
          api_key = \"\"\"\nsk-CANARY\"\"\" }]\n"
             .to_owned(),
     ];
-    let (mut good, mut bad) = (0, 0);
+    let (mut valid, mut invalid) = (0, 0);
     for text in &texts {
         mangle(text, |mangled| match parse(mangled) {
             Ok(config) => {
-                good += 1;
+                valid += 1;
                 assert!(!config.backends.is_empty());
                 let names: HashSet<_> = config.backends.iter().map(|b| &b.name).collect();
                 assert_eq!(names.len(), config.backends.len());
             }
             Err(faults) => {
-                bad += 1;
+                invalid += 1;
                 assert!(!faults.lines().is_empty());
                 assert!(!faults.to_string().contains("CANARY"), "{faults}\n{mangled}");
-                let placed = |line: &String| {
+                let has_line = |line: &String| {
                     let number = line.strip_prefix("config.toml:").and_then(|l| l.split_once(": "));
                     number.is_some_and(|(n, _)| n.parse().is_ok_and(|n: usize| n > 0))
                 };
-                assert!(faults.lines().iter().all(placed), "{faults}");
+                assert!(faults.lines().iter().all(has_line), "{faults}");
             }
         });
     }
-    assert!(good > 1000 && bad > 1000, "{good} {bad}");
+    assert!(valid > 1000 && invalid > 1000, "{valid} {invalid}");
 }
 
 #[test]
-fn deep_nesting_is_refused_not_followed() {
+fn deep_nesting_is_refused_without_recursion() {
     for unit in ["a.", "a=[", "[", "a={", "[a.", "[[a."] {
         assert!(parse(&unit.repeat(100_000)).is_err());
         assert!(parse(&format!("{}a=1", unit.repeat(100_000))).is_err());

@@ -1,8 +1,9 @@
-//! A reader over TOML's spanned tree that notes every fault with its line.
+//! A reader over TOML's spanned tree that records every fault with its line.
 //!
-//! A [`Section`] hands out its keys one by one, checked; what nobody asked for
-//! when it ends is unknown. A wrong value is noted and its default handed out,
-//! so that reading goes on. No message holds a string value, as that may be a key.
+//! A [`Section`] returns its keys one by one, checked. A key that was not read
+//! when the section ends is unknown. For a wrong value the reader records a fault and
+//! returns the default, so that reading continues. A message shows a string value only
+//! if the value cannot be a key ([`is_harmless`]).
 
 use std::{cell::RefCell, fmt::Display, time::Duration};
 
@@ -11,7 +12,7 @@ use toml::de::{DeArray, DeString, DeTable, DeValue};
 
 use crate::config::suggest::{is_harmless, nearest};
 
-/// Collects faults, each with the line it belongs to.
+/// Collects faults, each with its line.
 pub(super) struct Sink<'t> {
     text: &'t str,
     label: &'t str,
@@ -20,14 +21,14 @@ pub(super) struct Sink<'t> {
     faults: RefCell<Vec<(usize, String)>>,
 }
 
-/// An inclusive range of allowed numbers.
+/// Allowed numbers, both ends included.
 #[derive(Clone, Copy)]
 pub(super) struct Range<T> {
     pub(super) min: T,
     pub(super) max: T,
 }
 
-/// A number that need not be given.
+/// An optional number with its default and range.
 #[derive(Clone, Copy)]
 pub(super) struct Number<T> {
     pub(super) default: T,
@@ -40,24 +41,24 @@ pub(super) struct Text {
     pub(super) line: usize,
 }
 
-/// One table while it is being read.
+/// A table that is being read.
 pub(super) struct Section<'s, 'i> {
     sink: &'s Sink<'s>,
     table: DeTable<'i>,
-    /// Its name in messages, with a dot at the end; empty for the document.
+    /// Name of the table in messages, with a dot at the end; empty for the document.
     prefix: String,
     line: usize,
-    /// Every key asked for so far.
+    /// All keys read so far, set or not.
     known: Vec<&'static str>,
 }
 
-/// The keys of one entry, as they were taken out of their table.
+/// The value of one key, removed from its table.
 struct Field<'i> {
     value: DeValue<'i>,
     line: usize,
 }
 
-/// Reads the sink's text; `None` if it is no TOML.
+/// Reads the text of `sink`. Returns `None` if the text is not TOML: then the syntax errors are recorded.
 pub(super) fn document<'s, R>(sink: &'s Sink<'s>, read: impl FnOnce(&mut Section<'s, '_>) -> R) -> Option<R> {
     let (root, errors) = DeTable::parse_recoverable(sink.text);
     for error in &errors {
@@ -75,12 +76,12 @@ pub(super) fn document<'s, R>(sink: &'s Sink<'s>, read: impl FnOnce(&mut Section
 }
 
 impl<T> Range<T> {
-    /// `min` to `max`, both included.
+    /// The range from `min` to `max`, both included.
     pub(super) const fn new(min: T, max: T) -> Self {
         Self { min, max }
     }
 
-    /// This range for a key that may be left out.
+    /// A number in this range that is `default` if the key is not set.
     pub(super) const fn or(self, default: T) -> Number<T>
     where
         T: Copy,
@@ -90,7 +91,7 @@ impl<T> Range<T> {
 }
 
 impl<'t> Sink<'t> {
-    /// An empty sink for `text`, which messages call `label`.
+    /// Creates an empty sink for `text`; messages call it `label`.
     pub(super) fn new(text: &'t str, label: &'t str) -> Self {
         let breaks = text.match_indices('\n').map(|(offset, _)| offset + 1);
         Self {
@@ -101,17 +102,17 @@ impl<'t> Sink<'t> {
         }
     }
 
-    /// Notes a fault.
+    /// Records a fault.
     pub(super) fn fault(&self, line: usize, what: impl Into<String>) {
         self.faults.borrow_mut().push((line, what.into()));
     }
 
-    /// How many faults there are by now.
+    /// Number of faults so far.
     pub(super) fn count(&self) -> usize {
         self.faults.borrow().len()
     }
 
-    /// All faults in the order of their lines, as `FILE:LINE: what`.
+    /// All faults in line order, as `FILE:LINE: what`.
     pub(super) fn into_messages(self) -> Vec<String> {
         let mut faults = self.faults.into_inner();
         faults.sort_by_key(|(line, _)| *line);
@@ -120,7 +121,7 @@ impl<'t> Sink<'t> {
         faults.into_iter().map(|(line, what)| format!("{label}:{line}: {what}")).collect()
     }
 
-    /// Line and column (in characters) of a byte offset, both from 1.
+    /// Line and column of a byte offset, both counted from 1; columns count characters.
     fn position(&self, offset: usize) -> (usize, usize) {
         let line = self.line_starts.partition_point(|start| *start <= offset);
         let start = line.checked_sub(1).and_then(|i| self.line_starts.get(i));
@@ -134,29 +135,44 @@ impl<'s, 'i> Section<'s, 'i> {
         Self { sink, table, prefix, line, known: Vec::new() }
     }
 
-    /// Where this section's faults go.
+    /// The sink of this section's faults.
     pub(super) fn sink(&self) -> &'s Sink<'s> {
         self.sink
     }
 
-    /// The line of its header.
+    /// The line of the section's header.
     pub(super) fn line(&self) -> usize {
         self.line
     }
 
-    /// The line of `key` while it has not been taken yet.
+    /// The line of `key`, unless it is not set or was read already.
     pub(super) fn line_of(&self, key: &str) -> Option<usize> {
         let (key, _) = self.table.get_key_value(key)?;
         Some(self.sink.position(key.span().start).0)
     }
 
-    /// Notes a fault of `key`: `what` follows its name.
+    /// Records a fault of `key`: `what` follows its name.
     pub(super) fn fault(&self, line: usize, key: &str, what: &str) {
         let prefix = &self.prefix;
         self.sink.fault(line, format!("`{prefix}{key}` {what}"));
     }
 
-    /// A number, or its default.
+    /// Records that `key` has the wrong value `text`, shown if it cannot be a secret; `allowed` says what it must be.
+    pub(super) fn invalid(&self, text: &Text, key: &str, allowed: &str) {
+        let value = &text.value;
+        let found = if is_harmless(value) { format!("is {value:?}") } else { "is not valid".to_owned() };
+        self.fault(text.line, key, &format!("{found}; {allowed}"));
+    }
+
+    /// Records that the array or table `key` has the wrong element `text`, shown if it cannot be a secret; `allowed`
+    /// says what each element must be.
+    pub(super) fn invalid_element(&self, text: &Text, key: &str, allowed: &str) {
+        let value = &text.value;
+        let found = if is_harmless(value) { format!("{value:?}") } else { "an invalid value".to_owned() };
+        self.fault(text.line, key, &format!("contains {found}; {allowed}"));
+    }
+
+    /// Reads a number, or returns its default.
     pub(super) fn number<T>(&mut self, key: &'static str, number: Number<T>) -> T
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
@@ -164,7 +180,7 @@ impl<'s, 'i> Section<'s, 'i> {
         self.optional(key, number.range).unwrap_or(number.default)
     }
 
-    /// A number that may be left out.
+    /// Reads an optional number.
     pub(super) fn optional<T>(&mut self, key: &'static str, range: Range<T>) -> Option<T>
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
@@ -176,43 +192,43 @@ impl<'s, 'i> Section<'s, 'i> {
         };
         let Range { min, max } = range;
         let Ok(wide) = i128::from_str_radix(integer.as_str(), integer.radix()) else {
-            let what = format!("is far out of range; allowed: {min} to {max}");
+            let what = format!("is far out of range; must be from {min} to {max}");
             self.fault(line, key, &what);
             return None;
         };
         match T::try_from(wide) {
             Ok(number) if number >= min && number <= max => Some(number),
             _ => {
-                let what = format!("is {wide}; allowed: {min} to {max}");
+                let what = format!("is {wide}; must be from {min} to {max}");
                 self.fault(line, key, &what);
                 None
             }
         }
     }
 
-    /// A number that must be there; `None` is a noted fault.
+    /// Reads a required number. If it is missing or not valid, records a fault and returns `None`.
     pub(super) fn required<T>(&mut self, key: &'static str, range: Range<T>) -> Option<T>
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
     {
         if !self.table.contains_key(key) {
             let Range { min, max } = range;
-            self.missing(key, &format!("an integer, {min} to {max}, is needed"));
+            self.missing(key, &format!("an integer from {min} to {max}"));
         }
         self.optional(key, range)
     }
 
-    /// A number of seconds, or its default.
+    /// Reads a number of seconds, or returns its default.
     pub(super) fn seconds(&mut self, key: &'static str, number: Number<u64>) -> Duration {
         Duration::from_secs(self.number(key, number))
     }
 
-    /// A number of milliseconds, or its default.
+    /// Reads a number of milliseconds, or returns its default.
     pub(super) fn millis(&mut self, key: &'static str, number: Number<u64>) -> Duration {
         Duration::from_millis(self.number(key, number))
     }
 
-    /// `true` or `false`, or its default.
+    /// Reads `true` or `false`, or returns the default.
     pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
         match self.take(key) {
             Some(Field { value: DeValue::Boolean(boolean), .. }) => boolean,
@@ -224,7 +240,7 @@ impl<'s, 'i> Section<'s, 'i> {
         }
     }
 
-    /// A string that may be left out.
+    /// Reads an optional string.
     pub(super) fn text(&mut self, key: &'static str) -> Option<Text> {
         match self.take(key)? {
             Field { value: DeValue::String(text), line } => Some(Text { value: text.into_owned(), line }),
@@ -235,29 +251,28 @@ impl<'s, 'i> Section<'s, 'i> {
         }
     }
 
-    /// A string that must be there; `None` is a noted fault.
+    /// Reads a required string. If it is missing or not a string, records a fault and returns `None`.
     pub(super) fn required_text(&mut self, key: &'static str) -> Option<Text> {
         if !self.table.contains_key(key) {
-            self.missing(key, "a string is needed");
+            self.missing(key, "a string");
         }
         self.text(key)
     }
 
-    /// One of a few words, or its default.
+    /// Reads a string that must be one of `words`, or returns the default.
     pub(super) fn choice<T: Copy>(&mut self, key: &'static str, default: T, words: &[(&str, T)]) -> T {
-        let Some(Text { value, line }) = self.text(key) else {
+        let Some(text) = self.text(key) else {
             return default;
         };
-        if let Some((_, chosen)) = words.iter().find(|(word, _)| *word == value) {
+        if let Some((_, chosen)) = words.iter().find(|(word, _)| *word == text.value) {
             return *chosen;
         }
         let words: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
-        let what = format!("is none of its words; allowed: {}", words.join(", "));
-        self.fault(line, key, &what);
+        self.invalid(&text, key, &format!("must be one of {}", words.join(", ")));
         default
     }
 
-    /// A table; one that is not there is read as an empty one.
+    /// Reads a table. If it is not set, `read` gets an empty one.
     pub(super) fn section<R>(
         &mut self,
         key: &'static str,
@@ -274,8 +289,8 @@ impl<'s, 'i> Section<'s, 'i> {
         self.child(key, table, line, read)
     }
 
-    /// The tables of an array, in order; those that are none are noted. `None`
-    /// if the key is absent or no array.
+    /// Reads an array of tables, in order. An element that is not a table is a fault and left out.
+    /// Returns `None` if the key is not set or is not an array.
     pub(super) fn sections<R>(
         &mut self,
         key: &'static str,
@@ -284,8 +299,7 @@ impl<'s, 'i> Section<'s, 'i> {
         let array = match self.take(key)? {
             Field { value: DeValue::Array(array), .. } => array,
             Field { value, line } => {
-                let needed = format!("an array of tables, `[[{key}]]`,");
-                self.wrong_type(line, key, &value, &needed);
+                self.wrong_type(line, key, &value, &format!("an array of tables, `[[{key}]]`"));
                 return None;
             }
         };
@@ -294,13 +308,13 @@ impl<'s, 'i> Section<'s, 'i> {
             let (line, _) = self.sink.position(item.span().start);
             match item.into_inner() {
                 DeValue::Table(table) => results.push(self.child(key, table, line, &mut read)),
-                other => self.wrong_type(line, key, &other, "a table"),
+                other => self.wrong_element(line, key, &other, "a table"),
             }
         }
         Some(results)
     }
 
-    /// An array of strings. One that is no array is noted, and so is what is no string in it.
+    /// Reads an array of strings. An element that is not a string is a fault and left out.
     pub(super) fn texts(&mut self, key: &'static str) -> Option<Vec<Text>> {
         match self.take(key)? {
             Field { value: DeValue::Array(array), .. } => Some(self.strings(key, array)),
@@ -311,7 +325,7 @@ impl<'s, 'i> Section<'s, 'i> {
         }
     }
 
-    /// A table of strings, in the order of the file.
+    /// Reads a table of strings, in the order of the file.
     pub(super) fn pairs(&mut self, key: &'static str) -> Option<Vec<(Text, Text)>> {
         match self.take(key)? {
             Field { value: DeValue::Table(table), .. } => Some(self.string_pairs(key, table)),
@@ -322,7 +336,7 @@ impl<'s, 'i> Section<'s, 'i> {
         }
     }
 
-    /// An array of strings, or a table of them: then each has its value.
+    /// Reads an array of strings, or a table of strings: then each name has its value.
     pub(super) fn texts_or_pairs(&mut self, key: &'static str) -> Option<Vec<(Text, Option<Text>)>> {
         match self.take(key)? {
             Field { value: DeValue::Array(array), .. } => {
@@ -339,7 +353,7 @@ impl<'s, 'i> Section<'s, 'i> {
         }
     }
 
-    /// A table of tables with names of the operator's own, in the order of the file.
+    /// Reads a table of tables whose names the operator chooses, in the order of the file.
     pub(super) fn named_sections<R>(
         &mut self,
         key: &'static str,
@@ -357,12 +371,12 @@ impl<'s, 'i> Section<'s, 'i> {
         for (name, value) in self.in_order(table) {
             match value {
                 DeValue::Table(table) => {
-                    // Not the name itself: what stands where no key is expected may be a secret.
+                    // Messages do not show the name: any text is allowed there, so it may be a secret.
                     let inner = format!("{key}.<name>");
                     let line = name.line;
                     results.push(self.child(&inner, table, line, |t| read(t, name)));
                 }
-                other => self.wrong_type(name.line, key, &other, "a table for each name"),
+                other => self.wrong_element(name.line, key, &other, "a table"),
             }
         }
         results
@@ -374,7 +388,7 @@ impl<'s, 'i> Section<'s, 'i> {
             let (line, _) = self.sink.position(item.span().start);
             match item.into_inner() {
                 DeValue::String(text) => texts.push(Text { value: text.into_owned(), line }),
-                other => self.wrong_type(line, key, &other, "a string in each place"),
+                other => self.wrong_element(line, key, &other, "a string"),
             }
         }
         texts
@@ -388,13 +402,13 @@ impl<'s, 'i> Section<'s, 'i> {
                     let line = name.line;
                     pairs.push((name, Text { value: text.into_owned(), line }));
                 }
-                other => self.wrong_type(name.line, key, &other, "a string for each name"),
+                other => self.wrong_element(name.line, key, &other, "a string"),
             }
         }
         pairs
     }
 
-    /// The entries of a table in the order of the file; the reader itself sorts them by name.
+    /// The entries of a table in the order of the file; the TOML parser sorts them by name.
     fn in_order<'v>(&self, table: DeTable<'v>) -> Vec<(Text, DeValue<'v>)> {
         let mut entries: Vec<_> = table.into_iter().collect();
         entries.sort_by_key(|(name, _)| name.span().start);
@@ -405,8 +419,8 @@ impl<'s, 'i> Section<'s, 'i> {
         entries.into_iter().map(text).collect()
     }
 
-    /// A string, or a table that `read` makes something of. `Err` holds the
-    /// string; `None` if there is neither.
+    /// Reads a string, or a table with `read`. `Err` holds the string. Returns `None` if the
+    /// key is not set or is neither of the two.
     pub(super) fn text_or_section<R>(
         &mut self,
         key: &'static str,
@@ -445,23 +459,18 @@ impl<'s, 'i> Section<'s, 'i> {
     }
 
     fn missing(&self, key: &str, needed: &str) {
-        self.fault(self.line, key, &format!("is missing; {needed}"));
+        self.fault(self.line, key, &format!("is missing; {needed} is required"));
     }
 
     fn wrong_type(&self, line: usize, key: &str, found: &DeValue<'_>, needed: &str) {
-        let found = match found {
-            DeValue::String(_) => "a string",
-            DeValue::Integer(_) => "an integer",
-            DeValue::Float(_) => "a float",
-            DeValue::Boolean(_) => "a boolean",
-            DeValue::Datetime(_) => "a date or time",
-            DeValue::Array(_) => "an array",
-            DeValue::Table(_) => "a table",
-        };
-        self.fault(line, key, &format!("is {found}; {needed} is needed"));
+        self.fault(line, key, &format!("is {}; must be {needed}", type_name(found)));
     }
 
-    /// Notes what nobody asked for.
+    fn wrong_element(&self, line: usize, key: &str, found: &DeValue<'_>, needed: &str) {
+        self.fault(line, key, &format!("contains {}; each element must be {needed}", type_name(found)));
+    }
+
+    /// Ends the section: keys that were not read are unknown.
     fn finish(self) {
         for key in self.table.keys() {
             let (line, _) = self.sink.position(key.span().start);
@@ -469,14 +478,30 @@ impl<'s, 'i> Section<'s, 'i> {
             let name = if is_harmless(written) {
                 format!("unknown key `{}{written}`", self.prefix)
             } else {
-                format!("unknown key in `{}`", self.prefix.trim_end_matches('.'))
+                match self.prefix.trim_end_matches('.') {
+                    "" => "unknown key at the top level".to_owned(),
+                    section => format!("unknown key in `{section}`"),
+                }
             };
             let hint = match nearest(written, &self.known) {
                 Some(near) => format!("did you mean `{near}`?"),
-                None => format!("allowed: `{}`", self.known.join("`, `")),
+                None => format!("must be one of `{}`", self.known.join("`, `")),
             };
             self.sink.fault(line, format!("{name}; {hint}"));
         }
+    }
+}
+
+/// The type of `value`, as messages name it.
+fn type_name(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "an integer",
+        DeValue::Float(_) => "a float",
+        DeValue::Boolean(_) => "a boolean",
+        DeValue::Datetime(_) => "a date or time",
+        DeValue::Array(_) => "an array",
+        DeValue::Table(_) => "a table",
     }
 }
 

@@ -1,45 +1,47 @@
-//! A backend's base URL: the part of RFC 3986 that a provider's address needs.
+//! The base URL of a backend: the part of RFC 3986 that a provider's address needs.
 
 use std::net::Ipv6Addr;
 
 use http::uri::{Authority, PathAndQuery};
 
-/// Where a backend is: `http` or `https`, host, port, leading path.
+/// The base URL of a backend: `http` or `https`, host, port, leading path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
-    /// Whether TLS is spoken.
+    /// Whether the backend speaks TLS.
     pub https: bool,
     /// Lower-case name or address to connect to; no brackets for IPv6.
     pub host: String,
     /// Port to connect to, at least 1.
     pub port: u16,
-    /// As in a `Host` header: `host[:port]`, the default port left out, IPv6 in brackets.
+    /// Value of the `Host` header: `host[:port]`, without the default port, IPv6 in brackets.
     pub authority: String,
-    /// Empty, or begins with `/`; no `/` at its end.
+    /// Path: empty, or begins with `/`; does not end with `/`.
     pub path: String,
 }
 
 impl BaseUrl {
-    /// Reads `text`, wholly expanded.
+    /// Parses `text`, in which all variables are expanded.
     ///
     /// # Errors
     ///
-    /// What is wrong and what is allowed, without `text`.
+    /// Returns a message if `text` is not such a URL. The message does not contain `text`, which may hold a key.
     pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("holds a space, a control or a non-ASCII character; allowed: visible ASCII");
+            return Err(
+                "contains a space, a control character or a non-ASCII character; must be visible ASCII",
+            );
         }
         let (https, rest) = match text.split_once("://") {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (true, rest),
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (false, rest),
-            _ => return Err("has no usable scheme; allowed: `http://` and `https://`"),
+            _ => return Err("has no valid scheme; must begin with `http://` or `https://`"),
         };
         if rest.contains(['?', '#']) {
-            return Err("has a query or a fragment; allowed: scheme, host, port and path");
+            return Err("has a query or a fragment; must have only a scheme, a host, a port and a path");
         }
         let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
         if authority.contains('@') {
-            return Err("has a user or a password in it; a key belongs in `api_key`");
+            return Err("has a user or a password; must have none, a key belongs in `api_key`");
         }
         let (host, port) = split_port(authority)?;
         let (host, shown) = read_host(host)?;
@@ -51,18 +53,18 @@ impl BaseUrl {
             return Err(BAD_HOST);
         }
         if !path.is_empty() && !is_path(path) {
-            return Err("has a character in its path that a path may not have");
+            return Err("has an invalid character in its path; must be percent-encoded there");
         }
         Ok(Self { https, host, port, authority, path: path.to_owned() })
     }
 }
 
-const BAD_HOST: &str = "has no valid host; allowed: a name of `A-Za-z0-9._-`, \
+const BAD_HOST: &str = "has no valid host; must be a name of `A-Za-z0-9._-`, \
                         an IPv4 address, or an IPv6 address in brackets";
-const BAD_PORT: &str = "has no valid port; allowed: 1 to 65535";
+const BAD_PORT: &str = "has no valid port; must be from 1 to 65535";
 
-/// Whether `text` is a path that a request line can carry: it begins with `/`,
-/// is visible ASCII and has neither query nor fragment.
+/// Whether `text` is a path for a request line: begins with `/`, is visible ASCII
+/// and has neither a query nor a fragment.
 pub(super) fn is_path(text: &str) -> bool {
     text.starts_with('/')
         && text.bytes().all(|byte| byte.is_ascii_graphic())
@@ -70,7 +72,7 @@ pub(super) fn is_path(text: &str) -> bool {
         && PathAndQuery::try_from(text).is_ok()
 }
 
-/// The host as written, brackets included, and the port if one is given.
+/// Splits off the port, if there is one. The host keeps its brackets.
 fn split_port(authority: &str) -> Result<(&str, Option<u16>), &'static str> {
     let after_address = authority.rfind(']').map_or(0, |bracket| bracket + 1);
     let (host, port) = match authority.rfind(':') {
@@ -92,7 +94,7 @@ fn split_port(authority: &str) -> Result<(&str, Option<u16>), &'static str> {
     }
 }
 
-/// The host to connect to, and the same as shown in a `Host` header.
+/// The host to connect to, and the host as the `Host` header shows it.
 fn read_host(host: &str) -> Result<(String, String), &'static str> {
     if let Some(address) = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
         let address: Ipv6Addr = address.parse().map_err(|_invalid| BAD_HOST)?;
@@ -107,7 +109,7 @@ fn read_host(host: &str) -> Result<(String, String), &'static str> {
     Ok((host.clone(), host))
 }
 
-/// RFC 1123, and `_`, which container names have.
+/// Whether `label` is a label of RFC 1123. `_` is allowed too, since container names have it.
 fn is_label(label: &str) -> bool {
     (1..=63).contains(&label.len())
         && !label.starts_with('-')
@@ -120,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn good_urls_are_taken_apart() {
+    fn good_urls_are_parsed() {
         for (text, https, host, port, authority, path) in [
             ("http://a", false, "a", 80, "a", ""),
             ("https://a/", true, "a", 443, "a", ""),

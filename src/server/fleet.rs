@@ -182,7 +182,7 @@ fn read(before: &Snapshot) -> Result<(Snapshot, Vec<String>), String> {
         LoadError::Invalid(faults) => faults.to_string().replace('\n', "; "),
     })?;
     let mut warnings = std::mem::take(&mut config.warnings);
-    let changed = config.server.differs(&before.config.server);
+    let changed = config.server.changed_keys(&before.config.server);
     if !changed.is_empty() {
         warnings
             .push(format!("{} changed: this needs a restart, until then the old stays", changed.join(", ")));
