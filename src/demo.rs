@@ -1,6 +1,6 @@
-//! The built-in mock provider: `zap demo`, the tests and the benches use the same one.
+//! The built-in mock providers of `zap demo`.
 //!
-//! It answers chat completions with a text that names it, at once or as a stream of tokens.
+//! A mock provider answers chat completions with a text that contains its name, at once or as a stream of tokens.
 
 use std::convert::Infallible;
 use std::io;
@@ -24,23 +24,23 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::config::Config;
 
-/// Largest request that a mock provider reads.
+/// Largest request body that a mock provider reads, in bytes.
 const MAX_BODY: usize = 64 << 20;
 
 /// A mock provider.
 #[derive(Clone, Debug)]
 pub(crate) struct Provider {
-    /// It says so in every answer.
+    /// Name of the provider; every response contains it.
     pub name: &'static str,
-    /// Time between two tokens of a stream, and before an answer that is none.
+    /// Time between two tokens of a stream, and before a response that is not a stream.
     pub pace: Duration,
 }
 
 impl Provider {
-    /// Starts it on a thread of its own, on loopback; it lives as long as the process.
+    /// Starts the provider on its own thread, on a free port of loopback; the provider runs until the process ends.
     ///
     /// # Errors
-    /// No port or no thread is to be had.
+    /// Returns the error of the system if no port or no thread is available.
     pub(crate) fn start(self) -> io::Result<SocketAddr> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         listener.set_nonblocking(true)?;
@@ -164,10 +164,10 @@ impl http_body::Body for MockBody {
     }
 }
 
-/// The configuration of `zap demo`: two mock providers, which it starts, round robin 2:1.
+/// Starts two mock providers and returns the configuration of `zap demo`: round robin 2:1 between them.
 ///
 /// # Errors
-/// The providers cannot be started.
+/// Returns the error of the system if a provider cannot be started.
 pub(crate) fn configuration(port: u16) -> io::Result<Config> {
     let fast = Provider { name: "alpha", pace: Duration::from_millis(20) }.start()?;
     let slow = Provider { name: "beta", pace: Duration::from_millis(25) }.start()?;
@@ -179,14 +179,14 @@ pub(crate) fn configuration(port: u16) -> io::Result<Config> {
     Config::parse(&text, "demo", Path::new(""), &|_| None).map_err(io::Error::other)
 }
 
-/// What `zap demo` prints to try.
+/// The text that `zap demo` prints: commands to try.
 pub(crate) fn curl_lines(port: u16) -> String {
     format!(
-        "Zap serves two mock providers, alpha and beta, in turn 2:1. Try:\n\n\
+        "Zap balances two mock providers, alpha and beta, 2:1. Try:\n\n\
          \x20 curl -s http://127.0.0.1:{port}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -sN http://127.0.0.1:{port}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -s http://127.0.0.1:{port}/status\n\
          \x20 curl -s http://127.0.0.1:{port}/metrics\n\n\
-         Ctrl-C ends it.\n\n"
+         Press Ctrl-C to stop.\n\n"
     )
 }

@@ -1,4 +1,5 @@
-//! Signals, and the way out: refuse what is new, let run what runs, cut what overstays.
+//! Signals and graceful shutdown: refuse new requests, let running requests finish, cut those that take longer than
+//! `server.drain_secs`.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -8,23 +9,23 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::server::worker::Worker;
 
-/// What an operator asks of a running gateway.
+/// An order of the operator to a running gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Let what runs end, within `server.drain_secs`.
+    /// Let running requests finish within `server.drain_secs`, then stop.
     Drain,
-    /// End at once.
+    /// Stop at once.
     Now,
-    /// Read the configuration anew.
+    /// Reload the configuration.
     Reload,
 }
 
-/// A way to send orders, and the end that [`crate::run`] takes.
+/// Creates the channel for orders; [`crate::run`] takes the receiver.
 pub fn orders() -> (Sender<Order>, Receiver<Order>) {
     channel(4)
 }
 
-/// The signals that are orders. From when it exists they end the process no more.
+/// The handlers of SIGTERM, SIGINT and SIGHUP. Once they are installed, these signals no longer kill the process.
 #[derive(Debug)]
 pub(crate) struct Signals {
     term: Signal,
@@ -33,28 +34,28 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Catches them; within a runtime.
+    /// Installs the handlers. Must be called within a runtime.
     ///
     /// # Errors
-    /// The signals cannot be caught.
+    /// Returns the error of the system if a handler cannot be installed.
     pub(crate) fn catch() -> io::Result<Self> {
         let [term, int, hup] =
             [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
         Ok(Signals { term: term?, int: int?, hup: hup? })
     }
 
-    /// Turns SIGHUP into [`Order::Reload`], the first SIGTERM or SIGINT into [`Order::Drain`], and every further one into
-    /// [`Order::Now`].
+    /// Sends [`Order::Reload`] for SIGHUP, [`Order::Drain`] for the first SIGTERM or SIGINT, and [`Order::Now`] for
+    /// every further one.
     pub(crate) async fn send(mut self, orders: Sender<Order>) {
-        let mut end = Order::Drain;
+        let mut stop = Order::Drain;
         loop {
             let order = tokio::select! {
                 _ = self.hup.recv() => Order::Reload,
-                _ = self.term.recv() => std::mem::replace(&mut end, Order::Now),
-                _ = self.int.recv() => std::mem::replace(&mut end, Order::Now),
+                _ = self.term.recv() => std::mem::replace(&mut stop, Order::Now),
+                _ = self.int.recv() => std::mem::replace(&mut stop, Order::Now),
             };
             match order {
-                // Where so many wait already, one of them will do.
+                // If the channel is full, a reload that waits there is enough.
                 Order::Reload => drop(orders.try_send(order)),
                 order if orders.send(order).await.is_err() => return,
                 _ => {}
@@ -63,13 +64,14 @@ impl Signals {
     }
 }
 
-/// How often the way out looks at what still runs.
-const LOOK: Duration = Duration::from_millis(10);
+/// How often the drain polls what still runs.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long a cut connection may take to say so.
-const CUT: Duration = Duration::from_millis(500);
+/// How long the drain waits for connections to close.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Waits until `running` says 0, then until every connection is closed; `false` where something had to be cut.
+/// Waits up to `limit` until `running` returns 0, then until every connection is closed. Returns `false` if connections
+/// had to be cut.
 pub(crate) async fn drain(
     workers: &[Worker],
     running: impl Fn() -> usize,
@@ -78,23 +80,24 @@ pub(crate) async fn drain(
 ) -> bool {
     let end = Instant::now() + limit;
     let connections = || workers.iter().map(Worker::connections).sum::<usize>();
-    let mut whole = wait(&running, end, orders).await;
+    let mut completed = wait_for_zero(&running, end, orders).await;
     workers.iter().for_each(Worker::close);
-    // Idle connections close now, those with a request behind its answer.
-    whole = whole && wait(&connections, end.max(Instant::now() + CUT), orders).await;
-    if !whole {
+    // Idle connections close now, busy ones after their response.
+    completed =
+        completed && wait_for_zero(&connections, end.max(Instant::now() + CLOSE_TIMEOUT), orders).await;
+    if !completed {
         workers.iter().for_each(Worker::cut);
-        wait(&connections, Instant::now() + CUT, orders).await;
+        wait_for_zero(&connections, Instant::now() + CLOSE_TIMEOUT, orders).await;
     }
-    whole
+    completed
 }
 
-/// Waits until `count` says 0: `false` at `end` or on an order to end at once.
-async fn wait(count: &impl Fn() -> usize, end: Instant, orders: &mut Receiver<Order>) -> bool {
+/// Waits until `count` returns 0. Returns `false` at `end`, or on [`Order::Now`].
+async fn wait_for_zero(count: &impl Fn() -> usize, end: Instant, orders: &mut Receiver<Order>) -> bool {
     while count() > 0 {
         tokio::select! {
             order = orders.recv(), if !orders.is_closed() => if order == Some(Order::Now) { return false },
-            () = tokio::time::sleep(LOOK) => if Instant::now() >= end { return false },
+            () = tokio::time::sleep(POLL_INTERVAL) => if Instant::now() >= end { return false },
         }
     }
     true

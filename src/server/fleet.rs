@@ -1,7 +1,8 @@
-//! The watch over the fleet: probes, the schedule in step with the backends' states, reloads.
+//! The fleet thread: runs the health checks, rebuilds the schedule when a backend changes its state, and reloads the
+//! configuration.
 //!
-//! One loop does all of it, so that no two of them replace the snapshot at once. It has a thread of its own: making a
-//! schedule for very many backends takes its time, and clients must not wait for that.
+//! One loop does all three, so that two of them never replace the snapshot at the same time. The loop has its own
+//! thread, since a schedule for thousands of backends takes long to build, and clients must not wait for it.
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
@@ -21,27 +22,27 @@ use crate::time::{MILLI, Nanos};
 use crate::upstream::fleet::Snapshot;
 use crate::upstream::fleet::prepare;
 
-/// Threads for what blocks: name look-ups of the probes, and files.
+/// Most threads for blocking work: name look-ups of the probes, and files.
 const MAX_BLOCKING: usize = 16;
 
-/// A schedule that takes longer than this to make is not made again at once.
-const QUICK: Nanos = MILLI;
+/// After a rebuild of the schedule that took longer than this, the loop pauses before the next one.
+const QUICK_REBUILD: Nanos = MILLI;
 
-/// The thread that watches the fleet; it ends when this is dropped.
+/// The fleet thread; dropping this value ends the thread.
 #[derive(Debug)]
 pub(crate) struct FleetWatch {
-    /// Sends nothing: that it is gone ends the thread.
+    /// Sends nothing; dropping it ends the thread.
     stop: oneshot::Sender<Infallible>,
-    /// The other end is gone when the thread has ended.
+    /// Receives nothing; closed when the thread ends.
     ended: oneshot::Receiver<Infallible>,
     thread: std::thread::JoinHandle<()>,
 }
 
 impl FleetWatch {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// The system has no thread, or no files for one.
+    /// Returns the error of the system if the runtime or the thread cannot be created.
     pub(crate) fn start(shared: Arc<Shared>) -> io::Result<Self> {
         FleetWatch::run(async move || watch(&shared).await)
     }
@@ -61,38 +62,38 @@ impl FleetWatch {
                     _ = stopped => {}
                 }
             });
-            // A name look-up or a file that hangs must not hold the process.
+            // A name look-up or a file that hangs must not delay the exit of the process.
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name("zap-fleet".into()).spawn(run)?;
         Ok(FleetWatch { stop, ended, thread })
     }
 
-    /// Waits until the thread has ended by itself, which only a bug makes it do.
+    /// Waits until the thread ends by itself, which only a panic causes.
     pub(crate) async fn ended(&mut self) {
         let _ = (&mut self.ended).await;
     }
 
-    /// Ends it and waits for that. `false` where it failed.
+    /// Ends the thread and waits for it. Returns `false` if the thread panicked.
     pub(crate) fn join(self) -> bool {
         drop(self.stop);
         self.thread.join().is_ok()
     }
 }
 
-/// Watches until it is dropped.
+/// The loop of the fleet thread; runs until the future is dropped.
 async fn watch(shared: &Arc<Shared>) {
     let local = LocalSet::new();
     let watching = async {
         let mut probes = Probes::default();
         let mut reading = None;
         loop {
-            probes.keep_up(shared);
+            probes.update(shared);
             let began = clock::now();
             let next = shared.rebuild();
             let took = clock::now() - began;
-            if took > QUICK {
-                // Where many backends change one after the other, the probes get half of the time.
+            if took > QUICK_REBUILD {
+                // If many backends change one after the other, the probes still get half of the time.
                 tokio::time::sleep(Duration::from_nanos(took)).await;
             }
             let wait =
@@ -102,12 +103,12 @@ async fn watch(shared: &Arc<Shared>) {
                 () = tokio::time::sleep(wait) => {}
                 () = shared.reload_wanted.notified(), if reading.is_none() => {
                     let before = shared.snapshot.load_full();
-                    // A file may stand on a disk that hangs: all else goes on meanwhile.
+                    // The file may be on a disk that hangs; the loop continues meanwhile.
                     reading = Some(spawn_blocking(move || read(&before)));
                 }
-                read = ready(&mut reading) => {
+                read = result_of(&mut reading) => {
                     reading = None;
-                    reload(shared, read.unwrap_or_else(|_| Err("it could not be read".into())));
+                    reload(shared, read.unwrap_or_else(|_| Err("reading the file panicked".into())));
                 }
             }
         }
@@ -115,39 +116,39 @@ async fn watch(shared: &Arc<Shared>) {
     local.run_until(watching).await;
 }
 
-/// The probes under way, by the backend's id.
+/// The running probes, by backend id.
 #[derive(Default)]
 struct Probes(HashMap<u64, JoinHandle<()>>);
 
 impl Probes {
-    /// Ends those of backends that are gone or drained, and begins those of new ones.
-    fn keep_up(&mut self, shared: &Arc<Shared>) {
+    /// Stops the probes of backends that are removed or drained, and starts the probes of new backends.
+    fn update(&mut self, shared: &Arc<Shared>) {
         let snapshot = shared.snapshot.load();
         let takes_requests: HashSet<u64> =
             snapshot.backends.iter().filter(|b| b.conf.weight > 0).map(|b| b.state.id).collect();
         self.0.retain(|id, probe| {
-            let stays = takes_requests.contains(id) && !probe.is_finished();
-            if !stays {
+            let keep = takes_requests.contains(id) && !probe.is_finished();
+            if !keep {
                 probe.abort();
             }
-            stays
+            keep
         });
         for b in snapshot.backends.iter().filter(|b| b.conf.weight > 0) {
-            let begin = || spawn_local(probe::watch(shared.clone(), b.state.id));
-            self.0.entry(b.state.id).or_insert_with(begin);
+            let start = || spawn_local(probe::watch(shared.clone(), b.state.id));
+            self.0.entry(b.state.id).or_insert_with(start);
         }
     }
 }
 
-/// What a file was read to; never, where none is being read.
-async fn ready<T>(reading: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+/// Waits for the result of `reading`; pending forever if there is none.
+async fn result_of<T>(reading: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
     match reading {
         Some(reading) => reading.await,
         None => std::future::pending().await,
     }
 }
 
-/// Puts a new configuration in place of the present one; a bad one changes nothing.
+/// Replaces the configuration by a new one. A configuration with faults changes nothing.
 fn reload(shared: &Arc<Shared>, read: Result<(Snapshot, Vec<String>), String>) {
     match read {
         Ok((next, warnings)) => {
@@ -156,36 +157,38 @@ fn reload(shared: &Arc<Shared>, read: Result<(Snapshot, Vec<String>), String>) {
             }
             let n = next.backends.len();
             shared.replace(next);
-            // Very many keys may be too much now.
-            let limiter = shared.clone();
-            drop(spawn_blocking(move || limiter.limiter.shrink()));
+            // The limiter may now track more keys than allowed; dropping them can take long.
+            let shared_for_shrink = shared.clone();
+            drop(spawn_blocking(move || shared_for_shrink.limiter.shrink()));
             shared.telemetry.reloads.applied.fetch_add(1, Ordering::Relaxed);
             shared.telemetry.log.event(
                 "info",
                 "reload",
-                &format!("the new configuration is in place: {n} backends"),
+                &format!("the new configuration is in effect: {n} backends"),
             );
         }
         Err(why) => {
             shared.telemetry.reloads.rejected.fetch_add(1, Ordering::Relaxed);
-            let text = format!("the configuration stays as it was: {why}");
+            let text = format!("the old configuration stays in effect: {why}");
             shared.telemetry.log.event("error", "reload", &text);
         }
     }
 }
 
-/// The fleet as its file describes it now, and what to warn of.
+/// Reads the configuration file of `before` again. Returns the new snapshot and warnings.
 fn read(before: &Snapshot) -> Result<(Snapshot, Vec<String>), String> {
-    let Some(file) = &before.config.file else { return Err("it came from no file".into()) };
+    let Some(file) = &before.config.file else { return Err("it was not read from a file".into()) };
     let mut config = Config::load(file).map_err(|error| match error {
-        LoadError::Missing(path) => format!("no file at {}", path.display()),
+        LoadError::Missing(path) => format!("there is no file at {}", path.display()),
         LoadError::Invalid(faults) => faults.to_string().replace('\n', "; "),
     })?;
     let mut warnings = std::mem::take(&mut config.warnings);
     let changed = config.server.changed_keys(&before.config.server);
     if !changed.is_empty() {
-        warnings
-            .push(format!("{} changed: this needs a restart, until then the old stays", changed.join(", ")));
+        warnings.push(format!(
+            "{} changed; this needs a restart, until then the old values stay in effect",
+            changed.join(", ")
+        ));
     }
     config.server = Server::clone(&before.config.server);
     Ok((prepare(config, Some(before))?, warnings))
@@ -198,19 +201,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn its_thread_ends_when_told_and_says_when_a_bug_ended_it() {
+    fn the_thread_ends_on_join_and_a_panic_is_reported() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let held = Arc::new(());
-        let theirs = held.clone();
+        let in_thread = held.clone();
         let mut fleet = FleetWatch::run(async move || {
-            let _held = theirs;
+            let _held = in_thread;
             pending().await
         })
         .unwrap();
         let early = runtime.block_on(clock::within(Duration::from_millis(20), fleet.ended()));
         assert_eq!(early, Err(clock::Late));
         assert!(fleet.join());
-        assert_eq!(Arc::strong_count(&held), 1, "nothing of it is left");
+        assert_eq!(Arc::strong_count(&held), 1, "the thread dropped everything");
         let mut broken = FleetWatch::run(async || panic!("a bug")).unwrap();
         let ended = runtime.block_on(clock::within(Duration::from_secs(10), broken.ended()));
         assert_eq!(ended, Ok(()));

@@ -1,4 +1,5 @@
-//! The control thread: it accepts, hands connections to workers and ends the process. It does nothing that takes long.
+//! The control thread: accepts connections, hands them to workers and shuts the process down. Nothing on this thread
+//! takes long.
 
 pub(crate) mod worker;
 
@@ -24,20 +25,20 @@ use crate::server::fleet::FleetWatch;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
 
-/// Open files that Zap needs beside connections: its runtimes, streams and the listener.
-const OWN_FILES: u64 = 32;
+/// Open files that Zap needs in addition to connections: runtimes, standard streams and the listener.
+const RESERVED_FILES: u64 = 32;
 const FILES_PER_WORKER: u64 = 4;
 
-/// How long nothing is said anew of the same trouble with accepting.
-const ACCEPT_SILENCE: Duration = Duration::from_secs(10);
+/// Least time between two log lines about failures to accept.
+const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How long accepting pauses when the system has no file descriptor left.
+/// Pause after a failure to accept, for example because no file descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until told to stop. `true`: nothing was cut.
+/// Serves until an order to stop. Returns `true` if all requests finished, `false` if some were cut or a thread failed.
 ///
 /// # Errors
-/// The listener cannot be used, or no thread can be started.
+/// Returns the error of the system if the listener cannot be used or a thread cannot be started.
 pub(crate) async fn serve(
     shared: Arc<Shared>,
     listener: std::net::TcpListener,
@@ -46,15 +47,15 @@ pub(crate) async fn serve(
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let config = shared.snapshot.load().config.clone();
-    let room = FileRoom::of(&shared, &config);
-    let upstreams = (room.upstreams / config.server.workers).max(1);
+    let budget = FileBudget::new(&shared, &config);
+    let upstreams = (budget.upstreams / config.server.workers).max(1);
     let workers: Result<Vec<_>, _> =
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
     let mut fleet = FleetWatch::start(shared.clone())?;
-    let whole = {
-        let clients = accept(&shared, &listener, &workers, room.clients);
-        // Accepting and probing go on while the running requests end.
+    let completed = {
+        let clients = accept(&shared, &listener, &workers, budget.clients);
+        // The gateway accepts and probes while the running requests finish.
         let ending = async {
             let order = loop {
                 match orders.recv().await {
@@ -66,13 +67,13 @@ pub(crate) async fn serve(
             shared.telemetry.log.event(
                 "info",
                 "drain",
-                "shutting down: new requests are refused, running ones may end",
+                "shutting down: new requests are refused, running requests may finish",
             );
             let limit = if order == Some(Order::Drain) { config.server.drain } else { Duration::ZERO };
             drain::drain(&workers, || running(&shared, &workers), limit, &mut orders).await
         };
         tokio::select! {
-            whole = ending => whole,
+            completed = ending => completed,
             () = fleet.ended() => false,
             () = clients => false,
         }
@@ -80,81 +81,83 @@ pub(crate) async fn serve(
     shared.telemetry.log.event(
         "info",
         "stop",
-        if whole { "all requests ended" } else { "some requests were cut" },
+        if completed { "all requests finished" } else { "some requests were cut" },
     );
-    Ok(whole & fleet.join() & workers.into_iter().all(is_joined))
+    Ok(completed & fleet.join() & workers.into_iter().all(join))
 }
 
-/// Joins a worker whose connections are gone; one that still has some is left to the end of the process.
-fn is_joined(worker: Worker) -> bool {
+/// Joins a worker that has no connections. A worker that still has some is not joined; it ends with the process.
+fn join(worker: Worker) -> bool {
     worker.connections() > 0 || worker.join()
 }
 
-/// Requests whose body is still to come, that wait for a slot or hold one, and answers under way.
+/// Number of running requests: those that upload a body, wait for a permit or hold one. A permit is held until the end
+/// of the response.
 fn running(shared: &Shared, workers: &[Worker]) -> usize {
     let uploads: usize = workers.iter().map(Worker::uploads).sum();
     uploads + shared.admission.in_flight() + shared.admission.depth()
 }
 
-/// Connections that the process has files for.
+/// How many connections the limit of open files allows.
 #[derive(Clone, Copy, Debug)]
-struct FileRoom {
-    /// As many clients as configured, or fewer: at most half of the files.
+struct FileBudget {
+    /// Client connections: as many as configured, but at most half of the files.
     clients: usize,
-    /// Connections to backends, in use and idle: what clients leave.
+    /// Connections to backends, active and idle: the rest of the files.
     upstreams: usize,
 }
 
-impl FileRoom {
-    fn of(shared: &Shared, config: &Config) -> Self {
+impl FileBudget {
+    /// Raises the soft limit of open files to the hard limit and divides the files.
+    fn new(shared: &Shared, config: &Config) -> Self {
         let limit = getrlimit(Resource::Nofile);
         if let Some(most) = limit.maximum {
-            // Where the soft limit may not be raised, it stays.
+            // If the soft limit cannot be raised, the old one stays in effect.
             let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..limit });
         }
         let wanted = config.server.max_connections;
         let Some(files) = getrlimit(Resource::Nofile).current else {
-            return FileRoom { clients: wanted, upstreams: usize::MAX };
+            return FileBudget { clients: wanted, upstreams: usize::MAX };
         };
-        let own = OWN_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
-        let all = usize::try_from(files.saturating_sub(own)).unwrap_or(usize::MAX).max(2);
-        let fit = all / 2;
-        // A few less are no news.
+        let reserved =
+            RESERVED_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
+        let available = usize::try_from(files.saturating_sub(reserved)).unwrap_or(usize::MAX).max(2);
+        let fit = available / 2;
+        // Up to about a tenth less than configured is not worth a warning.
         if fit + fit / 10 < wanted {
             let text = format!(
-                "the limit of {files} open files has room for {fit} connections, not for {wanted}: further ones wait"
+                "the limit of {files} open files allows {fit} client connections; \
+                 server.max_connections is {wanted}: further connections wait"
             );
             shared.telemetry.log.event("warn", "start", &text);
         }
         let clients = fit.min(wanted);
-        FileRoom { clients, upstreams: all - clients }
+        FileBudget { clients, upstreams: available - clients }
     }
 }
 
+/// Accepts up to `max` clients at once and hands each to the worker with the fewest connections. Returns if no worker
+/// is alive.
 async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max: usize) {
     let permits = Arc::new(Semaphore::new(max));
-    let mut said: Option<Instant> = None;
+    let mut last_logged: Option<Instant> = None;
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((client, peer)) => {
                 let _ = client.set_nodelay(true);
                 let alive = workers.iter().filter(|w| !w.is_gone());
-                // Without workers the process is of no use: it ends, and whoever minds it starts it anew.
+                // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = alive.min_by_key(|w| w.connections()) else { return };
                 if let Ok(client) = client.into_std() {
                     worker.take(client, peer.ip(), permit);
                 }
             }
-            Err(e) if is_of_one_client(&e) => {}
+            Err(e) if is_client_error(&e) => {}
             Err(e) => {
-                if said.is_none_or(|at| at.elapsed() > ACCEPT_SILENCE) {
-                    said = Some(Instant::now());
-                    shared.telemetry.log.event(
-                        "error",
-                        "accept",
-                        &format!("no connection can be accepted: {e}"),
-                    );
+                if last_logged.is_none_or(|at| at.elapsed() > ACCEPT_LOG_INTERVAL) {
+                    last_logged = Some(Instant::now());
+                    shared.telemetry.log.event("error", "accept", &format!("cannot accept connections: {e}"));
                 }
                 if e.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files) {
                     workers.iter().for_each(Worker::free_files);
@@ -165,7 +168,8 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
     }
 }
 
-fn is_of_one_client(e: &std::io::Error) -> bool {
+/// Whether accepting failed because of one client, so that the next client can be accepted at once.
+fn is_client_error(e: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     matches!(e.kind(), ConnectionAborted | ConnectionReset | Interrupted)
 }

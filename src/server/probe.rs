@@ -1,4 +1,4 @@
-//! Active health checks: one loop a backend, on the fleet's thread, always on a fresh connection.
+//! Active health checks: one loop per backend, on the fleet thread. Each check uses a new connection.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -17,23 +17,23 @@ use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
 use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 
-/// Within this time of the start the first checks begin; more for very many backends.
-const FIRST: Duration = Duration::from_millis(200);
+/// The first checks begin within this time of the start; with more than 100 backends, see [`FIRST_CHECK_SPACING`].
+const FIRST_CHECKS: Duration = Duration::from_millis(200);
 
-/// Time for each first check, so that very many do not come at once.
-const EACH: Duration = Duration::from_millis(2);
+/// Average time between two first checks with many backends, so that they do not run all at once.
+const FIRST_CHECK_SPACING: Duration = Duration::from_millis(2);
 
-/// Time within which the first checks of so many backends begin.
-fn spread(backends: usize) -> Duration {
-    FIRST.max(EACH.saturating_mul(u32::try_from(backends).unwrap_or(u32::MAX)))
+/// The time within which the first checks of `backends` backends begin.
+fn first_check_window(backends: usize) -> Duration {
+    FIRST_CHECKS.max(FIRST_CHECK_SPACING.saturating_mul(u32::try_from(backends).unwrap_or(u32::MAX)))
 }
 
-/// Probes the backend that is known by `id`, as the configuration of the moment says, until there is none. A check is
-/// skipped while real traffic went well.
+/// Checks the backend with this `id` until it is removed or drained. Each check uses the current configuration. A check
+/// is skipped if a real request succeeded within the interval and the backend is healthy or cools down.
 pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
-    // Not all at the same time.
+    // A random delay, so that the backends are not checked at the same time.
     let backends = shared.snapshot.load().backends.len();
-    sleep(spread(backends).mul_f64(fastrand::f64())).await;
+    sleep(first_check_window(backends).mul_f64(fastrand::f64())).await;
     while let Some((snapshot, upstream)) = find(&shared, id) {
         let health = &snapshot.config.health;
         let now = clock::now();
@@ -50,14 +50,14 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     }
 }
 
-/// The backend known by `id`, while it is one that takes requests.
+/// The backend with this `id`, unless it is removed or drained.
 fn find(shared: &Shared, id: u64) -> Option<(Arc<Snapshot>, Arc<Upstream>)> {
     let snapshot = shared.snapshot.load_full();
     let upstream = snapshot.backends.iter().find(|b| b.state.id == id && b.conf.weight > 0)?.clone();
     Some((snapshot, upstream))
 }
 
-/// Waits for the time of the next check; a reload may change it.
+/// Waits until the next check is due; a reload may change the interval.
 async fn pause(shared: &Shared, id: u64) {
     let (since, jitter) = (Instant::now(), 0.8 + 0.2 * fastrand::f64());
     loop {
@@ -71,10 +71,10 @@ async fn pause(shared: &Shared, id: u64) {
     }
 }
 
-/// What a check found.
+/// The result of a check.
 struct Checked {
     probe: Probe,
-    /// The status of an answer that shows a backend at work, or why the check failed.
+    /// The status of the response, or the cause of the failure.
     found: Result<u16, Fault>,
 }
 
@@ -83,7 +83,7 @@ impl Checked {
         Checked { probe: Probe::Failed, found: Err(fault) }
     }
 
-    /// Notes it at the backend, and logs what it changes.
+    /// Records the result at the backend, and logs a change of its state.
     fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream) {
         let cause = match &self.found {
             Ok(status) => format!("health check: HTTP {status}"),
@@ -99,7 +99,8 @@ impl Checked {
     }
 }
 
-/// One check: GET of `health_path` with the backend's key. `None`: this machine could not ask.
+/// Runs one check: GET of `health_path` with the backend's key. Returns `None` if this machine has no resources for a
+/// connection, which says nothing about the backend.
 async fn check(upstream: &Upstream, connect: Duration) -> Option<Checked> {
     let io = match upstream.check_connector().connect(connect).await {
         Ok(io) => io,
@@ -131,9 +132,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_checks_come_soon_and_of_very_many_a_few_at_a_time() {
+    fn first_checks_of_many_backends_are_spread_over_time() {
         for (backends, ms) in [(0, 200), (1, 200), (100, 200), (101, 202), (1000, 2000)] {
-            assert_eq!(spread(backends), Duration::from_millis(ms), "{backends}");
+            assert_eq!(first_check_window(backends), Duration::from_millis(ms), "{backends}");
         }
     }
 }

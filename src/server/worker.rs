@@ -1,4 +1,4 @@
-//! One worker: a thread with a runtime of its own, which owns its clients and its upstream connections.
+//! A worker: a thread with its own runtime, which owns its client connections and its upstream connections.
 
 use std::io;
 use std::net::IpAddr;
@@ -20,13 +20,14 @@ use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
 
-/// Threads for name look-ups, which block: a few a backend, so that one whose name hangs leaves some for the others.
+/// Most threads for name look-ups, which block. A backend may use only a few, so that a name that hangs leaves threads
+/// for the other backends.
 const MAX_BLOCKING: usize = 64;
 
-/// Sweeps between two looks at the idle upstream connections.
-const POOL_SWEEP: u32 = 10;
+/// Every so many sweeps of the deadlines the pool of upstream connections is swept.
+const SWEEPS_PER_POOL_SWEEP: u32 = 10;
 
-/// A worker as the acceptor sees it.
+/// The control thread's handle to a worker.
 #[derive(Debug)]
 pub(crate) struct Worker {
     clients: UnboundedSender<NewClient>,
@@ -37,36 +38,37 @@ pub(crate) struct Worker {
 type NewClient = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
 
 impl Worker {
-    /// Starts worker number `id`, which may have so many upstream connections while idle ones can make room.
+    /// Starts worker number `id`. `upstreams`: how many upstream connections the worker may have; to open another it
+    /// closes an idle one.
     ///
     /// # Errors
-    /// The system has no thread to give.
+    /// Returns the error of the system if the thread cannot be started.
     pub(crate) fn start(id: usize, shared: Arc<Shared>, upstreams: usize) -> io::Result<Self> {
         let (clients, inbox) = unbounded_channel();
         let load = Arc::new(WorkerState { upstreams, ..WorkerState::default() });
-        let theirs = load.clone();
+        let load_of_thread = load.clone();
         let thread = std::thread::Builder::new()
             .name(format!("zap-{id}"))
-            .spawn(move || run(id, shared, theirs, inbox))?;
+            .spawn(move || run(id, shared, load_of_thread, inbox))?;
         Ok(Worker { clients, load, thread })
     }
 
-    /// Connections it serves.
+    /// Number of client connections that the worker serves.
     pub(crate) fn connections(&self) -> usize {
         self.load.connections.load(Ordering::Relaxed)
     }
 
-    /// Bodies of requests that it waits for.
+    /// Number of request bodies that the worker still receives.
     pub(crate) fn uploads(&self) -> usize {
         self.load.uploads.load(Ordering::Relaxed)
     }
 
-    /// A bug has ended its thread.
+    /// Whether a panic has ended the worker's thread.
     pub(crate) fn is_gone(&self) -> bool {
         self.clients.is_closed()
     }
 
-    /// Hands it a client. `permit` is given back when the connection ends.
+    /// Hands a client to the worker. `permit` is released when the connection ends.
     pub(crate) fn take(&self, client: std::net::TcpStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
         if self.clients.send((client, peer, permit)).is_err() {
@@ -74,32 +76,33 @@ impl Worker {
         }
     }
 
-    /// Has it close half of its idle upstream connections: no file is left for a client.
+    /// Makes the worker close half of its idle upstream connections, since no file is left for a client.
     pub(crate) fn free_files(&self) {
         self.load.lacks_files.store(true, Ordering::Relaxed);
         self.load.news.notify_one();
     }
 
-    /// Has it close its idle connections, and every other one behind its answer.
+    /// Makes the worker close its idle client connections now, and busy ones after their response.
     pub(crate) fn close(&self) {
         self.load.close.store(true, Ordering::Relaxed);
         self.load.news.notify_one();
     }
 
-    /// Has it cut what still runs.
+    /// Makes the worker cut the connections that are still open.
     pub(crate) fn cut(&self) {
         self.load.cut.store(true, Ordering::Relaxed);
         self.close();
     }
 
-    /// Waits for its end; it ends when all its connections have. `false` where it failed.
+    /// Waits until the thread ends, which happens when all its connections are closed. Returns `false` if the thread
+    /// failed.
     pub(crate) fn join(self) -> bool {
         drop(self.clients);
         matches!(self.thread.join(), Ok(Ok(())))
     }
 }
 
-/// Counts a connection until it is dropped.
+/// Counts a connection as open until this value is dropped.
 struct Counted(Arc<WorkerState>);
 
 impl Drop for Counted {
@@ -119,7 +122,7 @@ fn run(
         .max_blocking_threads(MAX_BLOCKING)
         .build_local(LocalOptions::default())?;
     runtime.block_on(serve(id, shared, load, inbox));
-    // A name look-up that hangs must not hold the process.
+    // A name look-up that hangs must not delay the exit of the process.
     runtime.shutdown_background();
     Ok(())
 }
@@ -135,8 +138,8 @@ async fn serve(
     let gateway = Gateway::new(id, shared, load.clone());
     let keep_alive = clock::nanos(gateway.server().keep_alive);
     let settings = Rc::new(Settings { deadlines: deadlines.clone(), keep_alive });
-    let teller = gateway.clone();
-    let futures = FuturePool::new(move |mailbox| serve::run_requests(teller.clone(), mailbox));
+    let runner = gateway.clone();
+    let futures = FuturePool::new(move |mailbox| serve::run_requests(runner.clone(), mailbox));
     let mut sweep = tokio::time::interval(GRAIN);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
@@ -167,7 +170,7 @@ async fn serve(
             _ = sweep.tick() => {
                 deadlines.sweep();
                 sweeps = sweeps.wrapping_add(1);
-                if sweeps.is_multiple_of(POOL_SWEEP) {
+                if sweeps.is_multiple_of(SWEEPS_PER_POOL_SWEEP) {
                     gateway.pool().sweep(clock::now(), &gateway.snapshot().backends);
                 }
             }

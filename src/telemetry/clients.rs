@@ -1,4 +1,4 @@
-//! The client keys that may call, where any are configured.
+//! The configured client keys.
 
 use std::sync::Arc;
 
@@ -9,21 +9,21 @@ use subtle::ConstantTimeEq;
 use crate::config::{ClientKey, Config};
 use crate::counter::Counter;
 
-/// All of them. Empty: anyone may call.
+/// All client keys. If empty, every client is admitted.
 #[derive(Debug)]
 pub(crate) struct Clients(Box<[Arc<Client>]>);
 
-/// One of them.
+/// One client key.
 #[derive(Debug)]
 pub(crate) struct Client {
-    /// As configured.
+    /// The configuration of the key.
     pub conf: ClientKey,
-    /// Its requests, one counter a worker.
+    /// Number of requests with this key, one counter per worker.
     pub lanes: Arc<[CachePadded<Counter>]>,
 }
 
 impl Clients {
-    /// Those of `config`; those who were known `before` keep their counters.
+    /// The client keys of `config`. A key with the same name in `before` hands on its counters.
     pub(crate) fn new(config: &Config, before: Option<&Clients>) -> Self {
         let known = |name: &str| before?.iter().find(|c| c.conf.name == name).map(|c| c.lanes.clone());
         let client = |conf: &ClientKey| {
@@ -34,26 +34,27 @@ impl Clients {
         Clients(config.clients.iter().map(client).collect())
     }
 
-    /// Whether anyone may call.
+    /// Whether every client is admitted, since no client keys are configured.
     pub(crate) fn is_open(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// All of them, in the order of the configuration.
+    /// All client keys, in the order of the configuration.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Client>> {
         self.0.iter()
     }
 
-    /// Whose key `credential` is. All are compared, each in constant time, so the time tells nothing.
+    /// The client whose key is `credential`. All keys are compared, each in constant time, so that the time does not
+    /// reveal which key matched.
     pub(crate) fn find(&self, credential: &[u8]) -> Option<&Arc<Client>> {
         let hash = digest(&SHA256, credential);
-        let is_it = |client: &Arc<Client>| bool::from(client.conf.digest[..].ct_eq(hash.as_ref()));
-        self.0.iter().fold(None, |found, client| if is_it(client) { Some(client) } else { found })
+        let matches = |client: &Arc<Client>| bool::from(client.conf.digest[..].ct_eq(hash.as_ref()));
+        self.0.iter().fold(None, |found, client| if matches(client) { Some(client) } else { found })
     }
 }
 
 impl Client {
-    /// Whether it may use the model of this name. `whole`: the name was not cut.
+    /// Whether the client may use `model`. `whole`: the name is not truncated. A truncated name matches prefixes only.
     pub(crate) fn may_use(&self, model: &str, whole: bool) -> bool {
         let Some(models) = &self.conf.models else { return true };
         models.iter().any(|pattern| (whole || pattern.is_prefix()) && pattern.matches(model))

@@ -1,43 +1,43 @@
-//! The Prometheus text format 0.0.4, written by hand.
+//! An encoder for the Prometheus text format 0.0.4.
 
 use std::fmt::Write as _;
 
 use crate::counter::Total;
 use crate::time::SECOND;
 
-/// `Content-Type` of the text.
+/// `Content-Type` of the format.
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Text under way.
+/// Writes metrics to a text.
 #[derive(Debug, Default)]
 pub struct Encoder {
     out: String,
 }
 
-/// Name and value of a label.
+/// A label: name and value.
 pub(crate) type Label<'a> = (&'static str, &'a str);
 
 impl Encoder {
-    /// Begins a family: `kind` is `counter`, `gauge` or `histogram`.
+    /// Begins a metric family; `kind` is `counter`, `gauge` or `histogram`.
     pub fn family(&mut self, name: &str, kind: &str, help: &str) {
         self.put(&["# HELP ", name, " ", help, "\n# TYPE ", name, " ", kind, "\n"]);
     }
 
-    /// One sample with a whole value.
+    /// Writes one sample with an integer value.
     pub fn sample(&mut self, name: &str, labels: &[Label<'_>], value: u64) {
         self.series(name, "", labels, None);
         self.out.push_str(itoa::Buffer::new().format(value));
         self.out.push('\n');
     }
 
-    /// One sample with a fractional value.
+    /// Writes one sample with a fractional value.
     pub fn fraction(&mut self, name: &str, labels: &[Label<'_>], value: f64) {
         self.series(name, "", labels, None);
         self.number(value);
         self.out.push('\n');
     }
 
-    /// A histogram of times, in seconds.
+    /// Writes a histogram of times; `total` is in nanoseconds, the output in seconds.
     pub fn histogram(&mut self, name: &str, labels: &[Label<'_>], total: &Total) {
         let seconds = |nanos: u64| nanos as f64 / SECOND as f64;
         for (bound, count) in &total.cumulative {
@@ -53,7 +53,7 @@ impl Encoder {
         self.put(&[itoa::Buffer::new().format(total.count), "\n"]);
     }
 
-    /// The text.
+    /// Returns the text.
     pub fn finish(self) -> String {
         self.out
     }
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn writes_the_text_format_to_the_byte() {
+    fn writes_the_text_format_exactly() {
         let mut e = Encoder::default();
         e.family("a_total", "counter", "Things.");
         e.sample("a_total", &[], 3);

@@ -1,4 +1,4 @@
-//! Lines on stderr that never make a request wait: a bounded channel to a thread that writes.
+//! Log lines on stderr. A bounded channel leads to a writer thread, so a request never waits for stderr.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -13,13 +13,13 @@ use parking_lot::Mutex;
 use crate::clock;
 use crate::config::LogFormat;
 
-/// Lines that may wait to be written.
+/// Most lines that may wait to be written.
 const BACKLOG: usize = 8192;
 
-/// How long the last lines may take at exit.
-const FLUSH: Duration = Duration::from_millis(300);
+/// How long [`Log::flush`] waits for the last lines.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// The way to stderr. Cloning is cheap.
+/// A handle to the log. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Log {
     lines: Option<SyncSender<String>>,
@@ -30,30 +30,30 @@ pub struct Log {
 }
 
 impl Log {
-    /// Starts the writing thread.
+    /// Starts the writer thread.
     pub fn start(format: LogFormat) -> Self {
         let (lines, receiver) = sync_channel(BACKLOG);
         let dropped = Arc::new(AtomicU64::new(0));
-        let lost = dropped.clone();
+        let counter = dropped.clone();
         let writer =
-            std::thread::Builder::new().name("zap-log".into()).spawn(move || write(&receiver, &lost)).ok();
+            std::thread::Builder::new().name("zap-log".into()).spawn(move || write(&receiver, &counter)).ok();
         let json = Arc::new(AtomicBool::new(format == LogFormat::Json));
         Log { lines: Some(lines), dropped, json, writer: Arc::new(Mutex::new(writer)) }
     }
 
-    /// Changes the shape of events.
+    /// Sets the format of events.
     pub fn set_format(&self, format: LogFormat) {
         self.json.store(format == LogFormat::Json, Ordering::Relaxed);
     }
 
-    /// Hands one line over, without its line break; drops and counts it where the writer is behind.
+    /// Logs one line, which must not contain a line break. If the backlog is full, drops the line and counts it.
     pub fn line(&self, line: String) {
         if self.lines.as_ref().is_none_or(|l| l.try_send(line).is_err()) {
             self.lose(1);
         }
     }
 
-    /// Something happened to the gateway, not to one request. `event` is its fixed name.
+    /// Logs an event of the gateway as a whole, not of one request. `event` is its fixed name.
     pub fn event(&self, level: &str, event: &str, text: &str) {
         let time = clock::timestamp(SystemTime::now());
         let mut line = String::with_capacity(96 + text.len());
@@ -80,21 +80,22 @@ impl Log {
         self.line(line);
     }
 
-    /// Counts `lines` that are not written.
+    /// Counts `lines` log lines as dropped.
     pub fn lose(&self, lines: u64) {
         self.dropped.fetch_add(lines, Ordering::Relaxed);
     }
 
-    /// Lines lost so far.
+    /// Lines dropped so far.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    /// Ends this handle and waits a little for the last lines; call it once every other handle is gone.
+    /// Drops this handle and waits up to 300 ms until the last lines are written. All other handles must be dropped
+    /// before: the writer ends only then.
     pub fn flush(mut self) {
         self.lines = None;
         let Some(writer) = self.writer.lock().take() else { return };
-        let end = Instant::now() + FLUSH;
+        let end = Instant::now() + FLUSH_TIMEOUT;
         while !writer.is_finished() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -120,7 +121,7 @@ fn write(lines: &Receiver<String>, dropped: &AtomicU64) {
     }
 }
 
-/// Appends `text` as a JSON string; control characters (C0, DEL, C1) are escaped.
+/// Appends `text` to `out` as a JSON string; control characters (C0, DEL, C1) are escaped.
 pub(crate) fn push_json(out: &mut String, text: &str) {
     out.push('"');
     for c in text.chars() {

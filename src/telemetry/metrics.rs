@@ -1,7 +1,7 @@
-//! What is counted, by whom, and how it reads at `/metrics`.
+//! Counters and histograms, and the text of `/metrics`.
 //!
-//! Every worker writes its own lane and nobody else's, so counting costs a load and a store; a scrape adds the
-//! lanes up. Labels come from the configuration and from the fixed lists here, never from a client.
+//! Every worker writes only its own lane, so counting costs a load and a store; a scrape adds the lanes up.
+//! Label values come from the configuration and from the fixed lists here, never from a client.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -18,7 +18,7 @@ use crate::telemetry::encode::Encoder;
 use crate::upstream::Upstream;
 use crate::upstream::counters::{Answers, BackendLane, STATUSES};
 
-/// Who ended a stream before its end.
+/// The side that cut a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub(crate) enum Side {
@@ -28,19 +28,19 @@ pub(crate) enum Side {
 
 const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::Upstream)];
 
-/// One worker's counts that belong to no backend.
+/// One worker's counts, except those of a backend.
 #[derive(Debug)]
 pub(crate) struct Lane {
     answers: Answers,
     durations: [Histogram; Endpoint::ALL.len()],
     /// Zap's own share of the time to the first byte.
     pub overhead: Histogram,
-    /// Time spent in the queue, of requests that were queued.
+    /// Time in the queue; counts only requests that were queued.
     pub queue_wait: Histogram,
     rejected: [Counter; Code::ALL.len()],
     interrupted: [Counter; SIDES.len()],
     disconnects: [Counter; Phase::ALL.len()],
-    /// Picks made although every backend was out.
+    /// Requests sent to a backend although every candidate was ejected (panic).
     pub panic_picks: Counter,
 }
 
@@ -60,33 +60,33 @@ impl Default for Lane {
 }
 
 impl Lane {
-    /// Zap answered by itself.
+    /// Counts a response that Zap made itself.
     pub(crate) fn answered(&self, endpoint: Endpoint, status: u16) {
         self.answers.count(endpoint, status);
     }
 
-    /// A request took so long in all.
+    /// Records the total duration of a request.
     pub(crate) fn lasted(&self, endpoint: Endpoint, nanos: u64) {
         self.durations[endpoint as usize].record(nanos);
     }
 
-    /// Zap refused a request.
+    /// Counts a request that Zap refused.
     pub(crate) fn rejected(&self, code: Code) {
         self.rejected[code as usize].add(1);
     }
 
-    /// A stream was cut.
+    /// Counts a stream that `side` cut.
     pub(crate) fn interrupted(&self, side: Side) {
         self.interrupted[side as usize].add(1);
     }
 
-    /// A client left.
+    /// Counts a client that disconnected in `phase`.
     pub(crate) fn disconnected(&self, phase: Phase) {
         self.disconnects[phase as usize].add(1);
     }
 }
 
-/// What a try can fail with: the values of `reason` and `kind` in families labelled by backend.
+/// The codes of failed tries: values of the labels `reason` and `kind` in the families of backends.
 const KINDS: [Code; 8] = [
     Code::UpstreamAuthError,
     Code::UpstreamError,
@@ -98,31 +98,31 @@ const KINDS: [Code; 8] = [
     Code::UpstreamUnreachable,
 ];
 
-/// Configuration reloads by result; written by the fleet's thread.
+/// Configuration reloads by result; the fleet thread writes them.
 #[derive(Debug, Default)]
 pub(crate) struct Reloads {
-    /// Taken over.
+    /// Reloads that put a new configuration in place.
     pub applied: AtomicU64,
-    /// Refused; the old one stays.
+    /// Reloads that failed and left the old configuration in place.
     pub rejected: AtomicU64,
 }
 
-/// What a scrape shows.
+/// Input of a scrape.
 #[derive(Debug)]
 pub(crate) struct Scrape<'a> {
-    /// What the workers counted.
+    /// The counts of the workers.
     pub telemetry: &'a Telemetry,
     /// The backends, in the order of the configuration.
     pub backends: &'a [Arc<Upstream>],
     /// The client keys.
     pub clients: &'a Clients,
-    /// Requests that wait.
+    /// Number of requests in the queue.
     pub queue_depth: usize,
-    /// Client keys that the rate limiter tracks.
+    /// Number of client keys that the rate limiter tracks.
     pub rate_limit_keys: usize,
 }
 
-/// The text of `/metrics`.
+/// Encodes the text of `/metrics`.
 pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
     let mut e = Encoder::default();
     requests(&mut e, scrape);
@@ -142,7 +142,7 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
     e.family(
         "zap_requests_total",
         "counter",
-        "Requests answered; backend is empty where Zap answered itself.",
+        "Requests by endpoint, backend and status; backend is empty if Zap made the response.",
     );
     for endpoint in Endpoint::ALL {
         answers(e, endpoint, "", lanes.iter().map(|l| &l.answers));
@@ -153,7 +153,7 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
     e.family(
         "zap_request_duration_seconds",
         "histogram",
-        "Time from a request's arrival to the end of its answer.",
+        "Time from a request's arrival to the end of its response.",
     );
     for endpoint in Endpoint::ALL {
         let total = Total::of(REQUEST, lanes.iter().map(|l| &l.durations[endpoint as usize]));
@@ -164,7 +164,7 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
     e.family(
         "zap_time_to_first_byte_seconds",
         "histogram",
-        "Time from a request's arrival to its answer's head.",
+        "Time from a request's arrival to the head of its response.",
     );
     for b in backends {
         let total = Total::of(REQUEST, b.lanes.iter().map(|l| &l.first_byte));
@@ -174,7 +174,8 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
     e.histogram("zap_overhead_seconds", &[], &Total::of(OVERHEAD, lanes.iter().map(|l| &l.overhead)));
 }
 
-/// What `backend` answered at `endpoint`, by status: what is not 0, and of each backend's chats those of status 200.
+/// Writes the responses of `backend` at `endpoint` by status. Counts of 0 are left out, except status 200 of a
+/// backend's chats.
 fn answers<'l>(e: &mut Encoder, endpoint: Endpoint, backend: &str, lanes: impl Iterator<Item = &'l Answers>) {
     let mut totals = [0u64; (STATUSES.end - STATUSES.start) as usize];
     let mut is_used = false;
@@ -182,12 +183,12 @@ fn answers<'l>(e: &mut Encoder, endpoint: Endpoint, backend: &str, lanes: impl I
         is_used = true;
         totals.iter_mut().zip(row).for_each(|(total, counter)| *total = total.wrapping_add(counter.get()));
     }
-    let stands = endpoint == Endpoint::Chat && !backend.is_empty();
-    if !is_used && !stands {
+    let always = endpoint == Endpoint::Chat && !backend.is_empty();
+    if !is_used && !always {
         return;
     }
     for (status, n) in STATUSES.zip(totals) {
-        if n > 0 || stands && status == 200 {
+        if n > 0 || always && status == 200 {
             let mut text = itoa::Buffer::new();
             let labels =
                 [("endpoint", endpoint.name()), ("backend", backend), ("status", text.format(status))];
@@ -203,7 +204,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         e.family(name, kind, help);
         e.sample(name, &[], value);
     };
-    one("zap_queue_depth", "gauge", "Requests that wait.", scrape.queue_depth as u64);
+    one("zap_queue_depth", "gauge", "Requests in the queue.", scrape.queue_depth as u64);
     one(
         "zap_rate_limit_keys",
         "gauge",
@@ -213,16 +214,16 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
     one(
         "zap_panic_picks_total",
         "counter",
-        "Backends asked although all were out.",
+        "Requests sent to a backend although all were ejected.",
         sum(lanes, |l| l.panic_picks.get()),
     );
     one(
         "zap_log_lines_dropped_total",
         "counter",
-        "Log lines lost to a full or closed stderr.",
+        "Log lines dropped: stderr was full or closed, or a burst of invalid heads arrived.",
         telemetry.log.dropped(),
     );
-    e.family("zap_queue_wait_seconds", "histogram", "Time in the queue, of requests that were queued.");
+    e.family("zap_queue_wait_seconds", "histogram", "Time in the queue, for requests that were queued.");
     e.histogram("zap_queue_wait_seconds", &[], &Total::of(REQUEST, lanes.iter().map(|l| &l.queue_wait)));
     e.family("zap_rejected_total", "counter", "Requests that Zap refused.");
     for code in Code::ALL {
@@ -236,7 +237,11 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         let n = sum(lanes, |l| l.interrupted[side as usize].get());
         e.sample("zap_streams_interrupted_total", &[("side", name)], n);
     }
-    e.family("zap_client_disconnects_total", "counter", "Clients that left before their answer was whole.");
+    e.family(
+        "zap_client_disconnects_total",
+        "counter",
+        "Clients that disconnected before the end of the response.",
+    );
     for phase in Phase::ALL {
         let n = sum(lanes, |l| l.disconnects[phase as usize].get());
         e.sample("zap_client_disconnects_total", &[("phase", phase.name())], n);
@@ -249,7 +254,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
     e.sample("zap_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
 }
 
-/// One series for each configured key; the family stands without samples where there is none.
+/// Writes one series per configured client key. Without client keys the family has no samples.
 fn clients(e: &mut Encoder, clients: &Clients) {
     e.family("zap_client_requests_total", "counter", "Requests by the client key that sent them.");
     for client in clients.iter() {
@@ -266,11 +271,11 @@ fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
             e.sample(name, &[("backend", b.name())], value(b));
         }
     };
-    gauge("zap_in_flight", "Requests that a backend serves now.", &|b| b.in_flight() as u64);
-    gauge("zap_backend_up", "1 while a backend may be asked, cooling or not.", &|b| {
+    gauge("zap_in_flight", "Requests in flight to a backend.", &|b| b.in_flight() as u64);
+    gauge("zap_backend_up", "1 while a backend is neither ejected nor misconfigured.", &|b| {
         u64::from(b.state.breaker.is_up(now))
     });
-    gauge("zap_backend_cooling", "1 while a backend wants to be left alone.", &|b| {
+    gauge("zap_backend_cooling", "1 while a backend cools down.", &|b| {
         u64::from(matches!(b.state.breaker.status(now), crate::policy::breaker::Status::Cooling(_)))
     });
     e.family("zap_upstream_connections", "gauge", "Connections to a backend.");
@@ -291,10 +296,10 @@ fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
                 }
             }
         };
-    by_kind("zap_retries_total", "Further tries made because of a backend's failure.", "reason", &|l, k| {
+    by_kind("zap_retries_total", "Retries after a failed try at this backend.", "reason", &|l, k| {
         l.retries[k as usize].get()
     });
-    by_kind("zap_upstream_errors_total", "Tries that failed at a backend.", "kind", &|l, k| {
+    by_kind("zap_upstream_errors_total", "Failed tries at a backend.", "kind", &|l, k| {
         l.errors[k as usize].get()
     });
 }
@@ -311,7 +316,7 @@ fn process(e: &mut Encoder) {
     e.fraction("process_start_time_seconds", &[], p.start_seconds);
 }
 
-/// What Linux says of this process.
+/// Resources of this process, read from /proc.
 struct Process {
     cpu_seconds: f64,
     resident_bytes: u64,
@@ -319,7 +324,7 @@ struct Process {
     start_seconds: f64,
 }
 
-/// `USER_HZ`, which Linux fixes at 100 for everything that /proc shows.
+/// `USER_HZ`: ticks per second in /proc; always 100 on Linux.
 const TICKS: f64 = 100.0;
 
 impl Process {
@@ -331,7 +336,7 @@ impl Process {
         let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
         let start_seconds = match START.get() {
             Some(start) => *start,
-            // Another worker may have been faster: the first value stays.
+            // If another worker sets the value first, that value stays.
             None => {
                 let start = start_seconds(ticks(19)? / TICKS)?;
                 *START.get_or_init(|| start)
@@ -346,11 +351,11 @@ impl Process {
     }
 }
 
-/// The start of the process since the Unix epoch. It comes from two clocks and so differs a little each time that it is
-/// computed; collectors take another value for a restart.
+/// Start of the process in seconds since the Unix epoch, computed once. The value is derived from two clocks, so that
+/// each computation differs a little, and a collector takes a changed value for a restart.
 static START: OnceLock<f64> = OnceLock::new();
 
-/// Seconds since the Unix epoch of a moment `since_boot`.
+/// Converts `since_boot`, in seconds since the system's boot, to seconds since the Unix epoch.
 fn start_seconds(since_boot: f64) -> Option<f64> {
     let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
     let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
@@ -363,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_count_any_status_and_survive_odd_ones() {
+    fn unusual_statuses_are_counted_without_a_panic() {
         let a = Answers::default();
         for status in [100, 200, 200, 599, 600, 42, u16::MAX] {
             a.count(Endpoint::Chat, status);
@@ -375,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_counted_is_left_out_but_for_chats_of_a_backend() {
+    fn counts_of_zero_are_left_out_except_chats_of_a_backend() {
         let lanes = [Answers::default(), Answers::default()];
         let text = |endpoint, backend| {
             let mut e = Encoder::default();
@@ -390,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_the_process() {
+    fn reads_the_resources_of_the_process() {
         let p = Process::read().unwrap();
         assert!(p.resident_bytes > 100_000 && p.open_fds >= 3 && p.cpu_seconds >= 0.0);
         assert!(p.start_seconds > 1.7e9);

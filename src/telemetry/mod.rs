@@ -1,4 +1,4 @@
-//! What a request leaves behind: one [`RequestRecord`], which feeds the metrics and the log.
+//! Metrics and logs. Each request has one [`RequestRecord`], which feeds both.
 
 pub(crate) mod metrics;
 
@@ -34,7 +34,7 @@ use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Passed;
 
-/// Where a request is on its way.
+/// The phase that a request is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub(crate) enum Phase {
@@ -47,11 +47,11 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    /// All of them, in the order of their discriminants.
+    /// All phases, in the order of their discriminants.
     pub(crate) const ALL: [Phase; 6] =
         [Phase::Body, Phase::Queued, Phase::Connecting, Phase::Waiting, Phase::Backoff, Phase::Streaming];
 
-    /// As it stands in labels.
+    /// The phase as a label value.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Phase::Body => "body",
@@ -67,13 +67,13 @@ impl Phase {
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// The client left. Also what a record reports that is dropped before anything else was said.
+    /// The client disconnected. This is the default: a record reports it if it is dropped before another end is set.
     ClientGone,
-    /// The answer went out whole.
+    /// The whole response was sent.
     Complete,
-    /// Time was up.
+    /// The deadline passed.
     Timeout,
-    /// The upstream broke off.
+    /// The upstream failed within the response.
     UpstreamError,
 }
 
@@ -88,32 +88,32 @@ impl End {
     }
 }
 
-/// Who sent a request.
+/// The client that sent a request.
 #[derive(Clone, Debug)]
 pub(crate) enum Caller {
-    /// Somebody without a credential.
+    /// A client without a credential.
     Anonymous,
-    /// One of the configured client keys.
+    /// A client with a configured key.
     Known(Arc<Client>),
-    /// Somebody with a credential that nobody looked at: its keyed hash.
+    /// A client with a credential that is not checked, since no client keys are configured: its keyed hash.
     Unknown(u64),
 }
 
-/// What all workers share of the telemetry.
+/// The telemetry that all workers share.
 #[derive(Debug)]
 pub(crate) struct Telemetry {
-    /// One lane a worker.
+    /// One lane per worker.
     pub lanes: Box<[CachePadded<Lane>]>,
     /// Reloads so far.
     pub reloads: Reloads,
-    /// The way to stderr.
+    /// The log.
     pub log: Log,
-    /// Every request gets a line in the log.
+    /// Whether each request gets a log line.
     log_requests: AtomicBool,
 }
 
 impl Telemetry {
-    /// Counts nothing yet.
+    /// Creates the telemetry with all counts at 0.
     pub(crate) fn new(workers: usize, log: Log, log_requests: bool) -> Arc<Self> {
         Arc::new(Telemetry {
             lanes: (0..workers).map(|_| CachePadded::default()).collect(),
@@ -123,26 +123,26 @@ impl Telemetry {
         })
     }
 
-    /// Follows a new configuration.
+    /// Applies a new configuration.
     pub(crate) fn configure(&self, config: &config::Log) {
         self.log.set_format(config.events);
         self.log_requests.store(config.requests, Ordering::Relaxed);
     }
 }
 
-/// A worker's telemetry: its lane and the way to the log.
+/// One worker's access to the telemetry.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     /// The worker's number.
     pub worker: usize,
-    /// What all workers share, the lanes among it.
+    /// The shared telemetry, with the lanes of all workers.
     pub telemetry: Arc<Telemetry>,
-    /// Id and tries of a request that a bug has just ended.
+    /// Id and number of tries of a request that a panic has just ended.
     pub broken: RefCell<Option<(HeaderValue, u32)>>,
 }
 
 impl Recorder {
-    /// The recorder of worker number `worker`.
+    /// Creates the recorder of worker number `worker`.
     pub(crate) fn new(worker: usize, telemetry: Arc<Telemetry>) -> Rc<Self> {
         Rc::new(Recorder { worker, telemetry, broken: RefCell::default() })
     }
@@ -153,77 +153,77 @@ impl Recorder {
     }
 }
 
-/// What is known of a request when it arrives.
+/// A request as it arrives.
 #[derive(Debug)]
 pub(crate) struct Arrival<'a> {
-    /// Its method; `None` where the head broke the rules.
+    /// The method; `None` if the head is invalid.
     pub method: Option<&'a Method>,
-    /// Its path as it came.
+    /// The path as received.
     pub path: &'a str,
-    /// What the path is for.
+    /// The endpoint that the path belongs to.
     pub endpoint: Endpoint,
-    /// The id in the answer's `x-request-id`.
+    /// The id sent in the response's `x-request-id`.
     pub request_id: HeaderValue,
-    /// The address of the connection that it came on.
+    /// The peer address of the client connection.
     pub peer: IpAddr,
 }
 
-/// One request's record, filled on its way and reported once, when it is dropped.
+/// The record of one request: filled while the request is served, reported once, when it is dropped.
 #[derive(Debug)]
 pub(crate) struct RequestRecord {
     recorder: Rc<Recorder>,
-    /// When the request's head was read.
+    /// When the head of the request was read.
     pub started: Nanos,
-    /// It gets a line in the log, as the configuration said when it arrived.
+    /// Whether the request gets a log line, as configured when it arrived.
     pub is_logged: bool,
-    /// Its method; `None` where the head broke the rules.
+    /// The method; `None` if the head is invalid.
     pub method: Option<Method>,
-    /// The address of the connection that it came on.
+    /// The peer address of the client connection.
     pub peer: IpAddr,
-    /// What was asked.
+    /// The endpoint that the path belongs to.
     pub endpoint: Endpoint,
-    /// The path as it came; empty where requests are not logged.
+    /// The path as received; empty if requests are not logged.
     pub path: String,
-    /// The id in the answer's `x-request-id`.
+    /// The id sent in the response's `x-request-id`.
     pub request_id: HeaderValue,
-    /// The id that the provider gave the request that it answered.
+    /// The provider's id of the request that it responded to.
     pub upstream_request_id: Option<HeaderValue>,
-    /// Who sent it.
+    /// The client that sent the request.
     pub caller: Caller,
-    /// The model that was asked for, if any.
+    /// The model that the request names, if any.
     pub model: Option<Arc<str>>,
-    /// The body asked for a stream.
+    /// Whether the body asks for a stream.
     pub stream: bool,
-    /// Status of the answer; 0 while there is none.
+    /// Status of the response; 0 until there is one.
     pub status: u16,
-    /// Why Zap refused it, if Zap did.
+    /// Why Zap refused the request; `None` if Zap did not.
     pub refused: Option<Code>,
-    /// Who answered; `None`: Zap itself.
+    /// The backend that responded; `None`: Zap itself.
     pub backend: Option<Arc<Upstream>>,
-    /// Upstream tries.
+    /// Number of upstream tries.
     pub tries: u32,
-    /// Every try that failed: where, and why.
+    /// The backend and the cause of every failed try.
     pub failed: Vec<(Arc<Upstream>, Fault)>,
-    /// Candidates that were passed over, why, and when Zap looked; kept only where requests are logged.
+    /// Candidates that were passed over, with the reason and the time of the check; kept only if requests are logged.
     pub passed: Vec<(Arc<Upstream>, Passed, Nanos)>,
-    /// Time in the queue, if it was queued.
+    /// Time in the queue, if the request was queued.
     pub queued: Option<Nanos>,
-    /// Time spent waiting for others: the client's body, the queue, upstreams, backoff.
+    /// Time that is not Zap's own: waiting for the client's body, the queue, upstreams and backoff.
     pub others: Nanos,
-    /// Time to the head of the answer.
+    /// Time from arrival to the head of the response.
     pub first_byte: Option<Nanos>,
-    /// Body bytes handed to the client.
+    /// Body bytes sent to the client.
     pub bytes: u64,
-    /// Where the request is.
+    /// The phase that the request is in.
     pub phase: Phase,
-    /// How it ended, as far as known.
+    /// How the request ended, as far as known.
     pub end: End,
-    /// One of very many that are no requests: it gets no line.
+    /// Whether this is one of too many invalid heads for the log: it gets no line and counts as a dropped one.
     pub is_noise: bool,
 }
 
 impl RequestRecord {
-    /// A request that has just arrived.
+    /// Creates the record of a request that has just arrived.
     pub(crate) fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
         let Arrival { method, path, endpoint, request_id, peer } = arrival;
         let is_logged = recorder.telemetry.log_requests.load(Ordering::Relaxed);
@@ -232,7 +232,7 @@ impl RequestRecord {
             recorder,
             started: clock::now(),
             is_logged,
-            // A standard method is a number: its clone costs nothing.
+            // A standard method is a number, so that its clone does not allocate.
             method: method.cloned(),
             peer,
             endpoint,
@@ -263,7 +263,7 @@ impl RequestRecord {
         &self.recorder
     }
 
-    /// Notes that a candidate was passed over at `now`, each once for each kind of reason.
+    /// Records that a candidate was passed over at `now`; each candidate once per kind of reason.
     pub(crate) fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed, now: Nanos) {
         let kind = |why: &Passed| match why {
             Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
@@ -278,8 +278,8 @@ impl RequestRecord {
         }
     }
 
-    /// A bug ends the request: it is answered with 500, or cut.
-    fn breaks(&mut self) {
+    /// Records that a panic ends the request: the response is a 500, or is cut if it has begun.
+    fn record_panic(&mut self) {
         let lane = self.recorder.lane();
         lane.rejected(Code::InternalError);
         self.end = if self.status == 0 { End::Complete } else { End::UpstreamError };
@@ -291,7 +291,7 @@ impl RequestRecord {
         }
     }
 
-    /// The head of the answer is ready.
+    /// Records that the head of the response is ready.
     pub(crate) fn answered(&mut self, status: u16) {
         let first_byte = clock::now() - self.started;
         self.status = status;
@@ -308,6 +308,7 @@ impl RequestRecord {
         }
     }
 
+    /// The log line of the request, as one JSON object.
     fn line(&self, total: Nanos) -> String {
         let ms = |nanos: Nanos| nanos as f64 / MILLI as f64;
         let mut out = String::with_capacity(400);
@@ -373,12 +374,12 @@ impl RequestRecord {
     }
 }
 
-/// At most 256 bytes of a text from outside.
+/// Truncates a text from outside to at most 256 bytes.
 fn cut(text: &str) -> &str {
     text.get(..text.floor_char_boundary(256)).unwrap_or_default()
 }
 
-/// Writes a string, or null.
+/// Appends a JSON string, or null.
 fn push_text(out: &mut String, text: Option<&str>) {
     match text {
         Some(text) => push_json(out, text),
@@ -386,7 +387,7 @@ fn push_text(out: &mut String, text: Option<&str>) {
     }
 }
 
-/// Why a candidate was passed over, with how long it still cooled or kept its quota closed at `now`.
+/// Why a candidate was passed over. For a cooling backend or a spent quota, with the time left at `now`.
 fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
     let left =
         |what, at: Nanos| format!("{what} {:.1}s", at.saturating_sub(now) as f64 / SECOND as f64).into();
@@ -404,12 +405,12 @@ fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
 impl Drop for RequestRecord {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.breaks();
+            self.record_panic();
         }
         let total = clock::now() - self.started;
         let lane = self.recorder.lane();
         if self.status == 0 {
-            // Nobody is there to answer; the request is counted all the same, as nginx does.
+            // The client is gone before a response. The request counts with status 499, as in nginx.
             self.status = 499;
             lane.answered(self.endpoint, self.status);
         }
