@@ -1,12 +1,12 @@
-//! The laws that the fuzz targets and `cargo test` both check: one function per target, bytes in, a panic where a
-//! law is broken.
+//! The bodies of the fuzz targets, which `cargo test` runs too: one function per target, which takes bytes and panics
+//! if a property does not hold.
 //!
-//! `cargo +nightly fuzz run <target>` looks for new inputs; the tests below replay the seeds in `fuzz/corpus`. Each
-//! law compares with something plainer: serde_json, a shorter input, a naive log. What is random in a body comes
-//! from its data alone, so an input that fails once fails always.
+//! `cargo +nightly fuzz run <target>` searches for new inputs; the tests below replay the seeds in `fuzz/corpus`. Each
+//! target compares the code with something simpler: serde_json, a shorter input, a naive log. Randomness depends only
+//! on the input, so an input that fails once fails always.
 
-mod answers;
 mod patch;
+mod response;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -16,23 +16,23 @@ use std::time::{Duration, SystemTime};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::Config;
-pub use crate::fuzzing::answers::upstream_response;
 pub use crate::fuzzing::patch::patch;
-use crate::http1::{head, headers as policy_headers};
+pub use crate::fuzzing::response::upstream_response;
+use crate::http1::{head, headers as header_policy};
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
 use crate::policy::retry;
 use crate::protocol::rate_limits;
 use crate::time::{MILLI, Nanos};
 
-/// `policy::head`: what is said of a prefix stays true of the whole.
+/// Fuzzes `http1::head`: a verdict on a prefix of the input is the verdict on the whole input.
 pub fn head(data: &[u8]) {
     let whole = head::inspect(data);
     let step = 1 + data.len() / 128;
     for cut in (0..data.len()).step_by(step) {
         match head::inspect(&data[..cut]) {
             Ok(None) => {}
-            early => assert_eq!(early, whole, "at {cut}"),
+            verdict => assert_eq!(verdict, whole, "at {cut}"),
         }
     }
     if let Ok(Some(head)) = whole {
@@ -42,8 +42,8 @@ pub fn head(data: &[u8]) {
     }
 }
 
-/// `policy::headers`: whatever a client or a provider sends, what crosses Zap is on the short list, or off the long one,
-/// and nothing that `Connection` nominates. One header a line.
+/// Fuzzes `http1::headers`. To a backend pass only the headers of an allow list, to a client all but those of a deny
+/// list, and in neither direction a header that `Connection` nominates. The input is one header per line.
 pub fn headers(data: &[u8]) {
     let mut map = HeaderMap::new();
     for line in data.split(|b| *b == b'\n').take(100) {
@@ -59,10 +59,10 @@ pub fn headers(data: &[u8]) {
             map.get_all("connection").iter().map(|v| String::from_utf8_lossy(v.as_bytes()).to_lowercase());
         lines.into_iter().any(|line| line.split(',').any(|token| token.trim_matches([' ', '\t']) == name))
     };
-    let is_clients = |name: &HeaderName, value: &HeaderValue| map.get_all(name).iter().any(|v| v == value);
+    let was_sent = |name: &HeaderName, value: &HeaderValue| map.get_all(name).iter().any(|v| v == value);
     for forward in [false, true] {
         let mut to = HeaderMap::new();
-        policy_headers::to_backend(&map, forward, |name, value| {
+        header_policy::to_backend(&map, forward, |name, value| {
             to.append(name, value.clone());
         });
         assert_eq!(
@@ -84,15 +84,15 @@ pub fn headers(data: &[u8]) {
                 || forward && account.contains(&name_text)
                 || name_text.starts_with("x-stainless-");
             assert!(
-                default || passes && is_clients(name, value) && !nominated(name_text),
-                "{name} got through"
+                default || passes && was_sent(name, value) && !nominated(name_text),
+                "{name} reached the backend"
             );
         }
     }
     let mut out = map.clone();
-    policy_headers::to_client(&mut out);
+    header_policy::to_client(&mut out);
     for name in out.keys().map(HeaderName::as_str) {
-        let ends_here = [
+        let dropped = [
             "connection",
             "keep-alive",
             "proxy-connection",
@@ -104,26 +104,26 @@ pub fn headers(data: &[u8]) {
             "set-cookie",
             "alt-svc",
         ];
-        assert!(!ends_here.contains(&name), "{name} reached the client");
-        let needed = name == "content-length" || name == "content-type";
-        assert!(needed || !nominated(name), "{name} was nominated");
+        assert!(!dropped.contains(&name), "{name} reached the client");
+        let required = name == "content-length" || name == "content-type";
+        assert!(required || !nominated(name), "{name} is nominated and reached the client");
     }
-    if let Some(key) = policy_headers::credential(&map) {
+    if let Some(key) = header_policy::credential(&map) {
         assert!(!key.is_empty() && key == key.trim_ascii());
     }
-    let id = policy_headers::request_id(&map).map(HeaderValue::as_bytes);
+    let id = header_policy::request_id(&map).map(HeaderValue::as_bytes);
     assert!(id.is_none_or(|id| (1..=128).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic)));
     let peer = IpAddr::from([9, 9, 9, 9]);
-    assert_eq!(policy_headers::client_address(&map, peer, |_| false), peer, "nobody is believed");
-    policy_headers::client_address(&map, peer, |_| true);
+    assert_eq!(header_policy::client_address(&map, peer, |_| false), peer, "no proxy is trusted");
+    header_policy::client_address(&map, peer, |_| true);
 }
 
 const CANARY: &str = "sk-CANARY";
 const ENV_CANARY: &str = "sk-of-the-ENVIRONMENT";
 
-/// `config`: any text is read or refused, and no message holds a key.
+/// Fuzzes `config`: every text is read or refused, and no message contains a key.
 ///
-/// The text is read twice: as it is, and as what stands behind the beginning of a key.
+/// The text is parsed twice: unchanged, and as the continuation of an `api_key` string.
 pub fn config(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let env = |name: &str| match name {
@@ -135,7 +135,7 @@ pub fn config(data: &[u8]) {
     let check = |text: &str| match parse(text) {
         Ok(config) => {
             let mut names = HashSet::new();
-            assert!(config.backends.iter().all(|b| names.insert(&b.name)), "a name stands twice");
+            assert!(config.backends.iter().all(|b| names.insert(&b.name)), "two backends have the same name");
             assert!(!names.is_empty(), "no backend");
         }
         Err(faults) => {
@@ -153,15 +153,15 @@ pub fn config(data: &[u8]) {
     let text = text.replace(CANARY, "sk-other");
     let text = format!("[[backends]]\nurl = \"http://a\"\nweight = 1\napi_key = \"{CANARY}{text}");
     check(&text);
-    // Warnings included.
+    // `Debug` includes the warnings.
     let shown = parse(&text).map_or_else(|faults| format!("{faults:?}"), |config| format!("{config:?}"));
     assert!(!shown.contains(CANARY), "{shown}");
 }
 
-/// `policy::retry::cooling` and `policy::advertised`: any header values give a wait within the cap; whole seconds are
-/// taken at their word, and so is a reset.
+/// Fuzzes `policy::retry::cooling` and `protocol::rate_limits`: for all header values the cool-down is within the cap,
+/// and plain numbers of seconds mean exactly that.
 ///
-/// The first four bytes are the wall clock in seconds, then one value a line.
+/// The first four bytes are the wall clock in seconds; one value per line follows.
 pub fn retry_after(data: &[u8]) {
     let Some((seconds, lines)) = data.split_first_chunk() else { return };
     let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::from(u32::from_le_bytes(*seconds)));
@@ -187,8 +187,8 @@ pub fn retry_after(data: &[u8]) {
     }
 }
 
-/// One reset: what is read is within a day; whole numbers and `s`, `ms` mean what they say; a bucket with nothing left
-/// closes for exactly its reset.
+/// Checks one reset value: the span is at most a day; integers, alone or with `s` or `ms`, mean what they say; a bucket
+/// with nothing left is closed for exactly its reset.
 fn reset(line: &[u8], wall: SystemTime) {
     let Ok(value) = HeaderValue::from_bytes(line) else { return };
     let read = value.to_str().ok().and_then(|text| rate_limits::reset_in(text, wall));
@@ -216,10 +216,10 @@ fn reset(line: &[u8], wall: SystemTime) {
     assert_eq!(rate_limits::exhausted(&headers, || wall), read);
 }
 
-/// `policy::limit`: a window and a limiter, against naive logs.
+/// Fuzzes `policy::limit`: compares a window and a limiter with naive logs.
 pub fn limit_ops(data: &[u8]) {
     match data.split_first() {
-        // Slow, so a rare shape.
+        // The slowest case, so only few inputs lead to it.
         Some((0xFF, rounds)) if rounds.len() == 16 => huge_window(rounds),
         Some((0x80.., ops)) => limiter(ops),
         Some((_, ops)) => window(ops),
@@ -227,9 +227,10 @@ pub fn limit_ops(data: &[u8]) {
     }
 }
 
-/// `policy::balance`: turns of a schedule against a naive smooth weighted round robin.
+/// Fuzzes `policy::balance`: compares a schedule with a naive smooth weighted round robin.
 ///
-/// The first byte is the number of backends (0 to 8), then their weights, then sets of eligible ones, a bit each.
+/// The first byte gives the number of backends, modulo 9. Their weights follow, then sets of eligible backends, one bit
+/// per backend.
 pub fn balance_ops(data: &[u8]) {
     let Some((n, rest)) = data.split_first() else { return };
     let (weights, sets) = rest.split_at(usize::from(n % 9).min(rest.len()));
@@ -243,11 +244,7 @@ pub fn balance_ops(data: &[u8]) {
     let turns = Turns { cursor: &cursor, advance: true };
     let total: u32 = weights.iter().sum();
     for want in smooth(&weights, 2 * total as usize) {
-        assert_eq!(
-            schedule.round_robin(turns, |_| true),
-            Some(want),
-            "out of the smooth order of {weights:?}"
-        );
+        assert_eq!(schedule.round_robin(turns, |_| true), Some(want), "not the smooth order of {weights:?}");
     }
     for set in sets.iter().take(16) {
         let eligible = |id: usize| set >> id & 1 == 1;
@@ -261,7 +258,7 @@ pub fn balance_ops(data: &[u8]) {
                 got[id] += 1;
             }
         }
-        // In a longer turn Zap looks no further than 64 places, then picks by weight.
+        // In a longer turn Zap checks only 64 positions and then picks by weight, so proportions are not exact.
         if total <= 64 {
             let want: Vec<u32> =
                 (0..weights.len()).map(|id| if eligible(id) { weights[id] } else { 0 }).collect();
@@ -277,15 +274,15 @@ pub fn balance_ops(data: &[u8]) {
     for _ in 0..total {
         schedule.round_robin(turns, |_| true).into_iter().for_each(|id| turn[id] += 1);
     }
-    assert_eq!(turn, weights, "a full turn gives each its weight");
+    assert_eq!(turn, weights, "in a full turn each backend has its weight");
 }
 
-/// Times of admissions, as the window keeps them: rising.
+/// All times of admissions, in ascending order.
 #[derive(Default)]
 struct NaiveLog(Vec<Nanos>);
 
 impl NaiveLog {
-    /// Those still within the window at `now`.
+    /// The times still within the window at `now`.
     fn live(&self, now: Nanos) -> &[Nanos] {
         &self.0[self.0.partition_point(|t| *t + WINDOW <= now)..]
     }
@@ -305,7 +302,7 @@ impl NaiveLog {
     }
 }
 
-/// Three bytes an operation: move the clock (also a little back), change the limit, ask.
+/// Runs operations on a window: move the clock, also backwards, change the limit, check. Three bytes per operation.
 fn window(ops: &[u8]) {
     let (mut window, mut naive) = (Window::default(), NaiveLog::default());
     let (mut limit, mut now, mut latest): (u32, Nanos, Nanos) = (3, 0, 0);
@@ -330,8 +327,8 @@ fn window(ops: &[u8]) {
     }
 }
 
-/// A limit so large that admissions share entries: never one too many, and a slot reopens at most 60 s / 65536
-/// late. Four bytes a burst: how long after the last one, and how many.
+/// Runs bursts against a limit so large that admissions share entries: the window never admits one too many, and opens
+/// at most 60 s / 65536 late. Four bytes per burst: the time since the last burst in ms, and the number of requests.
 fn huge_window(rounds: &[u8]) {
     const LATE: Nanos = WINDOW / 65_536;
     let (mut window, mut naive) = (Window::default(), NaiveLog::default());
@@ -350,7 +347,8 @@ fn huge_window(rounds: &[u8]) {
     }
 }
 
-/// The first byte bounds the keys; then two bytes a request: how long after the last one, and whose.
+/// Runs requests against a limiter. The first byte bounds the number of keys; then two bytes per request: the time
+/// since the last request, and the client.
 fn limiter(ops: &[u8]) {
     let Some((max_keys, ops)) = ops.split_first() else { return };
     let max_keys = usize::from(1 + max_keys % 8);
@@ -358,11 +356,11 @@ fn limiter(ops: &[u8]) {
     // Least recently used first.
     let mut naive: Vec<(u64, NaiveLog)> = Vec::new();
     let mut now = 0;
-    for [step, who] in ops.as_chunks().0 {
+    for [step, client] in ops.as_chunks().0 {
         now += u64::from(*step) * u64::from(*step) * MILLI;
-        let limit = 1 + u32::from(who >> 4 & 3);
+        let limit = 1 + u32::from(client >> 4 & 3);
         // Some keys share a shard, others do not.
-        let key = u64::from(who & 15) << if who & 1 == 0 { 32 } else { 0 };
+        let key = u64::from(client & 15) << if client & 1 == 0 { 32 } else { 0 };
         let known = naive.iter().position(|(k, _)| *k == key);
         let mut log = known.map_or_else(NaiveLog::default, |i| naive.remove(i).1);
         assert_eq!(limiter.check(key, limit, now), log.check(limit, now, now), "key {key} at {now}");
@@ -396,14 +394,14 @@ fn smooth(weights: &[u32], n: usize) -> impl Iterator<Item = usize> {
 mod tests {
     use super::*;
 
-    /// Runs `body` on every seed of `target`, and on each cut in half.
+    /// Runs `body` on every seed of `target`, and on the first half of each.
     fn replay(target: &str, body: fn(&[u8])) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
         let mut seeds = 0;
         for file in std::fs::read_dir(&folder).unwrap() {
             let path = file.unwrap().path();
             let data = std::fs::read(&path).unwrap();
-            // Names the seed where a law breaks; shown only then.
+            // The test output, shown only on failure, names the seed.
             println!("{}", path.display());
             body(&data);
             body(&data[..data.len() / 2]);
@@ -413,42 +411,42 @@ mod tests {
     }
 
     #[test]
-    fn the_seeds_of_patch_keep_the_law() {
+    fn patch_passes_on_its_seeds() {
         replay("patch", patch);
     }
 
     #[test]
-    fn the_seeds_of_head_keep_the_law() {
+    fn head_passes_on_its_seeds() {
         replay("head", head);
     }
 
     #[test]
-    fn the_seeds_of_headers_keep_the_law() {
+    fn headers_passes_on_its_seeds() {
         replay("headers", headers);
     }
 
     #[test]
-    fn the_seeds_of_config_keep_the_law() {
+    fn config_passes_on_its_seeds() {
         replay("config", config);
     }
 
     #[test]
-    fn the_seeds_of_retry_after_keep_the_law() {
+    fn retry_after_passes_on_its_seeds() {
         replay("retry_after", retry_after);
     }
 
     #[test]
-    fn the_seeds_of_limit_ops_keep_the_law() {
+    fn limit_ops_passes_on_its_seeds() {
         replay("limit_ops", limit_ops);
     }
 
     #[test]
-    fn the_seeds_of_balance_ops_keep_the_law() {
+    fn balance_ops_passes_on_its_seeds() {
         replay("balance_ops", balance_ops);
     }
 
     #[test]
-    fn the_seeds_of_upstream_response_keep_its_laws() {
+    fn upstream_response_passes_on_its_seeds() {
         replay("upstream_response", upstream_response);
     }
 }

@@ -1,4 +1,4 @@
-//! The law of scan and splice, against serde_json and a naive look.
+//! Properties of the scanner and the patcher, compared with serde_json and a naive scan.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -11,12 +11,15 @@ use crate::json::members::{Fields, MAX_NAME, Member, MemberSpan, Model, ScanErro
 use crate::json::patch::{ModelText, slices, splices};
 use crate::json::scan::{MAX_DEPTH, Scanner};
 
-/// `policy::scan` and `policy::patch` on a request body, against serde_json.
+/// Fuzzes `json::scan` and `json::patch` on a request body.
 ///
-/// A body is accepted where serde_json takes it as one object, it nests no deeper than [`MAX_DEPTH`] and no member
-/// that Zap reads stands twice; what the scan found is what a naive look finds; chunking changes nothing; and the
-/// patched body is the body with its model set, all other bytes as they were. What does not begin as an object is
-/// tried as a member's value too, so that it is read beyond its first byte.
+/// - The scan accepts a body if serde_json reads it as one object, it nests no deeper than [`MAX_DEPTH`], and no member
+///   that Zap reads is repeated, in whatever case.
+/// - The scan finds what a naive scan finds, and chunking changes nothing.
+/// - The patched body has its model set and the dropped members removed; all other bytes are unchanged.
+///
+/// An input that does not begin with `{` is also tried as the value of a member, so that the scan reads beyond its
+/// first byte.
 pub fn patch(data: &[u8]) {
     patch_body(data);
     if data.first() != Some(&b'{') {
@@ -28,7 +31,7 @@ fn patch_body(data: &[u8]) {
     let body = Bytes::copy_from_slice(data);
     let mut rng = fastrand::Rng::with_seed(hash(data));
     let chunks = chunked(&body, &mut rng);
-    // Nothing, or all that can be: one of the droppable ones is also a mark of affinity.
+    // Watch nothing, or everything; `user` is both droppable and a mark of affinity.
     let watch = match rng.bool() {
         true => Watch { affinity: true, droppable: DROPPABLE.map(Into::into).to_vec() },
         false => Watch::default(),
@@ -38,19 +41,19 @@ fn patch_body(data: &[u8]) {
     let Some(text) = one_object(data) else {
         let refused = match verdict {
             Err(ScanError::Invalid { offset }) => offset <= data.len() as u64,
-            // The scan ends at the repeated key and does not see what follows.
+            // The scan ends at the repeated key and does not see the fault after it.
             Err(ScanError::Duplicate(_) | ScanError::CaseVariant { .. }) => true,
             Ok(_) => false,
         };
-        assert!(refused, "serde_json refuses, the scan says {verdict:?}");
+        assert!(refused, "serde_json refuses the body, the scan returns {verdict:?}");
         return;
     };
-    let looked = look(text);
-    if looked.depth > MAX_DEPTH {
-        assert!(verdict.is_err(), "{} levels accepted", looked.depth);
+    let naive = naive_scan(text);
+    if naive.depth > MAX_DEPTH {
+        assert!(verdict.is_err(), "{} levels accepted", naive.depth);
         return;
     }
-    match (verdict, looked.fields(text, &watch)) {
+    match (verdict, naive.fields(text, &watch)) {
         (Ok(fields), Ok(want)) => {
             same_fields(&fields, &want);
             let names = ["gpt", "", "a \"b\"\\\u{1}\n", "модель 😀"];
@@ -61,7 +64,7 @@ fn patch_body(data: &[u8]) {
     }
 }
 
-/// What the patcher may have to leave out.
+/// Members that the patcher may have to drop.
 const DROPPABLE: [&str; 4] = ["store", "user", "n", "é"];
 
 fn scan(watch: &Watch, chunks: &[Bytes]) -> Result<Fields, ScanError> {
@@ -70,12 +73,12 @@ fn scan(watch: &Watch, chunks: &[Bytes]) -> Result<Fields, ScanError> {
     scanner.finish()
 }
 
-/// FNV-1a.
+/// The FNV-1a hash of `data`.
 fn hash(data: &[u8]) -> u64 {
     data.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01B3))
 }
 
-/// `body` in pieces of up to 1, 8, 64 or 4096 bytes, none empty.
+/// Splits `body` into pieces of at most 1, 8, 64 or 4096 bytes, none empty.
 fn chunked(body: &Bytes, rng: &mut fastrand::Rng) -> Vec<Bytes> {
     let most = [1, 8, 64, 4096][rng.usize(..4)];
     let mut rest = body.clone();
@@ -86,26 +89,27 @@ fn chunked(body: &Bytes, rng: &mut fastrand::Rng) -> Vec<Bytes> {
     chunks
 }
 
-/// The text, where serde_json says that it is one object. Skipping a value it does not recurse, so it takes any
-/// depth.
+/// Returns the text if serde_json reads it as one object. serde_json does not recurse when it skips a value, so it
+/// accepts any depth.
 fn one_object(data: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(data).ok()?;
     let raw: &RawValue = serde_json::from_str(text).ok()?;
     raw.get().starts_with('{').then_some(text)
 }
 
-/// What a naive look finds in a valid object.
-struct LookedAt {
+/// What the naive scan finds in a valid object.
+struct NaiveScan {
     depth: u32,
+    /// Offset of the byte after the opening `{`.
     inside: usize,
-    /// Where keys and values stand, quotes included, and the commas behind.
+    /// Of each member: the ranges of key and value, quotes included, and the offset of the comma after it.
     members: Vec<(Range<usize>, Range<usize>, Option<usize>)>,
 }
 
-fn look(text: &str) -> LookedAt {
-    let mut look = LookedAt { depth: 0, inside: text.find('{').map_or(0, |at| at + 1), members: Vec::new() };
+fn naive_scan(text: &str) -> NaiveScan {
+    let mut scan = NaiveScan { depth: 0, inside: text.find('{').map_or(0, |at| at + 1), members: Vec::new() };
     let (mut depth, mut in_string, mut escaped) = (0u32, false, false);
-    let mut start = look.inside;
+    let mut start = scan.inside;
     let mut key = None;
     let trimmed = |range: Range<usize>| {
         let from = range.start + (text[range.clone()].len() - text[range.clone()].trim_start().len());
@@ -126,21 +130,21 @@ fn look(text: &str) -> LookedAt {
             }
             b',' | b'}' if depth == 1 => {
                 let comma = (b == b',').then_some(at);
-                look.members.extend(key.take().map(|key| (key, trimmed(start..at), comma)));
+                scan.members.extend(key.take().map(|key| (key, trimmed(start..at), comma)));
                 start = at + 1;
                 depth -= u32::from(b == b'}');
             }
             b'}' | b']' => depth -= 1,
             _ => {}
         }
-        look.depth = look.depth.max(depth);
+        scan.depth = scan.depth.max(depth);
     }
-    look
+    scan
 }
 
-impl LookedAt {
-    /// What the scan should find, or the key that it should refuse first. A name that only the scan can read, as
-    /// it holds a lone surrogate, is empty.
+impl NaiveScan {
+    /// The fields that the scanner must find, or the error for the first key that it must refuse. A model name with a
+    /// lone surrogate is empty here, since only the scanner can read it.
     fn fields(&self, text: &str, watch: &Watch) -> Result<Fields, ScanError> {
         let mut fields = Fields {
             inside: self.inside as u64,
@@ -150,7 +154,7 @@ impl LookedAt {
         };
         let mut seen = HashSet::new();
         let mut comma = 0;
-        for (nth, (key, span, behind)) in self.members.iter().enumerate() {
+        for (nth, (key, span, next_comma)) in self.members.iter().enumerate() {
             let value = &text[span.clone()];
             let kind = match &value[..1] {
                 "[" => ValueKind::Array,
@@ -160,8 +164,8 @@ impl LookedAt {
                 _ => ValueKind::Other,
             };
             let key_text = serde_json::from_str::<String>(&text[key.clone()]).unwrap_or_default();
-            let wide = span.start as u64..span.end as u64;
-            let mark = || Some(wide.clone()).filter(|_| value.starts_with('"') && value != "\"\"");
+            let offsets = span.start as u64..span.end as u64;
+            let mark = || Some(offsets.clone()).filter(|_| value.starts_with('"') && value != "\"\"");
             let member = match key_text.as_str() {
                 "messages" => Some(Member::Messages),
                 "stream" => Some(Member::Stream),
@@ -178,7 +182,7 @@ impl LookedAt {
                 return Err(ScanError::CaseVariant { key: key_text.into(), member: variant });
             }
             if !seen.insert(key_text) {
-                // What Zap does not read may stand as often as it likes.
+                // A member that Zap does not read may be repeated.
                 if let Some(member) = member.or(droppable.map(Member::Droppable)) {
                     return Err(ScanError::Duplicate(member));
                 }
@@ -187,7 +191,7 @@ impl LookedAt {
                 Some(Member::Messages) => {
                     fields.messages = kind;
                     if watch.affinity && kind == ValueKind::Array {
-                        fields.affinity.opening = Some(wide.start..span.start as u64 + opening(value));
+                        fields.affinity.opening = Some(offsets.start..span.start as u64 + opening(value));
                     }
                 }
                 Some(Member::Stream) => fields.stream = kind,
@@ -195,14 +199,14 @@ impl LookedAt {
                 Some(Member::User) => fields.affinity.user = mark(),
                 Some(Member::Model) => {
                     fields.model = match &value[..1] {
-                        "n" => Model::Nothing(wide.clone()),
-                        "\"" if value == "\"\"" => Model::Nothing(wide.clone()),
+                        "n" => Model::Nothing(offsets.clone()),
+                        "\"" if value == "\"\"" => Model::Nothing(offsets.clone()),
                         "\"" => {
                             let name: String = serde_json::from_str(value).unwrap_or_default();
                             let kept = &name.as_bytes()[..name.len().min(MAX_NAME)];
                             let whole = name.len() <= MAX_NAME;
                             let name = String::from_utf8_lossy(kept).into();
-                            Model::Named { span: wide.clone(), name, whole }
+                            Model::Named { span: offsets.clone(), name, whole }
                         }
                         _ => Model::Other,
                     };
@@ -210,17 +214,17 @@ impl LookedAt {
                 Some(Member::Droppable(_)) | None => {}
             }
             if let Some(name) = droppable {
-                let next = behind.map(|at| at as u64 + 1);
+                let next = next_comma.map(|at| at as u64 + 1);
                 let span = key.start as u64..span.end as u64;
                 fields.droppable.push(MemberSpan { name, nth: nth as u64, comma, span, next });
             }
-            comma = behind.map_or(0, |at| at as u64);
+            comma = next_comma.map_or(0, |at| at as u64);
         }
         Ok(fields)
     }
 }
 
-/// The member that a parser which ignores case takes `key` for, which is the key of none.
+/// The member that a parser that ignores case would take `key` for. `key` itself is not the key of a member.
 fn case_variant(key: &str, watch: &Watch) -> Option<Member> {
     let fold = |text: &str| {
         text.replace('\u{17f}', "s")
@@ -229,24 +233,24 @@ fn case_variant(key: &str, watch: &Watch) -> Option<Member> {
             .map(|c| c.to_ascii_uppercase())
             .collect()
     };
-    let (key, is): (String, _) = (fold(key), |name: &str, key: &str| fold(name) == key);
+    let (key, folds_to): (String, _) = (fold(key), |name: &str, key: &str| fold(name) == key);
     let mut read = vec![Member::Messages, Member::Model, Member::Stream];
     if watch.affinity {
         read.extend([Member::PromptCacheKey, Member::User]);
     }
     read.extend((0..watch.droppable.len()).map(Member::Droppable));
-    read.into_iter().find(|member| is(member.name(watch), &key))
+    read.into_iter().find(|member| folds_to(member.name(watch), &key))
 }
 
-/// Length of `messages` up to the end of the first whose role is `user`, or of all. serde_json takes the last of
-/// equal keys, the scan any that says so; so each is looked at by itself.
+/// Length of `messages` up to the end of the first message with the role `user`, or the whole length. serde_json takes
+/// the last of repeated `role` keys, the scanner any; so this checks each member by itself.
 fn opening(messages: &str) -> u64 {
     let Ok(all) = serde_json::from_str::<Vec<&RawValue>>(messages) else { return messages.len() as u64 };
     let base = messages.as_ptr() as usize;
     let is_user = |message: &str| {
-        let looked = look(message);
+        let naive = naive_scan(message);
         message.starts_with('{')
-            && looked.members.iter().any(|(key, value, _)| {
+            && naive.members.iter().any(|(key, value, _)| {
                 let is = |range: &Range<usize>, want: &str| {
                     serde_json::from_str::<String>(&message[range.clone()]).is_ok_and(|text| text == want)
                 };
@@ -269,12 +273,16 @@ fn same_fields(ours: &Fields, naive: &Fields) {
     assert_eq!(ours, *naive);
 }
 
-/// The laws of the splices, on an accepted body. `set` has a bit for each droppable member that is to go.
+/// Checks the splices on an accepted body. `set` has a bit for each droppable member to drop.
 fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: Option<&str>, set: u8) {
-    let spelled = model.map(ModelText::new);
+    let model_text = model.map(ModelText::new);
     let drops = |i: usize| set >> i & 1 == 1;
-    assert_eq!(slices(chunks, splices(fields, None, |_| false))[..], *chunks, "nothing to do, nothing done");
-    let splices: Vec<_> = splices(fields, spelled.as_ref(), drops).collect();
+    assert_eq!(
+        slices(chunks, splices(fields, None, |_| false))[..],
+        *chunks,
+        "without a patch the body changed"
+    );
+    let splices: Vec<_> = splices(fields, model_text.as_ref(), drops).collect();
     let sent = slices(chunks, splices.iter().cloned());
     assert!(sent.iter().all(|s| !s.is_empty()), "an empty slice");
     let out = String::from_utf8_lossy(&sent.concat()).into_owned();
@@ -287,15 +295,16 @@ fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: 
     want.push_str(&text[at..]);
     assert_eq!(out, want, "a byte outside the splices changed");
     assert!(one_object(out.as_bytes()).is_some(), "no longer JSON: {out}");
-    // Member by member as written: what goes is gone, the model is as it must be, all else is as it was.
+    // Compare member by member: dropped members are gone, the model is set, all others are unchanged.
     let members = |text: &str| -> Vec<(String, String)> {
         let raw = |range: Range<usize>| text[range].to_owned();
-        look(text).members.into_iter().map(|(key, value, _)| (raw(key), raw(value))).collect()
+        naive_scan(text).members.into_iter().map(|(key, value, _)| (raw(key), raw(value))).collect()
     };
     let is = |key: &str, name: &str| serde_json::from_str::<String>(key).is_ok_and(|key| key == name);
-    let dropped = |key: &str| watch.droppable.iter().enumerate().any(|(i, name)| drops(i) && is(key, name));
+    let is_dropped =
+        |key: &str| watch.droppable.iter().enumerate().any(|(i, name)| drops(i) && is(key, name));
     let mut expected = members(text);
-    expected.retain(|(key, _)| !dropped(key));
+    expected.retain(|(key, _)| !is_dropped(key));
     if let Some(model) = model.filter(|_| fields.model != Model::Other) {
         let value = Value::from(model).to_string();
         match expected.iter_mut().find(|(key, _)| is(key, "model")) {
@@ -303,5 +312,5 @@ fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: 
             None => expected.insert(0, ("\"model\"".to_owned(), value)),
         }
     }
-    assert_eq!(members(&out), expected, "other members: {out}");
+    assert_eq!(members(&out), expected, "wrong members: {out}");
 }

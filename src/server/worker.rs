@@ -38,8 +38,8 @@ pub(crate) struct Worker {
 type NewClient = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
 
 impl Worker {
-    /// Starts worker number `id`. `upstreams`: how many upstream connections the worker may have; to open another it
-    /// closes an idle one.
+    /// Starts worker number `id`. Once the worker has `upstreams` upstream connections, it closes idle ones before it
+    /// opens another.
     ///
     /// # Errors
     /// Returns the error of the system if the thread cannot be started.
