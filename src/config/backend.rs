@@ -48,14 +48,14 @@ const RESERVED_HEADERS: [&str; 16] = [
     "x-request-id",
 ];
 
-/// A backend that may not have a name yet.
+/// A backend whose name may still be missing.
 struct Unnamed {
     name: Option<Text>,
     backend: Backend,
     inline_key: bool,
 }
 
-/// The backends, and whether the text itself contains a backend's key.
+/// Reads the backends. Returns them, and whether the text itself contains a backend's key.
 pub(super) fn backends(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<Backend>, bool) {
     let sink = root.sink();
     let line = root.line_of("backends");
@@ -120,7 +120,7 @@ pub(super) fn name(t: &mut Section<'_, '_>) -> Option<Text> {
     valid.then_some(name)
 }
 
-/// One backend; `None` if a required key is missing or not valid: then a fault is recorded.
+/// Reads one backend. Returns `None` if a required key is missing or not valid: then a fault is recorded.
 fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let name = name(t);
     let url = t.required_text("url").and_then(|url| base_url(t, url, ctx));
@@ -186,8 +186,8 @@ fn path(t: &mut Section<'_, '_>, key: &'static str, default: &str) -> String {
     text.value
 }
 
-/// The header that carries the key without a scheme, in place of `Authorization: Bearer`. `Authorization` is allowed:
-/// some gateways expect the key there without a scheme.
+/// Reads the header that carries the key without a scheme, in place of `Authorization: Bearer`. `Authorization` is
+/// allowed: some gateways expect the key there without a scheme.
 fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
     let text = t.text("auth_header")?;
     let name = HeaderName::from_bytes(text.value.as_bytes()).ok();
@@ -205,7 +205,7 @@ fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
     name
 }
 
-/// Headers to send in addition to Zap's own. They replace the client's headers of the same name.
+/// Reads the headers to send in addition to Zap's own. They replace the client's headers of the same name.
 fn extra_headers(
     t: &mut Section<'_, '_>,
     key_header: Option<&HeaderName>,
@@ -240,7 +240,7 @@ fn extra_headers(
     headers
 }
 
-/// Top-level members that this backend does not accept.
+/// Reads the names of the top-level members that this backend does not accept.
 fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
     // Case does not count: Zap refuses a request with such a member in another case, since some providers ignore case.
     let is_required =
@@ -260,7 +260,7 @@ fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
     fields
 }
 
-/// A key, and, if it is set, whether the text itself contains it.
+/// Reads a key. Returns the key, and, if it is set, whether the text itself contains it.
 pub(super) fn secret(
     t: &mut Section<'_, '_>,
     name: &'static str,
@@ -281,7 +281,7 @@ pub(super) fn secret(
     (secret, Some(inline))
 }
 
-/// The content of the file that `{ file = "path" }` names, without its last newline.
+/// Reads the content of the file that `{ file = "path" }` names, without its last newline.
 fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
     let Text { value, line } = t.required_text("file")?;
     let read = open_regular(&ctx.base.join(value)).and_then(|file| {

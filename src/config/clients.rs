@@ -9,7 +9,7 @@ use crate::config::raw::{Context, REQUESTS_PER_MINUTE};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::{ClientKey, backend};
 
-/// The client keys, and whether the text itself contains one.
+/// Reads the client keys. Returns them, and whether the text itself contains a key.
 pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<ClientKey>, bool) {
     let read = root.sections("client_keys", |t| client(t, ctx));
     let read: Vec<(ClientKey, usize, bool)> = read.into_iter().flatten().flatten().collect();
@@ -28,8 +28,8 @@ pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<Cli
     (read.into_iter().map(|(client, ..)| client).collect(), inline)
 }
 
-/// One client key, the line of its table, and whether the text itself contains the key. Returns `None` if a required
-/// entry is missing or not valid: then a fault is recorded.
+/// Reads one client key. Returns the client, the line of its table, and whether the text itself contains the key.
+/// Returns `None` if a required entry is missing or not valid: then a fault is recorded.
 fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<(ClientKey, usize, bool)> {
     let line = t.line();
     if t.line_of("name").is_none() {

@@ -148,7 +148,7 @@ pub struct Health {
     pub interval: Duration,
     /// Longest check, in whole seconds.
     pub timeout: Duration,
-    /// Failures in a row that eject a backend, 1 to 1000.
+    /// Failures in a row that eject a backend, 1 to 1000; checks and requests are counted separately.
     pub failure_threshold: u32,
     /// Successes in a row after which the backend comes back, 1 to 1000.
     pub success_threshold: u32,

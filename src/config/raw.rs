@@ -50,7 +50,7 @@ pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
 const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
-/// What a configuration refers to outside its own text.
+/// The surroundings of a configuration: files and environment variables that the text refers to.
 pub(super) struct Context<'a> {
     /// Directory that relative paths are relative to.
     pub(super) base: &'a Path,

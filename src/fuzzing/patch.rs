@@ -97,7 +97,7 @@ fn one_object(data: &[u8]) -> Option<&str> {
     raw.get().starts_with('{').then_some(text)
 }
 
-/// What the naive scan finds in a valid object.
+/// The findings of the naive scan in a valid object.
 struct NaiveScan {
     depth: u32,
     /// Offset of the byte after the opening `{`.

@@ -1,7 +1,7 @@
 //! The fleet thread: runs the health checks, rebuilds the schedule when a backend changes its state, and reloads the
 //! configuration.
 //!
-//! One loop does all three, so that two of them never replace the snapshot at the same time. The loop has its own
+//! A single loop does all three, so that two of them never replace the snapshot at the same time. It has its own
 //! thread, since a schedule for thousands of backends takes long to build, and clients must not wait for it.
 
 use std::collections::{HashMap, HashSet};
@@ -30,7 +30,7 @@ const QUICK_REBUILD: Nanos = MILLI;
 
 /// The fleet thread; dropping this value ends the thread.
 #[derive(Debug)]
-pub(crate) struct FleetWatch {
+pub(crate) struct FleetThread {
     /// Sends nothing; dropping it ends the thread.
     stop: oneshot::Sender<Infallible>,
     /// Receives nothing; closed when the thread ends.
@@ -38,13 +38,13 @@ pub(crate) struct FleetWatch {
     thread: std::thread::JoinHandle<()>,
 }
 
-impl FleetWatch {
+impl FleetThread {
     /// Starts the thread.
     ///
     /// # Errors
     /// Returns the error of the system if the runtime or the thread cannot be created.
     pub(crate) fn start(shared: Arc<Shared>) -> io::Result<Self> {
-        FleetWatch::run(async move || watch(&shared).await)
+        FleetThread::run(async move || watch(&shared).await)
     }
 
     fn run(work: impl AsyncFnOnce() + Send + 'static) -> io::Result<Self> {
@@ -66,7 +66,7 @@ impl FleetWatch {
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name("zap-fleet".into()).spawn(run)?;
-        Ok(FleetWatch { stop, ended, thread })
+        Ok(FleetThread { stop, ended, thread })
     }
 
     /// Waits until the thread ends by itself, which only a panic causes.
@@ -205,7 +205,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let held = Arc::new(());
         let in_thread = held.clone();
-        let mut fleet = FleetWatch::run(async move || {
+        let mut fleet = FleetThread::run(async move || {
             let _held = in_thread;
             pending().await
         })
@@ -214,7 +214,7 @@ mod tests {
         assert_eq!(early, Err(clock::Late));
         assert!(fleet.join());
         assert_eq!(Arc::strong_count(&held), 1, "the thread dropped everything");
-        let mut broken = FleetWatch::run(async || panic!("a bug")).unwrap();
+        let mut broken = FleetThread::run(async || panic!("a bug")).unwrap();
         let ended = runtime.block_on(clock::within(Duration::from_secs(10), broken.ended()));
         assert_eq!(ended, Ok(()));
         assert!(!broken.join());

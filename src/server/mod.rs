@@ -21,7 +21,7 @@ use tokio::sync::mpsc::Receiver;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::drain::Order;
-use crate::server::fleet::FleetWatch;
+use crate::server::fleet::FleetThread;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
 
@@ -52,7 +52,7 @@ pub(crate) async fn serve(
     let workers: Result<Vec<_>, _> =
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
-    let mut fleet = FleetWatch::start(shared.clone())?;
+    let mut fleet = FleetThread::start(shared.clone())?;
     let completed = {
         let clients = accept(&shared, &listener, &workers, budget.clients);
         // The gateway accepts and probes while the running requests finish.

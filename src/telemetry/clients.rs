@@ -13,7 +13,7 @@ use crate::counter::Counter;
 #[derive(Debug)]
 pub(crate) struct Clients(Box<[Arc<Client>]>);
 
-/// One client key.
+/// A client key.
 #[derive(Debug)]
 pub(crate) struct Client {
     /// The configuration of the key.

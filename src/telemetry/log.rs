@@ -49,7 +49,7 @@ impl Log {
     /// Logs one line, which must not contain a line break. If the backlog is full, drops the line and counts it.
     pub fn line(&self, line: String) {
         if self.lines.as_ref().is_none_or(|l| l.try_send(line).is_err()) {
-            self.lose(1);
+            self.count_dropped(1);
         }
     }
 
@@ -81,7 +81,7 @@ impl Log {
     }
 
     /// Counts `lines` log lines as dropped.
-    pub fn lose(&self, lines: u64) {
+    pub fn count_dropped(&self, lines: u64) {
         self.dropped.fetch_add(lines, Ordering::Relaxed);
     }
 

@@ -28,7 +28,7 @@ pub(crate) enum Side {
 
 const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::Upstream)];
 
-/// One worker's counts, except those of a backend.
+/// The counts of one worker, except those of a backend.
 #[derive(Debug)]
 pub(crate) struct Lane {
     answers: Answers,
@@ -66,7 +66,7 @@ impl Lane {
     }
 
     /// Records the total duration of a request.
-    pub(crate) fn lasted(&self, endpoint: Endpoint, nanos: u64) {
+    pub(crate) fn record_duration(&self, endpoint: Endpoint, nanos: u64) {
         self.durations[endpoint as usize].record(nanos);
     }
 

@@ -102,7 +102,7 @@ pub(crate) enum Caller {
 /// The telemetry that all workers share.
 #[derive(Debug)]
 pub(crate) struct Telemetry {
-    /// One lane per worker.
+    /// The lanes, one per worker.
     pub lanes: Box<[CachePadded<Lane>]>,
     /// Reloads so far.
     pub reloads: Reloads,
@@ -130,7 +130,7 @@ impl Telemetry {
     }
 }
 
-/// One worker's access to the telemetry.
+/// The access of one worker to the telemetry.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     /// The worker's number.
@@ -315,7 +315,7 @@ impl RequestRecord {
         let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
         push_json(&mut out, self.request_id.to_str().unwrap_or_default());
         out.push_str(",\"upstream_request_id\":");
-        push_text(&mut out, self.upstream_request_id.as_ref().and_then(|id| id.to_str().ok()));
+        push_json_or_null(&mut out, self.upstream_request_id.as_ref().and_then(|id| id.to_str().ok()));
         out.push_str(",\"client\":");
         match &self.caller {
             Caller::Anonymous => out.push_str("\"anonymous\""),
@@ -325,15 +325,15 @@ impl RequestRecord {
             }
         }
         let _ = write!(out, ",\"peer\":\"{}\",\"method\":", self.peer.to_canonical());
-        push_text(&mut out, self.method.as_ref().map(|m| cut(m.as_str())));
+        push_json_or_null(&mut out, self.method.as_ref().map(|m| cut(m.as_str())));
         out.push_str(",\"path\":");
         push_json(&mut out, cut(&self.path));
         out.push_str(",\"model\":");
-        push_text(&mut out, self.model.as_deref());
+        push_json_or_null(&mut out, self.model.as_deref());
         let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
-        push_text(&mut out, self.backend.as_ref().map(|backend| backend.name()));
+        push_json_or_null(&mut out, self.backend.as_ref().map(|backend| backend.name()));
         out.push_str(",\"code\":");
-        push_text(&mut out, self.refused.map(Code::text));
+        push_json_or_null(&mut out, self.refused.map(Code::text));
         out.push_str(",\"attempts\":[");
         for (i, (backend, fault)) in self.failed.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
@@ -380,7 +380,7 @@ fn cut(text: &str) -> &str {
 }
 
 /// Appends a JSON string, or null.
-fn push_text(out: &mut String, text: Option<&str>) {
+fn push_json_or_null(out: &mut String, text: Option<&str>) {
     match text {
         Some(text) => push_json(out, text),
         None => out.push_str("null"),
@@ -426,10 +426,10 @@ impl Drop for RequestRecord {
         if let Caller::Known(client) = &self.caller {
             client.lanes[self.recorder.worker].add(1);
         }
-        lane.lasted(self.endpoint, total);
+        lane.record_duration(self.endpoint, total);
         let log = &self.recorder.telemetry.log;
         match self.is_logged {
-            true if self.is_noise => log.lose(1),
+            true if self.is_noise => log.count_dropped(1),
             true => log.line(self.line(total)),
             false => {}
         }
