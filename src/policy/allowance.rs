@@ -1,8 +1,8 @@
-//! How much of something has been used in the present second: for work that anyone can cause, and that is bounded.
+//! A counter of what was used in the current second. It bounds work that any client can cause.
 
 use crate::time::{Nanos, SECOND};
 
-/// What has been used in one second, in a unit of the caller's.
+/// The amount used in one second, in a unit that the caller chooses.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Allowance {
     second: u64,
@@ -10,21 +10,21 @@ pub(crate) struct Allowance {
 }
 
 impl Allowance {
-    /// What has been used in the second of `now`.
+    /// Returns the amount used in the second of `now`.
     pub(crate) fn used(&self, now: Nanos) -> u64 {
-        // A clock that was read before another's belongs to the younger second.
+        // A thread that read its clock earlier may come later: its `now` counts in the newer second.
         if now / SECOND > self.second { 0 } else { self.used }
     }
 
-    /// Uses so much in the second of `now`.
+    /// Adds `amount` to what was used in the second of `now`.
     pub(crate) fn spend(&mut self, now: Nanos, amount: u64) {
         self.used = self.used(now).saturating_add(amount);
         self.second = self.second.max(now / SECOND);
     }
 
-    /// Uses one of `most` a second, if one is left.
-    pub(crate) fn take(&mut self, now: Nanos, most: u64) -> bool {
-        let is_left = self.used(now) < most;
+    /// Uses one of at most `max` units a second. Returns `false`, and uses none, if none is left.
+    pub(crate) fn take(&mut self, now: Nanos, max: u64) -> bool {
+        let is_left = self.used(now) < max;
         if is_left {
             self.spend(now, 1);
         }
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_second_has_its_own_and_an_older_clock_opens_none() {
+    fn each_second_has_its_own_allowance_and_an_older_clock_opens_none() {
         let mut a = Allowance::default();
         let taken = |a: &mut Allowance, now| (0..9).filter(|_| a.take(now, 3)).count();
         assert_eq!(taken(&mut a, 0), 3);

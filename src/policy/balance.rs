@@ -1,9 +1,9 @@
-//! Which backend takes a request: smooth weighted round robin, or the least loaded.
+//! Load balancing: smooth weighted round robin, least loaded, or affinity by a weighted rendezvous hash.
 //!
-//! The order of nginx's smooth weighted round robin is computed once, when the fleet changes, as a [`Schedule`]; where
-//! the turns stand is a [`Cursor`], one for each kind of traffic, shared by all threads. A pick is one step of the
-//! cursor, and any full turn of picks gives every backend exactly its weight, across all threads together. The caller
-//! says which backends are eligible.
+//! A [`Schedule`] holds the order of nginx's smooth weighted round robin; it is computed once, when the fleet
+//! changes. A [`Cursor`] holds the position in that order: one for each kind of traffic, shared by all threads. A
+//! pick is one step of the cursor, and any full turn of picks gives every backend exactly its weight, across all
+//! threads together. The caller says which backends are eligible.
 
 use crate::policy::sync::{AtomicU64, Ordering};
 use crate::time::{Nanos, SECOND};
@@ -11,62 +11,63 @@ use crate::time::{Nanos, SECOND};
 /// A backend's index in its snapshot.
 pub(crate) type BackendId = usize;
 
-/// One turn of the round robin: each member as often as its weight.
+/// One full turn of the round robin: each member appears as often as its weight.
 #[derive(Debug)]
 pub struct Schedule {
     order: TurnOrder,
-    /// Picks in one turn.
+    /// Number of picks in one turn.
     length: u64,
     members: Box<[(BackendId, u32)]>,
 }
 
-/// How one turn goes.
+/// The order of the picks in one turn.
 #[derive(Debug)]
 enum TurnOrder {
-    /// nginx's smooth order, as indexes of members.
+    /// nginx's smooth order, written down as indexes of members.
     Smooth(Box<[u16]>),
-    /// A turn that would take too long to write down: pick number `n` is the member that owns the point
+    /// The order of a turn that would take too long to write down: pick number `n` is the member that owns the point
     /// `n * stride % length`. `stride` has no divisor in common with the length, so a turn meets every point once;
-    /// it is near the golden ratio of the length, so neighbours in time lie far apart. `ends`: where each member's
-    /// points end.
+    /// `stride` is near the golden ratio of the length, so consecutive picks lie far apart. `ends` holds the end of
+    /// each member's range of points.
     Strided { ends: Box<[u64]>, stride: u64 },
 }
 
-/// Steps that the smooth order of one schedule may take to compute: about a millisecond.
+/// Most steps that computing the smooth order of one schedule may take: about a millisecond.
 const MAX_STEPS: u64 = 1 << 20;
 
-/// Turns that a pick skips, because they fall on members that are not eligible, before it chooses by weight.
+/// Most ineligible members that a pick skips before it chooses by weight instead.
 const MAX_SKIPPED: u64 = 64;
 
-/// Where the turns of one kind of traffic stand; it moves for first tries only.
+/// The position in a [`Schedule`] for one kind of traffic. Only first tries move it.
 #[derive(Debug, Default)]
 pub struct Cursor(AtomicU64);
 
 impl Cursor {
-    /// A cursor that begins `turns` into the schedule. Kinds of traffic that all began at the same member would send it
-    /// their first requests, which are all that some of them have.
+    /// Creates a cursor that starts `turns` picks into the schedule. Different starts keep many kinds of traffic,
+    /// some of them with only a few requests, from sending all their first requests to the same member.
     pub fn starting_at(turns: u64) -> Self {
         Cursor(AtomicU64::new(turns))
     }
 
-    /// A cursor that goes on where `other` stands.
+    /// Creates a cursor that continues at the position of `other`.
     pub fn resumed(other: &Cursor) -> Self {
         Cursor(AtomicU64::new(other.0.load(Ordering::Relaxed)))
     }
 }
 
-/// A look at a cursor: a first try takes its turn, a retry only sees whose turn comes next, so that first tries keep
-/// their shares.
+/// How a pick uses a cursor. A first try advances it; a retry only reads it, so that retries do not change the shares
+/// of first tries.
 #[derive(Clone, Copy, Debug)]
 pub struct Turns<'a> {
-    /// Where the turns stand.
+    /// The current position.
     pub cursor: &'a Cursor,
-    /// Whether a pick moves the cursor.
+    /// Whether a pick advances the cursor.
     pub advance: bool,
 }
 
 impl Schedule {
-    /// The turns of `members` (backend, weight); a weight of 0 is left out. Takes at most [`MAX_STEPS`] steps.
+    /// Creates the schedule of `members` (backend, weight); a member of weight 0 is left out. Takes at most
+    /// [`MAX_STEPS`] steps.
     pub fn new(members: impl IntoIterator<Item = (BackendId, u32)>) -> Self {
         let members: Box<[_]> = members.into_iter().filter(|(_, weight)| *weight > 0).collect();
         let divisor = members.iter().fold(0, |a, (_, b)| gcd(a, u64::from(*b))).max(1);
@@ -77,15 +78,15 @@ impl Schedule {
         Schedule { order, length, members }
     }
 
-    /// The members and their weights.
+    /// Returns the members and their weights.
     pub fn members(&self) -> &[(BackendId, u32)] {
         &self.members
     }
 
-    /// The next in turn that is eligible.
+    /// Picks the next eligible backend in the order.
     ///
-    /// A turn that falls on a backend that is not eligible is skipped, so the others keep their proportions. Where
-    /// nobody is eligible the cursor stays.
+    /// A pick skips backends that are not eligible, so the others keep their proportions. The cursor does not move if
+    /// no backend is eligible.
     pub fn round_robin(&self, turns: Turns<'_>, eligible: impl Fn(BackendId) -> bool) -> Option<BackendId> {
         let cursor = &turns.cursor.0;
         let mut at = cursor.load(Ordering::Relaxed);
@@ -109,7 +110,7 @@ impl Schedule {
         }
     }
 
-    /// The member with the lowest load that `load` gives (`None`: not eligible); ties go round.
+    /// Picks the member with the lowest `load` (`None`: not eligible). Ties are broken in rotation.
     pub fn least_loaded(
         &self,
         turns: Turns<'_>,
@@ -133,7 +134,7 @@ impl Schedule {
         best.map(|(_, id)| id)
     }
 
-    /// Whose turn number `n` is; only where there are members.
+    /// Returns the backend of pick number `n`. The schedule must have members.
     fn turn(&self, n: u64) -> BackendId {
         let point = n % self.length;
         let member = match &self.order {
@@ -146,7 +147,7 @@ impl Schedule {
         self.members[member].0
     }
 
-    /// Rarely needed: most of a long turn is not eligible. Chooses by weight among those that are.
+    /// Picks among the eligible members by weight. Needed only when most of a long turn is not eligible, which is rare.
     fn by_weight(&self, n: u64, eligible: impl Fn(BackendId) -> bool) -> Option<BackendId> {
         let eligible = || self.members.iter().filter(|m| eligible(m.0));
         let total: u64 = eligible().map(|m| u64::from(m.1)).sum();
@@ -158,9 +159,9 @@ impl Schedule {
         })
     }
 
-    /// The member that a conversation with this `key` belongs to: the first in the order of its weighted rendezvous
-    /// hash whose load stays in bounds ([`bound`]). `view`: a member's identity and what it has in flight; `None`:
-    /// not eligible.
+    /// Picks the member that a conversation with this `key` belongs to: the first in the order of the key's weighted
+    /// rendezvous hash whose load stays within its [`bound`]. `view` returns a member's identity and its requests in
+    /// flight, or `None` if it is not eligible.
     pub fn by_affinity(
         &self,
         key: u64,
@@ -170,7 +171,8 @@ impl Schedule {
         let sum =
             |(all, weights), (_, weight, (_, in_flight))| (all + in_flight, weights + u64::from(weight));
         let (all, weights) = eligible().fold((0, 0), sum);
-        // Within its bound, then by the hash: others may come between the two looks, so the bound is a wish.
+        // Members within their bound come first, then the hash decides. Other requests may arrive between the two
+        // passes over the members, so the bound can be exceeded by a few.
         let rank = |(id, weight, (identity, in_flight)): (BackendId, u32, (u64, usize))| {
             (in_flight < bound(all, weight, weights), rendezvous(key, identity, weight), id)
         };
@@ -179,7 +181,7 @@ impl Schedule {
     }
 }
 
-/// nginx's smooth weighted round robin.
+/// Computes nginx's smooth weighted round robin.
 fn smooth(weights: &[u64], length: u64) -> TurnOrder {
     let mut credit = vec![0i64; weights.len()];
     let turn = (0..length).map(|_| {
@@ -210,11 +212,12 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// A member's score for a key; the highest takes it. A weighted rendezvous hash (Thaler and Ravishankar 1998; the
-/// weights by Schindelhauer and Schomaker 2005): who comes or goes takes or leaves its own share alone.
+/// A member's score for a key; the member with the highest score gets the key. This is a weighted rendezvous hash
+/// (Thaler and Ravishankar 1998; the weights by Schindelhauer and Schomaker 2005): when a member is added or removed,
+/// only its own share of the keys moves.
 pub(crate) fn rendezvous(key: u64, identity: u64, weight: u32) -> f64 {
     let hash = mix(key ^ mix(identity));
-    // Uniform in (0, 1), never at an end.
+    // Uniform in (0, 1), without 0 and 1.
     let unit = ((hash >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
     f64::from(weight) / -unit.ln()
 }
@@ -226,55 +229,56 @@ fn mix(x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// Most that a member of `weight` may have in flight: ceil(1.25 x (`all` + 1) x `weight` / `weights`), where `all` are
-/// in flight over members of `weights` in all (consistent hashing with bounded loads, Mirrokni et al. 2016).
+/// Most requests that a member of `weight` may have in flight: ceil(1.25 x (`all` + 1) x `weight` / `weights`). `all`
+/// is the number in flight over all members, `weights` the sum of their weights (consistent hashing with bounded
+/// loads, Mirrokni et al. 2016).
 pub(crate) fn bound(all: usize, weight: u32, weights: u64) -> usize {
     let share = 5 * (all as u64 + 1) * u64::from(weight);
     share.div_ceil(4 * weights.max(1)) as usize
 }
 
-/// Load of a backend for [`Schedule::least_loaded`]: (in flight + 1 + penalty) over its weight, where the weight
-/// grows from a tenth to the whole in the first [`SLOW_START`] after the backend came back.
+/// The load of a backend for [`Schedule::least_loaded`]: (in flight + 1 + penalty) divided by its weight. The weight
+/// grows from a tenth to its full value in the first [`SLOW_START`] after the backend came back.
 pub(crate) fn load(in_flight: usize, weight: u32, penalty: f64, up_for: Nanos) -> f64 {
     let share = (up_for as f64 / SLOW_START as f64).clamp(0.1, 1.0);
     (in_flight as f64 + 1.0 + penalty) / (f64::from(weight) * share)
 }
 
-/// How long a backend that came back is given less than its weight.
+/// How long a backend that came back has a reduced weight.
 pub(crate) const SLOW_START: Nanos = 10 * SECOND;
 
-/// A count of failures that halves every 5 s: keeps a backend that fails fast from looking idle.
+/// A count of failures that halves every 5 s. Keeps a backend that fails fast from looking idle.
 ///
-/// What has decayed below [`NEGLIGIBLE`] is exactly 0: a residue must not decide a tie.
+/// A value that has decayed below [`NEGLIGIBLE`] is exactly 0: a residue must not decide a tie.
 #[derive(Debug, Default)]
 pub(crate) struct Penalty {
-    /// The value in sixteenths (upper [`VALUE_BITS`]) at a time in milliseconds since the process started (the rest);
-    /// 0: no failure yet.
+    /// Upper [`VALUE_BITS`]: the value in sixteenths. Other bits: the time of that value, in milliseconds since the
+    /// process started. 0: no failure yet.
     word: AtomicU64,
 }
 
 const PER_FAILURE: f64 = 10.0;
 const HALF_LIFE_MS: f64 = 5_000.0;
-/// A smaller penalty is none.
+/// A smaller penalty counts as 0.
 const NEGLIGIBLE: f64 = 0.1;
-/// Up to 65,535 requests, which takes 900 failures a second.
+/// Enough for 65,535 requests, a value that takes 900 failures a second.
 const VALUE_BITS: u32 = 20;
 const STEPS: f64 = 16.0;
-/// Milliseconds of 557 years.
+/// Milliseconds: enough for 557 years.
 const TIME_MASK: u64 = u64::MAX >> VALUE_BITS;
 
 impl Penalty {
     /// Adds one failure at `now`.
     pub(crate) fn add(&self, now: Nanos) {
         let change = |word| {
-            // Another thread may have read its clock later and written first.
+            // Another thread may have read its clock later but written first: time must not go back.
             let at = Self::millis(now).max(word & TIME_MASK);
             Some(Self::pack(Self::value(word, at) + PER_FAILURE, at))
         };
         let _ = self.word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
     }
 
-    /// What is left of it at `now`, in requests in flight.
+    /// Returns what is left of the penalty at `now`, in requests in flight.
     pub(crate) fn at(&self, now: Nanos) -> f64 {
         match self.word.load(Ordering::Relaxed) {
             0 => 0.0,
@@ -291,8 +295,8 @@ impl Penalty {
     }
 
     fn pack(value: f64, millis: u64) -> u64 {
-        let most = ((1u64 << VALUE_BITS) - 1) as f64;
-        let steps = (value * STEPS).round().min(most) as u64;
+        let max = ((1u64 << VALUE_BITS) - 1) as f64;
+        let steps = (value * STEPS).round().min(max) as u64;
         steps << (u64::BITS - VALUE_BITS) | millis
     }
 
@@ -317,27 +321,27 @@ mod tests {
         (0..n).map(|_| char::from(b'A' + s.round_robin(first_tries(&c), |_| true).unwrap() as u8)).collect()
     }
 
-    /// 1,000 conversations over members of these weights, none in flight.
-    fn homes(weights: &[u32], is_there: impl Fn(usize) -> bool) -> Vec<usize> {
+    /// The members that 1,000 conversations are assigned to, with these weights and none in flight.
+    fn assigned(weights: &[u32], is_eligible: impl Fn(usize) -> bool) -> Vec<usize> {
         let s = Schedule::new(weights.iter().copied().enumerate());
-        let view = |id| is_there(id).then_some((id as u64, 0));
+        let view = |id| is_eligible(id).then_some((id as u64, 0));
         (0..1_000).map(|key| s.by_affinity(mix(key), view).unwrap()).collect()
     }
 
     #[test]
-    fn conversations_spread_by_weight_and_stay_when_others_go() {
-        let all = homes(&[1, 2, 1], |_| true);
-        let share = |homes: &[usize], id| homes.iter().filter(|h| **h == id).count();
+    fn conversations_spread_by_weight_and_stay_when_another_member_leaves() {
+        let all = assigned(&[1, 2, 1], |_| true);
+        let share = |assigned: &[usize], id| assigned.iter().filter(|a| **a == id).count();
         assert!((200..300).contains(&share(&all, 0)) && (450..550).contains(&share(&all, 1)), "{all:?}");
-        let without = homes(&[1, 2, 1], |id| id != 1);
+        let without = assigned(&[1, 2, 1], |id| id != 1);
         for (before, after) in all.iter().zip(&without) {
-            assert!(*before == 1 || before == after, "one moved that need not");
+            assert!(*before == 1 || before == after, "a conversation moved without need");
         }
         assert!((400..600).contains(&share(&without, 0)));
     }
 
     #[test]
-    fn a_full_home_passes_a_conversation_on_to_the_next() {
+    fn a_conversation_whose_member_is_full_goes_to_the_next() {
         let s = Schedule::new([(0, 1), (1, 1), (2, 1), (3, 1)]);
         let home = s.by_affinity(7, |id| Some((id as u64, 0))).unwrap();
         let next = s.by_affinity(7, |id| (id != home).then_some((id as u64, 0))).unwrap();
@@ -360,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_eligible_is_nobody() {
+    fn no_backend_is_picked_if_none_is_eligible() {
         let c = Cursor::default();
         let turns = first_tries(&c);
         assert_eq!(Schedule::new([]).round_robin(turns, |_| true), None);
@@ -368,11 +372,11 @@ mod tests {
         assert_eq!(Schedule::new([(0, 1), (1, 1)]).round_robin(turns, |_| false), None);
         assert_eq!(Schedule::new([]).least_loaded(turns, |_, _| Some(0.0)), None);
         assert_eq!(Schedule::new([(0, 1)]).least_loaded(turns, |_, _| None), None);
-        assert_eq!(c.0.load(Ordering::Relaxed), 0, "nobody took a turn");
+        assert_eq!(c.0.load(Ordering::Relaxed), 0, "the cursor did not move");
     }
 
     #[test]
-    fn a_retry_leaves_the_turns_to_first_tries() {
+    fn a_retry_does_not_advance_the_cursor() {
         let s = Schedule::new([(0, 1), (1, 1)]);
         let c = Cursor::default();
         let mut firsts = [0; 2];
@@ -388,13 +392,13 @@ mod tests {
         assert_eq!(firsts, [60, 60]);
     }
 
-    /// Weights without a common divisor whose smooth order would take long to write down.
+    /// Weights without a common divisor, whose smooth order would take too long to write down.
     fn odd_weights(n: u32) -> Vec<u32> {
         (0..n).map(|i| 501 + i * 7 % 499).collect()
     }
 
     #[test]
-    fn a_long_turn_is_quick_to_make_and_gives_each_its_weight() {
+    fn a_long_turn_is_quick_to_compute_and_gives_each_member_its_weight() {
         for n in [100, 300, 1_000] {
             let weights = odd_weights(n);
             let s = Schedule::new(weights.iter().copied().enumerate());
@@ -403,7 +407,7 @@ mod tests {
             let mut got = vec![0; weights.len()];
             let mut last = vec![0; weights.len()];
             let (mut longest, turn) = (0, weights.iter().map(|w| u64::from(*w)).sum::<u64>());
-            // It begins anywhere: any full turn will do.
+            // A full turn may start at any position.
             for _ in 0..77 {
                 s.round_robin(first_tries(&c), |_| true);
             }
@@ -420,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn those_left_keep_their_proportions() {
+    fn the_remaining_members_keep_their_proportions() {
         let c = Cursor::default();
         let s = Schedule::new([(0, 5), (1, 1), (2, 1)]);
         let picks: Vec<_> = (0..40).map(|_| s.round_robin(first_tries(&c), |id| id != 0).unwrap()).collect();
@@ -433,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn least_loaded_goes_by_weight_and_takes_turns_on_ties() {
+    fn least_loaded_respects_weights_and_breaks_ties_in_rotation() {
         let s = Schedule::new([(0, 1), (1, 2)]);
         let c = Cursor::default();
         let turns = first_tries(&c);
@@ -448,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_weighs_less_with_time() {
+    fn a_penalty_decays_with_time() {
         let p = Penalty::default();
         assert_eq!(p.at(7), 0.0);
         p.add(SECOND);
@@ -456,7 +460,7 @@ mod tests {
         assert_eq!(p.at(6 * SECOND), 5.0);
         p.add(6 * SECOND);
         assert_eq!(p.at(11 * SECOND), 7.5);
-        assert_eq!(p.at(5 * SECOND), 15.0, "a clock that runs behind does not make it grow");
+        assert_eq!(p.at(5 * SECOND), 15.0, "a clock that runs behind does not increase the penalty");
     }
 
     #[test]
@@ -464,7 +468,7 @@ mod tests {
         const DAY: Nanos = 86_400 * SECOND;
         let p = Penalty::default();
         p.add(SECOND);
-        // 32 bits of milliseconds last for 49.7 days, and for half of that where the sign counts.
+        // 32 bits of milliseconds would wrap after 49.7 days, signed ones after half of that.
         for age in
             [DAY, 24 * DAY, 25 * DAY, 40 * DAY, 49 * DAY, 50 * DAY, 75 * DAY, 100 * DAY, 400 * 365 * DAY]
         {
@@ -477,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn a_penalty_below_a_tenth_of_a_request_is_none() {
+    fn a_penalty_below_a_tenth_of_a_request_is_zero() {
         let p = Penalty::default();
         p.add(SECOND);
         // 10 halves to 0.1 in log2(100) = 6.64 half-lives of 5 s.
@@ -491,7 +495,7 @@ mod tests {
                 Some(load(0, w, if id == 0 { p.at(90 * SECOND) } else { 0.0 }, SLOW_START))
             })
         };
-        assert_ne!(pick(), pick(), "a tie goes round again");
+        assert_ne!(pick(), pick(), "ties are broken in rotation again");
     }
 
     #[test]
@@ -509,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_share_one_turn() {
+    fn threads_share_one_cursor() {
         let (s, c) = (Schedule::new([(0, 3), (1, 2), (2, 1)]), Cursor::default());
         let counts: Vec<[usize; 3]> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..3)
@@ -529,7 +533,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_full_turn_gives_each_its_weight(weights in prop::collection::vec(0u32..30, 1..8), skip in 0usize..50) {
+        fn every_full_turn_gives_each_member_its_weight(weights in prop::collection::vec(0u32..30, 1..8), skip in 0usize..50) {
             let total: u32 = weights.iter().sum();
             let (s, c) = (Schedule::new(weights.iter().copied().enumerate()), Cursor::default());
             for _ in 0..skip {

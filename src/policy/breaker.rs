@@ -1,43 +1,44 @@
-//! Whether a backend may be asked: its health, its cooling, its key.
+//! The circuit breaker: whether a backend may get requests, by its health, its cool-downs and its key.
 //!
-//! Counts and state share one atomic word, so that every change of state has exactly one author. Requests and checks
-//! each have a count of failures in a row: a check that succeeds says nothing about the requests that fail. Only
-//! checks bring a backend back; [`crate::server::probe`] makes them. Providers count by model, so a backend cools for one model at a time.
+//! Counts and state share one atomic word, so that exactly one caller sees each change of state. Requests and probes
+//! have separate counts of failures in a row: a probe that succeeds says nothing about requests that fail. Only
+//! probes bring an ejected backend back; [`crate::server::probe`] sends them. Providers limit requests by model, so a
+//! backend cools down for one model at a time.
 
 use crate::policy::balance::SLOW_START;
 use crate::policy::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
 use crate::time::{Nanos, SECOND};
 
-/// How long a refused key keeps a backend out.
+/// How long a backend that refused Zap's key gets no requests.
 pub(crate) const BAD_KEY: Nanos = 60 * SECOND;
 
-/// What a backend is at a moment.
+/// The state of a backend at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// Asked to wait until then.
+    /// Cools down until then.
     Cooling(Nanos),
-    /// Out after too many failures in a row.
+    /// Ejected after too many failures in a row.
     Ejected,
-    /// May be asked.
+    /// May get requests.
     Healthy,
-    /// It refuses the key that Zap sends.
+    /// Refuses the key that Zap sends.
     Misconfigured,
 }
 
-/// What an active check found.
+/// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// 2xx, 404, 405, 429: it answers.
+    /// 2xx, 404, 405 or 429: the backend answers.
     Alive,
-    /// 401 or 403: it does not take the key.
+    /// 401 or 403: the backend refuses the key.
     BadKey,
-    /// 5xx, another answer, no connection or none in time.
+    /// Any other status, no connection, or no answer in time.
     Failed,
 }
 
 impl Probe {
-    /// Reads an answer's status code. `keyless`: the backend is asked with its clients' keys, of which a probe has
-    /// none, so that a demand for one only shows that it lives.
+    /// Judges a probe by the status code of its answer. `keyless`: the backend gets the clients' keys. A probe has
+    /// none of them, so a 401 or 403 only shows that the backend is alive.
     pub fn of_status(status: u16, keyless: bool) -> Self {
         match status {
             200..=299 | 404 | 405 | 429 => Probe::Alive,
@@ -48,26 +49,26 @@ impl Probe {
     }
 }
 
-/// Failures and successes in a row that change the state, and how fast it may change back.
+/// Failures and successes in a row that change the state, and how fast the state may change back.
 #[derive(Clone, Copy, Debug)]
 pub struct Thresholds {
-    /// Time between two checks. A backend comes back once in two of them at most, so that one that flaps changes its
-    /// state no more than once in each.
+    /// Time between two probes. A backend comes back at most once in two intervals, so a flapping backend changes its
+    /// state at most once per interval on average.
     pub interval: Nanos,
-    /// Failures in a row, of requests or of checks, that take a backend out.
+    /// Failures in a row, of requests or of probes, that eject a backend.
     pub failures: u32,
-    /// Successful probes that take it back.
+    /// Successful probes in a row that bring the backend back.
     pub successes: u32,
 }
 
-/// A change of state: the author of one logs it.
+/// A change of state. The caller that gets it logs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It is out.
+    /// The backend was ejected.
     Down,
-    /// Its key is refused.
+    /// The backend refuses Zap's key.
     Misconfigured,
-    /// It is back.
+    /// The backend came back.
     Up,
 }
 
@@ -76,9 +77,11 @@ pub enum Change {
 pub struct Breaker {
     word: AtomicU64,
     cooling: Cooling,
+    /// Until when a key that a request found refused keeps the backend out; 0: never.
     bad_key_until: AtomicU64,
-    /// Last success of real traffic; 0: none yet.
+    /// Time of the last request that succeeded; 0: none yet.
     last_success: AtomicU64,
+    /// When the backend came back last; 0: never.
     up_since: AtomicU64,
 }
 
@@ -90,20 +93,20 @@ enum Health {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Word {
+struct PackedState {
     state: Health,
     /// Requests that failed in a row.
     failures: u32,
-    /// Checks that failed in a row.
-    failed_checks: u32,
-    /// Checks that succeeded in a row while it is not up.
+    /// Probes that failed in a row.
+    failed_probes: u32,
+    /// Probes that succeeded in a row while the backend is not up.
     successes: u32,
 }
 
-/// Most that a count of a [`Word`] holds.
+/// The largest value of each count in a [`PackedState`].
 const MAX_COUNT: u32 = 0xFFFF;
 
-impl Word {
+impl PackedState {
     fn unpack(word: u64) -> Self {
         let state = match word & 3 {
             1 => Health::Ejected,
@@ -111,24 +114,24 @@ impl Word {
             _ => Health::Up,
         };
         let count = |at: u32| (word >> at) as u32 & MAX_COUNT;
-        Word { state, failures: count(2), failed_checks: count(18), successes: count(34) }
+        PackedState { state, failures: count(2), failed_probes: count(18), successes: count(34) }
     }
 
     fn pack(self) -> u64 {
-        let Word { state, failures, failed_checks, successes } = self;
-        state as u64 | u64::from(failures) << 2 | u64::from(failed_checks) << 18 | u64::from(successes) << 34
+        let PackedState { state, failures, failed_probes, successes } = self;
+        state as u64 | u64::from(failures) << 2 | u64::from(failed_probes) << 18 | u64::from(successes) << 34
     }
 
-    /// One more failure in a row: out where one of the counts has reached its limit.
-    fn judged(self, limits: Thresholds) -> Self {
-        let is_out = self.failures.max(self.failed_checks) >= limits.failures;
-        let state = if self.state == Health::Up && is_out { Health::Ejected } else { self.state };
-        Word { state, successes: 0, ..self }
+    /// Ejects the backend if one of the failure counts has reached its limit; resets the successes.
+    fn after_failure(self, limits: Thresholds) -> Self {
+        let is_over = self.failures.max(self.failed_probes) >= limits.failures;
+        let state = if self.state == Health::Up && is_over { Health::Ejected } else { self.state };
+        PackedState { state, successes: 0, ..self }
     }
 
-    /// Just come into `state`.
-    fn entered(state: Health) -> Self {
-        Word { state, failures: 0, failed_checks: 0, successes: 0 }
+    /// `state` with all counts at 0.
+    fn reset_to(state: Health) -> Self {
+        PackedState { state, failures: 0, failed_probes: 0, successes: 0 }
     }
 }
 
@@ -139,7 +142,7 @@ impl Default for Breaker {
 }
 
 impl Breaker {
-    /// A backend that nobody has asked yet: it may be.
+    /// Creates the breaker of a backend that has had no requests yet; it is healthy.
     pub fn new() -> Self {
         Breaker {
             word: AtomicU64::new(0),
@@ -150,24 +153,24 @@ impl Breaker {
         }
     }
 
-    /// The state at `now` for requests of `model`, a hash of the name that it is sent, which is asked for only where it
-    /// cools for any.
+    /// Returns the state at `now` for requests of `model`, a hash of the model name that the backend gets. `model` is
+    /// called only if the backend cools down for any model.
     pub fn status_for(&self, model: impl FnOnce() -> u64, now: Nanos) -> Status {
         self.status_and(now, || self.cooling.until(model, now))
     }
 
-    /// The state at `now`, cooling where it cools for any model: until the last of them reopens.
+    /// Returns the state at `now` over all models: [`Status::Cooling`] until the last cool-down of any model ends.
     pub fn status(&self, now: Nanos) -> Status {
         self.status_and(now, || self.cooling.latest(now))
     }
 
-    /// Until when it cools for requests of `model`, out or not.
+    /// Returns until when the backend cools down for requests of `model`, whether or not it is ejected.
     pub fn cools_until(&self, model: impl FnOnce() -> u64, now: Nanos) -> Option<Nanos> {
         self.cooling.until(model, now)
     }
 
     fn status_and(&self, now: Nanos, cooling: impl FnOnce() -> Option<Nanos>) -> Status {
-        let state = Word::unpack(self.word.load(Ordering::Relaxed)).state;
+        let state = PackedState::unpack(self.word.load(Ordering::Relaxed)).state;
         if state == Health::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
             return Status::Misconfigured;
         }
@@ -177,39 +180,39 @@ impl Breaker {
         cooling().map_or(Status::Healthy, Status::Cooling)
     }
 
-    /// Real traffic succeeded.
+    /// Reports a request that succeeded.
     pub fn success(&self, now: Nanos) {
         self.last_success.store(now.max(1), Ordering::Relaxed);
         if self.word.load(Ordering::Relaxed) == 0 {
             return;
         }
         self.change(|w| match w.state {
-            Health::Up => Word::entered(Health::Up),
+            Health::Up => PackedState::reset_to(Health::Up),
             Health::Ejected | Health::Misconfigured => w,
         });
     }
 
-    /// Real traffic failed.
+    /// Reports a request that failed.
     pub fn failure(&self, limits: Thresholds) -> Option<Change> {
-        self.change(|w| Word { failures: (w.failures + 1).min(MAX_COUNT), ..w }.judged(limits))
+        self.change(|w| PackedState { failures: (w.failures + 1).min(MAX_COUNT), ..w }.after_failure(limits))
     }
 
-    /// A probe ended.
+    /// Reports the result of a probe.
     pub fn probed(&self, probe: Probe, limits: Thresholds, now: Nanos) -> Option<Change> {
         let may_return = match self.up_since.load(Ordering::Relaxed) {
             0 => true,
             last => now >= last.saturating_add(2 * limits.interval),
         };
         let change = self.change(|w| match (probe, w.state) {
-            (Probe::Alive, Health::Up) => Word { failed_checks: 0, ..w },
+            (Probe::Alive, Health::Up) => PackedState { failed_probes: 0, ..w },
             (Probe::Alive, _) if may_return && w.successes + 1 >= limits.successes => {
-                Word::entered(Health::Up)
+                PackedState::reset_to(Health::Up)
             }
-            (Probe::Alive, _) => Word { successes: (w.successes + 1).min(MAX_COUNT), ..w },
-            (Probe::BadKey, _) => Word::entered(Health::Misconfigured),
-            (Probe::Failed, Health::Misconfigured) => Word::entered(Health::Ejected),
+            (Probe::Alive, _) => PackedState { successes: (w.successes + 1).min(MAX_COUNT), ..w },
+            (Probe::BadKey, _) => PackedState::reset_to(Health::Misconfigured),
+            (Probe::Failed, Health::Misconfigured) => PackedState::reset_to(Health::Ejected),
             (Probe::Failed, _) => {
-                Word { failed_checks: (w.failed_checks + 1).min(MAX_COUNT), ..w }.judged(limits)
+                PackedState { failed_probes: (w.failed_probes + 1).min(MAX_COUNT), ..w }.after_failure(limits)
             }
         });
         if change == Some(Change::Up) {
@@ -218,17 +221,18 @@ impl Breaker {
         change
     }
 
-    /// The provider asks to be left alone with `model` until `until`; the later of two wishes counts.
+    /// Starts a cool-down for `model` until `until`. The later of two end times counts.
     pub fn cool(&self, model: u64, until: Nanos, now: Nanos) {
         self.cooling.add(model, until, now);
     }
 
-    /// The provider refused Zap's key: out for [`BAD_KEY`]. `true` where that is news.
+    /// Reports that the provider refused Zap's key: the backend gets no requests for [`BAD_KEY`]. Returns `true` if
+    /// it was not out for that reason already.
     pub fn bad_key(&self, now: Nanos) -> bool {
         self.bad_key_until.swap(now + BAD_KEY, Ordering::Relaxed) <= now
     }
 
-    /// Whether real traffic succeeded in the last `span`.
+    /// Whether a request succeeded in the last `span`.
     pub fn succeeded_within(&self, span: Nanos, now: Nanos) -> bool {
         match self.last_success.load(Ordering::Relaxed) {
             0 => false,
@@ -236,17 +240,17 @@ impl Breaker {
         }
     }
 
-    /// Whether it is neither out nor refused, cooling or not.
+    /// Whether the backend is neither ejected nor refuses Zap's key; it may cool down.
     pub fn is_up(&self, now: Nanos) -> bool {
         matches!(self.status(now), Status::Healthy | Status::Cooling(_))
     }
 
-    /// When a key that was refused is tried again, if it is to be.
+    /// Returns when a refused key is tried again; `None` if no key was refused in the last [`BAD_KEY`].
     pub fn retries_key_at(&self, now: Nanos) -> Option<Nanos> {
         Some(self.bad_key_until.load(Ordering::Relaxed)).filter(|at| *at > now)
     }
 
-    /// How long it has been back; at least the whole slow start where it never was out.
+    /// Returns how long ago the backend came back; [`SLOW_START`] if it was never ejected.
     pub fn up_for(&self, now: Nanos) -> Nanos {
         match self.up_since.load(Ordering::Relaxed) {
             0 => SLOW_START,
@@ -254,10 +258,10 @@ impl Breaker {
         }
     }
 
-    fn change(&self, step: impl Fn(Word) -> Word) -> Option<Change> {
-        let next = |word| Some(step(Word::unpack(word)).pack());
+    fn change(&self, step: impl Fn(PackedState) -> PackedState) -> Option<Change> {
+        let next = |word| Some(step(PackedState::unpack(word)).pack());
         let before = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_default();
-        let (before, after) = (Word::unpack(before), step(Word::unpack(before)));
+        let (before, after) = (PackedState::unpack(before), step(PackedState::unpack(before)));
         match (before.state, after.state) {
             (old, new) if old == new => None,
             (_, Health::Up) => Some(Change::Up),
@@ -267,15 +271,16 @@ impl Breaker {
     }
 }
 
-/// Models that a provider wants no requests for, and until when.
+/// The models that a backend cools down for, and until when.
 #[derive(Debug, Default)]
 struct Cooling {
-    /// Number of entries: nearly always 0, and then the lock is not taken.
+    /// Number of entries. Nearly always 0: then the lock is not taken.
     len: AtomicUsize,
+    /// Hash of the model's name, and when its cool-down ends.
     until: Mutex<Vec<(u64, Nanos)>>,
 }
 
-/// Models that one backend may cool for at once; beyond it the one that reopens first is forgotten.
+/// Most models that one backend may cool down for at once. Beyond it, the entry that ends first is dropped.
 const MAX_COOLING_MODELS: usize = 1024;
 
 impl Cooling {
@@ -312,7 +317,7 @@ impl Cooling {
         }
         let mut all = self.until.lock();
         if all.iter().all(|entry| entry.1 <= now) {
-            // So that the next look need not take the lock.
+            // The next call then need not take the lock.
             all.clear();
             self.len.store(0, Ordering::Release);
         }
@@ -327,26 +332,26 @@ mod tests {
     const LIMITS: Thresholds = Thresholds { interval: 0, failures: 3, successes: 2 };
 
     #[test]
-    fn three_failures_in_a_row_take_it_out() {
+    fn three_failures_in_a_row_eject_a_backend() {
         let b = Breaker::new();
         assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
         b.success(1);
         assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
         assert_eq!(b.status(2), Status::Healthy);
         assert_eq!(b.failure(LIMITS), Some(Change::Down));
-        assert_eq!(b.failure(LIMITS), None, "one change has one author");
+        assert_eq!(b.failure(LIMITS), None, "only one caller sees the change");
         assert_eq!(b.status(2), Status::Ejected);
     }
 
     #[test]
-    fn one_that_flaps_changes_its_state_once_an_interval_at_most() {
+    fn a_flapping_backend_changes_its_state_at_most_once_per_interval() {
         let limits = Thresholds { interval: 10 * SECOND, failures: 1, successes: 1 };
         let b = Breaker::new();
         let changes = (0..1000u64)
             .filter(|second| {
                 let now = (second + 1) * SECOND;
                 let traffic = b.failure(limits).is_some();
-                // Far more probes than there would be.
+                // More probes than Zap would send: one a second.
                 traffic | b.probed(Probe::Alive, limits, now).is_some()
             })
             .count();
@@ -356,12 +361,12 @@ mod tests {
         assert_eq!(
             first.probed(Probe::Alive, limits, 1),
             Some(Change::Up),
-            "one that never flapped need not wait"
+            "a backend that never flapped comes back at once"
         );
     }
 
     #[test]
-    fn only_probes_bring_it_back_and_a_failure_starts_anew() {
+    fn only_probes_bring_a_backend_back_and_a_failed_probe_resets_the_count() {
         let b = Breaker::new();
         (0..3).for_each(|_| {
             b.failure(LIMITS);
@@ -373,11 +378,11 @@ mod tests {
         assert_eq!(b.probed(Probe::Alive, LIMITS, 9), None);
         assert_eq!(b.probed(Probe::Alive, LIMITS, 10), Some(Change::Up));
         assert_eq!((b.status(11), b.up_for(15)), (Status::Healthy, 5));
-        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None), "the streak began anew");
+        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None), "the count of failures was reset");
     }
 
     #[test]
-    fn checks_and_requests_are_counted_apart() {
+    fn probes_and_requests_are_counted_separately() {
         let b = Breaker::new();
         b.failure(LIMITS);
         b.failure(LIMITS);
@@ -387,7 +392,7 @@ mod tests {
         assert_eq!(
             b.failure(LIMITS),
             Some(Change::Down),
-            "a good check does not clear the failures of requests"
+            "a good probe does not reset the failures of requests"
         );
         let b = Breaker::new();
         b.failure(LIMITS);
@@ -395,7 +400,7 @@ mod tests {
         b.probed(Probe::Failed, LIMITS, 1);
         b.probed(Probe::Failed, LIMITS, 2);
         b.success(3);
-        assert_eq!(b.probed(Probe::Failed, LIMITS, 4), None, "a good request clears both");
+        assert_eq!(b.probed(Probe::Failed, LIMITS, 4), None, "a good request resets both counts");
         assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
         let b = Breaker::new();
         b.probed(Probe::Failed, LIMITS, 1);
@@ -407,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn cooling_ends_by_itself_and_the_later_wish_counts() {
+    fn a_cool_down_ends_by_itself_and_the_later_end_counts() {
         let b = Breaker::new();
         b.cool(7, 100, 1);
         b.cool(7, 50, 1);
@@ -417,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_cools_for_one_model_and_serves_another() {
+    fn a_backend_cools_down_for_one_model_and_serves_another() {
         let b = Breaker::new();
         b.cool(1, 100, 0);
         b.cool(2, 200, 0);
@@ -429,19 +434,19 @@ mod tests {
     }
 
     #[test]
-    fn models_without_end_take_memory_with_an_end() {
+    fn the_number_of_models_that_cool_down_is_bounded() {
         let b = Breaker::new();
         (0..10_000).for_each(|model| b.cool(model, 1_000_000 - model, 0));
         assert_eq!(b.cooling.until.lock().len(), MAX_COOLING_MODELS);
         b.cool(5, 2_000_000, 1_000_000);
-        assert_eq!(b.cooling.until.lock().len(), 1, "what has reopened is forgotten");
+        assert_eq!(b.cooling.until.lock().len(), 1, "entries that have ended are dropped");
     }
 
     #[test]
-    fn a_refused_key_keeps_it_out_for_a_minute() {
+    fn a_refused_key_keeps_a_backend_out_for_a_minute() {
         let b = Breaker::new();
         assert!(b.bad_key(1));
-        assert!(!b.bad_key(2), "known already");
+        assert!(!b.bad_key(2), "reported before");
         assert_eq!(b.probed(Probe::Alive, LIMITS, 3), None);
         assert_eq!((b.retries_key_at(3), b.retries_key_at(BAD_KEY + 2)), (Some(BAD_KEY + 2), None));
         assert_eq!(b.status(BAD_KEY + 1), Status::Misconfigured);
@@ -449,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_sees_its_key_refused_says_so_until_it_is_taken() {
+    fn a_probe_with_a_refused_key_makes_a_backend_misconfigured_until_another_result() {
         let b = Breaker::new();
         assert_eq!(b.probed(Probe::BadKey, LIMITS, 1), Some(Change::Misconfigured));
         assert_eq!(b.probed(Probe::BadKey, LIMITS, 2), None);
@@ -460,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn knows_whether_traffic_made_a_probe_needless() {
+    fn a_recent_success_makes_a_probe_unnecessary() {
         let b = Breaker::new();
         assert!(!b.succeeded_within(10, 5));
         b.success(0);
@@ -469,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_a_probe_by_its_status() {
+    fn judges_a_probe_by_its_status() {
         for (status, want) in [
             (200, Probe::Alive),
             (204, Probe::Alive),

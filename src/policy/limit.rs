@@ -1,9 +1,10 @@
 //! The rate limiter: an exact sliding window per key over a sharded map, with exact least-recently-used eviction.
 //!
-//! A window is the log of the last admissions, so never more than N pass in any 60 s, whatever the interleaving;
-//! the decision for a key is made under its shard's lock, as one step. Beyond `max_keys` the key that was used
-//! longest ago goes, over all shards; keys idle for a whole window go earlier, two a call, because an empty
-//! window is as good as none. It knows neither clients nor credentials: a key is a 64-bit hash.
+//! A window is the log of the last admissions, so at most N requests pass in any 60 s, in any interleaving of threads:
+//! the decision for a key is one step under the lock of its map shard. Beyond `max_keys`, the limiter evicts the key
+//! whose last use is the oldest over all shards. Keys that were idle for a whole window are evicted earlier, up to two
+//! for each new key, because an empty window is the same as none. A key is a 64-bit hash; the limiter knows neither
+//! clients nor credentials.
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -15,38 +16,41 @@ use parking_lot::Mutex;
 
 use crate::time::{Nanos, SECOND};
 
-/// Length of the window.
+/// The length of the window.
 pub const WINDOW: Nanos = 60 * SECOND;
 
-/// Admissions that a window logs one by one. Above it, admissions within 60 s / 65536 share an entry that lives
-/// as long as its youngest: the limit still holds in every window, a slot reopens at most 0.9 ms late.
+/// Above this limit, admissions within 60 s / 65536 of each other share one log entry, which expires with its newest
+/// admission: the limit still holds in every window, and an admission expires at most 0.9 ms late.
 const MAX_LOG: usize = 65_536;
+/// The longest time that one log entry covers.
 const GRANULE: Nanos = WINDOW / MAX_LOG as u64;
 
 const ORDER_SHARDS: usize = 64;
+/// No node.
 const NONE: u32 = u32::MAX;
 
-/// What the limiter says of one request.
+/// The limiter's decision on one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
     /// The request may pass.
     pub admitted: bool,
     /// The limit, in requests a minute.
     pub limit: u32,
-    /// Requests that would still pass now.
+    /// Number of requests that would still pass now.
     pub remaining: u32,
-    /// Time until one more will be admitted; 0 where `remaining` is not.
+    /// Time until one more request will be admitted; 0 if `remaining` is not 0.
     pub reset: Nanos,
 }
 
 /// The log of one key's admissions in the last [`WINDOW`].
 #[derive(Debug, Default)]
 pub(crate) struct Window {
-    /// Youngest last. `count` is the sum of all `n`.
+    /// Newest last. `count` is the sum of all `n`.
     log: VecDeque<Admissions>,
     count: u32,
 }
 
+/// One log entry: `n` admissions between the times `first` and `last`.
 #[derive(Debug)]
 struct Admissions {
     first: Nanos,
@@ -55,25 +59,25 @@ struct Admissions {
 }
 
 impl Window {
-    /// Decides on one request at `now` under `limit` (at least 1). A refusal changes nothing.
+    /// Decides on one request at `now` under `limit` (at least 1). A refused request is not logged.
     ///
-    /// `now` may run behind an earlier call's by a little: clocks are read before the lock is taken.
+    /// `now` may be a little before that of an earlier call: threads read their clocks before they take the lock.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn check(&mut self, limit: u32, now: Nanos) -> Decision {
         self.check_late(limit, now, 0).0
     }
 
-    /// The same for a request that may arrive up to `late` after `now`: its place reopens so much later. Returns the
-    /// stamp of the admission too, by which it can be [moved](Self::restamp) or [taken back](Self::refund); 0 where the
-    /// request was refused.
-    pub(crate) fn check_late(&mut self, limit: u32, now: Nanos, late: Nanos) -> (Decision, Nanos) {
+    /// Decides like [`look`](Self::look), and logs an admitted request at `now + leeway`, because it may reach the
+    /// provider up to `leeway` after `now`. Also returns the stamp of the admission, by which it can be
+    /// [moved](Self::restamp) or [taken back](Self::refund); 0 if the request was refused.
+    pub(crate) fn check_late(&mut self, limit: u32, now: Nanos, leeway: Nanos) -> (Decision, Nanos) {
         self.expire(now);
         let admitted = self.count < limit;
-        let stamp = if admitted { self.admit(limit, now + late) } else { 0 };
+        let stamp = if admitted { self.admit(limit, now + leeway) } else { 0 };
         (self.decision(admitted, limit, now), stamp)
     }
 
-    /// What [`check`](Self::check) would say, without an admission.
+    /// Decides on one request at `now` under `limit` without logging an admission.
     pub(crate) fn look(&mut self, limit: u32, now: Nanos) -> Decision {
         self.expire(now);
         let admitted = self.count < limit;
@@ -86,10 +90,10 @@ impl Window {
         Decision { admitted, limit, remaining, reset }
     }
 
-    /// Time until one more request would be admitted at `now`; 0 if it would be now.
+    /// Returns the time from `now` until one more request would be admitted; 0 if one would be admitted now.
     pub(crate) fn opens_in(&mut self, limit: u32, now: Nanos) -> Nanos {
         self.expire(now);
-        // After a lowered limit more than one entry must expire first.
+        // More than one entry must expire first if the limit was lowered.
         let mut over = self.count.saturating_sub(limit.saturating_sub(1));
         for entry in &self.log {
             if over == 0 {
@@ -103,19 +107,19 @@ impl Window {
         0
     }
 
-    /// Moves the admission with the stamp `from` to `to`, for a request that goes out only then; returns its new stamp. An
-    /// admission that has expired meanwhile counts again: the provider sees the request now.
+    /// Moves the admission with the stamp `from` to the time `to`, at which its request was sent. Returns the new
+    /// stamp. An admission that has expired meanwhile counts again, because the provider sees the request only now.
     pub(crate) fn restamp(&mut self, limit: u32, from: Nanos, to: Nanos) -> Nanos {
         self.remove(from);
         self.admit(limit, to)
     }
 
-    /// Takes the admission with this stamp back.
+    /// Takes back the admission with this stamp.
     pub(crate) fn refund(&mut self, stamp: Nanos) {
         self.remove(stamp);
     }
 
-    /// Forgets the admission with this stamp, unless it has expired. Admissions of one stamp are the same.
+    /// Removes the admission with this stamp, unless it has expired. Admissions with equal stamps are interchangeable.
     fn remove(&mut self, stamp: Nanos) {
         let Some(at) = self.log.iter().rposition(|e| e.first <= stamp && stamp <= e.last) else { return };
         let Some(entry) = self.log.get_mut(at) else { return };
@@ -140,7 +144,7 @@ impl Window {
     fn admit(&mut self, limit: u32, now: Nanos) -> Nanos {
         self.count += 1;
         let latest = self.log.back().map_or(0, |e| e.last);
-        // Entries stay in order even where a caller's clock was read a moment before another's.
+        // Entries stay in order even if another caller read its clock later and was admitted first.
         let now = now.max(latest);
         match self.log.back_mut() {
             Some(entry) if limit as usize > MAX_LOG && now < entry.first + GRANULE => {
@@ -153,34 +157,34 @@ impl Window {
     }
 }
 
-/// Windows of all keys.
+/// The windows of all keys.
 #[derive(Debug)]
 pub struct Limiter {
     map: DashMap<u64, Tracked, BuildHasherDefault<Identity>>,
     order: Box<[CachePadded<Shard>]>,
     len: AtomicUsize,
-    clock: CachePadded<AtomicU64>,
+    next_sequence: CachePadded<AtomicU64>,
     max_keys: AtomicUsize,
 }
 
 #[derive(Debug)]
 struct Tracked {
     window: Window,
-    /// Place of the key in its order shard.
+    /// The key's node in its order shard.
     node: u32,
 }
 
-/// The keys of one shard in the order of their use, and when the oldest was used.
+/// The keys of one shard in the order of their last use.
 #[derive(Debug)]
 struct Shard {
     order: Mutex<UseOrder>,
-    /// Ticket of the oldest key's last use; `u64::MAX` where there is none.
+    /// Sequence number of the oldest key's last use; `u64::MAX` if the shard has no key.
     oldest: AtomicU64,
 }
 
 #[derive(Debug)]
 struct UseOrder {
-    /// A doubly linked list in a slab: `head` is the oldest, `free` chains the unused nodes by `next`.
+    /// A doubly linked list in a slab: `head` is the oldest key, `free` is a list of unused nodes, linked by `next`.
     nodes: Vec<Node>,
     head: u32,
     tail: u32,
@@ -190,14 +194,14 @@ struct UseOrder {
 #[derive(Clone, Copy, Debug)]
 struct Node {
     key: u64,
-    ticket: u64,
+    sequence: u64,
     used: Nanos,
     prev: u32,
     next: u32,
 }
 
 impl Limiter {
-    /// A limiter that tracks at most `max_keys` keys (at least 1).
+    /// Creates a limiter that tracks at most `max_keys` keys (at least 1).
     pub fn new(max_keys: usize) -> Self {
         let shard = || {
             CachePadded::new(Shard { order: Mutex::new(UseOrder::new()), oldest: AtomicU64::new(u64::MAX) })
@@ -206,27 +210,28 @@ impl Limiter {
             map: DashMap::default(),
             order: (0..ORDER_SHARDS).map(|_| shard()).collect(),
             len: AtomicUsize::new(0),
-            clock: CachePadded::new(AtomicU64::new(0)),
+            next_sequence: CachePadded::new(AtomicU64::new(0)),
             max_keys: AtomicUsize::new(max_keys.max(1)),
         }
     }
 
-    /// Changes how many keys are tracked at most (at least 1). What is too much then goes by [`shrink`](Self::shrink).
+    /// Changes the largest number of tracked keys (at least 1). [`shrink`](Self::shrink) evicts the keys above it.
     pub fn set_max_keys(&self, max_keys: usize) {
         self.max_keys.store(max_keys.max(1), Ordering::Relaxed);
     }
 
-    /// Takes out the keys that are too many, the oldest first: it may take a second for a few millions.
+    /// Evicts the keys above the limit, the oldest first. This may take a second for a few million keys.
     pub fn shrink(&self) {
         while self.keys() > self.max_keys.load(Ordering::Relaxed) && self.evict_oldest() {}
     }
 
-    /// Decides on one request of `key` at `now`, as one atomic step.
+    /// Decides on one request of `key` at `now` under `limit` (at least 1), as one atomic step.
     pub fn check(&self, key: u64, limit: u32, now: Nanos) -> Decision {
         self.check_stamped(key, limit, now).0
     }
 
-    /// The same, with the stamp of the admission, by which it can be [taken back](Self::refund).
+    /// Decides like [`check`](Self::check), and also returns the stamp of the admission, by which it can be
+    /// [taken back](Self::refund).
     pub fn check_stamped(&self, key: u64, limit: u32, now: Nanos) -> (Decision, Nanos) {
         let shard = self.shard(key);
         let mut is_new = false;
@@ -235,8 +240,8 @@ impl Limiter {
                 is_new = true;
                 Tracked { window: Window::default(), node: NONE }
             });
-            let ticket = self.clock.fetch_add(1, Ordering::Relaxed);
-            slot.node = shard.touch(slot.node, key, ticket, now);
+            let sequence = self.next_sequence.fetch_add(1, Ordering::Relaxed);
+            slot.node = shard.touch(slot.node, key, sequence, now);
             slot.window.check_late(limit, now, 0)
         };
         if is_new && self.len.fetch_add(1, Ordering::Relaxed) >= self.max_keys.load(Ordering::Relaxed) {
@@ -249,25 +254,24 @@ impl Limiter {
         decision
     }
 
-    /// What [`check`](Self::check) would say of a request of `key` at `now`. It counts as a use of the key, and admits
-    /// nothing.
+    /// Decides like [`check`](Self::check), but admits nothing. The call counts as a use of the key.
     pub fn look(&self, key: u64, limit: u32, now: Nanos) -> Decision {
         let Some(mut slot) = self.map.get_mut(&key) else {
             return Decision { admitted: true, limit, remaining: limit, reset: 0 };
         };
-        let ticket = self.clock.fetch_add(1, Ordering::Relaxed);
-        slot.node = self.shard(key).touch(slot.node, key, ticket, now);
+        let sequence = self.next_sequence.fetch_add(1, Ordering::Relaxed);
+        slot.node = self.shard(key).touch(slot.node, key, sequence, now);
         slot.window.look(limit, now)
     }
 
-    /// Takes back the admission with this stamp of a request of `key` that went no further.
+    /// Takes back the admission with this stamp, for a request of `key` that was refused later on.
     pub fn refund(&self, key: u64, stamp: Nanos) {
         if let Some(mut slot) = self.map.get_mut(&key) {
             slot.window.refund(stamp);
         }
     }
 
-    /// Keys tracked now.
+    /// Returns the number of tracked keys.
     pub fn keys(&self) -> usize {
         self.len.load(Ordering::Relaxed)
     }
@@ -276,7 +280,7 @@ impl Limiter {
         &self.order[(key >> 32) as usize % ORDER_SHARDS]
     }
 
-    /// Takes out the key whose last use lies furthest back, over all shards; `false` where there is none to take.
+    /// Evicts the key whose last use is the oldest over all shards; `false` if none could be evicted.
     fn evict_oldest(&self) -> bool {
         for _ in 0..ORDER_SHARDS {
             let Some(shard) = self.order.iter().min_by_key(|s| s.oldest.load(Ordering::Acquire)) else {
@@ -290,7 +294,7 @@ impl Limiter {
         false
     }
 
-    /// Takes out the shard's oldest key if it was idle for a whole window.
+    /// Evicts the shard's oldest key if it was idle for a whole window.
     fn reap(&self, shard: &Shard, now: Nanos) {
         let oldest = shard.order.lock().oldest();
         if let Some(node) = oldest
@@ -300,31 +304,32 @@ impl Limiter {
         }
     }
 
-    /// Removes a key unless it was used since `seen` was read. The map's lock comes first, here as in `check`.
+    /// Removes a key unless it was used since `seen` was read. Takes the map's lock first, as `check` does.
     fn remove(&self, shard: &Shard, seen: Node) -> bool {
-        let gone = self.map.remove_if(&seen.key, |_, slot| shard.unlink(slot.node, seen.ticket)).is_some();
-        if gone {
+        let removed =
+            self.map.remove_if(&seen.key, |_, slot| shard.unlink(slot.node, seen.sequence)).is_some();
+        if removed {
             self.len.fetch_sub(1, Ordering::Relaxed);
         }
-        gone
+        removed
     }
 }
 
 impl Shard {
-    /// Makes `key` the youngest; returns its node.
-    fn touch(&self, node: u32, key: u64, ticket: u64, used: Nanos) -> u32 {
+    /// Makes `key` the most recently used; returns its node.
+    fn touch(&self, node: u32, key: u64, sequence: u64, used: Nanos) -> u32 {
         let mut order = self.order.lock();
         let node = if node == NONE { order.allocate() } else { order.detach(node) };
-        order.nodes[node as usize] = Node { key, ticket, used, prev: NONE, next: NONE };
+        order.nodes[node as usize] = Node { key, sequence, used, prev: NONE, next: NONE };
         order.append(node);
         self.publish(&order);
         node
     }
 
-    /// Frees `node` if its last use is still the one with `ticket`.
-    fn unlink(&self, node: u32, ticket: u64) -> bool {
+    /// Frees `node` if its last use is still `sequence`.
+    fn unlink(&self, node: u32, sequence: u64) -> bool {
         let mut order = self.order.lock();
-        let same = order.nodes.get(node as usize).is_some_and(|n| n.ticket == ticket);
+        let same = order.nodes.get(node as usize).is_some_and(|n| n.sequence == sequence);
         if same {
             order.detach(node);
             order.release(node);
@@ -334,7 +339,7 @@ impl Shard {
     }
 
     fn publish(&self, order: &UseOrder) {
-        self.oldest.store(order.oldest().map_or(u64::MAX, |n| n.ticket), Ordering::Release);
+        self.oldest.store(order.oldest().map_or(u64::MAX, |n| n.sequence), Ordering::Release);
     }
 }
 
@@ -353,13 +358,13 @@ impl UseOrder {
             self.free = self.nodes[node as usize].next;
             return node;
         }
-        self.nodes.push(Node { key: 0, ticket: 0, used: 0, prev: NONE, next: NONE });
+        self.nodes.push(Node { key: 0, sequence: 0, used: 0, prev: NONE, next: NONE });
         (self.nodes.len() - 1) as u32
     }
 
     fn release(&mut self, node: u32) {
         self.nodes[node as usize].next = self.free;
-        self.nodes[node as usize].ticket = u64::MAX;
+        self.nodes[node as usize].sequence = u64::MAX;
         self.free = node;
     }
 
@@ -386,7 +391,7 @@ impl UseOrder {
     }
 }
 
-/// Passes a key that is a good hash already.
+/// A hasher that returns the key itself, which is already a good hash.
 #[derive(Default)]
 struct Identity(u64);
 
@@ -428,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn reset_is_true_also_after_the_limit_was_lowered() {
+    fn reset_is_correct_after_the_limit_was_lowered() {
         let mut w = Window::default();
         for i in 0..5 {
             assert!(w.check(5, i * SECOND).admitted);
@@ -440,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn an_admission_can_be_moved_to_when_it_took_place() {
+    fn an_admission_can_be_moved_to_a_later_time() {
         let mut w = Window::default();
         assert!(w.check(2, 0).admitted && w.check(2, SECOND).admitted);
         assert_eq!(w.restamp(2, 0, 3 * SECOND), 3 * SECOND);
@@ -460,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refunded_can_be_had_again() {
+    fn a_refunded_admission_is_free_again() {
         let l = Limiter::new(10);
         let (first, at) = l.check_stamped(1, 2, 0);
         let (second, later) = l.check_stamped(1, 2, 5);
@@ -473,28 +478,28 @@ mod tests {
     }
 
     #[test]
-    fn a_look_admits_nothing_and_counts_as_use() {
+    fn a_look_admits_nothing_and_counts_as_a_use() {
         let l = Limiter::new(2);
         let free = Decision { admitted: true, limit: 1, remaining: 1, reset: 0 };
         assert_eq!((l.look(1, 1, 0), l.keys()), (free, 0));
         assert!(l.check(1, 1, 0).admitted && l.check(2, 1, 5).admitted);
         let spent = Decision { admitted: false, remaining: 0, reset: WINDOW - 6, ..free };
         assert_eq!(l.look(1, 1, 6), spent);
-        assert!(l.check(3, 1, 7).admitted, "2 goes for it: 1 was looked at later");
+        assert!(l.check(3, 1, 7).admitted, "key 2 is evicted: key 1 was looked at later");
         assert_eq!((l.look(1, 1, 8).admitted, l.look(2, 1, 8)), (false, free));
         assert_eq!(l.look(1, 1, WINDOW), free);
-        assert!(l.check(1, 1, WINDOW).admitted, "the look took nothing");
+        assert!(l.check(1, 1, WINDOW).admitted, "the look admitted nothing");
     }
 
     #[test]
-    fn a_refund_takes_its_own_admission_and_no_other() {
+    fn a_refund_takes_back_its_own_admission_and_no_other() {
         let l = Limiter::new(10);
         let (_, at) = l.check_stamped(1, 2, 0);
         assert!(l.check(1, 2, 5).admitted);
         l.refund(1, at);
         assert!(l.check(1, 2, 6).admitted);
-        assert!(!l.check(1, 2, WINDOW + 4).admitted, "those of 5 and 6 are still in the window");
-        // Where admissions share an entry, one of them goes.
+        assert!(!l.check(1, 2, WINDOW + 4).admitted, "the admissions at 5 and 6 are still in the window");
+        // If admissions share an entry, the refund takes back one of them.
         let (limit, mut w) = (MAX_LOG as u32 + 1, Window::default());
         let (_, at) = w.check_late(limit, 10, 0);
         (11..20).for_each(|now| assert!(w.check(limit, now).admitted));
@@ -517,28 +522,28 @@ mod tests {
         for i in 0..100 {
             assert!(l.check(key(i), 1, i).admitted);
         }
-        // A refused request counts as use: 0 becomes the youngest, 1 the oldest.
+        // A refused request counts as a use: key 0 becomes the newest, key 1 the oldest.
         assert!(!l.check(key(0), 1, 100).admitted);
         assert!(l.check(key(100), 1, 101).admitted);
         assert_eq!(l.keys(), 100);
-        assert!(!l.check(key(0), 1, 102).admitted, "0 was used and must have stayed");
-        assert!(l.check(key(1), 1, 103).admitted, "1 was the oldest and must have gone");
+        assert!(!l.check(key(0), 1, 102).admitted, "key 0 was used and must still be tracked");
+        assert!(l.check(key(1), 1, 103).admitted, "key 1 was the oldest and must be evicted");
     }
 
     #[test]
-    fn with_fewer_keys_the_oldest_go_at_once() {
+    fn shrink_evicts_the_oldest_keys_above_a_lower_limit() {
         let l = Limiter::new(1000);
         let key = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         (0..1000).for_each(|i| assert!(l.check(key(i), 1, i).admitted));
         l.set_max_keys(10);
         l.shrink();
         assert_eq!((l.keys(), l.map.len()), (10, 10));
-        assert!(!l.check(key(990), 1, 1001).admitted, "the youngest are still known");
+        assert!(!l.check(key(990), 1, 1001).admitted, "the newest keys are still tracked");
         assert!(l.check(key(989), 1, 1002).admitted && l.keys() == 10);
     }
 
     #[test]
-    fn idle_keys_go_by_themselves() {
+    fn new_keys_evict_idle_keys() {
         let l = Limiter::new(1_000_000);
         let key = |i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         (0..10_000).for_each(|i| assert!(l.check(key(i), 5, 0).admitted));
@@ -547,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_together_admit_exactly_the_limit() {
+    fn many_threads_admit_exactly_the_limit_together() {
         let l = Limiter::new(1000);
         let passed: usize = std::thread::scope(|s| {
             let run = |t: u64| (0..2_000).filter(|i| l.check(7, 1_500, t + i).admitted).count();
@@ -558,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_over_many_keys_keep_the_map_in_bounds() {
+    fn the_map_stays_in_bounds_with_many_threads_and_keys() {
         let l = Limiter::new(500);
         std::thread::scope(|s| {
             for t in 0..4u64 {
@@ -588,7 +593,7 @@ mod tests {
                 } else {
                     let at = now + d.reset;
                     let then = |t: Nanos| log.iter().filter(|x| **x + WINDOW > t).count() as u32;
-                    prop_assert!(then(at) < limit && then(at - 1) >= limit, "the reset is not true");
+                    prop_assert!(then(at) < limit && then(at - 1) >= limit, "the reset is wrong");
                 }
             }
         }

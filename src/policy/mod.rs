@@ -1,8 +1,8 @@
-//! Decisions without I/O: every rule that Zap follows, as plain functions and types.
+//! Decisions without I/O: the rules that Zap follows, as plain functions and types.
 //!
-//! Nothing in here opens a socket, reads a clock, draws a random number or knows a runtime. Time comes in as
-//! [`Nanos`], randomness as an argument, and what goes out is a small type that names the decision. A lint
-//! (`.clippy.toml`) holds the wall. The modules stand in the order in which a request meets them.
+//! No module here opens a socket, reads a clock, draws a random number or depends on a runtime. Time is an argument
+//! ([`Nanos`]), and so is randomness; the result is a small type that names the decision. A lint (`.clippy.toml`)
+//! enforces this. The modules are listed in the order in which a request meets them.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -1,6 +1,6 @@
-//! How near one word is to another, to guess which of those known was meant.
+//! The edit distance between two words, to suggest the known word that was meant.
 
-/// Edits (insert, drop, change, swap two neighbours) from `a` to `b`: the
+/// Returns the number of edits (insert, delete, change, or swap two neighbouring characters) from `a` to `b`: the
 /// optimal string alignment distance.
 pub(crate) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
@@ -31,13 +31,13 @@ pub(crate) fn distance(a: &str, b: &str) -> usize {
     above.last().copied().unwrap_or(0)
 }
 
-/// Longest word that is compared: longer ones are no slips of a finger.
+/// Longest word that is compared, in bytes: a longer one is not a typing error.
 const MAX_WORD: usize = 64;
 
-/// Most words that are compared with one.
+/// Most known words that one word is compared with.
 const MAX_COMPARED: usize = 256;
 
-/// Up to `n` of `known` that are not far from `word`, the nearest first.
+/// Returns up to `n` words of `known` that are close to `word`, the nearest first.
 pub(crate) fn nearest<'k>(word: &str, known: impl Iterator<Item = &'k str>, n: usize) -> Vec<&'k str> {
     if word.len() > MAX_WORD {
         return Vec::new();
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_come_first_and_strangers_not_at_all() {
+    fn the_nearest_words_come_first_and_distant_words_are_left_out() {
         let known = ["gpt-4o", "gpt-4o-mini", "o3", "llama-3.1-8b-instant"];
         for (word, want) in [
             ("gpt-4", &["gpt-4o", "gpt-4o-mini"][..]),

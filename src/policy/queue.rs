@@ -1,11 +1,11 @@
-//! Admission: a fixed number of slots, and a bounded first-in first-out queue for those that find none.
+//! Admission: a fixed number of slots, and a bounded first-in first-out queue for requests that find no free slot.
 //!
 //! All counts live in one atomic word, so whether a request passes, waits or is refused is one decision: never
-//! more than `slots` in flight, never more than `places` waiting, and no refusal while there is room. Waiters
-//! stand in a crossbeam `ArrayQueue`. A released slot becomes a *grant* owed to the queue, and whoever holds
-//! the settling right brings grants and waiters together in order; nobody blocks on anybody.
+//! more than `slots` in flight, never more than `max_waiting` waiting, and no refusal while there is room. Waiters
+//! stand in a crossbeam `ArrayQueue`. A released slot is *reserved* for the queue, and the thread that settles hands
+//! reserved slots to waiters in order; no thread waits for another one to settle.
 //!
-//! The module knows wakers but no runtime: time limits are the caller's.
+//! The module uses wakers but no runtime: time limits are the caller's task.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -17,56 +17,56 @@ use crossbeam_utils::CachePadded;
 
 use crate::policy::sync::{ArrayQueue, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering};
 
-/// Largest number of slots or places: 21 bits of the word each.
+/// Largest number of slots, and of waiters: 21 bits of the word each.
 pub(crate) const MAX: usize = (1 << 21) - 1;
 
-/// No slot is free and no place in the queue either.
+/// No slot is free and the queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueFull;
 
-/// The slots and the queue before them.
+/// The slots and the queue in front of them.
 #[derive(Debug)]
 pub struct Admission {
     word: CachePadded<AtomicU64>,
     slots: AtomicU64,
-    places: AtomicU64,
+    max_waiting: AtomicU64,
     queue: ArrayQueue<Arc<Waiter>>,
-    /// Waiters taken out of `queue` but not yet served: they come first.
+    /// Waiters taken out of `queue` but not yet served. They are served before `queue`.
     front: Mutex<VecDeque<Arc<Waiter>>>,
-    /// Calls to `settle` not yet answered; whoever raises it from 0 settles for all.
+    /// Calls to `settle` that are not yet done. The thread that raises it from 0 settles for all of them.
     unsettled: AtomicUsize,
-    /// Waiters that gave up and may still stand in `queue`.
-    dead: AtomicUsize,
-    /// Requests that wait outside the queue for a backend (they count as waiting, but for no slot).
+    /// Waiters that gave up and may still be in `queue`.
+    cancelled: AtomicUsize,
+    /// Requests that wait for a backend outside the queue. They count as waiting, but do not wait for a slot.
     outside: AtomicU64,
 }
 
-/// The counts as one word. Invariants: `owed <= waiting`, and but for the moment in which the limits change
-/// `in_flight <= slots`, and `waiting > owed` only while `in_flight == slots`.
+/// The counts as one word. Invariants: `reserved <= waiting`; except while the limits change, `in_flight <= slots`, and
+/// `waiting > reserved` only while `in_flight == slots`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
-    /// Slots taken, those owed included.
+    /// Slots taken, reserved ones included.
     in_flight: u64,
-    /// Waiters alive and not yet served.
+    /// Waiters that have neither given up nor been served.
     waiting: u64,
-    /// Slots that belong to the queue but have not reached a waiter.
-    owed: u64,
+    /// Slots that are reserved for the queue but not yet handed to a waiter.
+    reserved: u64,
 }
 
 impl Counts {
     fn unpack(word: u64) -> Self {
         let mask = MAX as u64;
-        Counts { in_flight: word & mask, waiting: word >> 21 & mask, owed: word >> 42 & mask }
+        Counts { in_flight: word & mask, waiting: word >> 21 & mask, reserved: word >> 42 & mask }
     }
 
     fn pack(self) -> u64 {
-        self.in_flight | self.waiting << 21 | self.owed << 42
+        self.in_flight | self.waiting << 21 | self.reserved << 42
     }
 
-    /// A grant that no living waiter can take goes back to the free slots.
-    fn settle_surplus(mut self) -> Self {
-        if self.owed > self.waiting {
-            self.owed -= 1;
+    /// Frees a reserved slot if no waiter is left to take it.
+    fn free_surplus(mut self) -> Self {
+        if self.reserved > self.waiting {
+            self.reserved -= 1;
             self.in_flight -= 1;
         }
         self
@@ -75,70 +75,73 @@ impl Counts {
 
 const WAITING: u8 = 0;
 const GRANTED: u8 = 1;
-const GONE: u8 = 2;
+const CANCELLED: u8 = 2;
 
 #[derive(Debug)]
 struct Waiter {
+    /// [`WAITING`], [`GRANTED`] or [`CANCELLED`].
     state: AtomicU8,
     waker: Mutex<Option<Waker>>,
 }
 
-/// A slot; dropping it hands it to the first waiter or frees it.
+/// A slot that is held. Dropping the permit hands the slot to the first waiter, or frees it.
 #[derive(Debug)]
-#[must_use = "dropping a slot gives it back"]
+#[must_use = "dropping a permit releases its slot"]
 pub struct Permit(Arc<Admission>);
 
-/// A place in the queue: a future that yields the [`Permit`]. Dropping it gives the place up.
+/// A place in the queue: a future that yields the [`Permit`]. Dropping the ticket leaves the queue.
 #[derive(Debug)]
-#[must_use = "dropping a place gives it up"]
+#[must_use = "dropping a ticket leaves the queue"]
 pub struct Ticket {
     admission: Arc<Admission>,
     waiter: Arc<Waiter>,
     done: bool,
 }
 
-/// A request that waits for a backend to reopen, outside the slots. Dropping it ends the wait.
+/// A request that waits for a backend to come back, and needs no slot for it. Dropping the value ends the wait.
 #[derive(Debug)]
 #[must_use = "dropping it ends the wait"]
 pub struct Outside(Arc<Admission>);
 
-/// What [`Admission::enter`] decides.
+/// The decision of [`Admission::enter`].
 #[derive(Debug)]
 pub enum Admitted {
-    /// Straight through.
+    /// A slot was free.
     Passed(Permit),
-    /// Wait for this.
+    /// The request must wait for this ticket.
     Queued(Ticket),
 }
 
 impl Admission {
-    /// `slots` (1 to [`MAX`]) requests at once, `places` (0 to [`MAX`]) waiting.
-    pub fn new(slots: usize, places: usize) -> Arc<Self> {
-        let (slots, places) = (slots.clamp(1, MAX), places.min(MAX));
+    /// Creates an admission with `slots` (1 to [`MAX`]) requests in flight and `max_waiting` (0 to [`MAX`]) in the
+    /// queue.
+    pub fn new(slots: usize, max_waiting: usize) -> Arc<Self> {
+        let (slots, max_waiting) = (slots.clamp(1, MAX), max_waiting.min(MAX));
         Arc::new(Admission {
             word: CachePadded::new(AtomicU64::new(0)),
             slots: AtomicU64::new(slots as u64),
-            places: AtomicU64::new(places as u64),
-            // Room for every living waiter and as many dead ones; at `places` dead they are swept out.
-            queue: ArrayQueue::new(2 * places + 2),
+            max_waiting: AtomicU64::new(max_waiting as u64),
+            // Room for all waiters and as many cancelled ones, which are removed when they reach `max_waiting`.
+            queue: ArrayQueue::new(2 * max_waiting + 2),
             front: Mutex::new(VecDeque::new()),
             unsettled: AtomicUsize::new(0),
-            dead: AtomicUsize::new(0),
+            cancelled: AtomicUsize::new(0),
             outside: AtomicU64::new(0),
         })
     }
 
-    /// Changes the limits: those who wait get what is free now, those who hold more than there is keep it.
-    pub fn resize(&self, slots: usize, places: usize) {
+    /// Changes the limits. Waiters get the slots that are free now; requests that hold a slot above a lower limit
+    /// keep it.
+    pub fn resize(&self, slots: usize, max_waiting: usize) {
         self.slots.store(slots.clamp(1, MAX) as u64, Ordering::SeqCst);
-        self.places.store(places.min(MAX) as u64, Ordering::SeqCst);
+        self.max_waiting.store(max_waiting.min(MAX) as u64, Ordering::SeqCst);
         self.settle();
     }
 
     /// Takes a slot, or a place in the queue.
     ///
     /// # Errors
-    /// [`QueueFull`] where there is neither.
+    /// Returns [`QueueFull`] if no slot is free and the queue is full.
     pub fn enter(self: &Arc<Self>) -> Result<Admitted, QueueFull> {
         let outside = self.outside.load(Ordering::Relaxed);
         let mut passed = false;
@@ -146,7 +149,7 @@ impl Admission {
             passed = c.in_flight < self.slots.load(Ordering::SeqCst);
             if passed {
                 c.in_flight += 1;
-            } else if c.waiting - c.owed + outside < self.places.load(Ordering::Relaxed) {
+            } else if c.waiting - c.reserved + outside < self.max_waiting.load(Ordering::Relaxed) {
                 c.waiting += 1;
             } else {
                 return None;
@@ -159,7 +162,7 @@ impl Admission {
         }
         let waiter = Arc::new(Waiter { state: AtomicU8::new(WAITING), waker: Mutex::new(None) });
         if let Err(waiter) = self.queue.push(waiter.clone()) {
-            // Made for fewer, or full of dead ones: the line goes on in front.
+            // The array was made for a lower limit, or is full of cancelled waiters: move them all to `front`.
             let mut front = self.front.lock();
             front.extend(std::iter::from_fn(|| self.queue.pop()));
             front.push_back(waiter);
@@ -168,7 +171,7 @@ impl Admission {
         Ok(Admitted::Queued(Ticket { admission: self.clone(), waiter, done: false }))
     }
 
-    /// Takes a slot if one is free and nobody waits for it.
+    /// Takes a slot if one is free. Never takes a slot that is reserved for a waiter.
     pub fn try_pass(self: &Arc<Self>) -> Option<Permit> {
         let free = |mut c: Counts| {
             c.in_flight += 1;
@@ -182,13 +185,13 @@ impl Admission {
         Counts::unpack(self.word.load(Ordering::Relaxed)).in_flight >= self.slots.load(Ordering::Relaxed)
     }
 
-    /// Counts a request as waiting without a place in line: it waits for a backend, not for a slot.
+    /// Counts a request as waiting without a place in the queue: the request waits for a backend, not for a slot.
     ///
     /// # Errors
-    /// [`QueueFull`] where as many wait already as may.
+    /// Returns [`QueueFull`] if the largest number of requests wait already.
     pub fn wait_outside(self: &Arc<Self>) -> Result<Outside, QueueFull> {
         let c = Counts::unpack(self.word.load(Ordering::SeqCst));
-        let room = self.places.load(Ordering::Relaxed).saturating_sub(c.waiting - c.owed);
+        let room = self.max_waiting.load(Ordering::Relaxed).saturating_sub(c.waiting - c.reserved);
         let more = |n| (n < room).then_some(n + 1);
         match self.outside.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
             Ok(_) => Ok(Outside(self.clone())),
@@ -196,20 +199,20 @@ impl Admission {
         }
     }
 
-    /// Requests that hold a slot.
+    /// Returns the number of requests that hold a slot.
     pub fn in_flight(&self) -> usize {
         let c = Counts::unpack(self.word.load(Ordering::Relaxed));
-        // Who waited may have gone before what it was granted is booked.
-        c.in_flight.saturating_sub(c.owed) as usize
+        // A served waiter may have released its slot before `reserved` was lowered for it.
+        c.in_flight.saturating_sub(c.reserved) as usize
     }
 
-    /// Requests that wait.
+    /// Returns the number of requests that wait, in the queue and outside it.
     pub fn depth(&self) -> usize {
         let c = Counts::unpack(self.word.load(Ordering::Relaxed));
         (c.waiting + self.outside.load(Ordering::Relaxed)) as usize
     }
 
-    /// Changes the counts in one step; `None` leaves them.
+    /// Changes the counts in one atomic step, unless `change` returns `None`. Returns the counts before the change.
     fn update(&self, mut change: impl FnMut(Counts) -> Option<Counts>) -> Option<Counts> {
         let packed = |word| change(Counts::unpack(word)).map(Counts::pack);
         self.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, packed).ok().map(Counts::unpack)
@@ -217,15 +220,15 @@ impl Admission {
 
     fn release(&self) {
         let before = self.update(|mut c| {
-            if c.waiting > c.owed && c.in_flight <= self.slots.load(Ordering::SeqCst) {
-                c.owed += 1;
+            if c.waiting > c.reserved && c.in_flight <= self.slots.load(Ordering::SeqCst) {
+                c.reserved += 1;
             } else {
                 c.in_flight -= 1;
             }
             Some(c)
         });
-        // Where the limit has just changed, who settles finds what is owed.
-        if before.is_some_and(|c| c.waiting > c.owed) {
+        // If the limit has just been raised, `settle` reserves the free slots.
+        if before.is_some_and(|c| c.waiting > c.reserved) {
             self.settle();
         }
     }
@@ -234,14 +237,14 @@ impl Admission {
     fn cancel(&self) {
         self.update(|mut c| {
             c.waiting -= 1;
-            Some(c.settle_surplus())
+            Some(c.free_surplus())
         });
-        if self.dead.fetch_add(1, Ordering::SeqCst) + 1 >= self.most_dead() {
+        if self.cancelled.fetch_add(1, Ordering::SeqCst) + 1 >= self.max_cancelled() {
             self.settle();
         }
     }
 
-    /// Brings grants and waiters together, unless another thread does so already: then it goes on for this one.
+    /// Hands reserved slots to waiters. If another thread is settling already, that thread does this call's work too.
     fn settle(&self) {
         if self.unsettled.fetch_add(1, Ordering::SeqCst) != 0 {
             return;
@@ -256,39 +259,39 @@ impl Admission {
         }
     }
 
-    /// Waiters that may have given up before they are swept out.
-    fn most_dead(&self) -> usize {
-        self.places.load(Ordering::Relaxed).max(1) as usize
+    /// Number of cancelled waiters at which they are removed from the queue.
+    fn max_cancelled(&self) -> usize {
+        self.max_waiting.load(Ordering::Relaxed).max(1) as usize
     }
 
-    /// Owes the line what is free: there is such only where the limits were changed.
-    fn owe_what_is_free(&self) {
-        let owe = |mut c: Counts| {
-            let owes = c.waiting > c.owed && c.in_flight < self.slots.load(Ordering::SeqCst);
-            c.owed += 1;
+    /// Reserves free slots for the waiters. Both exist at once only after the limits were changed.
+    fn reserve_free_slots(&self) {
+        let reserve = |mut c: Counts| {
+            let has_both = c.waiting > c.reserved && c.in_flight < self.slots.load(Ordering::SeqCst);
+            c.reserved += 1;
             c.in_flight += 1;
-            owes.then_some(c)
+            has_both.then_some(c)
         };
-        while self.update(owe).is_some() {}
+        while self.update(reserve).is_some() {}
     }
 
     fn serve_front(&self) {
-        self.owe_what_is_free();
+        self.reserve_free_slots();
         let mut front = self.front.lock();
-        if self.dead.load(Ordering::SeqCst) >= self.most_dead() {
-            self.dead.store(0, Ordering::SeqCst);
+        if self.cancelled.load(Ordering::SeqCst) >= self.max_cancelled() {
+            self.cancelled.store(0, Ordering::SeqCst);
             front.extend(std::iter::from_fn(|| self.queue.pop()));
             front.retain(|w| w.state.load(Ordering::SeqCst) == WAITING);
         }
-        while Counts::unpack(self.word.load(Ordering::SeqCst)).owed > 0 {
-            // None: the waiter is counted but not yet pushed; it settles after its push.
+        while Counts::unpack(self.word.load(Ordering::SeqCst)).reserved > 0 {
+            // No waiter found: one is counted but not yet pushed. Its thread settles after the push.
             let Some(waiter) = front.pop_front().or_else(|| self.queue.pop()) else { return };
             let granted =
                 waiter.state.compare_exchange(WAITING, GRANTED, Ordering::SeqCst, Ordering::SeqCst).is_ok();
             if granted {
                 self.update(|mut c| {
                     c.waiting -= 1;
-                    c.owed -= 1;
+                    c.reserved -= 1;
                     Some(c)
                 });
                 if let Some(waker) = waiter.waker.lock().take() {
@@ -333,7 +336,7 @@ impl Drop for Ticket {
         if self.done {
             return;
         }
-        match self.waiter.state.compare_exchange(WAITING, GONE, Ordering::SeqCst, Ordering::SeqCst) {
+        match self.waiter.state.compare_exchange(WAITING, CANCELLED, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => self.admission.cancel(),
             Err(_) => self.admission.release(),
         }
@@ -346,24 +349,24 @@ mod tests {
 
     use super::*;
 
-    fn poll(place: &mut Ticket) -> Option<Permit> {
-        match Pin::new(place).poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(slot) => Some(slot),
+    fn poll(ticket: &mut Ticket) -> Option<Permit> {
+        match Pin::new(ticket).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(permit) => Some(permit),
             Poll::Pending => None,
         }
     }
 
-    fn slot(a: &Arc<Admission>) -> Permit {
+    fn permit(a: &Arc<Admission>) -> Permit {
         match a.enter() {
-            Ok(Admitted::Passed(slot)) => slot,
-            other => panic!("no slot: {other:?}"),
+            Ok(Admitted::Passed(permit)) => permit,
+            other => panic!("no permit: {other:?}"),
         }
     }
 
-    fn place(a: &Arc<Admission>) -> Ticket {
+    fn ticket(a: &Arc<Admission>) -> Ticket {
         match a.enter() {
-            Ok(Admitted::Queued(place)) => place,
-            other => panic!("no place: {other:?}"),
+            Ok(Admitted::Queued(ticket)) => ticket,
+            other => panic!("no ticket: {other:?}"),
         }
     }
 
@@ -372,60 +375,60 @@ mod tests {
     }
 
     #[test]
-    fn serves_exactly_slots_plus_places() {
+    fn holds_exactly_slots_plus_max_waiting_requests() {
         let a = Admission::new(2, 3);
-        let slots = [slot(&a), slot(&a)];
-        let places = [place(&a), place(&a), place(&a)];
+        let permits = [permit(&a), permit(&a)];
+        let tickets = [ticket(&a), ticket(&a), ticket(&a)];
         assert_eq!(a.enter().unwrap_err(), QueueFull);
         assert_eq!((a.in_flight(), a.depth()), (2, 3));
-        drop(slots);
-        drop(places);
+        drop(permits);
+        drop(tickets);
         assert!(is_idle(&a));
     }
 
     #[test]
-    fn none_may_wait_where_there_are_no_places() {
+    fn a_queue_of_length_zero_refuses_at_once() {
         let a = Admission::new(1, 0);
-        let s = slot(&a);
+        let s = permit(&a);
         assert_eq!(a.enter().unwrap_err(), QueueFull);
         drop(s);
-        drop(slot(&a));
+        drop(permit(&a));
         assert!(is_idle(&a));
     }
 
     #[test]
-    fn who_does_not_wait_overtakes_nobody() {
+    fn try_pass_does_not_overtake_the_queue() {
         let a = Admission::new(1, 2);
-        let s = a.try_pass().expect("it is free");
+        let s = a.try_pass().expect("a slot is free");
         assert!(a.is_full() && a.try_pass().is_none());
-        let mut waiting = place(&a);
+        let mut waiting = ticket(&a);
         drop(s);
-        assert!(a.is_full() && a.try_pass().is_none(), "the slot is owed to the line");
-        drop(poll(&mut waiting).expect("its turn"));
+        assert!(a.is_full() && a.try_pass().is_none(), "the slot is reserved for the queue");
+        drop(poll(&mut waiting).expect("the slot is granted"));
         assert!(!a.is_full() && a.try_pass().is_some());
         assert!(is_idle(&a));
     }
 
     #[test]
-    fn hands_a_slot_to_the_first_that_still_lives() {
+    fn a_slot_goes_to_the_first_waiter_that_has_not_given_up() {
         let a = Admission::new(1, 4);
-        let s = slot(&a);
-        let (first, mut second, mut third) = (place(&a), place(&a), place(&a));
+        let s = permit(&a);
+        let (first, mut second, mut third) = (ticket(&a), ticket(&a), ticket(&a));
         drop(first);
         drop(s);
         assert!(poll(&mut third).is_none());
-        let s = poll(&mut second).expect("the second is the first alive");
+        let s = poll(&mut second).expect("the first has given up");
         assert_eq!((a.in_flight(), a.depth()), (1, 1));
         drop(s);
-        drop(poll(&mut third).expect("then the third"));
+        drop(poll(&mut third).expect("the third is next"));
         assert!(is_idle(&a));
     }
 
     #[test]
-    fn a_granted_place_that_is_dropped_passes_its_slot_on() {
+    fn a_granted_ticket_that_is_dropped_passes_its_slot_on() {
         let a = Admission::new(1, 2);
-        let s = slot(&a);
-        let (first, mut second) = (place(&a), place(&a));
+        let s = permit(&a);
+        let (first, mut second) = (ticket(&a), ticket(&a));
         drop(s);
         drop(first);
         assert!(poll(&mut second).is_some());
@@ -434,57 +437,57 @@ mod tests {
     }
 
     #[test]
-    fn places_of_those_who_left_can_be_taken_again_and_order_stays() {
+    fn places_of_cancelled_waiters_are_reused_and_the_order_is_kept() {
         let a = Admission::new(1, 3);
-        let s = slot(&a);
-        let mut stays = place(&a);
+        let s = permit(&a);
+        let mut stays = ticket(&a);
         for _ in 0..1000 {
-            drop(place(&a));
+            drop(ticket(&a));
         }
-        let mut last = place(&a);
+        let mut last = ticket(&a);
         assert_eq!(a.depth(), 2);
         drop(s);
         assert!(poll(&mut last).is_none());
         drop(poll(&mut stays).expect("first in, first out"));
-        drop(poll(&mut last).expect("then the last"));
+        drop(poll(&mut last).expect("the last is next"));
         assert!(is_idle(&a));
     }
 
     #[test]
-    fn those_outside_count_as_waiting() {
+    fn requests_that_wait_outside_the_queue_count_as_waiting() {
         let a = Admission::new(1, 2);
-        let s = slot(&a);
-        let out = [a.wait_outside().unwrap(), a.wait_outside().unwrap()];
+        let s = permit(&a);
+        let outside = [a.wait_outside().unwrap(), a.wait_outside().unwrap()];
         assert_eq!(a.wait_outside().unwrap_err(), QueueFull);
         assert_eq!(a.enter().unwrap_err(), QueueFull);
         assert_eq!(a.depth(), 2);
-        drop((out, s));
+        drop((outside, s));
         assert!(is_idle(&a));
     }
 
     #[test]
-    fn limits_can_be_changed_while_some_wait() {
+    fn limits_can_be_changed_while_requests_wait() {
         let a = Admission::new(2, 2);
-        let slots = [slot(&a), slot(&a)];
-        let mut line = vec![place(&a), place(&a)];
+        let permits = [permit(&a), permit(&a)];
+        let mut queue = vec![ticket(&a), ticket(&a)];
         assert_eq!(a.enter().unwrap_err(), QueueFull);
         a.resize(3, 40);
-        let third = poll(&mut line.remove(0)).expect("the new slot is the first one's");
-        // More than the queue was made for.
-        line.extend((0..30).map(|_| place(&a)));
+        let third = poll(&mut queue.remove(0)).expect("the first waiter gets the new slot");
+        // More than the array was made for.
+        queue.extend((0..30).map(|_| ticket(&a)));
         assert_eq!((a.in_flight(), a.depth()), (3, 31));
         a.resize(1, 3);
         assert_eq!(a.enter().unwrap_err(), QueueFull);
-        drop((slots, third));
-        for mut next in line {
-            drop(poll(&mut next).expect("in the order they came"));
+        drop((permits, third));
+        for mut next in queue {
+            drop(poll(&mut next).expect("first in, first out"));
         }
         assert!(is_idle(&a));
         assert!(a.try_pass().is_some_and(|_s| a.try_pass().is_none()), "one slot is left");
     }
 
     #[test]
-    fn threads_never_exceed_the_slots_and_lose_no_wakeup() {
+    fn threads_never_exceed_the_slots_and_no_wakeup_is_lost() {
         let a = Admission::new(3, 5);
         let inside = AtomicUsize::new(0);
         std::thread::scope(|s| {
@@ -493,21 +496,21 @@ mod tests {
                 s.spawn(move || {
                     let mut rng = fastrand::Rng::with_seed(t);
                     for _ in 0..5_000 {
-                        let slot = match a.enter() {
+                        let permit = match a.enter() {
                             Err(QueueFull) => continue,
-                            Ok(Admitted::Passed(slot)) => slot,
-                            Ok(Admitted::Queued(place)) if rng.u8(..4) == 0 => {
-                                drop(place);
+                            Ok(Admitted::Passed(permit)) => permit,
+                            Ok(Admitted::Queued(ticket)) if rng.u8(..4) == 0 => {
+                                drop(ticket);
                                 continue;
                             }
-                            Ok(Admitted::Queued(place)) => block_on(place),
+                            Ok(Admitted::Queued(ticket)) => block_on(ticket),
                         };
                         assert!(inside.fetch_add(1, Ordering::SeqCst) < 3);
                         if rng.bool() {
                             std::thread::yield_now();
                         }
                         inside.fetch_sub(1, Ordering::SeqCst);
-                        drop(slot);
+                        drop(permit);
                     }
                 });
             }
@@ -515,7 +518,7 @@ mod tests {
         assert!(is_idle(&a), "{:?}", Counts::unpack(a.word.load(Ordering::SeqCst)));
     }
 
-    fn block_on(mut place: Ticket) -> Permit {
+    fn block_on(mut ticket: Ticket) -> Permit {
         struct Unpark(std::thread::Thread);
         impl std::task::Wake for Unpark {
             fn wake(self: Arc<Self>) {
@@ -524,44 +527,44 @@ mod tests {
         }
         let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
         loop {
-            if let Poll::Ready(slot) = Pin::new(&mut place).poll(&mut Context::from_waker(&waker)) {
-                return slot;
+            if let Poll::Ready(permit) = Pin::new(&mut ticket).poll(&mut Context::from_waker(&waker)) {
+                return permit;
             }
             std::thread::park();
         }
     }
 
     proptest! {
-        /// Operation sequences against a plain model of slots and a line.
+        /// Runs sequences of operations against a plain model: a list of permits and a queue of tickets.
         #[test]
-        fn behaves_as_a_line_at_a_counter(slots in 1usize..4, places in 0usize..4, ops in prop::collection::vec((0u8..4, any::<prop::sample::Index>()), 1..120)) {
-            let a = Admission::new(slots, places);
-            let (mut held, mut line): (Vec<Permit>, VecDeque<Ticket>) = Default::default();
-            let (mut slots, mut places) = (slots, places);
+        fn agrees_with_a_plain_model(slots in 1usize..4, max_waiting in 0usize..4, ops in prop::collection::vec((0u8..4, any::<prop::sample::Index>()), 1..120)) {
+            let a = Admission::new(slots, max_waiting);
+            let (mut held, mut queue): (Vec<Permit>, VecDeque<Ticket>) = Default::default();
+            let (mut slots, mut max_waiting) = (slots, max_waiting);
             for (op, index) in ops {
                 match op {
                     0 => match a.enter() {
                         Ok(Admitted::Passed(s)) => { prop_assert!(held.len() < slots); held.push(s); }
-                        Ok(Admitted::Queued(p)) => { prop_assert!(held.len() >= slots && line.len() < places); line.push_back(p); }
-                        Err(QueueFull) => prop_assert!(held.len() >= slots && line.len() >= places),
+                        Ok(Admitted::Queued(p)) => { prop_assert!(held.len() >= slots && queue.len() < max_waiting); queue.push_back(p); }
+                        Err(QueueFull) => prop_assert!(held.len() >= slots && queue.len() >= max_waiting),
                     },
                     1 if !held.is_empty() => drop(held.swap_remove(index.index(held.len()))),
-                    2 if !line.is_empty() => { line.remove(index.index(line.len())); }
+                    2 if !queue.is_empty() => { queue.remove(index.index(queue.len())); }
                     3 => {
-                        (slots, places) = (1 + index.index(5), index.index(7));
-                        a.resize(slots, places);
+                        (slots, max_waiting) = (1 + index.index(5), index.index(7));
+                        a.resize(slots, max_waiting);
                     }
                     _ => {}
                 }
-                while held.len() < slots && !line.is_empty() {
-                    let slot = line.pop_front().and_then(|mut first| poll(&mut first));
-                    prop_assert!(slot.is_some(), "the first in line was passed over");
-                    held.extend(slot);
+                while held.len() < slots && !queue.is_empty() {
+                    let permit = queue.pop_front().and_then(|mut first| poll(&mut first));
+                    prop_assert!(permit.is_some(), "the first waiter was passed over");
+                    held.extend(permit);
                 }
-                prop_assert!(line.iter_mut().all(|p| poll(p).is_none()));
-                prop_assert_eq!((a.in_flight(), a.depth()), (held.len(), line.len()));
+                prop_assert!(queue.iter_mut().all(|p| poll(p).is_none()));
+                prop_assert_eq!((a.in_flight(), a.depth()), (held.len(), queue.len()));
             }
-            drop((held, line));
+            drop((held, queue));
             prop_assert!(is_idle(&a));
         }
     }

@@ -1,4 +1,4 @@
-//! Every interleaving, within a bound, of what threads do to the atomics of the policies: loom's models.
+//! loom models: every interleaving, within a bound, of threads that use the atomics of the policies.
 //!
 //! `RUSTFLAGS="--cfg zap_loom" cargo test --lib --target-dir target/loom races`
 
@@ -13,7 +13,7 @@ use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::breaker::{Breaker, Change, Probe, Status, Thresholds};
 use crate::policy::queue::{Admission, Admitted, Permit, QueueFull};
 
-/// All interleavings with at most so many preemptions: most races need two (Musuvathi and Qadeer 2007).
+/// Runs all interleavings with at most `preemptions` preemptions: most races need two (Musuvathi and Qadeer 2007).
 fn model(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(preemptions);
@@ -24,26 +24,26 @@ fn is_idle(admission: &Admission) -> bool {
     (admission.in_flight(), admission.depth()) == (0, 0)
 }
 
-/// Waits for a slot, if there is a place to wait at.
+/// Waits for a permit; `None` if the queue is full.
 fn wait(admission: &Arc<Admission>) -> Option<Permit> {
     match admission.enter() {
-        Ok(Admitted::Passed(slot)) => Some(slot),
-        Ok(Admitted::Queued(place)) => Some(block_on(place)),
+        Ok(Admitted::Passed(permit)) => Some(permit),
+        Ok(Admitted::Queued(ticket)) => Some(block_on(ticket)),
         Err(QueueFull) => None,
     }
 }
 
 #[test]
-fn a_slot_is_one_threads_at_a_time_and_no_wakeup_is_lost() {
+fn one_thread_at_a_time_holds_a_slot_and_no_wakeup_is_lost() {
     model(3, || {
         let admission = Admission::new(1, 2);
         let inside = Arc::new(AtomicUsize::new(0));
         let run = |admission: Arc<Admission>, inside: Arc<AtomicUsize>| {
             move || {
-                let slot = wait(&admission).expect("there is a place for both");
+                let permit = wait(&admission).expect("the queue has room for both");
                 assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                 inside.fetch_sub(1, Ordering::SeqCst);
-                drop(slot);
+                drop(permit);
             }
         };
         let threads = [(); 2].map(|()| thread::spawn(run(admission.clone(), inside.clone())));
@@ -53,15 +53,15 @@ fn a_slot_is_one_threads_at_a_time_and_no_wakeup_is_lost() {
 }
 
 #[test]
-fn one_that_gives_up_takes_no_slot_with_it() {
+fn a_waiter_that_gives_up_does_not_leak_a_slot() {
     model(2, || {
         let admission = Admission::new(1, 2);
-        let slot = wait(&admission).expect("it is free");
-        let leaver = admission.enter().expect("a place");
+        let permit = wait(&admission).expect("a slot is free");
+        let leaver = admission.enter().expect("the queue has room");
         let theirs = admission.clone();
-        let stays = thread::spawn(move || drop(wait(&theirs).expect("a place")));
+        let stays = thread::spawn(move || drop(wait(&theirs).expect("the queue has room")));
         let leaves = thread::spawn(move || drop(leaver));
-        drop(slot);
+        drop(permit);
         stays.join().unwrap();
         leaves.join().unwrap();
         assert!(is_idle(&admission));
@@ -70,16 +70,16 @@ fn one_that_gives_up_takes_no_slot_with_it() {
 }
 
 #[test]
-fn who_does_not_wait_takes_no_more_than_there_is() {
+fn try_pass_never_exceeds_the_slots() {
     model(3, || {
         let admission = Admission::new(1, 1);
         let held = Arc::new(AtomicUsize::new(0));
         let run = |admission: Arc<Admission>, held: Arc<AtomicUsize>| {
             move || {
-                if let Some(slot) = admission.try_pass() {
+                if let Some(permit) = admission.try_pass() {
                     assert_eq!(held.fetch_add(1, Ordering::SeqCst), 0);
                     held.fetch_sub(1, Ordering::SeqCst);
-                    drop(slot);
+                    drop(permit);
                 }
             }
         };
@@ -87,10 +87,10 @@ fn who_does_not_wait_takes_no_more_than_there_is() {
         let waits = {
             let (admission, held) = (admission.clone(), held.clone());
             thread::spawn(move || {
-                if let Some(slot) = wait(&admission) {
+                if let Some(permit) = wait(&admission) {
                     assert_eq!(held.fetch_add(1, Ordering::SeqCst), 0);
                     held.fetch_sub(1, Ordering::SeqCst);
-                    drop(slot);
+                    drop(permit);
                 }
             })
         };
@@ -102,13 +102,13 @@ fn who_does_not_wait_takes_no_more_than_there_is() {
 }
 
 #[test]
-fn a_new_limit_reaches_those_who_wait() {
+fn a_raised_limit_serves_the_waiters() {
     model(3, || {
         let admission = Admission::new(1, 1);
-        let _held = wait(&admission).expect("it is free");
+        let _held = wait(&admission).expect("a slot is free");
         let theirs = admission.clone();
-        // Nothing but the new limit frees a slot for this one.
-        let waits = thread::spawn(move || drop(wait(&theirs).expect("a place")));
+        // Only the raised limit gives this waiter a slot.
+        let waits = thread::spawn(move || drop(wait(&theirs).expect("the queue has room")));
         admission.resize(2, 1);
         waits.join().unwrap();
         assert_eq!((admission.in_flight(), admission.depth()), (1, 0));
@@ -116,19 +116,19 @@ fn a_new_limit_reaches_those_who_wait() {
 }
 
 #[test]
-fn a_slot_that_is_given_back_while_the_limit_changes_is_not_lost() {
+fn a_slot_that_is_released_while_the_limit_changes_is_not_lost() {
     model(3, || {
         let admission = Admission::new(1, 2);
-        let slot = wait(&admission).expect("it is free");
+        let permit = wait(&admission).expect("a slot is free");
         let queued = || match admission.enter() {
-            Ok(Admitted::Queued(place)) => place,
-            other => panic!("no place: {other:?}"),
+            Ok(Admitted::Queued(ticket)) => ticket,
+            other => panic!("no ticket: {other:?}"),
         };
         let (first, second) = (queued(), queued());
-        let gives_back = thread::spawn(move || drop(slot));
+        let releases = thread::spawn(move || drop(permit));
         admission.resize(2, 2);
-        gives_back.join().unwrap();
-        // There is a slot for each, whatever came first; neither is given back.
+        releases.join().unwrap();
+        // Each waiter gets a slot, in any order of the two events; both hold theirs now.
         let held = (block_on(first), block_on(second));
         assert_eq!((admission.in_flight(), admission.depth()), (2, 0));
         drop(held);
@@ -137,7 +137,7 @@ fn a_slot_that_is_given_back_while_the_limit_changes_is_not_lost() {
 }
 
 #[test]
-fn a_turn_gives_each_its_weight_over_all_threads() {
+fn a_full_turn_gives_each_member_its_weight_over_all_threads() {
     model(3, || {
         let schedule = Arc::new((Schedule::new([(0, 2), (1, 1)]), Cursor::default()));
         let counts = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
@@ -160,7 +160,7 @@ fn a_turn_gives_each_its_weight_over_all_threads() {
 const LIMITS: Thresholds = Thresholds { interval: 0, failures: 2, successes: 1 };
 
 #[test]
-fn one_change_of_state_has_one_author() {
+fn only_one_thread_sees_a_change_of_state() {
     model(3, || {
         let breaker = Arc::new(Breaker::new());
         let failures = |breaker: Arc<Breaker>, n: usize| {
@@ -174,7 +174,7 @@ fn one_change_of_state_has_one_author() {
 }
 
 #[test]
-fn ups_and_downs_take_turns_whatever_meets() {
+fn up_and_down_changes_alternate_in_every_interleaving() {
     model(3, || {
         let breaker = Arc::new(Breaker::new());
         let theirs = breaker.clone();
@@ -185,7 +185,7 @@ fn ups_and_downs_take_turns_whatever_meets() {
         });
         let ups = usize::from(breaker.probed(Probe::Alive, LIMITS, 1) == Some(Change::Up));
         let downs = traffic.join().unwrap();
-        let is_out = breaker.status(1) == Status::Ejected;
-        assert_eq!(downs - ups, usize::from(is_out));
+        let is_ejected = breaker.status(1) == Status::Ejected;
+        assert_eq!(downs - ups, usize::from(is_ejected));
     });
 }

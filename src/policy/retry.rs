@@ -1,4 +1,4 @@
-//! What an upstream's answer means, when to try again, and how often in all.
+//! Retries: what the status of an answer means, how long to back off, and the retry budget.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -7,51 +7,52 @@ use http::HeaderMap;
 
 use crate::time::{Nanos, SECOND};
 
-/// What a status code says about the try.
+/// The meaning of an answer's status code for the try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// 401 for a key that Zap put in.
+    /// 401 for Zap's own key.
     BadKey,
-    /// 429: not a failure; the backend wants to be left alone.
+    /// 429: not a failure; the backend must cool down.
     Busy,
-    /// Goes to the client as it came.
+    /// The answer goes to the client unchanged.
     Deliver,
-    /// The backend failed: count it and try another.
+    /// The backend failed: count the failure and try another target.
     Failure,
-    /// 3xx but 304, which goes nowhere else: never followed.
+    /// 3xx except 304: a redirect, which Zap never follows.
     Redirect,
-    /// 402 or 403: the account has no credit, or the provider refuses what was asked. Another may serve it; no client
-    /// can close a backend for others with it.
+    /// 402 or 403: the account has no credit, or the provider refuses this request. Another target may serve it. The
+    /// backend stays open, so that no client can close it for others.
     Refused,
 }
 
-/// Judges a response by its status. `own_key`: the request carried a key that Zap put in.
+/// Judges an answer by its status. `own_key`: the request carried Zap's key, not the client's.
 pub(crate) fn judge(status: u16, own_key: bool) -> Outcome {
     match status {
         304 => Outcome::Deliver,
         300..=399 => Outcome::Redirect,
         401 if own_key => Outcome::BadKey,
         402 | 403 => Outcome::Refused,
-        // Beyond 599 there is no such status: it is one of 5xx (RFC 9110, section 15).
+        // RFC 9110, section 15: a status outside of 100..599 counts as 5xx.
         408 | 498 | 500.. => Outcome::Failure,
         429 => Outcome::Busy,
         _ => Outcome::Deliver,
     }
 }
 
-/// Longest time that a provider may ask to be left alone.
+/// Longest cool-down that a provider can ask for.
 pub(crate) const MAX_COOLING: Duration = Duration::from_secs(600);
 
-/// How long a backend cools that says 429 but not for how long.
+/// The cool-down after a 429 that names no time.
 pub(crate) const DEFAULT_COOLING: Duration = Duration::from_secs(5);
 
-/// How long a 429 asks to be left alone: `retry-after-ms`, else `Retry-After` as seconds or as a date (RFC 9110,
-/// section 10.2.3); [`DEFAULT_COOLING`] where neither can be read, [`MAX_COOLING`] at most.
+/// Returns the cool-down that a 429 asks for: `retry-after-ms`, else `Retry-After` in seconds or as a date (RFC 9110,
+/// section 10.2.3), at most [`MAX_COOLING`]. Returns [`DEFAULT_COOLING`] if neither header can be parsed. `wall`: the
+/// current time.
 pub(crate) fn cooling(headers: &HeaderMap, wall: SystemTime) -> Duration {
     let text = |name| headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
     let asked = text("retry-after-ms")
         .and_then(|t| seconds(t, 0.001))
-        .or_else(|| text("retry-after").and_then(|t| seconds(t, 1.0).or_else(|| until(t, wall))));
+        .or_else(|| text("retry-after").and_then(|t| seconds(t, 1.0).or_else(|| until_date(t, wall))));
     asked.unwrap_or(DEFAULT_COOLING).min(MAX_COOLING)
 }
 
@@ -61,42 +62,45 @@ fn seconds(text: &str, unit: f64) -> Option<Duration> {
     Duration::try_from_secs_f64((number * unit).min(MAX_COOLING.as_secs_f64())).ok()
 }
 
-fn until(text: &str, wall: SystemTime) -> Option<Duration> {
+fn until_date(text: &str, wall: SystemTime) -> Option<Duration> {
     let date = httpdate::parse_http_date(text).ok()?;
     Some(date.duration_since(wall).unwrap_or_default())
 }
 
-/// `Retry-After` for a wait: whole seconds, rounded up, at least 1.
+/// Returns the `Retry-After` value for a wait: whole seconds, rounded up, at least 1.
 pub(crate) fn retry_after_secs(wait: Nanos) -> u64 {
     wait.div_ceil(SECOND).max(1)
 }
 
-/// Full jitter: uniform in [0, min(max, base x 2^n)], where `n` counts the backoffs before and `random` is any.
+/// Returns a backoff with full jitter: uniform in [0, min(max, base x 2^n)]. `n` is the number of backoffs before
+/// this one, `random` a uniform random number.
 pub(crate) fn backoff(base: Duration, max: Duration, n: u32, random: u64) -> Duration {
     let ceiling = base.saturating_mul(1u32.checked_shl(n).unwrap_or(u32::MAX)).min(max);
     let nanos = u64::try_from(ceiling.as_nanos()).unwrap_or(u64::MAX);
     Duration::from_nanos(random % nanos.saturating_add(1))
 }
 
-/// Retries a second that are always allowed.
+/// Number of retries per second that are always allowed.
 pub(crate) const ALWAYS: u64 = 10;
 
+/// Seconds that the budget looks back.
 const BUCKETS: usize = 10;
 
-/// Bits of a count in a bucket, and the most that one holds; what exceeds it is not counted.
+/// Bits of a count in a bucket. Events above [`MAX_COUNT`] are not counted.
 const COUNT_BITS: u32 = 17;
 const MAX_COUNT: u64 = (1 << COUNT_BITS) - 1;
 
-/// The retry budget: retries may add at most a share to the requests offered in the last ten seconds, though never
-/// fewer than [`ALWAYS`] a second.
+/// The retry budget: retries may be at most a given share of the requests offered in the last ten seconds, but
+/// [`ALWAYS`] retries per second are always allowed.
 #[derive(Debug)]
 pub(crate) struct Budget {
+    /// The share, in percent of the requests.
     percent: AtomicU64,
     /// A ring of seconds, each a packed [`Bucket`].
     buckets: [AtomicU64; BUCKETS],
 }
 
-/// What happened in one second. Packed: 30 bits of the second (34 years, so it never wraps), and two counts.
+/// The events of one second. Packed: 30 bits of the second (34 years, so it never wraps) and two counts of 17 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Bucket {
     second: u64,
@@ -118,9 +122,9 @@ impl Bucket {
         self.second << (2 * COUNT_BITS) | requests << COUNT_BITS | retries
     }
 
-    /// The bucket as of `second`: empty where it still holds an older one. `None` where it holds a newer one: an event
-    /// that is a whole ring old no longer counts.
-    fn turned_to(self, second: u64) -> Option<Self> {
+    /// Returns the bucket for `second`: empty if it still holds an older second, `None` if it holds a newer one. An
+    /// event that is older than the ring is not counted.
+    fn at_second(self, second: u64) -> Option<Self> {
         match self.second.cmp(&second) {
             std::cmp::Ordering::Equal => Some(self),
             std::cmp::Ordering::Less => Some(Bucket { second, ..Bucket::default() }),
@@ -130,7 +134,7 @@ impl Bucket {
 }
 
 impl Budget {
-    /// A budget of `percent` (0 to 100).
+    /// Creates a budget with a share of `percent` (0 to 100).
     pub(crate) fn new(percent: u32) -> Self {
         Budget { percent: AtomicU64::new(u64::from(percent)), buckets: Default::default() }
     }
@@ -140,13 +144,13 @@ impl Budget {
         self.percent.store(u64::from(percent), Ordering::Relaxed);
     }
 
-    /// Counts a request that is offered to the backends at `now`.
+    /// Counts one request that is offered to the backends at `now`.
     pub(crate) fn offer(&self, now: Nanos) {
         let second = now / SECOND;
         let _ = self.update(second, |bucket| Some(Bucket { requests: bucket.requests + 1, ..bucket }));
     }
 
-    /// Asks for one retry and counts it if it is granted, as one step.
+    /// Counts one retry at `now` if the budget allows it, as one atomic step. Returns whether it was allowed.
     pub(crate) fn try_withdraw(&self, now: Nanos) -> bool {
         let second = now / SECOND;
         let granted = |bucket: Bucket| {
@@ -156,14 +160,14 @@ impl Budget {
         self.update(second, granted)
     }
 
-    /// Whether a retry would be granted now.
+    /// Whether the budget would allow a retry at `now`.
     pub(crate) fn has_room(&self, now: Nanos) -> bool {
         let second = now / SECOND;
         let bucket = Bucket::unpack(self.bucket(second).load(Ordering::Relaxed));
-        bucket.turned_to(second).is_some_and(|bucket| self.allows(second, bucket))
+        bucket.at_second(second).is_some_and(|bucket| self.allows(second, bucket))
     }
 
-    /// Whether a retry is allowed in `second`, whose own counts are in `bucket`.
+    /// Whether the budget allows a retry in `second`; `bucket` holds the counts of that second.
     fn allows(&self, second: u64, bucket: Bucket) -> bool {
         if bucket.retries < ALWAYS {
             return true;
@@ -179,9 +183,10 @@ impl Budget {
         bucket.retries < MAX_COUNT && (retries + 1) * 100 <= requests * self.percent.load(Ordering::Relaxed)
     }
 
-    /// Changes the bucket of `second`; `false` where `change` refuses or the ring has moved past that second.
+    /// Changes the bucket of `second`. Returns `false` if `change` returns `None` or the ring has moved past that
+    /// second.
     fn update(&self, second: u64, change: impl Fn(Bucket) -> Option<Bucket>) -> bool {
-        let step = |word| Bucket::unpack(word).turned_to(second).and_then(&change).map(Bucket::pack);
+        let step = |word| Bucket::unpack(word).at_second(second).and_then(&change).map(Bucket::pack);
         self.bucket(second).fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).is_ok()
     }
 
@@ -271,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn retries_add_at_most_their_share() {
+    fn retries_stay_within_their_share() {
         let b = Budget::new(20);
         let mut granted = 0;
         for i in 0..30_000u64 {
@@ -281,7 +286,7 @@ mod tests {
         }
         assert!((5_900..=6_050).contains(&granted), "{granted}");
         b.set_percent(0);
-        assert!(!b.has_room(30 * SECOND - 1), "what was spent counts against the new share");
+        assert!(!b.has_room(30 * SECOND - 1), "earlier retries count against the new share");
     }
 
     #[test]
@@ -289,14 +294,14 @@ mod tests {
         let b = Budget::new(0);
         let granted = |now| (0..50).filter(|_| b.try_withdraw(now)).count();
         assert_eq!(granted(20 * SECOND), 10);
-        // A request that arrived ten seconds ago shares the bucket of the present second.
+        // A request of ten seconds ago maps to the bucket of the current second.
         b.offer(10 * SECOND);
-        assert_eq!(granted(20 * SECOND), 0, "the ten of this second stay spent");
-        assert!(!b.try_withdraw(10 * SECOND) && !b.has_room(10 * SECOND), "a second that has left the ring");
+        assert_eq!(granted(20 * SECOND), 0, "the ten retries of this second still count");
+        assert!(!b.try_withdraw(10 * SECOND) && !b.has_room(10 * SECOND), "that second has left the ring");
     }
 
     #[test]
-    fn counts_of_a_time_long_past_do_not_come_back() {
+    fn old_counts_do_not_come_back() {
         let b = Budget::new(100);
         (0..1_000).for_each(|_| b.offer(3 * SECOND));
         for later in [1 << 16, 1 << 24, 1 << 29] {
@@ -306,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_count_stays_and_grants_no_more() {
+    fn a_full_count_does_not_overflow_and_allows_no_more_retries() {
         let b = Budget::new(100);
         (0..MAX_COUNT + 9).for_each(|_| b.offer(SECOND));
         let granted = (0..MAX_COUNT + 9).filter(|_| b.try_withdraw(SECOND)).count() as u64;
@@ -315,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn two_threads_share_exactly_what_is_always_allowed() {
+    fn two_threads_share_the_retries_that_are_always_allowed() {
         for second in 1..50 {
             let b = Budget::new(0);
             let ask = || (0..50).filter(|_| b.try_withdraw(second * SECOND)).count();

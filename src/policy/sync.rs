@@ -1,5 +1,5 @@
-//! Atomics, a lock and the bounded queue that policies are made of: loom's where it looks for races (`races`), else the
-//! real ones.
+//! The atomics, the lock and the bounded queue that the policies use: loom's in the tests of `races`, the real ones
+//! elsewhere.
 
 #[cfg(not(all(test, zap_loom)))]
 pub(super) use real::*;
@@ -21,7 +21,7 @@ mod modelled {
 
     pub use loom::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
-    /// loom's mutex with parking_lot's face.
+    /// loom's mutex with the interface of parking_lot's.
     #[derive(Debug, Default)]
     pub struct Mutex<T>(loom::sync::Mutex<T>);
 
@@ -35,7 +35,7 @@ mod modelled {
         }
     }
 
-    /// What crossbeam's queue promises, loom does not see into it.
+    /// A model of crossbeam's queue with the same guarantees: loom cannot look into the real one.
     #[derive(Debug)]
     pub struct ArrayQueue<T>(Mutex<VecDeque<T>>, usize);
 
