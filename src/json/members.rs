@@ -1,42 +1,43 @@
-//! What a scan of a body looks for, what it finds, and what it refuses: [`crate::json::scan`] fills it in,
-//! [`crate::json::patch`] acts on it. All offsets are bytes from the body's first.
+//! The input, the results and the errors of a scan: [`crate::json::scan`] fills them in, [`crate::json::patch`] uses
+//! them. All offsets are in bytes from the start of the body.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Longest model name that is kept for logs and routing, in bytes. A longer one is forwarded but matches nothing.
+/// Longest model name that is kept for logs and routing, in bytes. A longer name is forwarded, but matches no route by
+/// name.
 pub(crate) const MAX_NAME: usize = 256;
 
-/// What is wrong with a body, and where.
+/// Why the scanner refuses a body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ScanError {
-    /// A top-level key equals that of a member that Zap reads except for its case ([`same_but_for_case`]): backends
-    /// differ in whether they read it as that member.
+    /// A top-level key differs from the key of a member that Zap reads only in case ([`same_but_for_case`]). Some
+    /// backends read it as that member, others do not.
     CaseVariant {
         /// The key as sent, without escapes.
         key: Box<str>,
-        /// The member that it may be taken for.
+        /// The member that some backends read it as.
         member: Member,
     },
-    /// A member that Zap reads stands twice at the top level.
+    /// A member that Zap reads appears twice at the top level.
     Duplicate(Member),
-    /// Not one RFC 8259 object; `offset` counts bytes from 0.
+    /// The body is not exactly one RFC 8259 object. `offset` counts bytes from 0.
     Invalid {
-        /// First byte that cannot stand where it stands, or the body's length where it ends too early.
+        /// The first byte that is not allowed at its position, or the body's length if the body ends too early.
         offset: u64,
     },
 }
 
-/// What a scan looks for beside `model`, `stream` and `messages`.
+/// The members that a scan looks for besides `model`, `stream` and `messages`.
 #[derive(Clone, Debug, Default)]
 pub struct Watch {
-    /// Find what tells one conversation from another: [`Affinity`].
+    /// Look for the values that identify a conversation: [`Affinity`].
     pub affinity: bool,
-    /// Names of top-level members whose [`MemberSpan`] is noted; none of those that Zap reads.
+    /// Names of top-level members whose [`MemberSpan`] is noted; none that Zap reads itself.
     pub droppable: Vec<Box<str>>,
 }
 
-/// Looks for nothing more.
+/// Looks for no further members.
 pub(super) static NOTHING: Watch = Watch { affinity: false, droppable: Vec::new() };
 
 /// A top-level member that Zap reads.
@@ -57,7 +58,7 @@ pub enum Member {
 }
 
 impl Member {
-    /// The member's key as written in JSON.
+    /// Returns the member's key as written in JSON.
     pub fn name(self, watch: &Watch) -> &str {
         match self {
             Member::Droppable(index) => watch.droppable.get(index).map_or("", |name| name),
@@ -80,8 +81,8 @@ impl Member {
         }
     }
 
-    /// Whether a key, which is the key of no member that Zap reads by itself, may differ from one in its case alone: by its
-    /// first two bytes. A look at them costs next to nothing, and most keys begin otherwise.
+    /// Whether `key`, which is not the key of a member that Zap reads itself, may differ from one only in case. This
+    /// check of the first two bytes is cheap and excludes most keys.
     #[inline]
     pub(super) fn may_be_variant(key: &[u8]) -> bool {
         let (first, second) = match key {
@@ -94,7 +95,8 @@ impl Member {
         ) || [first, second].contains(&0xC5)
     }
 
-    /// The member whose key equals `key`, which is the key of none, except for its case.
+    /// Returns the member whose key differs from `key` only in case. `key` is not the key of a member that Zap reads
+    /// itself.
     pub(super) fn case_variant(key: &[u8], watch: &Watch) -> Option<Self> {
         let read = READ.iter().filter(|(.., always)| *always || watch.affinity);
         let read = read.map(|(name, member, _)| (name.as_bytes(), *member));
@@ -104,7 +106,7 @@ impl Member {
     }
 }
 
-/// Keys that Zap reads, and whether it always does or only for affinity.
+/// The keys that Zap reads; `true`: always, `false`: only for affinity.
 const READ: [(&str, Member, bool); 5] = [
     ("messages", Member::Messages, true),
     ("model", Member::Model, true),
@@ -113,10 +115,10 @@ const READ: [(&str, Member, bool); 5] = [
     ("user", Member::User, false),
 ];
 
-/// Whether two keys are equal, or differ in their case alone: ASCII case, U+017F for `s` and U+212A for `k`. These are
-/// the characters that Go's `encoding/json` folds to ASCII when it looks for a struct's field.
+/// Whether two keys are equal or differ only in case: ASCII case, U+017F for `s` and U+212A for `k`. These two are the
+/// characters that Go's `encoding/json` folds to ASCII when it looks for a field of a struct.
 pub(crate) fn same_but_for_case(a: &[u8], b: &[u8]) -> bool {
-    // Most keys differ in their first byte already.
+    // Most keys already differ in their first byte.
     let may_be = |a: u8, b: u8| a.eq_ignore_ascii_case(&b) || a >= 0x80 || b >= 0x80;
     match (a.first(), b.first()) {
         (Some(x), Some(y)) if may_be(*x, *y) => folded(a).eq(folded(b)),
@@ -137,48 +139,50 @@ fn folded(mut text: &[u8]) -> impl Iterator<Item = u8> {
     })
 }
 
-/// Where a member stands that may have to be left out. All are offsets in the body, from 0.
+/// The position of a member that may have to be dropped. All numbers are offsets in the body, from 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemberSpan {
-    /// Which of [`Watch::droppable`].
+    /// Index in [`Watch::droppable`].
     pub name: usize,
-    /// How many members stand before it.
+    /// Number of members before this one.
     pub nth: u64,
-    /// The comma before it; of no meaning where it is the first.
+    /// The comma before the member; meaningless for the first member.
     pub comma: u64,
-    /// Its key's quote, and just past its value.
+    /// From the opening quote of the key to just past the value.
     pub span: Range<u64>,
-    /// Just past the comma behind it, if there is one.
+    /// Just past the comma after the member, if there is one.
     pub next: Option<u64>,
 }
 
-/// What tells one conversation from another, where it stands. Values are strings that are not empty, quotes included.
+/// The positions of the values that identify a conversation. `cache_key` and `user` are non-empty strings, quotes
+/// included.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Affinity {
     /// `prompt_cache_key`
     pub cache_key: Option<Range<u64>>,
     /// `user`
     pub user: Option<Range<u64>>,
-    /// From the beginning of `messages` to the end of the first whose `role` is `user`, or of all.
+    /// The opening of the conversation: from the start of `messages` to the end of the first message whose `role` is
+    /// `user`, or to the end of `messages` if there is none.
     pub opening: Option<Range<u64>>,
 }
 
-/// The top-level `model` as the body has it.
+/// The top-level `model` of the body.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Model {
     /// No such member.
     #[default]
     Absent,
-    /// A string that is not empty: where it stands (quotes included) and its text.
+    /// A non-empty string.
     Named {
-        /// Byte range of the value in the body.
+        /// Byte range of the value in the body, quotes included.
         span: Range<u64>,
-        /// The unescaped text, cut at [`MAX_NAME`] bytes.
+        /// The unescaped text, truncated to [`MAX_NAME`] bytes.
         name: Arc<str>,
-        /// Nothing was cut.
+        /// The text was not truncated.
         whole: bool,
     },
-    /// `null` or `""`: where it stands.
+    /// `null` or `""`, and its byte range.
     Nothing(Range<u64>),
     /// Any other type.
     Other,
@@ -202,7 +206,7 @@ pub enum ValueKind {
     True,
 }
 
-/// What a scan found at the top level.
+/// The members that a scan found at the top level.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fields {
     /// `model`
@@ -213,11 +217,11 @@ pub struct Fields {
     pub messages: ValueKind,
     /// Offset just past the opening brace.
     pub inside: u64,
-    /// Members of the object.
+    /// Number of members of the object.
     pub members: u64,
-    /// What there is of [`Watch::droppable`], in the body's order.
+    /// The members of [`Watch::droppable`] that the body has, in the order of the body.
     pub droppable: Vec<MemberSpan>,
-    /// Found only where it is watched for.
+    /// Empty unless [`Watch::affinity`] is set.
     pub affinity: Affinity,
     /// Length of the body in bytes.
     pub length: u64,

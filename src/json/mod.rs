@@ -1,4 +1,4 @@
-//! JSON as bytes (RFC 8259): the scanner of request bodies, what it finds, and the splice that changes a body without
+//! JSON as bytes (RFC 8259): the scanner of request bodies, its results, and splices, which change a body without
 //! copying the rest.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]

@@ -1,18 +1,18 @@
-//! What an endpoint asks of a body, and the splice that puts a model's name in without copying the rest.
+//! The rules that an endpoint has for a body, and splices, which insert a model's name without copying the rest.
 //!
-//! Works on what [`crate::json::scan`] found and on reference-counted chunks; it never looks at the bytes.
+//! This module works on the results of [`crate::json::scan`] and on reference-counted chunks; it never reads the bytes.
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::json::members::{Fields, Model, ValueKind};
 
-/// A body that is JSON but not a request that can be served.
+/// Why a body that is valid JSON cannot be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyFault {
     /// `messages` is absent or not an array.
     MissingMessages,
-    /// No model is named where one must be.
+    /// The body names no model, and there is no default model.
     MissingModel,
     /// `model` is neither a string nor null.
     ModelType,
@@ -25,16 +25,16 @@ pub enum BodyFault {
 pub struct Splice {
     /// Offset in the body, from 0.
     pub at: u64,
-    /// Bytes of the body that are left out.
+    /// Number of bytes of the body that are left out.
     pub skip: u64,
-    /// Bytes that go in.
+    /// Bytes that are inserted.
     pub insert: Bytes,
 }
 
-/// What is to be sent, in order; most often a small body around one splice.
+/// The pieces of a body to send, in order. The inline size fits a small body with one splice.
 pub type Slices = SmallVec<[Bytes; 4]>;
 
-/// A model's name in the spellings that a splice may need, made once per backend.
+/// A model's name in the forms that a splice may need, made in advance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelText {
     /// `"name"`
@@ -48,7 +48,7 @@ pub struct ModelText {
 }
 
 impl ModelText {
-    /// Spells `name` as JSON.
+    /// Writes `name` as JSON.
     pub fn new(name: &str) -> Self {
         let value = serde_json::Value::from(name).to_string();
         ModelText {
@@ -66,10 +66,11 @@ impl Fields {
         self.stream == ValueKind::True
     }
 
-    /// Checks what a request must have: `messages` where it is a chat, and a model where none has a default.
+    /// Checks the types of `model` and `stream`, that a chat request has `messages`, and that a model is named unless
+    /// there is a default model.
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// Returns the [`BodyFault`] of the first rule that the body breaks.
     pub fn check(&self, is_chat: bool, has_default_model: bool) -> Result<(), BodyFault> {
         if self.model == Model::Other {
             return Err(BodyFault::ModelType);
@@ -87,32 +88,33 @@ impl Fields {
     }
 }
 
-/// The splices that make a body say what one backend is to get, in the order of the body: `model` as its model, where
-/// there is one to put in, and no member that `drops`, by its index in [`Watch::droppable`](crate::json::members::Watch).
+/// Returns the splices that change a body for one backend, in the order of the body. They set its model to `model`, if
+/// there is one, and remove the members for which `drops` returns `true`; `drops` gets the member's index in
+/// [`Watch::droppable`](crate::json::members::Watch).
 pub fn splices<'f>(
     fields: &'f Fields,
     model: Option<&ModelText>,
     drops: impl Fn(usize) -> bool + Copy + 'f,
 ) -> impl Iterator<Item = Splice> + 'f {
-    let dropped = fields.droppable.iter().filter(move |place| drops(place.name));
+    let dropped = fields.droppable.iter().filter(move |member| drops(member.name));
     let is_only = fields.members == dropped.clone().count() as u64;
     let model = model.and_then(|model| model_splice(fields, model, is_only));
-    let gone = dropped.zip(0..).map(|(place, before)| {
-        // Where a member stays before it, its comma goes with it; else the one behind.
-        let is_led = place.nth > before;
-        let at = if is_led { place.comma } else { place.span.start };
-        let end = if is_led { place.span.end } else { place.next.unwrap_or(place.span.end) };
+    let removals = dropped.zip(0..).map(|(member, dropped_before)| {
+        // If any member before this one stays, remove the comma before it, else the comma after it.
+        let follows_member = member.nth > dropped_before;
+        let at = if follows_member { member.comma } else { member.span.start };
+        let end = if follows_member { member.span.end } else { member.next.unwrap_or(member.span.end) };
         Splice { at, skip: end - at, insert: Bytes::new() }
     });
     let at = model.as_ref().map_or(u64::MAX, |model| model.at);
-    let before = gone.clone().take_while(move |splice| splice.at < at);
-    before.chain(model).chain(gone.skip_while(move |splice| splice.at < at))
+    let before = removals.clone().take_while(move |splice| splice.at < at);
+    before.chain(model).chain(removals.skip_while(move |splice| splice.at < at))
 }
 
-/// `is_only`: no other member is left.
+/// Returns the splice that sets the model. `is_only`: the body has no other member left.
 fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Splice> {
     match &fields.model {
-        // Nearly always the brace is the first byte: put in anew with the member, it is no piece of its own.
+        // Nearly always the brace is the first byte: replace it together with the member, to send one piece less.
         Model::Absent if fields.inside == 1 && !is_only => {
             Some(Splice { at: 0, skip: 1, insert: model.opening.clone() })
         }
@@ -128,12 +130,12 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
     }
 }
 
-/// The slices to send, in order: the chunks with the splices (in order, none reaching into the next) applied. Nothing
-/// is copied and none is empty.
+/// Applies the splices to the chunks and returns the slices to send, in order. The splices must be in order and must
+/// not overlap. No bytes are copied, and no slice is empty.
 pub fn slices(chunks: &[Bytes], mut splices: impl Iterator<Item = Splice>) -> Slices {
     let mut out = Slices::new();
     let mut next = splices.next();
-    // `at`: everything before it is out or left out. `start..end`: where the chunk stands in the body.
+    // Everything before `at` has been sent or left out. `start..end` is the position of the chunk in the body.
     let (mut at, mut start) = (0u64, 0u64);
     for chunk in chunks {
         let end = start + chunk.len() as u64;
@@ -164,7 +166,7 @@ mod tests {
     use crate::json::members::{ScanError, Watch};
     use crate::json::scan::Scanner;
 
-    /// `body` as a backend gets it whose default is `model`.
+    /// The `body` that a backend with the default `model` gets.
     fn patched(body: &str, model: &str, chunk: usize) -> String {
         let model = ModelText::new(model);
         let default = |fields: &Fields| match fields.model {
@@ -190,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn puts_the_default_in_wherever_no_model_is_named() {
+    fn inserts_the_default_model_if_the_body_names_none() {
         for (body, want) in [
             ("{}", r#"{"model":"m"}"#),
             (" { } ", r#" {"model":"m" } "#),
@@ -208,14 +210,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_change_leaves_the_body_alone() {
+    fn a_body_without_splices_is_unchanged() {
         assert!(splices(&Fields::default(), None, |_| true).next().is_none());
         let chunks = [Bytes::from_static(b"{"), Bytes::from_static(b"}")];
         assert_eq!(slices(&chunks, std::iter::empty())[..], chunks);
     }
 
     #[test]
-    fn members_go_with_their_commas_and_models_are_replaced() {
+    fn members_are_removed_with_their_commas_and_models_are_replaced() {
         for (body, drops, model, want) in [
             (r#"{"x":1}"#, "x", "", r#"{}"#),
             (r#"{ "x":1 }"#, "x", "m", r#"{"model":"m"  }"#),
@@ -245,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_rule_that_a_body_breaks() {
+    fn check_returns_the_rule_that_a_body_breaks() {
         for (body, want) in [
             (r#"{"messages":[]}"#, Ok(())),
             (r#"{"messages":[],"stream":null,"model":""}"#, Ok(())),
@@ -273,7 +275,7 @@ mod tests {
         }
     }
 
-    /// JSON text of any shape, with the spacing and the escapes that serde_json would not choose.
+    /// JSON text of any shape, with spacing and escapes that serde_json does not write.
     fn json_value() -> impl Strategy<Value = String> {
         let leaf = prop_oneof![
             Just("null".to_owned()),

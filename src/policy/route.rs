@@ -1,9 +1,9 @@
-//! Which backends serve a model, and what each of them calls it.
+//! Which backends serve a model, and which name each of them uses for it.
 //!
-//! All that can be known beforehand is: a [`Table`] holds a [`Route`] for every named route, every exact public name
-//! and every prefix, so that a request costs a look-up or two, however many backends there are. The table is pure
-//! configuration; which of a route's targets may be asked *now* is for [`crate::policy::balance`] and
-//! [`crate::policy::breaker`].
+//! Routes are computed in advance: a [`Table`] holds a [`Route`] for every named route, every exact public name and
+//! every prefix, so that a request costs one or two look-ups, for any number of backends. The table depends on the
+//! configuration only; [`crate::policy::balance`] and [`crate::policy::breaker`] decide which targets of a route may
+//! get a request *now*.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -15,13 +15,13 @@ use crate::json::patch::ModelText;
 use crate::policy::balance::BackendId;
 use crate::policy::near::nearest;
 
-/// Bytes of the longest name that a configuration may hold.
+/// Longest name that a configuration may contain, in bytes.
 pub(crate) const MAX_NAME: usize = crate::json::members::MAX_NAME;
 
-/// The named route that catches what nothing else serves.
+/// The name of the route for models that no other route serves.
 pub(crate) const CATCH_ALL: &str = "*";
 
-/// A name, or with a trailing `*` every name that begins so.
+/// A name, or with a trailing `*` a prefix: all names that begin with it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pattern {
     stem: Box<str>,
@@ -29,7 +29,7 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// Reads a pattern: 1 to [`MAX_NAME`] bytes, no control character, `*` at the end alone.
+    /// Parses a pattern: 1 to [`MAX_NAME`] bytes, no control character, `*` only at the end. `None` if it is invalid.
     pub fn parse(text: &str) -> Option<Self> {
         let stem = text.strip_suffix('*').unwrap_or(text);
         let valid = (1..=MAX_NAME).contains(&text.len())
@@ -38,46 +38,46 @@ impl Pattern {
         valid.then(|| Pattern { stem: stem.into(), is_prefix: stem.len() < text.len() })
     }
 
-    /// Whether it stands for more names than one.
+    /// Whether the pattern is a prefix.
     pub fn is_prefix(&self) -> bool {
         self.is_prefix
     }
 
-    /// Whether it stands for `name`.
+    /// Whether the pattern matches `name`.
     pub fn matches(&self, name: &str) -> bool {
         if self.is_prefix { name.starts_with(&*self.stem) } else { *self.stem == *name }
     }
 }
 
-/// One line of a backend's `models`.
+/// One entry of a backend's `models`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// What clients call it.
+    /// The name or the prefix that clients use.
     pub public: Pattern,
-    /// What the backend calls it, where that is something else; behind a prefix it may end in `*`, for the rest of
-    /// the name.
+    /// The backend's own name for the model, if it differs. With a prefix it may end in `*`, which stands for the
+    /// rest of the client's name.
     pub own: Option<Box<str>>,
 }
 
-/// What one backend serves, as far as routes go.
+/// The models that one backend serves, and its share of their requests.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Serves {
-    /// `None`: any model, by its name.
+    /// `None`: any model, by the client's name.
     pub models: Option<Vec<Rule>>,
-    /// What it is sent where no model is named.
+    /// The model for requests that name none.
     pub default_model: Option<String>,
-    /// Its share; 0: it takes nothing, in no route.
+    /// Weight of the backend; 0: drained in all routes.
     pub weight: u32,
-    /// Lower first.
+    /// Backends of a lower number come first.
     pub priority: u32,
 }
 
-/// A route that has a name of its own.
+/// A route that the operator has named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Named {
     /// The name, or [`CATCH_ALL`].
     pub name: String,
-    /// In order; not empty.
+    /// In the order of the configuration; not empty.
     pub targets: Vec<NamedTarget>,
 }
 
@@ -88,9 +88,9 @@ pub struct NamedTarget {
     pub backend: BackendId,
     /// The backend's own name for the model; `None`: the name that the client gave.
     pub model: Option<String>,
-    /// In place of the backend's.
+    /// Replaces the backend's weight.
     pub weight: Option<u32>,
-    /// In place of the backend's.
+    /// Replaces the backend's priority.
     pub priority: Option<u32>,
 }
 
@@ -100,43 +100,43 @@ pub(crate) type RouteId = usize;
 /// A target's index in its [`Route`].
 pub(crate) type TargetId = usize;
 
-/// A backend with what it is to be sent.
+/// A backend with the model that it gets.
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
-    /// Whom to ask.
+    /// The backend.
     pub backend: BackendId,
-    /// For which model.
+    /// The model that the backend gets.
     pub sent: Sent,
-    /// Its share; 0: drained.
+    /// Weight of the target; 0: drained.
     pub weight: u32,
-    /// Lower first.
+    /// Targets of a lower number come first.
     pub priority: u32,
 }
 
-/// What a target is sent as the model.
+/// The model name that a target gets.
 #[derive(Clone, Debug)]
 pub(crate) enum Sent {
-    /// What the client sent, be it nothing.
+    /// The client's model name, or none if the client sent none.
     AsIs,
-    /// This, whatever the client sent.
+    /// This name, whatever the client sent.
     Fixed {
-        /// Spelled for the splice.
+        /// The name as JSON text for the splice.
         text: ModelText,
-        /// [`model_key`] of it.
+        /// [`model_key`] of the name.
         key: u64,
-        /// A hash of it, the same in every process.
+        /// A hash of the name, the same in every process.
         identity: u64,
     },
-    /// The name with its first `cut` bytes replaced by `stem`.
+    /// The client's name with its first `cut` bytes replaced by `stem`.
     Rest {
-        /// Bytes that go.
+        /// Bytes that are removed.
         cut: usize,
-        /// What comes for them.
+        /// Text that replaces them.
         stem: Box<str>,
     },
 }
 
-/// The targets of one model, or of none. Never empty.
+/// The targets for one model, one prefix, or requests without a model. Never empty.
 #[derive(Clone, Debug)]
 pub(crate) struct Route {
     /// In the order of the configuration.
@@ -146,9 +146,9 @@ pub(crate) struct Route {
 /// A model that `/v1/models` lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listed {
-    /// Its public name.
+    /// The public name.
     pub name: Box<str>,
-    /// The first backend that has it; `None`: a named route.
+    /// The first backend that serves it; `None`: a named route.
     pub owner: Option<BackendId>,
 }
 
@@ -158,18 +158,19 @@ pub(crate) struct Table {
     routes: Vec<Route>,
     exact: HashMap<Box<str>, RouteId>,
     prefixes: HashMap<Box<[u8]>, RouteId>,
-    /// Lengths of `prefixes`, longest first.
+    /// The lengths of `prefixes`, longest first.
     lengths: Vec<usize>,
-    /// For names that are not served by name: backends that take any.
-    open: Option<RouteId>,
-    /// Where no model is named.
+    /// For names without a route of their own: the backends that take any model.
+    any_model: Option<RouteId>,
+    /// For requests that name no model.
     unnamed: Option<RouteId>,
+    /// The named route [`CATCH_ALL`].
     catch_all: Option<RouteId>,
     listed: Vec<Listed>,
 }
 
 impl Target {
-    /// What `asked` becomes at this target; `None`: the body's model stays as it is.
+    /// Returns the model that replaces `asked` in the body for this target; `None`: the body's model stays.
     pub(crate) fn text(&self, asked: Option<&str>) -> Option<Cow<'_, ModelText>> {
         match &self.sent {
             Sent::AsIs => None,
@@ -178,7 +179,7 @@ impl Target {
         }
     }
 
-    /// [`model_key`] of the name that goes out for `asked`; 0 where none does.
+    /// Returns [`model_key`] of the name that this target gets for `asked`; 0 if it gets none.
     pub(crate) fn key(&self, asked: Option<&str>) -> u64 {
         match &self.sent {
             Sent::AsIs => asked.map_or(0, model_key),
@@ -187,6 +188,7 @@ impl Target {
         }
     }
 
+    /// The client's name with its prefix replaced.
     fn rest(&self, asked: Option<&str>) -> String {
         match (&self.sent, asked) {
             (Sent::Rest { cut, stem }, Some(asked)) => [stem, asked.get(*cut..).unwrap_or_default()].concat(),
@@ -195,21 +197,21 @@ impl Target {
     }
 }
 
-/// Seeds the hash of a model's name, so that it is never that of a backend of the same name.
-const MODEL: u64 = 1;
+/// Seed of the hash of a model's name, so that it differs from the hash of a backend with the same name.
+const MODEL_SEED: u64 = 1;
 
 impl Sent {
     fn fixed(name: &str) -> Self {
         Sent::Fixed {
             text: ModelText::new(name),
             key: model_key(name),
-            identity: xxh64(name.as_bytes(), MODEL),
+            identity: xxh64(name.as_bytes(), MODEL_SEED),
         }
     }
 }
 
 impl Table {
-    /// The routes of these backends (by index) and named routes.
+    /// Computes the routes of `backends` (by index) and of the `named` routes.
     pub(crate) fn new(backends: &[Serves], named: &[Named]) -> Self {
         let mut table = Table::default();
         for route in named {
@@ -240,7 +242,7 @@ impl Table {
         }
         table.lengths.sort_unstable_by(|a, b| b.cmp(a));
         table.lengths.dedup();
-        table.open = table.add_shared(backends, |b| b.models.is_none().then_some(Sent::AsIs));
+        table.any_model = table.add_shared(backends, |b| b.models.is_none().then_some(Sent::AsIs));
         table.unnamed = table.add_shared(backends, |b| match (&b.default_model, &b.models) {
             (Some(name), _) => Some(Sent::fixed(name)),
             (None, None) => Some(Sent::AsIs),
@@ -249,7 +251,7 @@ impl Table {
         table
     }
 
-    /// The route for a model's name, or for none. `whole`: the name was not cut.
+    /// Returns the route for a model's name, or for a request without one. `whole`: the name was not truncated.
     pub(crate) fn find(&self, name: Option<&str>, whole: bool) -> Option<RouteId> {
         let Some(name) = name else { return self.unnamed };
         let exact = || self.exact.get(name).copied();
@@ -258,30 +260,30 @@ impl Table {
             self.lengths.iter().find_map(at)
         };
         let known = if whole { exact().or_else(prefix) } else { None };
-        known.or(self.open).or(self.catch_all)
+        known.or(self.any_model).or(self.catch_all)
     }
 
-    /// A route by its index.
+    /// Returns a route by its index.
     pub(crate) fn route(&self, id: RouteId) -> &Route {
         &self.routes[id]
     }
 
-    /// Whether a route is for one name or prefix, and not for all that have no route of their own.
+    /// Whether a route is for one name or prefix, and not a fallback for names without a route, or for no name.
     pub(crate) fn is_by_name(&self, id: RouteId) -> bool {
-        ![self.open, self.unnamed, self.catch_all].contains(&Some(id))
+        ![self.any_model, self.unnamed, self.catch_all].contains(&Some(id))
     }
 
-    /// All routes, by index.
+    /// Returns all routes, by index.
     pub(crate) fn routes(&self) -> &[Route] {
         &self.routes
     }
 
-    /// What `/v1/models` lists, each name once.
+    /// Returns the models that `/v1/models` lists, each name once.
     pub(crate) fn listed(&self) -> &[Listed] {
         &self.listed
     }
 
-    /// Up to three listed names near `name`, of those that `may` be used.
+    /// Returns up to three listed names similar to `name`, only those for which `may` returns `true`.
     pub(crate) fn near(&self, name: &str, may: impl Fn(&str) -> bool) -> Vec<&str> {
         nearest(name, self.listed.iter().map(|l| &*l.name).filter(|name| may(name)), 3)
     }
@@ -295,7 +297,7 @@ impl Table {
         Some(self.routes.len() - 1)
     }
 
-    /// A route over all backends that `sent` gives something for.
+    /// Adds a route over all backends for which `sent` returns a name.
     fn add_shared(&mut self, backends: &[Serves], sent: impl Fn(&Serves) -> Option<Sent>) -> Option<RouteId> {
         let target = |(backend, b): (BackendId, &Serves)| {
             Some(Target { backend, sent: sent(b)?, weight: b.weight, priority: b.priority })
@@ -313,7 +315,8 @@ fn named_target(target: &NamedTarget, backend: &Serves) -> Option<Target> {
     })
 }
 
-/// Every name that a backend serves by itself, with the backend: a default model is one, listed or not.
+/// Returns all exact names that backends serve, each with its backend. A default model is an exact name, even if it
+/// is not in the backend's `models`.
 fn exact_names(backends: &[Serves]) -> impl Iterator<Item = (BackendId, &str)> {
     backends.iter().enumerate().flat_map(|(id, b)| {
         let rules = b.models.iter().flatten().filter(|r| !r.public.is_prefix).map(|r| &*r.public.stem);
@@ -329,7 +332,8 @@ fn prefixes(backends: &[Serves]) -> impl Iterator<Item = &str> {
         .map(|r| &*r.public.stem)
 }
 
-/// What a backend is sent for `name`: an exact rule, its longest prefix, its own default, any model at all.
+/// Returns the model that a backend gets for `name`, by the first that applies: the backend takes any model, an exact
+/// rule, its longest prefix, its default model. `None` if it does not serve `name`.
 fn sent_for(backend: &Serves, name: &str) -> Option<Sent> {
     let Some(rules) = &backend.models else { return Some(Sent::AsIs) };
     let exact = rules.iter().find(|r| !r.public.is_prefix && r.public.matches(name));
@@ -340,7 +344,7 @@ fn sent_for(backend: &Serves, name: &str) -> Option<Sent> {
     sent_under(backend, name).or_else(is_default)
 }
 
-/// What a backend is sent for names that begin with `stem` and match no longer prefix.
+/// Returns the model that a backend gets for names that begin with `stem` and match no longer prefix.
 fn sent_under(backend: &Serves, stem: &str) -> Option<Sent> {
     let Some(rules) = &backend.models else { return Some(Sent::AsIs) };
     let fitting = rules.iter().filter(|r| r.public.is_prefix && stem.starts_with(&*r.public.stem));
@@ -354,7 +358,7 @@ fn sent_under(backend: &Serves, stem: &str) -> Option<Sent> {
     })
 }
 
-/// A hash of a model's name, by which cooling is kept.
+/// A hash of a model's name, the key of its cool-down.
 pub(crate) fn model_key(name: &str) -> u64 {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(name)
 }
@@ -378,8 +382,8 @@ mod tests {
         Serves { models, default_model, weight: 1, priority: 0 }
     }
 
-    /// Who gets a request for `name` and what it is sent, as `0:own 2:`.
-    fn found(table: &Table, name: Option<&str>) -> String {
+    /// The targets for `name` as text: each backend and the model that it gets, such as `0:own 2:`.
+    fn targets_for(table: &Table, name: Option<&str>) -> String {
         let Some(id) = table.find(name, true) else { return "none".to_owned() };
         let show = |t: &Target| {
             let text = t.text(name);
@@ -429,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_goes_to_those_who_serve_it_by_their_own_names() {
+    fn a_name_goes_to_all_its_backends_under_their_own_names() {
         let table = fleet();
         for (name, want) in [
             (Some("llama-8b"), "3:hidden"),
@@ -443,20 +447,20 @@ mod tests {
             (Some("own-default"), "2: 3:"),
             (None, "0:llama-8b 2: 3:own-default"),
         ] {
-            assert_eq!(found(&table, name), want, "{name:?}");
+            assert_eq!(targets_for(&table, name), want, "{name:?}");
         }
     }
 
     #[test]
-    fn without_a_backend_for_all_there_are_names_that_nobody_serves() {
+    fn a_name_has_no_route_if_no_backend_takes_any_model() {
         let only = [serves(rules(&[("a", ""), ("b*", "")]), ""), serves(rules(&[("c", "")]), "d")];
         let table = Table::new(&only, &[]);
         for (name, want) in
             [(Some("a"), "0:"), (Some("bb"), "0:"), (Some("d"), "1:"), (Some("e"), "none"), (None, "1:d")]
         {
-            assert_eq!(found(&table, name), want, "{name:?}");
+            assert_eq!(targets_for(&table, name), want, "{name:?}");
         }
-        assert_eq!(table.find(Some("a"), false), None, "a name that was cut is nobody's");
+        assert_eq!(table.find(Some("a"), false), None, "a truncated name has no route");
         assert_eq!(table.near("aa", |_| true), ["a"]);
         assert_eq!(Table::new(&only[..1], &[]).find(None, true), None);
         let catch = Named {
@@ -464,19 +468,19 @@ mod tests {
             targets: vec![NamedTarget { backend: 1, model: None, weight: None, priority: None }],
         };
         let table = Table::new(&only, &[catch]);
-        assert_eq!(found(&table, Some("e")), "1:");
-        assert_eq!(found(&table, None), "1:d", "the star is for names that are given");
+        assert_eq!(targets_for(&table, Some("e")), "1:");
+        assert_eq!(targets_for(&table, None), "1:d", "the catch-all route is only for requests with a model");
     }
 
     #[test]
-    fn lists_each_name_once_with_the_first_that_has_it() {
+    fn lists_each_name_once_with_its_first_backend() {
         let names: Vec<_> = fleet().listed().iter().map(|l| (l.name.to_string(), l.owner)).collect();
         let want = [("smart", None), ("llama-8b", None), ("own-default", Some(3))];
         assert_eq!(names, want.map(|(name, owner)| (name.to_owned(), owner)));
     }
 
     #[test]
-    fn weights_and_priorities_are_the_backends_unless_the_target_has_its_own() {
+    fn a_target_inherits_weight_and_priority_from_its_backend() {
         let mut backends = [serves(None, ""), serves(None, "")];
         backends[0].priority = 7;
         backends[1].weight = 0;
@@ -488,11 +492,11 @@ mod tests {
         let table = Table::new(&backends, &[named]);
         let targets = &table.route(table.find(Some("n"), true).unwrap()).targets;
         let got: Vec<_> = targets.iter().map(|t| (t.weight, t.priority)).collect();
-        assert_eq!(got, [(1, 7), (5, 2), (0, 0)], "a drained backend is drained everywhere");
+        assert_eq!(got, [(1, 7), (5, 2), (0, 0)], "a drained backend is drained in all routes");
     }
 
     #[test]
-    fn patterns_have_their_star_at_the_end() {
+    fn a_pattern_may_have_a_star_only_at_the_end() {
         for (text, valid) in [
             ("a", true),
             ("a*", true),
@@ -509,9 +513,9 @@ mod tests {
     }
 
     proptest! {
-        /// What the table finds beforehand is what a look at every backend finds.
+        /// The precomputed table gives the same targets as a search over all backends.
         #[test]
-        fn the_table_agrees_with_a_look_at_every_backend(
+        fn the_table_agrees_with_a_search_over_all_backends(
             fleet in prop::collection::vec(prop::option::of(prop::collection::vec(("[ab]{0,3}\\*?", "([xy]{1,2}\\*?)?"), 1..4)), 1..5),
             name in "[ab]{1,4}",
         ) {
@@ -530,7 +534,7 @@ mod tests {
                     None => String::new(),
                     Some(rules) => {
                         let fitting = rules.iter().filter(|r| r.public.matches(&name));
-                        // The first of equals, but exact before prefix, long before short.
+                        // Exact before prefix, a long prefix before a short one; of equal exact rules the first.
                         let rank = |r: &Rule| if r.public.is_prefix { r.public.stem.len() } else { usize::MAX };
                         let best = fitting.clone().map(rank).max()?;
                         let mut equals = fitting.filter(|r| rank(r) == best);
@@ -547,7 +551,7 @@ mod tests {
                 Some(format!("{id}:{sent}"))
             }).collect::<Vec<_>>().join(" ");
             let naive = if naive.is_empty() { "none".to_owned() } else { naive };
-            prop_assert_eq!(found(&table, Some(&name)), naive);
+            prop_assert_eq!(targets_for(&table, Some(&name)), naive);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a scan notes of the members at the top level, and of the messages up to the first of a user.
+//! The part of the scanner that notes members at the top level, and the messages up to the first one of a user.
 
 use crate::json::scan::skip;
 use crate::json::scan::{
@@ -6,8 +6,9 @@ use crate::json::scan::{
 };
 
 impl Scanner<'_> {
-    /// Members that may have to be noted, from a key's quote at `i` on, for as long as they are short and close together,
-    /// as most are. Returns where that ends: between tokens, or `within` one.
+    /// Reads members that may have to be noted, from the quote of a key at `i`, as long as they are short and no
+    /// white space comes between tokens, which is true for most. Returns the position after them: between tokens, or,
+    /// with `within` set, inside one.
     #[inline(always)] // One place calls it.
     pub(super) fn noted_members(&mut self, chunk: &[u8], mut i: usize) -> Result<(At, usize), Fault> {
         loop {
@@ -44,7 +45,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// A key that may have to be noted, with its quotes, `i` at the first.
+    /// Reads a key that may have to be noted, from its opening quote at `i`.
     #[inline(always)] // One place calls it.
     fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<TokenRead, Fault> {
         if self.depth == 1 {
@@ -53,10 +54,10 @@ impl Scanner<'_> {
         } else if self.depth != 3 || self.opening != Opening::Seeking {
             return Ok(self.string(chunk, i, true));
         }
-        let end = skip::short(chunk, i + 1).unwrap_or_else(|from| skip::plain(chunk, from));
+        let end = skip::short_end(chunk, i + 1).unwrap_or_else(|from| skip::plain_end(chunk, from));
         if chunk.get(end) == Some(&b'"') {
-            // Most often it is here as a whole and plain: then nothing need be kept.
-            self.name(&chunk[i + 1..end])?;
+            // Most keys are complete in this chunk and have no escapes: then no text need be kept.
+            self.key_read(&chunk[i + 1..end])?;
             return Ok(TokenRead::Whole(end + 1));
         }
         self.start_keeping(Keep::Key);
@@ -81,7 +82,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// A value ended; `end` is the index just past it.
+    /// Ends a value; `end` is the index just past it.
     pub(super) fn value_ends(&mut self, end: usize) {
         self.at = At::AfterValue;
         self.within = Within::Nothing;
@@ -94,7 +95,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// A member at the top level ended just before offset `end`.
+    /// Ends a member at the top level; `end` is the offset just past it.
     pub(super) fn member_ends(&mut self, end: u64) {
         let span = self.value_start..end;
         let text = matches!(self.keep, Keep::Name | Keep::Value) && !self.text.is_empty();
@@ -120,6 +121,7 @@ impl Scanner<'_> {
         self.keep = Keep::Nothing;
     }
 
+    /// Notes a comma at the top level, also as the one after the last member if that may be dropped.
     pub(super) fn comma_at(&mut self, offset: u64) {
         self.comma = offset;
         if let Some(last) = self.fields.droppable.last_mut()
@@ -129,11 +131,13 @@ impl Scanner<'_> {
         }
     }
 
+    /// Ends the opening of the conversation; `end` is the offset just past it.
     pub(super) fn opening_ends(&mut self, end: u64) {
         self.opening = Opening::Off;
         self.fields.affinity.opening = Some(self.value_start..end);
     }
 
+    /// Ends a string; `end` is the index just past its closing quote.
     pub(super) fn text_ends(&mut self, end: usize, key: bool) -> Result<(), Fault> {
         self.flush_surrogate();
         if !key {
@@ -147,13 +151,13 @@ impl Scanner<'_> {
         }
         self.keep = Keep::Nothing;
         let text = std::mem::take(&mut self.text);
-        let named = self.name(if self.text_is_cut { &[] } else { &text });
+        let result = self.key_read(if self.text_is_cut { &[] } else { &text });
         self.text = text;
-        named
+        result
     }
 
-    /// A key's text is known: a member's at the top level, or a message's.
-    pub(super) fn name(&mut self, text: &[u8]) -> Result<(), Fault> {
+    /// Takes the text of a complete key, either at the top level or in a message.
+    pub(super) fn key_read(&mut self, text: &[u8]) -> Result<(), Fault> {
         if self.depth != 1 {
             self.opening = if text == b"role" { Opening::Role } else { Opening::Seeking };
             return Ok(());
@@ -170,12 +174,12 @@ impl Scanner<'_> {
         self.droppable.map_or(Ok(()), |name| self.note_member(Member::Droppable(name)))
     }
 
-    /// Refuses a key that some backends read as a member of another name, as those in Go do: they would take its value,
-    /// which nobody has checked here.
+    /// Refuses a key that some backends, such as those written in Go, read as a member that Zap reads: they would use
+    /// a value that Zap has not checked.
     #[cold]
     fn check_case(&self, text: &[u8]) -> Result<(), Fault> {
         match Member::case_variant(text, self.watch) {
-            // The configuration knows this spelling.
+            // The configuration lists exactly this key.
             Some(_) if self.droppable.is_some() => Ok(()),
             Some(member) => {
                 let key = String::from_utf8_lossy(text).into();
@@ -185,10 +189,10 @@ impl Scanner<'_> {
         }
     }
 
-    /// A member's key stands here: once is enough.
+    /// Refuses a member whose key has appeared before.
     pub(super) fn note_member(&mut self, member: Member) -> Result<(), Fault> {
         let seen = match member {
-            Member::Droppable(name) => self.fields.droppable.iter().any(|place| place.name == name),
+            Member::Droppable(name) => self.fields.droppable.iter().any(|span| span.name == name),
             Member::Messages => self.fields.messages != ValueKind::Absent,
             Member::Model => self.fields.model != Model::Absent,
             Member::PromptCacheKey => std::mem::replace(&mut self.seen.0, true),

@@ -1,9 +1,9 @@
-//! The resumable JSON scanner: reads a request body as it arrives and finds the members that Zap cares about.
+//! The resumable JSON scanner: reads a request body as it arrives and finds the members that Zap needs.
 //!
-//! It accepts exactly what RFC 8259 allows as one object (UTF-8, depth at most [`MAX_DEPTH`]), in one pass, with
-//! constant state, whatever the chunking. It keeps no copy of the body: only the name of the model. What else it
-//! looks for is a [`Watch`]; of that it notes the places alone. It does not judge what an endpoint needs; that is
-//! [`crate::json::patch`]. Text, which is most of a body, is `skip`'s.
+//! The scanner accepts exactly one RFC 8259 object (UTF-8, depth at most [`MAX_DEPTH`]), in one pass, with constant
+//! state, with the same result for any chunking. No copy of the body is kept, only the name of the model. A [`Watch`]
+//! says which other members to look for; of those, only the positions are noted. [`crate::json::patch`] checks what
+//! an endpoint needs. Most of a body is text, which `skip` skips over.
 
 mod members;
 
@@ -20,42 +20,42 @@ use crate::json::members::{
 /// Deepest nesting that is accepted; the object itself is 1.
 pub(crate) const MAX_DEPTH: u32 = 128;
 
-/// A scan under way. Feed it chunks in order, then [`finish`](Scanner::finish) it.
+/// A scan in progress. [`feed`](Scanner::feed) the chunks in order, then [`finish`](Scanner::finish).
 #[derive(Debug)]
 pub struct Scanner<'w> {
     watch: &'w Watch,
     at: At,
     within: Within,
-    /// The container that is read is an object, not an array.
+    /// The innermost open container is an object, not an array.
     is_object: bool,
-    /// The same of those around it, the next one in the lowest bit. `depth <= MAX_DEPTH`.
+    /// `is_object` of the enclosing containers, the next one in the lowest bit. `depth <= MAX_DEPTH`.
     objects: u128,
     depth: u32,
-    /// Up to there the chunk is known to be UTF-8.
-    sound: usize,
+    /// Index up to which the chunk is known to be UTF-8.
+    valid_until: usize,
     /// Bytes consumed by earlier chunks.
     base: u64,
-    /// The member whose value comes or is being read; only at depth 1.
+    /// The top-level member whose value comes next or is being read.
     member: Option<Member>,
-    /// The same, where it is one of [`Watch::droppable`]: it may be both.
+    /// The same member's index in [`Watch::droppable`], if it is there. A member may be in both.
     droppable: Option<usize>,
-    /// What the string being read is kept for.
+    /// The use for which the current string is kept.
     keep: Keep,
     text: SmallVec<[u8; 32]>,
     text_is_cut: bool,
     high_surrogate: u16,
     value_start: u64,
-    /// Where the last key at the top level began.
+    /// Offset of the last key at the top level.
     key_start: u64,
-    /// The last comma at the top level.
+    /// Offset of the last comma at the top level.
     comma: u64,
     opening: Opening,
-    /// `prompt_cache_key` and `user` have stood already, whatever their values.
+    /// Whether `prompt_cache_key` and `user` have appeared already, with any value.
     seen: (bool, bool),
     fields: Fields,
 }
 
-/// How far the search for the first message of a user has come. Messages are at depth 3.
+/// The state of the search for the first message of a user. Messages are at depth 3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Opening {
     /// Inside a message of a user.
@@ -68,23 +68,27 @@ enum Opening {
     Seeking,
 }
 
+/// The use for which the text of a string is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Keep {
+    /// A key that may have to be noted.
     Key,
+    /// The name of the model.
     Name,
+    /// The text is not kept.
     Nothing,
-    /// A string's value, of which only its end matters.
+    /// A value of which only the position, or whether it is empty or "user", matters.
     Value,
 }
 
-/// Where in the grammar a scan is, between tokens.
+/// The position in the grammar, between tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
-    /// After a value: `,` or the closer.
+    /// After a value: `,` or the closing bracket.
     AfterValue,
     /// After a key.
     Colon,
-    /// After the object: only whitespace.
+    /// After the object: only white space.
     End,
     /// After `[`: a value or `]`.
     FirstItem,
@@ -103,29 +107,32 @@ enum At {
 enum Within {
     /// After a backslash.
     Escape { key: bool },
-    /// Inside `\uHHHH`: digits still to come and their value so far.
+    /// Inside `\uHHHH`: the number of digits still to come, and the value so far.
     Hex { key: bool, left: u8, code: u16 },
-    /// Inside `true`, `false` or `null`: what must still come.
+    /// Inside `true`, `false` or `null`: the rest that must follow.
     Literal(&'static [u8]),
-    /// None.
+    /// Between tokens.
     Nothing,
     /// Inside a number.
     NumberPart(NumberPart),
     /// Inside a string, at an ordinary character.
     Text { key: bool },
-    /// Inside a UTF-8 sequence: bytes still to come, and the bounds of the next one.
+    /// Inside a UTF-8 sequence: the number of bytes still to come, and the bounds of the next byte.
     Utf8 { key: bool, left: u8, low: u8, high: u8 },
 }
 
-/// A fault on its way out: boxed, so that what is returned where there is none fits into registers.
+/// A boxed error, so that a `Result` without one fits into registers.
 type Fault = Box<ScanError>;
 
-/// How far a token was read, and the next index.
+/// Whether a token was read to its end, with the next index.
 enum TokenRead {
+    /// The chunk ends inside the token.
     Part(usize),
+    /// The token is complete.
     Whole(usize),
 }
 
+/// The position inside a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NumberPart {
     /// After `-`.
@@ -153,7 +160,7 @@ impl Default for Scanner<'_> {
 }
 
 impl<'w> Scanner<'w> {
-    /// A scanner before the first byte.
+    /// Creates a scanner that has read no bytes yet.
     pub fn new(watch: &'w Watch) -> Self {
         Scanner {
             watch,
@@ -162,7 +169,7 @@ impl<'w> Scanner<'w> {
             is_object: false,
             objects: 0,
             depth: 0,
-            sound: 0,
+            valid_until: 0,
             base: 0,
             member: None,
             droppable: None,
@@ -182,7 +189,7 @@ impl<'w> Scanner<'w> {
     /// Takes the next bytes of the body.
     ///
     /// # Errors
-    /// The first fault. The scanner is of no use afterwards.
+    /// Returns the first [`ScanError`] in the body. The scanner must not be used afterwards.
     pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
         self.tokens(chunk).map_err(|fault| *fault)?;
         self.base += chunk.len() as u64;
@@ -190,7 +197,7 @@ impl<'w> Scanner<'w> {
     }
 
     fn tokens(&mut self, chunk: &[u8]) -> Result<(), Fault> {
-        self.sound = 0;
+        self.valid_until = 0;
         let mut i = 0;
         while i < chunk.len() {
             skip::work::add(1);
@@ -217,7 +224,7 @@ impl<'w> Scanner<'w> {
     /// Ends the scan.
     ///
     /// # Errors
-    /// [`ScanError::Invalid`] at the body's length if the object is not complete.
+    /// Returns [`ScanError::Invalid`] with the body's length as the offset if the object is not complete.
     pub fn finish(mut self) -> Result<Fields, ScanError> {
         if self.at != At::End {
             return Err(ScanError::Invalid { offset: self.base });
@@ -226,13 +233,13 @@ impl<'w> Scanner<'w> {
         Ok(self.fields)
     }
 
-    /// Whether something may have to be noted where the scan is: at the top level, and in the search for the opening.
+    /// Whether members may have to be noted at this position: at the top level, and in the search for the opening.
     fn is_noted(&self) -> bool {
         self.depth <= 1 || self.opening != Opening::Off
     }
 
-    /// Reads tokens as far as they go; returns the next index. Ends where the chunk does, in the middle of a token that
-    /// needs care, and where `NOTED` (see [`is_noted`](Self::is_noted)) is no longer right.
+    /// Reads tokens and returns the next index. Stops at the end of the chunk, inside a token that must be read byte by
+    /// byte, and when `NOTED` (the value of [`is_noted`](Self::is_noted)) changes.
     fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, Fault> {
         let mut at = self.at;
         while let Some(&b) = chunk.get(i) {
@@ -302,8 +309,9 @@ impl<'w> Scanner<'w> {
         Ok(i)
     }
 
-    /// Members that nobody wants to know, from a key's quote at `i` on, for as long as they are strings close together,
-    /// as most of a conversation is. Returns where that ends: between tokens, or `within` a string.
+    /// Reads members that need not be noted, from the quote of a key at `i`, as long as their values are strings and
+    /// no white space comes between tokens, which is true for most of a conversation. Returns the position after
+    /// them: between tokens, or, with `within` set, inside a string.
     #[inline(always)] // One place calls it.
     fn members(&mut self, chunk: &[u8], mut i: usize) -> (At, usize) {
         loop {
@@ -333,12 +341,13 @@ impl<'w> Scanner<'w> {
         }
     }
 
-    /// A string that nobody wants to know, with its quotes, `i` at the first; where it is not whole here, `within` it.
-    #[inline(always)] // Most strings are short, and end in the first block that is looked at.
+    /// Reads a string that need not be kept, from its opening quote at `i`. Sets `within` if the string cannot be
+    /// read to its end here.
+    #[inline(always)] // Most strings are short and end in the first block.
     fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> TokenRead {
-        let end = match skip::short(chunk, i + 1) {
+        let end = match skip::short_end(chunk, i + 1) {
             Ok(end) => return TokenRead::Whole(end + 1),
-            Err(from) => skip::text(chunk, from, &mut self.sound),
+            Err(from) => skip::text_end(chunk, from, &mut self.valid_until),
         };
         if chunk.get(end) == Some(&b'"') {
             return TokenRead::Whole(end + 1);
@@ -352,7 +361,7 @@ impl<'w> Scanner<'w> {
         Err(Box::new(ScanError::Invalid { offset: self.base + i as u64 }))
     }
 
-    /// A value that is no container begins at `i` with `b`.
+    /// Reads a value that is not a container; it begins at `i` with the byte `b`.
     fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, Fault> {
         if self.depth == 1 {
             self.value_start = self.base + i as u64;
@@ -371,7 +380,7 @@ impl<'w> Scanner<'w> {
         self.text(chunk, i + 1, false)
     }
 
-    /// A number, `true`, `false` or `null` begins at `i` with `b`.
+    /// Reads a number, `true`, `false` or `null`; it begins at `i` with the byte `b`.
     #[inline(always)] // Two places call it.
     fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<TokenRead, Fault> {
         match b {
@@ -385,7 +394,7 @@ impl<'w> Scanner<'w> {
         }
     }
 
-    /// A value was read so far; returns the next index.
+    /// Ends the value if it was read to its end. Returns the next index.
     fn value_read(&mut self, read: &TokenRead) -> usize {
         match *read {
             TokenRead::Part(next) => next,
@@ -396,8 +405,8 @@ impl<'w> Scanner<'w> {
         }
     }
 
-    /// A container begins at `i`, with `b`.
-    #[inline(always)] // Without notes it is a handful of instructions.
+    /// Opens a container; it begins at `i` with the byte `b`.
+    #[inline(always)] // Only a few instructions without `NOTED`.
     fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, Fault> {
         if self.depth == MAX_DEPTH {
             return self.invalid(i);
@@ -411,15 +420,15 @@ impl<'w> Scanner<'w> {
                 self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
             }
         }
-        // The one around it is remembered by a bit.
+        // The enclosing container is kept as one bit.
         self.objects = self.objects << 1 | u128::from(self.is_object);
         self.depth += 1;
         self.is_object = b == b'{';
         Ok(if self.is_object { At::FirstKey } else { At::FirstItem })
     }
 
-    /// A container ends at `i`.
-    #[inline(always)] // As above.
+    /// Closes a container; it ends at `i`.
+    #[inline(always)] // Only a few instructions without `NOTED`.
     fn close<const NOTED: bool>(&mut self, i: usize) -> At {
         self.depth -= 1;
         self.is_object = self.objects & 1 == 1;
@@ -466,8 +475,8 @@ impl<'w> Scanner<'w> {
     fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<TokenRead, Fault> {
         let here = &chunk[i..chunk.len().min(i + rest.len())];
         if *here != rest[..here.len()] {
-            let wrong = here.iter().zip(rest).position(|(b, want)| b != want);
-            return self.invalid(i + wrong.unwrap_or(0));
+            let mismatch = here.iter().zip(rest).position(|(b, want)| b != want);
+            return self.invalid(i + mismatch.unwrap_or(0));
         }
         let end = i + here.len();
         if here.len() == rest.len() {

@@ -1,29 +1,30 @@
-//! How far the text of a JSON string goes without anything that needs a look.
+//! Skips the text of JSON strings up to the next byte that the scanner must read itself.
 //!
-//! Most of a body is text. It is skipped sixteen bytes at a time, and characters outside of ASCII are judged by a
-//! validator over a whole stretch at once; what is left for the scanner to read byte by byte is the end of a
-//! string, what may go on in the next chunk, and what is wrong.
+//! Most of a body is text, which is skipped sixteen bytes at a time. Non-ASCII characters are validated over a long
+//! stretch at once. The scanner reads byte by byte only the end of a string, sequences that may continue in the next
+//! chunk, and errors.
 
 use wide::i8x16;
 
-/// Bytes of a block, and of as many as are looked at together in the middle of a long text.
+/// Bytes of a block.
 const BLOCK: usize = 16;
+/// Bytes of the four blocks that are tested together in the middle of a long text.
 const WIDE: usize = 4 * BLOCK;
 
-/// Index, from `at` on, of the first byte of a string's text that needs a look: a quote, a control character, or an
-/// escape or a character that is not whole in this chunk or not right.
+/// Returns the index, from `at` on, of the first byte of a string's text that the scanner must read itself: a quote, a
+/// control character, or an escape or a character that is invalid or not complete in this chunk.
 ///
-/// `sound`: up to there the chunk is known to be UTF-8; it rises as more is found to be. Linear: every byte is skipped
-/// once and validated at most twice.
-pub(super) fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
+/// `valid_until`: index up to which the chunk is known to be UTF-8; raised when more is validated. The work is linear:
+/// every byte is skipped once and validated at most twice.
+pub(super) fn text_end(chunk: &[u8], mut at: usize, valid_until: &mut usize) -> usize {
     loop {
-        if at < *sound {
-            at = escaped::<false>(&chunk[..*sound], at);
-            if at == *sound {
+        if at < *valid_until {
+            at = special_after_escapes::<false>(&chunk[..*valid_until], at);
+            if at == *valid_until {
                 continue;
             }
         } else {
-            at = escaped::<true>(chunk, at);
+            at = special_after_escapes::<true>(chunk, at);
         }
         match chunk.get(at) {
             Some(0x80..) => {
@@ -31,17 +32,17 @@ pub(super) fn text(chunk: &[u8], mut at: usize, sound: &mut usize) -> usize {
                 if valid == at {
                     return at;
                 }
-                *sound = valid;
+                *valid_until = valid;
             }
             _ => return at,
         }
     }
 }
 
-/// The end of a string whose text begins at `at`, if it is plain and ends in the first block; else where
-/// [`text`] is to go on.
+/// Returns the end of a string whose text begins at `at`, if the text has no special bytes and ends in the first block;
+/// else, as the error, the index at which [`text_end`] must continue.
 #[inline(always)]
-pub(super) fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
+pub(super) fn short_end(chunk: &[u8], at: usize) -> Result<usize, usize> {
     let Some(block) = chunk.get(at..).and_then(<[u8]>::first_chunk) else { return Err(at) };
     work::add(BLOCK);
     let found = marks::<true>(block);
@@ -52,10 +53,10 @@ pub(super) fn short(chunk: &[u8], at: usize) -> Result<usize, usize> {
     if chunk[end] == b'"' { Ok(end) } else { Err(end) }
 }
 
-/// Index, from `at` on, of the first quote, backslash, control character or byte outside of ASCII.
-pub(super) fn plain(bytes: &[u8], mut at: usize) -> usize {
+/// Returns the index, from `at` on, of the first quote, backslash, control character or non-ASCII byte.
+pub(super) fn plain_end(bytes: &[u8], mut at: usize) -> usize {
     while at < bytes.len() {
-        let (found, length) = narrow::<true>(bytes, at);
+        let (found, length) = block_marks::<true>(bytes, at);
         if found != 0 {
             return at + found.trailing_zeros() as usize;
         }
@@ -64,31 +65,32 @@ pub(super) fn plain(bytes: &[u8], mut at: usize) -> usize {
     at
 }
 
-/// Index, from `at` on, of what is special and no whole escape.
-fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
+/// Returns the index, from `at` on, of the first special byte that does not begin a valid, complete escape. Non-ASCII
+/// bytes are special if `ASCII` is set.
+fn special_after_escapes<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
     while at < bytes.len() {
         if let Some(wide) = bytes[at..].first_chunk() {
             let mut found = wide_marks::<ASCII>(wide);
             let mut next = WIDE;
             while found != 0 {
                 let special = found.trailing_zeros() as usize;
-                match escape(bytes, at + special) {
+                match escape_len(bytes, at + special) {
                     0 => return at + special,
                     length => next = special + length,
                 }
-                // What belongs to the escape is no mark of its own.
+                // Special bytes inside the escape do not count.
                 found = if next < WIDE { found & (u64::MAX << next) } else { 0 };
             }
             at += next.max(WIDE);
             continue;
         }
-        let (found, length) = narrow::<ASCII>(bytes, at);
+        let (found, length) = block_marks::<ASCII>(bytes, at);
         if found == 0 {
             at += length;
             continue;
         }
         at += found.trailing_zeros() as usize;
-        match escape(bytes, at) {
+        match escape_len(bytes, at) {
             0 => return at,
             length => at += length,
         }
@@ -96,8 +98,8 @@ fn escaped<const ASCII: bool>(bytes: &[u8], mut at: usize) -> usize {
     at
 }
 
-/// Length of the escape at `at`; 0 where there is none, or none that is whole and right.
-fn escape(bytes: &[u8], at: usize) -> usize {
+/// Returns the length of the escape at `at`; 0 if there is no valid, complete one.
+fn escape_len(bytes: &[u8], at: usize) -> usize {
     work::add(1);
     if bytes[at] != b'\\' {
         return 0;
@@ -112,15 +114,15 @@ fn escape(bytes: &[u8], at: usize) -> usize {
     }
 }
 
-/// A bit for each of the next bytes that is special, and how many they are: a block, or all that is left. `at` is an
-/// index of `bytes`.
-fn narrow<const ASCII: bool>(bytes: &[u8], at: usize) -> (u32, usize) {
+/// Tests the next block, or the bytes that are left if they are fewer. Returns a bit for each special byte, and the
+/// number of bytes tested. `at` is a valid index of `bytes`.
+fn block_marks<const ASCII: bool>(bytes: &[u8], at: usize) -> (u32, usize) {
     work::add(BLOCK);
     if let Some(block) = bytes[at..].first_chunk() {
         return (marks::<ASCII>(block), BLOCK);
     }
     let left = bytes.len() - at;
-    // The last block reaches back over what was looked at before.
+    // The last block overlaps bytes that were tested before.
     if let Some(block) = bytes.last_chunk() {
         return (marks::<ASCII>(block) >> (BLOCK - left), left);
     }
@@ -129,17 +131,19 @@ fn narrow<const ASCII: bool>(bytes: &[u8], at: usize) -> (u32, usize) {
     (marks::<ASCII>(&block), left)
 }
 
-/// A bit for each byte of a block that is a quote, a backslash or a control character, or with `ASCII` outside of it.
+/// Returns a bit for each byte of a block that is a quote, a backslash or a control character, or, if `ASCII` is set, a
+/// non-ASCII byte.
 fn marks<const ASCII: bool>(block: &[u8; BLOCK]) -> u32 {
     let signed = i8x16::new(block.map(u8::cast_signed));
     let quotes = signed.simd_eq(i8x16::splat(b'"'.cast_signed()));
     let escapes = signed.simd_eq(i8x16::splat(b'\\'.cast_signed()));
-    // As signed numbers, bytes outside of ASCII lie below the control characters.
+    // As signed numbers, non-ASCII bytes are below the control characters.
     let low = signed.simd_lt(i8x16::splat(0x20));
     let low = if ASCII { low } else { low & !signed.simd_lt(i8x16::ZERO) };
     (quotes | escapes | low).to_bitmask()
 }
 
+/// [`marks`] of four blocks.
 fn wide_marks<const ASCII: bool>(wide: &[u8; WIDE]) -> u64 {
     work::add(WIDE);
     let [a, b, c, d] = wide.as_chunks::<BLOCK>().0 else { return 0 };
@@ -148,10 +152,11 @@ fn wide_marks<const ASCII: bool>(wide: &[u8; WIDE]) -> u64 {
     a | b << BLOCK | c << (2 * BLOCK) | d << (3 * BLOCK)
 }
 
-/// Length of the longest prefix that is UTF-8 and ends with a whole character.
+/// Returns the length of the longest prefix that is valid UTF-8.
 fn valid_prefix(bytes: &[u8]) -> usize {
     work::add(bytes.len());
-    // What a chunk cuts off is no fault: without it most chunks are valid at the first look.
+    // A character that the end of the chunk cuts off is not an error. Without it, the fast check passes for most
+    // chunks.
     let whole = bytes.len() - cut_off(bytes);
     match simdutf8::basic::from_utf8(&bytes[..whole]) {
         Ok(_) => whole,
@@ -159,7 +164,7 @@ fn valid_prefix(bytes: &[u8]) -> usize {
     }
 }
 
-/// Bytes at the end that begin a character of more bytes than are there.
+/// Returns the number of bytes at the end that begin a character but do not complete it.
 fn cut_off(bytes: &[u8]) -> usize {
     for (back, b) in bytes.iter().rev().take(3).enumerate() {
         let needs = match b {
@@ -174,14 +179,14 @@ fn cut_off(bytes: &[u8]) -> usize {
     0
 }
 
-/// The work that a scan does, in bytes looked at: counted in tests, so that they can tell its growth.
+/// Counts the work of a scan in tests, in bytes read, so that they can check how it grows.
 pub(super) mod work {
     #[cfg(test)]
     thread_local! {
         static DONE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
     }
 
-    /// Counts `bytes` more.
+    /// Adds `bytes` to the count.
     #[inline(always)]
     pub(crate) fn add(bytes: usize) {
         #[cfg(test)]
@@ -190,7 +195,7 @@ pub(super) mod work {
         let _ = bytes;
     }
 
-    /// What was counted since the last call.
+    /// Returns the count since the last call.
     #[cfg(test)]
     pub(crate) fn take() -> u64 {
         DONE.take()
@@ -202,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_the_first_special_byte_wherever_it_stands() {
+    fn finds_the_first_special_byte_at_any_position() {
         for len in 0..100 {
             for at in 0..=len {
                 for special in [0, 0x1F, b'"', b'\\', 0x80, 0xC3, 0xFF] {
@@ -210,11 +215,15 @@ mod tests {
                     bytes.extend([b' ', b'~', 0x7F]);
                     bytes.insert(at, special);
                     bytes.push(special);
-                    assert_eq!(plain(&bytes, 0), at, "{special:x} at {at} of {len}");
+                    assert_eq!(plain_end(&bytes, 0), at, "{special:x} at {at} of {len}");
                     let want = if special < 0x80 { at } else { bytes.len() };
-                    assert_eq!(escaped::<false>(&bytes, 0), want, "{special:x} at {at} of {len}");
-                    assert_eq!(escaped::<true>(&bytes, 0), at, "{special:x} at {at} of {len}");
-                    assert_eq!(plain(&bytes, at), at);
+                    assert_eq!(
+                        special_after_escapes::<false>(&bytes, 0),
+                        want,
+                        "{special:x} at {at} of {len}"
+                    );
+                    assert_eq!(special_after_escapes::<true>(&bytes, 0), at, "{special:x} at {at} of {len}");
+                    assert_eq!(plain_end(&bytes, at), at);
                 }
             }
         }
@@ -226,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn skips_what_is_whole_and_right_and_stops_before_what_is_not() {
+    fn skips_valid_complete_text_and_stops_before_the_rest() {
         let long = "x".repeat(70);
         for (start, stop) in [
             ("", "\""),
@@ -242,7 +251,7 @@ mod tests {
         ] {
             for padding in ["", &long] {
                 let body = format!("{padding}{start}{padding}{stop}");
-                assert_eq!(text(body.as_bytes(), 0, &mut 0), body.len() - stop.len(), "{body}");
+                assert_eq!(text_end(body.as_bytes(), 0, &mut 0), body.len() - stop.len(), "{body}");
             }
         }
         for (start, stop) in [
@@ -255,15 +264,15 @@ mod tests {
             ("a", b"\xFF\xFF"),
         ] {
             let body = [start.as_bytes(), stop].concat();
-            assert_eq!(text(&body, 0, &mut 0), start.len(), "{body:x?}");
+            assert_eq!(text_end(&body, 0, &mut 0), start.len(), "{body:x?}");
         }
     }
 
     #[test]
     fn a_stretch_is_validated_once() {
         let body = "é".repeat(100) + "\"";
-        let mut sound = 0;
-        assert_eq!(text(body.as_bytes(), 0, &mut sound), 200);
-        assert_eq!(sound, 201, "all of the chunk is known to be UTF-8 now");
+        let mut valid_until = 0;
+        assert_eq!(text_end(body.as_bytes(), 0, &mut valid_until), 200);
+        assert_eq!(valid_until, 201, "the whole chunk is known to be UTF-8 now");
     }
 }

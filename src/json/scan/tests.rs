@@ -1,4 +1,4 @@
-//! What a scan finds, and what it refuses, however the body is cut.
+//! Tests of the scanner: results and errors, for any chunking of the body.
 
 use std::ops::Range;
 
@@ -29,7 +29,7 @@ fn finds_the_members_at_the_top_level_only() {
 }
 
 #[test]
-fn finds_what_tells_one_conversation_from_another() {
+fn finds_the_values_that_identify_a_conversation() {
     let watch = Watch { affinity: true, droppable: Vec::new() };
     let found = |body: &str| {
         let fields = scan_for(&watch, body.as_bytes()).unwrap();
@@ -75,21 +75,21 @@ fn finds_what_tells_one_conversation_from_another() {
 }
 
 #[test]
-fn notes_the_places_of_what_may_have_to_go() {
+fn notes_the_positions_of_droppable_members() {
     let watch = Watch { affinity: false, droppable: vec!["store".into(), "n".into()] };
     let fields =
         scan_for(&watch, br#"{ "a":1 , "n" : {"store":[1,2]} ,"st\\u006fre":0, "st\u006Fre":1}"#).unwrap();
-    let places = vec![
+    let spans = vec![
         MemberSpan { name: 1, nth: 1, comma: 8, span: 10..31, next: Some(33) },
         MemberSpan { name: 0, nth: 3, comma: 48, span: 50..64, next: None },
     ];
-    assert_eq!(fields.droppable, places);
+    assert_eq!(fields.droppable, spans);
     let twice = scan_for(&watch, br#"{"store":1,"st\\u006fre":2,"st\u006fre":3}"#);
     assert_eq!(twice, Err(ScanError::Duplicate(Member::Droppable(0))));
 }
 
 #[test]
-fn reads_model_in_every_spelling() {
+fn reads_every_form_of_model() {
     for (body, want) in [
         (r#"{}"#, Model::Absent),
         (r#"{"model":null}"#, Model::Nothing(9..13)),
@@ -112,7 +112,7 @@ fn reads_model_in_every_spelling() {
 }
 
 #[test]
-fn a_long_name_is_cut_but_not_refused() {
+fn a_long_name_is_truncated_but_not_refused() {
     let body = format!(r#"{{"model":"{}"}}"#, "m".repeat(100_000));
     let Model::Named { span, name, whole } = scan(body.as_bytes()).unwrap().model else {
         panic!("not named")
@@ -123,7 +123,7 @@ fn a_long_name_is_cut_but_not_refused() {
 }
 
 #[test]
-fn refuses_a_member_that_stands_twice() {
+fn refuses_a_member_that_appears_twice() {
     for (body, member) in [
         (r#"{"model":"a","model":"a"}"#, Member::Model),
         (r#"{"model":null,"mod\u0065l":"b"}"#, Member::Model),
@@ -137,7 +137,7 @@ fn refuses_a_member_that_stands_twice() {
 }
 
 #[test]
-fn refuses_a_key_that_differs_in_its_case_alone() {
+fn refuses_a_key_that_differs_only_in_case() {
     let watch = Watch { affinity: true, droppable: vec!["store".into(), "top_k".into(), "Seed".into()] };
     for (body, key, member) in [
         (r#"{"Model":"x"}"#, "Model", Member::Model),
@@ -160,15 +160,15 @@ fn refuses_a_key_that_differs_in_its_case_alone() {
     }
     let body = r#"{"models":1,"mode":1,"Modél":1,"Modex":1,"streamſ":1,"ſ":1,"":1,"top_\\u212A":1,"x":{"Model":1},"Seed":1,"temperature":0}"#;
     assert!(scan_for(&watch, body.as_bytes()).is_ok());
-    assert!(scan(br#"{"User":1,"Store":1,"Prompt_Cache_Key":1}"#).is_ok(), "none of them is read");
+    assert!(scan(br#"{"User":1,"Store":1,"Prompt_Cache_Key":1}"#).is_ok(), "Zap reads none of these members");
     let long = format!(r#"{{"{}":1}}"#, "ſ".repeat(MAX_NAME));
     assert!(scan(long.as_bytes()).is_ok());
     let both = Watch { affinity: false, droppable: vec!["N".into(), "n".into()] };
-    assert!(scan_for(&both, br#"{"n":1,"N":2}"#).is_ok(), "each is known by its own spelling");
+    assert!(scan_for(&both, br#"{"n":1,"N":2}"#).is_ok(), "the configuration lists both keys");
 }
 
 #[test]
-fn names_the_offset_of_the_fault() {
+fn an_error_has_the_offset_of_the_first_invalid_byte() {
     for (body, offset) in [
         (&b""[..], 0),
         (b"[]", 0),
@@ -196,9 +196,9 @@ fn names_the_offset_of_the_fault() {
     }
 }
 
-/// Twice the input is at most twice the work, whatever the input and however it is cut.
+/// Twice the input takes at most twice the work, for any input and any chunking.
 #[test]
-fn the_work_grows_with_the_input_and_no_faster() {
+fn the_work_is_linear_in_the_input() {
     let watch = Watch {
         affinity: true,
         droppable: vec!["store".into(), "n".into(), "metadata".into(), "user".into()],
@@ -206,21 +206,21 @@ fn the_work_grows_with_the_input_and_no_faster() {
     type Shape = (&'static str, fn(usize) -> Vec<u8>);
     let shapes: [Shape; 21] = [
         ("nested arrays", |n| [&b"{\"a\":"[..], &b"[".repeat(n)].concat()),
-        ("deep again and again", |n| {
+        ("deep arrays, many times", |n| {
             let deep = format!("{}{}", "[".repeat(126), "]".repeat(126));
             format!("{{\"a\":[{}0]}}", format!("{deep},").repeat(n / 252)).into_bytes()
         }),
         ("brackets in a string", |n| format!("{{\"a\":\"{}\"}}", "[".repeat(n)).into_bytes()),
-        ("quotes escaped", |n| format!("{{\"a\":\"{}\"}}", "\\\"".repeat(n / 2)).into_bytes()),
+        ("escaped quotes", |n| format!("{{\"a\":\"{}\"}}", "\\\"".repeat(n / 2)).into_bytes()),
         ("escaped units", |n| format!("{{\"a\":\"{}\"}}", "\\ud83d".repeat(n / 6)).into_bytes()),
-        ("quotes unended", |n| format!("{{\"a\":\"{}", "\\\"".repeat(n / 2)).into_bytes()),
+        ("escaped quotes, no end", |n| format!("{{\"a\":\"{}", "\\\"".repeat(n / 2)).into_bytes()),
         ("two bytes each", |n| format!("{{\"a\":\"{}\"}}", "é".repeat(n / 2)).into_bytes()),
         ("four bytes each", |n| format!("{{\"a\":\"{}\"}}", "😀".repeat(n / 4)).into_bytes()),
-        ("few outside of ASCII", |n| {
+        ("few non-ASCII characters", |n| {
             format!("{{\"a\":\"{}\"}}", ("x".repeat(99) + "é").repeat(n / 101)).into_bytes()
         }),
-        ("wrong at the end", |n| [format!("{{\"a\":\"{}", "é".repeat(n / 2)).as_bytes(), b"\xFF"].concat()),
-        ("wrong outside of strings", |n| [&b"{\"a\":"[..], &"é".repeat(n / 2).into_bytes()].concat()),
+        ("invalid at the end", |n| [format!("{{\"a\":\"{}", "é".repeat(n / 2)).as_bytes(), b"\xFF"].concat()),
+        ("invalid outside of strings", |n| [&b"{\"a\":"[..], &"é".repeat(n / 2).into_bytes()].concat()),
         ("strings with a character each", |n| {
             format!("{{\"a\":[{}0]}}", "\"é\",".repeat(n / 5)).into_bytes()
         }),

@@ -1,14 +1,14 @@
-//! Strings, of which some are kept: keys that may matter, a model's name, a role.
+//! The part of the scanner that reads strings. Some are kept: keys that may have to be noted, a model's name, a role.
 
 use crate::json::scan::{Fault, Keep, MAX_NAME, Scanner, Within, skip};
 
 impl Scanner<'_> {
-    /// The text of a string, from `i` on.
+    /// Reads the text of a string from `i`.
     pub(super) fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, Fault> {
         let end = if self.keep == Keep::Nothing {
-            skip::text(chunk, i, &mut self.sound)
+            skip::text_end(chunk, i, &mut self.valid_until)
         } else {
-            let end = skip::plain(chunk, i);
+            let end = skip::plain_end(chunk, i);
             if end > i {
                 self.keep_run(&chunk[i..end]);
             }
@@ -38,6 +38,7 @@ impl Scanner<'_> {
         Ok(end + 1)
     }
 
+    /// Reads the next byte of a UTF-8 sequence.
     pub(super) fn utf8(
         &mut self,
         b: u8,
@@ -58,6 +59,7 @@ impl Scanner<'_> {
         Ok(i + 1)
     }
 
+    /// Reads the byte after a backslash.
     pub(super) fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, Fault> {
         let plain = match b {
             b'"' | b'\\' | b'/' => b,
@@ -78,6 +80,7 @@ impl Scanner<'_> {
         Ok(i + 1)
     }
 
+    /// Reads a digit of a `\u` escape.
     pub(super) fn hex(&mut self, b: u8, i: usize, key: bool, left: u8, code: u16) -> Result<usize, Fault> {
         let Some(digit) = (b as char).to_digit(16) else { return self.invalid(i) };
         let code = code << 4 | digit as u16;
@@ -103,6 +106,7 @@ impl Scanner<'_> {
         self.keep_run(&[b]);
     }
 
+    /// Appends `run` to the kept text, truncated at [`MAX_NAME`] bytes.
     pub(super) fn keep_run(&mut self, run: &[u8]) {
         if self.keep == Keep::Nothing {
             return;
@@ -113,7 +117,7 @@ impl Scanner<'_> {
         self.text_is_cut |= run.len() > room;
     }
 
-    /// Takes one UTF-16 unit of a `\u` escape; a lone surrogate (which RFC 8259 allows) is kept as U+FFFD.
+    /// Keeps one UTF-16 unit of a `\u` escape. A lone surrogate, which RFC 8259 allows, is kept as U+FFFD.
     pub(super) fn push_unit(&mut self, unit: u16) {
         let high = std::mem::take(&mut self.high_surrogate);
         let units = [high, unit];
@@ -129,6 +133,7 @@ impl Scanner<'_> {
         }
     }
 
+    /// Keeps a pending high surrogate, which has turned out to be a lone one, as U+FFFD.
     pub(super) fn flush_surrogate(&mut self) {
         if std::mem::take(&mut self.high_surrogate) != 0 {
             self.keep_run("\u{FFFD}".as_bytes());
