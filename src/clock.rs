@@ -1,4 +1,4 @@
-//! The one place that reads clocks for the decisions in [`crate::policy`].
+//! The only module that reads clocks for the decisions in [`crate::policy`].
 
 use std::pin::pin;
 use std::sync::LazyLock;
@@ -11,26 +11,28 @@ use crate::time::{Nanos, SECOND};
 
 static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 
-/// Monotonic time since the process first asked.
+/// Returns the monotonic time since the first call in this process.
 pub(crate) fn now() -> Nanos {
     let start = *START;
     since_boot().saturating_sub(start)
 }
 
-/// What `Instant` reads, as a number: half the work, many times a request.
+/// Returns the time of the clock that `Instant` reads, as a number. This takes half the time, and a request reads the
+/// clock many times.
 fn since_boot() -> Nanos {
     let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Monotonic);
     tv_sec.cast_unsigned() * SECOND + tv_nsec.cast_unsigned()
 }
 
-/// The wall clock's reading at the start of [`now`], until the wall clock is set.
+/// The wall-clock time at which [`now`] was 0. Updated when the wall clock is set.
 static EPOCH: Mutex<Option<SystemTime>> = Mutex::new(None);
 
-/// Differences between the two clocks that are no change of the wall clock: both are read one after the other.
-const APART: Duration = Duration::from_millis(100);
+/// A difference between the two clocks below this does not mean that the wall clock was set: the clocks are read one
+/// after the other, not at once.
+const TOLERANCE: Duration = Duration::from_millis(100);
 
-/// The wall clock's reading at a moment of [`now`]. The same moment reads the same at every call, unless the wall clock
-/// has been set meanwhile.
+/// Returns the wall-clock time at the time `at` of [`now`]. The same `at` gives the same result in every call, unless
+/// the wall clock was set in between.
 pub(crate) fn wall(at: Nanos) -> SystemTime {
     let epoch = wall_epoch(&mut EPOCH.lock(), SystemTime::now(), now());
     epoch + Duration::from_nanos(at)
@@ -38,46 +40,46 @@ pub(crate) fn wall(at: Nanos) -> SystemTime {
 
 fn wall_epoch(known: &mut Option<SystemTime>, wall: SystemTime, now: Nanos) -> SystemTime {
     let fresh = wall.checked_sub(Duration::from_nanos(now)).unwrap_or(wall);
-    let apart = |known: SystemTime| known.duration_since(fresh).unwrap_or_else(|e| e.duration());
+    let difference = |known: SystemTime| known.duration_since(fresh).unwrap_or_else(|e| e.duration());
     match *known {
-        Some(known) if apart(known) < APART => known,
+        Some(known) if difference(known) < TOLERANCE => known,
         _ => *known.insert(fresh),
     }
 }
 
-/// A span as [`Nanos`], saturating at 584 years.
+/// Converts a duration to [`Nanos`], saturating at 584 years.
 pub(crate) fn nanos(span: Duration) -> Nanos {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A time limit has passed.
+/// A time limit has expired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Late;
 
-/// A timer that fires so late tells that the process was stopped, and with it all that the limit is for.
-const STOPPED: Duration = Duration::from_secs(1);
+/// A timer that fires this late shows that the process was stopped, together with the work that the timer limits.
+const MAX_DELAY: Duration = Duration::from_secs(1);
 
-/// Runs `work` for at most `limit`; time in which the process was stopped does not count.
+/// Runs `work` for at most `limit`. If the timer shows that the process was stopped meanwhile, the limit starts again.
 ///
 /// # Errors
-/// [`Late`]; `work` is dropped then.
+/// Returns [`Late`] if the limit has expired; `work` is dropped then.
 pub(crate) async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, Late> {
     let mut work = pin!(work);
     loop {
         let since = Instant::now();
         match tokio::time::timeout(limit, work.as_mut()).await {
             Ok(output) => return Ok(output),
-            Err(_) if since.elapsed() >= limit + STOPPED => {}
+            Err(_) if since.elapsed() >= limit + MAX_DELAY => {}
             Err(_) => return Err(Late),
         }
     }
 }
 
-/// The wall clock as RFC 3339 text in UTC with milliseconds: `2026-11-24T03:20:22.123Z`.
+/// Formats a wall-clock time as RFC 3339 in UTC with milliseconds: `2026-11-24T03:20:22.123Z`.
 pub(crate) fn timestamp(wall: SystemTime) -> String {
     let since = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Days to a civil date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+    // Converts days to a civil date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
     let z = days + 719_468;
     let (era, doe) = (z / 146_097, z % 146_097);
     let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
@@ -106,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moment_keeps_its_wall_time_until_the_wall_clock_is_set() {
+    fn wall_time_is_stable_until_the_wall_clock_is_set() {
         let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let (ms, mut known) = (Duration::from_millis, None);
         assert_eq!(wall_epoch(&mut known, start, 0), start);
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn never_runs_backwards() {
+    fn now_never_goes_back() {
         let first = now();
         assert!(now() >= first);
         assert_eq!(nanos(Duration::MAX), u64::MAX);

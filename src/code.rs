@@ -1,4 +1,4 @@
-//! The codes of errors: what went wrong, in one word each.
+//! The error codes: one word for each cause.
 
 macro_rules! codes {
     ($($variant:ident $text:literal,)*) => {
@@ -8,15 +8,16 @@ macro_rules! codes {
         pub(crate) enum Code { $($variant,)* }
 
         impl Code {
-            /// All codes.
+            /// All codes, in the order of declaration.
             pub(crate) const ALL: [Code; codes!(@count $($variant)*)] = [$(Code::$variant,)*];
 
-            /// As it stands in answers and labels.
+            /// Returns the code as text, for answers and metric labels.
             pub(crate) const fn text(self) -> &'static str {
                 match self { $(Code::$variant => $text,)* }
             }
 
-            /// Whether it only says why a try failed: it stands in metrics and the log, in no answer of Zap's own.
+            /// Whether the code only tells why a try failed: it appears in metrics and the log, but in no answer of
+            /// Zap's own.
             pub(crate) const fn is_label(self) -> bool {
                 matches!(self, Code::UpstreamError | Code::UpstreamRefused)
             }

@@ -1,10 +1,10 @@
-//! A histogram with fixed bounds, written by one thread and read by any.
+//! Counters and histograms with fixed bounds, written by one thread and read by any.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::time::{MILLI, Nanos, SECOND};
 
-/// Bounds for whole requests and waits: 5 ms to 300 s.
+/// Histogram bounds for whole requests and for waits: 5 ms to 300 s.
 pub const REQUEST: &[Nanos] = &[
     5 * MILLI,
     10 * MILLI,
@@ -23,7 +23,7 @@ pub const REQUEST: &[Nanos] = &[
     300 * SECOND,
 ];
 
-/// Bounds for Zap's own share: 10 us to 100 ms.
+/// Histogram bounds for the time that Zap itself adds: 10 us to 100 ms.
 pub(crate) const OVERHEAD: &[Nanos] = &[
     MILLI / 100,
     MILLI / 40,
@@ -40,22 +40,22 @@ pub(crate) const OVERHEAD: &[Nanos] = &[
     100 * MILLI,
 ];
 
-/// A number that one thread changes and any may read.
+/// A number that one thread changes and any thread may read.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `n`. Only the owning thread may call this: it is a plain load and store.
+    /// Adds `n`. Only the owning thread may call this, because the load and the store are separate.
     pub(crate) fn add(&self, n: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
-    /// Takes `n` away; the owning thread only.
+    /// Subtracts `n`. Only the owning thread may call this.
     pub(crate) fn sub(&self, n: u64) {
         self.add(n.wrapping_neg());
     }
 
-    /// The value as it stands.
+    /// Returns the current value.
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -70,7 +70,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// An empty one.
+    /// Creates an empty histogram with these upper bounds, in ascending order.
     pub fn new(bounds: &'static [Nanos]) -> Self {
         Histogram {
             bounds,
@@ -79,7 +79,7 @@ impl Histogram {
         }
     }
 
-    /// Counts one value; the owning thread only.
+    /// Counts one value. Only the owning thread may call this.
     pub fn record(&self, value: Nanos) {
         let bucket = self.bounds.partition_point(|bound| *bound < value);
         self.buckets[bucket].add(1);
@@ -90,7 +90,7 @@ impl Histogram {
 /// The sum of several histograms with the same bounds.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Total {
-    /// Upper bounds and how many values were at most that.
+    /// Each upper bound, with the number of values up to and including it.
     pub cumulative: Vec<(Nanos, u64)>,
     /// Number of values.
     pub count: u64,
@@ -99,7 +99,7 @@ pub struct Total {
 }
 
 impl Total {
-    /// Adds the histograms up.
+    /// Adds up `histograms`, all of which have these `bounds`.
     pub fn of<'a>(bounds: &'static [Nanos], histograms: impl Iterator<Item = &'a Histogram>) -> Self {
         let mut plain = vec![0; bounds.len() + 1];
         let mut sum = 0u64;
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bound_belongs_to_its_bucket_and_counts_are_cumulative() {
+    fn bounds_are_inclusive_and_counts_are_cumulative() {
         const BOUNDS: &[Nanos] = &[10, 20];
         let (a, b) = (Histogram::new(BOUNDS), Histogram::new(BOUNDS));
         [5, 10, 11, 21].iter().for_each(|v| a.record(*v));
@@ -133,14 +133,14 @@ mod tests {
     }
 
     #[test]
-    fn bounds_rise() {
+    fn bounds_are_ascending() {
         for bounds in [REQUEST, OVERHEAD] {
             assert!(bounds.is_sorted());
         }
     }
 
     #[test]
-    fn a_counter_can_go_down_to_where_it_was() {
+    fn a_counter_can_be_decreased() {
         let c = Counter::default();
         c.add(3);
         c.sub(3);

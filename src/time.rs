@@ -1,10 +1,10 @@
-//! Times as numbers.
+//! Time as a number of nanoseconds.
 
 /// Monotonic time in nanoseconds since the process started.
 pub type Nanos = u64;
 
-/// One second in [`Nanos`].
+/// A second in [`Nanos`].
 pub const SECOND: Nanos = 1_000_000_000;
 
-/// One millisecond in [`Nanos`].
+/// A millisecond in [`Nanos`].
 pub(crate) const MILLI: Nanos = 1_000_000;

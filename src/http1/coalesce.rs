@@ -1,18 +1,19 @@
-//! Small messages are written in one piece.
+//! Copies the slices of a small message into one buffer, to write it in one piece.
 //!
-//! For a kilobyte or two the kernel takes longer to be told of several slices than Zap takes to copy them together.
+//! For a kilobyte or two, a write of several slices costs more in the kernel than the copy costs Zap.
 
 use std::io::IoSlice;
 
 use smallvec::SmallVec;
 
-/// Largest message that is copied together, in bytes.
+/// Largest message that is copied into one buffer, in bytes.
 const MAX: usize = 4096;
 
-/// Room for a small message, on the stack.
+/// A buffer on the stack for a small message.
 pub(crate) type Scratch = SmallVec<[u8; MAX]>;
 
-/// The slices as one piece, if they are one already or a small message; else they are to be written as they are.
+/// Returns the message as one piece, if it is a single slice or small. `None`: the caller must write the slices as they
+/// are.
 pub(crate) fn one_piece<'p>(slices: &'p [IoSlice<'_>], scratch: &'p mut Scratch) -> Option<&'p [u8]> {
     if let [one] = slices {
         return Some(one);
@@ -30,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_small_is_copied() {
+    fn only_small_messages_are_copied() {
         let (small, large) = ([b'a'; 10], [b'b'; MAX - 9]);
         let piece = |slices: &[&[u8]]| {
             let slices: Vec<_> = slices.iter().map(|s| IoSlice::new(s)).collect();

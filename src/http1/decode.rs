@@ -1,7 +1,9 @@
-//! The reader of HTTP/1.1 answers (RFC 9112), without I/O: bytes in, heads and bodies out, however they are cut.
+//! The decoder of HTTP/1.1 answers (RFC 9112), without I/O: bytes in, heads and bodies out, for any chunking of the
+//! input.
 //!
-//! Strict where a lenient reader could be led to see another message than its neighbour does: one framing, exact chunks,
-//! no folded lines, no bare CR or LF. What it refuses ends the connection. Heads are read by `httparse`, as hyper's are.
+//! The decoder is strict wherever two lenient readers could see two different messages: one framing, exact chunks, no
+//! folded lines, no bare CR or LF. An answer that it refuses ends the connection. `httparse` parses the heads, as in
+//! hyper.
 
 use std::mem::{self, MaybeUninit};
 
@@ -12,19 +14,19 @@ use http::{Response, StatusCode, Version, response};
 use crate::http1::head::is_worth_parsing;
 use crate::http1::header_map_pool;
 
-/// Largest head of an answer, interim ones included.
+/// Largest head of an answer in bytes, interim answers included.
 pub(crate) const MAX_HEAD: usize = 64 * 1024;
 
-/// Largest trailers, line ends left out.
+/// Largest trailers in bytes, line ends not counted.
 const MAX_TRAILERS: u16 = 8 * 1024;
 
-/// Most headers of an answer.
+/// Most headers of an answer, and most trailer lines.
 pub(crate) const MAX_HEADERS: usize = 100;
 
-/// Longest line of a chunk's size, extensions included.
+/// Longest line with a chunk's size in bytes, extensions included.
 const MAX_SIZE_LINE: usize = 1024;
 
-/// What came is no answer, and why.
+/// Why the input is not a valid HTTP/1.1 answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Invalid(pub &'static str);
 
@@ -38,67 +40,61 @@ const BAD_TRAILER: Invalid = Invalid("a trailer is malformed");
 
 const BAD_HEADER: Invalid = Invalid("a header is malformed");
 
-/// Reads one answer after the other.
+/// Decodes the answers of one connection, one after the other.
 #[derive(Default)]
 pub(crate) struct Decoder {
     state: Position,
-    /// The peer keeps the connection open behind this answer.
+    /// The connection can be used again after this answer.
     keep_alive: bool,
-    /// The head said how long the body is.
-    stated: bool,
-    /// Of a head that is not whole, interim answers included.
+    /// The head states the length of the body.
+    has_length: bool,
+    /// The bytes of an incomplete head, interim answers included.
     head: BytesMut,
     parsed: Parsed,
 }
 
-/// How far a head that is not whole was parsed.
+/// How far an incomplete head was parsed.
 #[derive(Clone, Copy, Default)]
 struct Parsed {
     /// Bytes of interim answers, which are not parsed again.
     interim: usize,
-    /// Bytes that were there when it was parsed last.
+    /// Length of the head when it was parsed last.
     len: usize,
 }
 
+/// The position in an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Position {
-    /// It is no answer from here on.
+    /// The input is invalid from here on.
     Broken,
-    /// The answer is whole.
+    /// The answer is complete.
     Done,
-    /// Waits for a head.
+    /// In the head, or before it.
     #[default]
     Head,
-    /// In a body of a stated length, with so many bytes to come.
+    /// In a body of a stated length: the bytes still to come.
     Length(u64),
     /// In a body that ends with the connection.
-    Open,
-    /// In a chunk, with so many bytes of data to come.
+    UntilClose,
+    /// In the data of a chunk: the bytes still to come.
     Data(u64),
-    /// Behind a chunk's data: its CR, its LF.
+    /// After a chunk's data: the CR must follow.
     DataCr,
+    /// After that CR: the LF must follow.
     DataLf,
-    /// In the line of a chunk's size: the size so far, and the bytes of the line.
-    Size {
-        size: u64,
-        digits: u8,
-        read: u16,
-    },
-    /// Behind the size: white space, or an extension, which means nothing here.
-    Extension {
-        size: u64,
-        read: u16,
-        begun: bool,
-    },
-    /// Behind the line's CR.
+    /// In a chunk's size: the size so far, its digits, and the bytes of the line.
+    Size { size: u64, digits: u8, read: u16 },
+    /// After the size: white space, or an extension (`begun`), which is ignored.
+    Extension { size: u64, read: u16, begun: bool },
+    /// After the CR of the size line.
     SizeLf(u64),
-    /// In the trailers, which end at Zap.
+    /// In the trailers, which are not forwarded.
     Trailer(Trailer),
-    /// Behind a trailer line's CR.
+    /// After the CR of a trailer line.
     TrailerLf(Trailer),
 }
 
-/// How far trailers have been read: their bytes and lines, and what is known of the present line.
+/// How far the trailers were read: their bytes, their lines, and the position in the current line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Trailer {
     read: u16,
@@ -106,6 +102,7 @@ struct Trailer {
     line: TrailerLine,
 }
 
+/// The position in a line of the trailers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum TrailerLine {
     #[default]
@@ -115,60 +112,61 @@ enum TrailerLine {
 }
 
 impl Decoder {
-    /// Waits for the next answer.
+    /// Resets the decoder for the next answer.
     pub(crate) fn begin(&mut self) {
         self.state = Position::Head;
         self.head = BytesMut::new();
         self.parsed = Parsed::default();
     }
 
-    /// The answer is whole.
+    /// Whether the answer is complete.
     pub(crate) fn is_done(&self) -> bool {
         self.state == Position::Done
     }
 
-    /// Nothing that comes now is of the answer.
+    /// Whether the input became invalid inside the body.
     pub(crate) fn is_broken(&self) -> bool {
         self.state == Position::Broken
     }
 
-    /// The answer is whole, and the next may come on the same connection.
+    /// Whether the answer is complete and the connection can be used again.
     pub(crate) fn may_go_on(&self) -> bool {
         self.is_done() && self.keep_alive
     }
 
-    /// Bytes of the body still to come, where the head said so.
+    /// Returns the number of bytes of the body still to come, if the head states its length.
     pub(crate) fn remaining(&self) -> Option<u64> {
         match self.state {
             Position::Length(left) => Some(left),
-            _ => self.stated.then_some(0),
+            _ => self.has_length.then_some(0),
         }
     }
 
-    /// The connection ended; whether the answer did too.
+    /// Reports that the connection ended. Returns whether the answer is complete.
     pub(crate) fn end(&mut self) -> bool {
-        if self.state == Position::Open {
+        if self.state == Position::UntilClose {
             self.state = Position::Done;
         }
         self.is_done()
     }
 
-    /// The connection ended inside a head: what came and was not parsed yet is parsed now.
+    /// Reports that the connection ended inside a head, and parses the bytes that were not parsed yet.
     ///
     /// # Errors
-    /// [`Invalid`]: what came cannot begin an answer.
+    /// Returns [`Invalid`] if the bytes received cannot be the beginning of an answer.
     pub(crate) fn end_of_head(&mut self) -> Result<(), Invalid> {
         read_head(&mem::take(&mut self.head), &mut self.parsed).map(drop)
     }
 
-    /// Reads on in a head. Once it is whole: the head, and what of the body came behind it. Interim answers but 101 are
-    /// dropped.
+    /// Decodes more bytes of a head. Once the head is complete, returns it with the part of the body that is in
+    /// `input`. Interim answers except 101 are dropped.
     ///
     /// # Errors
-    /// [`Invalid`]: it is none, or too large; or the body begins wrong, as with [`body`](Decoder::body). A fault in a head
-    /// that comes in pieces may be told later, at its end at the latest, or by [`end_of_head`](Decoder::end_of_head).
+    /// Returns [`Invalid`] if the head is invalid or too large, or if the body begins with an error, as
+    /// [`body`](Decoder::body) does. An error in a head that arrives in pieces may be returned later: at the latest
+    /// at the end of the head, or by [`end_of_head`](Decoder::end_of_head).
     pub(crate) fn head(&mut self, input: &[u8]) -> Result<Option<(response::Parts, Bytes)>, Invalid> {
-        // Nearly always it is whole at once, and is not kept.
+        // Nearly always the whole head arrives at once and need not be buffered.
         let mut before = mem::take(&mut self.head);
         let read = if before.is_empty() {
             read_head(input, &mut self.parsed)?
@@ -178,46 +176,48 @@ impl Decoder {
             let is_worth = before.len() > MAX_HEAD || is_worth_parsing(&before[interim..], len - interim);
             if is_worth { read_head(&before, &mut self.parsed)? } else { None }
         };
-        let Some(Whole { parts, framing, text, rest }) = read else {
+        let Some(Head { parts, framing, copy, rest }) = read else {
             if before.is_empty() {
                 before.extend_from_slice(input);
             }
             self.head = before;
             return Ok(None);
         };
-        self.state = framing.state(parts.status, parts.version)?;
+        self.state = framing.body_start(parts.status, parts.version)?;
         self.keep_alive =
-            parts.version == Version::HTTP_11 && !framing.closes && self.state != Position::Open;
-        self.stated = matches!(self.state, Position::Done | Position::Length(_));
+            parts.version == Version::HTTP_11 && !framing.closes && self.state != Position::UntilClose;
+        self.has_length = matches!(self.state, Position::Done | Position::Length(_));
         let data = match self.state {
             Position::Length(left) if left >= rest as u64 => {
-                self.came(left, rest);
-                text.slice(text.len() - rest..)
+                self.took(left, rest);
+                copy.slice(copy.len() - rest..)
             }
-            Position::Open => text.slice(text.len() - rest..),
-            // What came last ended the head, so all of the rest is of it.
+            Position::UntilClose => copy.slice(copy.len() - rest..),
+            // The head ended inside `input`, so all of the rest is at its end.
             _ => self.body(&input[input.len() - rest..])?,
         };
         Ok(Some((parts, data)))
     }
 
-    /// `n` bytes of a body came, of which `left` were to come.
-    fn came(&mut self, left: u64, n: usize) {
+    /// Counts `n` received bytes of a body that had `left` bytes to come.
+    fn took(&mut self, left: u64, n: usize) {
         self.state = if left == n as u64 { Position::Done } else { Position::Length(left - n as u64) };
     }
 
-    /// Reads on in a body: what of it is in `input`, in one piece. What stands behind the answer ends the connection.
+    /// Decodes more bytes of a body. Returns the part of the body that is in `input`, in one piece. If bytes follow the
+    /// answer, the connection cannot be used again.
     ///
     /// # Errors
-    /// [`Invalid`]: the chunks are none, here or where the last call ended.
+    /// Returns [`Invalid`] if the chunked coding is invalid before the first data in `input`, or was already invalid
+    /// in the last call. An error after some data only makes [`is_broken`](Decoder::is_broken) true.
     pub(crate) fn body(&mut self, input: &[u8]) -> Result<Bytes, Invalid> {
         let (data, read) = match self.state {
             Position::Length(left) => {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
-                self.came(left, n);
+                self.took(left, n);
                 (Bytes::copy_from_slice(&input[..n]), n)
             }
-            Position::Open => (Bytes::copy_from_slice(input), input.len()),
+            Position::UntilClose => (Bytes::copy_from_slice(input), input.len()),
             _ => self.chunks(input)?,
         };
         if read < input.len() {
@@ -226,7 +226,7 @@ impl Decoder {
         Ok(data)
     }
 
-    /// The data of all chunks in `input`, and how many bytes of it were read.
+    /// Returns the data of all chunks in `input`, and how many bytes of `input` were read.
     fn chunks(&mut self, input: &[u8]) -> Result<(Bytes, usize), Invalid> {
         let mut data = Vec::new();
         let mut at = 0;
@@ -242,7 +242,7 @@ impl Decoder {
             }
             match self.state.after(input[at]) {
                 Ok(next) => self.state = next,
-                // What came before is the body still.
+                // Deliver the data before the error first; `is_broken` reports the error.
                 Err(_) if !data.is_empty() => {
                     self.state = Position::Broken;
                     break;
@@ -256,14 +256,14 @@ impl Decoder {
 }
 
 impl Position {
-    /// Between the data of chunks: what comes after `b`.
+    /// Returns the position after the byte `b`, outside of the data of chunks.
     fn after(self, b: u8) -> Result<Position, Invalid> {
         Ok(match (self, b) {
             (Position::DataCr, b'\r') => Position::DataLf,
             (Position::DataLf, b'\n') => Position::Size { size: 0, digits: 0, read: 0 },
             (Position::Size { size, digits, read }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
                 let digit = (b as char).to_digit(16).ok_or(BAD_CHUNK)?;
-                // Sixteen digits and no more, so that nobody reads another number.
+                // At most sixteen digits: with more, another reader could overflow and see another size.
                 if digits == 16 {
                     return Err(BAD_CHUNK);
                 }
@@ -293,7 +293,7 @@ impl Position {
 }
 
 impl Trailer {
-    /// In a line of the trailers: what comes after `b`.
+    /// Returns the position after the byte `b` in a line of the trailers.
     fn after(self, b: u8) -> Result<Position, Invalid> {
         let is_token = b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
         let line = match (self.line, b) {
@@ -310,24 +310,25 @@ impl Trailer {
     }
 }
 
-/// A whole head.
-struct Whole {
+/// A complete head.
+struct Head {
     parts: response::Parts,
     framing: BodyFraming,
-    /// The copy that its values share; with the rest, where that is not chunked.
-    text: Bytes,
-    /// Bytes that came behind it.
+    /// The copy that the header values share. Includes the rest, unless a transfer coding applies to it.
+    copy: Bytes,
+    /// Number of received bytes after the head.
     rest: usize,
 }
 
 #[cfg(test)]
 thread_local! {
-    /// Bytes of heads that were parsed, each as often as it was.
+    /// Number of bytes of heads that were parsed; a byte that is parsed twice counts twice.
     static PARSED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// A whole head, interim answers before it left out; `None` where more must come, and `parsed` says how far it came.
-fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid> {
+/// Parses a head and drops the interim answers before it. Returns `None` if the head is incomplete; `parsed` then
+/// says how far it was parsed.
+fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Head>, Invalid> {
     let mut from = parsed.interim;
     #[cfg(test)]
     PARSED.set(PARSED.get() + bytes.len() - from);
@@ -363,26 +364,26 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Whole>, Invalid
         let (mut parts, ()) = Response::new(()).into_parts();
         parts.status = status;
         parts.version = if answer.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-        // All values share one copy, the beginning of the body too where it goes on as it is.
+        // All header values share one copy, and so does the beginning of the body if it has no transfer coding.
         let is_coded =
             |line: &httparse::Header<'_>| line.name.eq_ignore_ascii_case(TRANSFER_ENCODING.as_str());
         let end = if answer.headers.iter().any(is_coded) { from + length } else { bytes.len() };
-        let text = Bytes::copy_from_slice(&bytes[from..end]);
-        // Room for Zap's own headers as well.
+        let copy = Bytes::copy_from_slice(&bytes[from..end]);
+        // Leave room for the headers that Zap adds.
         parts.headers = header_map_pool::map(answer.headers.len() + 8);
         let mut framing = BodyFraming::default();
         for line in answer.headers.iter() {
             let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| BAD_HEADER)?;
             let start = line.value.as_ptr().addr() - bytes[from..].as_ptr().addr();
-            let value = text.slice(start..start + line.value.len());
+            let value = copy.slice(start..start + line.value.len());
             framing.note(&name, line.value);
             parts.headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| BAD_HEADER)?);
         }
-        return Ok(Some(Whole { parts, framing, text, rest: bytes.len() - from - length }));
+        return Ok(Some(Head { parts, framing, copy, rest: bytes.len() - from - length }));
     }
 }
 
-/// What `httparse` found, in the words of RFC 9112.
+/// Converts an error of `httparse`.
 fn why(error: httparse::Error) -> Invalid {
     match error {
         httparse::Error::Version | httparse::Error::Status => NO_STATUS_LINE,
@@ -391,19 +392,21 @@ fn why(error: httparse::Error) -> Invalid {
     }
 }
 
-/// Whether a line ends without CR: `httparse` would let that pass.
+/// Whether a line ends with LF but without CR, which `httparse` would accept.
 fn has_bare_lf(head: &[u8]) -> bool {
     memchr::memchr_iter(b'\n', head).any(|at| at == 0 || head[at - 1] != b'\r')
 }
 
-/// What a head says of the body's end and of the connection's.
+/// The headers that determine where the body ends, and whether the connection closes.
 #[derive(Debug, Default)]
 struct BodyFraming {
+    /// Number of `Content-Length` headers.
     lengths: u8,
-    /// The last one, where it is a number.
+    /// The last `Content-Length`, if it is a number.
     length: Option<u64>,
+    /// Number of `Transfer-Encoding` headers.
     codings: u8,
-    /// The last of them is `chunked` and nothing else.
+    /// The last `Transfer-Encoding` is exactly `chunked`.
     chunked: bool,
     /// `Connection: close`
     closes: bool,
@@ -424,9 +427,10 @@ impl BodyFraming {
         }
     }
 
-    /// Where the body ends (RFC 9112, section 6.3). A head that says so in two ways is refused: no length beside a coding,
-    /// none twice, no coding but `chunked`.
-    fn state(&self, status: StatusCode, version: Version) -> Result<Position, Invalid> {
+    /// Returns the position at the start of the body, by its framing (RFC 9112, section 6.3). Refuses a head that
+    /// could be framed in two ways: a length together with a coding, a repeated length or coding, a coding other than
+    /// `chunked`.
+    fn body_start(&self, status: StatusCode, version: Version) -> Result<Position, Invalid> {
         let coded = match (self.codings, self.lengths) {
             (0, 0) => false,
             (0, 1) if self.length.is_some() => false,
@@ -443,7 +447,7 @@ impl BodyFraming {
             _ if coded => Position::Size { size: 0, digits: 0, read: 0 },
             Some(0) => Position::Done,
             Some(length) => Position::Length(length),
-            None => Position::Open,
+            None => Position::UntilClose,
         })
     }
 }
@@ -453,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_that_can_be_read_two_ways_is_refused() {
+    fn an_answer_with_ambiguous_framing_is_refused() {
         const LENGTH: (&str, &str) = ("content-length", "5");
         const CHUNKED: (&str, &str) = ("transfer-encoding", "chunked");
         for (headers, version, want) in [
@@ -476,11 +480,12 @@ mod tests {
             headers
                 .iter()
                 .for_each(|(name, value)| framing.note(&HeaderName::from_static(name), value.as_bytes()));
-            assert_eq!(framing.state(StatusCode::OK, version).is_ok(), want, "{headers:?}");
+            assert_eq!(framing.body_start(StatusCode::OK, version).is_ok(), want, "{headers:?}");
         }
     }
 
-    /// Status and body of an answer that comes in pieces of `size`; whether it was whole, and whether another may follow.
+    /// Decodes an answer in pieces of `size`. Returns its status and body, whether it is complete, and whether the
+    /// connection can be used again.
     fn read(bytes: &str, size: usize) -> Result<Option<(u16, String, bool, bool)>, Invalid> {
         let mut decoder = Decoder::default();
         decoder.begin();
@@ -501,16 +506,16 @@ mod tests {
         if status.is_none() {
             decoder.end_of_head()?;
         }
-        let goes_on = decoder.may_go_on();
+        let is_reusable = decoder.may_go_on();
         let whole = decoder.end();
-        Ok(status.map(|s| (s, String::from_utf8_lossy(&body).into_owned(), whole, goes_on)))
+        Ok(status.map(|s| (s, String::from_utf8_lossy(&body).into_owned(), whole, is_reusable)))
     }
 
     const OK: &str = "HTTP/1.1 200 OK\r\n";
 
     #[test]
-    fn reads_every_framing_however_it_is_cut() {
-        for (rest, body, whole, goes_on) in [
+    fn decodes_every_framing_with_any_chunking() {
+        for (rest, body, whole, is_reusable) in [
             ("content-length: 2\r\n\r\nok", "ok", true, true),
             ("content-length: 2\r\nconnection: Keep-Alive , Close\r\n\r\nok", "ok", true, false),
             ("content-length: 3\r\n\r\nok", "ok", false, false),
@@ -528,7 +533,7 @@ mod tests {
             let bytes = format!("{OK}{rest}");
             for size in 1..=bytes.len() {
                 let read = read(&bytes, size);
-                assert_eq!(read, Ok(Some((200, body.to_owned(), whole, goes_on))), "{bytes:?} in {size}");
+                assert_eq!(read, Ok(Some((200, body.to_owned(), whole, is_reusable))), "{bytes:?} in {size}");
             }
         }
         for (bytes, status) in [
@@ -546,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_behind_an_answer_ends_the_connection() {
+    fn bytes_after_an_answer_end_the_connection() {
         for rest in ["content-length: 2\r\n\r\nok", "transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"]
         {
             let bytes = format!("{OK}{rest}HTTP/1.1 200 OK\r\n\r\n");
@@ -555,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_answer_or_could_be_read_as_another() {
+    fn refuses_invalid_and_ambiguous_answers() {
         for bytes in [
             "HTTP/9 200 OK\r\n\r\n",
             "\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
@@ -599,7 +604,7 @@ mod tests {
             assert_eq!(
                 read,
                 Ok(Some((200, "ok".to_owned(), false, false))),
-                "what came before is kept: {chunks:?}"
+                "the data before the error is kept: {chunks:?}"
             );
         }
     }
@@ -646,7 +651,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_in_a_head_is_told_at_the_end_at_the_latest() {
+    fn an_error_in_a_head_is_returned_at_its_end_at_the_latest() {
         for (bytes, is_valid) in [
             ("HTTP/1.1 200 OK\r\nname", true),
             ("HTTP/1.1 200 OK\r\nbad name", false),
@@ -664,7 +669,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_and_their_lines_have_bounds() {
+    fn heads_lines_and_trailers_have_limits() {
         let lines =
             |n: usize, value: usize| format!("{OK}{}\r\n", format!("a: {}\r\n", "x".repeat(value)).repeat(n));
         assert!(matches!(read(&lines(MAX_HEADERS, 9), 100), Ok(Some(_))));

@@ -1,36 +1,37 @@
-//! The edge's strictness: what of a request head Zap refuses before a parser that forgives more sees it.
+//! Strict checks of a request head, before a more lenient parser reads it.
 //!
-//! Follows RFC 9112 where it lets a server choose, always on the strict side, because two servers that read one
-//! head differently are how requests get smuggled. It frames the head and its body; it does not decode them.
+//! The checks follow RFC 9112. If it lets a server choose, Zap chooses the strict side: request smuggling needs two
+//! servers that read the same head differently. This module frames the head and its body; it does not decode them.
 
 use memchr::{memchr, memmem};
 use wide::i8x16;
 
-/// Bytes that are looked at together.
+/// Number of bytes that are tested together.
 const BLOCK: usize = 16;
 
-/// A head that is never served: what to tell the client.
+/// Why a head is refused: the message for the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HeadFault(pub &'static str);
 
-/// How the body that follows a head is framed.
+/// The framing of the body after a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Framing {
     /// `Transfer-Encoding: chunked`
     Chunked,
-    /// So many bytes; 0 where the head announces none.
+    /// The body has this many bytes; 0 if the head announces no body.
     Length(u64),
 }
 
 /// A complete head that may be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RequestHead {
-    /// Bytes up to and including the empty line.
+    /// Length in bytes, up to and including the empty line.
     pub len: usize,
-    /// The body behind it.
+    /// Framing of the body.
     pub framing: Framing,
 }
 
+/// The headers that determine the framing and the authority.
 #[derive(Default)]
 struct KeyHeaders<'a> {
     host: Option<&'a [u8]>,
@@ -38,12 +39,12 @@ struct KeyHeaders<'a> {
     chunked: bool,
 }
 
-/// Looks at the bytes received so far: `None` while the head is incomplete.
+/// Checks the bytes received so far. Returns `None` while the head is incomplete.
 ///
 /// # Errors
-/// The first rule that the head breaks, as soon as it can be seen.
+/// Returns a [`HeadFault`] for the first rule that the head breaks, as soon as the bytes received show it.
 pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
-    // One empty line before a request is ignored (RFC 9112, section 2.2). A lone CR or LF is no line.
+    // RFC 9112, section 2.2: ignore an empty line before a request. A lone CR or LF is not a line.
     let start = match bytes {
         [b'\r'] => return Ok(None),
         [b'\r', b'\n', ..] => 2,
@@ -65,7 +66,9 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
         header(line, &mut seen, is_11)?;
     }
     let framing = match (seen.chunked, seen.length) {
-        (true, Some(_)) => return Err(HeadFault("Transfer-Encoding and Content-Length exclude each other")),
+        (true, Some(_)) => {
+            return Err(HeadFault("the request has both Transfer-Encoding and Content-Length"));
+        }
         (true, None) => Framing::Chunked,
         (false, length) => Framing::Length(length.unwrap_or(0)),
     };
@@ -77,30 +80,31 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
     Ok(Some(RequestHead { len: lines.at, framing }))
 }
 
-/// Whether a head that is not whole should be parsed again. Its first `parsed` bytes were, without an end; it is parsed
-/// again when it may have ended since, or has grown by a quarter: so the work stays linear in its length, however small
-/// the pieces are. Holds for requests and for answers.
+/// Whether an incomplete head, of which the first `parsed` bytes were parsed already, should be parsed again: if it
+/// may have ended since, or has grown by a quarter. This keeps the work linear in the length of the head, for pieces
+/// of any size. Used for requests and for answers.
 pub(crate) fn is_worth_parsing(head: &[u8], parsed: usize) -> bool {
-    // An end may begin up to two bytes before what is new.
+    // The end may begin up to two bytes before the new bytes.
     let fresh = &head[parsed.saturating_sub(2).min(head.len())..];
     head.len() > parsed + parsed / 4
         || [&b"\n\r\n"[..], b"\n\n"].iter().any(|end| memmem::find(fresh, end).is_some())
 }
 
-/// The lines of a head, found by its control characters: sixteen bytes at a time.
+/// Splits a head into lines by its control characters, which are searched for sixteen bytes at a time.
 struct Lines<'a> {
     bytes: &'a [u8],
-    /// Where the next line begins.
+    /// Start of the next line.
     at: usize,
-    /// The block that was looked at last, and where the one behind it begins.
+    /// Start of the current block.
     block: usize,
+    /// Start of the next block.
     next: usize,
-    /// A bit for each control character of the block that is still to be judged.
+    /// A bit for each control character of the current block that is not yet handled.
     marks: u32,
 }
 
 impl<'a> Lines<'a> {
-    /// The next line without its CRLF, once it is whole.
+    /// Returns the next line without its CRLF; `None` if it is incomplete.
     fn next(&mut self) -> Result<Option<&'a [u8]>, HeadFault> {
         loop {
             while self.marks == 0 {
@@ -121,14 +125,16 @@ impl<'a> Lines<'a> {
                     self.at = i + 1;
                     return Ok(Some(line));
                 }
-                (b'\n', _) => return Err(HeadFault("a line of the head ends without CR")),
-                _ => return Err(HeadFault("the head holds a control character")),
+                (b'\n', _) => {
+                    return Err(HeadFault("a line of the request head ends with LF but without CR"));
+                }
+                _ => return Err(HeadFault("the request head contains a control character")),
             }
         }
     }
 }
 
-/// A bit for each control character but the tab among the first sixteen bytes.
+/// Returns a bit for each control character, except the tab, among the first sixteen bytes.
 fn controls(bytes: &[u8]) -> u32 {
     let block = bytes.first_chunk().copied().unwrap_or_else(|| {
         let mut block = [b' '; BLOCK];
@@ -136,7 +142,7 @@ fn controls(bytes: &[u8]) -> u32 {
         block
     });
     let signed = i8x16::new(block.map(u8::cast_signed));
-    // As signed numbers, bytes outside of ASCII lie below the control characters.
+    // As signed numbers, non-ASCII bytes are below the control characters.
     let low = signed.simd_lt(i8x16::splat(0x20)) & !signed.simd_lt(i8x16::ZERO);
     let tab = signed.simd_eq(i8x16::splat(b'\t'.cast_signed()));
     let delete = signed.simd_eq(i8x16::splat(0x7F));
@@ -153,10 +159,10 @@ fn request_line(line: &[u8]) -> Result<(&[u8], bool), HeadFault> {
     let Some(space) = memchr(b' ', rest) else { return Err(fault) };
     let (method, target) = (&rest[..space], &rest[space + 1..]);
     if method == b"CONNECT" {
-        return Err(HeadFault("CONNECT is not served"));
+        return Err(HeadFault("the CONNECT method is not supported"));
     }
     if !target.iter().all(|b| IN_TARGET[usize::from(*b)]) {
-        return Err(HeadFault("the request target holds a character that a URL may not have"));
+        return Err(HeadFault("the request target contains a character that is not allowed in a URL"));
     }
     if method.is_empty() || target.is_empty() || !method.iter().all(|b| is_token(*b)) {
         return Err(fault);
@@ -170,9 +176,9 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
     };
     let (name, value) = line.split_at(end);
     if name.is_empty() || value[0] != b':' {
-        return Err(HeadFault("a header name is not a token"));
+        return Err(HeadFault("a header name is not a token (RFC 9110, section 5.6.2)"));
     }
-    // Most names are of no interest, and their lengths say so.
+    // The length excludes most of the other names.
     if !matches!(name.len(), 4 | 14 | 17) {
         return Ok(());
     }
@@ -182,12 +188,12 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
             return Err(HeadFault("the Host header is repeated"));
         }
         if !is_host(value) {
-            return Err(HeadFault("the Host header is malformed"));
+            return Err(HeadFault("the Host header is not a host with an optional port"));
         }
     } else if name.eq_ignore_ascii_case(b"content-length") {
         let digits = !value.is_empty() && value.len() < 19 && value.iter().all(u8::is_ascii_digit);
         if !digits {
-            return Err(HeadFault("Content-Length is not a number"));
+            return Err(HeadFault("Content-Length is not a decimal number of at most 18 digits"));
         }
         let length = value.iter().fold(0, |n, b| n * 10 + u64::from(b - b'0'));
         if seen.length.replace(length).is_some() {
@@ -198,14 +204,14 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
             return Err(HeadFault("Transfer-Encoding is repeated"));
         }
         if !is_11 || !value.eq_ignore_ascii_case(b"chunked") {
-            return Err(HeadFault("Transfer-Encoding is not chunked"));
+            return Err(HeadFault("Transfer-Encoding must be chunked, and only with HTTP/1.1"));
         }
         seen.chunked = true;
     }
     Ok(())
 }
 
-/// An absolute-form target must name the authority that Host names.
+/// Checks that an absolute-form target names the same authority as the Host header.
 fn same_authority(target: &[u8], host: &[u8]) -> Result<(), HeadFault> {
     if target[0] == b'/' || target == b"*" {
         return Ok(());
@@ -217,12 +223,12 @@ fn same_authority(target: &[u8], host: &[u8]) -> Result<(), HeadFault> {
     let authority = rest.and_then(|r| r.split(|b| matches!(b, b'/' | b'?')).next());
     match authority {
         Some(authority) if authority.eq_ignore_ascii_case(host) => Ok(()),
-        Some(_) => Err(HeadFault("the request target and Host name different authorities")),
-        None => Err(HeadFault("the request target is not a path")),
+        Some(_) => Err(HeadFault("the request target and the Host header name different hosts")),
+        None => Err(HeadFault("the request target must be a path or an http or https URL")),
     }
 }
 
-/// `host [":" port]` with the characters of RFC 3986; no userinfo.
+/// Whether a value is `host [":" port]` with the characters of RFC 3986, without userinfo.
 fn is_host(value: &[u8]) -> bool {
     let colon = if value.starts_with(b"[") {
         match memchr(b']', value) {
@@ -243,7 +249,7 @@ fn is_host(value: &[u8]) -> bool {
         && port.iter().all(u8::is_ascii_digit)
 }
 
-/// `tchar` of RFC 9110, section 5.6.2.
+/// Whether a byte is a `tchar` of RFC 9110, section 5.6.2.
 fn is_token(b: u8) -> bool {
     TOKEN[usize::from(b)]
 }
@@ -252,7 +258,7 @@ const TOKEN: [bool; 256] = alphanumeric_and(b"!#$%&'*+-.^_`|~");
 
 const IN_HOST: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+,;=[]:");
 
-/// RFC 3986 without the fragment, and `{}|^`, which clients leave unescaped in queries.
+/// The characters of RFC 3986 without the fragment, plus `{}|^`, which clients leave unescaped in queries.
 const IN_TARGET: [bool; 256] = alphanumeric_and(b"-._~%!$&'()*+,;=:@/?[]{}|^");
 
 const fn alphanumeric_and(marks: &[u8]) -> [bool; 256] {
@@ -279,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_what_may_be_served() {
+    fn accepts_and_frames_valid_heads() {
         for (head, framing) in [
             ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
             ("\r\nGET / HTTP/1.1\r\nHost: a:80\r\n\r\n", Framing::Length(0)),
@@ -292,8 +298,12 @@ mod tests {
             ("GET /chat?a[]={b}|^c&d='(e)!$*+,;=? HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
         ] {
             assert_eq!(verdict(head), Ok(Some(RequestHead { len: head.len(), framing })), "{head:?}");
-            let behind = format!("{head}{{}}");
-            assert_eq!(verdict(&behind), Ok(Some(RequestHead { len: head.len(), framing })), "{behind:?}");
+            let with_body = format!("{head}{{}}");
+            assert_eq!(
+                verdict(&with_body),
+                Ok(Some(RequestHead { len: head.len(), framing })),
+                "{with_body:?}"
+            );
             for cut in 0..head.len() {
                 assert_eq!(verdict(&head[..cut]), Ok(None), "{:?}", &head[..cut]);
             }
@@ -301,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_others_could_read_otherwise() {
+    fn refuses_heads_that_other_servers_could_read_differently() {
         for head in [
             "GET / HTTP/1.1\r\n\r\n",
             "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
@@ -362,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_comes_in_many_pieces_is_parsed_a_few_times() {
+    fn a_head_that_arrives_in_many_pieces_is_parsed_only_a_few_times() {
         let mut head = b"GET / HTTP/1.1\r\nhost: a\r\n".to_vec();
         let (mut parsed, mut count) = (0, 0);
         while head.len() < 64 * 1024 {
@@ -395,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn no_control_character_passes_wherever_it_stands() {
+    fn a_control_character_is_refused_at_any_position() {
         let head = |value: &[u8]| [b"GET / HTTP/1.1\r\nhost: a\r\nx: ", value, b"\r\n\r\n"].concat();
         for place in 0..40 {
             for b in 0..=u8::MAX {

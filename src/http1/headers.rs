@@ -1,7 +1,9 @@
-//! Which headers cross Zap, in both directions, whose credential a request carries, and how Zap writes a number in one.
+//! The headers that pass through Zap in both directions, the client's credential, address and request id, and the
+//! values of the headers that Zap writes.
 //!
-//! To a backend the header map is built afresh from a short list; to a client the upstream's map passes less
-//! what belongs to the connection (RFC 9110, section 7.6.1). Nothing here knows a backend's key.
+//! The headers for a backend are a new map, built from a short list of allowed names. The headers for a client are the
+//! upstream's map without those that belong to the connection (RFC 9110, section 7.6.1). This module never handles a
+//! backend's key.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -20,22 +22,23 @@ pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-i
 /// `x-upstream-request-id`
 pub(crate) const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
 
-/// What the headers of an answer say, as far as Zap cares.
+/// The facts about an answer that Zap needs from its headers.
 #[derive(Debug, Default)]
 pub(crate) struct About {
-    /// The provider's own id for the request: `x-request-id`, else `request-id`, of 1 to 128 visible ASCII characters.
+    /// The provider's id for the request: `x-request-id`, else `request-id`, if it is 1 to 128 visible ASCII
+    /// characters.
     pub id: Option<HeaderValue>,
-    /// The body is a stream of events, whatever was asked for.
+    /// The body is an event stream (`text/event-stream`), whether or not the client asked for one.
     pub is_events: bool,
-    /// The body is encoded.
+    /// The body has a content coding.
     pub is_encoded: bool,
-    /// The body's length is stated.
+    /// The answer has `Content-Length`.
     pub has_length: bool,
 }
 
 impl About {
-    /// Takes a header into account; `true` where it ends at Zap: it belongs to the connection, or speaks of the provider's
-    /// own site to browsers.
+    /// Notes the facts in one header. Returns `true` if the header must not be forwarded: it belongs to the
+    /// connection, or it tells browsers about the provider's own site.
     fn ends_here(&mut self, name: &HeaderName, value: &HeaderValue) -> bool {
         match name.as_str() {
             "alt-svc" | "connection" | "keep-alive" | "proxy-authenticate" | "proxy-connection"
@@ -63,10 +66,10 @@ fn is_events(content_type: &HeaderValue) -> bool {
     content_type.as_bytes().get(..name.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(name))
 }
 
-/// Puts, one by one, what a backend may see of a client's headers, defaults included.
+/// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
 ///
-/// `forward_authorization` adds the client's bearer and the account headers that belong to it. Headers that
-/// `Connection` nominates are left out, whatever they are.
+/// `forward_authorization` also allows the client's `Authorization` and the account headers that belong to it.
+/// Headers that `Connection` nominates are never forwarded, not even allowed ones.
 pub(crate) fn to_backend(
     client: &HeaderMap,
     forward_authorization: bool,
@@ -80,7 +83,7 @@ pub(crate) fn to_backend(
                 .iter()
                 .any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
     };
-    let (mut accepts, mut is_named) = (false, false);
+    let (mut has_accept, mut has_user_agent) = (false, false);
     for (name, value) in client {
         let passes = match name.as_str() {
             "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
@@ -90,80 +93,83 @@ pub(crate) fn to_backend(
             other => other.starts_with("x-stainless-"),
         };
         if passes && !is_nominated(name) {
-            accepts |= *name == ACCEPT;
-            is_named |= *name == USER_AGENT;
+            has_accept |= *name == ACCEPT;
+            has_user_agent |= *name == USER_AGENT;
             put(name, value);
         }
     }
-    if !accepts {
+    if !has_accept {
         put(&ACCEPT, &HeaderValue::from_static("*/*"));
     }
-    if !is_named {
+    if !has_user_agent {
         put(&USER_AGENT, &HeaderValue::from_static("zap"));
     }
-    // The scanner has seen to it; what a client without care calls it (`curl -d` says a form) would only mislead.
+    // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
+    // form.
     put(&CONTENT_TYPE, &HeaderValue::from_static("application/json"));
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }
 
-/// Takes out of a response's headers what ends at Zap; returns what they say.
+/// Removes the headers of an answer that must not be forwarded to the client, and returns the facts that Zap needs.
 pub(crate) fn to_client(upstream: &mut HeaderMap) -> About {
     let mut about = About::default();
-    // One look at each header costs less than a search for each that could be there.
-    let gone =
+    // A single pass over the headers is cheaper than a look-up of each name that could be there.
+    let removed =
         upstream.iter().filter(|(name, value)| about.ends_here(name, value)).map(|(name, _)| name.clone());
-    let gone: SmallVec<[HeaderName; 4]> = gone.collect();
-    if !gone.is_empty() {
-        take_out(upstream, gone);
+    let removed: SmallVec<[HeaderName; 4]> = removed.collect();
+    if !removed.is_empty() {
+        remove(upstream, removed);
     }
     about.id = about.id.filter(is_id);
     about
 }
 
-fn take_out(upstream: &mut HeaderMap, mut gone: SmallVec<[HeaderName; 4]>) {
+/// Removes the headers in `removed`, and those that `Connection` nominates, except `content-length` and `content-type`.
+fn remove(upstream: &mut HeaderMap, mut removed: SmallVec<[HeaderName; 4]>) {
     let nominated = upstream.get_all(CONNECTION).iter().flat_map(|v| v.as_bytes().split(|b| *b == b','));
-    gone.extend(
+    removed.extend(
         nominated
             .filter_map(|t| HeaderName::from_bytes(t.trim_ascii()).ok())
             .filter(|name| name != "content-length" && name != "content-type"),
     );
-    for name in &gone {
+    for name in &removed {
         upstream.remove(name);
     }
 }
 
-/// Whether a message's body is encoded.
+/// Whether the body of a message has a content coding.
 pub(crate) fn is_encoded(headers: &HeaderMap) -> bool {
     headers.get_all(CONTENT_ENCODING).iter().any(encodes)
 }
 
-/// Whether a `Content-Encoding` encodes anything. `identity` (RFC 9110, section 8.4.1), `none`, which some send for it, and
-/// an empty value do not.
+/// Whether a `Content-Encoding` names a real coding. `identity` (RFC 9110, section 8.4.1), `none`, which some servers
+/// send instead, and an empty value are not codings.
 fn encodes(value: &HeaderValue) -> bool {
-    let is_none = |coding: &[u8]| {
+    let is_identity = |coding: &[u8]| {
         let coding = coding.trim_ascii();
         coding.is_empty() || coding.eq_ignore_ascii_case(b"identity") || coding.eq_ignore_ascii_case(b"none")
     };
-    !value.as_bytes().split(|b| *b == b',').all(is_none)
+    !value.as_bytes().split(|b| *b == b',').all(is_identity)
 }
 
 fn eq_name(token: &[u8], name: &HeaderName) -> bool {
     token.eq_ignore_ascii_case(name.as_str().as_bytes())
 }
 
-/// Headers with a client's key, beside `Authorization`.
+/// Headers that may carry a client's key, besides `Authorization`.
 const KEY_HEADERS: [&str; 3] = ["api-key", "x-api-key", "x-goog-api-key"];
 
-/// Whether a header with a credential stands more than once: the one that is counted need not be the one that a backend
-/// reads. Credentials of different kinds may stand side by side.
+/// Whether a header with a credential is repeated. Zap and a backend could then use different ones. Credentials in
+/// different headers are allowed.
 pub(crate) fn repeats_credential(headers: &HeaderMap) -> bool {
-    // Most requests repeat no header at all.
+    // Fast path: most requests repeat no header.
     let is_repeated = |name: &str| headers.get_all(name).iter().nth(1).is_some();
     headers.len() > headers.keys_len()
         && (is_repeated(AUTHORIZATION.as_str()) || KEY_HEADERS.iter().any(|name| is_repeated(name)))
 }
 
-/// The credential by which a request is counted: a bearer, else one of the API-key headers.
+/// Returns the credential by which a request is counted: the bearer token, else the first of the API-key headers.
+/// `None` if there is none, or if it is empty.
 pub(crate) fn credential(headers: &HeaderMap) -> Option<&[u8]> {
     let bearer = headers.get(AUTHORIZATION).and_then(|v| bearer_token(v.as_bytes()));
     bearer
@@ -177,8 +183,9 @@ fn bearer_token(value: &[u8]) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
 }
 
-/// Whose request it is: the peer, or where that is a proxy that is `trusted` the last address in `x-forwarded-for` that
-/// is not. An IPv6 address stands for its /64, which is what one household or host is given.
+/// Returns the address of the client: the peer, or, if the peer is a `trusted` proxy, the last address in
+/// `x-forwarded-for` that is not trusted. An IPv6 address is reduced to its /64, the prefix that one household or
+/// host usually gets.
 pub(crate) fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn(&IpAddr) -> bool) -> IpAddr {
     let mut address = peer.to_canonical();
     let lines: Vec<&HeaderValue> = headers.get_all("x-forwarded-for").iter().collect();
@@ -187,7 +194,7 @@ pub(crate) fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn
         if !trusted(&address) {
             break;
         }
-        // What a trusted proxy did not write as an address ends the chain: nothing before it can be believed.
+        // A hop that is not an address ends the chain: the entries before it cannot be trusted.
         let Some(next) = hop_address(hop) else { break };
         address = next.to_canonical();
     }
@@ -197,7 +204,7 @@ pub(crate) fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: impl Fn
     }
 }
 
-/// The address of one hop in `x-forwarded-for`. Proxies write it bare, with a port (`9.9.9.1:80`), in brackets
+/// Parses one hop in `x-forwarded-for`. Proxies write an address bare, with a port (`9.9.9.1:80`), in brackets
 /// (`[2001:db8::1]:443`), or quoted, as in `Forwarded` (RFC 7239). The port is dropped: it differs for each connection.
 fn hop_address(hop: &[u8]) -> Option<IpAddr> {
     let text = std::str::from_utf8(hop).ok()?.trim_ascii();
@@ -211,7 +218,7 @@ fn hop_address(hop: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// The client's request id if it is 1 to 128 visible ASCII characters.
+/// Returns the client's request id if it is 1 to 128 visible ASCII characters.
 pub(crate) fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
     headers.get(X_REQUEST_ID).filter(|id| is_id(id))
 }
@@ -220,26 +227,26 @@ fn is_id(id: &HeaderValue) -> bool {
     (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
 }
 
-/// A new request id: 32 hexadecimal digits of `random`.
+/// Creates a request id: `random` as 32 hexadecimal digits.
 pub(crate) fn new_request_id(random: u128) -> HeaderValue {
     let mut text = [0; 32];
     for (i, digit) in text.iter_mut().enumerate() {
         *digit = b"0123456789abcdef"[(random >> (4 * i) & 15) as usize];
     }
-    // One allocation, which clones share.
+    // Clones share this one allocation.
     HeaderValue::from_maybe_shared(Bytes::from_owner(text)).unwrap_or(HeaderValue::from_static("0"))
 }
 
-/// A number as a header's value; the usual ones cost nothing.
+/// Writes a number as a header value. The most common values need no allocation.
 pub(crate) fn number(n: u32) -> HeaderValue {
-    const USUAL: [&str; 4] = ["0", "1", "2", "3"];
-    match USUAL.get(n as usize) {
+    const COMMON: [&str; 4] = ["0", "1", "2", "3"];
+    match COMMON.get(n as usize) {
         Some(text) => HeaderValue::from_static(text),
         None => HeaderValue::from_str(itoa::Buffer::new().format(n)).unwrap_or(HeaderValue::from_static("0")),
     }
 }
 
-/// A time as OpenAI writes it: `2.5s`, rounded up to the millisecond.
+/// Writes a time as OpenAI does, rounded up to the millisecond: `2.5s`.
 pub(crate) fn reset(time: Nanos) -> HeaderValue {
     let millis = time.div_ceil(MILLI);
     if millis == 0 {
@@ -270,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_sees_the_short_list_only() {
+    fn a_backend_gets_only_the_allowed_headers() {
         let client = map(&[
             ("authorization", "Bearer client"),
             ("cookie", "a=b"),
@@ -318,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn connection_may_nominate_even_the_credential() {
+    fn connection_may_nominate_the_credential() {
         let client = map(&[("authorization", "Bearer client"), ("connection", "Authorization")]);
         let mut to = HeaderMap::new();
         to_backend(&client, true, |name, value| {
@@ -328,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_sees_the_upstream_less_its_connection() {
+    fn a_client_gets_the_upstreams_headers_without_those_of_the_connection() {
         let mut upstream = map(&[
             ("content-type", "text/event-stream"),
             ("content-length", "3"),
@@ -354,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bearer_counts_before_the_other_keys() {
+    fn the_bearer_token_comes_before_the_other_keys() {
         for (pairs, want) in [
             (&[("authorization", "Bearer a"), ("x-api-key", "b")][..], Some(&b"a"[..])),
             (&[("authorization", "bearer  a ")], Some(b"a")),
@@ -369,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_credential_may_stand_once() {
+    fn repeated_credentials_are_found() {
         for name in ["authorization", "api-key", "x-api-key", "x-goog-api-key"] {
             assert!(!repeats_credential(&map(&[(name, "a"), ("x-a", "1"), ("x-a", "2")])), "{name}");
             assert!(repeats_credential(&map(&[(name, "a"), ("x-a", "1"), (name, "a")])), "{name}");
@@ -378,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn believes_only_what_trusted_proxies_forward() {
+    fn only_addresses_from_trusted_proxies_are_used() {
         let address = |text: &str| text.parse::<IpAddr>().unwrap();
         let trusted = |a: &IpAddr| [address("10.0.0.1"), address("10.0.0.2")].contains(a);
         for (peer, forwarded, want) in [
@@ -421,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_a_sane_request_id_only() {
+    fn only_a_valid_request_id_is_kept() {
         assert_eq!(request_id(&map(&[("x-request-id", "abc-1")])).unwrap(), "abc-1");
         for bad in ["", "a b", "\u{7f}"] {
             let mut headers = HeaderMap::new();

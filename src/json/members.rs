@@ -43,7 +43,7 @@ pub(super) static NOTHING: Watch = Watch { affinity: false, droppable: Vec::new(
 /// A top-level member that Zap reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Member {
-    /// One of [`Watch::droppable`], by its index.
+    /// A member of [`Watch::droppable`], by its index.
     Droppable(usize),
     /// `messages`
     Messages,

@@ -11,7 +11,7 @@ use crate::time::{Nanos, SECOND};
 /// A backend's index in its snapshot.
 pub(crate) type BackendId = usize;
 
-/// One full turn of the round robin: each member appears as often as its weight.
+/// A full turn of the round robin: each member appears as often as its weight.
 #[derive(Debug)]
 pub struct Schedule {
     order: TurnOrder,

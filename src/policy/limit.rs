@@ -50,7 +50,7 @@ pub(crate) struct Window {
     count: u32,
 }
 
-/// One log entry: `n` admissions between the times `first` and `last`.
+/// A log entry: `n` admissions between the times `first` and `last`.
 #[derive(Debug)]
 struct Admissions {
     first: Nanos,

@@ -49,7 +49,7 @@ impl Pattern {
     }
 }
 
-/// One entry of a backend's `models`.
+/// An entry of a backend's `models`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// The name or the prefix that clients use.
@@ -81,7 +81,7 @@ pub struct Named {
     pub targets: Vec<NamedTarget>,
 }
 
-/// One target of a [`Named`] route.
+/// A target of a [`Named`] route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedTarget {
     /// Index of the backend.
@@ -118,7 +118,7 @@ pub(crate) struct Target {
 pub(crate) enum Sent {
     /// The client's model name, or none if the client sent none.
     AsIs,
-    /// This name, whatever the client sent.
+    /// A fixed name, whatever the client sent.
     Fixed {
         /// The name as JSON text for the splice.
         text: ModelText,

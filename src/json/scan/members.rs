@@ -9,7 +9,7 @@ impl Scanner<'_> {
     /// Reads members that may have to be noted, from the quote of a key at `i`, as long as they are short and no
     /// white space comes between tokens, which is true for most. Returns the position after them: between tokens, or,
     /// with `within` set, inside one.
-    #[inline(always)] // One place calls it.
+    #[inline(always)] // Called from a single place.
     pub(super) fn noted_members(&mut self, chunk: &[u8], mut i: usize) -> Result<(At, usize), Fault> {
         loop {
             skip::work::add(1);
@@ -46,7 +46,7 @@ impl Scanner<'_> {
     }
 
     /// Reads a key that may have to be noted, from its opening quote at `i`.
-    #[inline(always)] // One place calls it.
+    #[inline(always)] // Called from a single place.
     fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<TokenRead, Fault> {
         if self.depth == 1 {
             self.key_start = self.base + i as u64;

@@ -312,7 +312,7 @@ impl<'w> Scanner<'w> {
     /// Reads members that need not be noted, from the quote of a key at `i`, as long as their values are strings and
     /// no white space comes between tokens, which is true for most of a conversation. Returns the position after
     /// them: between tokens, or, with `within` set, inside a string.
-    #[inline(always)] // One place calls it.
+    #[inline(always)] // Called from a single place.
     fn members(&mut self, chunk: &[u8], mut i: usize) -> (At, usize) {
         loop {
             skip::work::add(1);
@@ -381,7 +381,7 @@ impl<'w> Scanner<'w> {
     }
 
     /// Reads a number, `true`, `false` or `null`; it begins at `i` with the byte `b`.
-    #[inline(always)] // Two places call it.
+    #[inline(always)] // Called from two places.
     fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<TokenRead, Fault> {
         match b {
             b'-' => self.number(chunk, i + 1, NumberPart::Minus),
