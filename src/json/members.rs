@@ -38,7 +38,7 @@ pub struct Watch {
 }
 
 /// Looks for no further members.
-pub(super) static NOTHING: Watch = Watch { affinity: false, droppable: Vec::new() };
+pub(super) static WATCH_NONE: Watch = Watch { affinity: false, droppable: Vec::new() };
 
 /// A top-level member that Zap reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -81,7 +81,7 @@ pub(crate) fn backoff(base: Duration, max: Duration, n: u32, random: u64) -> Dur
 }
 
 /// Number of retries per second that are always allowed.
-pub(crate) const ALWAYS: u64 = 10;
+pub(crate) const MIN_RETRIES_PER_SECOND: u64 = 10;
 
 /// Seconds that the budget looks back.
 const BUCKETS: usize = 10;
@@ -91,7 +91,7 @@ const COUNT_BITS: u32 = 17;
 const MAX_COUNT: u64 = (1 << COUNT_BITS) - 1;
 
 /// The retry budget: retries may be at most a given share of the requests offered in the last ten seconds, but
-/// [`ALWAYS`] retries per second are always allowed.
+/// [`MIN_RETRIES_PER_SECOND`] retries per second are always allowed.
 #[derive(Debug)]
 pub(crate) struct Budget {
     /// The share, in percent of the requests.
@@ -169,7 +169,7 @@ impl Budget {
 
     /// Whether the budget allows a retry in `second`; `bucket` holds the counts of that second.
     fn allows(&self, second: u64, bucket: Bucket) -> bool {
-        if bucket.retries < ALWAYS {
+        if bucket.retries < MIN_RETRIES_PER_SECOND {
             return true;
         }
         let (mut requests, mut retries) = (bucket.requests, bucket.retries);

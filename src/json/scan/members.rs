@@ -121,7 +121,7 @@ impl Scanner<'_> {
         self.keep = Keep::Nothing;
     }
 
-    /// Notes a comma at the top level, also as the one after the last member if that may be dropped.
+    /// Notes a comma at the top level, and records it as the end of the last member if that member is droppable.
     pub(super) fn comma_at(&mut self, offset: u64) {
         self.comma = offset;
         if let Some(last) = self.fields.droppable.last_mut()

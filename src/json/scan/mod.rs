@@ -14,7 +14,7 @@ mod text;
 use smallvec::SmallVec;
 
 use crate::json::members::{
-    Fields, MAX_NAME, Member, MemberSpan, Model, NOTHING, ScanError, ValueKind, Watch,
+    Fields, MAX_NAME, Member, MemberSpan, Model, ScanError, ValueKind, WATCH_NONE, Watch,
 };
 
 /// Deepest nesting that is accepted; the object itself is 1.
@@ -155,7 +155,7 @@ enum NumberPart {
 
 impl Default for Scanner<'_> {
     fn default() -> Self {
-        Scanner::new(&NOTHING)
+        Scanner::new(&WATCH_NONE)
     }
 }
 

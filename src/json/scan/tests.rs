@@ -6,7 +6,7 @@ use super::*;
 use crate::json::members::Affinity;
 
 fn scan(body: &[u8]) -> Result<Fields, ScanError> {
-    scan_for(&NOTHING, body)
+    scan_for(&WATCH_NONE, body)
 }
 
 fn scan_for(watch: &Watch, body: &[u8]) -> Result<Fields, ScanError> {
