@@ -354,7 +354,7 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Head>, Invalid>
             return Err(TOO_LARGE);
         }
         if has_bare_lf(&bytes[from..from + length]) {
-            return Err(Invalid("a line of the head ends without CR"));
+            return Err(Invalid("a line of the head ends with LF but without CR"));
         }
         let status = StatusCode::from_u16(answer.code.unwrap_or(0)).map_err(|_| NO_STATUS_LINE)?;
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
@@ -435,11 +435,11 @@ impl BodyFraming {
             (0, 0) => false,
             (0, 1) if self.length.is_some() => false,
             (1, 0) if self.chunked && version > Version::HTTP_10 => true,
-            (0, 1) => return Err(Invalid("content-length is no number")),
-            (0, _) => return Err(Invalid("two content-lengths")),
-            (1, 0) => return Err(Invalid("a transfer-encoding that is not chunked")),
-            (_, 0) => return Err(Invalid("two transfer-encodings")),
-            _ => return Err(Invalid("content-length beside transfer-encoding")),
+            (0, 1) => return Err(Invalid("content-length is not a number")),
+            (0, _) => return Err(Invalid("repeated content-length")),
+            (1, 0) => return Err(Invalid("transfer-encoding is not chunked, or not on HTTP/1.1")),
+            (_, 0) => return Err(Invalid("repeated transfer-encoding")),
+            _ => return Err(Invalid("both content-length and transfer-encoding")),
         };
         let bodiless = [StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED, StatusCode::SWITCHING_PROTOCOLS];
         Ok(match self.length {
@@ -610,17 +610,20 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_is_named() {
+    fn an_invalid_answer_has_a_reason() {
         for (head, why) in [
             ("SSH-2.0-x\r\n\r\n", "no status line"),
             ("HTTP/1.1 200 OK\r\na : b\r\n\r\n", "a header is malformed"),
-            ("HTTP/1.1 200 OK\r\na: b\n\r\n", "a line of the head ends without CR"),
-            ("HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n", "two content-lengths"),
-            ("HTTP/1.1 200 OK\r\ncontent-length: +1\r\n\r\n", "content-length is no number"),
-            ("HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n", "a transfer-encoding that is not chunked"),
+            ("HTTP/1.1 200 OK\r\na: b\n\r\n", "a line of the head ends with LF but without CR"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n", "repeated content-length"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: +1\r\n\r\n", "content-length is not a number"),
+            (
+                "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n",
+                "transfer-encoding is not chunked, or not on HTTP/1.1",
+            ),
             (
                 "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n",
-                "content-length beside transfer-encoding",
+                "both content-length and transfer-encoding",
             ),
         ] {
             assert_eq!(read(head, head.len()), Err(Invalid(why)), "{head:?}");
