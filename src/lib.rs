@@ -1,21 +1,39 @@
 //! Zap: an LLM inference gateway. One OpenAI-compatible endpoint in front of many providers.
 //!
-//! # The way of a request
-//! Read the modules in this order and you walk with it.
+//! # How a request travels
+//! Read the rooms in this order to follow a request. `cargo doc --document-private-items` shows all of them.
 //!
-//! 1. [`config`] is what the operator wrote, valid by construction; [`state`] is what the workers share: the fleet
-//!    as a snapshot that is replaced as a whole, and the policies' counters.
-//! 2. [`server`] accepts on the control thread and hands each connection to the worker with the fewest. A thread of its
-//!    own probes the fleet, keeps the schedule in step with it and puts a new configuration in place. A worker is
-//!    a thread with a runtime of its own; it owns its clients and its upstream connections, so nothing on a
-//!    request's way crosses threads but atomics.
-//! 3. [`gateway`] tells the story: who calls, rate limit, body, route, slot, tries, answer. The future and the body of
-//!    the answer own all that a request holds; when the client leaves, dropping them ends everything at once.
-//! 4. [`policy`] decides, without I/O: the head's rules, headers, limiter, JSON scanner, routes by model, admission,
-//!    balancing, breaker, splice, retries, quotas.
-//! 5. [`upstream`] speaks to the backends: pool, connections, one try, probes.
-//! 6. [`telemetry`] takes one record per finished request and makes metrics and log lines of it.
-//! 7. [`error`] is the one table of refusals; [`demo`] the built-in mock provider; [`cli`] the command line.
+//! 1. [`server`] accepts connections on the control thread and gives each to the worker with the fewest. A worker is a
+//!    thread with a runtime of its own. It owns its client connections and its upstream connections, so a request never
+//!    changes its thread. Another thread runs health checks, rebuilds schedules and applies a new configuration.
+//! 2. [`client`] is the client's side of a connection: limits of time, one request after the other ([`client::exchange`]),
+//!    the response body. It knows no policy.
+//! 3. [`gateway`] handles one request: [`protocol::endpoint`] names the endpoint, [`gateway::caller`] the client;
+//!    [`gateway::intake`] reads the body; [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries;
+//!    [`gateway::relay`] passes the response on. A refusal is a row of [`gateway::refusal`].
+//! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response, an
+//!    error. [`policy::choose`] picks the target; the limiter, the admission queue, the breaker and the retry budget are
+//!    its neighbours.
+//! 5. [`upstream`] speaks to backends: [`upstream::fleet`] is the snapshot of all of them, [`upstream::send`] makes one
+//!    try on a pooled or fresh connection, [`upstream::fault`] names the cause of a failure.
+//! 6. [`telemetry`] takes one record of each finished request and makes metrics and a log line of it.
+//!
+//! Below these stand rooms that know nothing of a request: [`config`] is the operator's file, valid by construction;
+//! [`protocol`] knows the OpenAI API; [`json`] scans and patches bodies; [`http1`] reads and writes heads; [`code`] lists
+//! the codes; [`clock`], [`time`] and [`counter`] serve all. Each room imports only from rooms below it; `tests/layers.rs`
+//! holds the order.
+//!
+//! Where to change what:
+//! - *whether a request waits, is tried again or fails*: [`policy::dispatch`];
+//! - *a new endpoint*: one row in [`protocol::endpoint`];
+//! - *a header that is dropped or added*: [`http1::headers`];
+//! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
+//! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].
+//!
+//! Beside them: [`cli`] is the command line, [`manual`] what `zap help` prints, [`demo`] the built-in mock provider.
+
+// The rooms are private; their documentation links to one another.
+#![allow(rustdoc::private_intra_doc_links)]
 
 mod time;
 
