@@ -34,16 +34,18 @@ const TOLERANCE: Duration = Duration::from_millis(100);
 /// Returns the wall-clock time at the time `at` of [`now`]. The same `at` gives the same result in every call, unless
 /// the wall clock was set in between.
 pub(crate) fn wall(at: Nanos) -> SystemTime {
-    let epoch = wall_epoch(&mut EPOCH.lock(), SystemTime::now(), now());
+    let mut known = EPOCH.lock();
+    let epoch = wall_epoch(*known, SystemTime::now(), now());
+    *known = Some(epoch);
     epoch + Duration::from_nanos(at)
 }
 
-fn wall_epoch(known: &mut Option<SystemTime>, wall: SystemTime, now: Nanos) -> SystemTime {
+fn wall_epoch(known: Option<SystemTime>, wall: SystemTime, now: Nanos) -> SystemTime {
     let fresh = wall.checked_sub(Duration::from_nanos(now)).unwrap_or(wall);
     let difference = |known: SystemTime| known.duration_since(fresh).unwrap_or_else(|e| e.duration());
-    match *known {
+    match known {
         Some(known) if difference(known) < TOLERANCE => known,
-        _ => *known.insert(fresh),
+        _ => fresh,
     }
 }
 
@@ -110,13 +112,13 @@ mod tests {
     #[test]
     fn wall_time_is_stable_until_the_wall_clock_is_set() {
         let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
-        let (ms, mut known) = (Duration::from_millis, None);
-        assert_eq!(wall_epoch(&mut known, start, 0), start);
+        let (ms, mut known) = (Duration::from_millis, start);
+        assert_eq!(wall_epoch(None, start, 0), start);
         for (read, now, epoch) in
             [(5_001, 5_000, 0), (9_960, 10_000, 0), (20_200, 20_000, 200), (30_150, 30_000, 200)]
         {
-            let got = wall_epoch(&mut known, start + ms(read), nanos(ms(now)));
-            assert_eq!(got, start + ms(epoch), "{read} at {now}");
+            known = wall_epoch(Some(known), start + ms(read), nanos(ms(now)));
+            assert_eq!(known, start + ms(epoch), "{read} at {now}");
         }
     }
 

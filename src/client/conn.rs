@@ -6,6 +6,7 @@
 //! write that was flushed is noticed, so that an answer can be cut exactly behind it.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
@@ -13,12 +14,11 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::client::deadline::{Deadline, Deadlines, GRAIN};
 use crate::clock;
-use crate::http1::coalesce::{Scratch, one_piece};
 use crate::http1::head::{Framing, inspect, is_worth_parsing};
 use crate::time::{Nanos, SECOND};
 
@@ -40,7 +40,7 @@ const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\
 /// A client connection, shared by its socket, its request and its answer.
 #[derive(Debug)]
 pub(crate) struct Conn {
-    stream: RefCell<TcpStream>,
+    pub(super) stream: RefCell<TcpStream>,
     peer: IpAddr,
     /// Its time limit.
     pub deadline: Rc<Deadline>,
@@ -60,11 +60,11 @@ pub(crate) struct Conn {
     /// The client has sent all it will.
     eof: Cell<bool>,
     /// Everything that hyper wrote has gone to the socket.
-    flushed: Cell<bool>,
+    pub(super) flushed: Cell<bool>,
     /// Someone waits for `flushed`.
-    wants_flush: Cell<bool>,
+    pub(super) wants_flush: Cell<bool>,
     /// Bytes of the answer that hyper was given since it last had nothing left to write.
-    unflushed: Cell<usize>,
+    pub(super) unflushed: Cell<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,7 +160,7 @@ impl Conn {
         }
     }
 
-    fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    pub(super) fn wrote(&self, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(result, Poll::Ready(Ok(n)) if n > 0) {
             self.progress();
         }
@@ -259,16 +259,20 @@ impl Conn {
         self.stream.borrow().poll_read_ready(cx)
     }
 
-    /// Reads and drops what the client still sends; ready at its end. `left`: how much is put up with.
-    pub(crate) fn poll_discard(&self, cx: &mut Context<'_>, left: &mut usize) -> Poll<()> {
-        let mut scratch = [0; 4096];
-        loop {
-            let mut buf = ReadBuf::new(&mut scratch);
-            match ready!(self.poll_socket(cx, &mut buf)) {
-                Ok(n) if n > 0 && *left >= n => *left -= n,
-                _ => return Poll::Ready(()),
+    /// Reads and drops what the client still sends, until it ends or has sent more than `most` bytes.
+    pub(crate) async fn discard(&self, most: usize) {
+        let mut left = most;
+        poll_fn(|cx| {
+            let mut scratch = [0; 4096];
+            loop {
+                let mut buf = ReadBuf::new(&mut scratch);
+                match ready!(self.poll_socket(cx, &mut buf)) {
+                    Ok(n) if n > 0 && left >= n => left -= n,
+                    _ => return Poll::Ready(()),
+                }
             }
-        }
+        })
+        .await;
     }
 
     fn poll_socket(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<usize>> {
@@ -280,7 +284,7 @@ impl Conn {
         Poll::Ready(Ok(n))
     }
 
-    fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    pub(super) fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             if self.reading.get() == Reading::Done && self.turn_over.get() {
                 self.reading.set(Reading::Head);
@@ -421,53 +425,5 @@ impl Conn {
     fn consumed(&self, left: u64, n: usize) {
         let left = left - n as u64;
         self.reading.set(if left == 0 { Reading::Done } else { Reading::Length(left) });
-    }
-}
-
-/// The handle that hyper owns.
-#[derive(Debug)]
-pub(crate) struct ClientIo(pub Rc<Conn>);
-
-impl AsyncRead for ClientIo {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.0.poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for ClientIo {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut *self.0.stream.borrow_mut()).poll_write(cx, buf);
-        self.0.wrote(result)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let mut stream = self.0.stream.borrow_mut();
-        let result = match one_piece(bufs, &mut Scratch::new()) {
-            Some(piece) => Pin::new(&mut *stream).poll_write(cx, piece),
-            None => Pin::new(&mut *stream).poll_write_vectored(cx, bufs),
-        };
-        self.0.wrote(result)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    /// hyper calls this once its own buffer is empty.
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.flushed.set(true);
-        self.0.unflushed.set(0);
-        if self.0.wants_flush.take() {
-            self.0.deadline.wake();
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0.stream.borrow_mut()).poll_shutdown(cx)
     }
 }

@@ -2,6 +2,8 @@
 
 pub(crate) mod deadline;
 
+mod client_io;
+
 pub(crate) mod conn;
 
 pub(crate) mod serve;

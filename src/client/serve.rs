@@ -18,7 +18,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
 use crate::client::body::{Body, Cut};
-use crate::client::conn::{ClientIo, Conn};
+use crate::client::client_io::ClientIo;
+use crate::client::conn::Conn;
 use crate::client::deadline::Deadlines;
 use crate::client::exchange::Exchange;
 use crate::client::future_pool::{FuturePool, Mailbox};
@@ -99,9 +100,7 @@ pub(crate) async fn serve<S: Service, F: Future>(
     let service = service_fn(|request| futures.run((request, conn.clone())));
     let answered = serve_http(&conn, &gateway, service).await;
     if answered && conn.is_unread() {
-        let mut left = MAX_DISCARD;
-        let drained = poll_fn(|cx| conn.poll_discard(cx, &mut left));
-        let _ = conn.deadline.limit(conn.coarse_now() + LINGER, drained).await;
+        let _ = conn.deadline.limit(conn.coarse_now() + LINGER, conn.discard(MAX_DISCARD)).await;
     }
 }
 

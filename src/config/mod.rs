@@ -5,6 +5,7 @@
 //!
 //! # Layout
 //!
+//! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys.
 //! - `suggest` guesses which known key an unknown key means.
 //! - `raw`, `backend`, `models` and `clients` name every key with its default and range.
@@ -16,6 +17,7 @@
 mod backend;
 mod clients;
 mod expand;
+mod fault_sink;
 mod models;
 mod raw;
 mod secret;
@@ -36,8 +38,8 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
+use crate::config::fault_sink::Sink;
 pub(crate) use crate::config::secret::Secret;
-use crate::config::toml_reader::Sink;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::policy::route::{Named, Pattern, Rule};
 

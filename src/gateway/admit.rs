@@ -19,8 +19,8 @@ use crate::policy::queue::{Admitted, Outside, Permit, QueueFull, Ticket};
 use crate::policy::quota::{LEEWAY, QuotaTicket};
 use crate::telemetry::{Phase, RequestRecord};
 use crate::time::Nanos;
-use crate::upstream::InLine;
 use crate::upstream::fleet::Snapshot;
+use crate::upstream::in_flight::InLine;
 
 impl From<QueueFull> for GatewayError {
     fn from(_: QueueFull) -> Self {

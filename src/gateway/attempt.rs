@@ -26,8 +26,8 @@ use crate::policy::retry::retry_after_secs;
 use crate::policy::route::TargetId;
 use crate::telemetry::{Phase, RequestRecord};
 use crate::time::{Nanos, SECOND};
-use crate::upstream::InFlight;
 use crate::upstream::fleet::{Ask, Snapshot, View};
+use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 

@@ -24,11 +24,12 @@ use crate::policy::route::TargetId;
 use crate::protocol::rate_limits;
 use crate::telemetry::Phase;
 use crate::time::Nanos;
+use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
+use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::{Link, WireRequest, write_header};
 use crate::upstream::pool::Lease;
 use crate::upstream::send::{SendError, Source, Step, UpstreamAnswer, send};
-use crate::upstream::{InFlight, Upstream};
 
 /// Room in a head for what most clients' headers take.
 const HEAD_ROOM: usize = 768;

@@ -28,8 +28,8 @@ use crate::protocol::responses::Seen;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::{End, RequestRecord};
 use crate::time::Nanos;
-use crate::upstream::InFlight;
 use crate::upstream::fault::Fault;
+use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 

@@ -11,32 +11,17 @@ use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use http::{Response, StatusCode, Version, response};
 
+use crate::http1::chunked::Position;
+pub(crate) use crate::http1::chunked::{Invalid, MAX_HEADERS};
 use crate::http1::head::is_worth_parsing;
 use crate::http1::header_map_pool;
 
 /// Largest head of an answer in bytes, interim answers included.
 pub(crate) const MAX_HEAD: usize = 64 * 1024;
 
-/// Largest trailers in bytes, line ends not counted.
-const MAX_TRAILERS: u16 = 8 * 1024;
-
-/// Most headers of an answer, and most trailer lines.
-pub(crate) const MAX_HEADERS: usize = 100;
-
-/// Longest line with a chunk's size in bytes, extensions included.
-const MAX_SIZE_LINE: usize = 1024;
-
-/// Why the input is not a valid HTTP/1.1 answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Invalid(pub &'static str);
-
-const BAD_CHUNK: Invalid = Invalid("a chunk is malformed");
-
 const NO_STATUS_LINE: Invalid = Invalid("no status line");
 
 const TOO_LARGE: Invalid = Invalid("the head is too large");
-
-const BAD_TRAILER: Invalid = Invalid("a trailer is malformed");
 
 const BAD_HEADER: Invalid = Invalid("a header is malformed");
 
@@ -60,55 +45,6 @@ struct Parsed {
     interim: usize,
     /// Length of the head when it was parsed last.
     len: usize,
-}
-
-/// The position in an answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Position {
-    /// The input is invalid from here on.
-    Broken,
-    /// The answer is complete.
-    Done,
-    /// In the head, or before it.
-    #[default]
-    Head,
-    /// In a body of a stated length: the bytes still to come.
-    Length(u64),
-    /// In a body that ends with the connection.
-    UntilClose,
-    /// In the data of a chunk: the bytes still to come.
-    Data(u64),
-    /// After a chunk's data: the CR must follow.
-    DataCr,
-    /// After that CR: the LF must follow.
-    DataLf,
-    /// In a chunk's size: the size so far, its digits, and the bytes of the line.
-    Size { size: u64, digits: u8, read: u16 },
-    /// After the size: white space, or an extension (`begun`), which is ignored.
-    Extension { size: u64, read: u16, begun: bool },
-    /// After the CR of the size line.
-    SizeLf(u64),
-    /// In the trailers, which are not forwarded.
-    Trailer(Trailer),
-    /// After the CR of a trailer line.
-    TrailerLf(Trailer),
-}
-
-/// How far the trailers were read: their bytes, their lines, and the position in the current line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Trailer {
-    read: u16,
-    lines: u8,
-    line: TrailerLine,
-}
-
-/// The position in a line of the trailers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum TrailerLine {
-    #[default]
-    Empty,
-    Name,
-    Value,
 }
 
 impl Decoder {
@@ -252,61 +188,6 @@ impl Decoder {
             at += 1;
         }
         Ok((Bytes::from(data), at))
-    }
-}
-
-impl Position {
-    /// Returns the position after the byte `b`, outside of the data of chunks.
-    fn after(self, b: u8) -> Result<Position, Invalid> {
-        Ok(match (self, b) {
-            (Position::DataCr, b'\r') => Position::DataLf,
-            (Position::DataLf, b'\n') => Position::Size { size: 0, digits: 0, read: 0 },
-            (Position::Size { size, digits, read }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
-                let digit = (b as char).to_digit(16).ok_or(BAD_CHUNK)?;
-                // At most sixteen digits: with more, another reader could overflow and see another size.
-                if digits == 16 {
-                    return Err(BAD_CHUNK);
-                }
-                Position::Size { size: size << 4 | u64::from(digit), digits: digits + 1, read: read + 1 }
-            }
-            (Position::Size { digits: 0, .. }, _) => return Err(BAD_CHUNK),
-            (Position::Size { size, .. } | Position::Extension { size, .. }, b'\r') => Position::SizeLf(size),
-            (Position::Size { size, read, .. }, b';' | b' ' | b'\t') => {
-                Position::Extension { size, read: read + 1, begun: b == b';' }
-            }
-            (Position::Extension { size, read, begun }, b'\t' | b' '..=b'~' | 0x80..)
-                if usize::from(read) < MAX_SIZE_LINE && (begun || b";\t ".contains(&b)) =>
-            {
-                Position::Extension { size, read: read + 1, begun: begun || b == b';' }
-            }
-            (Position::SizeLf(0), b'\n') => Position::Trailer(Trailer::default()),
-            (Position::SizeLf(size), b'\n') => Position::Data(size),
-            (Position::Trailer(trailer), _) => trailer.after(b)?,
-            (Position::TrailerLf(Trailer { line: TrailerLine::Empty, .. }), b'\n') => Position::Done,
-            (Position::TrailerLf(trailer), b'\n') => {
-                Position::Trailer(Trailer { line: TrailerLine::Empty, lines: trailer.lines + 1, ..trailer })
-            }
-            (Position::TrailerLf(_), _) => return Err(BAD_TRAILER),
-            _ => return Err(BAD_CHUNK),
-        })
-    }
-}
-
-impl Trailer {
-    /// Returns the position after the byte `b` in a line of the trailers.
-    fn after(self, b: u8) -> Result<Position, Invalid> {
-        let is_token = b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-        let line = match (self.line, b) {
-            (TrailerLine::Empty | TrailerLine::Value, b'\r') => return Ok(Position::TrailerLf(self)),
-            (TrailerLine::Empty | TrailerLine::Name, _) if is_token => TrailerLine::Name,
-            (TrailerLine::Name, b':') => TrailerLine::Value,
-            (TrailerLine::Value, b'\t' | b' '..=b'~' | 0x80..) => TrailerLine::Value,
-            _ => return Err(BAD_TRAILER),
-        };
-        if self.read == MAX_TRAILERS || usize::from(self.lines) == MAX_HEADERS {
-            return Err(Invalid("the trailers are too large"));
-        }
-        Ok(Position::Trailer(Trailer { read: self.read + 1, line, ..self }))
     }
 }
 
@@ -455,6 +336,7 @@ impl BodyFraming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http1::chunked::{BAD_CHUNK, MAX_SIZE_LINE};
 
     #[test]
     fn an_answer_with_ambiguous_framing_is_refused() {

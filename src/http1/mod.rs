@@ -6,6 +6,8 @@ pub(crate) mod head;
 
 pub(crate) mod headers;
 
+mod chunked;
+
 pub(crate) mod decode;
 
 pub(crate) mod coalesce;

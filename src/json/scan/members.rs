@@ -2,7 +2,8 @@
 
 use crate::json::scan::skip;
 use crate::json::scan::{
-    At, Fault, Keep, Member, MemberSpan, Model, Opening, ScanError, Scanner, TokenRead, ValueKind, Within,
+    At, BoxedError, Keep, Member, MemberSpan, Model, Opening, ScanError, Scanner, TokenRead, ValueKind,
+    Within,
 };
 
 impl Scanner<'_> {
@@ -10,7 +11,7 @@ impl Scanner<'_> {
     /// white space comes between tokens, which is true for most. Returns the position after them: between tokens, or,
     /// with `within` set, inside one.
     #[inline(always)] // Called from a single place.
-    pub(super) fn noted_members(&mut self, chunk: &[u8], mut i: usize) -> Result<(At, usize), Fault> {
+    pub(super) fn noted_members(&mut self, chunk: &[u8], mut i: usize) -> Result<(At, usize), BoxedError> {
         loop {
             skip::work::add(1);
             match self.noted_key(chunk, i)? {
@@ -47,7 +48,7 @@ impl Scanner<'_> {
 
     /// Reads a key that may have to be noted, from its opening quote at `i`.
     #[inline(always)] // Called from a single place.
-    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<TokenRead, Fault> {
+    fn noted_key(&mut self, chunk: &[u8], i: usize) -> Result<TokenRead, BoxedError> {
         if self.depth == 1 {
             self.key_start = self.base + i as u64;
             self.fields.members += 1;
@@ -138,7 +139,7 @@ impl Scanner<'_> {
     }
 
     /// Ends a string; `end` is the index just past its closing quote.
-    pub(super) fn text_ends(&mut self, end: usize, key: bool) -> Result<(), Fault> {
+    pub(super) fn text_ends(&mut self, end: usize, key: bool) -> Result<(), BoxedError> {
         self.flush_surrogate();
         if !key {
             self.value_ends(end);
@@ -157,7 +158,7 @@ impl Scanner<'_> {
     }
 
     /// Takes the text of a complete key, either at the top level or in a message.
-    pub(super) fn key_read(&mut self, text: &[u8]) -> Result<(), Fault> {
+    pub(super) fn key_read(&mut self, text: &[u8]) -> Result<(), BoxedError> {
         if self.depth != 1 {
             self.opening = if text == b"role" { Opening::Role } else { Opening::Seeking };
             return Ok(());
@@ -177,7 +178,7 @@ impl Scanner<'_> {
     /// Refuses a key that some backends, such as those written in Go, read as a member that Zap reads: they would use
     /// a value that Zap has not checked.
     #[cold]
-    fn check_case(&self, text: &[u8]) -> Result<(), Fault> {
+    fn check_case(&self, text: &[u8]) -> Result<(), BoxedError> {
         match Member::case_variant(text, self.watch) {
             // The configuration lists exactly this key.
             Some(_) if self.droppable.is_some() => Ok(()),
@@ -190,7 +191,7 @@ impl Scanner<'_> {
     }
 
     /// Refuses a member whose key has appeared before.
-    pub(super) fn note_member(&mut self, member: Member) -> Result<(), Fault> {
+    pub(super) fn note_member(&mut self, member: Member) -> Result<(), BoxedError> {
         let seen = match member {
             Member::Droppable(name) => self.fields.droppable.iter().any(|span| span.name == name),
             Member::Messages => self.fields.messages != ValueKind::Absent,

@@ -7,6 +7,8 @@
 
 mod members;
 
+mod number;
+
 mod skip;
 
 mod text;
@@ -122,7 +124,7 @@ enum Within {
 }
 
 /// A boxed error, so that a `Result` without one fits into registers.
-type Fault = Box<ScanError>;
+type BoxedError = Box<ScanError>;
 
 /// Whether a token was read to its end, with the next index.
 enum TokenRead {
@@ -196,7 +198,7 @@ impl<'w> Scanner<'w> {
         Ok(())
     }
 
-    fn tokens(&mut self, chunk: &[u8]) -> Result<(), Fault> {
+    fn tokens(&mut self, chunk: &[u8]) -> Result<(), BoxedError> {
         self.valid_until = 0;
         let mut i = 0;
         while i < chunk.len() {
@@ -240,7 +242,7 @@ impl<'w> Scanner<'w> {
 
     /// Reads tokens and returns the next index. Stops at the end of the chunk, inside a token that must be read byte by
     /// byte, and when `NOTED` (the value of [`is_noted`](Self::is_noted)) changes.
-    fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, Fault> {
+    fn structure<const NOTED: bool>(&mut self, chunk: &[u8], mut i: usize) -> Result<usize, BoxedError> {
         let mut at = self.at;
         while let Some(&b) = chunk.get(i) {
             skip::work::add(1);
@@ -347,7 +349,7 @@ impl<'w> Scanner<'w> {
     fn string(&mut self, chunk: &[u8], i: usize, key: bool) -> TokenRead {
         let end = match skip::short_end(chunk, i + 1) {
             Ok(end) => return TokenRead::Whole(end + 1),
-            Err(from) => skip::text_end(chunk, from, &mut self.valid_until),
+            Err(from) => self.text_end(chunk, from),
         };
         if chunk.get(end) == Some(&b'"') {
             return TokenRead::Whole(end + 1);
@@ -357,12 +359,12 @@ impl<'w> Scanner<'w> {
     }
 
     #[cold]
-    fn invalid<T>(&self, i: usize) -> Result<T, Fault> {
+    fn invalid<T>(&self, i: usize) -> Result<T, BoxedError> {
         Err(Box::new(ScanError::Invalid { offset: self.base + i as u64 }))
     }
 
     /// Reads a value that is not a container; it begins at `i` with the byte `b`.
-    fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, Fault> {
+    fn value(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<usize, BoxedError> {
         if self.depth == 1 {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
@@ -382,7 +384,7 @@ impl<'w> Scanner<'w> {
 
     /// Reads a number, `true`, `false` or `null`; it begins at `i` with the byte `b`.
     #[inline(always)] // Called from two places.
-    fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<TokenRead, Fault> {
+    fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<TokenRead, BoxedError> {
         match b {
             b'-' => self.number(chunk, i + 1, NumberPart::Minus),
             b'0' => self.number(chunk, i + 1, NumberPart::Zero),
@@ -407,7 +409,7 @@ impl<'w> Scanner<'w> {
 
     /// Opens a container; it begins at `i` with the byte `b`.
     #[inline(always)] // Only a few instructions without `NOTED`.
-    fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, Fault> {
+    fn open<const NOTED: bool>(&mut self, b: u8, i: usize) -> Result<At, BoxedError> {
         if self.depth == MAX_DEPTH {
             return self.invalid(i);
         }
@@ -445,34 +447,7 @@ impl<'w> Scanner<'w> {
         At::AfterValue
     }
 
-    fn number(&mut self, chunk: &[u8], mut i: usize, mut number: NumberPart) -> Result<TokenRead, Fault> {
-        use NumberPart::{E, Exponent, Fraction, Integer, Minus, Point, Sign, Zero};
-        loop {
-            if matches!(number, Integer | Fraction | Exponent) {
-                let digits = chunk[i..].iter().take_while(|b| b.is_ascii_digit()).count();
-                skip::work::add(digits);
-                i += digits;
-            }
-            let Some(&b) = chunk.get(i) else { break };
-            skip::work::add(1);
-            number = match (number, b) {
-                (Minus, b'0') => Zero,
-                (Minus, b'1'..=b'9') => Integer,
-                (Zero | Integer, b'.') => Point,
-                (Point, b'0'..=b'9') => Fraction,
-                (Zero | Integer | Fraction, b'e' | b'E') => E,
-                (E, b'+' | b'-') => Sign,
-                (E | Sign, b'0'..=b'9') => Exponent,
-                (Zero | Integer | Fraction | Exponent, _) => return Ok(TokenRead::Whole(i)),
-                (Minus | Point | E | Sign, _) => return self.invalid(i),
-            };
-            i += 1;
-        }
-        self.within = Within::NumberPart(number);
-        Ok(TokenRead::Part(i))
-    }
-
-    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<TokenRead, Fault> {
+    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<TokenRead, BoxedError> {
         let here = &chunk[i..chunk.len().min(i + rest.len())];
         if *here != rest[..here.len()] {
             let mismatch = here.iter().zip(rest).position(|(b, want)| b != want);

@@ -14,13 +14,13 @@ const WIDE: usize = 4 * BLOCK;
 /// Returns the index, from `at` on, of the first byte of a string's text that the scanner must read itself: a quote, a
 /// control character, or an escape or a character that is invalid or not complete in this chunk.
 ///
-/// `valid_until`: index up to which the chunk is known to be UTF-8; raised when more is validated. The work is linear:
-/// every byte is skipped once and validated at most twice.
-pub(super) fn text_end(chunk: &[u8], mut at: usize, valid_until: &mut usize) -> usize {
+/// `valid_until`: index up to which the chunk is known to be UTF-8; the second result is its new value. The work is
+/// linear: every byte is skipped once and validated at most twice.
+pub(super) fn text_end(chunk: &[u8], mut at: usize, mut valid_until: usize) -> (usize, usize) {
     loop {
-        if at < *valid_until {
-            at = special_after_escapes::<false>(&chunk[..*valid_until], at);
-            if at == *valid_until {
+        if at < valid_until {
+            at = special_after_escapes::<false>(&chunk[..valid_until], at);
+            if at == valid_until {
                 continue;
             }
         } else {
@@ -30,11 +30,11 @@ pub(super) fn text_end(chunk: &[u8], mut at: usize, valid_until: &mut usize) -> 
             Some(0x80..) => {
                 let valid = at + valid_prefix(&chunk[at..]);
                 if valid == at {
-                    return at;
+                    return (at, valid_until);
                 }
-                *valid_until = valid;
+                valid_until = valid;
             }
-            _ => return at,
+            _ => return (at, valid_until),
         }
     }
 }
@@ -251,7 +251,7 @@ mod tests {
         ] {
             for padding in ["", &long] {
                 let body = format!("{padding}{start}{padding}{stop}");
-                assert_eq!(text_end(body.as_bytes(), 0, &mut 0), body.len() - stop.len(), "{body}");
+                assert_eq!(text_end(body.as_bytes(), 0, 0).0, body.len() - stop.len(), "{body}");
             }
         }
         for (start, stop) in [
@@ -264,15 +264,13 @@ mod tests {
             ("a", b"\xFF\xFF"),
         ] {
             let body = [start.as_bytes(), stop].concat();
-            assert_eq!(text_end(&body, 0, &mut 0), start.len(), "{body:x?}");
+            assert_eq!(text_end(&body, 0, 0).0, start.len(), "{body:x?}");
         }
     }
 
     #[test]
     fn a_stretch_is_validated_once() {
         let body = "é".repeat(100) + "\"";
-        let mut valid_until = 0;
-        assert_eq!(text_end(body.as_bytes(), 0, &mut valid_until), 200);
-        assert_eq!(valid_until, 201, "the whole chunk is known to be UTF-8 now");
+        assert_eq!(text_end(body.as_bytes(), 0, 0), (200, 201), "the whole chunk is known to be UTF-8 now");
     }
 }

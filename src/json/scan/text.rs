@@ -1,12 +1,12 @@
 //! The part of the scanner that reads strings. Some are kept: keys that may have to be noted, a model's name, a role.
 
-use crate::json::scan::{Fault, Keep, MAX_NAME, Scanner, Within, skip};
+use crate::json::scan::{BoxedError, Keep, MAX_NAME, Scanner, Within, skip};
 
 impl Scanner<'_> {
     /// Reads the text of a string from `i`.
-    pub(super) fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, Fault> {
+    pub(super) fn text(&mut self, chunk: &[u8], i: usize, key: bool) -> Result<usize, BoxedError> {
         let end = if self.keep == Keep::Nothing {
-            skip::text_end(chunk, i, &mut self.valid_until)
+            self.text_end(chunk, i)
         } else {
             let end = skip::plain_end(chunk, i);
             if end > i {
@@ -47,7 +47,7 @@ impl Scanner<'_> {
         left: u8,
         low: u8,
         high: u8,
-    ) -> Result<usize, Fault> {
+    ) -> Result<usize, BoxedError> {
         if b < low || b > high {
             return self.invalid(i);
         }
@@ -60,7 +60,7 @@ impl Scanner<'_> {
     }
 
     /// Reads the byte after a backslash.
-    pub(super) fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, Fault> {
+    pub(super) fn escape(&mut self, b: u8, i: usize, key: bool) -> Result<usize, BoxedError> {
         let plain = match b {
             b'"' | b'\\' | b'/' => b,
             b'b' => 0x08,
@@ -81,7 +81,14 @@ impl Scanner<'_> {
     }
 
     /// Reads a digit of a `\u` escape.
-    pub(super) fn hex(&mut self, b: u8, i: usize, key: bool, left: u8, code: u16) -> Result<usize, Fault> {
+    pub(super) fn hex(
+        &mut self,
+        b: u8,
+        i: usize,
+        key: bool,
+        left: u8,
+        code: u16,
+    ) -> Result<usize, BoxedError> {
         let Some(digit) = (b as char).to_digit(16) else { return self.invalid(i) };
         let code = code << 4 | digit as u16;
         if left > 1 {
@@ -93,6 +100,13 @@ impl Scanner<'_> {
         }
         self.within = Within::Text { key };
         Ok(i + 1)
+    }
+
+    /// [`skip::text_end`], which learns how far the chunk is UTF-8.
+    pub(super) fn text_end(&mut self, chunk: &[u8], at: usize) -> usize {
+        let (end, valid_until) = skip::text_end(chunk, at, self.valid_until);
+        self.valid_until = valid_until;
+        end
     }
 
     pub(super) fn start_keeping(&mut self, keep: Keep) {

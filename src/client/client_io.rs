@@ -1,0 +1,59 @@
+//! The handle that hyper owns: reads pass through [`Conn`], and it learns of writes and flushes.
+
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::client::conn::Conn;
+use crate::http1::coalesce::{Scratch, one_piece};
+
+/// The handle that hyper owns.
+#[derive(Debug)]
+pub(crate) struct ClientIo(pub Rc<Conn>);
+
+impl AsyncRead for ClientIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for ClientIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut *self.0.stream.borrow_mut()).poll_write(cx, buf);
+        self.0.wrote(result)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut stream = self.0.stream.borrow_mut();
+        let result = match one_piece(bufs, &mut Scratch::new()) {
+            Some(piece) => Pin::new(&mut *stream).poll_write(cx, piece),
+            None => Pin::new(&mut *stream).poll_write_vectored(cx, bufs),
+        };
+        self.0.wrote(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// hyper calls this once its own buffer is empty.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.flushed.set(true);
+        self.0.unflushed.set(0);
+        if self.0.wants_flush.take() {
+            self.0.deadline.wake();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.stream.borrow_mut()).poll_shutdown(cx)
+    }
+}

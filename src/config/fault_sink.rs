@@ -1,0 +1,52 @@
+//! The faults of a configuration file, each with its line.
+
+use std::cell::RefCell;
+
+/// Collects faults, each with its line.
+pub(super) struct Sink<'t> {
+    pub(super) text: &'t str,
+    label: &'t str,
+    /// Offset of each line's first byte; `line_starts[0] == 0`, ascending.
+    line_starts: Vec<usize>,
+    faults: RefCell<Vec<(usize, String)>>,
+}
+
+impl<'t> Sink<'t> {
+    /// Creates an empty sink for `text`; messages call it `label`.
+    pub(super) fn new(text: &'t str, label: &'t str) -> Self {
+        let breaks = text.match_indices('\n').map(|(offset, _)| offset + 1);
+        Self {
+            text,
+            label,
+            line_starts: std::iter::once(0).chain(breaks).collect(),
+            faults: RefCell::default(),
+        }
+    }
+
+    /// Records a fault.
+    pub(super) fn fault(&self, line: usize, what: impl Into<String>) {
+        self.faults.borrow_mut().push((line, what.into()));
+    }
+
+    /// Number of faults so far.
+    pub(super) fn count(&self) -> usize {
+        self.faults.borrow().len()
+    }
+
+    /// All faults in line order, as `FILE:LINE: what`.
+    pub(super) fn into_messages(self) -> Vec<String> {
+        let mut faults = self.faults.into_inner();
+        faults.sort_by_key(|(line, _)| *line);
+        faults.dedup();
+        let label = self.label;
+        faults.into_iter().map(|(line, what)| format!("{label}:{line}: {what}")).collect()
+    }
+
+    /// Line and column of a byte offset, both counted from 1; columns count characters.
+    pub(super) fn position(&self, offset: usize) -> (usize, usize) {
+        let line = self.line_starts.partition_point(|start| *start <= offset);
+        let start = line.checked_sub(1).and_then(|i| self.line_starts.get(i));
+        let before = start.and_then(|start| self.text.get(*start..offset.min(self.text.len())));
+        (line.max(1), before.map_or(0, |b| b.chars().count()) + 1)
+    }
+}
