@@ -1,31 +1,23 @@
 //! `[[backends]]`: every key by name, with its default and its range.
 
-use std::{
-    collections::{HashMap, HashSet},
-    fs::File,
-    io::{self, Read as _},
-    path::{Path, PathBuf},
-};
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 
 use http::{HeaderName, HeaderValue};
 
-use crate::config::expand::expand;
+use crate::config::common::{
+    Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, WEIGHT, expanded, is_name_char, name,
+    open_regular, secret, unreadable,
+};
 use crate::config::models::{model_name, rules};
-use crate::config::raw::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE};
-use crate::config::toml_reader::{Number, Range, Section, Text};
+use crate::config::toml_reader::{Section, Text};
 use crate::config::url::is_path;
-use crate::config::{Backend, BaseUrl, Secret};
+use crate::config::{Backend, BaseUrl};
 use crate::json::members::same_but_for_case;
 
-pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
-pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 /// The default `health_path`.
 pub(crate) const HEALTH_PATH: &str = "/health";
 const CHAT_PATH: &str = "/v1/chat/completions";
-/// Longest backend name, in bytes.
-const MAX_NAME: usize = 64;
-/// Largest key file, in bytes.
-const MAX_KEY_FILE: usize = 16 << 10;
 /// Members that are never dropped.
 const REQUIRED_FIELDS: [&str; 3] = ["messages", "model", "stream"];
 /// Headers that the operator may not set: those that Zap sets itself, hop-by-hop headers and proxy headers.
@@ -104,20 +96,6 @@ fn free_name(host: &str, taken: &mut HashSet<String>) -> String {
         name = cut(suffix.len()) + &suffix;
     }
     name
-}
-
-fn is_name_char(c: char) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
-}
-
-/// Reads `name`. Returns `None` if it is not set, or if it is not valid: then a fault is recorded.
-pub(super) fn name(t: &mut Section<'_, '_>) -> Option<Text> {
-    let name = t.text("name")?;
-    let valid = (1..=MAX_NAME).contains(&name.value.len()) && name.value.chars().all(is_name_char);
-    if !valid {
-        t.invalid(&name, "name", &format!("must be 1 to {MAX_NAME} characters of `A-Za-z0-9._-`"));
-    }
-    valid.then_some(name)
 }
 
 /// Reads one backend. Returns `None` if a required key is missing or not valid: then a fault is recorded.
@@ -260,57 +238,6 @@ fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
     fields
 }
 
-/// Reads a key. Returns the key, and, if it is set, whether the text itself contains it.
-pub(super) fn secret(
-    t: &mut Section<'_, '_>,
-    name: &'static str,
-    ctx: &Context<'_>,
-) -> (Option<Secret>, Option<bool>) {
-    let line = t.line_of(name).unwrap_or(t.line());
-    let (key, inline) = match t.text_or_section(name, |t| key_file(t, ctx)) {
-        None => return (None, None),
-        // If the whole key comes from the environment, the file does not contain it.
-        Some(Err(text)) => {
-            let is_variable =
-                text.value.starts_with("${") && text.value.find('}') == Some(text.value.len() - 1);
-            (expanded(t, name, &text, ctx), !is_variable)
-        }
-        Some(Ok(key)) => (key, false),
-    };
-    let secret = key.and_then(|key| Secret::new(&key).map_err(|what| t.fault(line, name, what)).ok());
-    (secret, Some(inline))
-}
-
-/// Reads the content of the file that `{ file = "path" }` names, without its last newline.
-fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
-    let Text { value, line } = t.required_text("file")?;
-    let read = open_regular(&ctx.base.join(value)).and_then(|file| {
-        let mut key = String::new();
-        file.take(MAX_KEY_FILE as u64 + 1).read_to_string(&mut key)?;
-        Ok(key)
-    });
-    match read {
-        Ok(key) if key.len() > MAX_KEY_FILE => {
-            let what = format!("is too large; must be at most {MAX_KEY_FILE} bytes");
-            t.fault(line, "file", &what);
-            None
-        }
-        Ok(mut key) => {
-            if key.ends_with('\n') {
-                key.pop();
-                if key.ends_with('\r') {
-                    key.pop();
-                }
-            }
-            Some(key)
-        }
-        Err(error) => {
-            t.fault(line, "file", &unreadable(&error));
-            None
-        }
-    }
-}
-
 fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
     let Text { value, line } = t.text("ca_file")?;
     let path = ctx.base.join(value);
@@ -321,35 +248,4 @@ fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
             None
         }
     }
-}
-
-/// Opens a regular file. Anything else is refused, since opening or reading it could block forever.
-fn open_regular(path: &Path) -> io::Result<File> {
-    if !path.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    File::open(path)
-}
-
-/// Describes `error` by its kind only: the path could be a misplaced key.
-fn unreadable(error: &io::Error) -> String {
-    let kind = match error.kind() {
-        io::ErrorKind::InvalidData => "not text".to_owned(),
-        io::ErrorKind::InvalidInput => "not a regular file".to_owned(),
-        kind => kind.to_string(),
-    };
-    format!(
-        "cannot be read ({kind}); must be a readable file, \
-         relative to the directory of the configuration"
-    )
-}
-
-fn expanded(t: &Section<'_, '_>, key: &str, text: &Text, ctx: &Context<'_>) -> Option<String> {
-    expand(&text.value, ctx.env)
-        .map_err(|faults| {
-            for what in faults {
-                t.fault(text.line, key, &what);
-            }
-        })
-        .ok()
 }

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use ring::digest::{SHA256, digest};
 
+use crate::config::ClientKey;
+use crate::config::common::{Context, REQUESTS_PER_MINUTE, name, secret};
 use crate::config::models::pattern;
-use crate::config::raw::{Context, REQUESTS_PER_MINUTE};
 use crate::config::toml_reader::{Section, Text};
-use crate::config::{ClientKey, backend};
 
 /// Reads the client keys. Returns them, and whether the text itself contains a key.
 pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<ClientKey>, bool) {
@@ -35,9 +35,9 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<(ClientKey, usiz
     if t.line_of("name").is_none() {
         t.fault(line, "name", "is missing; a string is required");
     }
-    let name = backend::name(t);
+    let name = name(t);
     let hash_line = t.line_of("sha256");
-    let (key, inline) = backend::secret(t, "key", ctx);
+    let (key, inline) = secret(t, "key", ctx);
     let hash = t.text("sha256").and_then(|Text { value, line }| {
         let hash = parse_hex(&value);
         if hash.is_none() {

@@ -16,9 +16,11 @@
 
 mod backend;
 mod clients;
+mod common;
 mod expand;
 mod fault_sink;
 mod models;
+mod range;
 mod raw;
 mod secret;
 mod suggest;
@@ -343,9 +345,9 @@ fn read(
     label: &str,
     base: &Path,
     env: &dyn Fn(&str) -> Option<String>,
-) -> Result<raw::Parsed, Faults> {
+) -> Result<raw::ReadConfig, Faults> {
     let sink = Sink::new(text, label);
-    let ctx = raw::Context { base, env };
+    let ctx = common::Context { base, env };
     let read = toml_reader::document(&sink, |root| raw::config(root, &ctx));
     match (read, sink.into_messages()) {
         (Some(read), messages) if messages.is_empty() => Ok(read),

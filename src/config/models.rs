@@ -1,7 +1,8 @@
 //! `models` of a backend, and the named routes of `[models.NAME]`.
 
-use crate::config::toml_reader::{Number, Range, Section, Text};
-use crate::config::{Backend, backend};
+use crate::config::Backend;
+use crate::config::common::{PRIORITY, WEIGHT};
+use crate::config::toml_reader::{Section, Text};
 use crate::policy::near::nearest;
 use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
 
@@ -85,8 +86,6 @@ pub(super) fn named_routes(root: &mut Section<'_, '_>, backends: &[Backend], all
 }
 
 fn target(t: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Option<NamedTarget> {
-    const WEIGHT: Range<u32> = backend::WEIGHT;
-    const PRIORITY: Number<u32> = backend::PRIORITY;
     let name = t.required_text("backend");
     let model = model_name(t, "model");
     let weight = t.optional("weight", WEIGHT);

@@ -3,13 +3,14 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr},
-    path::Path,
     thread,
 };
 
 use ipnet::IpNet;
 
-use crate::config::toml_reader::{Number, Range, Section, Text};
+use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE};
+use crate::config::range::{Number, Range};
+use crate::config::toml_reader::{Section, Text};
 use crate::config::{
     Config, Health, Log, LogFormat, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend, clients,
     models,
@@ -36,7 +37,6 @@ const MAX_DELAY_MS: Number<u64> = MILLIS.or(2000);
 const CONNECT_MS: Number<u64> = MILLIS.or(2000);
 
 const MAX_SIZE: Number<usize> = Range::new(0, 1_000_000).or(1000);
-pub(super) const IN_FLIGHT: Range<usize> = Range::new(1, 1_000_000);
 const MAX_IN_FLIGHT: Number<usize> = IN_FLIGHT.or(1024);
 
 const THRESHOLD: Range<u32> = Range::new(1, 1000);
@@ -46,27 +46,18 @@ const SUCCESS_THRESHOLD: Number<u32> = THRESHOLD.or(1);
 const MAX_RETRIES: Number<u32> = Range::new(0, 10).or(2);
 const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
 
-pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
 const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
-/// The surroundings of a configuration: files and environment variables that the text refers to.
-pub(super) struct Context<'a> {
-    /// Directory that relative paths are relative to.
-    pub(super) base: &'a Path,
-    /// Looks up an environment variable.
-    pub(super) env: &'a dyn Fn(&str) -> Option<String>,
-}
-
 /// A configuration; valid only if its sink has no fault.
-pub(super) struct Parsed {
+pub(super) struct ReadConfig {
     pub(super) config: Config,
     /// Whether the text itself contains a key of a backend or of a client.
     pub(super) inline_key: bool,
 }
 
 /// Reads the whole document.
-pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> Parsed {
+pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfig {
     let server = root.section("server", server);
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
@@ -125,7 +116,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> Parsed {
         warnings: Vec::new(),
         file: None,
     };
-    Parsed { config, inline_key: inline_backend_key || inline_client_key }
+    ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
 }
 
 fn server(t: &mut Section<'_, '_>) -> Server {

@@ -12,21 +12,8 @@ use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
 use crate::config::fault_sink::Sink;
+use crate::config::range::{Number, Range};
 use crate::config::suggest::{is_harmless, nearest};
-
-/// Allowed numbers, both ends included.
-#[derive(Clone, Copy)]
-pub(super) struct Range<T> {
-    pub(super) min: T,
-    pub(super) max: T,
-}
-
-/// An optional number with its default and range.
-#[derive(Clone, Copy)]
-pub(super) struct Number<T> {
-    pub(super) default: T,
-    pub(super) range: Range<T>,
-}
 
 /// A string and its line.
 pub(super) struct Text {
@@ -66,21 +53,6 @@ pub(super) fn document<'s, R>(sink: &'s Sink<'s>, read: impl FnOnce(&mut Section
         section.finish();
         result
     })
-}
-
-impl<T> Range<T> {
-    /// The range from `min` to `max`, both included.
-    pub(super) const fn new(min: T, max: T) -> Self {
-        Self { min, max }
-    }
-
-    /// A number in this range that is `default` if the key is not set.
-    pub(super) const fn or(self, default: T) -> Number<T>
-    where
-        T: Copy,
-    {
-        Number { default, range: self }
-    }
 }
 
 impl<'s, 'i> Section<'s, 'i> {

@@ -58,7 +58,7 @@ fn patch_body(data: &[u8]) {
             same_fields(&fields, &want);
             let names = ["gpt", "", "a \"b\"\\\u{1}\n", "модель 😀"];
             let model = rng.bool().then(|| names[rng.usize(..names.len())]);
-            patched(text, &chunks, &fields, &watch, model, rng.u8(..));
+            patched(text, &chunks, &fields, &watch, (model, rng.u8(..)));
         }
         (ours, naive) => assert_eq!(ours, naive),
     }
@@ -274,7 +274,7 @@ fn same_fields(ours: &Fields, naive: &Fields) {
 }
 
 /// Checks the splices on an accepted body. `set` has a bit for each droppable member to drop.
-fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, model: Option<&str>, set: u8) {
+fn patched(text: &str, chunks: &[Bytes], fields: &Fields, watch: &Watch, (model, set): (Option<&str>, u8)) {
     let model_text = model.map(ModelText::new);
     let drops = |i: usize| set >> i & 1 == 1;
     assert_eq!(

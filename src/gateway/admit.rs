@@ -71,6 +71,8 @@ pub(crate) struct Wait<'a> {
     pub busy: &'a Busy,
     /// Until when.
     pub deadline: Nanos,
+    /// Ends the wait when any backend reopens.
+    pub reopened: Option<Notified<'a>>,
 }
 
 /// What ended a wait.
@@ -123,7 +125,7 @@ impl Lines {
     }
 
     /// Waits, without a slot, until one of the busy targets may have reopened: at its time, when a full one has a place, or
-    /// when any backend `reopened`. The places in line are kept until a target is [`served`](Self::served).
+    /// when any backend reopened. The places in line are kept until a target is [`served`](Self::served).
     ///
     /// # Errors
     /// At once where none opens in time or too many wait already; else [`GatewayError::QueueTimeout`].
@@ -133,9 +135,8 @@ impl Lines {
         exchange: &Exchange,
         record: &mut RequestRecord,
         wait: Wait<'_>,
-        reopened: Option<Notified<'_>>,
     ) -> Result<(), GatewayError> {
-        let Wait { snapshot, busy, deadline } = wait;
+        let Wait { snapshot, busy, deadline, reopened } = wait;
         let mut reopened = pin!(reopened);
         let since = clock::now();
         let latest = deadline.min(record.started + clock::nanos(snapshot.config.queue.max_wait));

@@ -133,8 +133,9 @@ impl Attempts<'_> {
                 }
                 Do::Wait(busy) => {
                     drop(slot.take());
-                    let wait = Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline };
-                    line.wait(self.gateway, self.exchange, self.record, wait, reopened).await?;
+                    let wait =
+                        Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline, reopened };
+                    line.wait(self.gateway, self.exchange, self.record, wait).await?;
                     slot = Some(line.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,

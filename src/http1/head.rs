@@ -54,7 +54,7 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
     if !is_token(first) {
         return Err(HeadFault("the request line is not HTTP/1.1"));
     }
-    let mut lines = Lines { bytes, at: start, block: start, next: start, marks: 0 };
+    let mut lines = HeadLines { bytes, at: start, block: start, next: start, marks: 0 };
     let Some(line) = lines.next()? else { return Ok(None) };
     let (target, is_11) = request_line(line)?;
     let mut seen = KeyHeaders::default();
@@ -91,7 +91,7 @@ pub(crate) fn is_worth_parsing(head: &[u8], parsed: usize) -> bool {
 }
 
 /// Splits a head into lines by its control characters, which are searched for sixteen bytes at a time.
-struct Lines<'a> {
+struct HeadLines<'a> {
     bytes: &'a [u8],
     /// Start of the next line.
     at: usize,
@@ -103,7 +103,7 @@ struct Lines<'a> {
     marks: u32,
 }
 
-impl<'a> Lines<'a> {
+impl<'a> HeadLines<'a> {
     /// Returns the next line without its CRLF; `None` if it is incomplete.
     fn next(&mut self) -> Result<Option<&'a [u8]>, HeadFault> {
         loop {

@@ -7,7 +7,7 @@
 
 mod members;
 
-mod number;
+mod scalar;
 
 mod skip;
 
@@ -119,8 +119,18 @@ enum Within {
     NumberPart(NumberPart),
     /// Inside a string, at an ordinary character.
     Text { key: bool },
-    /// Inside a UTF-8 sequence: the number of bytes still to come, and the bounds of the next byte.
-    Utf8 { key: bool, left: u8, low: u8, high: u8 },
+    /// Inside a UTF-8 sequence.
+    Utf8 { key: bool, rest: Utf8Rest },
+}
+
+/// What is still to come of a UTF-8 sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Utf8Rest {
+    /// Number of bytes.
+    left: u8,
+    /// Bounds of the next byte.
+    low: u8,
+    high: u8,
 }
 
 /// A boxed error, so that a `Result` without one fits into registers.
@@ -209,7 +219,7 @@ impl<'w> Scanner<'w> {
                 Within::Text { key } => self.text(chunk, i, key)?,
                 Within::Escape { key } => self.escape(chunk[i], i, key)?,
                 Within::Hex { key, left, code } => self.hex(chunk[i], i, key, left, code)?,
-                Within::Utf8 { key, left, low, high } => self.utf8(chunk[i], i, key, left, low, high)?,
+                Within::Utf8 { key, rest } => self.utf8(chunk[i], i, key, rest)?,
                 Within::NumberPart(number) => {
                     let read = self.number(chunk, i, number)?;
                     self.value_read(&read)
@@ -382,20 +392,6 @@ impl<'w> Scanner<'w> {
         self.text(chunk, i + 1, false)
     }
 
-    /// Reads a number, `true`, `false` or `null`; it begins at `i` with the byte `b`.
-    #[inline(always)] // Called from two places.
-    fn scalar(&mut self, chunk: &[u8], i: usize, b: u8) -> Result<TokenRead, BoxedError> {
-        match b {
-            b'-' => self.number(chunk, i + 1, NumberPart::Minus),
-            b'0' => self.number(chunk, i + 1, NumberPart::Zero),
-            b'1'..=b'9' => self.number(chunk, i + 1, NumberPart::Integer),
-            b't' => self.literal(chunk, i + 1, b"rue"),
-            b'f' => self.literal(chunk, i + 1, b"alse"),
-            b'n' => self.literal(chunk, i + 1, b"ull"),
-            _ => self.invalid(i),
-        }
-    }
-
     /// Ends the value if it was read to its end. Returns the next index.
     fn value_read(&mut self, read: &TokenRead) -> usize {
         match *read {
@@ -445,20 +441,6 @@ impl<'w> Scanner<'w> {
             self.value_ends(i + 1);
         }
         At::AfterValue
-    }
-
-    fn literal(&mut self, chunk: &[u8], i: usize, rest: &'static [u8]) -> Result<TokenRead, BoxedError> {
-        let here = &chunk[i..chunk.len().min(i + rest.len())];
-        if *here != rest[..here.len()] {
-            let mismatch = here.iter().zip(rest).position(|(b, want)| b != want);
-            return self.invalid(i + mismatch.unwrap_or(0));
-        }
-        let end = i + here.len();
-        if here.len() == rest.len() {
-            return Ok(TokenRead::Whole(end));
-        }
-        self.within = Within::Literal(&rest[here.len()..]);
-        Ok(TokenRead::Part(end))
     }
 }
 

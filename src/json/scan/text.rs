@@ -1,6 +1,6 @@
 //! The part of the scanner that reads strings. Some are kept: keys that may have to be noted, a model's name, a role.
 
-use crate::json::scan::{BoxedError, Keep, MAX_NAME, Scanner, Within, skip};
+use crate::json::scan::{BoxedError, Keep, MAX_NAME, Scanner, Utf8Rest, Within, skip};
 
 impl Scanner<'_> {
     /// Reads the text of a string from `i`.
@@ -32,29 +32,22 @@ impl Scanner<'_> {
                     _ => return self.invalid(end),
                 };
                 self.push(b);
-                self.within = Within::Utf8 { key, left, low, high };
+                self.within = Within::Utf8 { key, rest: Utf8Rest { left, low, high } };
             }
         }
         Ok(end + 1)
     }
 
     /// Reads the next byte of a UTF-8 sequence.
-    pub(super) fn utf8(
-        &mut self,
-        b: u8,
-        i: usize,
-        key: bool,
-        left: u8,
-        low: u8,
-        high: u8,
-    ) -> Result<usize, BoxedError> {
+    pub(super) fn utf8(&mut self, b: u8, i: usize, key: bool, rest: Utf8Rest) -> Result<usize, BoxedError> {
+        let Utf8Rest { left, low, high } = rest;
         if b < low || b > high {
             return self.invalid(i);
         }
         self.push(b);
         self.within = match left {
             1 => Within::Text { key },
-            _ => Within::Utf8 { key, left: left - 1, low: 0x80, high: 0xBF },
+            _ => Within::Utf8 { key, rest: Utf8Rest { left: left - 1, low: 0x80, high: 0xBF } },
         };
         Ok(i + 1)
     }

@@ -1,0 +1,124 @@
+//! Keys that several sections have, with their ranges, and what the readers of all sections need.
+
+use std::fs::File;
+use std::io;
+use std::io::Read as _;
+use std::path::Path;
+
+use crate::config::Secret;
+use crate::config::expand::expand;
+use crate::config::range::{Number, Range};
+use crate::config::toml_reader::{Section, Text};
+
+pub(super) const IN_FLIGHT: Range<usize> = Range::new(1, 1_000_000);
+pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
+pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
+pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
+/// Longest backend name, in bytes.
+pub(super) const MAX_NAME: usize = 64;
+/// Largest key file, in bytes.
+const MAX_KEY_FILE: usize = 16 << 10;
+
+/// The surroundings of a configuration: files and environment variables that the text refers to.
+pub(super) struct Context<'a> {
+    /// Directory that relative paths are relative to.
+    pub(super) base: &'a Path,
+    /// Looks up an environment variable.
+    pub(super) env: &'a dyn Fn(&str) -> Option<String>,
+}
+
+pub(super) fn is_name_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
+}
+
+/// Reads `name`. Returns `None` if it is not set, or if it is not valid: then a fault is recorded.
+pub(super) fn name(t: &mut Section<'_, '_>) -> Option<Text> {
+    let name = t.text("name")?;
+    let valid = (1..=MAX_NAME).contains(&name.value.len()) && name.value.chars().all(is_name_char);
+    if !valid {
+        t.invalid(&name, "name", &format!("must be 1 to {MAX_NAME} characters of `A-Za-z0-9._-`"));
+    }
+    valid.then_some(name)
+}
+
+/// Reads a key. Returns the key, and, if it is set, whether the text itself contains it.
+pub(super) fn secret(
+    t: &mut Section<'_, '_>,
+    name: &'static str,
+    ctx: &Context<'_>,
+) -> (Option<Secret>, Option<bool>) {
+    let line = t.line_of(name).unwrap_or(t.line());
+    let (key, inline) = match t.text_or_section(name, |t| key_file(t, ctx)) {
+        None => return (None, None),
+        // If the whole key comes from the environment, the file does not contain it.
+        Some(Err(text)) => {
+            let is_variable =
+                text.value.starts_with("${") && text.value.find('}') == Some(text.value.len() - 1);
+            (expanded(t, name, &text, ctx), !is_variable)
+        }
+        Some(Ok(key)) => (key, false),
+    };
+    let secret = key.and_then(|key| Secret::new(&key).map_err(|what| t.fault(line, name, what)).ok());
+    (secret, Some(inline))
+}
+
+/// Reads the content of the file that `{ file = "path" }` names, without its last newline.
+fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
+    let Text { value, line } = t.required_text("file")?;
+    let read = open_regular(&ctx.base.join(value)).and_then(|file| {
+        let mut key = String::new();
+        file.take(MAX_KEY_FILE as u64 + 1).read_to_string(&mut key)?;
+        Ok(key)
+    });
+    match read {
+        Ok(key) if key.len() > MAX_KEY_FILE => {
+            let what = format!("is too large; must be at most {MAX_KEY_FILE} bytes");
+            t.fault(line, "file", &what);
+            None
+        }
+        Ok(mut key) => {
+            if key.ends_with('\n') {
+                key.pop();
+                if key.ends_with('\r') {
+                    key.pop();
+                }
+            }
+            Some(key)
+        }
+        Err(error) => {
+            t.fault(line, "file", &unreadable(&error));
+            None
+        }
+    }
+}
+
+/// Opens a regular file. Anything else is refused, since opening or reading it could block forever.
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+    if !path.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    File::open(path)
+}
+
+/// Describes `error` by its kind only: the path could be a misplaced key.
+pub(super) fn unreadable(error: &io::Error) -> String {
+    let kind = match error.kind() {
+        io::ErrorKind::InvalidData => "not text".to_owned(),
+        io::ErrorKind::InvalidInput => "not a regular file".to_owned(),
+        kind => kind.to_string(),
+    };
+    format!(
+        "cannot be read ({kind}); must be a readable file, \
+         relative to the directory of the configuration"
+    )
+}
+
+pub(super) fn expanded(t: &Section<'_, '_>, key: &str, text: &Text, ctx: &Context<'_>) -> Option<String> {
+    expand(&text.value, ctx.env)
+        .map_err(|faults| {
+            for what in faults {
+                t.fault(text.line, key, &what);
+            }
+        })
+        .ok()
+}
