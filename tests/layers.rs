@@ -114,7 +114,9 @@ fn no_files_import_one_another_in_a_circle() {
     // Files without imports leave, then those that imported only these, and so on; a circle stays.
     while let Some(done) = edges.iter().find_map(|(path, files)| files.is_empty().then_some(*path)) {
         edges.remove(done);
-        edges.values_mut().for_each(|files| drop(files.remove(done)));
+        for files in edges.values_mut() {
+            files.remove(done);
+        }
     }
     // Nor is a file on a circle that no other imports.
     loop {

@@ -1,4 +1,4 @@
-//! The one body type of all answers.
+//! The body of every response.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -12,11 +12,11 @@ use http_body::{Frame, SizeHint};
 use crate::client::conn::Conn;
 use crate::client::exchange::Exchange;
 
-/// The body of an answer: one piece of Zap's own, or an upstream's, passed on.
+/// The body of a response: one piece, or a stream.
 #[derive(Debug)]
 pub(crate) struct Body<S> {
     kind: Kind<S>,
-    turn: Option<ExchangeEnd>,
+    end: Option<ExchangeEnd>,
 }
 
 #[derive(Debug)]
@@ -25,23 +25,23 @@ enum Kind<S> {
     Stream(Box<S>),
 }
 
-/// Says, when the body is dropped, that the connection may serve the next request.
+/// Ends the exchange when the body is dropped: the connection may serve the next request.
 #[derive(Debug)]
 struct ExchangeEnd(Rc<Conn>);
 
 impl Drop for ExchangeEnd {
     fn drop(&mut self) {
-        self.0.end_turn();
+        self.0.end_exchange();
     }
 }
 
-/// An answer that breaks off: hyper closes the connection without a clean end.
+/// The response was cut: hyper closes the connection without a clean end.
 #[derive(Debug)]
 pub(crate) struct Cut;
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the answer was cut")
+        f.write_str("the response was cut")
     }
 }
 
@@ -54,19 +54,19 @@ impl From<Infallible> for Cut {
 }
 
 impl<S> Body<S> {
-    /// One piece, or nothing.
+    /// A body of one piece, or an empty one.
     pub(crate) fn full(data: Bytes) -> Self {
-        Body { kind: Kind::Full(Some(data).filter(|d| !d.is_empty())), turn: None }
+        Body { kind: Kind::Full(Some(data).filter(|d| !d.is_empty())), end: None }
     }
 
-    /// A body that comes piece by piece.
+    /// A body that comes in pieces.
     pub(crate) fn stream(body: S) -> Self {
-        Body { kind: Kind::Stream(Box::new(body)), turn: None }
+        Body { kind: Kind::Stream(Box::new(body)), end: None }
     }
 
-    /// The body, which ends the exchange when it is done.
+    /// The same body; it ends `exchange` when it is dropped.
     pub(crate) fn on(mut self, exchange: &Exchange) -> Self {
-        self.turn = Some(ExchangeEnd(exchange.conn().clone()));
+        self.end = Some(ExchangeEnd(exchange.conn().clone()));
         self
     }
 }

@@ -1,4 +1,4 @@
-//! The handle that hyper owns: reads pass through [`Conn`], and it learns of writes and flushes.
+//! hyper's I/O handle of a connection: [`Conn`] chooses what is read, and sees writes and flushes.
 
 use std::io;
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::client::conn::Conn;
 use crate::http1::coalesce::{Scratch, one_piece};
 
-/// The handle that hyper owns.
+/// hyper's I/O handle of a connection.
 #[derive(Debug)]
 pub(crate) struct ClientIo(pub Rc<Conn>);
 
@@ -22,7 +22,7 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut *self.0.stream.borrow_mut()).poll_write(cx, buf);
+        let result = Pin::new(&mut *self.0.socket.borrow_mut()).poll_write(cx, buf);
         self.0.wrote(result)
     }
 
@@ -31,7 +31,7 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let mut stream = self.0.stream.borrow_mut();
+        let mut stream = self.0.socket.borrow_mut();
         let result = match one_piece(bufs, &mut Scratch::new()) {
             Some(piece) => Pin::new(&mut *stream).poll_write(cx, piece),
             None => Pin::new(&mut *stream).poll_write_vectored(cx, bufs),
@@ -43,17 +43,13 @@ impl AsyncWrite for ClientIo {
         true
     }
 
-    /// hyper calls this once its own buffer is empty.
+    /// hyper calls this when its own buffer is empty.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.flushed.set(true);
-        self.0.unflushed.set(0);
-        if self.0.wants_flush.take() {
-            self.0.deadline.wake();
-        }
+        self.0.flushed();
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0.stream.borrow_mut()).poll_shutdown(cx)
+        Pin::new(&mut *self.0.socket.borrow_mut()).poll_shutdown(cx)
     }
 }

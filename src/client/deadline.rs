@@ -1,7 +1,7 @@
-//! Time limits of client connections: one coarse sweep a worker instead of a timer a phase.
+//! Time limits of client connections: one periodic sweep for each worker, not a timer for each phase.
 //!
-//! A connection is in one phase at a time, so one deadline is enough for it: each phase sets its own, and the
-//! sweep rings those that have passed. An deadline that nobody answers ends the connection.
+//! A connection is in one phase at a time, so it needs one deadline: each phase sets it, and the sweep expires those that
+//! have passed. If no phase takes the expiry, the connection ends.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -13,13 +13,13 @@ use std::time::Duration;
 use crate::clock;
 use crate::time::{Nanos, SECOND};
 
-/// Time between two sweeps: how late an deadline may expire.
+/// Time between two sweeps. A deadline expires at most so late.
 pub(crate) const GRAIN: Duration = Duration::from_millis(100);
 
-/// A sweep that comes so late tells that the process was stopped, and with it all that the limits are for.
+/// A sweep that is this late shows that the process was stopped, together with all work that the deadlines limit.
 const STOPPED: Nanos = SECOND;
 
-/// The time limit of a phase has passed.
+/// A deadline has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Elapsed;
 
@@ -28,36 +28,36 @@ pub(crate) struct Elapsed;
 pub(crate) struct Deadline {
     at: Cell<Nanos>,
     expired: Cell<bool>,
-    /// The task is to be woken by every sweep.
+    /// Whether every sweep wakes the task.
     attentive: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
 impl Deadline {
-    /// Rings at `at`, and not for what was set before.
+    /// Sets the deadline to `at`, in place of the previous one.
     pub(crate) fn set(&self, at: Nanos) {
         self.at.set(at);
         self.expired.set(false);
     }
 
-    /// Whether it has rung and nobody has answered.
+    /// Whether it has expired and no phase has taken that.
     pub(crate) fn has_expired(&self) -> bool {
         self.expired.get()
     }
 
-    /// Answers it: `true` if it was ringing.
+    /// Takes the expiry. Returns whether there was one.
     pub(crate) fn take_expired(&self) -> bool {
         self.expired.take()
     }
 
-    /// Rings now, whatever it was set to.
+    /// Expires it now.
     pub(crate) fn expire(&self) {
         self.at.set(Nanos::MAX);
         self.expired.set(true);
         self.wake();
     }
 
-    /// Has every sweep wake the task, or none.
+    /// Sets whether every sweep wakes the task.
     pub(crate) fn set_attentive(&self, attentive: bool) {
         self.attentive.set(attentive);
     }
@@ -69,7 +69,7 @@ impl Deadline {
         }
     }
 
-    /// Remembers the task that owns the connection.
+    /// Registers the task of the connection.
     pub(crate) fn register(&self, cx: &Context<'_>) {
         let mut waker = self.waker.borrow_mut();
         if !waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
@@ -80,7 +80,7 @@ impl Deadline {
     /// Runs `work` until the deadline `at`.
     ///
     /// # Errors
-    /// [`Elapsed`] once the deadline has rung; `work` is dropped then.
+    /// Returns [`Elapsed`] if the deadline has passed; `work` is dropped then.
     pub(crate) async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
         self.set(at);
         let mut work = pin!(work);
@@ -93,7 +93,7 @@ impl Deadline {
     }
 }
 
-/// A worker's deadlines.
+/// The deadlines of a worker's connections.
 #[derive(Debug, Default)]
 pub(crate) struct Deadlines {
     all: RefCell<Vec<Weak<Deadline>>>,
@@ -101,7 +101,7 @@ pub(crate) struct Deadlines {
 }
 
 impl Deadlines {
-    /// A new deadline, which rings at `at`.
+    /// Adds a deadline that expires at `at`.
     pub(crate) fn add(&self, at: Nanos) -> Rc<Deadline> {
         let deadline = Rc::new(Deadline::default());
         deadline.set(at);
@@ -109,12 +109,12 @@ impl Deadlines {
         deadline
     }
 
-    /// The time of the last sweep, a little early or late: good enough for limits of seconds and free to read.
+    /// The time of the last sweep. It is exact to [`GRAIN`], which is enough for limits of seconds, and costs nothing.
     pub(crate) fn coarse_now(&self) -> Nanos {
         self.now.get()
     }
 
-    /// Rings what is due and forgets the connections that have gone.
+    /// Expires what is due, and removes the connections that have ended.
     pub(crate) fn sweep(&self) {
         self.sweep_at(clock::now());
     }
@@ -122,7 +122,7 @@ impl Deadlines {
     fn sweep_at(&self, now: Nanos) {
         let last = self.now.replace(now);
         let late = now.saturating_sub(last).saturating_sub(clock::nanos(GRAIN));
-        // What came meanwhile has not been seen yet: nobody is late by this.
+        // What came meanwhile was not read yet: the deadlines do not count that time.
         let grace = if last > 0 && late >= STOPPED { late } else { 0 };
         self.all.borrow_mut().retain(|weak| {
             let Some(deadline) = weak.upgrade() else { return false };
@@ -136,7 +136,7 @@ impl Deadlines {
         });
     }
 
-    /// Wakes every connection, or rings every deadline.
+    /// Wakes every connection, or expires every deadline.
     pub(crate) fn all(&self, expire: bool) {
         for deadline in self.all.borrow().iter().filter_map(Weak::upgrade) {
             if expire { deadline.expire() } else { deadline.wake() }
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rings_once_what_is_due_and_forgets_the_rest() {
+    fn an_expired_deadline_is_taken_once_and_ended_connections_are_removed() {
         let deadlines = Deadlines::default();
         let (due, later) = (deadlines.add(0), deadlines.add(Nanos::MAX));
         drop(deadlines.add(0));
@@ -157,12 +157,12 @@ mod tests {
         assert!(due.has_expired() && !later.has_expired());
         assert!(due.take_expired() && !due.take_expired());
         deadlines.sweep();
-        assert!(!due.has_expired(), "a deadline rings once");
+        assert!(!due.has_expired(), "a deadline expires once");
         assert_eq!(deadlines.all.borrow().len(), 2);
     }
 
     #[test]
-    fn a_process_that_was_stopped_gives_everybody_that_time() {
+    fn deadlines_do_not_count_the_time_while_the_process_was_stopped() {
         let deadlines = Deadlines::default();
         deadlines.sweep_at(SECOND);
         let deadline = deadlines.add(3 * SECOND);
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_work_that_does_not_end() {
+    fn work_past_its_deadline_is_dropped() {
         let deadlines = Deadlines::default();
         let deadline = deadlines.add(Nanos::MAX);
         let mut cx = Context::from_waker(Waker::noop());

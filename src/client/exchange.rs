@@ -1,4 +1,4 @@
-//! One request on a client connection, as the gateway sees it: its deadline, its progress, what is left to flush.
+//! One exchange on a client connection, as the gateway sees it: a request, its deadline, and its response.
 
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -8,12 +8,12 @@ use crate::client::conn::Conn;
 use crate::client::deadline::Elapsed;
 use crate::time::Nanos;
 
-/// See the module. Cloning is cheap.
+/// The current exchange of a connection. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub(crate) struct Exchange(Rc<Conn>);
 
 impl Exchange {
-    /// The exchange under way on a connection.
+    /// The current exchange of `conn`.
     pub(super) fn new(conn: Rc<Conn>) -> Self {
         Exchange(conn)
     }
@@ -27,12 +27,12 @@ impl Exchange {
         self.0.peer()
     }
 
-    /// Why the request's head must be refused, if it must.
+    /// Why the head of the request must be refused, if it must.
     pub(crate) fn refusal(&self) -> Option<&'static str> {
         self.0.refusal()
     }
 
-    /// Coarse time: of the last sweep of the deadlines.
+    /// The time of the last sweep of the deadlines.
     pub(crate) fn coarse_now(&self) -> Nanos {
         self.0.coarse_now()
     }
@@ -40,7 +40,7 @@ impl Exchange {
     /// Runs `work` until `at`.
     ///
     /// # Errors
-    /// [`Elapsed`] once that time has passed; `work` is dropped then.
+    /// Returns [`Elapsed`] if that time has passed; `work` is dropped then.
     pub(crate) async fn limit<F: Future>(&self, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
         self.0.deadline.limit(at, work).await
     }
@@ -50,52 +50,53 @@ impl Exchange {
         self.0.deadline.set(at);
     }
 
-    /// Whether the deadline has passed; says so once.
+    /// Whether the deadline has passed; returns true once.
     pub(crate) fn take_timeout(&self) -> bool {
         self.0.deadline.take_expired()
     }
 
-    /// Begins an take_expired, which must make progress, on either side, every `patience`.
+    /// Begins the response. It must make progress, on either side, every `patience`.
     pub(crate) fn begin_answer(&self, patience: Nanos) {
-        self.0.begin_answer(patience);
+        self.0.begin_response(patience);
     }
 
-    /// The take_expired under way has made progress.
+    /// Records progress of the response.
     pub(crate) fn progress(&self) {
         self.0.progress();
     }
 
-    /// Hands `n` bytes more of an take_expired over.
+    /// Records that `n` more bytes of the response are handed over.
     pub(crate) fn hand_over(&self, n: usize) {
-        self.0.hand_over(n);
+        self.0.response.hand_over(n);
     }
 
-    /// Whether the client is so far behind that nothing more is to be read for it. Its task is woken when it is not.
+    /// Whether so much waits for the client that no more must be read for it. If so, its task is woken when that has
+    /// changed.
     pub(crate) fn is_behind(&self) -> bool {
-        self.0.is_behind()
+        self.0.response.is_behind()
     }
 
-    /// A write is coming whose flush will be asked for.
+    /// Announces a write that [`poll_flushed`](Self::poll_flushed) will wait for.
     pub(crate) fn expect_flush(&self) {
-        self.0.expect_flush();
+        self.0.response.expect_write();
     }
 
-    /// Ready once everything written so far has gone to the socket. The connection's task is woken for it.
+    /// Is ready when all that was written has reached the socket. The connection's task is woken for it.
     pub(crate) fn poll_flushed(&self) -> Poll<()> {
-        self.0.poll_flushed()
+        self.0.response.poll_flushed()
     }
 
-    /// Makes the close that follows a reset, so that an take_expired without framing cannot look whole.
+    /// Makes the close send a reset, so that a response without framing cannot look complete.
     pub(crate) fn reset_on_close(&self) {
         self.0.reset_on_close();
     }
 
-    /// Whether the connection must close behind the take_expired, since nobody knows where the next request begins.
+    /// Whether the connection must close after the response, since the beginning of the next request is unknown.
     pub(crate) fn must_close(&self) -> bool {
         self.0.must_close()
     }
 
-    /// Whether the client has ended its side, in whatever way.
+    /// Whether the client has closed its side, or the socket has failed.
     pub(crate) fn has_ended(&self) -> bool {
         self.0.has_ended()
     }

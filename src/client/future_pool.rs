@@ -1,8 +1,7 @@
-//! PooledFuture for the futures of requests: taken from the heap once, then used by one request after the other.
+//! A pool of the futures that handle requests. A future is allocated once and serves one request after the other.
 //!
-//! Such a future has some kilobytes, which hyper would keep with every connection as long as it lives, and which would
-//! be the largest piece of memory that a request takes and gives back. So a future here serves requests for ever, one
-//! at a time, and is not moved or made anew between two of them; one whose request is given up goes with it.
+//! Such a future has some kilobytes. hyper would keep one with every connection, and it would be the largest piece of
+//! memory that a request allocates. A future of a dropped request is dropped with it.
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -12,24 +11,24 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-/// Futures that a worker keeps for later: as many as requests usually wait at a time.
+/// Most unused futures in a worker's pool.
 const MAX_FREE: usize = 256;
 
-/// Where a future finds its requests `I` and leaves their answers `O`.
+/// Passes requests `I` to a future, and its responses `O` back.
 pub(crate) struct Mailbox<I, O> {
     request: Cell<Option<I>>,
-    answer: Cell<Option<O>>,
+    response: Cell<Option<O>>,
 }
 
 impl<I, O> Mailbox<I, O> {
-    /// The next request.
+    /// Waits for the next request.
     pub(crate) async fn next(&self) -> I {
         poll_fn(|_| self.request.take().map_or(Poll::Pending, Poll::Ready)).await
     }
 
-    /// Leaves the answer to it.
-    pub(crate) fn reply(&self, answer: O) {
-        self.answer.set(Some(answer));
+    /// Responds to the current request.
+    pub(crate) fn reply(&self, response: O) {
+        self.response.set(Some(response));
     }
 }
 
@@ -38,7 +37,7 @@ struct PooledFuture<I, O, F> {
     mailbox: Rc<Mailbox<I, O>>,
 }
 
-/// A worker's pool, the youngest one used first.
+/// A worker's pool. The future that was used last is used first.
 pub(crate) struct FuturePool<I, O, F> {
     free: RefCell<Vec<PooledFuture<I, O, F>>>,
     make: Make<I, O, F>,
@@ -71,16 +70,16 @@ impl<I, O> fmt::Debug for Mailbox<I, O> {
 }
 
 impl<I, O, F: Future> FuturePool<I, O, F> {
-    /// No future yet. `make` makes the future that serves what comes to a mailbox.
+    /// Creates an empty pool. `make` creates the future that serves the requests of a mailbox.
     pub(crate) fn new(make: impl Fn(Rc<Mailbox<I, O>>) -> F + 'static) -> Rc<Self> {
         Rc::new(FuturePool { free: RefCell::default(), make: Box::new(make) })
     }
 
-    /// Puts a request into a future.
+    /// Passes a request to a future of the pool, or to a new one.
     pub(crate) fn run(self: &Rc<Self>, request: I) -> Running<I, O, F> {
         let free = self.free.borrow_mut().pop();
         let future = free.unwrap_or_else(|| {
-            let mailbox = Rc::new(Mailbox { request: Cell::default(), answer: Cell::default() });
+            let mailbox = Rc::new(Mailbox { request: Cell::default(), response: Cell::default() });
             PooledFuture { future: Box::pin((self.make)(mailbox.clone())), mailbox }
         });
         future.mailbox.request.set(Some(request));
@@ -94,14 +93,14 @@ impl<I, O, F: Future> Future for Running<I, O, F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         let Some(future) = &mut this.future else { return Poll::Pending };
-        // It does not end: what it leaves is what counts.
+        // The future never ends; the mailbox tells whether it has responded.
         let _ = future.future.as_mut().poll(cx);
-        let Some(answer) = future.mailbox.answer.take() else { return Poll::Pending };
+        let Some(response) = future.mailbox.response.take() else { return Poll::Pending };
         let mut free = this.pool.free.borrow_mut();
         if free.len() < MAX_FREE {
             free.extend(this.future.take());
         }
-        Poll::Ready(Ok(answer))
+        Poll::Ready(Ok(response))
     }
 }
 
@@ -113,10 +112,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_future_serves_one_request_after_the_other_and_goes_with_one_that_is_given_up() {
+    fn a_future_is_reused_and_is_dropped_with_a_dropped_request() {
         let made = Rc::new(Cell::new(0));
         let count = made.clone();
-        // It asks to be polled twice.
+        // Each request needs two polls.
         let pool = FuturePool::new(move |mailbox: Rc<Mailbox<u32, u32>>| {
             count.set(count.get() + 1);
             async move {
@@ -141,9 +140,9 @@ mod tests {
         }
         assert!(pin!(pool.run(0)).poll(&mut cx).is_pending(), "dropped at once");
         assert_eq!((made.get(), free()), (1, 0));
-        let mut given_up = Box::pin(pool.run(7));
-        assert!(given_up.as_mut().poll(&mut cx).is_pending());
-        drop(given_up);
+        let mut dropped = Box::pin(pool.run(7));
+        assert!(dropped.as_mut().poll(&mut cx).is_pending());
+        drop(dropped);
         assert_eq!((made.get(), free()), (2, 0));
         let mut many: Vec<_> = (0..MAX_FREE as u32 + 9).map(|n| Box::pin(pool.run(n))).collect();
         for running in &mut many {
@@ -154,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_free_room_holds_nothing_of_its_last_request() {
+    fn an_unused_future_holds_nothing_of_its_last_request() {
         let pool = FuturePool::new(|mailbox: Rc<Mailbox<Rc<()>, ()>>| async move {
             loop {
                 let _held = mailbox.next().await;

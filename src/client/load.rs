@@ -1,51 +1,53 @@
-//! What a worker has to do, and what the control thread asks of it.
+//! The load of a worker, and the orders of the control thread to it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
-/// What a worker and the control thread tell each other.
+/// The state that a worker and the control thread share.
 #[derive(Debug, Default)]
 pub(crate) struct WorkerState {
-    /// Upstream connections that the worker may have while idle ones can make room.
+    /// Upstream connections that the worker may have. Beyond them it closes idle ones first.
     pub(crate) upstreams: usize,
+    /// Client connections.
     pub(crate) connections: AtomicUsize,
-    /// Bodies of requests that it waits for.
+    /// Request bodies that are being received.
     pub(crate) uploads: AtomicUsize,
-    /// Streams are to be cut now.
+    /// Whether streams must be cut.
     pub(crate) cut: AtomicBool,
-    /// Connections are to be closed as soon as they are idle.
+    /// Whether idle connections must be closed.
     pub(crate) close: AtomicBool,
-    /// Idle upstream connections are to make room for clients.
+    /// Whether idle upstream connections must be closed, since files are short.
     pub(crate) lacks_files: AtomicBool,
+    /// Notified when one of the flags was set.
     pub(crate) news: Notify,
 }
 
 impl WorkerState {
-    /// Whether streams are to be cut.
+    /// Whether streams must be cut.
     pub(crate) fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Relaxed)
     }
 
-    /// Upstream connections that the worker may have while idle ones can make room.
+    /// Upstream connections that the worker may have. Beyond them it closes idle ones first.
     pub(crate) fn upstreams(&self) -> usize {
         self.upstreams
     }
 
-    /// Whether idle connections are to be closed.
+    /// Whether idle connections must be closed.
     pub(crate) fn is_closing(&self) -> bool {
         self.close.load(Ordering::Relaxed)
     }
 }
 
-/// Counts a body that is waited for until it is dropped.
+/// Counts a request body that is being received, until it is dropped.
 #[derive(Debug)]
-#[must_use = "dropping it says that nobody waits for the body any more"]
+#[must_use = "dropping it ends the count"]
 pub(crate) struct Upload(Arc<WorkerState>);
 
 impl Upload {
-    /// One more.
+    /// Counts one more.
     pub(crate) fn new(load: Arc<WorkerState>) -> Self {
         load.uploads.fetch_add(1, Ordering::Relaxed);
         Upload(load)

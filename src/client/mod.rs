@@ -1,8 +1,12 @@
-//! The clients' side: one connection and the requests on it.
+//! The client's side of Zap: connections, and the exchanges on them.
 
 pub(crate) mod deadline;
 
 mod client_io;
+
+mod progress;
+
+mod reader;
 
 pub(crate) mod conn;
 

@@ -1,4 +1,4 @@
-//! Answers of Zap's own, as they look to a client.
+//! Responses of Zap's own, in the form that a client expects.
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderValue};
@@ -6,20 +6,20 @@ use http::{HeaderName, Response, StatusCode};
 
 use crate::client::body::Body;
 
-/// What an error says, in OpenAI's terms.
+/// The error object of the OpenAI API.
 #[derive(Debug)]
 pub(crate) struct ErrorBody<'a> {
-    /// What happened, and what to do next.
+    /// What happened, and what the client can do.
     pub message: &'a str,
-    /// The class of the error.
+    /// The `type`: a class of errors.
     pub kind: &'static str,
-    /// The member of the request that is to blame.
+    /// The member of the request that is wrong.
     pub param: Option<&'a str>,
-    /// What happened, in one word.
+    /// A word that names the error.
     pub code: &'static str,
 }
 
-/// An error: `{"error":{"message":…,"type":…,"param":…,"code":…}}`, with further headers.
+/// Creates an error response: `{"error":{"message":…,"type":…,"param":…,"code":…}}`, with further headers.
 pub(crate) fn error<S>(
     status: StatusCode,
     error: &ErrorBody<'_>,
@@ -38,7 +38,7 @@ pub(crate) fn error<S>(
     response
 }
 
-/// A text in one piece.
+/// Creates a response with a body of one piece.
 pub(crate) fn text<S>(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body<S>> {
     let mut response = Response::new(Body::full(body));
     *response.status_mut() = status;

@@ -32,18 +32,19 @@ const MAX_BUFFER: usize = 64 * 1024;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 100;
 
-/// How long a closed connection is drained, so that the client can read the answer before a reset reaches it.
+/// How long the input of a closed connection is dropped, so that the client can read the response before a reset
+/// reaches it.
 const LINGER: Nanos = 2 * SECOND;
 
-/// How much a client may send meanwhile.
+/// Most bytes that are dropped.
 const MAX_DISCARD: usize = 64 << 20;
 
-/// What answers requests.
+/// A service that responds to requests.
 pub(crate) trait Service: 'static {
-    /// The body of an answer that comes piece by piece.
+    /// A response body that comes in pieces.
     type Stream: http_body::Body<Data = Bytes, Error = Cut> + Unpin + 'static;
 
-    /// Answers one request. Everything it does is owned by the future and by the body of the answer.
+    /// Handles one request. The future and the body of the response own all that the request holds.
     fn handle<B>(
         self: &Rc<Self>,
         head: &Parts,
@@ -53,23 +54,23 @@ pub(crate) trait Service: 'static {
     where
         B: http_body::Body<Data = Bytes> + Unpin;
 
-    /// The answer to a request that a bug has ended.
+    /// The response to a request whose handler panicked.
     fn broken(&self) -> Response<Body<Self::Stream>>;
 
-    /// Connections close behind their answers.
+    /// Whether connections close after their response.
     fn is_draining(&self) -> bool;
 
-    /// Idle connections close.
+    /// Whether idle connections close.
     fn is_closing(&self) -> bool;
 }
 
-/// What a pooled future is given.
+/// The input of a pooled future.
 pub(crate) type Job = (Request<Incoming>, Rc<Conn>);
 
-/// The answer of a service.
-type ServiceAnswer<S> = Response<Body<<S as Service>::Stream>>;
+/// The response of a service.
+type ServiceResponse<S> = Response<Body<<S as Service>::Stream>>;
 
-/// What connections have in common.
+/// Settings of all connections.
 #[derive(Debug)]
 pub(crate) struct Settings {
     /// The worker's deadlines.
@@ -78,15 +79,15 @@ pub(crate) struct Settings {
     pub keep_alive: Nanos,
 }
 
-/// Serves one connection to its end, each request in one of the pooled futures.
+/// Serves one connection until it ends. Each request runs in a pooled future.
 pub(crate) async fn serve<S: Service, F: Future>(
     (stream, peer): (TcpStream, IpAddr),
     settings: &Settings,
     gateway: Rc<S>,
-    futures: Rc<FuturePool<Job, ServiceAnswer<S>, F>>,
+    futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
 ) {
     let conn = Conn::new(stream, peer, settings.deadlines.clone(), settings.keep_alive);
-    // A connection that says nothing costs no buffers: hyper comes in with the first byte.
+    // A silent connection costs no buffers: hyper starts with the first byte.
     let first = poll_fn(|cx| {
         conn.deadline.register(cx);
         match conn.poll_readable(cx) {
@@ -98,69 +99,74 @@ pub(crate) async fn serve<S: Service, F: Future>(
         return;
     }
     let service = service_fn(|request| futures.run((request, conn.clone())));
-    let answered = serve_http(&conn, &gateway, service).await;
-    if answered && conn.is_unread() {
+    let was_ended_by_hyper = serve_http(&conn, &gateway, service).await;
+    if was_ended_by_hyper && conn.has_unread() {
         let _ = conn.deadline.limit(conn.coarse_now() + LINGER, conn.discard(MAX_DISCARD)).await;
     }
 }
 
-/// Tells the stories of the requests that come to `mailbox`.
-pub(crate) async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox<Job, ServiceAnswer<S>>>) {
+/// Handles the requests that come to `mailbox`.
+pub(crate) async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox<Job, ServiceResponse<S>>>) {
     loop {
         let (request, conn) = mailbox.next().await;
         let (head, body) = request.into_parts();
-        let answer = guarded(&gateway, &head, body, &Exchange::new(conn)).await;
+        let response = guarded(&gateway, &head, body, &Exchange::new(conn)).await;
         header_map_pool::give_back(head.headers);
-        mailbox.reply(answer);
+        mailbox.reply(response);
     }
 }
 
-/// The answer to one request. A bug on its way ends that request alone: what it held is dropped, its client gets a 500.
+/// Handles one request. A panic ends only this request: what it holds is dropped, and its client gets a 500.
 async fn guarded<S: Service>(
     gateway: &Rc<S>,
     head: &Parts,
     body: Incoming,
     exchange: &Exchange,
-) -> ServiceAnswer<S> {
-    let mut answer = pin!(gateway.handle(head, body, exchange));
-    let answer = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| answer.as_mut().poll(cx))) {
+) -> ServiceResponse<S> {
+    let mut handling = pin!(gateway.handle(head, body, exchange));
+    let response = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| handling.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    answer.await.unwrap_or_else(|| gateway.broken())
+    response.await.unwrap_or_else(|| gateway.broken())
 }
 
-/// `true`: hyper ended it; `false`: an deadline did, and nobody waits for an answer.
+/// Runs hyper on a connection. Returns whether hyper ended it; otherwise a deadline or the client did, and nobody waits for
+/// a response.
 async fn serve_http<S, H>(conn: &Rc<Conn>, gateway: &Rc<S>, service: H) -> bool
 where
     S: Service,
     H: HttpService<Incoming, ResBody = Body<S::Stream>, Error = Infallible>,
 {
     let mut builder = http1::Builder::new();
-    // No timer: `deadline` does what hyper's would, for less. A client that stops sending has left: `has_left` sees it. Without
-    // `half_close` hyper would look itself, and take 8 KiB for it.
+    // No timer of hyper's: `deadline` costs less. A client that closes its side has disconnected: `is_disconnected`
+    // sees it. Without `half_close` hyper would look itself, with a buffer of 8 KiB.
     builder.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS).half_close(true);
     let mut http = pin!(builder.serve_connection(TokioIo::new(ClientIo(conn.clone())), service));
     let mut closing = false;
     poll_fn(|cx| {
         conn.deadline.register(cx);
-        let answers = conn.is_answering();
+        let responds = conn.response.patience() > 0;
         let mut ended = http.as_mut().poll(cx).is_ready();
-        // On the way out a connection closes behind its answer, also behind one whose head did not say so. What has come is
-        // read before, and answered.
-        let is_last = gateway.is_closing() || answers && gateway.is_draining();
+        // At shutdown a connection closes after its response, even if the head of the response did not say so. A request
+        // that has come before is still served.
+        let is_last = gateway.is_closing() || responds && gateway.is_draining();
         if is_last && !closing && !ended {
             closing = true;
             http.as_mut().graceful_shutdown();
             ended = http.as_mut().poll(cx).is_ready();
         }
         if ended {
-            // What has come meanwhile is to be known before the close.
-            conn.has_left(cx);
+            // Input that has come meanwhile must be known before the close.
+            conn.is_disconnected(cx);
             return Poll::Ready(true);
         }
-        // An deadline that no phase of a request has answered: idle, a slow head, or a write that nobody reads.
-        if conn.deadline.has_expired() || conn.has_left(cx) { Poll::Ready(false) } else { Poll::Pending }
+        // A deadline that no phase of a request takes: idle, a slow head, or a write that nobody reads.
+        if conn.deadline.has_expired() || conn.is_disconnected(cx) {
+            Poll::Ready(false)
+        } else {
+            Poll::Pending
+        }
     })
     .await
 }

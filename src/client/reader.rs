@@ -1,0 +1,293 @@
+//! What of the client's bytes hyper gets: complete heads, one message at a time.
+//!
+//! A head is held back until it is complete and has passed [`crate::http1::head`]. An invalid head is replaced by a
+//! request that the gateway refuses. Bytes after the current message are kept back, so that they cannot hide that the
+//! client has disconnected.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::http1::head::{Framing, inspect, is_worth_parsing};
+
+/// Largest head that is held back. A larger one goes to hyper, which refuses it.
+const MAX_HEAD: usize = 64 * 1024;
+
+/// Most bytes kept back after a message. Of a client that sends more before its response, no more is read.
+const MAX_AHEAD: usize = 64 * 1024;
+
+/// What hyper reads in place of an invalid head.
+const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
+
+/// The socket of a connection.
+pub(super) type Socket = RefCell<TcpStream>;
+
+/// The read side of a connection.
+#[derive(Debug)]
+pub(super) struct Reader {
+    position: Cell<Position>,
+    /// Bytes received but not given to hyper: of an incomplete head, or after the current message.
+    ahead: RefCell<Vec<u8>>,
+    /// Length of an incomplete head when it was last parsed.
+    parsed: Cell<usize>,
+    /// Why the current head is refused.
+    refused: Cell<Option<&'static str>>,
+    /// Whether the current exchange has ended, so that the next head may be read.
+    next: Cell<bool>,
+    /// Whether the client has closed its side.
+    eof: Cell<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Position {
+    /// In a chunked body, whose end only hyper knows: the connection closes after the response.
+    Chunked,
+    /// After the message. Further bytes are kept back.
+    Done,
+    /// In a head; `ahead` holds its beginning.
+    Head,
+    /// In a body with this number of bytes still to come.
+    Length(u64),
+    /// After an invalid head: hyper reads no more.
+    Refused,
+}
+
+impl Reader {
+    /// The reader of a new connection.
+    pub(super) fn new() -> Self {
+        Reader {
+            position: Cell::new(Position::Head),
+            ahead: RefCell::default(),
+            parsed: Cell::new(0),
+            refused: Cell::new(None),
+            next: Cell::new(false),
+            eof: Cell::new(false),
+        }
+    }
+
+    /// Why the head that hyper has just read must be refused, if it must.
+    pub(super) fn refusal(&self) -> Option<&'static str> {
+        self.refused.get()
+    }
+
+    /// Whether the beginning of the next request is unknown, since the current body is chunked or incomplete.
+    pub(super) fn is_in_body(&self) -> bool {
+        matches!(self.position.get(), Position::Chunked | Position::Length(_))
+    }
+
+    /// Whether the client has closed its side, or the socket has failed.
+    pub(super) fn has_ended(&self) -> bool {
+        self.eof.get()
+    }
+
+    /// Whether the client may have sent bytes that were not read.
+    pub(super) fn has_unread(&self) -> bool {
+        let between = matches!(self.position.get(), Position::Done | Position::Head);
+        !(self.eof.get() || between && self.ahead.borrow().is_empty())
+    }
+
+    /// Allows the next head. Returns whether bytes of it are here already.
+    pub(super) fn end_exchange(&self) -> bool {
+        self.next.set(true);
+        !self.ahead.borrow().is_empty()
+    }
+
+    /// Reads once from the socket. Returns the number of bytes.
+    pub(super) fn poll_socket(
+        &self,
+        socket: &Socket,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let before = buf.filled().len();
+        let read = ready!(Pin::new(&mut *socket.borrow_mut()).poll_read(cx, buf));
+        let n = buf.filled().len() - before;
+        self.eof.set(read.is_err() || n == 0 && buf.remaining() > 0);
+        read?;
+        Poll::Ready(Ok(n))
+    }
+
+    /// Keeps back what has come after the current message. Returns whether bytes of the next request have come.
+    pub(super) fn read_ahead(&self, socket: &Socket, cx: &mut Context<'_>) -> bool {
+        let mut scratch = [MaybeUninit::uninit(); 4096];
+        let mut ahead = self.ahead.borrow_mut();
+        let mut has_next = false;
+        while ahead.len() < MAX_AHEAD {
+            let mut buf = ReadBuf::uninit(&mut scratch);
+            if !matches!(self.poll_socket(socket, cx, &mut buf), Poll::Ready(Ok(n)) if n > 0) {
+                break;
+            }
+            ahead.extend_from_slice(buf.filled());
+            has_next |= self.next.get();
+        }
+        has_next
+    }
+
+    /// Whether a disconnect can be seen by [`read_ahead`](Self::read_ahead), which reads after the message.
+    pub(super) fn is_done(&self) -> bool {
+        self.position.get() == Position::Done
+    }
+
+    /// Whether nothing more can be read until the response: in a chunked body, or with as much kept back as allowed.
+    pub(super) fn is_blocked(&self) -> bool {
+        match self.position.get() {
+            Position::Chunked => true,
+            Position::Done => self.ahead.borrow().len() >= MAX_AHEAD,
+            Position::Head | Position::Length(_) | Position::Refused => false,
+        }
+    }
+
+    /// Whether the current body is chunked.
+    pub(super) fn is_chunked(&self) -> bool {
+        self.position.get() == Position::Chunked
+    }
+
+    /// Reads for hyper. `head_begins` is called when the first bytes of a head are here.
+    pub(super) fn poll_read(
+        &self,
+        socket: &Socket,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+        head_begins: impl Fn(),
+    ) -> Poll<io::Result<()>> {
+        loop {
+            if self.position.get() == Position::Done && self.next.get() {
+                self.position.set(Position::Head);
+                if !self.ahead.borrow().is_empty() {
+                    head_begins();
+                }
+            }
+            let start = buf.filled().len();
+            match self.position.get() {
+                Position::Refused => return Poll::Pending,
+                Position::Head => {
+                    if self.give_head(buf) {
+                        return Poll::Ready(Ok(()));
+                    }
+                    let n = ready!(self.poll_socket(socket, cx, buf))?;
+                    if n == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                    let mut ahead = self.ahead.borrow_mut();
+                    if ahead.is_empty() {
+                        head_begins();
+                        // Usually the whole head is here and stays where it was read to.
+                        match inspect(&buf.filled()[start..]) {
+                            Ok(Some(head)) => {
+                                let rest = self.begin(head.len, head.framing, n);
+                                ahead.extend_from_slice(&buf.filled()[start + rest..]);
+                                buf.set_filled(start + rest);
+                                return Poll::Ready(Ok(()));
+                            }
+                            Ok(None) => self.parsed.set(n),
+                            // `give_head` refuses it.
+                            Err(_) => {}
+                        }
+                    }
+                    ahead.extend_from_slice(&buf.filled()[start..]);
+                    buf.set_filled(start);
+                }
+                Position::Length(left) => {
+                    let left_here = usize::try_from(left).unwrap_or(usize::MAX);
+                    if !self.ahead.borrow().is_empty() {
+                        self.took(left, self.give(buf, left_here));
+                        return Poll::Ready(Ok(()));
+                    }
+                    let n = ready!(self.poll_socket(socket, cx, buf))?;
+                    let wanted = n.min(left_here);
+                    self.ahead.borrow_mut().extend_from_slice(&buf.filled()[start + wanted..]);
+                    buf.set_filled(start + wanted);
+                    self.took(left, wanted);
+                    return Poll::Ready(Ok(()));
+                }
+                Position::Chunked => {
+                    if !self.ahead.borrow().is_empty() {
+                        self.give(buf, usize::MAX);
+                        return Poll::Ready(Ok(()));
+                    }
+                    return self.poll_socket(socket, cx, buf).map_ok(drop);
+                }
+                // What comes now is not for hyper: `read_ahead` keeps it back.
+                Position::Done => return Poll::Pending,
+            }
+        }
+    }
+
+    /// Gives hyper a head that was held back, if it is complete, invalid or too large.
+    fn give_head(&self, buf: &mut ReadBuf<'_>) -> bool {
+        let ahead = self.ahead.borrow();
+        let length = ahead.len();
+        if length == 0 || length < MAX_HEAD && !is_worth_parsing(&ahead, self.parsed.get()) {
+            return false;
+        }
+        let head = inspect(&ahead);
+        drop(ahead);
+        self.parsed.set(if head == Ok(None) { length } else { 0 });
+        match head {
+            Ok(None) if length < MAX_HEAD => return false,
+            Ok(None) => {
+                self.position.set(Position::Chunked);
+                self.next.set(false);
+                self.give(buf, usize::MAX);
+            }
+            Ok(Some(head)) => {
+                let n = self.begin(head.len, head.framing, length);
+                if n > buf.remaining() {
+                    // hyper's buffer is smaller than head and body: the body comes with the next read.
+                    self.position.set(match head.framing {
+                        Framing::Chunked => Position::Chunked,
+                        Framing::Length(length) => Position::Length(length + head.len as u64),
+                    });
+                    if let Position::Length(left) = self.position.get() {
+                        self.took(left, buf.remaining());
+                    }
+                }
+                self.give(buf, n);
+            }
+            Err(fault) => {
+                self.refused.set(Some(fault.0));
+                self.position.set(Position::Refused);
+                self.next.set(false);
+                self.ahead.borrow_mut().clear();
+                buf.put_slice(&REFUSED[..REFUSED.len().min(buf.remaining())]);
+            }
+        }
+        true
+    }
+
+    /// Gives hyper at most `most` bytes that were kept back. Returns their number.
+    fn give(&self, buf: &mut ReadBuf<'_>, most: usize) -> usize {
+        let mut ahead = self.ahead.borrow_mut();
+        let n = ahead.len().min(buf.remaining()).min(most);
+        buf.put_slice(&ahead[..n]);
+        ahead.drain(..n);
+        n
+    }
+
+    /// Begins a message with a valid head of `len` bytes. Returns how many of the `available` bytes belong to it.
+    fn begin(&self, len: usize, framing: Framing, available: usize) -> usize {
+        self.next.set(false);
+        match framing {
+            Framing::Chunked => {
+                self.position.set(Position::Chunked);
+                available
+            }
+            Framing::Length(length) => {
+                let body = length.min((available - len) as u64);
+                self.took(length, body as usize);
+                len + body as usize
+            }
+        }
+    }
+
+    /// Records that hyper got `n` of the `left` bytes of a body.
+    fn took(&self, left: u64, n: usize) {
+        let left = left - n as u64;
+        self.position.set(if left == 0 { Position::Done } else { Position::Length(left) });
+    }
+}
