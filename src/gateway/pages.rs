@@ -1,4 +1,5 @@
-//! Pages that are costly to make, within a share of the time: anyone may ask for them, as often as they like.
+//! Pages that are expensive to render. The time spent on them is bounded, since any client may request them at any
+//! rate.
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -7,10 +8,10 @@ use crate::clock;
 use crate::policy::allowance::Allowance;
 use crate::time::{MILLI, Nanos, SECOND};
 
-/// Time that all workers together spend on pages in a second, before pages are served again: a quarter of a core.
-const MOST: Nanos = 250 * MILLI;
+/// Time that all workers together spend on pages in a second; after that, cached pages are served. A quarter of a core.
+const MAX_RENDER_TIME: Nanos = 250 * MILLI;
 
-/// A page that is costly to make.
+/// A page that is expensive to render.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Page {
     /// `/metrics`.
@@ -19,38 +20,44 @@ pub(crate) enum Page {
     Status,
 }
 
-/// The last text of each page, and the time that was spent on them.
+/// The pages, with a cache that all workers share.
 #[derive(Debug, Default)]
-pub(crate) struct Pages(Mutex<Budgeted>);
+pub(crate) struct Pages(Mutex<PageCache>);
 
+/// The last text of each page, and the time spent on rendering.
 #[derive(Debug, Default)]
-struct Budgeted {
+struct PageCache {
+    /// Render time of the current second.
     spent: Allowance,
-    /// By page: in which second it was made, and its text.
+    /// By page: the second in which it was rendered, and its text.
     last: [Option<(u64, Bytes)>; 2],
 }
 
 impl Pages {
-    /// The text of `page`: made now, or where the time of this second is used up, the last one of this second.
-    pub(crate) fn text(&self, page: Page, make: impl FnOnce() -> Bytes) -> Bytes {
+    /// Returns the text of `page`. Calls `render`, unless the time of this second is used up and the cache has a text
+    /// of this second.
+    pub(crate) fn text(&self, page: Page, render: impl FnOnce() -> Bytes) -> Bytes {
         let began = clock::now();
-        let kept = self.0.lock().kept(page, began);
-        // Others may make it at the same time, each worker once: no worker waits for another.
-        kept.unwrap_or_else(|| {
-            let text = make();
-            self.0.lock().keep(page, began, clock::now(), text.clone());
+        let cached = self.0.lock().get(page, began);
+        // The lock is not held while a page is rendered, so several workers may render it at once: no worker waits for
+        // another one.
+        cached.unwrap_or_else(|| {
+            let text = render();
+            self.0.lock().put(page, began, clock::now(), text.clone());
             text
         })
     }
 }
 
-impl Budgeted {
-    fn kept(&self, page: Page, now: Nanos) -> Option<Bytes> {
+impl PageCache {
+    /// Returns the cached text, if rendering is out of time and the text is of this second.
+    fn get(&self, page: Page, now: Nanos) -> Option<Bytes> {
         let (second, text) = self.last[page as usize].as_ref()?;
-        (self.spent.used(now) >= MOST && *second >= now / SECOND).then(|| text.clone())
+        (self.spent.used(now) >= MAX_RENDER_TIME && *second >= now / SECOND).then(|| text.clone())
     }
 
-    fn keep(&mut self, page: Page, began: Nanos, ended: Nanos, text: Bytes) {
+    /// Stores a text that was rendered from `began` to `ended`.
+    fn put(&mut self, page: Page, began: Nanos, ended: Nanos, text: Bytes) {
         self.spent.spend(ended, ended.saturating_sub(began));
         self.last[page as usize] = Some((ended / SECOND, text));
     }
@@ -60,42 +67,42 @@ impl Budgeted {
 mod tests {
     use super::*;
 
-    /// Asks for `page` at `now`, where making it takes `took`: the text, which says when it was made, and when it was here.
-    fn ask(state: &mut Budgeted, page: Page, now: Nanos, took: Nanos) -> (Nanos, Nanos) {
-        if let Some(text) = state.kept(page, now) {
+    /// Requests `page` at `now`; rendering takes `took`. Returns when the text was rendered, and when it was ready.
+    fn request(cache: &mut PageCache, page: Page, now: Nanos, took: Nanos) -> (Nanos, Nanos) {
+        if let Some(text) = cache.get(page, now) {
             return (std::str::from_utf8(&text).unwrap().parse().unwrap(), now);
         }
-        state.keep(page, now, now + took, now.to_string().into());
+        cache.put(page, now, now + took, now.to_string().into());
         (now, now + took)
     }
 
     #[test]
-    fn a_flood_costs_a_quarter_of_the_time_and_gets_texts_of_this_second() {
+    fn a_flood_uses_a_quarter_of_a_core_and_gets_texts_at_most_a_second_old() {
         for took in [MILLI, 10 * MILLI, 100 * MILLI] {
-            let (mut state, mut now, mut spent) = (Budgeted::default(), 0, 0);
+            let (mut cache, mut now, mut spent) = (PageCache::default(), 0, 0);
             while now < 10 * SECOND {
-                let (made, then) = ask(&mut state, Page::Metrics, now, took);
-                assert!(now - made <= SECOND, "{made} at {now}");
-                spent += then - now;
-                now = then + MILLI / 10;
+                let (rendered, ready) = request(&mut cache, Page::Metrics, now, took);
+                assert!(now - rendered <= SECOND, "a text of {rendered} was served at {now}");
+                spent += ready - now;
+                now = ready + MILLI / 10;
             }
-            assert!(spent <= 10 * (MOST + took), "{spent} of {took} each");
+            assert!(spent <= 10 * (MAX_RENDER_TIME + took), "{spent} ns spent, {took} ns for each page");
         }
     }
 
     #[test]
-    fn ordinary_scrapes_are_fresh_and_a_flood_of_one_page_leaves_the_other_a_text_a_second() {
-        let mut state = Budgeted::default();
+    fn normal_scrapes_are_fresh_and_a_flood_of_one_page_leaves_the_other_one_text_a_second() {
+        let mut cache = PageCache::default();
         for now in (0..100).map(|i| i * SECOND / 5) {
-            assert_eq!(ask(&mut state, Page::Status, now, 20 * MILLI).0, now);
+            assert_eq!(request(&mut cache, Page::Status, now, 20 * MILLI).0, now);
         }
         let start = 100 * SECOND;
         for i in 0..500 {
-            ask(&mut state, Page::Metrics, start + i * MILLI, 10 * MILLI);
+            request(&mut cache, Page::Metrics, start + i * MILLI, 10 * MILLI);
         }
         let asked = start + SECOND / 2;
-        assert_eq!(ask(&mut state, Page::Status, asked, MILLI).0, asked);
-        assert_eq!(ask(&mut state, Page::Status, asked + SECOND / 4, MILLI).0, asked);
-        assert_eq!(ask(&mut state, Page::Status, start + SECOND, MILLI).0, start + SECOND);
+        assert_eq!(request(&mut cache, Page::Status, asked, MILLI).0, asked);
+        assert_eq!(request(&mut cache, Page::Status, asked + SECOND / 4, MILLI).0, asked);
+        assert_eq!(request(&mut cache, Page::Status, start + SECOND, MILLI).0, start + SECOND);
     }
 }
