@@ -1,5 +1,5 @@
-//! The driver of a request's tries: it does what [`Dispatch`] says, until there is an answer to relay or an error. What
-//! one try is, is [`crate::gateway::one_try`]'s business.
+//! Drives the tries of a request: carries out the decisions of [`Dispatch`] until there is a response to relay or an
+//! error. [`crate::gateway::one_try`] runs a single try.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -31,68 +31,68 @@ use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 
-/// Frames that are read of an answer nobody wants, to keep its connection.
-const MAX_LEFTOVER: usize = 16;
+/// Frames read from a discarded response, so that its connection can be reused.
+const MAX_DISCARDED_FRAMES: usize = 16;
 
-/// An answer that goes to the client.
+/// A response of a backend that goes to the client.
 pub(crate) struct Delivery {
-    /// Status and headers, without those that end at Zap.
+    /// The status and the headers, without hop-by-hop headers and others that Zap does not forward.
     pub head: Parts,
-    /// What the headers say.
+    /// The facts that Zap needs from the headers.
     pub about: About,
-    /// The connection, positioned behind the head, or behind `first`.
+    /// The connection, positioned after the head, or after `first`.
     pub lease: Lease,
-    /// The place at the backend.
-    pub entered: InFlight,
-    /// The slot.
+    /// The request at the backend, with its slot there.
+    pub in_flight: InFlight,
+    /// The slot of the request.
     pub slot: Permit,
-    /// The body's first frame, where it was waited for.
+    /// The first frame of the body, if it has been read already.
     pub first: Option<Bytes>,
-    /// How long the answer may make no progress.
-    pub patience: Nanos,
+    /// How long the response may make no progress.
+    pub idle_timeout: Nanos,
 }
 
-/// An answer that is kept, to be delivered if nobody has a better one.
-pub(crate) struct Kept {
-    /// Status and headers as they came.
+/// A response of a failed try, which is delivered if no later try has a better one.
+pub(crate) struct KeptResponse {
+    /// The status and the headers as received.
     pub head: Parts,
-    /// The connection, positioned behind the head.
+    /// The connection, positioned after the head.
     pub lease: Lease,
-    /// The request at the backend, its place given up.
-    pub entered: InFlight,
-    /// Number of its try.
+    /// The request at the backend, without a slot there.
+    pub in_flight: InFlight,
+    /// The number of its try, from 1.
     pub number: u32,
 }
 
-/// One request's way through the backends.
+/// The tries of one request.
 pub(crate) struct Attempts<'a> {
     /// The worker's gateway.
     pub gateway: &'a Gateway,
-    /// The client's connection, for time limits.
+    /// The exchange on the client connection, for time limits.
     pub exchange: &'a Exchange,
-    /// The client's headers.
+    /// The headers of the client's request.
     pub headers: &'a HeaderMap,
-    /// The client's body.
+    /// The body of the client's request.
     pub chat: &'a ChatRequest,
-    /// What it asks for.
+    /// The route, the model and the affinity of the request.
     pub ask: Ask<'a>,
-    /// The fleet, of the configuration that the request came under.
+    /// The fleet, under the configuration that was current when the request arrived.
     pub snapshot: Arc<Snapshot>,
-    /// The record.
+    /// The record of the request.
     pub record: &'a mut RequestRecord,
-    /// When the first byte must be on its way.
+    /// The deadline for the first byte of the response.
     pub deadline: Nanos,
-    /// When the present try began to wait for its backend, if it has.
-    pub begun: Option<Nanos>,
+    /// When the current try began to wait for its backend; `None` before that.
+    pub wait_began: Option<Nanos>,
 }
 
 impl Attempts<'_> {
-    /// Tries until there is an answer to deliver.
+    /// Runs tries until there is a response to deliver.
     ///
     /// # Errors
-    /// What to tell the client where there is none.
+    /// The error to send to the client if there is none.
     pub(crate) async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
-        let (mut slot, mut kept, mut line) = (Some(slot), None, Lines::default());
+        let (mut slot, mut kept, mut lines) = (Some(slot), None, Lines::default());
         let mut dispatch = Dispatch::new(self.rules());
         let mut now = clock::now();
         self.gateway.shared().budget.offer(now);
@@ -100,33 +100,33 @@ impl Attempts<'_> {
             if self.record.others > 0 {
                 self.refresh();
             }
-            let mut step = self.decide(now, &mut dispatch, &line);
-            // A backend that reopens from here on ends the wait; one that has reopened before is seen by a second look.
+            let mut step = self.decide(now, &mut dispatch, &lines);
+            // Register for reopened backends, then decide again: a backend may have reopened before the registration.
             let gateway = self.gateway;
             let reopened = matches!(step, Do::Wait(_)).then(|| gateway.shared().reopened.notified());
             if reopened.is_some() {
-                line.granted = None;
-                step = self.decide(now, &mut dispatch, &line);
+                lines.granted = None;
+                step = self.decide(now, &mut dispatch, &lines);
             }
-            self.note_passed(now, dispatch.tried(), &step);
+            self.record_passed(now, dispatch.tried(), &step);
             match step {
                 Do::Try { target, until, panic } => {
-                    let Some(entered) = self.enter(now, target, &mut line) else {
+                    let Some(in_flight) = self.enter(now, target, &mut lines) else {
                         dispatch.missed();
                         continue;
                     };
                     self.count_try(panic);
-                    match (self.try_one(target, entered, until, &mut dispatch).await, slot.take()) {
-                        (Ok((head, about, lease, entered, first)), Some(slot)) => {
-                            self.let_go(kept);
-                            let patience = self.patience();
-                            return Ok(Delivery { head, about, lease, entered, slot, first, patience });
+                    match (self.try_one(target, in_flight, until, &mut dispatch).await, slot.take()) {
+                        (Ok((head, about, lease, in_flight, first)), Some(slot)) => {
+                            self.discard(kept);
+                            let idle_timeout = self.idle_timeout();
+                            return Ok(Delivery { head, about, lease, in_flight, slot, first, idle_timeout });
                         }
                         (Ok(_), None) => return Err(GatewayError::Internal),
-                        (Err(newer), held) => {
-                            slot = held;
+                        (Err(newer), still_held) => {
+                            slot = still_held;
                             if newer.is_some() {
-                                self.let_go(std::mem::replace(&mut kept, newer));
+                                self.discard(std::mem::replace(&mut kept, newer));
                             }
                         }
                     }
@@ -135,15 +135,15 @@ impl Attempts<'_> {
                     drop(slot.take());
                     let wait =
                         Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline, reopened };
-                    line.wait(self.gateway, self.exchange, self.record, wait).await?;
-                    slot = Some(line.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
+                    lines.wait(self.gateway, self.exchange, self.record, wait).await?;
+                    slot = Some(lines.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {
                     (Some(kept), Some(slot)) => return Ok(self.deliver_kept(*kept, slot)),
                     _ => return Err(GatewayError::Internal),
                 },
-                Do::Refuse(why) => return Err(refused(why, now)),
+                Do::Refuse(why) => return Err(to_error(why, now)),
             }
             now = clock::now();
         }
@@ -159,8 +159,8 @@ impl Attempts<'_> {
         }
     }
 
-    /// Looks at the fleet as it is now, unless a reload has made it another's. Only a request that has waited since it took
-    /// its snapshot need do so.
+    /// Takes the current snapshot of the fleet, unless a reload has changed the configuration. Only a request that has
+    /// waited since its last snapshot needs a new one.
     fn refresh(&mut self) {
         let fresh = self.gateway.snapshot();
         if !Arc::ptr_eq(&fresh, &self.snapshot) && fresh.is_of(&self.snapshot) {
@@ -168,31 +168,32 @@ impl Attempts<'_> {
         }
     }
 
-    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, line: &Lines) -> Do {
+    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, lines: &Lines) -> Do {
         let view = View {
             snapshot: &self.snapshot,
             ask: &self.ask,
             now,
-            turn: line.turn(),
-            granted: line.granted.as_ref().map(|(backend, _)| *backend),
-            stands_in_line: line.stands(),
+            turn: lines.turn(),
+            granted: lines.granted.as_ref().map(|(backend, _)| *backend),
+            stands_in_line: lines.stands(),
         };
         dispatch.next(now, &view, &self.gateway.shared().budget, || self.gateway.random())
     }
 
-    /// Takes a place at a target and leaves all lines; `None` where another request came first.
-    fn enter(&self, now: Nanos, target: TargetId, line: &mut Lines) -> Option<InFlight> {
+    /// Takes a slot and a unit of the quota at the target's backend, and leaves all queues. Returns `None` if another
+    /// request took the last one.
+    fn enter(&self, now: Nanos, target: TargetId, lines: &mut Lines) -> Option<InFlight> {
         let backend = self.snapshot.route(&self.ask).targets[target].backend;
         let upstream = &self.snapshot.backends[backend];
-        let entered = match line.granted.take_if(|(granted, _)| *granted == backend) {
-            Some((_, place)) => upstream.enter_at(Some(place), now, line.turn()),
-            None => upstream.enter(now, line.turn()),
+        let in_flight = match lines.granted.take_if(|(granted, _)| *granted == backend) {
+            Some((_, permit)) => upstream.enter_at(Some(permit), now, lines.turn()),
+            None => upstream.enter(now, lines.turn()),
         };
-        line.served(backend, entered.is_some());
-        entered
+        lines.served(backend, in_flight.is_some());
+        in_flight
     }
 
-    /// Counts a try: a further one by the backend whose failure led to it.
+    /// Counts a try. A retry counts at the backend whose failure caused it.
     fn count_try(&self, panic: bool) {
         let recorder = self.gateway.recorder();
         if let Some((upstream, fault)) = self.record.failed.last() {
@@ -203,8 +204,8 @@ impl Attempts<'_> {
         }
     }
 
-    /// Notes for the log which targets were passed over.
-    fn note_passed(&mut self, now: Nanos, tried: &[TargetId], step: &Do) {
+    /// Records for the log which targets were passed over.
+    fn record_passed(&mut self, now: Nanos, tried: &[TargetId], step: &Do) {
         if !self.record.is_logged {
             return;
         }
@@ -217,12 +218,12 @@ impl Attempts<'_> {
         }
     }
 
-    /// Drops an answer that will not be delivered; its connection serves on if the rest of it is here already.
-    fn let_go(&self, kept: Option<Box<Kept>>) {
+    /// Discards a kept response. Its connection is reused if the rest of the body has been received already.
+    fn discard(&self, kept: Option<Box<KeptResponse>>) {
         let Some(kept) = kept else { return };
         let mut lease = kept.lease;
         let mut cx = Context::from_waker(Waker::noop());
-        for _ in 0..MAX_LEFTOVER {
+        for _ in 0..MAX_DISCARDED_FRAMES {
             match lease.link.poll_frame(&mut cx) {
                 Poll::Ready(Some(Ok(_))) => {}
                 Poll::Ready(None) => return self.gateway.pool().park(lease, clock::now()),
@@ -231,6 +232,7 @@ impl Attempts<'_> {
         }
     }
 
+    /// Sleeps until `until`.
     async fn back_off(&mut self, now: Nanos, until: Nanos) {
         self.record.phase = Phase::Backoff;
         self.exchange.set_deadline(self.deadline);
@@ -238,27 +240,29 @@ impl Attempts<'_> {
         self.record.others += clock::now() - now;
     }
 
-    fn deliver_kept(&mut self, kept: Kept, slot: Permit) -> Delivery {
-        let Kept { mut head, lease, entered, number } = kept;
+    /// Delivers the response of a failed try. A 429 gets the time after which a target reopens as `Retry-After`.
+    fn deliver_kept(&mut self, kept: KeptResponse, slot: Permit) -> Delivery {
+        let KeptResponse { mut head, lease, in_flight, number } = kept;
         let about = headers::to_client(&mut head.headers);
         if head.status == http::StatusCode::TOO_MANY_REQUESTS {
-            let secs = retry_after_secs(self.soonest());
+            let secs = retry_after_secs(self.time_to_reopen());
             head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
             head.headers.remove("retry-after-ms");
         }
         if number == self.record.tries {
-            // In the log the status of the answer says more than the code of the failure.
+            // The log line shows the status of this response instead of the code of the failure.
             self.record.failed.pop();
         }
-        Delivery { head, about, lease, entered, slot, first: None, patience: self.patience() }
+        Delivery { head, about, lease, in_flight, slot, first: None, idle_timeout: self.idle_timeout() }
     }
 
-    fn patience(&self) -> Nanos {
+    fn idle_timeout(&self) -> Nanos {
         clock::nanos(self.snapshot.config.timeouts.stream_idle)
     }
 
-    /// Time until the first of all targets that cannot be asked now reopens.
-    fn soonest(&self) -> Nanos {
+    /// Returns the time until the first target that cools down or has spent its quota reopens; a second if there is
+    /// none.
+    fn time_to_reopen(&self) -> Nanos {
         let now = clock::now();
         let opens = |id| match self.snapshot.check(now, &self.ask, id) {
             Err(Closed::Cooling(at) | Closed::Quota(at)) => Some(at.saturating_sub(now)),
@@ -268,7 +272,8 @@ impl Attempts<'_> {
     }
 }
 
-fn refused(why: Refusal, now: Nanos) -> GatewayError {
+/// The error to send to the client for a refusal.
+fn to_error(why: Refusal, now: Nanos) -> GatewayError {
     match why {
         Refusal::Busy(busy) => refusal(&busy, now),
         Refusal::KeysRefused => GatewayError::UpstreamAuth,

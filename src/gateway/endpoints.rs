@@ -1,4 +1,4 @@
-//! What Zap answers by itself: `/health`, `/ready`, `/metrics`, `/status`, `/v1/models`.
+//! The endpoints that Zap serves itself: `/health`, `/ready`, `/metrics`, `/status`, `/v1/models`.
 
 use std::sync::{Arc, Weak};
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::client::respond::text;
 use crate::clock;
 use crate::config::Config;
-use crate::gateway::Answer;
+use crate::gateway::ClientResponse;
 use crate::gateway::pages::Page;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::Shared;
@@ -24,13 +24,13 @@ use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
 
-/// `/health`: the process lives.
-pub(crate) fn health() -> Answer {
+/// `/health`: the process is alive.
+pub(crate) fn health() -> ClientResponse {
     text(StatusCode::OK, "application/json", "{\"status\":\"ok\"}".into())
 }
 
-/// `/ready`: new requests are welcome.
-pub(crate) fn ready(shared: &Shared) -> Answer {
+/// `/ready`: Zap takes new requests; 503 while it drains.
+pub(crate) fn ready(shared: &Shared) -> ClientResponse {
     if shared.is_draining() {
         text(StatusCode::SERVICE_UNAVAILABLE, "application/json", "{\"status\":\"draining\"}".into())
     } else {
@@ -38,8 +38,8 @@ pub(crate) fn ready(shared: &Shared) -> Answer {
     }
 }
 
-/// `/metrics`: Prometheus text.
-pub(crate) fn metrics(shared: &Shared) -> Answer {
+/// `/metrics`: the metrics in Prometheus text format.
+pub(crate) fn metrics(shared: &Shared) -> ClientResponse {
     text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(Page::Metrics, || scrape(shared)))
 }
 
@@ -55,21 +55,21 @@ fn scrape(shared: &Shared) -> Bytes {
 }
 
 /// `/status`: the backends and their states.
-pub(crate) fn status(shared: &Shared) -> Answer {
-    text(StatusCode::OK, "application/json", shared.pages.text(Page::Status, || states(shared)))
+pub(crate) fn status(shared: &Shared) -> ClientResponse {
+    text(StatusCode::OK, "application/json", shared.pages.text(Page::Status, || encode_status(shared)))
 }
 
-fn states(shared: &Shared) -> Bytes {
+fn encode_status(shared: &Shared) -> Bytes {
     let snapshot = shared.snapshot.load();
     let backends: Vec<_> = snapshot.backends.iter().map(|b| backend(b)).collect();
-    let states = json!({
+    let status = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "draining": shared.is_draining(),
         "in_flight": shared.admission.in_flight(),
         "queue_depth": shared.admission.depth(),
         "backends": backends,
     });
-    states.to_string().into()
+    status.to_string().into()
 }
 
 fn backend(b: &Upstream) -> serde_json::Value {
@@ -85,7 +85,7 @@ fn backend(b: &Upstream) -> serde_json::Value {
         Some(Closed::Quota(until)) => Some(secs_to(until)),
         _ => None,
     };
-    // The words of the log for a candidate that is passed over.
+    // The same words as in the log, which gives them as the reason that a candidate was passed over.
     let state = match (b.conf.weight, status, closed) {
         (0, ..) => "drained",
         (_, Status::Misconfigured, _) => "misconfigured",
@@ -110,22 +110,22 @@ fn backend(b: &Upstream) -> serde_json::Value {
     })
 }
 
-/// Lists of models that a worker keeps.
+/// Lists of models that a worker caches.
 const MAX_LISTS: usize = 16;
 
-/// A worker's lists of models, as its clients asked for them last. A list depends on the configuration and the client
-/// alone.
+/// A worker's cache of encoded lists of models, by client. A list depends only on the configuration and the client.
 #[derive(Default)]
-pub(crate) struct Lists {
+pub(crate) struct ModelLists {
+    /// The configuration that the lists belong to.
     config: Weak<Config>,
     lists: Vec<(Option<Arc<Client>>, Bytes)>,
 }
 
-impl Lists {
-    /// `/v1/models`: what `client` may use, in OpenAI's shape.
-    pub(crate) fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> Answer {
+impl ModelLists {
+    /// `/v1/models`: the models that `client` may use, in OpenAI's format.
+    pub(crate) fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> ClientResponse {
         if !std::ptr::eq(self.config.as_ptr(), Arc::as_ptr(&snapshot.config)) {
-            *self = Lists { config: Arc::downgrade(&snapshot.config), lists: Vec::new() };
+            *self = ModelLists { config: Arc::downgrade(&snapshot.config), lists: Vec::new() };
         }
         let same = |other: &Option<Arc<Client>>| other.as_ref().map(Arc::as_ptr) == client.map(Arc::as_ptr);
         let list = match self.lists.iter().find(|(other, _)| same(other)) {
@@ -147,16 +147,17 @@ fn list_models(snapshot: &Snapshot, client: Option<&Client>) -> Bytes {
     json!({ "object": "list", "data": data }).to_string().into()
 }
 
-/// `/v1/models/{id}`; `id` as it stands in the path. `may_search` says whether near names may be searched for.
+/// `/v1/models/{id}`: one model. `id` is percent-encoded, as in the path. `may_search` returns whether an error may
+/// suggest similar names.
 ///
 /// # Errors
-/// [`GatewayError::ModelNotFound`].
+/// [`GatewayError::ModelNotFound`] if no backend serves the model, or `client` may not use it.
 pub(crate) fn model(
     snapshot: &Snapshot,
     client: Option<&Client>,
     id: &str,
     may_search: impl FnOnce() -> bool,
-) -> Result<Answer, GatewayError> {
+) -> Result<ClientResponse, GatewayError> {
     let id = percent_decoded(id);
     let listed = snapshot.table().listed().iter().find(|l| *l.name == *id && may_see(client, l));
     match listed {
@@ -165,8 +166,8 @@ pub(crate) fn model(
     }
 }
 
-/// The refusal of a model that nobody serves, or that `client` may not use; with names that are near, if they are to be
-/// searched for.
+/// The error for a model that no backend serves, or that `client` may not use. If `search` is set, it suggests similar
+/// names that `client` may use.
 pub(crate) fn model_not_found(
     snapshot: &Snapshot,
     client: Option<&Client>,
@@ -174,9 +175,9 @@ pub(crate) fn model_not_found(
     search: bool,
 ) -> GatewayError {
     let may_use = |name: &str| client.is_none_or(|c| c.may_use(name, true));
-    let near = if search { snapshot.table().near(name, may_use) } else { Vec::new() };
+    let similar = if search { snapshot.table().near(name, may_use) } else { Vec::new() };
     let name = name.get(..name.floor_char_boundary(MAX_NAME)).unwrap_or_default();
-    GatewayError::ModelNotFound(name.into(), near.into_iter().map(Into::into).collect())
+    GatewayError::ModelNotFound(name.into(), similar.into_iter().map(Into::into).collect())
 }
 
 fn may_see(client: Option<&Client>, listed: &Listed) -> bool {
@@ -188,7 +189,7 @@ fn model_object(snapshot: &Snapshot, listed: &Listed) -> serde_json::Value {
     json!({ "id": &*listed.name, "object": "model", "created": 0, "owned_by": owner })
 }
 
-/// A path's segment with its `%XX` read; what is not UTF-8 then names nothing.
+/// Percent-decodes a path segment. Invalid UTF-8 becomes U+FFFD, which matches no model.
 fn percent_decoded(text: &str) -> String {
     let bytes = text.as_bytes();
     let digit = |at: usize| bytes.get(at).and_then(|b| (*b as char).to_digit(16));
@@ -214,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_a_models_id_as_clients_encode_it() {
+    fn model_ids_are_percent_decoded() {
         for (text, want) in [
             ("gpt-4o", "gpt-4o"),
             ("meta-llama%2FLlama-3", "meta-llama/Llama-3"),

@@ -1,41 +1,43 @@
-//! A bug put in by a test: one request breaks, or stops its worker, at one place. Nothing of it is in a release.
+//! Fail points: a test makes one request panic, or run an action, at a named point of the code. Release builds contain
+//! none of this.
 
-/// Breaks here if a test wants the request of this `id` to break at this `place`.
+/// Runs the action that a test has armed at `point` for the request with this `id`, if any.
 #[cfg(not(debug_assertions))]
-pub fn here(_place: &'static str, _id: &http::HeaderValue) {}
+pub fn hit(_point: &'static str, _id: &http::HeaderValue) {}
 
 #[cfg(debug_assertions)]
-pub use wanted::{here, instead, want};
+pub use armed::{arm, arm_panic, hit};
 
 #[cfg(debug_assertions)]
-mod wanted {
+mod armed {
     use http::HeaderValue;
     use parking_lot::Mutex;
 
-    type Wanted = (&'static str, HeaderValue, Box<dyn FnOnce() + Send>);
+    type Armed = (&'static str, HeaderValue, Box<dyn FnOnce() + Send>);
 
-    static WANTED: Mutex<Vec<Wanted>> = Mutex::new(Vec::new());
+    static ARMED: Mutex<Vec<Armed>> = Mutex::new(Vec::new());
 
-    /// Has the request of this `id` break at this `place`, once.
+    /// Makes the request with this `id` panic at `point`, once.
     #[doc(hidden)]
-    #[allow(clippy::panic, reason = "that is what it is for")]
-    pub fn want(place: &'static str, id: HeaderValue) {
-        instead(place, id, move || panic!("a bug at {place}, put in by a test"));
+    #[allow(clippy::panic, reason = "tests need a panic")]
+    pub fn arm_panic(point: &'static str, id: HeaderValue) {
+        arm(point, id, move || panic!("fail point {point}: panic armed by a test"));
     }
 
-    /// Has it do this.
+    /// Makes the request with this `id` run `action` at `point`, once.
     #[doc(hidden)]
-    pub fn instead(place: &'static str, id: HeaderValue, act: impl FnOnce() + Send + 'static) {
-        WANTED.lock().push((place, id, Box::new(act)));
+    pub fn arm(point: &'static str, id: HeaderValue, action: impl FnOnce() + Send + 'static) {
+        ARMED.lock().push((point, id, Box::new(action)));
     }
 
-    /// See above.
-    pub fn here(place: &'static str, id: &HeaderValue) {
-        let mut wanted = WANTED.lock();
-        if let Some(at) = wanted.iter().position(|w| w.0 == place && w.1 == *id) {
-            let (.., act) = wanted.swap_remove(at);
-            drop(wanted);
-            act();
+    /// Runs the action that a test has armed at `point` for the request with this `id`, if any.
+    pub fn hit(point: &'static str, id: &HeaderValue) {
+        let mut armed = ARMED.lock();
+        if let Some(at) = armed.iter().position(|a| a.0 == point && a.1 == *id) {
+            let (.., action) = armed.swap_remove(at);
+            // The lock is released first: the action may panic or block.
+            drop(armed);
+            action();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A request's body: read within bounds of size and time, scanned as it comes, kept as it came.
+//! Reads the body of a request, with limits on size and time. The body is scanned as it arrives, and kept unchanged.
 
 use std::future::poll_fn;
 use std::ops::Range;
@@ -22,33 +22,33 @@ use crate::protocol::endpoint::Api;
 use crate::telemetry::RequestRecord;
 use crate::time::{Nanos, SECOND};
 
-/// A body must grow by [`PROGRESS`] bytes in this time.
-const PATIENCE: Nanos = 30 * SECOND;
-const PROGRESS: usize = 1024;
+/// A body must grow by [`MIN_PROGRESS`] bytes within this time.
+const STALL_TIMEOUT: Nanos = 30 * SECOND;
+const MIN_PROGRESS: usize = 1024;
 
-/// Pieces that are smaller share a buffer, but for the first: each holds the whole of the buffer that it was read into,
-/// and a body sent byte by byte is to take no more memory than one sent at once.
-const SMALL: usize = 4096;
+/// Chunks smaller than this are copied into a shared buffer, except the first. A chunk keeps the whole read buffer that
+/// it points into alive, so a body sent byte by byte would take much more memory than one sent at once.
+const SMALL_CHUNK: usize = 4096;
 
-/// A body's pieces: most often one.
+/// The chunks of a body: usually one.
 pub(crate) type Chunks = SmallVec<[Bytes; 1]>;
 
-/// A chat request: its body in pieces and what the scan found.
+/// A request to a backend: its body in chunks, and the result of the scan.
 #[derive(Debug)]
 pub(crate) struct ChatRequest {
-    /// The body as it came.
+    /// The body as received.
     pub chunks: Chunks,
-    /// Its top-level members.
+    /// The top-level members that Zap reads.
     pub fields: Fields,
 }
 
-/// What the head alone can be refused for.
+/// Checks what the head announces about the body. `max`: the largest body, in bytes.
 ///
 /// # Errors
-/// 413, 415 or 417.
+/// [`GatewayError::TooLarge`], [`GatewayError::UnsupportedEncoding`] or [`GatewayError::ExpectationFailed`].
 pub(crate) fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayError> {
-    let announced = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > max) {
+    let length = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > max) {
         return Err(GatewayError::TooLarge(max));
     }
     if is_encoded(headers) {
@@ -60,39 +60,40 @@ pub(crate) fn check_head(headers: &HeaderMap, max: u64) -> Result<(), GatewayErr
     Ok(())
 }
 
-/// The reading of a request's body.
-pub(crate) struct Intake<'a> {
+/// Reads the body of one request.
+pub(crate) struct BodyReader<'a> {
     /// The worker's gateway.
     pub(crate) gateway: &'a Gateway,
-    /// The client's side.
+    /// The exchange on the client connection.
     pub(crate) exchange: &'a Exchange,
-    /// What the scanner looks for.
+    /// The members that the scanner looks for.
     pub(crate) watch: &'a Watch,
-    /// When the request's time is up.
+    /// The deadline of the request.
     pub(crate) deadline: Nanos,
 }
 
-impl Intake<'_> {
-    /// Reads and scans the body. The [`Upload`] is there where the body had to be waited for: until the request has a slot, so
-    /// that the drain waits for it.
+impl BodyReader<'_> {
+    /// Reads and scans the body. Also returns an [`Upload`] if it had to wait for the body: the drain waits for the
+    /// request as long as the caller holds the [`Upload`], which is until the request has a slot.
     ///
     /// # Errors
-    /// What is wrong with it, or [`GatewayError::RequestTimeout`] where it stops growing or the deadline passes.
+    /// Returns the error in the body, or [`GatewayError::RequestTimeout`] if the body stalls or the deadline passes.
     pub(crate) async fn read(
         &self,
         mut body: impl http_body::Body<Data = Bytes> + Unpin,
         api: &Api,
         record: &mut RequestRecord,
     ) -> Result<(ChatRequest, Option<Upload>), GatewayError> {
-        let refuse = |error| refuse(error, self.watch);
+        let scan_error = |error| scan_error(error, self.watch);
         let max = self.gateway.server().max_body_bytes;
         let mut scanner = Scanner::new(self.watch);
         let mut upload = None;
-        let mut pieces = Pieces::default();
-        let (mut length, mut marked) = (0u64, 0u64);
-        let mut until = self.deadline.min(self.exchange.coarse_now() + PATIENCE);
+        let mut chunks = ChunkBuffer::default();
+        // `checked`: the length at the last time that the body had made progress.
+        let (mut length, mut checked) = (0u64, 0u64);
+        let mut until = self.deadline.min(self.exchange.coarse_now() + STALL_TIMEOUT);
         while !body.is_end_stream() {
-            // What is here already costs no look at the clock.
+            // The clock is read only if the frame has not arrived yet.
             let mut since = None;
             let frame = poll_fn(|cx| {
                 let frame = Pin::new(&mut body).poll_frame(cx);
@@ -105,26 +106,26 @@ impl Intake<'_> {
             let frame = self.exchange.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
             record.others += since.map_or(0, |since| clock::now() - since);
             let Some(frame) = frame else { break };
-            // Trailers end at Zap.
+            // Zap does not forward trailers.
             let Ok(data) = frame.map_err(|_| GatewayError::BodyIncomplete)?.into_data() else { continue };
             length += data.len() as u64;
             if length > max {
                 return Err(GatewayError::TooLarge(max));
             }
-            scanner.feed(&data).map_err(refuse)?;
-            pieces.push(data);
-            if length - marked >= PROGRESS as u64 && !body.is_end_stream() {
-                marked = length;
-                until = self.deadline.min(clock::now() + PATIENCE);
+            scanner.feed(&data).map_err(scan_error)?;
+            chunks.push(data);
+            if length - checked >= MIN_PROGRESS as u64 && !body.is_end_stream() {
+                checked = length;
+                until = self.deadline.min(clock::now() + STALL_TIMEOUT);
             }
         }
-        let fields = scanner.finish().map_err(refuse)?;
-        fields.check(api.needs_messages, api.has_default_model).map_err(refuse_fault)?;
-        Ok((ChatRequest { chunks: pieces.finish(), fields }, upload))
+        let fields = scanner.finish().map_err(scan_error)?;
+        fields.check(api.needs_messages, api.has_default_model).map_err(body_error)?;
+        Ok((ChatRequest { chunks: chunks.finish(), fields }, upload))
     }
 }
 
-fn refuse(error: ScanError, watch: &Watch) -> GatewayError {
+fn scan_error(error: ScanError, watch: &Watch) -> GatewayError {
     match error {
         ScanError::CaseVariant { key, member } => GatewayError::KeyCase(key, member.name(watch).into()),
         ScanError::Duplicate(member) => GatewayError::DuplicateKey(member.name(watch).to_owned().into()),
@@ -132,7 +133,7 @@ fn refuse(error: ScanError, watch: &Watch) -> GatewayError {
     }
 }
 
-fn refuse_fault(fault: BodyFault) -> GatewayError {
+fn body_error(fault: BodyFault) -> GatewayError {
     match fault {
         BodyFault::ModelType => GatewayError::InvalidType("model", "a string"),
         BodyFault::StreamType => GatewayError::InvalidType("stream", "true or false"),
@@ -142,21 +143,22 @@ fn refuse_fault(fault: BodyFault) -> GatewayError {
 }
 
 impl ChatRequest {
-    /// What tells the conversation from others, the first that is there: the header `x-zap-session`, the body's
-    /// `prompt_cache_key`, its `user`, else the model with at most `most` bytes of the opening messages. The same on
-    /// every turn, in every process; `None` where there is nothing.
+    /// Returns a hash that identifies the conversation, of the first of these that is present: the header
+    /// `x-zap-session`, the members `prompt_cache_key` and `user`, the model with at most `max_bytes` of the opening
+    /// messages. The hash is the same for every request of the conversation and in every process. `None` if none of
+    /// these is present.
     pub(crate) fn affinity(
         &self,
         session: Option<&HeaderValue>,
         model: Option<&str>,
-        most: usize,
+        max_bytes: usize,
     ) -> Option<u64> {
         let Affinity { cache_key, user, opening } = &self.fields.affinity;
-        // One may not pass for another.
+        // A seed for each kind of key, so that equal texts of two kinds have different hashes.
         let hash = |seed, first: &[u8], span: Range<u64>| {
             let mut hash = Xxh64::new(seed);
             hash.update(first);
-            self.bytes(span).for_each(|piece| hash.update(piece));
+            self.bytes(span).for_each(|part| hash.update(part));
             hash.digest()
         };
         if let Some(session) = session.filter(|s| !s.is_empty()) {
@@ -169,10 +171,10 @@ impl ChatRequest {
             return Some(hash(2, b"", span.clone()));
         }
         let Range { start, end } = opening.clone()?;
-        Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + most as u64)))
+        Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + max_bytes as u64)))
     }
 
-    /// A stretch of the body, in pieces.
+    /// Returns the bytes of a range of the body, in parts.
     fn bytes(&self, span: Range<u64>) -> impl Iterator<Item = &[u8]> {
         let mut start = 0u64;
         self.chunks.iter().filter_map(move |chunk| {
@@ -184,32 +186,33 @@ impl ChatRequest {
     }
 }
 
+/// Collects the chunks of a body, and merges small ones.
 #[derive(Default)]
-struct Pieces {
+struct ChunkBuffer {
     done: Chunks,
-    /// Small pieces.
-    gathered: BytesMut,
+    /// Small chunks, which are not yet in `done`.
+    small: BytesMut,
 }
 
-impl Pieces {
-    fn push(&mut self, piece: Bytes) {
-        if piece.is_empty() {
+impl ChunkBuffer {
+    fn push(&mut self, chunk: Bytes) {
+        if chunk.is_empty() {
             return;
         }
-        if self.done.is_empty() && self.gathered.is_empty() || piece.len() >= SMALL {
+        if self.done.is_empty() && self.small.is_empty() || chunk.len() >= SMALL_CHUNK {
             self.flush();
-            self.done.push(piece);
+            self.done.push(chunk);
             return;
         }
-        self.gathered.extend_from_slice(&piece);
-        if self.gathered.len() >= 4 * SMALL {
+        self.small.extend_from_slice(&chunk);
+        if self.small.len() >= 4 * SMALL_CHUNK {
             self.flush();
         }
     }
 
     fn flush(&mut self) {
-        if !self.gathered.is_empty() {
-            self.done.push(self.gathered.split().freeze());
+        if !self.small.is_empty() {
+            self.done.push(self.small.split().freeze());
         }
     }
 
@@ -223,46 +226,50 @@ impl Pieces {
 mod tests {
     use super::*;
 
-    fn scanned(body: &str, size: usize) -> ChatRequest {
+    fn scan(body: &str, chunk_size: usize) -> ChatRequest {
         let watch = Watch { affinity: true, ..Watch::default() };
-        let chunks: Chunks = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+        let chunks: Chunks = body.as_bytes().chunks(chunk_size).map(Bytes::copy_from_slice).collect();
         let mut scanner = Scanner::new(&watch);
         chunks.iter().for_each(|c| scanner.feed(c).unwrap());
         ChatRequest { chunks, fields: scanner.finish().unwrap() }
     }
 
     #[test]
-    fn a_conversation_is_the_same_on_every_turn_and_however_it_is_cut() {
+    fn the_affinity_of_a_conversation_is_the_same_on_every_turn_and_for_any_chunking() {
         let opening = r#"{"role":"system","content":"s"},{"role":"user","content":"hello"}"#;
         let turn = |more: &str| format!(r#"{{"messages":[{opening}{more}],"model":"m"}}"#);
         let first = turn("");
         let later = turn(r#",{"role":"assistant","content":"hi"},{"role":"user","content":"and?"}"#);
-        let key = |body: &str, size| scanned(body, size).affinity(None, Some("m"), 4096);
+        let key = |body: &str, size| scan(body, size).affinity(None, Some("m"), 4096);
         for size in [1, 7, 1000] {
             assert_eq!(key(&first, size), key(&later, 64));
         }
         assert_ne!(key(&first, 9), key(&first.replace("hello", "hallo"), 9));
-        assert_ne!(key(&first, 9), scanned(&first, 9).affinity(None, Some("other"), 4096));
-        let short = |body: &str| scanned(body, 9).affinity(None, Some("m"), 40);
-        assert_eq!(short(&first), short(&first.replace("hello", "hallo")), "beyond what is looked at");
+        assert_ne!(key(&first, 9), scan(&first, 9).affinity(None, Some("other"), 4096));
+        let short = |body: &str| scan(body, 9).affinity(None, Some("m"), 40);
+        assert_eq!(
+            short(&first),
+            short(&first.replace("hello", "hallo")),
+            "the difference is beyond `max_bytes`"
+        );
     }
 
     #[test]
-    fn a_session_counts_before_a_cache_key_before_a_user() {
+    fn affinity_prefers_the_session_to_the_cache_key_to_the_user_to_the_messages() {
         let body = |more: &str| format!(r#"{{"messages":[]{more}}}"#);
         let session = HeaderValue::from_static("x");
-        let key = |more: &str, session| scanned(&body(more), 8).affinity(session, None, 9);
+        let key = |more: &str, session| scan(&body(more), 8).affinity(session, None, 9);
         let all = r#","user":"x","prompt_cache_key":"x""#;
         let keys = [key(all, Some(&session)), key(all, None), key(r#","user":"x""#, None), key("", None)];
         for (i, one) in keys.iter().enumerate() {
             assert!(one.is_some() && !keys[..i].contains(one), "{keys:?}");
         }
         assert_eq!(keys[0], key("", Some(&session)));
-        assert_eq!(scanned("{}", 8).affinity(None, Some("m"), 9), None, "nothing to go by");
+        assert_eq!(scan("{}", 8).affinity(None, Some("m"), 9), None, "the body has nothing to hash");
     }
 
     #[test]
-    fn the_head_alone_may_be_refused() {
+    fn check_head_refuses_invalid_lengths_encodings_and_expectations() {
         for (name, value, want) in [
             ("content-length", "10", Ok(())),
             ("content-length", "11", Err(GatewayError::TooLarge(10))),
@@ -283,16 +290,19 @@ mod tests {
     }
 
     #[test]
-    fn a_body_sent_byte_by_byte_is_kept_in_few_pieces_and_in_order() {
-        let mut pieces = Pieces::default();
+    fn a_body_sent_byte_by_byte_is_kept_in_few_chunks_and_in_order() {
+        let mut chunks = ChunkBuffer::default();
         let body: Vec<u8> = (0..200_000u32).map(|i| i as u8).collect();
-        body[..100_000].iter().for_each(|b| pieces.push(Bytes::copy_from_slice(&[*b])));
-        pieces.push(Bytes::copy_from_slice(&body[100_000..110_000]));
-        body[110_000..].iter().for_each(|b| pieces.push(Bytes::copy_from_slice(&[*b])));
-        let done = pieces.finish();
-        // The first, the large one, and what stands before and behind it.
-        assert_eq!(done.len(), 2 + 99_999usize.div_ceil(4 * SMALL) + 90_000usize.div_ceil(4 * SMALL));
-        assert!(done[1..].iter().all(|piece| piece.len() <= 4 * SMALL));
+        body[..100_000].iter().for_each(|b| chunks.push(Bytes::copy_from_slice(&[*b])));
+        chunks.push(Bytes::copy_from_slice(&body[100_000..110_000]));
+        body[110_000..].iter().for_each(|b| chunks.push(Bytes::copy_from_slice(&[*b])));
+        let done = chunks.finish();
+        // The first chunk, the large chunk, and the merged chunks before and after the large one.
+        assert_eq!(
+            done.len(),
+            2 + 99_999usize.div_ceil(4 * SMALL_CHUNK) + 90_000usize.div_ceil(4 * SMALL_CHUNK)
+        );
+        assert!(done[1..].iter().all(|chunk| chunk.len() <= 4 * SMALL_CHUNK));
         assert_eq!(done.concat(), body);
     }
 }

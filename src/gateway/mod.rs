@@ -1,4 +1,4 @@
-//! The story of a request, told by [`Gateway::handle`].
+//! Handles requests: [`Gateway::handle`] runs the phases of one request in order.
 
 pub(crate) mod endpoints;
 
@@ -14,7 +14,7 @@ pub(crate) mod one_try;
 
 pub(crate) mod relay;
 
-mod answer;
+mod response;
 
 pub mod failpoint;
 
@@ -41,12 +41,12 @@ use crate::client::serve::Service;
 use crate::clock;
 use crate::code::Code;
 use crate::config::{Server, Strategy};
-use crate::gateway::answer::Reply;
 use crate::gateway::attempt::Attempts;
-use crate::gateway::endpoints::Lists;
-use crate::gateway::intake::{ChatRequest, Intake};
+use crate::gateway::endpoints::ModelLists;
+use crate::gateway::intake::{BodyReader, ChatRequest};
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::relay::RelayBody;
+use crate::gateway::response::ResponseContext;
 use crate::gateway::state::Shared;
 use crate::http1::headers;
 use crate::json::members::Model;
@@ -59,18 +59,19 @@ use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::pool::Pool;
 
-/// Searches for near names that a worker makes in a second, for models that nobody serves.
+/// Searches for similar model names that a worker may run in a second. Any client can cause one by naming an unknown
+/// model.
 const MAX_SEARCHES: u64 = 50;
 
-/// Where the models are listed.
+/// The path of the list of models.
 const MODELS: &str = "/v1/models";
 
 const X_ZAP_SESSION: HeaderName = HeaderName::from_static("x-zap-session");
 
-/// An answer to a client.
-pub(crate) type Answer = Response<Body<RelayBody>>;
+/// A response to a client.
+pub(crate) type ClientResponse = Response<Body<RelayBody>>;
 
-/// One worker's gateway.
+/// The gateway of one worker.
 pub(crate) struct Gateway {
     shared: Arc<Shared>,
     recorder: Rc<Recorder>,
@@ -78,17 +79,17 @@ pub(crate) struct Gateway {
     load: Arc<WorkerState>,
     server: Server,
     rng: RefCell<fastrand::Rng>,
-    /// The limit that was stated last, as text.
-    limit: RefCell<(u32, HeaderValue)>,
-    /// Lines logged of heads that were refused.
+    /// The request limit sent last in a response, as a number and as a header value.
+    last_limit: RefCell<(u32, HeaderValue)>,
+    /// Log lines written for invalid request heads in this second.
     refused_heads: RefCell<Allowance>,
-    /// Searches for near names.
+    /// Searches for similar model names in this second.
     searches: RefCell<Allowance>,
-    lists: RefCell<Lists>,
+    lists: RefCell<ModelLists>,
 }
 
 impl Gateway {
-    /// The gateway of worker number `worker`.
+    /// Creates the gateway of worker number `worker`.
     pub(crate) fn new(worker: usize, shared: Arc<Shared>, load: Arc<WorkerState>) -> Rc<Self> {
         let server = shared.snapshot.load().config.server.clone();
         let recorder = Recorder::new(worker, shared.telemetry.clone());
@@ -99,15 +100,15 @@ impl Gateway {
             load,
             server,
             rng: RefCell::default(),
-            limit: RefCell::new((0, headers::number(0))),
+            last_limit: RefCell::new((0, headers::number(0))),
             refused_heads: RefCell::default(),
             searches: RefCell::default(),
             lists: RefCell::default(),
         })
     }
 
-    /// Answers one request. Everything it does is owned by the future and by the body of the answer.
-    async fn answer<B>(self: &Rc<Self>, head: &Parts, body: B, exchange: &Exchange) -> Answer
+    /// Handles one request. The future and the response body own all its resources.
+    async fn respond<B>(self: &Rc<Self>, head: &Parts, body: B, exchange: &Exchange) -> ClientResponse
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
@@ -122,34 +123,34 @@ impl Gateway {
         let method = Some(&head.method);
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
-        let reply = Reply { exchange, version: head.version, decision: None };
+        let context = ResponseContext { exchange, version: head.version, decision: None };
         if is_guarded(path) {
             match caller::identify(self, &head.headers) {
                 Ok(caller) => record.caller = caller,
-                Err(error) => return self.refused(&error, record, &reply),
+                Err(error) => return self.refuse(&error, record, &context),
             }
         }
         match &endpoint.row().served {
             ServedBy::Backends(api) if head.method == Method::POST => {
-                self.forward(head, body, api, record, reply).await
+                self.forward(head, body, api, record, context).await
             }
             ServedBy::Backends(_) if wants_websocket(head) => {
-                self.refused(&GatewayError::UpgradeRequired, record, &reply)
+                self.refuse(&GatewayError::UpgradeRequired, record, &context)
             }
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
                 match self.page(*page, path, &record) {
-                    Ok(response) => self.finish(response, record, &reply),
-                    Err(error) => self.refused(&error, record, &reply),
+                    Ok(response) => self.finish(response, record, &context),
+                    Err(error) => self.refuse(&error, record, &context),
                 }
             }
             ServedBy::Backends(_) | ServedBy::Zap(_) => {
-                self.refused(&GatewayError::MethodNotAllowed(endpoint.row().allow()), record, &reply)
+                self.refuse(&GatewayError::MethodNotAllowed(endpoint.row().allow()), record, &context)
             }
-            ServedBy::Nobody => self.refused(&GatewayError::UnknownUrl, record, &reply),
+            ServedBy::Nobody => self.refuse(&GatewayError::UnknownUrl, record, &context),
         }
     }
 
-    fn page(&self, page: Page, path: &str, record: &RequestRecord) -> Result<Answer, GatewayError> {
+    fn page(&self, page: Page, path: &str, record: &RequestRecord) -> Result<ClientResponse, GatewayError> {
         Ok(match page {
             Page::Health => endpoints::health(),
             Page::Metrics => endpoints::metrics(self.shared()),
@@ -159,11 +160,11 @@ impl Gateway {
         })
     }
 
-    fn models(&self, path: &str, record: &RequestRecord) -> Result<Answer, GatewayError> {
+    fn models(&self, path: &str, record: &RequestRecord) -> Result<ClientResponse, GatewayError> {
         if self.shared().is_draining() {
             return Err(GatewayError::Draining);
         }
-        let (snapshot, client) = (self.snapshot(), caller::known(&record.caller));
+        let (snapshot, client) = (self.snapshot(), caller::known_client(&record.caller));
         match path.strip_prefix(MODELS).and_then(|rest| rest.strip_prefix('/')) {
             Some(id) => {
                 let may_search = || self.may_search(record);
@@ -173,32 +174,32 @@ impl Gateway {
         }
     }
 
-    /// A request to a backend, phase by phase.
+    /// Forwards a request to a backend, phase by phase.
     async fn forward<B>(
         self: &Rc<Self>,
         head: &Parts,
         body: B,
         api: &Api,
         mut record: Box<RequestRecord>,
-        mut reply: Reply<'_>,
-    ) -> Answer
+        mut context: ResponseContext<'_>,
+    ) -> ClientResponse
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
-        let exchange = reply.exchange;
+        let exchange = context.exchange;
         let result = async {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            reply.decision = caller::check_limits(self, &head.headers, exchange.peer(), &record);
-            if let Some(refused) = reply.decision.filter(|d| !d.admitted) {
+            context.decision = caller::check_limits(self, &head.headers, exchange.peer(), &record);
+            if let Some(refused) = context.decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let snapshot = self.shared().snapshot.load_full();
             let deadline = record.started + clock::nanos(snapshot.config.queue.timeout);
-            let intake = Intake { gateway: self, exchange, watch: snapshot.watch(), deadline };
-            let (chat, upload) = intake.read(body, api, &mut record).await?;
+            let reader = BodyReader { gateway: self, exchange, watch: snapshot.watch(), deadline };
+            let (chat, upload) = reader.read(body, api, &mut record).await?;
             record.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
@@ -215,27 +216,31 @@ impl Gateway {
                 snapshot,
                 record: &mut record,
                 deadline,
-                begun: None,
+                wait_began: None,
             };
             attempts.run(slot).await
         }
         .await;
         match result {
-            Ok(delivery) => self.deliver(delivery, record, &reply),
-            // The client left while it sent its body: nobody is there to be told, and it is counted as gone.
+            Ok(delivery) => self.deliver(delivery, record, &context),
+            // The client disconnected while it sent its body: the record counts it as gone, not as refused.
             Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => error.response(false),
-            // Whatever a cut request was waiting for, the drain ended it.
-            Err(_) if self.is_cut() => self.refused(&GatewayError::Draining, record, &reply),
-            Err(error) => self.refused(&error, record, &reply),
+            // The drain cut this request, whatever phase it was in.
+            Err(_) if self.is_cut() => self.refuse(&GatewayError::Draining, record, &context),
+            Err(error) => self.refuse(&error, record, &context),
         }
     }
 
-    /// Whether a worker may spend time on names near one that nobody serves: anyone can ask for such.
+    /// Whether the worker may search for similar model names now: any client can cause a search.
     fn may_search(&self, record: &RequestRecord) -> bool {
         self.searches.borrow_mut().take(record.started, MAX_SEARCHES)
     }
 
-    /// What is asked of the fleet: the route of the model, if the caller may use it.
+    /// Returns what to ask of the fleet: the route of the requested model.
+    ///
+    /// # Errors
+    /// [`GatewayError::ModelNotFound`] or [`GatewayError::MissingModel`] if there is no route or the client may not use
+    /// it.
     fn ask<'c>(
         &self,
         snapshot: &Snapshot,
@@ -247,16 +252,16 @@ impl Gateway {
             Model::Named { name, whole, .. } => (Some(&**name), *whole),
             _ => (None, true),
         };
-        let client = caller::known(&record.caller).map(|client| &**client);
+        let client = caller::known_client(&record.caller).map(|client| &**client);
         let not_found = || match model {
             Some(name) => endpoints::model_not_found(snapshot, client, name, self.may_search(record)),
             None => GatewayError::MissingModel,
         };
-        let may = client.is_none_or(|c| match model {
+        let is_allowed = client.is_none_or(|c| match model {
             Some(name) => c.may_use(name, whole),
             None => c.conf.models.is_none(),
         });
-        let route = Some(()).filter(|()| may).and_then(|()| snapshot.table().find(model, whole));
+        let route = Some(()).filter(|()| is_allowed).and_then(|()| snapshot.table().find(model, whole));
         let route = route.ok_or_else(not_found)?;
         let affinity = if snapshot.config.strategy == Strategy::PrefixHash {
             chat.affinity(headers.get(X_ZAP_SESSION), model, snapshot.config.prefix_bytes)
@@ -266,8 +271,8 @@ impl Gateway {
         Ok(Ask { endpoint: record.endpoint, route, model, affinity })
     }
 
-    /// Accounts for a failed try or a cut answer. `blame`: it counts against the backend.
-    pub(crate) fn account(&self, upstream: &Upstream, fault: &Fault, blame: bool) {
+    /// Records a failed try or a cut response. If `blame` is set, the failure counts against the backend.
+    pub(crate) fn record_failure(&self, upstream: &Upstream, fault: &Fault, blame: bool) {
         if fault.kind != Code::UpstreamRedirect {
             upstream.lanes[self.recorder.worker].failed(fault.kind);
         }
@@ -281,17 +286,17 @@ impl Gateway {
         }
     }
 
-    /// What all workers share.
+    /// The state that all workers share.
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 
-    /// The fleet as it is now.
+    /// The current snapshot of the fleet.
     pub(crate) fn snapshot(&self) -> Guard<Arc<Snapshot>> {
         self.shared().snapshot.load()
     }
 
-    /// `[server]`, which a reload does not change.
+    /// The `[server]` section, which a reload does not change.
     pub(crate) fn server(&self) -> &Server {
         &self.server
     }
@@ -306,17 +311,17 @@ impl Gateway {
         &self.pool
     }
 
-    /// Says that a body is being waited for, until what comes back is dropped.
+    /// Counts a request body as being received, until the returned value is dropped.
     pub(crate) fn begin_upload(&self) -> Upload {
         Upload::new(self.load.clone())
     }
 
-    /// A random number, for jitter.
+    /// Returns a random number, for jitter.
     pub(crate) fn random(&self) -> u64 {
         self.rng.borrow_mut().u64(..)
     }
 
-    /// Streams are to be cut now.
+    /// Whether the drain has ended, so that the remaining requests and streams are cut now.
     pub(crate) fn is_cut(&self) -> bool {
         self.load.is_cut()
     }
@@ -325,14 +330,14 @@ impl Gateway {
 impl Service for Gateway {
     type Stream = RelayBody;
 
-    async fn handle<B>(self: &Rc<Self>, head: &Parts, body: B, exchange: &Exchange) -> Answer
+    async fn handle<B>(self: &Rc<Self>, head: &Parts, body: B, exchange: &Exchange) -> ClientResponse
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
-        self.answer(head, body, exchange).await
+        self.respond(head, body, exchange).await
     }
 
-    fn broken(&self) -> Answer {
+    fn broken(&self) -> ClientResponse {
         self.internal_error()
     }
 
@@ -345,7 +350,7 @@ impl Service for Gateway {
     }
 }
 
-/// Whether a request asks for a WebSocket (RFC 6455, section 4.1), as Codex does first.
+/// Whether a request asks for a WebSocket (RFC 6455, section 4.1). Codex tries a WebSocket first.
 fn wants_websocket(head: &Parts) -> bool {
     let is_named = |value: &HeaderValue| {
         value

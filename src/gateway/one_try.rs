@@ -1,4 +1,4 @@
-//! One try at one target: what it is sent, and what its answer means.
+//! One try at one target: builds and sends the request, and judges the response.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -12,7 +12,7 @@ use http::response::Parts;
 use crate::client::deadline::Elapsed;
 use crate::clock;
 use crate::code::Code;
-use crate::gateway::attempt::{Attempts, Kept};
+use crate::gateway::attempt::{Attempts, KeptResponse};
 use crate::gateway::failpoint;
 use crate::http1::headers;
 use crate::http1::headers::About;
@@ -31,44 +31,48 @@ use crate::upstream::link::{Link, WireRequest, write_header};
 use crate::upstream::pool::Lease;
 use crate::upstream::send::{SendError, Source, Step, UpstreamAnswer, send};
 
-/// Room in a head for what most clients' headers take.
-const HEAD_ROOM: usize = 768;
+/// Initial capacity for the client's headers: enough for most requests.
+const HEADER_CAPACITY: usize = 768;
 
-/// An answer worth delivering.
-type Good = (Parts, About, Lease, InFlight, Option<Bytes>);
+/// A response to deliver.
+type SuccessfulTry = (Parts, About, Lease, InFlight, Option<Bytes>);
 
-/// The answer of a try that failed, if it is kept.
-type Bad = Option<Box<Kept>>;
+/// The response of a failed try, if it is kept.
+type FailedTry = Option<Box<KeptResponse>>;
 
 impl Attempts<'_> {
-    /// One try at one target, which may last until `limit`.
+    /// Runs one try at one target. The try may wait for the head, and for the first frame of the body if it reads one,
+    /// until `limit`.
+    ///
+    /// # Errors
+    /// The try failed. The value is its response, if the response is kept.
     pub(super) async fn try_one(
         &mut self,
         target: TargetId,
-        entered: InFlight,
+        in_flight: InFlight,
         limit: Nanos,
         dispatch: &mut Dispatch,
-    ) -> Result<Good, Bad> {
+    ) -> Result<SuccessfulTry, FailedTry> {
         self.record.tries += 1;
         self.record.phase = Phase::Waiting;
-        failpoint::here("try", &self.record.request_id);
-        let upstream = entered.upstream().clone();
-        self.begun = None;
-        let mut answer = self.ask_once(target, &entered, limit, true).await;
-        if matches!(answer, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            answer = self.ask_once(target, &entered, limit, false).await;
+        failpoint::hit("try", &self.record.request_id);
+        let upstream = in_flight.upstream().clone();
+        self.wait_began = None;
+        let mut response = self.send_request(target, &in_flight, limit, true).await;
+        if matches!(response, Err(SendError::Stale)) && !self.gateway.is_cut() {
+            response = self.send_request(target, &in_flight, limit, false).await;
         }
-        let failed = match answer {
+        let error = match response {
             Ok(UpstreamAnswer { mut head, mut lease }) if !self.gateway.is_cut() => {
                 if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
-                    self.stop_waiting();
-                    return Err(failure.keep.then(|| self.keep(head, lease, entered)));
+                    self.record_wait();
+                    return Err(failure.keep.then(|| self.keep_response(head, lease, in_flight)));
                 }
                 let about = headers::to_client(&mut head.headers);
                 match self.first_frame(&about, &mut lease, limit).await {
                     Ok(first) => {
-                        self.stop_waiting();
-                        return Ok((head, about, lease, entered, first));
+                        self.record_wait();
+                        return Ok((head, about, lease, in_flight, first));
                     }
                     Err(error) => error,
                 }
@@ -76,8 +80,8 @@ impl Attempts<'_> {
             Ok(_) => SendError::Broken(Fault::cut()),
             Err(error) => error,
         };
-        self.stop_waiting();
-        let (event, fault) = match failed {
+        self.record_wait();
+        let (event, fault) = match error {
             _ if self.gateway.is_cut() => (Event::Cut, Fault::cut()),
             SendError::Broken(fault) => (Event::Broke(fault.kind), fault),
             SendError::Late(fault) => (Event::TimedOut, fault),
@@ -85,55 +89,56 @@ impl Attempts<'_> {
             SendError::Stale => (Event::Broke(Code::UpstreamUnreachable), Fault::closed()),
         };
         if let Verdict::Failed(failure) = dispatch.on(event) {
-            self.account(&upstream, fault, failure.blame);
+            self.record_failure(&upstream, fault, failure.blame);
         }
         Err(None)
     }
 
-    /// The backend has answered, or will not: the time since it `begun` was its own.
-    fn stop_waiting(&mut self) {
-        self.record.others += self.begun.map_or(0, |begun| clock::now() - begun);
+    /// Ends the wait for the backend. The time since [`Self::wait_began`] is not Zap's own.
+    fn record_wait(&mut self) {
+        self.record.others += self.wait_began.map_or(0, |began| clock::now() - began);
     }
 
-    fn keep(&self, head: Parts, lease: Lease, mut entered: InFlight) -> Box<Kept> {
-        // The next try may be for this target again.
-        entered.leave_place();
-        Box::new(Kept { head, lease, entered, number: self.record.tries })
+    fn keep_response(&self, head: Parts, lease: Lease, mut in_flight: InFlight) -> Box<KeptResponse> {
+        // Frees the backend's slot: the next try may need a slot at the same backend.
+        in_flight.leave_place();
+        Box::new(KeptResponse { head, lease, in_flight, number: self.record.tries })
     }
 
-    /// Sends the request and waits for the head of the answer until `limit`; on a fresh connection unless it may `reuse`
-    /// one. `begun`: when the waiting for the backend began, unless it had before.
-    async fn ask_once(
+    /// Sends the request and waits for the head of the response until `limit`. Uses an idle connection if there is one
+    /// and `reuse` is set. Sets [`Self::wait_began`] unless a former call in this try has set it.
+    async fn send_request(
         &mut self,
         target: TargetId,
-        entered: &InFlight,
+        in_flight: &InFlight,
         limit: Nanos,
         reuse: bool,
     ) -> Result<UpstreamAnswer, SendError> {
-        let message = self.message(target, entered.upstream());
+        let request = self.wire_request(target, in_flight.upstream());
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
-        let (record, begun) = (&mut *self.record, &mut self.begun);
+        let (record, wait_began) = (&mut *self.record, &mut self.wait_began);
         let on_step = |step| match step {
-            Step::Begun(now) => *begun = begun.or(Some(now)),
+            Step::Begun(now) => *wait_began = wait_began.or(Some(now)),
             Step::Connecting => record.phase = Phase::Connecting,
             Step::Sending => {
                 record.phase = Phase::Waiting;
-                entered.sent();
+                in_flight.sent();
             }
         };
-        let answer = {
-            // It is large, and would be moved into the limit.
-            let sending = pin!(send(source, entered.upstream(), message, on_step));
+        let response = {
+            // Pinned here, since the future is large: `limit` would move it.
+            let sending = pin!(send(source, in_flight.upstream(), request, on_step));
             self.exchange.limit(limit, sending).await
         };
-        answer.unwrap_or_else(|Elapsed| Err(self.late("answer")))
+        response.unwrap_or_else(|Elapsed| Err(self.timed_out("response")))
     }
 
-    /// What goes to `upstream`: fresh headers, and the body with the target's model in and without what it refuses.
-    fn message(&self, target: TargetId, upstream: &Upstream) -> WireRequest {
+    /// Builds the request to `upstream`: a new head, and the body with the target's model and without the members that
+    /// the backend does not accept.
+    fn wire_request(&self, target: TargetId, upstream: &Upstream) -> WireRequest {
         let begin = upstream.begin(self.ask.endpoint).unwrap_or_default();
-        let mut head = Vec::with_capacity(begin.len() + HEAD_ROOM);
+        let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
         head.extend_from_slice(begin);
         headers::to_backend(self.headers, upstream.conf.forward_authorization, |name, value| {
             if !upstream.has_own(name) {
@@ -152,7 +157,8 @@ impl Attempts<'_> {
         WireRequest { head, body }
     }
 
-    /// Judges an answer by its status: why it is not to be delivered, if it is not.
+    /// Judges a response by its status, and cools down or closes the target if the response asks for it. Returns the
+    /// failure if the response must not be delivered.
     fn judge(
         &mut self,
         target: TargetId,
@@ -161,23 +167,23 @@ impl Attempts<'_> {
         dispatch: &mut Dispatch,
     ) -> Option<Failure> {
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
-        // A refusal closes nobody: one client's request could close the backend for all with it.
+        // Other errors never cool a target down: one client's bad request could close it for all clients.
         if (status < 400 || status == 429)
             && let Some(span) = rate_limits::exhausted(&head.headers, SystemTime::now)
         {
-            self.cool(target, span);
+            self.cool_down(target, span);
         }
         let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else { return None };
         match failure.mark {
-            Some(Mark::Cool) => self.cool(target, cooling(&head.headers, SystemTime::now())),
-            Some(Mark::BadKey) => self.close_for_key(upstream, status),
+            Some(Mark::Cool) => self.cool_down(target, cooling(&head.headers, SystemTime::now())),
+            Some(Mark::BadKey) => self.close_for_bad_key(upstream, status),
             None => {}
         }
-        self.account(upstream, Fault::status(failure.code, status), failure.blame);
+        self.record_failure(upstream, Fault::status(failure.code, status), failure.blame);
         Some(failure)
     }
 
-    /// The first frame of an answer that is no stream of events, so that one which breaks there can be tried again.
+    /// Reads the first frame of the body, unless it is an event stream: a failure before that frame can be retried.
     async fn first_frame(
         &self,
         about: &About,
@@ -192,34 +198,35 @@ impl Attempts<'_> {
             Ok(Some(Ok(first))) => Ok(Some(first)),
             Ok(None) => Ok(None),
             Ok(Some(Err(fault))) => Err(fault.into()),
-            Err(Elapsed) => Err(self.late("body")),
+            Err(Elapsed) => Err(self.timed_out("body")),
         }
     }
 
-    /// `what` has not come in time.
-    fn late(&self, what: &str) -> SendError {
-        let waited = clock::now() - self.begun.unwrap_or(clock::now());
+    /// The error of a try that has waited for `what` until its limit.
+    fn timed_out(&self, what: &str) -> SendError {
+        let waited = clock::now() - self.wait_began.unwrap_or(clock::now());
         SendError::Late(Fault::timed_out(what, Duration::from_nanos(waited)))
     }
 
-    /// Leaves a target alone: its backend, with the model that it was sent.
-    fn cool(&self, target: TargetId, span: Duration) {
+    /// Cools a target down for `span`: its backend, for the model that it was sent.
+    fn cool_down(&self, target: TargetId, span: Duration) {
         let now = clock::now();
         let target = &self.snapshot.route(&self.ask).targets[target];
         let until = now + clock::nanos(span);
         self.snapshot.upstream(target).state.breaker.cool(target.key(self.ask.model), until, now);
     }
 
-    /// The backend refuses its key: it is closed for a while.
-    fn close_for_key(&self, upstream: &Upstream, status: u16) {
+    /// Closes a backend for a while because it rejects its key.
+    fn close_for_bad_key(&self, upstream: &Upstream, status: u16) {
         if upstream.state.breaker.bad_key(clock::now()) {
             let shared = self.gateway.shared();
             shared.announce(upstream, Change::Misconfigured, &format!("request: HTTP {status}"));
         }
     }
 
-    fn account(&mut self, upstream: &Arc<Upstream>, fault: Fault, blame: bool) {
-        self.gateway.account(upstream, &fault, blame);
+    /// Records a failed try at the backend and in the request's record.
+    fn record_failure(&mut self, upstream: &Arc<Upstream>, fault: Fault, blame: bool) {
+        self.gateway.record_failure(upstream, &fault, blame);
         self.record.failed.push((upstream.clone(), fault));
     }
 }

@@ -1,4 +1,4 @@
-//! Every refusal that Zap itself makes, and how it looks on the wire: one table.
+//! The errors that Zap itself sends, and one table that maps each to its response.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,79 +9,79 @@ use smallvec::SmallVec;
 
 use crate::client::respond::{self, ErrorBody};
 use crate::code::Code;
-use crate::gateway::Answer;
+use crate::gateway::ClientResponse;
 use crate::policy::retry::retry_after_secs;
 use crate::time::{Nanos, SECOND};
 
-/// Tells the SDKs of OpenAI whether to try again by themselves.
+/// Tells OpenAI's SDKs whether to retry the request.
 pub(crate) const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
-/// A refusal. Its wire form is the one table in `GatewayError::row`.
+/// An error that Zap sends to a client. `GatewayError::row` maps it to a response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum GatewayError {
-    /// The request head breaks a rule of HTTP.
+    /// The request head is invalid; the reason.
     BadRequest(&'static str),
-    /// The request's body ended before it was whole.
+    /// The request body is incomplete, or its framing is invalid.
     BodyIncomplete,
     /// Zap is shutting down.
     Draining,
-    /// A member that Zap reads stands twice.
+    /// A member that Zap reads occurs more than once; its key.
     DuplicateKey(Cow<'static, str>),
-    /// `Expect` with something else than `100-continue`.
+    /// `Expect` has a value other than `100-continue`.
     ExpectationFailed,
-    /// A defect in Zap; the connection stays in order.
+    /// Zap failed on the request: a panic or a broken invariant.
     Internal,
-    /// Client keys are configured, and the request carries none of them.
+    /// Client keys are configured, and the request has none of them.
     InvalidApiKey,
-    /// Not one JSON object; where.
+    /// The body is not one JSON object; the offset of the error, in bytes.
     InvalidJson(u64),
-    /// A key at the top level is that of a member that Zap reads, except for its case; the key, and the member.
+    /// A top-level key differs only in case from the key of a member that Zap reads; the key, and the member.
     KeyCase(Box<str>, Box<str>),
-    /// A member has the wrong type; which, and what it must be.
+    /// A member has the wrong type; its key, and the type that it must have.
     InvalidType(&'static str, &'static str),
-    /// The path is served, the method is not; what is.
+    /// The path does not support the method; the methods that it supports.
     MethodNotAllowed(&'static str),
-    /// A chat completion without an array of messages.
+    /// The body has no array `messages`, which the endpoint requires.
     MissingMessages,
-    /// No model is named at an endpoint that has no default.
+    /// The body has no `model`, and there is no default for the request.
     MissingModel,
-    /// No backend serves the model; its name, and names that are near.
+    /// No backend serves the model, or the client may not use it; its name, and similar names.
     ModelNotFound(Box<str>, Vec<Box<str>>),
-    /// Nobody can be asked at all.
+    /// No backend takes requests.
     NoBackend,
-    /// As many wait as may.
+    /// The queue is full.
     QueueFull,
-    /// Waited to the deadline without a slot.
+    /// The deadline passed while the request waited in a queue.
     QueueTimeout,
-    /// The client's own limit is used up; time until one more passes.
+    /// The client has reached its rate limit; the time until the next request may pass.
     RateLimited(Nanos),
-    /// The body came too slowly.
+    /// The body stalled, or the deadline passed before it was complete.
     RequestTimeout,
-    /// The body is larger than so many bytes.
+    /// The body is larger than the limit; the limit, in bytes.
     TooLarge(u64),
-    /// No such path.
+    /// The path is unknown.
     UnknownUrl,
-    /// A body in a content encoding.
+    /// The body has a content encoding.
     UnsupportedEncoding,
-    /// The client wants a WebSocket where HTTP is spoken.
+    /// The client asks for a WebSocket at a path that supports only HTTP.
     UpgradeRequired,
-    /// The backends refuse the key that Zap sends.
+    /// The backends reject the key that Zap sends.
     UpstreamAuth,
-    /// The upstream's answer is not HTTP that can be passed on.
+    /// The backend's response is not valid HTTP/1.1.
     UpstreamInvalid,
-    /// All backends want to be left alone; time until the first does not.
+    /// All backends cool down or have spent their quota; the time until the first one reopens.
     UpstreamRateLimited(Nanos),
-    /// The upstream wants to send the client elsewhere.
+    /// The backend responded with a redirect.
     UpstreamRedirect,
-    /// No answer in time.
+    /// No backend responded in time.
     UpstreamTimeout,
-    /// The TLS handshake with the upstream failed.
+    /// The TLS handshake with the backend failed.
     UpstreamTls,
-    /// No connection, or it broke before an answer.
+    /// The backend cannot be reached, or closed the connection before it responded.
     UpstreamUnreachable,
 }
 
-/// One row of the table.
+/// One row of the table: the response to an error.
 #[derive(Debug)]
 struct Row {
     status: StatusCode,
@@ -99,25 +99,25 @@ const SERVER: &str = "server_error";
 const UPSTREAM: &str = "upstream_error";
 
 impl GatewayError {
-    /// The code in the answer and in `zap_rejected_total`.
+    /// The code in the response and in `zap_rejected_total`.
     pub(crate) fn code(&self) -> Code {
         self.row().code
     }
 
-    /// The status of the answer.
+    /// The status of the response.
     pub(crate) fn status(&self) -> StatusCode {
         self.row().status
     }
 
-    /// The answer. `spent`: the retry budget is used up, so SDKs are asked not to try again by themselves.
-    pub(crate) fn response(&self, spent: bool) -> Answer {
+    /// Builds the response. `is_budget_spent`: the retry budget is spent, so a 5xx asks SDKs not to retry.
+    pub(crate) fn response(&self, is_budget_spent: bool) -> ClientResponse {
         let row = self.row();
         let error =
             ErrorBody { message: &row.message, kind: row.kind, param: self.param(), code: row.code.text() };
-        respond::error(row.status, &error, self.headers(&row, spent))
+        respond::error(row.status, &error, self.headers(&row, is_budget_spent))
     }
 
-    fn headers(&self, row: &Row, spent: bool) -> SmallVec<[(HeaderName, HeaderValue); 4]> {
+    fn headers(&self, row: &Row, is_budget_spent: bool) -> SmallVec<[(HeaderName, HeaderValue); 4]> {
         let mut headers = SmallVec::new();
         if let Some(wait) = row.retry_after {
             headers.push((RETRY_AFTER, HeaderValue::from(retry_after_secs(wait))));
@@ -127,7 +127,7 @@ impl GatewayError {
                 headers.push((WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
             }
             GatewayError::MethodNotAllowed(allow) => headers.push((ALLOW, HeaderValue::from_static(allow))),
-            // RFC 9110, section 15.5.22: a 426 must say which protocol to use, and 7.8: as an option of the connection.
+            // RFC 9110: a 426 must have `Upgrade` (section 15.5.22), which `Connection` must list (section 7.8).
             GatewayError::UpgradeRequired => {
                 headers.push((UPGRADE, HeaderValue::from_static("HTTP/1.1")));
                 headers.push((CONNECTION, HeaderValue::from_static("upgrade")));
@@ -137,12 +137,12 @@ impl GatewayError {
         if row.close {
             headers.push((CONNECTION, HeaderValue::from_static("close")));
         }
-        // What is refused, redirected or drained now will be so again.
+        // A retry would fail in the same way.
         let is_final = matches!(
             self,
             GatewayError::NoBackend | GatewayError::UpstreamAuth | GatewayError::UpstreamRedirect
         );
-        if spent && row.status.is_server_error() || is_final {
+        if is_budget_spent && row.status.is_server_error() || is_final {
             headers.push((X_SHOULD_RETRY, HeaderValue::from_static("false")));
         }
         headers
@@ -176,13 +176,13 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::BadRequest,
-                format!("The request is not valid HTTP: {why}; look at the client, or at a proxy before the gateway."),
+                format!("The request is not valid HTTP: {why}; check the client, or a proxy in front of the gateway."),
             )),
             E::BodyIncomplete => closing(row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::BadRequest,
-                "The request body is not framed as HTTP/1.1 asks, or ended early; send it whole, with its Content-Length or in chunks.".into(),
+                "The request body ended early or is not valid HTTP/1.1; send the whole body, with a Content-Length or chunked.".into(),
             )),
             E::Draining => closing(after(
                 &SECOND,
@@ -197,66 +197,66 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::DuplicateKey,
-                format!("The key \"{key}\" stands more than once at the top level; send it once."),
+                format!("The key \"{key}\" occurs more than once at the top level; send it once."),
             ),
             E::ExpectationFailed => closing(row(
                 StatusCode::EXPECTATION_FAILED,
                 INVALID,
                 Code::ExpectationFailed,
-                "Only \"Expect: 100-continue\" is understood.".into(),
+                "Only \"Expect: 100-continue\" is supported.".into(),
             )),
             E::Internal => closing(row(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 SERVER,
                 Code::InternalError,
-                "The gateway failed on this request; its log says more.".into(),
+                "The gateway failed to handle this request; its log has the details.".into(),
             )),
             E::InvalidApiKey => row(
                 StatusCode::UNAUTHORIZED,
                 AUTHENTICATION,
                 Code::InvalidApiKey,
-                "No valid API key; send one that this gateway knows as Authorization: Bearer.".into(),
+                "The API key is missing or not valid; send a key of this gateway in the header Authorization: Bearer.".into(),
             ),
             E::InvalidJson(offset) => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::InvalidJson,
                 format!(
-                    "The body is not one JSON object (RFC 8259, UTF-8, depth at most 128): see byte {}, counted from 0.",
-                    number(*offset)
+                    "The body is not one JSON object (RFC 8259, UTF-8, depth at most 128): error at byte {}, counted from 0.",
+                    format_number(*offset)
                 ),
             ),
             E::InvalidType(key, expected) => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::InvalidType,
-                format!("\"{key}\" has the wrong type: {expected} is expected."),
+                format!("\"{key}\" has the wrong type: it must be {expected}."),
             ),
             E::KeyCase(key, member) => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::DuplicateKey,
                 format!(
-                    "The key \"{key}\" differs from \"{member}\" in its case alone, and some providers read both as one; send \"{member}\", once."
+                    "The key \"{key}\" differs from \"{member}\" only in case, and some providers treat both as the same key; send only \"{member}\"."
                 ),
             ),
             E::MethodNotAllowed(allow) => row(
                 StatusCode::METHOD_NOT_ALLOWED,
                 INVALID,
                 Code::MethodNotAllowed,
-                format!("This path serves {allow} only."),
+                format!("This path supports {allow} only."),
             ),
             E::MissingMessages => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::MissingMessages,
-                "\"messages\" is missing or not an array; send the conversation in it.".into(),
+                "\"messages\" is missing or is not an array; send the conversation in it.".into(),
             ),
             E::MissingModel => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::MissingModel,
-                "\"model\" is missing and there is no default for this request; name one of GET /v1/models."
+                "\"model\" is missing and there is no default for this request; send one that GET /v1/models lists."
                     .into(),
             ),
             E::ModelNotFound(name, near) => row(
@@ -281,7 +281,7 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::NoBackend,
-                    "No backend can take the request: all are drained. See /status.".into(),
+                    "No backend can take the request: all backends are drained. See /status.".into(),
                 ),
             ),
             E::QueueFull => after(
@@ -290,7 +290,7 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::QueueFull,
-                    "All places in the queue are taken; try again shortly.".into(),
+                    "The queue is full; try again shortly.".into(),
                 ),
             ),
             E::QueueTimeout => after(
@@ -299,7 +299,7 @@ impl GatewayError {
                     StatusCode::GATEWAY_TIMEOUT,
                     SERVER,
                     Code::QueueTimeout,
-                    "The request waited for a free slot until its time was up; no backend has seen it."
+                    "The request waited in the queue until its deadline; it was not sent to a backend."
                         .into(),
                 ),
             ),
@@ -310,7 +310,7 @@ impl GatewayError {
                     LIMIT,
                     Code::RateLimitExceeded,
                     format!(
-                        "The limit of requests per minute for this key is reached; try again in {} s.",
+                        "The limit of requests per minute is reached; try again in {} s.",
                         retry_after_secs(*wait)
                     ),
                 ),
@@ -319,7 +319,7 @@ impl GatewayError {
                 StatusCode::REQUEST_TIMEOUT,
                 INVALID,
                 Code::RequestTimeout,
-                "The request body came too slowly; send it without long pauses.".into(),
+                "The request body arrived too slowly; send it without long pauses.".into(),
             )),
             E::TooLarge(limit) => closing(row(
                 StatusCode::PAYLOAD_TOO_LARGE,
@@ -327,14 +327,14 @@ impl GatewayError {
                 Code::RequestTooLarge,
                 format!(
                     "The request body is larger than {} bytes; send less, or ask the operator for a higher server.max_body_bytes.",
-                    number(*limit)
+                    format_number(*limit)
                 ),
             )),
             E::UnknownUrl => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::UnknownUrl,
-                "No such path. Chat completions are at POST /v1/chat/completions.".into(),
+                "This path does not exist. Chat completions are at POST /v1/chat/completions.".into(),
             ),
             E::UnsupportedEncoding => closing(row(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -346,20 +346,20 @@ impl GatewayError {
                 StatusCode::UPGRADE_REQUIRED,
                 INVALID,
                 Code::UpgradeRequired,
-                "This path speaks HTTP only, no WebSocket; send the request as a POST.".into(),
+                "This path supports HTTP only, not WebSocket; send the request as a POST.".into(),
             ),
             E::UpstreamAuth => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamAuthError,
-                "The provider refuses the gateway's key, not yours; its operator must look at /status."
+                "The provider rejects the gateway's key, not yours; the gateway's operator must check /status."
                     .into(),
             ),
             E::UpstreamInvalid => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamInvalidResponse,
-                "The provider's answer is not valid HTTP/1.1; the operator must check the backend's url.".into(),
+                "The provider's response is not valid HTTP/1.1; the operator must check the backend's url.".into(),
             ),
             E::UpstreamRateLimited(wait) => after(
                 wait,
@@ -374,14 +374,14 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamRedirect,
-                "The provider answered with a redirect, which is never followed; check the backend's url."
+                "The provider responded with a redirect, which the gateway never follows; the operator must check the backend's url."
                     .into(),
             ),
             E::UpstreamTimeout => row(
                 StatusCode::GATEWAY_TIMEOUT,
                 SERVER,
                 Code::UpstreamTimeout,
-                "No provider answered in time; try again, or ask the operator for a longer queue.timeout_secs.".into(),
+                "No provider responded in time; try again, or ask the operator for a longer queue.timeout_secs.".into(),
             ),
             E::UpstreamTls => row(
                 StatusCode::BAD_GATEWAY,
@@ -393,14 +393,15 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamUnreachable,
-                "The provider cannot be reached, or closed the connection before it answered; try again shortly, /status shows its state.".into(),
+                "The provider cannot be reached, or closed the connection before it responded; try again shortly. /status shows its state.".into(),
             ),
         }
     }
 }
 
-/// A number for a message, in hexadecimal where its digits would hold `429`: frameworks look for that in any text.
-fn number(n: u64) -> String {
+/// Formats a number for a message: in hexadecimal if its decimal digits contain `429`, which frameworks take for a rate
+/// limit in any text.
+fn format_number(n: u64) -> String {
     let decimal = n.to_string();
     if decimal.contains("429") { format!("{n:#x}") } else { decimal }
 }
@@ -420,7 +421,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_refusal_looks_as_the_table_says() {
+    fn every_error_has_the_response_of_the_table() {
         use GatewayError as E;
         #[rustfmt::skip]
         let table = [
@@ -457,9 +458,9 @@ mod tests {
             (E::UpstreamTls, 502, UPSTREAM, "upstream_tls_error", None, None, false),
             (E::UpstreamUnreachable, 502, UPSTREAM, "upstream_unreachable", None, None, false),
         ];
-        // Every code but those that only label metrics has a row here.
+        // Every code has a row here, except codes that only label metrics.
         for code in Code::ALL {
-            assert!(code.is_label() || table.iter().any(|r| r.3 == code.text()), "{code:?}");
+            assert!(code.is_label() || table.iter().any(|r| r.3 == code.text()), "no row for {code:?}");
         }
         for (error, status, kind, code, param, retry_after, closes) in table {
             let response = error.response(true);
@@ -474,7 +475,7 @@ mod tests {
             assert_eq!(header("allow").as_deref(), (status == 405).then_some("POST"));
             assert_eq!(header("x-should-retry").as_deref(), (status >= 500).then_some("false"));
             let mut body = response.into_body();
-            let frame = futures_lite_block(body.frame()).unwrap().unwrap().into_data().unwrap();
+            let frame = poll_ready(body.frame()).unwrap().unwrap().into_data().unwrap();
             let json: serde_json::Value = serde_json::from_slice(&frame).unwrap();
             let error_json = &json["error"];
             assert_eq!((error_json["type"].as_str(), error_json["code"].as_str()), (Some(kind), Some(code)));
@@ -489,11 +490,11 @@ mod tests {
             assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");
         }
         for (n, text) in [(42, "42"), (429, "0x1ad"), (14_290, "0x37d2"), (4_294_967_296, "0x100000000")] {
-            assert_eq!(number(n), text);
+            assert_eq!(format_number(n), text);
         }
     }
 
-    /// Frameworks take an answer with these words for a rate limit or too long a prompt, whatever its status.
+    /// Frameworks take a message with these words for a rate limit or a prompt that is too long, whatever the status.
     fn is_misleading(message: &str) -> bool {
         let message = message.to_lowercase();
         ["too many requests", "rate limit", "quota", "429", "context length", "too long"]
@@ -501,11 +502,11 @@ mod tests {
             .any(|words| message.contains(words))
     }
 
-    fn futures_lite_block<F: Future + Unpin>(mut future: F) -> F::Output {
+    fn poll_ready<F: Future + Unpin>(mut future: F) -> F::Output {
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         match std::pin::Pin::new(&mut future).poll(&mut cx) {
             std::task::Poll::Ready(out) => out,
-            std::task::Poll::Pending => panic!("a full body is always ready"),
+            std::task::Poll::Pending => panic!("the body is not ready"),
         }
     }
 }

@@ -1,7 +1,7 @@
-//! An upstream's body on its way to the client: frames through as they come, one report at the end.
+//! Relays a response body from a backend to the client, frame by frame.
 //!
-//! A relay owns everything that the request still holds: its slot, its place at the backend, the upstream
-//! connection and the record. Whatever ends it, the end of the answer, the upstream or the client, drops them.
+//! A relay owns what the request still holds: its slot, its slot at the backend, the upstream connection and the
+//! record. All are released when the response ends, the backend fails or the client disconnects.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -33,77 +33,78 @@ use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
 
-/// What a relay takes over from the request.
-pub(crate) struct Held {
-    /// The upstream connection, positioned behind the head.
+/// What the request still holds while its response is relayed.
+pub(crate) struct RequestGuards {
+    /// The upstream connection, positioned after the head, or after [`RelayInput::first`].
     pub lease: Lease,
-    /// The place at the backend.
-    pub entered: InFlight,
-    /// The slot.
+    /// The request at the backend, with its slot there.
+    pub in_flight: InFlight,
+    /// The slot of the request.
     pub _slot: Permit,
-    /// The record.
+    /// The record of the request.
     pub record: Box<RequestRecord>,
 }
 
-impl Held {
-    /// The answer went out whole. Only that shows that the backend works, and only where it is not an error: a 4xx says
-    /// something about the request alone, and a stream without a byte is no answer.
-    fn speak_for_backend(&self, now: Nanos) {
+impl RequestGuards {
+    /// Counts a complete response as a success of the backend, unless it is an error or empty: a 4xx shows only that
+    /// the request is wrong, and an empty body is a response only for status 204 and 304.
+    fn record_success(&self, now: Nanos) {
         let RequestRecord { status, bytes, .. } = *self.record;
         let may_be_empty = matches!(status, 204 | 304);
         if status < 400 && (bytes > 0 || may_be_empty) {
-            self.entered.upstream().state.breaker.success(now);
+            self.in_flight.upstream().state.breaker.success(now);
         }
     }
 }
 
-/// What kind of body it is.
+/// The kind of a response body.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BodyKind {
-    /// `text/event-stream`, in whatever form.
+    /// The content type is `text/event-stream`.
     pub is_stream: bool,
-    /// `text/event-stream` whose end an event can be put in: neither compressed nor of a stated length.
-    pub events: bool,
-    /// How the stream says that it is over, where it is one that can be read.
+    /// An error event can be appended: the body is an event stream, not compressed, without `Content-Length`.
+    pub can_append_event: bool,
+    /// How an event stream marks its end. `None` if the body is compressed or no event stream.
     pub stream: Option<Stream>,
-    /// The client's version: before 1.1 a body without a length ends with the connection.
+    /// The HTTP version of the request. Before HTTP/1.1 the end of the connection ends a body without a length.
     pub version: Version,
 }
 
-/// What is passed on, and how.
-pub(crate) struct Passing {
-    /// The first frame, which may be here already.
+/// The body to relay, and how to relay it.
+pub(crate) struct RelayInput {
+    /// The first frame, if it has been read already.
     pub first: Option<Bytes>,
-    /// For answers that may echo the backend's key. Rare, and wider than all the rest.
+    /// Redacts the backend's key in error responses. Boxed, since it is large and rarely present.
     pub redactor: Option<Box<Redactor>>,
-    /// What kind of body it is.
+    /// The kind of the body.
     pub kind: BodyKind,
 }
 
-/// See the module.
+/// The body of a relayed response.
 pub(crate) struct RelayBody {
-    held: Option<Held>,
+    /// `None` once the relay has ended.
+    guards: Option<RequestGuards>,
     gateway: Rc<Gateway>,
     exchange: Exchange,
     first: Option<Bytes>,
-    /// Rare, and wider than all the rest.
+    /// Boxed, since it is large and rarely present.
     redactor: Option<Box<Redactor>>,
-    shape: BodyKind,
-    /// The stream must end with a `[DONE]`.
+    kind: BodyKind,
+    /// The stream must end with `[DONE]`.
     done_expected: bool,
     tail: Tail,
-    /// What a stream of `/v1/responses` has said of itself.
+    /// The state of a stream of `/v1/responses`, which its error event needs.
     seen: Option<Box<Seen>>,
     state: RelayState,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RelayState {
-    /// Over, whole.
+    /// The relay has no more frames.
     Ended,
-    /// Cut: the connection closes once what was written has gone out.
+    /// The response was cut: the connection closes once the frames written so far are flushed.
     Flushing,
-    /// Frames are still to come.
+    /// More frames may come from the backend.
     Streaming,
 }
 
@@ -114,47 +115,52 @@ impl fmt::Debug for RelayBody {
 }
 
 impl RelayBody {
-    /// Passes on what `held` still receives.
-    pub(crate) fn new(held: Held, gateway: Rc<Gateway>, exchange: Exchange, passing: Passing) -> Self {
-        let Passing { first, redactor, kind } = passing;
-        let done_expected = kind.stream == Some(Stream::Done) && held.record.status < 300;
-        let is_response = kind.events && kind.stream == Some(Stream::Responses);
+    /// Creates a relay of the body that `guards.lease` receives.
+    pub(crate) fn new(
+        guards: RequestGuards,
+        gateway: Rc<Gateway>,
+        exchange: Exchange,
+        input: RelayInput,
+    ) -> Self {
+        let RelayInput { first, redactor, kind } = input;
+        let done_expected = kind.stream == Some(Stream::Done) && guards.record.status < 300;
+        let is_responses = kind.can_append_event && kind.stream == Some(Stream::Responses);
         let mut relay = RelayBody {
             first,
             redactor,
-            shape: kind,
+            kind,
             done_expected,
             tail: Tail::new(done_expected),
-            seen: is_response.then(Box::default),
+            seen: is_responses.then(Box::default),
             state: RelayState::Streaming,
-            held: Some(held),
+            guards: Some(guards),
             gateway,
             exchange,
         };
-        if relay.first.is_none() && relay.redactor.is_none() && relay.upstream_is_done() {
+        if relay.first.is_none() && relay.redactor.is_none() && relay.is_upstream_done() {
             relay.finish();
         }
         relay
     }
 
-    /// The next frame.
+    /// Polls for the next frame.
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
         match self.state {
             RelayState::Ended => return Poll::Ready(None),
             RelayState::Flushing => return self.exchange.poll_flushed().map(|()| Some(Err(Cut))),
-            // The order to cut is not to be lost in what still comes.
+            // Checked before each frame: a backend that keeps sending must not delay the cut.
             RelayState::Streaming if self.gateway.is_cut() => {
                 return self.interrupt(End::UpstreamError, Fault::cut());
             }
             RelayState::Streaming => {}
         }
         loop {
-            let Some(held) = &mut self.held else { return Poll::Ready(None) };
+            let Some(guards) = &mut self.guards else { return Poll::Ready(None) };
             let frame = match self.first.take() {
                 Some(first) => Poll::Ready(Some(Ok(first))),
-                // Should it never catch up, its alarm is not for the upstream.
+                // A slow client must not trip the backend's idle timeout.
                 None if self.exchange.is_behind() => return Poll::Pending,
-                None => held.lease.link.poll_frame(cx),
+                None => guards.lease.link.poll_frame(cx),
             };
             match frame {
                 Poll::Ready(Some(Ok(data))) => {
@@ -163,22 +169,22 @@ impl RelayBody {
                         None => data,
                     };
                     if !data.is_empty() {
-                        return Poll::Ready(Some(Ok(self.pass(data))));
+                        return Poll::Ready(Some(Ok(self.forward(data))));
                     }
                 }
                 Poll::Ready(Some(Err(fault))) => return self.interrupt(End::UpstreamError, fault),
                 Poll::Ready(None) => {
                     let rest = self.redactor.take().map(|r| r.finish()).filter(|r| !r.is_empty());
-                    let rest = rest.map(|r| Ok(self.pass(r)));
+                    let rest = rest.map(|r| Ok(self.forward(r)));
                     self.finish();
                     return Poll::Ready(rest);
                 }
                 Poll::Pending if self.exchange.take_timeout() => {
-                    let patience = self.gateway.snapshot().config.timeouts.stream_idle;
+                    let idle_timeout = self.gateway.snapshot().config.timeouts.stream_idle;
                     return if self.gateway.is_cut() {
                         self.interrupt(End::UpstreamError, Fault::cut())
                     } else {
-                        self.interrupt(End::Timeout, Fault::timed_out("stream", patience))
+                        self.interrupt(End::Timeout, Fault::timed_out("stream", idle_timeout))
                     };
                 }
                 Poll::Pending => return Poll::Pending,
@@ -186,9 +192,9 @@ impl RelayBody {
         }
     }
 
-    /// Counts a frame on its way.
-    fn pass(&mut self, data: Bytes) -> Bytes {
-        if self.shape.is_stream {
+    /// Records a frame that goes to the client, and ends the relay after the last frame.
+    fn forward(&mut self, data: Bytes) -> Bytes {
+        if self.kind.is_stream {
             self.tail.push(&data);
         }
         if let Some(seen) = &mut self.seen {
@@ -196,81 +202,83 @@ impl RelayBody {
         }
         self.exchange.progress();
         self.exchange.hand_over(data.len());
-        if let Some(held) = &mut self.held {
-            failpoint::here("body", &held.record.request_id);
-            held.record.bytes += data.len() as u64;
+        if let Some(guards) = &mut self.guards {
+            failpoint::hit("body", &guards.record.request_id);
+            guards.record.bytes += data.len() as u64;
         }
-        if self.redactor.is_none() && self.upstream_is_done() {
+        if self.redactor.is_none() && self.is_upstream_done() {
             self.finish();
         }
         data
     }
 
-    fn upstream_is_done(&self) -> bool {
-        self.held.as_ref().is_some_and(|h| h.lease.link.is_end())
+    fn is_upstream_done(&self) -> bool {
+        self.guards.as_ref().is_some_and(|g| g.lease.link.is_end())
     }
 
-    /// The stream has said that it is over, whatever the transport says.
-    fn is_over(&self) -> bool {
+    /// Whether the stream has sent its terminal event. The transport may still be open then.
+    fn has_terminal_event(&self) -> bool {
         self.done_expected && self.tail.has_done() || self.seen.as_ref().is_some_and(|seen| seen.is_over())
     }
 
-    /// The upstream's body is whole.
+    /// Ends the relay, and parks the upstream connection. A stream without its `[DONE]` counts as interrupted.
     fn finish(&mut self) {
         self.state = RelayState::Ended;
-        let Some(mut held) = self.held.take() else { return };
+        let Some(mut guards) = self.guards.take() else { return };
         let now = clock::now();
         if self.done_expected && !self.tail.has_done() {
-            held.record.end = End::UpstreamError;
-            held.record.recorder().lane().interrupted(Side::Upstream);
+            guards.record.end = End::UpstreamError;
+            guards.record.recorder().lane().interrupted(Side::Upstream);
         } else {
-            held.record.end = End::Complete;
-            held.speak_for_backend(now);
+            guards.record.end = End::Complete;
+            guards.record_success(now);
         }
-        self.gateway.pool().park(held.lease, now);
+        self.gateway.pool().park(guards.lease, now);
     }
 
-    /// The upstream broke off, fell silent, or time is up: what came stays, the rest is visibly missing.
+    /// Cuts the response: the backend failed, sent nothing for too long, or the drain has ended. The client keeps the
+    /// frames that it has, and can see that the response is incomplete.
     fn interrupt(&mut self, end: End, fault: Fault) -> Poll<Option<Result<Bytes, Cut>>> {
-        if self.is_over() {
-            return self.end_behind_done();
+        if self.has_terminal_event() {
+            return self.end_after_terminal_event();
         }
         self.state = RelayState::Flushing;
         self.exchange.expect_flush();
-        // A client that reads nothing any more has as long again for the last of it.
+        // A client that has stopped reading gets one more idle timeout to read the rest.
         self.exchange.progress();
         let mut event = None;
-        if let Some(mut held) = self.held.take() {
-            let upstream = held.entered.upstream().clone();
-            let recorder = held.record.recorder().clone();
+        if let Some(mut guards) = self.guards.take() {
+            let upstream = guards.in_flight.upstream().clone();
+            let recorder = guards.record.recorder().clone();
             if !self.gateway.is_cut() {
                 let kind = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
-                // An error says all that there is to say by its status: it was judged by that.
-                self.gateway.account(&upstream, &Fault { kind, ..fault }, held.record.status < 400);
+                // An error response has been judged by its status already.
+                let blame = guards.record.status < 400;
+                self.gateway.record_failure(&upstream, &Fault { kind, ..fault }, blame);
             }
-            if self.shape.is_stream {
+            if self.kind.is_stream {
                 recorder.lane().interrupted(Side::Upstream);
             }
-            held.record.end = end;
-            event = self.last_event(&held.record);
+            guards.record.end = end;
+            event = self.error_event(&guards.record);
         }
         let Some(event) = event else {
-            if self.shape.version < Version::HTTP_11 {
+            if self.kind.version < Version::HTTP_11 {
                 self.exchange.reset_on_close();
             }
             return self.exchange.poll_flushed().map(|()| Some(Err(Cut)));
         };
         if self.seen.is_some() {
-            // Codex drops an event that no clean end follows.
+            // The body must end cleanly: Codex drops the last event of a stream that is cut.
             self.state = RelayState::Ended;
         }
         Poll::Ready(Some(Ok(event)))
     }
 
-    /// The event that says that a stream was cut; `None` where none fits in.
-    fn last_event(&self, record: &RequestRecord) -> Option<Bytes> {
+    /// Returns the event that reports a cut stream; `None` if the body cannot take one.
+    fn error_event(&self, record: &RequestRecord) -> Option<Bytes> {
         let id = record.request_id.to_str().unwrap_or_default();
-        let event = self.shape.events.then(|| stream_interrupted(self.seen.as_deref(), id))?;
+        let event = self.kind.can_append_event.then(|| stream_interrupted(self.seen.as_deref(), id))?;
         Some(match (self.tail.is_between_events(), event) {
             (true, Cow::Borrowed(event)) => Bytes::from_static(event.as_bytes()),
             (true, Cow::Owned(event)) => event.into(),
@@ -280,14 +288,14 @@ impl RelayBody {
 }
 
 impl RelayBody {
-    /// The upstream broke off, fell silent, or time is up, behind the event that ends the stream: nobody's fault. The
-    /// connection is not at the end of its answer, so it does not serve again.
-    fn end_behind_done(&mut self) -> Poll<Option<Result<Bytes, Cut>>> {
+    /// Ends a stream whose terminal event was sent before the backend failed or timed out. Counts as complete. The pool
+    /// closes the upstream connection, since the response on it is incomplete.
+    fn end_after_terminal_event(&mut self) -> Poll<Option<Result<Bytes, Cut>>> {
         self.finish();
-        if self.shape.events {
+        if self.kind.can_append_event {
             return Poll::Ready(None);
         }
-        // The length that was stated is not reached: the client's connection cannot go on either.
+        // The body has a length or is compressed: it is incomplete, so the client's connection must close.
         self.state = RelayState::Flushing;
         self.exchange.expect_flush();
         self.exchange.poll_flushed().map(|()| Some(Err(Cut)))
@@ -307,7 +315,7 @@ impl http_body::Body for RelayBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let rest = self.held.as_ref().map_or(SizeHint::with_exact(0), |h| h.lease.link.remaining());
+        let rest = self.guards.as_ref().map_or(SizeHint::with_exact(0), |g| g.lease.link.remaining());
         match (&self.redactor, rest.exact()) {
             (None, Some(rest)) => {
                 SizeHint::with_exact(rest + self.first.as_ref().map_or(0, |f| f.len() as u64))
@@ -318,10 +326,9 @@ impl http_body::Body for RelayBody {
 }
 
 impl Drop for RelayBody {
-    /// Only a body that nobody wants any more still holds something: the client has left.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // A bug has cut it: without framing that must show.
+            // A panic cuts the response: a body without a length must not look complete.
             self.exchange.reset_on_close();
         }
     }

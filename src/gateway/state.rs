@@ -1,4 +1,4 @@
-//! What all workers share: the fleet as a [`Snapshot`] behind an `ArcSwap`, and the counters of the policies.
+//! The state that all workers share: the fleet as a [`Snapshot`] behind an `ArcSwap`, and the counters of the policies.
 
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::sync::Arc;
@@ -23,40 +23,40 @@ use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
 
-/// Everything that workers share.
+/// The state that all workers share.
 #[derive(Debug)]
 pub struct Shared {
-    /// The fleet as it is now.
+    /// The current snapshot of the fleet.
     pub(crate) snapshot: ArcSwap<Snapshot>,
-    /// Client limits.
+    /// The rate limits of the clients.
     pub(crate) limiter: Limiter,
-    /// Slots and queue.
+    /// The slots, and the queue in front of them.
     pub(crate) admission: Arc<Admission>,
-    /// Retries against offered requests.
+    /// The retry budget: a share of the requests.
     pub(crate) budget: Budget,
-    /// Who may call.
+    /// The configured clients.
     pub(crate) clients: ArcSwap<Clients>,
-    /// Counters and log.
+    /// The metrics and the log.
     pub(crate) telemetry: Arc<Telemetry>,
-    /// Pages that are costly to make.
+    /// The pages that are expensive to render.
     pub(crate) pages: Pages,
-    /// Rung when a backend's state changed, so that the schedule is rebuilt.
+    /// Notified when the state of a backend has changed: the fleet thread then calls [`rebuild`](Self::rebuild).
     pub(crate) fleet_changed: Notify,
-    /// Rung when a backend may be asked again: requests in line look for a target anew.
+    /// Notified when a backend may take requests again: waiting requests then pick a target again.
     pub(crate) reopened: Notify,
-    /// Rung when the configuration is to be read anew.
+    /// Notified when the configuration must be read again.
     pub(crate) reload_wanted: Notify,
-    /// Rung when it was.
+    /// Notified when a new configuration is in use.
     pub(crate) reloaded: Notify,
     draining: AtomicBool,
     hasher: RandomState,
 }
 
 impl Shared {
-    /// Shared state for `config`, with as many lanes as it has workers.
+    /// Creates the state for `config`.
     ///
     /// # Errors
-    /// What is wrong with a backend's URL or certificates, for the operator.
+    /// Returns a message for the operator if the URL or the certificates of a backend are invalid.
     pub fn new(config: Config, log: Log) -> Result<Self, String> {
         let snapshot = prepare(config, None)?;
         let config = &snapshot.config;
@@ -77,8 +77,8 @@ impl Shared {
         })
     }
 
-    /// Puts another configuration's fleet, made by [`prepare`] of the present one, in its place. Requests under way keep
-    /// the old; what is counted goes on under the new limits.
+    /// Replaces the fleet after a reload. [`prepare`] must have made `next` from the current snapshot. Requests in
+    /// flight keep the old configuration; counters go on under the new limits.
     pub(crate) fn replace(&self, next: Snapshot) {
         let config = &next.config;
         self.limiter.set_max_keys(config.rate_limit.max_keys);
@@ -92,7 +92,7 @@ impl Shared {
         self.reloaded.notify_waiters();
     }
 
-    /// Logs a change of state with who saw it and why, and has the schedule rebuilt.
+    /// Logs a change of a backend's state with its `cause`, and requests a rebuild of the schedule.
     pub(crate) fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
         let name = upstream.name();
         let (level, event, text) = match change {
@@ -105,7 +105,7 @@ impl Shared {
             Change::Misconfigured => (
                 "error",
                 "backend_misconfigured",
-                format!("backend {name} refuses its api_key, or needs one: {cause}"),
+                format!("backend {name} rejects its api_key, or requires one: {cause}"),
             ),
             Change::Up => ("info", "backend_up", format!("backend {name} is up again: {cause}")),
         };
@@ -113,7 +113,8 @@ impl Shared {
         self.fleet_changed.notify_one();
     }
 
-    /// Picks a backend for a chat with `model` at `now`, takes a place there and gives it back: for benchmarks.
+    /// Picks a backend for a chat completion with `model` at `now`, takes a slot there and releases it. Returns whether
+    /// this succeeded. For benchmarks.
     #[doc(hidden)]
     pub fn pick_once(&self, model: &str, affinity: u64, now: Nanos) -> bool {
         let snapshot = self.snapshot.load();
@@ -126,24 +127,25 @@ impl Shared {
         target.and_then(|target| snapshot.upstream(target).enter(now, None)).is_some()
     }
 
-    /// The process is on its way out.
+    /// Whether Zap is draining.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// From now on new requests are refused.
+    /// Starts the drain: from now on new requests are refused.
     pub(crate) fn start_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Something that is counted by, a credential or an address, as the rate limiter and the log know it: hashed with
-    /// a key that dies with the process.
-    pub(crate) fn key_of(&self, what: impl Hash) -> u64 {
+    /// Hashes a credential or an address for the rate limiter and the log, with a random key that this process alone
+    /// knows.
+    pub(crate) fn keyed_hash(&self, what: impl Hash) -> u64 {
         self.hasher.hash_one(what)
     }
 
-    /// Makes the schedule anew from the backends' present states, and wakes the requests in line, since one of them may be
-    /// served by a backend that is back; returns when the next one changes by itself.
+    /// Rebuilds the schedule from the current states of the backends, and wakes the waiting requests, since a backend
+    /// that is up again may serve them. Returns the time when the first rejected key is tried again, which needs
+    /// another rebuild.
     pub(crate) fn rebuild(&self) -> Option<Nanos> {
         let current = self.snapshot.load_full();
         self.snapshot.store(Arc::new(current.rebuilt()));

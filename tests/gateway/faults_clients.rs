@@ -727,7 +727,7 @@ fn o6_a_panic_before_the_response_fails_its_own_request_only() {
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
     let mut other = zap.client();
     assert_eq!(other.chat("", CHAT).text(), "ok");
-    zap::internals::failpoint::want("try", http::HeaderValue::from_static("bug-try"));
+    zap::internals::failpoint::arm_panic("try", http::HeaderValue::from_static("bug-try"));
     let mut client = zap.client();
     let broken = client.chat("x-request-id: bug-try\r\n", CHAT);
     assert_eq!((broken.status, broken.code().as_str()), (500, "internal_error"));
@@ -762,7 +762,7 @@ fn o6_a_panic_during_a_response_cuts_that_response_only() {
         After::Keep
     });
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
-    zap::internals::failpoint::want("body", http::HeaderValue::from_static("bug-body"));
+    zap::internals::failpoint::arm_panic("body", http::HeaderValue::from_static("bug-body"));
     let (mut client, mut other) = (zap.client(), zap.client());
     other.post("/chat", "", STREAM);
     let mut whole = other.head();

@@ -100,7 +100,7 @@ mod at_once {
             eventually("the provider has the request", || self.gate.waiting() == 1);
             let held = Gate::default();
             let hold = held.clone();
-            failpoint::instead("try", HeaderValue::from_static(id), move || hold.pass());
+            failpoint::arm("try", HeaderValue::from_static(id), move || hold.pass());
             let mut other = self.zap.client();
             other.post("/chat", &format!("x-request-id: {id}\r\n"), CHAT);
             eventually("the worker is stopped", || held.waiting() == 1);

@@ -1,4 +1,4 @@
-//! Answers on their way to the client: an upstream's, passed on, and Zap's own.
+//! Builds the responses to clients: those of backends, which are passed on, and Zap's own.
 
 use std::rc::Rc;
 
@@ -13,8 +13,8 @@ use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::gateway::attempt::Delivery;
 use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
-use crate::gateway::relay::{BodyKind, Held, Passing, RelayBody};
-use crate::gateway::{Answer, Gateway};
+use crate::gateway::relay::{BodyKind, RelayBody, RelayInput, RequestGuards};
+use crate::gateway::{ClientResponse, Gateway};
 use crate::http1::headers::{self, About};
 use crate::policy::limit::Decision;
 use crate::protocol::Endpoint;
@@ -28,36 +28,37 @@ const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
 
-/// Lines that a worker logs in a second of heads that it refused: a client that sends noise must not fill the log.
+/// Log lines that a worker writes in a second for invalid request heads: a client that sends noise must not fill the
+/// log.
 const MAX_REFUSED_LINES: u64 = 10;
 
-/// What an answer must know of its request.
-pub(super) struct Reply<'a> {
-    /// The client's side.
+/// The facts about a request that its response needs.
+pub(super) struct ResponseContext<'a> {
+    /// The exchange on the client connection.
     pub(super) exchange: &'a Exchange,
-    /// The client's version of HTTP.
+    /// The HTTP version of the request.
     pub(super) version: Version,
-    /// What the rate limiter said.
+    /// The decision of the rate limiter, if a limit applies.
     pub(super) decision: Option<Decision>,
 }
 
 impl Gateway {
-    /// An upstream's answer on its way out.
+    /// Turns the response of a backend into the response to the client, and records its head.
     pub(super) fn deliver(
         self: &Rc<Self>,
         delivery: Delivery,
         mut record: Box<RequestRecord>,
-        reply: &Reply<'_>,
-    ) -> Answer {
-        let Delivery { mut head, about, lease, entered, slot, first, patience } = delivery;
-        let upstream = entered.upstream().clone();
-        let About { id, is_events: events, is_encoded, has_length } = about;
-        let readable = events && !is_encoded;
+        context: &ResponseContext<'_>,
+    ) -> ClientResponse {
+        let Delivery { mut head, about, lease, in_flight, slot, first, idle_timeout } = delivery;
+        let upstream = in_flight.upstream().clone();
+        let About { id, is_events, is_encoded, has_length } = about;
+        let is_readable = is_events && !is_encoded;
         let kind = BodyKind {
-            is_stream: events,
-            events: readable && !has_length,
-            stream: readable.then(|| record.endpoint.api().map(|api| api.stream)).flatten(),
-            version: reply.version,
+            is_stream: is_events,
+            can_append_event: is_readable && !has_length,
+            stream: is_readable.then(|| record.endpoint.api().map(|api| api.stream)).flatten(),
+            version: context.version,
         };
         let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
         record.upstream_request_id =
@@ -68,46 +69,46 @@ impl Gateway {
             redact(&mut head.headers, redactor);
         }
         record.backend = Some(upstream);
-        let spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
-        if spent {
+        let is_budget_spent = head.status.is_server_error() && !self.shared().budget.has_room(clock::now());
+        if is_budget_spent {
             head.headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
         }
-        self.dress(&mut head.headers, &record, reply);
-        if events {
-            // nginx in front, with its defaults, would keep the tokens back until the stream ends.
+        self.add_headers(&mut head.headers, &record, context);
+        if is_events {
+            // nginx in front of Zap buffers the stream by default, and would hold the tokens back.
             head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
         record.answered(head.status.as_u16());
-        reply.exchange.begin_answer(patience);
-        let held = Held { lease, entered, _slot: slot, record };
-        let passing = Passing { first, redactor: redactor.map(Box::new), kind };
-        let relay = RelayBody::new(held, self.clone(), reply.exchange.clone(), passing);
-        let mut response = Response::new(Body::stream(relay).on(reply.exchange));
+        context.exchange.begin_answer(idle_timeout);
+        let guards = RequestGuards { lease, in_flight, _slot: slot, record };
+        let input = RelayInput { first, redactor: redactor.map(Box::new), kind };
+        let relay = RelayBody::new(guards, self.clone(), context.exchange.clone(), input);
+        let mut response = Response::new(Body::stream(relay).on(context.exchange));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
         response
     }
 
-    /// Zap's own answer on its way out.
+    /// Completes a response of Zap's own, and records it.
     pub(super) fn finish(
         &self,
-        mut response: Answer,
+        mut response: ClientResponse,
         mut record: Box<RequestRecord>,
-        reply: &Reply<'_>,
-    ) -> Answer {
-        self.dress(response.headers_mut(), &record, reply);
+        context: &ResponseContext<'_>,
+    ) -> ClientResponse {
+        self.add_headers(response.headers_mut(), &record, context);
         record.answered(response.status().as_u16());
         record.bytes = http_body::Body::size_hint(response.body()).lower();
         if record.end == End::ClientGone {
             record.end = End::Complete;
         }
-        reply.exchange.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
-        response.map(|body| body.on(reply.exchange))
+        context.exchange.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
+        response.map(|body| body.on(context.exchange))
     }
 
-    /// The headers that every answer has.
-    fn dress(&self, headers: &mut HeaderMap, record: &RequestRecord, reply: &Reply<'_>) {
+    /// Adds the headers that every response has.
+    fn add_headers(&self, headers: &mut HeaderMap, record: &RequestRecord, context: &ResponseContext<'_>) {
         headers.reserve(8);
         headers.insert(headers::X_REQUEST_ID, record.request_id.clone());
         if let Some(id) = &record.upstream_request_id {
@@ -118,37 +119,37 @@ impl Gateway {
             Some(backend) => headers.insert(X_ZAP_BACKEND, backend.label.clone()),
             None => headers.remove(X_ZAP_BACKEND),
         };
-        if let Some(d) = reply.decision {
+        if let Some(d) = context.decision {
             headers.insert(LIMIT, self.limit_value(d.limit));
             headers.insert(REMAINING, headers::number(d.remaining));
             headers.insert(RESET, headers::reset(d.reset));
         }
-        if reply.exchange.must_close() || self.shared().is_draining() {
+        if context.exchange.must_close() || self.shared().is_draining() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }
 
-    /// The limit as a header's value: that of the last answer, mostly.
+    /// Returns the request limit as a header value. Reuses the value of the last response if the limit is the same.
     fn limit_value(&self, limit: u32) -> HeaderValue {
-        let mut last = self.limit.borrow_mut();
+        let mut last = self.last_limit.borrow_mut();
         if last.0 != limit {
             *last = (limit, headers::number(limit));
         }
         last.1.clone()
     }
 
-    /// A refusal on its way out.
-    pub(super) fn refused(
+    /// Refuses a request: builds the error response, and records it.
+    pub(super) fn refuse(
         &self,
         error: &GatewayError,
         mut record: Box<RequestRecord>,
-        reply: &Reply<'_>,
-    ) -> Answer {
-        let response = self.refuse(error, &mut record);
-        self.finish(response, record, reply)
+        context: &ResponseContext<'_>,
+    ) -> ClientResponse {
+        let response = self.error_response(error, &mut record);
+        self.finish(response, record, context)
     }
 
-    fn refuse(&self, error: &GatewayError, record: &mut RequestRecord) -> Answer {
+    fn error_response(&self, error: &GatewayError, record: &mut RequestRecord) -> ClientResponse {
         let code = error.code();
         self.recorder.lane().rejected(code);
         record.refused = Some(code);
@@ -160,12 +161,13 @@ impl Gateway {
         } else if error.status().as_u16() == 502 {
             record.end = End::UpstreamError;
         }
-        let spent = error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
-        error.response(spent)
+        let is_budget_spent =
+            error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
+        error.response(is_budget_spent)
     }
 
-    /// The answer to a request that a bug has ended: the record is written already.
-    pub(super) fn internal_error(&self) -> Answer {
+    /// Builds the response to a request that panicked. The record was reported when the panic dropped it.
+    pub(super) fn internal_error(&self) -> ClientResponse {
         let mut response = GatewayError::Internal.response(!self.shared().budget.has_room(clock::now()));
         let broken = self.recorder.broken.take();
         let (id, tries) =
@@ -176,8 +178,8 @@ impl Gateway {
         response
     }
 
-    /// A head that broke the rules: hyper has read a stand-in for it.
-    pub(super) fn refuse_head(&self, why: &'static str, exchange: &Exchange) -> Answer {
+    /// Refuses an invalid request head. The head that hyper parsed is a placeholder for it.
+    pub(super) fn refuse_head(&self, why: &'static str, exchange: &Exchange) -> ClientResponse {
         let id = headers::new_request_id(self.rng.borrow_mut().u128(..));
         let arrival = Arrival {
             method: None,
@@ -188,20 +190,20 @@ impl Gateway {
         };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         record.is_noise = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
-        let reply = Reply { exchange, version: Version::HTTP_11, decision: None };
-        self.refused(&GatewayError::BadRequest(why), record, &reply)
+        let context = ResponseContext { exchange, version: Version::HTTP_11, decision: None };
+        self.refuse(&GatewayError::BadRequest(why), record, &context)
     }
 }
 
-/// Hides the backend's key in the headers of its answer, apart from those that frame or describe the body: without them
-/// the body cannot be read.
+/// Replaces header values that contain the backend's key. Headers that describe the body stay: the client cannot read
+/// the body without them.
 fn redact(headers: &mut HeaderMap, redactor: &Redactor) {
-    const OF_THE_BODY: [HeaderName; 4] = [CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_RANGE, CONTENT_TYPE];
+    const BODY_HEADERS: [HeaderName; 4] = [CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_RANGE, CONTENT_TYPE];
     for (name, value) in headers.iter_mut() {
-        if !OF_THE_BODY.contains(name) && redactor.is_in(value.as_bytes()) {
+        if !BODY_HEADERS.contains(name) && redactor.is_in(value.as_bytes()) {
             *value = HeaderValue::from_static("***");
         }
     }
-    // `***` may be shorter than the key: the body's length is not known any more.
+    // The redactor may change the length of the body: `***` may be shorter than the key.
     headers.remove(CONTENT_LENGTH);
 }
