@@ -85,7 +85,7 @@ fn backend(b: &Upstream) -> serde_json::Value {
         Some(Closed::Quota(until)) => Some(secs_to(until)),
         _ => None,
     };
-    // The same words as in the log, which gives them as the reason that a candidate was passed over.
+    // The words match those that the log gives for candidates that were passed over.
     let state = match (b.conf.weight, status, closed) {
         (0, ..) => "drained",
         (_, Status::Misconfigured, _) => "misconfigured",

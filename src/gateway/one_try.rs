@@ -216,7 +216,7 @@ impl Attempts<'_> {
         self.snapshot.upstream(target).state.breaker.cool(target.key(self.ask.model), until, now);
     }
 
-    /// Closes a backend for a while because it rejects its key.
+    /// Closes a backend for a while because it refuses its key.
     fn close_for_bad_key(&self, upstream: &Upstream, status: u16) {
         if upstream.state.breaker.bad_key(clock::now()) {
             let shared = self.gateway.shared();

@@ -65,7 +65,7 @@ pub(crate) enum GatewayError {
     UnsupportedEncoding,
     /// The client asks for a WebSocket at a path that supports only HTTP.
     UpgradeRequired,
-    /// The backends reject the key that Zap sends.
+    /// The backends refuse the key that Zap sends.
     UpstreamAuth,
     /// The backend's response is not valid HTTP/1.1.
     UpstreamInvalid,
@@ -352,7 +352,7 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamAuthError,
-                "The provider rejects the gateway's key, not yours; the gateway's operator must check /status."
+                "The provider refuses the gateway's key, not yours; the gateway's operator must check /status."
                     .into(),
             ),
             E::UpstreamInvalid => row(

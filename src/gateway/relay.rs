@@ -212,6 +212,7 @@ impl RelayBody {
         data
     }
 
+    /// Whether the body of the backend is complete.
     fn is_upstream_done(&self) -> bool {
         self.guards.as_ref().is_some_and(|g| g.lease.link.is_end())
     }
@@ -285,9 +286,7 @@ impl RelayBody {
             (false, event) => ["\n\n", &event].concat().into(),
         })
     }
-}
 
-impl RelayBody {
     /// Ends a stream whose terminal event was sent before the backend failed or timed out. Counts as complete. The pool
     /// closes the upstream connection, since the response on it is incomplete.
     fn end_after_terminal_event(&mut self) -> Poll<Option<Result<Bytes, Cut>>> {

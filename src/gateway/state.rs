@@ -105,7 +105,7 @@ impl Shared {
             Change::Misconfigured => (
                 "error",
                 "backend_misconfigured",
-                format!("backend {name} rejects its api_key, or requires one: {cause}"),
+                format!("backend {name} refuses its api_key, or requires one: {cause}"),
             ),
             Change::Up => ("info", "backend_up", format!("backend {name} is up again: {cause}")),
         };
@@ -137,14 +137,14 @@ impl Shared {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Hashes a credential or an address for the rate limiter and the log, with a random key that this process alone
-    /// knows.
+    /// Hashes a credential, a client name or an address for the rate limiter and the log, with a random key that this
+    /// process alone knows.
     pub(crate) fn keyed_hash(&self, what: impl Hash) -> u64 {
         self.hasher.hash_one(what)
     }
 
     /// Rebuilds the schedule from the current states of the backends, and wakes the waiting requests, since a backend
-    /// that is up again may serve them. Returns the time when the first rejected key is tried again, which needs
+    /// that is up again may serve them. Returns the time when the first refused key is tried again, which needs
     /// another rebuild.
     pub(crate) fn rebuild(&self) -> Option<Nanos> {
         let current = self.snapshot.load_full();
