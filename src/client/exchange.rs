@@ -56,7 +56,7 @@ impl Exchange {
     }
 
     /// Begins the response. It must make progress, on either side, every `patience`.
-    pub(crate) fn begin_answer(&self, patience: Nanos) {
+    pub(crate) fn begin_response(&self, patience: Nanos) {
         self.0.begin_response(patience);
     }
 
@@ -77,7 +77,7 @@ impl Exchange {
     }
 
     /// Announces a write that [`poll_flushed`](Self::poll_flushed) will wait for.
-    pub(crate) fn expect_flush(&self) {
+    pub(crate) fn expect_write(&self) {
         self.0.response.expect_write();
     }
 

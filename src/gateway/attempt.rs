@@ -136,7 +136,8 @@ impl Attempts<'_> {
                     let wait =
                         Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline, reopened };
                     lines.wait(self.gateway, self.exchange, self.record, wait).await?;
-                    slot = Some(lines.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
+                    slot =
+                        Some(lines.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {

@@ -244,7 +244,7 @@ impl RelayBody {
             return self.end_after_terminal_event();
         }
         self.state = RelayState::Flushing;
-        self.exchange.expect_flush();
+        self.exchange.expect_write();
         // A client that has stopped reading gets one more idle timeout to read the rest.
         self.exchange.progress();
         let mut event = None;
@@ -296,7 +296,7 @@ impl RelayBody {
         }
         // The body has a length or is compressed: it is incomplete, so the client's connection must close.
         self.state = RelayState::Flushing;
-        self.exchange.expect_flush();
+        self.exchange.expect_write();
         self.exchange.poll_flushed().map(|()| Some(Err(Cut)))
     }
 }

@@ -80,7 +80,7 @@ impl Gateway {
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
         record.answered(head.status.as_u16());
-        context.exchange.begin_answer(idle_timeout);
+        context.exchange.begin_response(idle_timeout);
         let guards = RequestGuards { lease, in_flight, _slot: slot, record };
         let input = RelayInput { first, redactor: redactor.map(Box::new), kind };
         let relay = RelayBody::new(guards, self.clone(), context.exchange.clone(), input);
@@ -103,7 +103,7 @@ impl Gateway {
         if record.end == End::ClientGone {
             record.end = End::Complete;
         }
-        context.exchange.begin_answer(clock::nanos(self.snapshot().config.timeouts.stream_idle));
+        context.exchange.begin_response(clock::nanos(self.snapshot().config.timeouts.stream_idle));
         response.map(|body| body.on(context.exchange))
     }
 
