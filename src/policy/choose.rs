@@ -1,54 +1,54 @@
-//! Which target gets a request: round robin, least loaded, prefix hash, in panic, or in a given order.
+//! Chooses the target of a try: by round robin, least load or prefix hash, in panic, or in a given order.
 //!
-//! Pure decisions over what a [`Fleet`] says of the targets of one request, at one moment. Taking a place at the chosen
-//! target is the caller's step, and may fail where another request comes first.
+//! Pure decisions on the state of the targets of one request, as a [`Fleet`] reports it. The caller then takes a permit
+//! for the chosen target. That may fail, since another request may take the last permit first.
 
 use crate::policy::balance::{BackendId, Cursor, Schedule, Turns, load};
 use crate::policy::breaker::Status;
 use crate::policy::route::TargetId;
 use crate::time::Nanos;
 
-/// How a target is chosen among those that may be asked.
+/// How a target is chosen among the eligible ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
-    /// The target with the fewest requests in flight for its weight.
+    /// The target with the fewest requests in flight relative to its weight.
     LeastLoaded,
-    /// The target that the conversation with this key belongs to.
+    /// The target that this key, a hash of the conversation's prefix, maps to.
     PrefixHash(u64),
-    /// The next in turn.
+    /// The next target in turn.
     RoundRobin,
 }
 
 /// Why a target cannot take a request now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Closed {
-    /// It cools down until then.
+    /// The target cools down until this time.
     Cooling(Nanos),
-    /// Its own `max_in_flight` is reached.
+    /// The backend has reached its `max_in_flight`.
     Full,
-    /// It is ejected, or its key is refused.
+    /// The backend is ejected, or it refuses its key.
     Out(Status),
-    /// Its quota opens for this request then.
+    /// The quota is used up; it has room for this request at this time.
     Quota(Nanos),
 }
 
-/// What a target has to do.
+/// The load of a target.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct TargetLoad {
-    /// Requests that its backend serves.
+    /// Requests in flight at the target's backend.
     pub in_flight: usize,
-    /// Recent failures, in requests in flight.
+    /// Recent failures, expressed as a number of requests in flight.
     pub penalty: f64,
-    /// How long its backend has been up.
+    /// How long the backend has been up.
     pub up_for: Nanos,
 }
 
-/// A schedule of targets and where its turns stand.
+/// A schedule of targets and its position.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rotation<'a> {
-    /// Its members are [`TargetId`]s.
+    /// The schedule. Its members are [`TargetId`]s.
     pub schedule: &'a Schedule,
-    /// Shared by all requests for the same route and endpoint.
+    /// The position, shared by all requests for the same route and endpoint.
     pub cursor: &'a Cursor,
 }
 
@@ -57,32 +57,32 @@ impl<'a> Rotation<'a> {
         Turns { cursor: self.cursor, advance }
     }
 
-    /// What the members that count weigh together.
+    /// Total weight of the members for which `counts` is true.
     fn weight(self, counts: impl Fn(TargetId) -> bool) -> u32 {
         self.schedule.members().iter().filter(|m| counts(m.0)).map(|m| m.1).sum()
     }
 
-    /// The members.
+    /// The targets in the schedule.
     pub(crate) fn targets(self) -> impl Iterator<Item = TargetId> + 'a {
         self.schedule.members().iter().map(|(id, _)| *id)
     }
 }
 
-/// The targets of one request at one moment.
+/// The targets of one request and their present state.
 pub(crate) trait Fleet {
-    /// How targets are chosen.
+    /// How a target is chosen.
     fn strategy(&self) -> Choice;
 
-    /// The rotation number `n` in the order of priority, of targets that were up when it was made.
+    /// The rotation of the `n`-th priority. It holds the targets that were up when it was built.
     fn tier(&self, n: usize) -> Option<Rotation<'_>>;
 
-    /// The rotation of all targets that have a weight, up or not.
+    /// The rotation of all targets with a weight above 0, up or not.
     fn all(&self) -> Rotation<'_>;
 
-    /// The rotation of all targets of this one's backend and priority, where there are several.
+    /// The rotation of all targets with the same backend and priority as `target`; `None` if `target` is the only one.
     fn mates(&self, target: TargetId) -> Option<Rotation<'_>>;
 
-    /// Targets that were up when the rotations were made.
+    /// Number of targets that were up when the rotations were built.
     fn up(&self) -> usize;
 
     /// The backend of a target.
@@ -91,32 +91,32 @@ pub(crate) trait Fleet {
     /// The weight of a target.
     fn weight(&self, target: TargetId) -> u32;
 
-    /// What a target is known by under [`Choice::PrefixHash`].
+    /// The hash that identifies a target under [`Choice::PrefixHash`].
     fn identity(&self, target: TargetId) -> u64;
 
-    /// What a target has to do.
+    /// The load of a target.
     fn load(&self, target: TargetId) -> TargetLoad;
 
-    /// Whether a target may be asked.
+    /// Checks whether a target can take the request now.
     ///
     /// # Errors
-    /// Why not.
+    /// Returns the reason if the target cannot.
     fn check(&self, target: TargetId) -> Result<(), Closed>;
 
-    /// Whether a target that is ejected may be asked in panic.
+    /// Checks whether an ejected target can take the request in panic.
     ///
     /// # Errors
-    /// Why not; that it is no ejected one, as [`Closed::Out`].
+    /// Returns the reason if the target cannot; [`Closed::Out`] if the target is not ejected.
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed>;
 
-    /// The backend at which the request holds a place that it waited for.
+    /// The backend whose permit the request has waited for and now holds.
     fn granted(&self) -> Option<BackendId>;
 
-    /// Whether the request waits for busy targets already.
+    /// Whether the request has begun to wait for busy targets.
     fn stands_in_line(&self) -> bool;
 }
 
-/// The target whose turn it is, of those that may be asked and have not been `passed`. Only a first try takes a turn.
+/// Picks an available target that is not `passed`. Only the first try of a request advances the rotation.
 pub(crate) fn pick(
     fleet: &impl Fleet,
     is_first: bool,
@@ -132,19 +132,21 @@ pub(crate) fn pick(
     pick_by_tier(fleet, is_first, eligible)
 }
 
-/// In the first tier that has one; then of all, since the state may have changed after the tiers were made.
+/// Picks from the first tier with an eligible target, then from all targets, since a target may have come up after the
+/// tiers were built.
 fn pick_by_tier(fleet: &impl Fleet, advance: bool, eligible: impl Fn(TargetId) -> bool) -> Option<TargetId> {
     let tiers = (0..).map_while(|n| fleet.tier(n));
     let found = tiers.filter_map(|tier| choose(fleet, tier, advance, &eligible)).next();
     found.or_else(|| choose(fleet, fleet.all(), advance, eligible))
 }
 
-/// The first of `order` that may be asked: the second round goes as the first went.
+/// The first available target of `order`.
 pub(crate) fn in_order(fleet: &impl Fleet, order: impl IntoIterator<Item = TargetId>) -> Option<TargetId> {
     order.into_iter().find(|id| fleet.check(*id).is_ok())
 }
 
-/// Where all are out: of those that have not been `passed` the one with room that failed least of late.
+/// Picks a target when all are out: the ejected one with room and the lowest load that is not `passed`. Recent failures
+/// count as load.
 pub(crate) fn in_panic(
     fleet: &impl Fleet,
     is_first: bool,
@@ -162,8 +164,8 @@ pub(crate) fn in_panic(
     })
 }
 
-/// One of a tier's targets, by the strategy. Two of them may be models of one backend, which then share what it has in
-/// flight, by their weights.
+/// Chooses an eligible target of a tier by the strategy. Several targets may be models of one backend; they share the
+/// backend's requests in flight in proportion to their weights.
 fn choose(
     fleet: &impl Fleet,
     tier: Rotation<'_>,
@@ -178,7 +180,7 @@ fn choose(
             let least = tier.schedule.least_loaded(tier.turns(advance), |id, weight| {
                 let found = || {
                     let TargetLoad { in_flight, penalty, up_for } = fleet.load(id);
-                    // A model that cools leaves its share to all others, not to its mate.
+                    // The share of a cooling model goes to all other targets, not only to those of the same backend.
                     let weight = fleet.mates(id).map_or(weight, |mates| mates.weight(&eligible));
                     load(in_flight, weight, penalty, up_for)
                 };
@@ -188,12 +190,13 @@ fn choose(
         }
         Choice::RoundRobin => {
             let id = tier.schedule.round_robin(tier.turns(advance), &eligible)?;
-            // Where no turn is taken, the same one of a backend's models would come each time.
+            // A retry does not advance the rotation, so it rotates among the models of the backend.
             if advance { Some(id) } else { among_mates(fleet, id, true, eligible) }
         }
     }
 }
 
+/// The next eligible target of the backend that `id` belongs to.
 fn among_mates(
     fleet: &impl Fleet,
     id: TargetId,
@@ -206,7 +209,7 @@ fn among_mates(
     }
 }
 
-/// A target's share of what its backend has in flight.
+/// A target's share of its backend's requests in flight.
 fn own_share(fleet: &impl Fleet, id: TargetId, in_flight: usize) -> usize {
     let Some(mates) = fleet.mates(id) else { return in_flight };
     let all = u64::from(mates.weight(|_| true).max(1));

@@ -1,8 +1,8 @@
-//! Whom to ask next, wait, try again or give up: the course of one request through its targets, without I/O.
+//! Decides the next step of one request: try a target, wait, back off, deliver or refuse. Does no I/O.
 //!
-//! The gateway asks [`Dispatch::next`] what to do, does it, and reports what came with [`Dispatch::on`]. Time, the state of
-//! the fleet and randomness are arguments, so every course can be tested in microseconds. After quinn-proto, whose
-//! connection decides the same way.
+//! The gateway gets the next step from [`Dispatch::next`], carries it out, and reports the result to [`Dispatch::on`].
+//! Time, the state of the fleet and randomness are arguments, so that tests need no sockets and no clock. The design
+//! follows quinn-proto, whose connection is a pure state machine too.
 
 use std::time::Duration;
 
@@ -18,87 +18,87 @@ use crate::time::Nanos;
 /// The limits of one request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
-    /// Tries beyond the first.
+    /// Maximum number of tries after the first.
     pub max_retries: u32,
-    /// The first backoff is at most so long; each further one twice that.
+    /// Upper limit of the first backoff. The limit doubles with each further backoff.
     pub base_delay: Duration,
-    /// No backoff is longer.
+    /// Upper limit of every backoff.
     pub max_delay: Duration,
-    /// When the first byte of the answer must be on its way.
+    /// When the first byte of the response must be sent.
     pub deadline: Nanos,
 }
 
-/// What the gateway is to do next.
+/// The next step of the gateway.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Do {
-    /// Wait until then, then ask again.
+    /// Wait, then call [`Dispatch::next`] again.
     Backoff {
-        /// When.
+        /// End of the wait.
         until: Nanos,
     },
-    /// Deliver the answer that was kept last.
+    /// Deliver the response that was kept last.
     Deliver,
-    /// Tell the client that nobody serves the request.
+    /// Respond with an error: no target serves the request.
     Refuse(Refusal),
-    /// Take a place at this target and send the request; where there is no place any more, report [`Dispatch::missed`].
+    /// Take a permit for this target and send the request. If no permit is left, call [`Dispatch::missed`].
     Try {
-        /// Which of the route's targets.
+        /// The target, by its index in the route.
         target: TargetId,
-        /// How long it may take to begin its answer.
+        /// When the head of the response must have arrived.
         until: Nanos,
-        /// All targets are out; this one is the least bad.
+        /// Whether this is a panic try: all targets are out, and this one has the lowest load.
         panic: bool,
     },
-    /// Wait until one of these may be asked, then ask again.
+    /// Wait until one of these targets is available, then call [`Dispatch::next`] again.
     Wait(Busy),
 }
 
-/// Why nobody serves a request.
+/// Why no target serves a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// Those that could be asked are busy, and the request does not wait for them.
+    /// The usable targets are busy, and the request does not wait for them.
     Busy(Busy),
-    /// The last try failed, of this, and no answer came.
+    /// The last try failed with this code, and no response is kept.
     Failed(Code),
     /// All targets refuse the key that Zap sends.
     KeysRefused,
-    /// No target takes requests.
+    /// No target accepts requests.
     NoBackend,
 }
 
-/// Targets that a request may wait for.
+/// Busy targets that a request may wait for.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Busy {
-    /// The first that reopens by itself: when, which backend, and whether its quota is what one waits for.
+    /// The target that reopens first: the time, its backend, and whether a quota is the reason.
     pub opens: Option<(Nanos, BackendId, bool)>,
-    /// Backends that are full, each once.
+    /// Full backends, each listed once.
     pub full: Vec<BackendId>,
 }
 
-/// What came of a try.
+/// The result of a try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// The connection failed, or what came is no answer.
+    /// The connection failed, or the response is invalid.
     Broke(Code),
-    /// Zap is on its way out.
+    /// Zap is shutting down and cut the try.
     Cut,
-    /// This machine had no file or port to connect with: no fault of the backend.
+    /// This machine has no free file or port for a connection. The backend is not to blame.
     Exhausted,
-    /// The head of an answer is here. `own_key`: the request carried a key that Zap put in.
+    /// The head of a response has arrived.
     Head {
-        /// Its status.
+        /// The status.
         status: u16,
-        /// See above.
+        /// Whether the request carried a key from Zap's configuration.
         own_key: bool,
     },
-    /// No answer came in time.
+    /// No response arrived in time.
     TimedOut,
 }
 
-/// What an event means.
+/// What an event means for the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The answer goes to the client, unless its body breaks before the first byte.
+    /// The response goes to the client, unless its body fails before the first byte.
     Deliver,
     /// The try failed.
     Failed(Failure),
@@ -107,101 +107,101 @@ pub(crate) enum Verdict {
 /// A try that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
-    /// Why, for metrics and log.
+    /// The error code for metrics and log.
     pub code: Code,
-    /// It counts against the backend.
+    /// Whether the failure counts against the backend.
     pub blame: bool,
-    /// What the status asks to be done with the target.
+    /// What the status means for further requests to the target.
     pub mark: Option<Mark>,
-    /// The answer is kept, to be delivered if nobody has a better one.
+    /// Whether to keep the response. It is delivered if no further try succeeds.
     pub keep: bool,
-    /// No other target is asked.
+    /// Whether the request ends here, without a further try.
     fatal: bool,
-    /// This target is not asked again.
-    once: bool,
+    /// Whether this target is excluded from further rounds.
+    no_retry: bool,
 }
 
-/// What an answer asks to be done with its target.
+/// What a response means for further requests to its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mark {
-    /// The key is refused: close the backend for a while.
+    /// The backend refused the key: take it out for a while.
     BadKey,
-    /// Leave the target alone as long as the answer says.
+    /// Let the target cool down for as long as the response says.
     Cool,
 }
 
 impl Failure {
     fn new(code: Code) -> Self {
-        Failure { code, blame: false, mark: None, keep: false, fatal: false, once: false }
+        Failure { code, blame: false, mark: None, keep: false, fatal: false, no_retry: false }
     }
 }
 
-/// The course of one request.
+/// The state of one request.
 #[derive(Debug)]
 pub(crate) struct Dispatch {
     rules: Rules,
-    /// Targets in the order in which they were first asked: later rounds follow it.
+    /// Targets in the order of their first try. Later rounds keep this order.
     order: Vec<TargetId>,
-    /// Targets asked in this round.
+    /// Targets tried in this round.
     tried: Vec<TargetId>,
-    /// Targets that are not asked again.
-    once: Vec<TargetId>,
-    /// The target that is being asked.
-    asked: Option<TargetId>,
-    /// Targets that had no place left since the last look.
+    /// Targets that are excluded from further rounds.
+    excluded: Vec<TargetId>,
+    /// The target of the present try.
+    current: Option<TargetId>,
+    /// Targets that had no permit left when this try was about to start.
     missed: Vec<TargetId>,
     rounds: u32,
     tries: u32,
-    /// The budget has been asked for the next try.
-    is_paid: bool,
-    /// An answer is kept.
-    has_answer: bool,
-    /// Why the last try failed.
+    /// Whether the next try has been charged to the retry budget.
+    is_charged: bool,
+    /// Whether a response is kept.
+    has_response: bool,
+    /// The error code of the last failed try.
     failed: Option<Code>,
     is_over: bool,
 }
 
-/// What a look at the fleet found.
-enum Look {
+/// The result of a search for the next target.
+enum Selection {
     Busy {
         busy: Busy,
         panic: bool,
     },
     KeysRefused,
-    Nobody,
+    NoTarget,
     Target {
         target: TargetId,
         panic: bool,
     },
-    /// All that could be asked were.
+    /// All usable targets have been tried in this round.
     Tried,
 }
 
 impl Dispatch {
-    /// Nobody has been asked yet.
+    /// Creates the state of a request that has not been tried.
     pub(crate) fn new(rules: Rules) -> Self {
         Dispatch {
             rules,
             order: Vec::new(),
             tried: Vec::new(),
-            once: Vec::new(),
-            asked: None,
+            excluded: Vec::new(),
+            current: None,
             missed: Vec::new(),
             rounds: 0,
             tries: 0,
-            is_paid: false,
-            has_answer: false,
+            is_charged: false,
+            has_response: false,
             failed: None,
             is_over: false,
         }
     }
 
-    /// Targets asked in this round.
+    /// Targets tried in this round.
     pub(crate) fn tried(&self) -> &[TargetId] {
         &self.tried
     }
 
-    /// Decides what to do at `now`. `random` gives any number: the jitter of a backoff.
+    /// Returns the next step at `now`. `random` returns a random number for the jitter of a backoff.
     pub(crate) fn next(
         &mut self,
         now: Nanos,
@@ -213,39 +213,43 @@ impl Dispatch {
         if self.is_over || self.tries > max_retries || self.tries > 0 && now >= deadline {
             return self.end();
         }
-        match self.look(now, fleet) {
-            Look::Target { target, panic } => {
-                if !self.pay(now, budget) {
+        match self.select(now, fleet) {
+            Selection::Target { target, panic } => {
+                if !self.charge(now, budget) {
                     return self.end();
                 }
-                self.asked = Some(target);
-                Do::Try { target, until: self.share(now, fleet), panic }
+                self.current = Some(target);
+                Do::Try { target, until: self.try_deadline(now, fleet), panic }
             }
-            // Targets that are out are waited for only where the request waited already.
-            Look::Busy { busy, panic } if panic && !fleet.stands_in_line() => Do::Refuse(Refusal::Busy(busy)),
-            Look::Busy { busy, .. } => Do::Wait(busy),
-            Look::KeysRefused => Do::Refuse(Refusal::KeysRefused),
-            Look::Nobody => Do::Refuse(Refusal::NoBackend),
-            Look::Tried => self.another_round(now, fleet, budget, random()),
+            // A request waits for ejected targets only if it has waited before.
+            Selection::Busy { busy, panic } if panic && !fleet.stands_in_line() => {
+                Do::Refuse(Refusal::Busy(busy))
+            }
+            Selection::Busy { busy, .. } => Do::Wait(busy),
+            Selection::KeysRefused => Do::Refuse(Refusal::KeysRefused),
+            Selection::NoTarget => Do::Refuse(Refusal::NoBackend),
+            Selection::Tried => self.next_round(now, fleet, budget, random()),
         }
     }
 
-    /// The target had no place any more: another request came first.
+    /// Reports that another request took the target's last permit.
     pub(crate) fn missed(&mut self) {
-        self.missed.extend(self.asked.take());
+        self.missed.extend(self.current.take());
     }
 
-    /// Judges what came of the try. After [`Verdict::Deliver`] a further event says that the body broke.
+    /// Judges the result of the try. After [`Verdict::Deliver`], a second event reports that the body failed.
     pub(crate) fn on(&mut self, event: Event) -> Verdict {
         let failure = match event {
             Event::Broke(code) => Failure { blame: true, ..Failure::new(code) },
             Event::Cut => Failure { fatal: true, ..Failure::new(Code::Draining) },
             Event::Exhausted => Failure::new(Code::UpstreamUnreachable),
-            Event::TimedOut => Failure { blame: true, once: true, ..Failure::new(Code::UpstreamTimeout) },
+            Event::TimedOut => Failure { blame: true, no_retry: true, ..Failure::new(Code::UpstreamTimeout) },
             Event::Head { status, own_key } => match judge(status, own_key) {
                 Outcome::Deliver => return Verdict::Deliver,
                 Outcome::Failure => Failure { blame: true, keep: true, ..Failure::new(Code::UpstreamError) },
-                Outcome::Refused => Failure { keep: true, once: true, ..Failure::new(Code::UpstreamRefused) },
+                Outcome::Refused => {
+                    Failure { keep: true, no_retry: true, ..Failure::new(Code::UpstreamRefused) }
+                }
                 Outcome::Busy => {
                     Failure { keep: true, mark: Some(Mark::Cool), ..Failure::new(Code::UpstreamRateLimited) }
                 }
@@ -261,111 +265,111 @@ impl Dispatch {
 
     fn fail(&mut self, failure: Failure) {
         self.tries += 1;
-        self.is_paid = false;
+        self.is_charged = false;
         self.failed = Some(failure.code);
         self.is_over = failure.fatal;
         self.missed.clear();
-        // An error that ends the request comes before any answer.
-        self.has_answer = (self.has_answer || failure.keep) && !failure.fatal;
-        let Some(target) = self.asked.take() else { return };
+        // A fatal error takes precedence over a kept response.
+        self.has_response = (self.has_response || failure.keep) && !failure.fatal;
+        let Some(target) = self.current.take() else { return };
         self.tried.push(target);
-        if failure.once {
-            self.once.push(target);
+        if failure.no_retry {
+            self.excluded.push(target);
         }
         if !self.order.contains(&target) {
             self.order.push(target);
         }
     }
 
-    /// Nothing further is tried: the last answer as it came, or where none came an error.
+    /// The final step: deliver the last kept response, or refuse if there is none.
     fn end(&self) -> Do {
         match self.failed {
-            _ if self.has_answer => Do::Deliver,
+            _ if self.has_response => Do::Deliver,
             code => Do::Refuse(Refusal::Failed(code.unwrap_or(Code::UpstreamTimeout))),
         }
     }
 
-    /// Asks the budget for a further try, once.
-    fn pay(&mut self, now: Nanos, budget: &Budget) -> bool {
-        self.is_paid = self.is_paid || self.tries == 0 || budget.try_withdraw(now);
-        self.is_paid
+    /// Charges the next try to the retry budget, once. The first try is free. Returns whether the try may be made.
+    fn charge(&mut self, now: Nanos, budget: &Budget) -> bool {
+        self.is_charged = self.is_charged || self.tries == 0 || budget.try_withdraw(now);
+        self.is_charged
     }
 
-    /// Until when a try may wait for its head: its share of what is left, by the targets still untried that are up; where
-    /// none is up, by all that are untried.
-    fn share(&self, now: Nanos, fleet: &impl Fleet) -> Nanos {
+    /// When the head of the response must have arrived. The time left is divided equally among the untried targets that
+    /// are up, or among all untried targets if none is up.
+    fn try_deadline(&self, now: Nanos, fleet: &impl Fleet) -> Nanos {
         let is_up = |id: &TargetId| !matches!(fleet.check(*id), Err(Closed::Out(_)));
         let untried = || fleet.all().targets().filter(|id| !self.tried.contains(id));
-        let sharers = match fleet.up() {
+        let shares = match fleet.up() {
             up if up > 0 && self.tried.is_empty() => up,
             _ => match untried().filter(is_up).count() {
                 0 => untried().count().max(1),
                 up => up,
             },
         };
-        now + self.rules.deadline.saturating_sub(now) / sharers as u64
+        now + self.rules.deadline.saturating_sub(now) / shares as u64
     }
 
-    fn look(&mut self, now: Nanos, fleet: &impl Fleet) -> Look {
+    fn select(&mut self, now: Nanos, fleet: &impl Fleet) -> Selection {
         let missed = std::mem::take(&mut self.missed);
-        // In a later round a target that has reopened comes before those that failed already.
+        // In a later round, a reopened target that was never tried comes before targets that failed.
         let known = if self.rounds == 0 { &self.tried } else { &self.order };
         let (is_first, passed) = (known.is_empty(), |id| known.contains(&id) || missed.contains(&id));
         if let Some(target) = choose::pick(fleet, is_first, passed) {
             self.missed = missed;
-            return Look::Target { target, panic: false };
+            return Selection::Target { target, panic: false };
         }
-        let Survey { busy, is_up, is_refused, has_ejected } = Survey::of(now, fleet, known);
+        let Survey { busy, is_up, has_refused_key, has_ejected } = Survey::of(now, fleet, known);
         if has_ejected && !is_up {
             if let Some(target) = choose::in_panic(fleet, is_first, passed) {
                 self.missed = missed;
-                return Look::Target { target, panic: true };
+                return Selection::Target { target, panic: true };
             }
             let busy = Survey::of_ejected(now, fleet);
             return match () {
-                () if !is_first => Look::Tried,
-                () if busy.is_empty() => Look::Nobody,
-                () => Look::Busy { busy, panic: true },
+                () if !is_first => Selection::Tried,
+                () if busy.is_empty() => Selection::NoTarget,
+                () => Selection::Busy { busy, panic: true },
             };
         }
         let is_left = |id: &TargetId| !self.tried.contains(id) && !missed.contains(id);
         let rest = self.order.iter().copied().filter(|_| self.rounds > 0).filter(is_left);
         if let Some(target) = choose::in_order(fleet, rest) {
             self.missed = missed;
-            return Look::Target { target, panic: false };
+            return Selection::Target { target, panic: false };
         }
         match () {
-            () if !is_first => Look::Tried,
-            () if !busy.is_empty() => Look::Busy { busy, panic: false },
-            () if is_refused => Look::KeysRefused,
-            () => Look::Nobody,
+            () if !is_first => Selection::Tried,
+            () if !busy.is_empty() => Selection::Busy { busy, panic: false },
+            () if has_refused_key => Selection::KeysRefused,
+            () => Selection::NoTarget,
         }
     }
 
-    /// All targets have been asked: those that may be asked again are, after a backoff.
-    fn another_round(&mut self, now: Nanos, fleet: &impl Fleet, budget: &Budget, random: u64) -> Do {
-        let may_come_again = |id: &TargetId| !self.once.contains(id) && fleet.check(*id).is_ok();
+    /// All targets have been tried: starts another round after a backoff, if a target may be retried.
+    fn next_round(&mut self, now: Nanos, fleet: &impl Fleet, budget: &Budget, random: u64) -> Do {
+        let may_retry = |id: &TargetId| !self.excluded.contains(id) && fleet.check(*id).is_ok();
         let Rules { base_delay, max_delay, deadline, .. } = self.rules;
         let wait = backoff(base_delay, max_delay, self.rounds, random).as_nanos();
         let until = now.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX));
-        if !self.order.iter().any(may_come_again) || until >= deadline || !self.pay(now, budget) {
+        if !self.order.iter().any(may_retry) || until >= deadline || !self.charge(now, budget) {
             return self.end();
         }
-        self.tried.clone_from(&self.once);
+        self.tried.clone_from(&self.excluded);
         self.rounds += 1;
         Do::Backoff { until }
     }
 }
 
-/// Why nobody can be asked.
+/// Why no target is available.
 #[derive(Default)]
 struct Survey {
     busy: Busy,
-    /// A target is up, be it busy or asked before.
+    /// Whether a target is up. It may be busy or already tried.
     is_up: bool,
-    /// The key of one is refused.
-    is_refused: bool,
-    /// One that was not asked before is ejected.
+    /// Whether a target refuses its key.
+    has_refused_key: bool,
+    /// Whether an untried target is ejected.
     has_ejected: bool,
 }
 
@@ -376,7 +380,7 @@ impl Survey {
             let closed = fleet.check(id);
             let is_known = known.contains(&id);
             match closed {
-                Err(Closed::Out(Status::Misconfigured)) => survey.is_refused = true,
+                Err(Closed::Out(Status::Misconfigured)) => survey.has_refused_key = true,
                 Err(Closed::Out(_)) => survey.has_ejected |= !is_known,
                 _ => survey.is_up = true,
             }
@@ -387,7 +391,7 @@ impl Survey {
         survey
     }
 
-    /// What the ejected targets wait for.
+    /// What the ejected targets wait for: a slot, a cooldown or a quota.
     fn of_ejected(now: Nanos, fleet: &impl Fleet) -> Busy {
         let mut busy = Busy::default();
         fleet.all().targets().for_each(|id| busy.note(now, fleet.backend(id), fleet.check_ejected(id)));
@@ -400,14 +404,14 @@ impl Busy {
         self.opens.is_none() && self.full.is_empty()
     }
 
-    /// What a look at `backend` found.
+    /// Adds the check result `closed` of `backend`.
     fn note(&mut self, now: Nanos, backend: BackendId, closed: Result<(), Closed>) {
         match closed {
             Err(Closed::Cooling(at)) => self.opens(at, backend, false),
             Err(Closed::Quota(at)) => self.opens(at, backend, true),
             Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),
             Err(Closed::Full | Closed::Out(_)) => {}
-            // It has just opened.
+            // The backend has reopened since it was passed over.
             Ok(()) => self.opens(now, backend, false),
         }
     }

@@ -1,4 +1,4 @@
-//! Courses of requests as a table: what each target is and answers, and what Zap does.
+//! Table tests: the state and the responses of each target, and the steps that Zap takes.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
@@ -8,8 +8,8 @@ use crate::policy::balance::{Cursor, Schedule};
 use crate::policy::choose::{Choice, Rotation, TargetLoad};
 use crate::time::{MILLI, SECOND};
 
-/// Targets as a text: `a b*3 c/1 d!`. Behind the name: `*N` its weight, `/N` its priority, `@b` the backend whose second
-/// model it is, `!` ejected, `?` its key refused, `#` full, `~N` cooling for N s, `%N` at its quota for N s.
+/// Targets, parsed from a text such as `a b*3 c/1 d!`. Marks after the name: `*N` weight, `/N` priority, `@b` a further
+/// model of backend `b`, `!` ejected, `?` key refused, `#` full, `~N` cooling for N s, `%N` quota used up for N s.
 struct Table {
     names: Vec<char>,
     backends: Vec<BackendId>,
@@ -19,7 +19,7 @@ struct Table {
     strategy: Choice,
     penalty: Vec<f64>,
     granted: Option<BackendId>,
-    in_line: bool,
+    is_waiting: bool,
 }
 
 impl Table {
@@ -67,7 +67,7 @@ impl Table {
             strategy: Choice::RoundRobin,
             penalty: vec![0.0; names.len()],
             granted: None,
-            in_line: false,
+            is_waiting: false,
             closed: RefCell::new(closed),
             names,
             backends,
@@ -140,7 +140,7 @@ impl Fleet for Table {
     }
 
     fn stands_in_line(&self) -> bool {
-        self.in_line
+        self.is_waiting
     }
 }
 
@@ -151,47 +151,48 @@ const RULES: Rules = Rules {
     deadline: 300 * SECOND,
 };
 
-/// What each target answers, in turn: `a:500,200 b:refused`; the last answer stays. A status, or `refused`, `timeout`
-/// (its time passes), `files` (this machine has none left), `missed` (its last place is taken meanwhile), `cut` (Zap
-/// ends), `body` (a good head, then the body breaks); `+out` behind one: the backend is ejected by it.
-struct Answers(Vec<(char, RefCell<VecDeque<String>>)>);
+/// The results of each target's tries in order: `a:500,200 b:refused`. The last result repeats. A result is a status or
+/// one of: `refused`, `timeout` (no response in time), `files` (this machine has no free file), `missed` (another
+/// request took the last permit), `cut` (Zap shuts down), `body` (a good head, then the body fails). With the suffix
+/// `+out` the failure also ejects the backend.
+struct Results(Vec<(char, RefCell<VecDeque<String>>)>);
 
-impl Answers {
+impl Results {
     fn new(text: &str) -> Self {
         let one = |word: &str| {
-            let (name, answers) = word.split_once(':').unwrap();
-            (name.chars().next().unwrap(), RefCell::new(answers.split(',').map(str::to_owned).collect()))
+            let (name, results) = word.split_once(':').unwrap();
+            (name.chars().next().unwrap(), RefCell::new(results.split(',').map(str::to_owned).collect()))
         };
-        Answers(text.split_whitespace().map(one).collect())
+        Results(text.split_whitespace().map(one).collect())
     }
 
     fn next(&self, name: char) -> String {
-        let queue = &self.0.iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("{name} was asked")).1;
+        let queue = &self.0.iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("{name} was tried")).1;
         let mut queue = queue.borrow_mut();
         if queue.len() > 1 { queue.pop_front().unwrap() } else { queue[0].clone() }
     }
 }
 
-/// Runs one request; returns its course: each try as `a500` (`!` behind it in panic), `backoff`, `wait(..)`, and the end:
-/// `ok`, `deliver`, or why it is refused.
-fn course(rules: Rules, table: &Table, answers: &str, budget: &Budget) -> String {
-    let answers = Answers::new(answers);
+/// Runs one request and returns its steps: each try as `a500` (`a500!` in panic), `backoff`, `wait(..)`, and the end:
+/// `ok`, `deliver`, or the reason of the refusal.
+fn trace(rules: Rules, table: &Table, results: &str, budget: &Budget) -> String {
+    let results = Results::new(results);
     let mut dispatch = Dispatch::new(rules);
     let (mut now, mut steps) = (0, Vec::<String>::new());
     for _ in 0..40 {
         match dispatch.next(now, table, budget, || u64::MAX / 3) {
             Do::Try { target, until, panic } => {
                 let name = table.names[target];
-                let answer = answers.next(name);
-                let (answer, is_out) = answer.strip_suffix("+out").map_or((&*answer, false), |a| (a, true));
-                if answer == "missed" {
+                let result = results.next(name);
+                let (result, is_out) = result.strip_suffix("+out").map_or((&*result, false), |a| (a, true));
+                if result == "missed" {
                     dispatch.missed();
                     table.set(name, Err(Closed::Full));
                     steps.push(format!("{name}-"));
                     continue;
                 }
-                steps.push(format!("{name}{answer}{}", if panic { "!" } else { "" }));
-                let event = match answer {
+                steps.push(format!("{name}{result}{}", if panic { "!" } else { "" }));
+                let event = match result {
                     "refused" => Event::Broke(Code::UpstreamUnreachable),
                     "timeout" => {
                         now = until;
@@ -203,7 +204,7 @@ fn course(rules: Rules, table: &Table, answers: &str, budget: &Budget) -> String
                     status => Event::Head { status: status.parse().unwrap(), own_key: true },
                 };
                 let mut verdict = dispatch.on(event);
-                if answer == "body" {
+                if result == "body" {
                     assert_eq!(verdict, Verdict::Deliver);
                     verdict = dispatch.on(Event::Broke(Code::UpstreamUnreachable));
                 }
@@ -216,7 +217,7 @@ fn course(rules: Rules, table: &Table, answers: &str, budget: &Budget) -> String
                     Some(Mark::Cool) => table.set(name, Err(Closed::Cooling(now + 5 * SECOND))),
                     None => {}
                 }
-                assert!(!is_out || failure.blame, "{answer} ejects nobody");
+                assert!(!is_out || failure.blame, "{result} does not count against the backend");
                 if is_out {
                     table.set(name, Err(Closed::Out(Status::Ejected)));
                 }
@@ -247,96 +248,96 @@ fn course(rules: Rules, table: &Table, answers: &str, budget: &Budget) -> String
             }
         }
     }
-    panic!("it does not end: {steps:?}");
+    panic!("the request does not end: {steps:?}");
 }
 
-fn run(targets: &str, answers: &str) -> String {
-    course(RULES, &Table::new(targets), answers, &Budget::new(100))
+fn run(targets: &str, results: &str) -> String {
+    trace(RULES, &Table::new(targets), results, &Budget::new(100))
 }
 
-/// Ids are those of the table of faults in `tests/README.md`.
+/// The ids are those of the fault table in `tests/README.md`.
 #[test]
-fn every_fault_takes_its_course() {
+fn every_fault_leads_to_the_expected_steps() {
     #[rustfmt::skip]
     let rows = [
-        // id, targets, answers, course
+        // description, targets, results, steps
         ("-", "a", "a:200", "a200 ok"),
-        ("U1 another serves", "a b", "a:refused b:200", "arefused b200 ok"),
+        ("U1 another target serves", "a b", "a:refused b:200", "arefused b200 ok"),
         ("U1 alone", "a", "a:refused", "arefused backoff arefused backoff arefused upstream_unreachable"),
-        ("U3 silent, another serves", "a b", "a:timeout b:200", "atimeout b200 ok"),
+        ("U3 silent, another target serves", "a b", "a:timeout b:200", "atimeout b200 ok"),
         ("U3 silent, alone", "a", "a:timeout", "atimeout upstream_timeout"),
-        ("U3 silent, never again", "a b", "a:timeout b:500", "atimeout b500 backoff b500 deliver"),
-        ("U6 the body breaks", "a b", "a:body b:200", "abody b200 ok"),
+        ("U3 silent, not retried", "a b", "a:timeout b:500", "atimeout b500 backoff b500 deliver"),
+        ("U6 the body fails", "a b", "a:body b:200", "abody b200 ok"),
         ("U6 alone", "a", "a:body", "abody backoff abody backoff abody upstream_unreachable"),
         ("U13 redirect", "a b", "a:301", "a301 upstream_redirect"),
-        ("U13 304 is an answer", "a b", "a:304", "a304 ok"),
-        ("U14 429, another serves", "a b", "a:429 b:200", "a429 b200 ok"),
-        ("U14 all say 429", "a b", "a:429 b:429", "a429 b429 deliver"),
+        ("U13 304 is delivered", "a b", "a:304", "a304 ok"),
+        ("U14 429, another target serves", "a b", "a:429 b:200", "a429 b200 ok"),
+        ("U14 429 from all", "a b", "a:429 b:429", "a429 b429 deliver"),
         ("U15 500 once", "a b", "a:500 b:200", "a500 b200 ok"),
         ("U15 500 always", "a b", "a:500 b:502", "a500 b502 backoff a500 deliver"),
         ("U15 529, alone", "a", "a:529", "a529 backoff a529 backoff a529 deliver"),
-        ("U15 out by it", "a", "a:500+out", "a500 deliver"),
-        ("U15 the second round goes as the first", "b a*9", "a:500,200 b:502", "a500 b502 backoff a200 ok"),
+        ("U15 the failure ejects the backend", "a", "a:500+out", "a500 deliver"),
+        ("U15 the second round keeps the order of the first", "b a*9", "a:500,200 b:502", "a500 b502 backoff a200 ok"),
         ("U16 400", "a b", "a:400", "a400 ok"),
         ("U16 404", "a b", "a:404", "a404 ok"),
-        ("U17 401, another serves", "a b", "a:401 b:200", "a401 b200 ok"),
+        ("U17 401, another target serves", "a b", "a:401 b:200", "a401 b200 ok"),
         ("U17 401, alone", "a", "a:401", "a401 upstream_auth_error"),
-        ("U17 keys are refused", "a? b?", "", "keys_refused"),
-        ("402 elsewhere", "a b", "a:402 b:200", "a402 b200 ok"),
-        ("403 each once", "a b", "a:403 b:403", "a403 b403 deliver"),
+        ("U17 all keys are refused", "a? b?", "", "keys_refused"),
+        ("402, another target serves", "a b", "a:402 b:200", "a402 b200 ok"),
+        ("403 is not retried", "a b", "a:403 b:403", "a403 b403 deliver"),
         ("403 alone", "a", "a:403", "a403 deliver"),
-        ("403, then none answers", "a b", "a:403 b:refused", "a403 brefused backoff brefused deliver"),
+        ("403, then no response", "a b", "a:403 b:refused", "a403 brefused backoff brefused deliver"),
         ("500, then 401", "a b", "a:500+out b:401", "a500 b401 deliver"),
         ("500, then a redirect", "a b", "a:500 b:302", "a500 b302 upstream_redirect"),
         ("408", "a b", "a:408 b:200", "a408 b200 ok"),
         ("498", "a b", "a:498 b:200", "a498 b200 ok"),
-        ("beyond 599", "a b", "a:700 b:200", "a700 b200 ok"),
-        ("no files left", "a b", "a:files b:200", "afiles b200 ok"),
-        ("Zap ends", "a b", "a:cut", "acut draining"),
-        ("Zap ends behind an answer", "a b", "a:500 b:cut", "a500 bcut draining"),
-        ("O4 panic: the least bad, then the others", "a! b! c!", "a:500 b:500 c:200", "a500! b500! c200! ok"),
+        ("a status above 599", "a b", "a:700 b:200", "a700 b200 ok"),
+        ("no free file", "a b", "a:files b:200", "afiles b200 ok"),
+        ("Zap shuts down", "a b", "a:cut", "acut draining"),
+        ("Zap shuts down after a kept response", "a b", "a:500 b:cut", "a500 bcut draining"),
+        ("O4 panic: all targets in turn", "a! b! c!", "a:500 b:500 c:200", "a500! b500! c200! ok"),
         ("O4 panic within max_retries", "a! b! c! d!", "a:500 b:500 c:500 d:200", "a500! b500! c500! deliver"),
-        ("O4 panic once each", "a! b!", "a:500 b:refused", "a500! brefused! deliver"),
-        ("O4 panic alone", "a!", "a:refused", "arefused! upstream_unreachable"),
+        ("O4 panic: one try per target", "a! b!", "a:500 b:refused", "a500! brefused! deliver"),
+        ("O4 panic, alone", "a!", "a:refused", "arefused! upstream_unreachable"),
         ("panic skips refused keys", "a? b!", "b:200", "b200! ok"),
-        ("out by this request, then panic", "a b!", "a:500+out b:200", "a500 b200! ok"),
-        ("one is up and failed: no panic", "a b!", "a:500,200", "a500 backoff a200 ok"),
+        ("ejected by this request, then panic", "a b!", "a:500+out b:200", "a500 b200! ok"),
+        ("no panic while a target is up", "a b!", "a:500,200", "a500 backoff a200 ok"),
         ("priority", "a/1 b", "b:500 a:200", "b500 a200 ok"),
-        ("priority: none lower can", "a/1 b! c#", "a:200", "a200 ok"),
-        ("all drained", "a*0 b*0", "", "no_backend"),
-        ("all cool", "a~7 b~3", "", "wait(1@3 full [])"),
-        ("one cools, one is full", "a~7 b#", "", "wait(0@7 full [1])"),
-        ("at its quota", "a%9", "", "wait(0@9q full [])"),
-        ("its place goes meanwhile", "a b", "a:missed b:200", "a- b200 ok"),
-        ("its place goes, alone", "a", "a:missed", "a- wait( full [0])"),
-        ("a retry waits for nobody", "a b#", "a:500", "a500 backoff a500 backoff a500 deliver"),
+        ("priority: no better target is available", "a/1 b! c#", "a:200", "a200 ok"),
+        ("all weights are 0", "a*0 b*0", "", "no_backend"),
+        ("all cooling", "a~7 b~3", "", "wait(1@3 full [])"),
+        ("one cooling, one full", "a~7 b#", "", "wait(0@7 full [1])"),
+        ("quota used up", "a%9", "", "wait(0@9q full [])"),
+        ("the last permit is taken", "a b", "a:missed b:200", "a- b200 ok"),
+        ("the last permit is taken, alone", "a", "a:missed", "a- wait( full [0])"),
+        ("a retry does not wait for a busy target", "a b#", "a:500", "a500 backoff a500 backoff a500 deliver"),
     ];
-    for (id, targets, answers, want) in rows {
-        assert_eq!(run(targets, answers), want, "{id}: {targets}, {answers}");
+    for (description, targets, results, want) in rows {
+        assert_eq!(run(targets, results), want, "{description}: {targets}, {results}");
     }
 }
 
 #[test]
 fn no_retries_means_one_try() {
     let rules = Rules { max_retries: 0, ..RULES };
-    let run = |targets, answers| course(rules, &Table::new(targets), answers, &Budget::new(100));
+    let run = |targets, results| trace(rules, &Table::new(targets), results, &Budget::new(100));
     assert_eq!(run("a b", "a:500"), "a500 deliver");
     assert_eq!(run("a b", "a:refused"), "arefused upstream_unreachable");
     assert_eq!(run("a! b!", "a:500"), "a500! deliver");
 }
 
 #[test]
-fn a_spent_budget_ends_the_tries() {
+fn a_used_up_budget_ends_the_retries() {
     let budget = Budget::new(0);
     while budget.try_withdraw(0) {}
-    assert_eq!(course(RULES, &Table::new("a b"), "a:500", &budget), "a500 deliver");
-    assert_eq!(course(RULES, &Table::new("a"), "a:refused", &budget), "arefused upstream_unreachable");
+    assert_eq!(trace(RULES, &Table::new("a b"), "a:500", &budget), "a500 deliver");
+    assert_eq!(trace(RULES, &Table::new("a"), "a:refused", &budget), "arefused upstream_unreachable");
 }
 
 #[test]
-fn only_tries_that_are_made_cost_budget() {
+fn only_retries_that_are_made_are_charged() {
     let left = |budget: &Budget| (0..99).filter(|_| budget.try_withdraw(0)).count();
-    for (targets, answers, spent) in [
+    for (targets, results, spent) in [
         ("a b", "a:200", 0),
         ("a", "a:403", 0),
         ("a", "a:timeout", 0),
@@ -346,24 +347,24 @@ fn only_tries_that_are_made_cost_budget() {
         ("a b c", "a:500 b:missed c:200", 1),
     ] {
         let budget = Budget::new(0);
-        course(RULES, &Table::new(targets), answers, &budget);
-        assert_eq!(left(&budget), 10 - spent, "{targets}, {answers}");
+        trace(RULES, &Table::new(targets), results, &budget);
+        assert_eq!(left(&budget), 10 - spent, "{targets}, {results}");
     }
 }
 
 #[test]
-fn a_place_that_was_waited_for_is_taken() {
+fn a_granted_permit_is_used() {
     let mut table = Table::new("a#*9 b");
     table.granted = Some(0);
-    assert_eq!(course(RULES, &table, "a:200", &Budget::new(0)), "a200 ok");
-    // Ejected meanwhile: the place is good in panic too, and only for who stood in line.
+    assert_eq!(trace(RULES, &table, "a:200", &Budget::new(0)), "a200 ok");
+    // The backend was ejected during the wait. The permit is valid in panic too.
     let mut table = Table::new("a!");
     table.granted = Some(0);
-    assert_eq!(course(RULES, &table, "a:200", &Budget::new(0)), "a200! ok");
+    assert_eq!(trace(RULES, &table, "a:200", &Budget::new(0)), "a200! ok");
 }
 
 #[test]
-fn the_time_is_shared_by_those_still_untried() {
+fn untried_targets_share_the_time_left() {
     let until = |targets: &str, tried: &[TargetId]| {
         let mut dispatch = Dispatch::new(RULES);
         dispatch.tried = tried.to_vec();
@@ -376,14 +377,14 @@ fn the_time_is_shared_by_those_still_untried() {
     assert_eq!(until("a b c", &[]), 100);
     assert_eq!(until("a b c!", &[]), 150);
     assert_eq!(until("a b c", &[0]), 150);
-    assert_eq!(until("a! b! c!", &[]), 100, "in panic the others are asked too");
+    assert_eq!(until("a! b! c!", &[]), 100, "in panic the other targets are tried too");
 }
 
 #[test]
-fn nobody_is_asked_past_the_deadline() {
+fn no_try_starts_after_the_deadline() {
     let rules = Rules { deadline: MILLI, ..RULES };
-    // The backoff would pass it.
-    assert_eq!(course(rules, &Table::new("a"), "a:500", &Budget::new(100)), "a500 deliver");
+    // The backoff would end after the deadline.
+    assert_eq!(trace(rules, &Table::new("a"), "a:500", &Budget::new(100)), "a500 deliver");
     let mut dispatch = Dispatch::new(rules);
     let table = Table::new("a b");
     assert!(matches!(dispatch.next(0, &table, &Budget::new(100), || 0), Do::Try { .. }));
@@ -393,7 +394,7 @@ fn nobody_is_asked_past_the_deadline() {
 }
 
 #[test]
-fn one_that_reopens_comes_before_those_that_failed() {
+fn a_reopened_target_comes_before_failed_ones() {
     let table = Table::new("a b!");
     let mut dispatch = Dispatch::new(RULES);
     let budget = Budget::new(100);
@@ -407,7 +408,7 @@ fn one_that_reopens_comes_before_those_that_failed() {
 }
 
 #[test]
-fn strategies_choose_as_they_say() {
+fn each_strategy_chooses_by_its_rule() {
     let first = |table: &Table| match Dispatch::new(RULES).next(0, table, &Budget::new(0), || 0) {
         Do::Try { target, .. } => table.names[target],
         other => panic!("{other:?}"),
