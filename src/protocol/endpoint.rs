@@ -1,9 +1,9 @@
-//! The endpoints: one table that says all that Zap knows of each.
+//! The endpoints, in one table.
 //!
-//! Routes, the answer to a wrong method, labels, what a body must have and how a stream ends are read from it. A new
-//! endpoint is a variant and a row.
+//! The table defines the paths, the allowed methods, the metric labels, the required members of a body and the end of a
+//! stream. To add an endpoint, add a variant and a row.
 
-/// What a path is for: the `endpoint` of metrics and log.
+/// An endpoint: the `endpoint` label of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub(crate) enum Endpoint {
@@ -23,30 +23,30 @@ pub(crate) enum Endpoint {
     Status,
 }
 
-/// What is known of an endpoint.
+/// The properties of an endpoint.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Row {
     endpoint: Endpoint,
-    /// As it stands in labels.
+    /// The name in labels.
     pub(crate) name: &'static str,
-    /// Its paths, compared byte by byte; one that ends in `/*` stands for all paths below it.
+    /// The paths, compared byte by byte. A path that ends in `/*` matches all paths below it.
     pub(crate) paths: &'static [&'static str],
-    /// Who answers.
+    /// What serves the requests.
     pub(crate) served: ServedBy,
 }
 
-/// Who answers a request to an endpoint.
+/// What serves a request to an endpoint.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ServedBy {
-    /// A backend: POST with a JSON body.
+    /// A backend. The method is POST, the body is JSON.
     Backends(Api),
-    /// Zap itself: GET and HEAD.
+    /// Zap itself. The methods are GET and HEAD.
     Zap(Page),
-    /// Nobody: the path is unknown.
+    /// Nothing: the path is unknown.
     Nobody,
 }
 
-/// What Zap answers by itself.
+/// A page that Zap itself serves.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
 pub(crate) enum Page {
@@ -57,27 +57,27 @@ pub(crate) enum Page {
     Status,
 }
 
-/// What a backend's endpoint asks for and answers.
+/// The requests and responses of an endpoint that backends serve.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Api {
-    /// Its path behind the backend's API base.
+    /// The path, relative to the backend's API base.
     pub(crate) tail: &'static str,
-    /// A request may leave its model to the backend's default.
+    /// Whether a request without a model gets the backend's default model.
     pub(crate) has_default_model: bool,
-    /// The body must have an array of messages.
+    /// Whether the body must have an array `messages`.
     pub(crate) needs_messages: bool,
-    /// How its streams speak.
+    /// The format of the endpoint's streams.
     pub(crate) stream: Stream,
 }
 
-/// How a stream of events says that it is over, and what Zap's error in it looks like.
+/// How an event stream signals its end, and the format of an error that Zap adds to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stream {
-    /// `data: [DONE]`; an error is `data: {"error":…}`.
+    /// The stream ends with `data: [DONE]`; an error is `data: {"error":…}`.
     Done,
-    /// By its transport alone; an error is `data: {"error":…}`.
+    /// The stream ends with the body; an error is `data: {"error":…}`.
     Plain,
-    /// An event such as `response.completed`; an error is `response.failed`.
+    /// The stream ends with an event such as `response.completed`; an error is `response.failed`.
     Responses,
 }
 
@@ -129,7 +129,7 @@ const TABLE: [Row; 14] = [
 ];
 
 impl Row {
-    /// An endpoint of a backend that must name its model.
+    /// Creates the row of an endpoint that backends serve and whose requests must name a model.
     const fn plain(
         endpoint: Endpoint,
         name: &'static str,
@@ -140,7 +140,7 @@ impl Row {
         Row { endpoint, name, paths, served: ServedBy::Backends(api) }
     }
 
-    /// A page of Zap's own.
+    /// Creates the row of a page that Zap itself serves.
     const fn page(
         endpoint: Endpoint,
         name: &'static str,
@@ -150,7 +150,7 @@ impl Row {
         Row { endpoint, name, paths, served: ServedBy::Zap(page) }
     }
 
-    /// The methods that the endpoint serves, as the `Allow` header lists them.
+    /// The allowed methods, as the value of the `Allow` header.
     pub(crate) fn allow(&self) -> &'static str {
         match self.served {
             ServedBy::Backends(_) => "POST",
@@ -172,26 +172,26 @@ impl Endpoint {
         all
     };
 
-    /// What a path is for.
+    /// The endpoint that a path belongs to.
     pub(crate) fn of(path: &str) -> Self {
-        let is_one = |known: &&'static str| match known.strip_suffix('*') {
+        let matches = |known: &&'static str| match known.strip_suffix('*') {
             Some(stem) => path.starts_with(stem),
             None => path == *known,
         };
-        TABLE.iter().find(|row| row.paths.iter().any(is_one)).map_or(Endpoint::Other, |row| row.endpoint)
+        TABLE.iter().find(|row| row.paths.iter().any(matches)).map_or(Endpoint::Other, |row| row.endpoint)
     }
 
-    /// Its row in the table.
+    /// The endpoint's row in the table.
     pub(crate) fn row(self) -> &'static Row {
         &TABLE[self as usize]
     }
 
-    /// As it stands in labels.
+    /// The name in labels.
     pub(crate) fn name(self) -> &'static str {
         self.row().name
     }
 
-    /// What a backend's endpoint asks for; `None` where no backend serves it.
+    /// The requests and responses of the endpoint; `None` if backends do not serve it.
     pub(crate) fn api(self) -> Option<&'static Api> {
         match &self.row().served {
             ServedBy::Backends(api) => Some(api),
@@ -200,7 +200,7 @@ impl Endpoint {
     }
 }
 
-/// Whether only those who may call get to see what a path holds.
+/// Whether a path needs a client key, if client keys are configured. Unknown paths below `/v1/` need one too.
 pub(crate) fn is_guarded(path: &str) -> bool {
     path == "/chat" || path.starts_with("/v1/")
 }
@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_stands_at_its_discriminant() {
+    fn the_index_of_a_row_is_its_discriminant() {
         for (i, row) in TABLE.iter().enumerate() {
             assert_eq!(row.endpoint as usize, i, "{}", row.name);
             assert!(row.paths.iter().all(|path| Endpoint::of(path) == row.endpoint), "{}", row.name);
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn every_path_of_a_backend_is_guarded() {
+    fn every_path_that_backends_serve_is_guarded() {
         for row in TABLE.iter().filter(|row| row.endpoint.api().is_some()) {
             assert!(row.paths.iter().all(|path| is_guarded(path)), "{}", row.name);
         }

@@ -1,4 +1,4 @@
-//! The event that ends a stream which the upstream did not end itself, in the shape of its endpoint.
+//! The error event that Zap sends when an upstream stream is cut, in the format of the endpoint.
 
 use std::borrow::Cow;
 
@@ -6,15 +6,14 @@ use crate::protocol::responses::Seen;
 
 macro_rules! interrupted {
     () => {
-        r#"{"message":"The stream was cut before its end; what came so far is not the whole answer.","type":"upstream_error","param":null,"code":"stream_interrupted"}"#
+        r#"{"message":"The stream was cut before its end; the response is incomplete.","type":"upstream_error","param":null,"code":"stream_interrupted"}"#
     };
 }
 
-/// The event that ends a stream which the upstream did not end itself.
+/// The event for all endpoints except `/v1/responses`.
 const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "}\n\n");
 
-/// The event that ends a stream which the upstream did not end itself, in the shape of its endpoint. `seen`: what a stream
-/// of `/v1/responses` has said.
+/// Returns the error event for a cut stream. `seen` is the state of a `/v1/responses` stream; `None` for other streams.
 pub(crate) fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
     match seen {
         None => STREAM_INTERRUPTED.into(),
@@ -39,6 +38,6 @@ mod tests {
         assert!(failed.starts_with("event: response.failed\n"));
         let data = failed.split_once("data: ").unwrap().1;
         let failed: serde_json::Value = serde_json::from_str(data).unwrap();
-        assert_eq!(failed["error"], json["error"], "both SDKs raise it");
+        assert_eq!(failed["error"], json["error"], "both SDKs raise this error");
     }
 }

@@ -1,38 +1,38 @@
-//! Where a stream of events (WHATWG HTML, section 9.2) stands: between two events or inside one, before or behind its
-//! `data: [DONE]`. Any chunking gives the same.
+//! Tracks the position in an event stream (WHATWG HTML, section 9.2): inside or between events, before or after
+//! `data: [DONE]`. The result does not depend on the chunking.
 
 use memchr::{memchr, memchr_iter};
 
-/// What ends a stream of chat or text completions.
+/// The data that ends a stream of chat or text completions.
 const DONE: &[u8] = b"[DONE]";
 
-/// Shortest line that can say it, with its end.
+/// Length of the shortest line with [`DONE`], its line end included.
 const DONE_LINE: usize = b"data:[DONE]\n".len();
 
-/// Bytes kept of what came last: more than a line with [`DONE`] and the end of the line before.
+/// Number of last bytes kept: more than a line with [`DONE`] and the end of the line before it.
 const KEPT: usize = 24;
 
-/// The last bytes of a stream, and whether it is done.
+/// The last bytes of a stream, and whether it has sent [`DONE`].
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
     bytes: [u8; KEPT],
     len: usize,
-    /// Nobody asks for [`DONE`], or the stream has said it.
-    at_rest: bool,
+    /// Whether the search for [`DONE`] is over: found, or not wanted.
+    is_search_over: bool,
     done: bool,
 }
 
 impl Tail {
-    /// The beginning of a stream. `has_done`: it is one that says `[DONE]`; the search costs instructions.
+    /// Starts a stream. `has_done`: whether to search for `[DONE]`. The search costs CPU time.
     pub(crate) fn new(has_done: bool) -> Self {
-        Tail { at_rest: !has_done, ..Tail::default() }
+        Tail { is_search_over: !has_done, ..Tail::default() }
     }
 
-    /// Takes the next piece of the stream.
+    /// Reads the next chunk of the stream.
     pub(crate) fn push(&mut self, data: &[u8]) {
-        if !self.at_rest {
-            self.done = self.meets_done(data);
-            self.at_rest = self.done;
+        if !self.is_search_over {
+            self.done = self.finds_done(data);
+            self.is_search_over = self.done;
         }
         if data.len() >= KEPT {
             self.bytes.copy_from_slice(&data[data.len() - KEPT..]);
@@ -51,7 +51,7 @@ impl Tail {
         tail.is_empty() || [&b"\n\n"[..], b"\r\n\r\n", b"\r\r"].iter().any(|end| tail.ends_with(end))
     }
 
-    /// Whether the stream has said `[DONE]`, where it ends here: what comes behind does not matter.
+    /// Whether the stream, if it ends here, has sent `[DONE]`. Data after `[DONE]` is ignored.
     pub(crate) fn has_done(&self) -> bool {
         self.done || has_done_line(self.get(), self.len < KEPT, true)
     }
@@ -61,13 +61,13 @@ impl Tail {
     }
 
     /// Whether a line with [`DONE`] ends in `data`.
-    fn meets_done(&self, data: &[u8]) -> bool {
+    fn finds_done(&self, data: &[u8]) -> bool {
         let begins_line = self.get().last().is_none_or(|b| is_line_end(*b));
         if !begins_line && self.done_across(data) {
             return true;
         }
         match memchr(b'\n', data) {
-            // Most pieces are one event: only their first line can say it, and few bytes of that tell.
+            // Most chunks are one event. Then only the first line can have `[DONE]`, within its first bytes.
             Some(at) if data.len() - at <= DONE_LINE => {
                 let first = &data[..data.len().min(KEPT)];
                 begins_line && first.starts_with(b"data:") && has_done_line(first, true, false)
@@ -76,7 +76,7 @@ impl Tail {
         }
     }
 
-    /// The same for a line that began before `data`.
+    /// Whether a line with [`DONE`] began before `data` and ends in it.
     fn done_across(&self, data: &[u8]) -> bool {
         let mut both = [0; 2 * KEPT];
         let head = &data[..data.len().min(KEPT)];
@@ -90,9 +90,10 @@ fn is_line_end(b: u8) -> bool {
     matches!(b, b'\n' | b'\r')
 }
 
-/// Whether `text` has a line with [`DONE`]. `begins_line`: a line begins where it does; `ends`: one ends where it does.
+/// Whether `text` has a line with [`DONE`]. `begins_line`: whether a line begins at the start of `text`. `ends`:
+/// whether a line ends at the end of `text`.
 fn has_done_line(text: &[u8], begins_line: bool, ends: bool) -> bool {
-    // Its `D` is rare in a stream: a search for that one byte is the cheapest.
+    // `D` is rare in a stream, so that a search for this byte is the cheapest.
     let starts = memchr_iter(b'D', text).filter_map(|at| at.checked_sub(1));
     starts.filter(|at| text[*at..].starts_with(DONE)).any(|at| {
         let before = &text[..at];
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tail_knows_where_a_stream_stands() {
+    fn finds_event_ends_and_done() {
         for (pieces, between, done) in [
             (&[][..], true, false),
             (&["data: a\n\n"], true, false),
@@ -143,7 +144,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_chunking_gives_the_same(
+        fn the_result_does_not_depend_on_the_chunking(
             lines in prop::collection::vec("(data:|data: |: |x|)(\\[DONE\\]|\\[DON|a|a{40})?( |x)?", 0..7),
             end in prop::sample::select(vec!["\n", "\r\n", "\r"]),
             is_whole in any::<bool>(),

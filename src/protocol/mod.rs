@@ -1,4 +1,4 @@
-//! What Zap knows of the API that it serves: endpoints, events of streams, what providers say of their limits.
+//! The OpenAI API as Zap knows it: endpoints, stream events, rate-limit headers, and redaction of keys.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -1,35 +1,35 @@
-//! What providers say of their own limits, so that they are steered around and not run into.
+//! Reads the rate-limit headers of providers, so that Zap stops before it exceeds a limit.
 //!
-//! Each provider names its buckets in its own way, but all say `x-ratelimit-remaining-BUCKET` and
-//! `x-ratelimit-reset-BUCKET`; a bucket that has nothing left closes the backend until its reset.
+//! The names of the buckets differ, but all providers send `x-ratelimit-remaining-BUCKET` and
+//! `x-ratelimit-reset-BUCKET`. An empty bucket closes the backend until the bucket's reset.
 
 use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
 
-/// Longest time that a bucket's reset keeps a backend closed: some count by the day.
+/// Longest time that a bucket's reset closes a backend. Some buckets are reset once a day.
 pub(crate) const MAX_RESET: Duration = Duration::from_secs(86_400);
 
 const REMAINING: &str = "x-ratelimit-remaining";
 const RESET: &str = "x-ratelimit-reset";
 
-/// How long the fullest of the buckets that have nothing left stays so; `None` where all have something. `wall`: the
-/// time of day, asked for only where a bucket is empty.
+/// The longest time until the reset of an empty bucket; `None` if no bucket is empty or none has a valid reset. `wall`
+/// returns the time of day; it is called only if a bucket is empty.
 pub(crate) fn exhausted(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
     let empty = headers.iter().filter_map(|(name, value)| {
         let bucket = name.as_str().strip_prefix(REMAINING)?;
         (value.to_str().ok()?.trim().parse::<f64>().ok()? <= 0.0).then_some(bucket)
     });
     let reset = |bucket: &str| {
-        // The names are short and come with an answer that is rare: no need to avoid the allocation.
+        // Empty buckets are rare, so that the allocation does not matter.
         let value = headers.get(format!("{RESET}{bucket}"))?;
         reset_in(value.to_str().ok()?, wall())
     };
     empty.filter_map(reset).max()
 }
 
-/// Reads a reset: `2m30s`, `1s`, `6ms`, seconds as a number, or the epoch (above 1e9 in seconds, above 1e12 in
-/// milliseconds). At most [`MAX_RESET`]; `None` for anything else.
+/// Parses a reset: a duration (`2m30s`, `1s`, `6ms`), a number of seconds, or a Unix time (above 1e9 in seconds, above
+/// 1e12 in milliseconds). The result is at most [`MAX_RESET`]; `None` if the text is invalid.
 pub(crate) fn reset_in(text: &str, wall: SystemTime) -> Option<Duration> {
     let text = text.trim();
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase() || b == b'.') {
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_with_nothing_left_closes_until_its_own_reset() {
+    fn an_empty_bucket_closes_the_backend_until_its_own_reset() {
         let read = |pairs: &[(&'static str, &'static str)]| {
             let mut headers = HeaderMap::new();
             for (name, value) in pairs {
@@ -124,7 +124,7 @@ mod tests {
         let requests = ("x-ratelimit-remaining-requests", "0");
         let reset = ("x-ratelimit-reset-requests", "3s");
         assert_eq!(read(&[requests, reset]), Some(Duration::from_secs(3)));
-        assert_eq!(read(&[requests]), None, "no reset: nothing is known");
+        assert_eq!(read(&[requests]), None, "there is no reset");
         assert_eq!(read(&[("x-ratelimit-remaining-requests", "1"), reset]), None);
         assert_eq!(read(&[requests, ("x-ratelimit-reset-tokens", "9s")]), None, "another bucket's reset");
         let cerebras = [

@@ -1,56 +1,56 @@
-//! Takes a backend's key out of what that backend sends to a client: `***` replaces it.
+//! Replaces a backend's key with `***` in the backend's responses.
 //!
-//! The key is found as it is and in every JSON spelling (RFC 8259, section 7), in any chunking. A JSON text stays a JSON
-//! text: an escape is replaced whole, quotes stay, and digits outside of a string become other digits.
+//! The key is found verbatim and in every JSON spelling (RFC 8259, section 7), with any chunking. Valid JSON stays
+//! valid: an escape is replaced as a whole, quotes stay, and digits outside a string become other digits.
 
 use bytes::Bytes;
 
-/// A shorter key is a dummy (`1`, `null`): it hides nothing, and replacing it would only damage the answer.
+/// Shortest key that is redacted. A shorter key is a dummy (`1`, `null`); to replace it would only damage the response.
 const MIN_KEY: usize = 8;
 
-/// Replaces one key in a stream of bytes. It holds back at most six bytes for each byte of the key, and an escape.
+/// Replaces one key in a byte stream. Holds back at most six bytes per byte of the key, plus one escape.
 #[derive(Debug)]
 pub(crate) struct Redactor {
     key: Box<[u8]>,
-    /// What may be the beginning of the key.
+    /// Bytes held back: a possible beginning of the key.
     held: Vec<u8>,
-    /// `held` begins inside of a JSON string, if the text is JSON.
+    /// Whether `held` begins inside a JSON string, if the text is JSON.
     in_string: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Match {
     No,
-    /// More bytes must come.
+    /// More bytes are needed.
     Perhaps,
-    /// The key, this many bytes long.
+    /// The key. Its spelling has this many bytes.
     Key(usize),
 }
 
 impl Redactor {
-    /// Looks for `key`; `None` where it is too short to be a secret.
+    /// Creates a redactor for `key`; `None` if the key is too short to be a secret.
     pub(crate) fn new(key: &str) -> Option<Self> {
         let key: Box<[u8]> = key.as_bytes().into();
         (key.len() >= MIN_KEY).then_some(Redactor { key, held: Vec::new(), in_string: false })
     }
 
-    /// Whether the key stands in a header's `value`.
+    /// Whether a header's `value` contains the key.
     pub(crate) fn is_in(&self, value: &[u8]) -> bool {
         holds_key(&self.key, value)
     }
 
-    /// Takes a piece; returns what can go out.
+    /// Reads the next chunk and returns the bytes that can be sent.
     pub(crate) fn push(&mut self, piece: &[u8]) -> Bytes {
         self.held.extend_from_slice(piece);
         self.pass(false)
     }
 
-    /// What was held back.
+    /// Ends the stream and returns the bytes held back.
     pub(crate) fn finish(mut self) -> Bytes {
         self.pass(true)
     }
 
-    /// Passes on what cannot be the beginning of the key; where the text is at its `end`, nothing can.
+    /// Returns the bytes up to a possible beginning of the key. `end`: no more bytes will follow.
     fn pass(&mut self, end: bool) -> Bytes {
         let text = std::mem::take(&mut self.held);
         let mut out = Vec::with_capacity(text.len());
@@ -75,8 +75,8 @@ impl Redactor {
         Bytes::from(out)
     }
 
-    /// Looks for a key that begins in the first `unit` bytes of `text`. What is found begins and ends with a unit: half
-    /// an escape would be no JSON.
+    /// Looks for a key that begins in the first `unit_len` bytes of `text`. A match consists of whole units, since half
+    /// an escape is invalid JSON.
     fn find(&self, text: &[u8], unit_len: usize, end: bool) -> Match {
         for skip in 0..unit_len {
             let key_end = match find_at(&self.key, &text[skip..]) {
@@ -95,7 +95,7 @@ impl Redactor {
         Match::No
     }
 
-    /// Writes what replaces `span`, which consists of whole units.
+    /// Writes the replacement of `span`, which consists of whole units.
     fn mask(&mut self, span: &[u8], out: &mut Vec<u8>) {
         let (mut at, mut from) = (0, 0);
         while at < span.len() {
@@ -112,13 +112,13 @@ impl Redactor {
     }
 }
 
-/// Whether a header's `value` holds `key`, unless the key is a dummy.
+/// Whether a header's `value` contains `key`; false if the key is a dummy.
 pub(crate) fn holds_key(key: &[u8], value: &[u8]) -> bool {
     let starts = value.len().checked_sub(key.len()).filter(|_| key.len() >= MIN_KEY);
     starts.is_some_and(|last| (0..=last).any(|at| matches!(find_at(key, &value[at..]), Match::Key(_))))
 }
 
-/// Writes what replaces a part of a key that has no quote.
+/// Writes the replacement of a part of a key that has no quote.
 fn mask_run(run: &[u8], in_string: bool, out: &mut Vec<u8>) {
     let is_structure = |b: &u8| b.is_ascii_digit() || b"+-.eE{}[],:".contains(b);
     let exponents = run.iter().filter(|b| b.eq_ignore_ascii_case(&b'e')).count();
@@ -129,12 +129,12 @@ fn mask_run(run: &[u8], in_string: bool, out: &mut Vec<u8>) {
         out.extend_from_slice(b"***");
         return;
     }
-    // A number, or a part of one: the stars would end the JSON.
+    // A number or a part of one: stars would make the JSON invalid.
     let digit = if run.iter().any(|b| (b'2'..=b'9').contains(b) || *b == b'0') { b'1' } else { b'2' };
     out.extend(run.iter().map(|b| if b.is_ascii_digit() { digit } else { *b }));
 }
 
-/// Length of the first unit of `text`: an escape of a JSON string, or one byte. `None`: more of it must come.
+/// Length of the first unit of `text`: an escape in a JSON string, or one byte. `None` if more bytes are needed.
 fn unit(text: &[u8], in_string: bool, end: bool) -> Option<usize> {
     let length = match (text.first(), text.get(1)) {
         (Some(b'\\'), Some(b'u')) if in_string => 6,
@@ -147,7 +147,7 @@ fn unit(text: &[u8], in_string: bool, end: bool) -> Option<usize> {
     }
 }
 
-/// Whether `text` begins with the key, as it is or as a JSON string spells it.
+/// Whether `text` begins with the key, verbatim or in a JSON spelling.
 fn find_at(key: &[u8], text: &[u8]) -> Match {
     // Most texts differ in their first byte.
     if text.first().is_some_and(|b| *b != key[0] && *b != b'\\') {
@@ -174,11 +174,11 @@ fn spelled_at(key: &[u8], text: &[u8]) -> Match {
                     b"0123456789abcdef"[usize::from(b >> 4)],
                     b"0123456789abcdef"[usize::from(b & 15)],
                 ];
-                let came = &text[at + 2..text.len().min(at + 6)];
-                if !came.eq_ignore_ascii_case(&hex[..came.len()]) {
+                let hex_digits = &text[at + 2..text.len().min(at + 6)];
+                if !hex_digits.eq_ignore_ascii_case(&hex[..hex_digits.len()]) {
                     return Match::No;
                 }
-                if came.len() < hex.len() {
+                if hex_digits.len() < hex.len() {
                     return Match::Perhaps;
                 }
                 at += 6;
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_goes_and_what_is_around_it_stays() {
+    fn replaces_the_key_and_keeps_the_rest() {
         for (key, text, want) in [
             ("sk-CANARY", "bad key sk-CANARY, sk-CANAR", "bad key ***, sk-CANAR"),
             ("sk-a/b<c", r#"{"a":"sk-a\/b\u003cc"}"#, r#"{"a":"***"}"#),
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dummy_is_no_secret() {
+    fn a_dummy_key_is_not_redacted() {
         for key in ["1", "x", "null", "1234567"] {
             assert!(Redactor::new(key).is_none(), "{key}");
         }
@@ -240,7 +240,7 @@ mod tests {
         assert!(!redactor.is_in(b"sk-a/b<") && !redactor.is_in(b""));
     }
 
-    /// A JSON string, in which each character is spelled as `how` says.
+    /// The content of a JSON string, with each character spelled as `how` says.
     fn spell(text: &str, how: &[u8]) -> String {
         let spell = |(i, c): (usize, char)| match (how[i % how.len()] % 4, c) {
             (0, _) => format!("\\u{:04x}", c as u32),
@@ -263,7 +263,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn plain_text_loses_every_key_however_it_is_cut(
+        fn plain_text_loses_every_key_with_any_chunking(
             parts in prop::collection::vec("(sk-aab-x|sk-|a|b|sk-aa|x){0,5}", 0..6),
             size in 1usize..7,
         ) {
@@ -297,13 +297,13 @@ mod tests {
         }
 
         #[test]
-        fn what_holds_no_key_goes_out_as_it_came(text in r#"[sk\\u"/{}0-9]{0,40}"#, size in 1usize..9) {
+        fn text_without_the_key_is_unchanged(text in r#"[sk\\u"/{}0-9]{0,40}"#, size in 1usize..9) {
             prop_assert_eq!(redact("sk-CANARY", text.as_bytes(), size), text);
         }
     }
 
     #[test]
-    fn an_error_of_a_provider_is_still_one() {
+    fn a_providers_error_stays_valid_json() {
         let key = "sk-\"odd\"-key";
         let body = json!({"error": {"message": format!("bad key {key}"), "code": null}}).to_string();
         let out: Value = serde_json::from_str(&redact(key, body.as_bytes(), 3)).unwrap();

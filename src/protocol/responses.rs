@@ -1,25 +1,26 @@
-//! What must be known of a stream of `/v1/responses` to end it in its own shape, should it be cut.
+//! Tracks a `/v1/responses` stream, so that Zap can end it with a valid `response.failed` event if it is cut.
 //!
-//! Every event carries a `sequence_number`, and the first, `response.created`, the response itself. Memory is bounded and
-//! any chunking gives the same. Numbers are found by a search for their key, which escapes keep from standing inside of a
-//! string; the response is read as JSON, once.
+//! Every event has a `sequence_number`; the first event, `response.created`, has the response object. Memory is
+//! bounded, and the result does not depend on the chunking. Sequence numbers are found by a search for their key. The
+//! search is safe: inside a JSON string the quotes of the key would be escaped. The response object is parsed once, as
+//! JSON.
 
 use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
 use serde_json::{Value, json};
 
-/// Longest id or model that is kept, as it is spelled.
+/// Longest id or model that is kept, in bytes of its JSON spelling.
 const MAX_TEXT: usize = 256;
 
-/// Bytes in which the response must have come; behind them nobody looks any more.
-const MAX_LOOK: usize = 1 << 20;
+/// Bytes of the stream in which the response object is searched.
+const MAX_SEARCH: usize = 1 << 20;
 
 const KEY: &[u8] = b"\"sequence_number\"";
 
 static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
-/// See the module.
+/// What is known of a stream so far.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     sequence: Sequence,
@@ -28,20 +29,20 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// Takes the next piece of the stream.
+    /// Reads the next chunk of the stream.
     pub(crate) fn feed(&mut self, data: &[u8]) {
         self.sequence.feed(data);
         self.created.feed(data);
         self.terminal.feed(data);
     }
 
-    /// The event that ends a response has come whole: `response.completed`, `.failed` or `.incomplete`.
+    /// Whether the terminal event is complete: `response.completed`, `response.failed` or `response.incomplete`.
     pub(crate) fn is_over(&self) -> bool {
-        self.terminal.at == TerminalAt::Behind
+        self.terminal.state == TerminalState::After
     }
 
-    /// The event that says that the response failed. `request_id` stands in for an id that never came, `error` is the
-    /// error as every endpoint has it.
+    /// Returns the `response.failed` event. `request_id` replaces the response's id if that is unknown. `error` is the
+    /// OpenAI error object.
     pub(crate) fn failed(&self, request_id: &str, error: &Value) -> String {
         let id = text(&self.created.id).unwrap_or_else(|| format!("resp_{request_id}"));
         let data = json!({
@@ -62,16 +63,16 @@ impl Seen {
     }
 }
 
-/// What a JSON string spells, if it is one.
+/// Decodes the content of a JSON string; `None` if it is invalid.
 fn text(spelled: &Option<Vec<u8>>) -> Option<String> {
     let spelled = spelled.as_ref()?;
     serde_json::from_slice(&[b"\"", &**spelled, b"\""].concat()).ok()
 }
 
-/// Longest beginning of a line that tells a terminal event.
+/// Length of the beginning of a line that is kept: more than the longest of [`TERMINAL`].
 const MAX_LINE: usize = 48;
 
-/// Beginnings of lines that tell a terminal event, spaces left out.
+/// How a line of a terminal event begins, without spaces.
 const TERMINAL: [&[u8]; 6] = [
     b"event:response.completed",
     b"event:response.failed",
@@ -81,28 +82,28 @@ const TERMINAL: [&[u8]; 6] = [
     b"data:{\"type\":\"response.incomplete\"",
 ];
 
-/// Looks for the event that ends a response, by the beginnings of lines.
+/// Looks for the terminal event by the beginnings of lines.
 #[derive(Debug, Default)]
 struct Terminal {
-    at: TerminalAt,
-    /// The beginning of the present line, spaces left out.
+    state: TerminalState,
+    /// The beginning of the present line, without spaces.
     line: Vec<u8>,
-    /// Whether the present line has had a byte.
+    /// Whether the present line has a byte.
     has_bytes: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum TerminalAt {
+enum TerminalState {
     #[default]
     Before,
     Inside,
-    Behind,
+    After,
 }
 
 impl Terminal {
     fn feed(&mut self, data: &[u8]) {
         let mut rest = data;
-        while !rest.is_empty() && self.at != TerminalAt::Behind {
+        while !rest.is_empty() && self.state != TerminalState::After {
             let end = memchr::memchr(b'\n', rest);
             let part = &rest[..end.unwrap_or(rest.len())];
             self.has_bytes |= part.iter().any(|b| *b != b'\r');
@@ -116,35 +117,35 @@ impl Terminal {
 
     fn end_line(&mut self) {
         if TERMINAL.iter().any(|known| self.line.starts_with(known)) {
-            self.at = TerminalAt::Inside;
-        } else if !self.has_bytes && self.at == TerminalAt::Inside {
-            self.at = TerminalAt::Behind;
+            self.state = TerminalState::Inside;
+        } else if !self.has_bytes && self.state == TerminalState::Inside {
+            self.state = TerminalState::After;
         }
         self.line.clear();
         self.has_bytes = false;
     }
 }
 
-/// The last `"sequence_number":N`.
+/// Finds the last `"sequence_number":N`.
 #[derive(Debug, Default)]
 struct Sequence {
     last: Option<u64>,
-    at: KeyState,
-    /// The end of the last piece, which may be the beginning of [`KEY`].
+    state: KeyState,
+    /// The end of the last chunk, if it may be the beginning of [`KEY`].
     kept: [u8; KEY.len() - 1],
     kept_len: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum KeyState {
-    /// Anywhere.
+    /// Before the key.
     #[default]
     Text,
-    /// Behind the key.
+    /// After the key.
     Key,
-    /// Behind the colon.
+    /// After the colon.
     Colon,
-    /// In the number.
+    /// Inside the number, with its value so far.
     Number(u64),
 }
 
@@ -152,17 +153,17 @@ impl Sequence {
     fn feed(&mut self, data: &[u8]) {
         let mut at = self.across(data);
         while at < data.len() {
-            if self.at == KeyState::Text {
+            if self.state == KeyState::Text {
                 match FIND_KEY.find(&data[at..]) {
                     Some(found) => at += found + KEY.len(),
                     None => return self.keep(&data[at..]),
                 }
-                self.at = KeyState::Key;
+                self.state = KeyState::Key;
                 continue;
             }
             let b = data[at];
-            self.at = match (self.at, b) {
-                (KeyState::Key | KeyState::Colon, b' ' | b'\t') => self.at,
+            self.state = match (self.state, b) {
+                (KeyState::Key | KeyState::Colon, b' ' | b'\t') => self.state,
                 (KeyState::Key, b':') => KeyState::Colon,
                 (KeyState::Colon, b'0'..=b'9') => KeyState::Number(u64::from(b - b'0')),
                 (KeyState::Number(n), b'0'..=b'9') => {
@@ -172,9 +173,9 @@ impl Sequence {
                     self.last = Some(n);
                     KeyState::Text
                 }
-                // It is looked at once more: it may begin a key.
+                // This byte may begin a key: read it once more.
                 _ => {
-                    self.at = KeyState::Text;
+                    self.state = KeyState::Text;
                     continue;
                 }
             };
@@ -182,7 +183,7 @@ impl Sequence {
         }
     }
 
-    /// Looks for a key that began in an earlier piece; returns where to go on.
+    /// Looks for a key that began in an earlier chunk. Returns the index in `data` at which to continue.
     fn across(&mut self, data: &[u8]) -> usize {
         let (kept, mut both) = (std::mem::take(&mut self.kept_len), [0; 2 * KEY.len()]);
         if kept == 0 {
@@ -193,7 +194,7 @@ impl Sequence {
         both[kept..kept + head].copy_from_slice(&data[..head]);
         match FIND_KEY.find(&both[..kept + head]) {
             Some(found) => {
-                self.at = KeyState::Key;
+                self.state = KeyState::Key;
                 found + KEY.len() - kept
             }
             None if head == data.len() => {
@@ -207,7 +208,7 @@ impl Sequence {
     /// Keeps the end of `text` if it may be the beginning of a key.
     fn keep(&mut self, text: &[u8]) {
         let from = text.len().saturating_sub(KEY.len() - 1);
-        // Most pieces end with an event.
+        // Most chunks end with an event, without the beginning of a key.
         let start = memchr::memchr_iter(b'"', &text[from..])
             .map(|at| from + at)
             .find(|at| KEY.starts_with(&text[*at..]));
@@ -218,27 +219,27 @@ impl Sequence {
     }
 }
 
-/// The reader of the first event that has a `response`.
+/// Reads the first event that has a `response`.
 #[derive(Debug, Default)]
 struct Created {
     id: Option<Vec<u8>>,
     model: Option<Vec<u8>>,
     created_at: Option<u64>,
-    /// Nothing more is looked for.
+    /// Whether the search is over.
     done: bool,
-    looked_at: usize,
+    bytes_read: usize,
     line: Line,
     json: Json,
 }
 
-/// Where in a line of the stream.
+/// The position in a line of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
-    /// So many bytes of `data:` have come.
+    /// This many bytes of `data:` were read.
     Begun(usize),
-    /// In a line of data.
+    /// In the data of a `data:` line.
     Data,
-    /// In another line.
+    /// In any other line.
     Other,
 }
 
@@ -252,14 +253,15 @@ impl Default for Line {
 struct Json {
     depth: u32,
     in_string: bool,
-    escaped: bool,
-    /// A value comes, or is read.
+    is_escaped: bool,
+    /// Whether a value is expected or being read.
     is_value: bool,
     in_response: bool,
     key: Key,
-    /// The string or number that is read, as it is spelled; `cut`: it is longer.
+    /// The string or number being read, in its JSON spelling.
     text: Vec<u8>,
-    cut: bool,
+    /// Whether `text` is only the beginning, since the value is too long.
+    is_truncated: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -278,8 +280,8 @@ impl Created {
             if self.done {
                 return;
             }
-            self.looked_at += 1;
-            self.done = self.looked_at >= MAX_LOOK;
+            self.bytes_read += 1;
+            self.done = self.bytes_read >= MAX_SEARCH;
             self.line = match (self.line, b) {
                 (_, b'\n' | b'\r') => {
                     self.json = Json::default();
@@ -307,7 +309,7 @@ impl Created {
             b'"' => {
                 self.json.in_string = true;
                 self.json.text.clear();
-                self.json.cut = false;
+                self.json.is_truncated = false;
             }
             b'{' | b'[' => {
                 let json = &mut self.json;
@@ -324,7 +326,7 @@ impl Created {
                 self.json.key = Key::Other;
                 self.json.is_value = false;
                 if b != b',' {
-                    // The response is over: what it did not say is not there.
+                    // The response object is complete: stop, even if a member is missing.
                     self.done |= self.json.in_response && self.json.depth == 2;
                     self.json.depth = self.json.depth.saturating_sub(1);
                 }
@@ -337,8 +339,8 @@ impl Created {
     fn read_text(&mut self, b: u8) {
         let json = &mut self.json;
         match b {
-            _ if json.escaped => json.escaped = false,
-            b'\\' => json.escaped = true,
+            _ if json.is_escaped => json.is_escaped = false,
+            b'\\' => json.is_escaped = true,
             b'"' => {
                 json.in_string = false;
                 return self.end_text();
@@ -348,7 +350,7 @@ impl Created {
         json.push(b);
     }
 
-    /// A string is whole: a key, or a value.
+    /// Ends a string: a key or a value.
     fn end_text(&mut self) {
         let json = &mut self.json;
         if !json.is_value {
@@ -359,7 +361,7 @@ impl Created {
                 (2, true, b"model") => Key::Model,
                 _ => Key::Other,
             };
-        } else if !json.cut && json.depth == 2 {
+        } else if !json.is_truncated && json.depth == 2 {
             match json.key {
                 Key::Id => self.id = Some(json.text.clone()),
                 Key::Model => self.model = Some(json.text.clone()),
@@ -369,7 +371,7 @@ impl Created {
         json.text.clear();
     }
 
-    /// A value that may be a number is over. Some providers write the time as a float.
+    /// Ends a value that may be a number. Some providers write `created_at` as a float.
     fn end_number(&mut self) {
         if self.json.key == Key::CreatedAt && self.json.depth == 2 {
             let text = std::str::from_utf8(&self.json.text).unwrap_or_default();
@@ -388,7 +390,7 @@ impl Json {
         if self.text.len() < MAX_TEXT {
             self.text.push(b);
         } else {
-            self.cut = true;
+            self.is_truncated = true;
         }
     }
 }
@@ -420,7 +422,7 @@ mod tests {
     const CREATED: &str = "event: response.created\ndata: {\"type\":\"response.created\",\"response\":{\"id\":\"resp_1\",\"tools\":[{\"id\":\"x\",\"model\":\"y\"}],\"created_at\": 17.0,\"metadata\":{\"model\":\"no\"},\"model\":\"g\\u0070t\"},\"sequence_number\":0}\n\n";
 
     #[test]
-    fn what_a_stream_says_of_its_response_is_known() {
+    fn reads_the_members_of_the_response() {
         let long = format!("data: {{\"response\":{{\"id\":\"{}\",\"model\":\"m\"}}}}\n", "x".repeat(300));
         for (stream, want) in [
             ("", json!([0, "resp_r", 0, ""])),
@@ -452,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_ends_takes_no_memory() {
+    fn an_endless_string_takes_bounded_memory() {
         let mut seen = Seen::default();
         seen.feed(b"data: {\"response\":{\"id\":\"");
         (0..2048).for_each(|_| seen.feed(&[b'x'; 1024]));
@@ -460,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn the_event_that_ends_a_response_is_known() {
+    fn finds_the_terminal_event() {
         for (stream, over) in [
             ("", false),
             (CREATED, false),
@@ -481,7 +483,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_chunking_gives_the_same(
+        fn the_result_does_not_depend_on_the_chunking(
             parts in prop::collection::vec(prop::sample::select(vec![
                 CREATED, "\"sequence_number\":", "\"sequence_number", "\"sequence_number\" : 4", "1", "2,", "}", "\"", "\n",
                 "data: {\"response\":{", "\"id\":\"i\",", "\"model\":\"\\\"", "\"created_at\":3", "\\", "data", ": ",
