@@ -1,7 +1,7 @@
-//! Opening a connection: name look-up, TCP, TLS, under one time limit.
+//! Opens a connection: name look-up, TCP and TLS under one time limit.
 //!
-//! Roots are the system's (`SSL_CERT_FILE` and `SSL_CERT_DIR` honoured), because that is where an operator's own
-//! authority already stands; a backend's `ca_file` adds to them.
+//! The trusted roots are the system's, as set by `SSL_CERT_FILE` and `SSL_CERT_DIR`, since an operator's own
+//! certificate authority is usually installed there. A backend's `ca_file` adds further roots.
 
 use std::error::Error;
 use std::fmt;
@@ -30,17 +30,17 @@ use crate::upstream::resolver::Resolver;
 /// An open connection, plain or TLS.
 pub(crate) type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
 
-/// What the system or TLS said.
+/// An error of the system or of TLS.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
-/// The certificates that are trusted everywhere, loaded once and only if a backend needs them.
+/// The system's trusted certificates. They are loaded once, and only if a backend needs them.
 #[derive(Debug)]
 pub(crate) struct Roots {
     system: RootCertStore,
 }
 
 impl Roots {
-    /// Loads the system's roots if any of `backends` speaks TLS.
+    /// Loads the system's roots if any of `backends` uses TLS.
     pub(crate) fn load(backends: &[config::Backend]) -> Self {
         let mut system = RootCertStore::empty();
         if backends.iter().any(|b| b.url.https) {
@@ -53,19 +53,19 @@ impl Roots {
         let mut roots = self.system.clone();
         for certificate in more {
             let added = roots.add(certificate.clone());
-            added.map_err(|e| format!("ca_file holds a certificate that is none ({e})"))?;
+            added.map_err(|e| format!("ca_file has an invalid certificate ({e})"))?;
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
-            .map_err(|e| format!("TLS cannot be set up ({e})"))?;
+            .map_err(|e| format!("TLS setup failed ({e})"))?;
         Ok(builder.with_root_certificates(roots).with_no_client_auth())
     }
 }
 
 fn read_pem(path: &Path) -> Result<Vec<CertificateDer<'static>>, BoxError> {
     let all = CertificateDer::pem_file_iter(path)?.collect::<Result<Vec<_>, _>>()?;
-    if all.is_empty() { Err("it is empty".into()) } else { Ok(all) }
+    if all.is_empty() { Err("no PEM certificate found".into()) } else { Ok(all) }
 }
 
 /// Opens connections to one backend.
@@ -75,7 +75,7 @@ pub(crate) struct Connector {
     dialer: Dialer,
     tls: Arc<ClientConfig>,
     to: Uri,
-    /// What stands in `ca_file`.
+    /// The certificates of `ca_file`.
     own_roots: Arc<[CertificateDer<'static>]>,
 }
 
@@ -86,10 +86,10 @@ impl fmt::Debug for Connector {
 }
 
 impl Connector {
-    /// A connector to `backend`.
+    /// Creates a connector to `backend`.
     ///
     /// # Errors
-    /// What is wrong with its URL or its certificates.
+    /// Returns a message if the backend's URL or its certificates are invalid.
     pub(crate) fn new(backend: &config::Backend, roots: &Roots) -> Result<Self, String> {
         let url = &backend.url;
         let scheme = if url.https { "https" } else { "http" };
@@ -97,9 +97,7 @@ impl Connector {
             .parse()
             .map_err(|_| "its host is not valid".to_owned())?;
         let own_roots = match backend.ca_file.as_deref().filter(|_| url.https) {
-            Some(path) => {
-                read_pem(path).map_err(|e| format!("ca_file holds no certificate that can be read ({e})"))?
-            }
+            Some(path) => read_pem(path).map_err(|e| format!("ca_file cannot be read ({e})"))?,
             None => Vec::new(),
         };
         let tls = Arc::new(roots.config(&own_roots)?);
@@ -108,13 +106,13 @@ impl Connector {
         Ok(Connector { https, dialer, tls, to, own_roots: own_roots.into() })
     }
 
-    /// A connector to the same backend that takes the turns of its addresses for itself.
+    /// Creates a connector to the same backend that rotates through the addresses independently.
     pub(crate) fn with_own_turns(&self) -> Self {
         let https = HttpsConnector::from((self.dialer.with_own_turns(), self.tls.clone()));
         Connector { https, ..self.clone() }
     }
 
-    /// Whether both trust the same certificates beside the system's.
+    /// Whether both connectors have the same certificates of `ca_file`.
     pub(crate) fn trusts_as(&self, other: &Connector) -> bool {
         self.own_roots == other.own_roots
     }
@@ -122,7 +120,7 @@ impl Connector {
     /// Opens one connection within `limit`.
     ///
     /// # Errors
-    /// Why the peer could not be reached, or what this machine lacks.
+    /// Returns why the peer could not be reached, or which resource this machine lacks.
     pub(crate) async fn connect(&self, limit: Duration) -> Result<Io, ConnectError> {
         let opening = self.https.clone().call(self.to.clone());
         match clock::within(limit, opening).await {
@@ -137,17 +135,17 @@ impl Connector {
     }
 }
 
-/// Why there is no connection.
+/// Why a connection could not be opened.
 #[derive(Debug)]
 pub(crate) enum ConnectError {
-    /// This machine has no file, port or memory for it: no fault of the peer.
+    /// This machine has no free file, port or memory. The peer is not to blame.
     Exhausted {
-        /// What is lacking.
+        /// The fault, with the lacking resource as its cause.
         fault: Fault,
-        /// One open file less would have helped.
+        /// Whether the lacking resource is an open file, so that closing another file helps.
         lacks_a_file: bool,
     },
-    /// What the peer did.
+    /// The peer failed.
     Peer(Fault),
 }
 
@@ -161,7 +159,7 @@ impl ConnectError {
     }
 }
 
-/// Whether a system call failed because the process, or the machine, has too many open files.
+/// Whether a system call failed because the process or the machine has too many open files.
 pub(crate) fn is_lack_of_files(errno: Errno) -> bool {
     matches!(errno, Errno::MFILE | Errno::NFILE)
 }
@@ -172,7 +170,7 @@ mod tests {
     use crate::config::Config;
 
     #[test]
-    fn a_peer_that_is_gone_without_a_word_will_be_noticed() {
+    fn connections_detect_a_peer_that_vanished() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
@@ -180,7 +178,7 @@ mod tests {
         let connector = Connector::new(&config.backends[0], &Roots::load(&config.backends)).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let io = runtime.block_on(connector.connect(Duration::from_secs(5))).unwrap();
-        let MaybeHttpsStream::Http(tcp) = io else { panic!("it is plain") };
+        let MaybeHttpsStream::Http(tcp) = io else { panic!("the connection is not plain TCP") };
         let socket = socket2::SockRef::from(tcp.inner());
         assert!(socket.keepalive().unwrap() && socket.tcp_nodelay().unwrap());
         let asked = socket.tcp_keepalive_time().unwrap()

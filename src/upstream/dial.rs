@@ -1,7 +1,7 @@
 //! Opens TCP connections to a host that may have several addresses, after RFC 8305 ("Happy Eyeballs").
 //!
-//! Each connection begins at the next of the host's addresses in turn. Where an address fails, the next is tried at once;
-//! where it does not answer, the next is tried beside it, and the first connection that stands is used.
+//! Connections start with the host's addresses in turn. If an address fails, the next one is tried at once. If an
+//! address does not respond, the next one is tried in parallel, and the first established connection is used.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -23,32 +23,32 @@ use tower_service::Service;
 
 use crate::upstream::resolver::Resolver;
 
-/// How long an address may not answer before the next one is tried beside it (RFC 8305, section 5).
-const HEAD_START: Duration = Duration::from_millis(250);
+/// How long to wait for an address before the next one is tried in parallel (RFC 8305, section 5).
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
-/// Silence after which a peer is probed; then again every half of it.
+/// Idle time after which TCP probes the peer. Further probes follow at half this interval.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// Probes without an answer after which a connection is given up.
+/// Number of unanswered probes after which the connection is closed.
 const KEEPALIVE_RETRIES: u32 = 3;
 
-/// How long a peer may leave data unacknowledged.
+/// How long sent data may stay unacknowledged.
 const USER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Opens TCP connections to one host.
 #[derive(Clone)]
 pub(crate) struct Dialer {
     resolver: Resolver,
-    /// Connections begun: the next one begins at this of the host's addresses.
+    /// Number of connections started. It selects the address that the next connection starts with.
     turn: Arc<AtomicUsize>,
 }
 
-/// No address of the host could be connected to.
+/// No connection to any address of the host could be opened.
 #[derive(Debug)]
 pub(crate) struct DialError {
-    /// This machine had no file, port or memory left for one of the addresses, so that the host was not asked there.
+    /// Whether this machine had no free file, port or memory for one of the addresses, so that it was not tried.
     pub exhausted: bool,
-    /// The last failure; where this machine was exhausted, of that kind.
+    /// The last failure; if `exhausted`, the last failure of this machine.
     pub error: io::Error,
 }
 
@@ -61,20 +61,20 @@ impl fmt::Display for DialError {
 impl std::error::Error for DialError {}
 
 impl DialError {
-    /// A failure at the address `to`, or of the look-up.
+    /// Creates the error for a failure at address `to`, or of the look-up if `to` is `None`.
     fn new(error: io::Error, to: Option<SocketAddr>) -> Self {
-        DialError { exhausted: is_ours(&error, to), error }
+        DialError { exhausted: is_local(&error, to), error }
     }
 
-    /// This failure and, after it, `later`. An address that could not be asked may be alive: the host is to blame only
-    /// where all of its addresses failed by themselves.
+    /// Combines this failure with a `later` one. An address that could not be tried may work, so the host is to blame
+    /// only if each of its addresses failed.
     fn then(self, later: DialError) -> DialError {
         if self.exhausted && !later.exhausted { self } else { later }
     }
 }
 
-/// Whether this machine lacked something, and the peer had no part in it.
-fn is_ours(error: &io::Error, to: Option<SocketAddr>) -> bool {
+/// Whether an error was caused by a lack of resources on this machine, not by the peer.
+fn is_local(error: &io::Error, to: Option<SocketAddr>) -> bool {
     let Some(code) = error.raw_os_error().map(Errno::from_raw_os_error) else { return false };
     match code {
         Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => true,
@@ -83,28 +83,28 @@ fn is_ours(error: &io::Error, to: Option<SocketAddr>) -> bool {
     }
 }
 
-/// Whether this machine has an address to reach `to` from. Where it has, EADDRNOTAVAIL says that all ports are in use;
-/// where it has none (`::1` without IPv6), that `to` cannot be reached. Sends nothing.
+/// Whether this machine has a source address for `to`. If so, EADDRNOTAVAIL means that all ports are in use; if not
+/// (`::1` without IPv6), that `to` is unreachable. Sends no packet.
 fn has_source(to: SocketAddr) -> bool {
     let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let found = UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(to));
-    // Where even that lacks something of this machine, nothing is known against the peer.
-    found.map_or_else(|error| is_ours(&error, None), |()| true)
+    // If this machine lacks resources for the check too, do not blame the peer.
+    found.map_or_else(|error| is_local(&error, None), |()| true)
 }
 
 impl Dialer {
-    /// Looks names up by `resolver`.
+    /// Creates a dialer that looks up names with `resolver`.
     pub(crate) fn new(resolver: Resolver) -> Self {
         Dialer { resolver, turn: Arc::default() }
     }
 
-    /// The same host, with turns of its own: two kinds of connections that shared the turns could each always get the same
-    /// of two addresses.
+    /// Creates a dialer to the same host that rotates independently. If two kinds of connections alternated in one
+    /// rotation over two addresses, each kind would always get the same address.
     pub(crate) fn with_own_turns(&self) -> Self {
         Dialer::new(self.resolver.clone())
     }
 
-    /// Opens a connection to `host`, a name or an address, which may stand in brackets.
+    /// Opens a connection to `host`: a name or an IP address, with or without brackets.
     async fn dial(self, host: String, port: u16) -> Result<TcpStream, DialError> {
         let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
         let mut found = match literal {
@@ -135,7 +135,7 @@ impl Service<Uri> for Dialer {
     }
 }
 
-/// The addresses, each once, from the one whose `turn` it is; families alternate (RFC 8305, section 4).
+/// The addresses without duplicates, rotated by `turn`, with alternating families (RFC 8305, section 4).
 fn in_turn(found: &[SocketAddr], turn: usize) -> Vec<SocketAddr> {
     let mut addresses = Vec::with_capacity(found.len());
     for address in found {
@@ -160,7 +160,7 @@ fn in_turn(found: &[SocketAddr], turn: usize) -> Vec<SocketAddr> {
 
 type Attempt = Pin<Box<dyn Future<Output = Result<TcpStream, DialError>> + Send>>;
 
-/// The first connection that stands.
+/// Tries the addresses in order and returns the first established connection.
 async fn race(addresses: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut failure: Option<DialError> = None;
@@ -179,7 +179,7 @@ async fn race(addresses: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
                 Ok(stream) => return Ok(stream),
                 Err(error) => failed(error),
             },
-            () = sleep(HEAD_START), if untried.len() > 0 => {}
+            () = sleep(ATTEMPT_DELAY), if untried.len() > 0 => {}
         }
     }
     while !attempts.is_empty() {
@@ -192,7 +192,7 @@ async fn race(addresses: Vec<SocketAddr>) -> Result<TcpStream, DialError> {
     Err(failure.unwrap_or_else(|| DialError::new(nowhere(), None)))
 }
 
-/// The result of the first of these attempts that ends, which leaves them.
+/// Returns the result of the first attempt that ends, and removes that attempt.
 async fn first_to_end(attempts: &mut Vec<Attempt>) -> Result<TcpStream, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
@@ -213,7 +213,8 @@ async fn open(to: SocketAddr) -> Result<TcpStream, DialError> {
 async fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_nodelay(true)?;
-    // A peer that vanishes is noticed: by probes while the connection is silent, by the time limit while data is under way.
+    // Detect a peer that vanished: keepalive probes cover an idle connection, the user timeout covers unacknowledged
+    // data.
     let keepalive =
         TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 2).with_retries(KEEPALIVE_RETRIES);
     SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
@@ -235,13 +236,13 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
     }
 
-    /// A dialer to a name with these addresses.
+    /// Creates a dialer whose resolver finds these addresses.
     fn dialer(addresses: &'static [&'static str]) -> Dialer {
         let found = || addresses.iter().map(|a| SocketAddr::new(a.parse().unwrap(), 0)).collect();
         Dialer::new(Resolver::new(Arc::new(move |_| Ok(found()))))
     }
 
-    /// A listener on 127.0.0.1 that accepts nothing and whose backlog is full: its handshakes stay unanswered.
+    /// A listener on 127.0.0.1 with a full backlog, so that handshakes get no reply.
     fn blackhole() -> (u16, impl Sized) {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_swallows_handshakes_costs_a_quarter_of_a_second_every_other_time() {
+    fn a_silent_address_delays_every_other_connection_by_a_quarter_of_a_second() {
         let (port, _held) = blackhole();
         let _alive = TcpListener::bind(("127.0.0.2", port)).unwrap();
         let dialer = dialer(&["127.0.0.1", "127.0.0.2"]);
@@ -268,13 +269,13 @@ mod tests {
             }
         });
         for pair in waits.chunks(2) {
-            assert!(pair[0] >= HEAD_START && pair[0] < HEAD_START * 4, "{waits:?}");
-            assert!(pair[1] < HEAD_START, "{waits:?}");
+            assert!(pair[0] >= ATTEMPT_DELAY && pair[0] < ATTEMPT_DELAY * 4, "{waits:?}");
+            assert!(pair[1] < ATTEMPT_DELAY, "{waits:?}");
         }
     }
 
     #[test]
-    fn an_address_that_refuses_costs_nothing_and_the_last_failure_is_kept() {
+    fn a_refusing_address_causes_no_delay_and_the_last_failure_is_kept() {
         let alive = TcpListener::bind("127.0.0.2:0").unwrap();
         let port = alive.local_addr().unwrap().port();
         let (dialer, dead) = (dialer(&["127.0.0.1", "127.0.0.2"]), dialer(&["127.0.0.1", "127.0.0.3"]));
@@ -284,7 +285,7 @@ mod tests {
                 assert!(dialer.clone().dial("a.test".into(), port).await.is_ok());
             }
             let failure = dead.dial("a.test".into(), port).await.unwrap_err();
-            assert!(since.elapsed() < HEAD_START);
+            assert!(since.elapsed() < ATTEMPT_DELAY);
             assert!(!failure.exhausted);
             assert_eq!(failure.error.kind(), io::ErrorKind::ConnectionRefused);
         });
@@ -294,13 +295,13 @@ mod tests {
     fn literal_addresses_are_not_looked_up() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let dialer = Dialer::new(Resolver::new(Arc::new(|name| panic!("{name} is no name"))));
+        let dialer = Dialer::new(Resolver::new(Arc::new(|name| panic!("{name} was looked up"))));
         let opened = runtime().block_on(dialer.dial("127.0.0.1".into(), port));
         assert_eq!(opened.unwrap().peer_addr().unwrap().port(), port);
     }
 
     #[test]
-    fn addresses_take_turns_and_families_alternate() {
+    fn addresses_rotate_and_families_alternate() {
         let parse = |text: &str| -> Vec<SocketAddr> {
             text.split(' ')
                 .filter(|t| !t.is_empty())
@@ -321,10 +322,10 @@ mod tests {
     }
 
     #[test]
-    fn what_this_machine_lacks_is_no_fault_of_the_peer() {
-        // Nothing may be sent to the broadcast address, so that there is no source for it.
+    fn a_lack_of_local_resources_is_not_the_peers_fault() {
+        // A socket may not send to the broadcast address, so that there is no source address for it.
         let [here, nowhere] = ["127.0.0.1:9", "255.255.255.255:9"].map(|to| Some(to.parse().unwrap()));
-        for (code, to, ours) in [
+        for (code, to, local) in [
             (Errno::MFILE, here, true),
             (Errno::NOBUFS, nowhere, true),
             (Errno::MFILE, None, true),
@@ -335,12 +336,12 @@ mod tests {
             (Errno::NETUNREACH, nowhere, false),
         ] {
             let error = io::Error::from_raw_os_error(code.raw_os_error());
-            assert_eq!(DialError::new(error, to).exhausted, ours, "{code:?} {to:?}");
+            assert_eq!(DialError::new(error, to).exhausted, local, "{code:?} {to:?}");
         }
     }
 
     #[test]
-    fn a_family_that_this_machine_does_not_have_is_no_lack_of_ports() {
+    fn a_missing_address_family_is_not_a_lack_of_ports() {
         let dialer = dialer(&["::1", "127.0.0.1"]);
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         runtime().block_on(async {
@@ -352,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_could_not_be_asked_leaves_the_host_without_blame() {
+    fn the_host_is_not_to_blame_if_an_address_could_not_be_tried() {
         let failure = |errno: Errno| DialError::new(io::Error::from_raw_os_error(errno.raw_os_error()), None);
         let pairs = [
             (Errno::MFILE, Errno::CONNREFUSED, Errno::MFILE),

@@ -1,4 +1,4 @@
-//! Why a try or a health check failed: a kind for metrics and decisions, and the cause in words for the operator.
+//! Why a try or a health check failed: a code for metrics and decisions, and a cause for the operator.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -10,54 +10,54 @@ use rustls::{AlertDescription, CertificateError};
 
 use crate::code::Code;
 
-/// See the module. Holds no URL, no key and nothing of a request.
+/// Why a try or a health check failed. Contains no URL, no key and no part of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
-    /// As metrics and answers have it.
+    /// The error code in metrics and responses.
     pub(crate) kind: Code,
-    /// In a few words: `connection refused`, `certificate: unknown issuer`, `HTTP 503 to GET /health`.
+    /// The cause in a few words: `connection refused`, `certificate: unknown issuer`, `HTTP 503 to GET /health`.
     pub(crate) cause: Cow<'static, str>,
 }
 
 impl Fault {
-    /// A fault of this kind.
+    /// Creates a fault.
     pub(crate) fn new(kind: Code, cause: impl Into<Cow<'static, str>>) -> Self {
         Fault { kind, cause: cause.into() }
     }
 
-    /// What came is not HTTP.
+    /// The response is not valid HTTP.
     pub(crate) fn not_http(why: &'static str) -> Self {
         Fault::new(Code::UpstreamInvalidResponse, format!("not HTTP: {why}"))
     }
 
-    /// The connection failed before an answer.
+    /// The connection could not be opened, or it failed.
     pub(crate) fn unreachable(error: &io::Error) -> Self {
         Fault::new(Code::UpstreamUnreachable, io_cause(error))
     }
 
-    /// This machine has no file, port or memory to connect with: no fault of the peer.
+    /// This machine has no free file, port or memory for a connection. The peer is not to blame.
     pub(crate) fn exhausted(error: &io::Error) -> Self {
         Fault::new(Code::UpstreamUnreachable, format!("this machine: {}", io_cause(error)))
     }
 
-    /// The answer has a status that is no answer for the client.
+    /// The status of the response counts as a failure.
     pub(crate) fn status(kind: Code, status: u16) -> Self {
         Fault::new(kind, format!("HTTP {status}"))
     }
 
-    /// Zap cut the try on its way out.
+    /// Zap cut the try because it shuts down.
     pub(crate) fn cut() -> Self {
         Fault::new(Code::Draining, "cut, because Zap shuts down")
     }
 
-    /// The peer closed the connection before an answer.
+    /// The peer closed the connection before the response was complete.
     pub(crate) fn closed() -> Self {
         Fault::new(Code::UpstreamUnreachable, "connection closed before an answer")
     }
 
     /// The TLS handshake failed.
     pub(crate) fn tls(error: &(dyn Error + 'static)) -> Self {
-        // An I/O error holds another error but does not call it its source.
+        // `io::Error::source` skips the error that it wraps, so `get_ref` is needed.
         let mut innermost = error;
         while let Some(inner) = innermost.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
             innermost = inner;
@@ -70,7 +70,7 @@ impl Fault {
         Fault::new(Code::UpstreamTlsError, cause)
     }
 
-    /// Nothing came within `limit`; `what` the time went by for.
+    /// Nothing arrived within `limit`. `what` names the phase that timed out.
     pub(crate) fn timed_out(what: &str, limit: Duration) -> Self {
         let secs = (limit.as_secs_f64() * 10.0).round() / 10.0;
         Fault::new(Code::UpstreamTimeout, format!("{what} timed out after {secs} s"))
@@ -83,7 +83,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// What the system says, in the words of the trade.
+/// The cause of an I/O error, in standard terms.
 fn io_cause(error: &io::Error) -> Cow<'static, str> {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => "connection refused".into(),
@@ -103,7 +103,7 @@ fn io_cause(error: &io::Error) -> Cow<'static, str> {
             if text.contains("name resolution") {
                 return "the name server does not answer".into();
             }
-            // The number of the error says nothing to most readers.
+            // Cut the error number, which most operators cannot read.
             text.split(" (os error").next().unwrap_or_default().to_lowercase().into()
         }
     }
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn causes_are_words_of_the_trade() {
+    fn causes_use_standard_terms() {
         let of = |errno: i32| Fault::unreachable(&io::Error::from_raw_os_error(errno)).to_string();
         assert_eq!(of(111), "connection refused");
         assert_eq!(of(104), "connection reset");

@@ -1,10 +1,9 @@
 //! One upstream HTTP/1.1 connection, as the pool, the attempt loop and the relay see it.
 //!
-//! A link is driven by whoever holds it: there is no task behind it, so dropping it closes the connection at
-//! once, and a reply that nobody reads is not read ahead. [`Link`] is all that the rest of Zap knows; [`Http1`] fulfils
-//! it: head and body leave in one write, a small message in one piece and a large one as slices; what one read brings is
-//! one frame, and nothing is buffered between two reads, so an idle connection and a silent stream take no memory but their
-//! socket's.
+//! The holder of a link drives it; there is no background task. Dropping a link closes the connection at once, and a
+//! response is read only as fast as its reader polls. The rest of Zap uses the [`Link`] trait; [`Http1`] implements it.
+//! Head and body leave in one write: a small message as one piece, a large one as slices. One read yields one frame.
+//! Nothing is buffered between reads, so that an idle connection or a silent stream needs no memory besides its socket.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -28,58 +27,59 @@ use crate::json::patch::Slices;
 use crate::upstream::connect::Io;
 use crate::upstream::fault::Fault;
 
-/// Most that one read brings, and so the largest frame.
+/// Size of the read buffer in bytes, and so the largest frame.
 const READ: usize = 32 * 1024;
 
-/// Slices of a request that one write takes.
+/// Maximum number of body slices in one write.
 const MAX_SLICES: usize = 64;
 
 thread_local! {
-    /// What is read goes through here, and into a frame of its own size: one buffer for all connections of a worker.
+    /// The read buffer, shared by all connections of a worker. The data is copied into a frame of its exact size.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
 }
 
-/// Why a link gave no answer.
+/// Why a link has no response.
 #[derive(Debug)]
 pub(crate) enum LinkError {
-    /// It broke, or what came is not an answer.
+    /// The connection failed after data was received, or the response is invalid.
     Broken(Fault),
-    /// The peer closed it without a word.
+    /// The connection failed before any data was received.
     HungUp(Fault),
-    /// It had died before a byte of the request was written; here is the request.
+    /// The connection failed before a byte of the request was written. Contains the request.
     Unsent(Box<WireRequest>, Fault),
 }
 
 /// One connection that carries one exchange at a time.
 pub(crate) trait Link {
-    /// Begins an exchange. Only on a link that [`is_reusable`](Link::is_reusable).
+    /// Begins an exchange. The link must be [reusable](Link::is_reusable).
     fn start(&mut self, request: WireRequest);
 
-    /// Drives the exchange to the head of the answer.
+    /// Drives the exchange up to the head of the response.
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>>;
 
-    /// Drives the exchange to the next piece of the body; `None` at its end.
+    /// Drives the exchange up to the next frame of the body; `None` at the end.
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>>;
 
-    /// Bytes of the body still to come, where the answer says so.
+    /// Number of body bytes left, if the response has a `content-length`.
     fn remaining(&self) -> SizeHint;
 
-    /// The body is at its end.
+    /// Whether the body has been read to its end.
     fn is_end(&self) -> bool;
 
-    /// Whether the last exchange ended exactly, with nothing behind it, and the peer means to go on.
+    /// Whether the link is new, or its last exchange ended cleanly, without extra data, and the peer keeps the
+    /// connection.
     fn is_reusable(&self) -> bool;
 
-    /// Whether the peer still holds the connection open and has sent nothing unasked.
+    /// Whether the peer has neither closed the connection nor sent unsolicited data.
     fn is_open(&mut self) -> bool;
 }
 
-/// A request as it goes out, with the backend's key in it.
+/// A request as it is sent, with the backend's key.
 #[derive(Default)]
 pub(crate) struct WireRequest {
-    /// The head, to its empty line (RFC 9112, section 3).
+    /// The head, with its final empty line (RFC 9112, section 3).
     pub head: Vec<u8>,
-    /// Slices of the client's chunks and what was spliced in between.
+    /// The body: slices of the client's data, with Zap's changes spliced in.
     pub body: Slices,
 }
 
@@ -97,74 +97,77 @@ pub(crate) fn write_header(out: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Zap's own HTTP/1.1 client connection.
+/// An HTTP/1.1 client connection.
 pub(crate) struct Http1 {
     io: Io,
-    /// The request under way.
+    /// The request being sent; dropped when it is sent.
     request: Option<WireRequest>,
     outbox: Outbox,
     decoder: Decoder,
-    /// The beginning of the body, which came with the head.
-    ahead: Option<Bytes>,
-    /// No exchange has begun yet.
+    /// The beginning of the body, if it was received with the head.
+    body_start: Option<Bytes>,
+    /// Whether no exchange has begun yet.
     idle: bool,
-    /// The peer has said something in this exchange.
-    heard: bool,
-    /// The break of what was written was met: the reader is to hear of it, once more.
-    waited: bool,
+    /// Whether data was received in this exchange.
+    has_received: bool,
+    /// Whether the reader was polled after the write side failed. The reader may still have a response.
+    reader_polled: bool,
 }
 
-/// What is still to be written.
+/// The progress of sending a request.
 #[derive(Debug, Default)]
 struct Outbox {
-    /// Bytes of the head that are written, then the slices that are, then the bytes of the next one.
-    written: usize,
-    slices: usize,
-    of_slice: usize,
+    /// Bytes of the head that are written.
+    head_written: usize,
+    /// Slices of the body that are written as a whole.
+    slices_written: usize,
+    /// Bytes of the next slice that are written.
+    slice_written: usize,
     state: Sending,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Sending {
-    /// Nothing to do.
+    /// Nothing is left to send.
     #[default]
     Done,
-    /// All is written, and must leave what is between here and the socket.
+    /// All bytes are written, but buffers above the socket, such as TLS, may hold some.
     Flushing,
+    /// Bytes are left to write.
     Writing,
-    /// It broke: what the peer has said before that may still be read.
+    /// The write side failed. Data that the peer sent before may still be read.
     Broken,
 }
 
 impl Http1 {
-    /// An open connection.
+    /// Creates a link from an open connection.
     pub(crate) fn new(io: Io) -> Self {
         Http1 {
             io,
             request: None,
             outbox: Outbox::default(),
             decoder: Decoder::default(),
-            ahead: None,
+            body_start: None,
             idle: true,
-            heard: false,
-            waited: false,
+            has_received: false,
+            reader_polled: false,
         }
     }
 
-    /// Writes on.
+    /// Writes as much of the request as possible.
     fn send(&mut self, cx: &mut Context<'_>) {
         let Some(request) = self.request.as_ref().filter(|_| self.outbox.state != Sending::Broken) else {
             return;
         };
         match self.outbox.poll(Pin::new(&mut self.io), cx, request) {
-            // The client's body is not held any longer than that.
+            // Free the client's body as soon as it is sent.
             Poll::Ready(Ok(())) => self.request = None,
             Poll::Ready(Err(_)) => self.outbox.state = Sending::Broken,
             Poll::Pending => {}
         }
     }
 
-    /// Reads once and hands what came to `take`; `Ok(None)`: the peer has ended its side.
+    /// Reads once and passes the data to `take`. Returns `Ok(None)` if the peer has closed its side.
     fn read<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -173,30 +176,30 @@ impl Http1 {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut buf = ReadBuf::new(scratch);
             ready!(Pin::new(&mut self.io).poll_read(cx, buf.unfilled()))?;
-            let came = buf.filled();
-            self.heard |= !came.is_empty();
-            Poll::Ready(Ok((!came.is_empty()).then(|| take(&mut self.decoder, came))))
+            let data = buf.filled();
+            self.has_received |= !data.is_empty();
+            Poll::Ready(Ok((!data.is_empty()).then(|| take(&mut self.decoder, data))))
         })
     }
 
-    /// Why there is no head: what is left of the request goes back if none of it was written.
+    /// Creates the error for a missing head. It contains the request if no byte of it was written.
     fn broken(&mut self, fault: Fault) -> LinkError {
         let is_unsent = self.is_unsent();
         match self.request.take().filter(|_| is_unsent) {
             Some(request) => LinkError::Unsent(Box::new(request), fault),
-            None if self.heard => LinkError::Broken(fault),
+            None if self.has_received => LinkError::Broken(fault),
             None => LinkError::HungUp(fault),
         }
     }
 
-    /// Not a byte of the request was written, or will be.
+    /// Whether sending failed before a byte of the request was written.
     fn is_unsent(&self) -> bool {
-        self.outbox.state == Sending::Broken && self.outbox.written == 0
+        self.outbox.state == Sending::Broken && self.outbox.head_written == 0
     }
 }
 
 impl Outbox {
-    /// Writes as much of a request as the socket takes.
+    /// Writes as much of the request as the socket accepts.
     fn poll(
         &mut self,
         mut io: Pin<&mut Io>,
@@ -205,11 +208,11 @@ impl Outbox {
     ) -> Poll<std::io::Result<()>> {
         while self.state == Sending::Writing {
             let mut slices = SmallVec::<[IoSlice<'_>; 8]>::new();
-            if self.written < head.len() {
-                slices.push(IoSlice::new(&head[self.written..]));
+            if self.head_written < head.len() {
+                slices.push(IoSlice::new(&head[self.head_written..]));
             }
-            let mut skip = self.of_slice;
-            for slice in body[self.slices..].iter().take(MAX_SLICES) {
+            let mut skip = self.slice_written;
+            for slice in body[self.slices_written..].iter().take(MAX_SLICES) {
                 slices.push(IoSlice::new(&slice[skip..]));
                 skip = 0;
             }
@@ -225,17 +228,17 @@ impl Outbox {
             if n == 0 {
                 return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
             }
-            let of_head = n.min(head.len() - self.written);
-            self.written += of_head;
+            let of_head = n.min(head.len() - self.head_written);
+            self.head_written += of_head;
             n -= of_head;
-            while n > 0 && self.slices < body.len() {
-                let left = body[self.slices].len() - self.of_slice;
+            while n > 0 && self.slices_written < body.len() {
+                let left = body[self.slices_written].len() - self.slice_written;
                 if n < left {
-                    self.of_slice += n;
+                    self.slice_written += n;
                     break;
                 }
                 n -= left;
-                (self.slices, self.of_slice) = (self.slices + 1, 0);
+                (self.slices_written, self.slice_written) = (self.slices_written + 1, 0);
             }
         }
         if self.state == Sending::Flushing {
@@ -251,8 +254,8 @@ impl Link for Http1 {
         self.outbox = Outbox { state: Sending::Writing, ..Outbox::default() };
         self.request = Some(request);
         self.decoder.begin();
-        self.ahead = None;
-        (self.idle, self.heard, self.waited) = (false, false, false);
+        self.body_start = None;
+        (self.idle, self.has_received, self.reader_polled) = (false, false, false);
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {
@@ -260,10 +263,10 @@ impl Link for Http1 {
         loop {
             let read = self.read(cx, Decoder::head);
             let failed = match read {
-                // Whatever it answers, it is not this request.
+                // The peer never received this request, so the response belongs to something else.
                 Poll::Ready(Ok(Some(Ok(Some(_))))) if self.is_unsent() => Fault::closed(),
                 Poll::Ready(Ok(Some(Ok(Some((parts, ahead)))))) => {
-                    self.ahead = Some(ahead).filter(|a| !a.is_empty());
+                    self.body_start = Some(ahead).filter(|a| !a.is_empty());
                     return Poll::Ready(Ok(parts));
                 }
                 Poll::Ready(Ok(Some(Ok(None)))) => continue,
@@ -273,10 +276,12 @@ impl Link for Http1 {
                     Ok(()) => Fault::closed(),
                 },
                 Poll::Ready(Err(error)) => Fault::unreachable(&error),
-                // A broken connection says so to the reader too; until then what it has said before may come.
-                Poll::Pending if self.outbox.state == Sending::Broken && self.waited => Fault::closed(),
+                // The write side failed; poll the reader once more before reporting it.
+                Poll::Pending if self.outbox.state == Sending::Broken && self.reader_polled => {
+                    Fault::closed()
+                }
                 Poll::Pending => {
-                    self.waited = self.outbox.state == Sending::Broken;
+                    self.reader_polled = self.outbox.state == Sending::Broken;
                     return Poll::Pending;
                 }
             };
@@ -285,7 +290,7 @@ impl Link for Http1 {
     }
 
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
-        if let Some(ahead) = self.ahead.take() {
+        if let Some(ahead) = self.body_start.take() {
             return Poll::Ready(Some(Ok(ahead)));
         }
         if self.outbox.state != Sending::Done {
@@ -308,28 +313,28 @@ impl Link for Http1 {
     }
 
     fn remaining(&self) -> SizeHint {
-        let ahead = self.ahead.as_ref().map_or(0, |a| a.len() as u64);
+        let ahead = self.body_start.as_ref().map_or(0, |a| a.len() as u64);
         self.decoder.remaining().map_or_else(SizeHint::default, |left| SizeHint::with_exact(left + ahead))
     }
 
     fn is_end(&self) -> bool {
-        self.ahead.is_none() && self.decoder.is_done()
+        self.body_start.is_none() && self.decoder.is_done()
     }
 
     fn is_reusable(&self) -> bool {
         let is_sent = self.request.is_none() && self.outbox.state == Sending::Done;
-        let is_over = self.ahead.is_none() && self.decoder.may_go_on() && is_sent;
+        let is_over = self.body_start.is_none() && self.decoder.may_go_on() && is_sent;
         self.idle || is_over
     }
 
     fn is_open(&mut self) -> bool {
         match &mut self.io {
-            // The kernel is asked only where the runtime has heard of something: between two of its looks a peer's close
-            // may cross the request, as it may on the way here, and is met there.
+            // `try_io` makes a system call only if the runtime has seen an event on the socket. A close that the
+            // runtime has not seen yet is handled like one that crosses the request on the network.
             MaybeHttpsStream::Http(tcp) => {
                 let tcp = tcp.inner();
-                let mut one = [MaybeUninit::uninit()];
-                let peeked = tcp.try_io(Interest::READABLE, || SockRef::from(tcp).peek(&mut one));
+                let mut byte = [MaybeUninit::uninit()];
+                let peeked = tcp.try_io(Interest::READABLE, || SockRef::from(tcp).peek(&mut byte));
                 matches!(peeked, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
             }
             MaybeHttpsStream::Https(_) => {

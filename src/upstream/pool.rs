@@ -1,8 +1,9 @@
 //! A worker's idle upstream connections.
 //!
-//! A connection is used by one request at a time and comes back only after an exchange that ended exactly. The
-//! youngest idle one is taken first, so that the surplus of a burst grows old and goes. All backends share one bound, since
-//! they share the files of the process: beyond it the oldest idle connection closes, whichever backend it leads to.
+//! A connection serves one request at a time. It returns to the pool only if the exchange ended cleanly. The most
+//! recently used connection is taken first, so that surplus connections of a burst expire. All backends share one
+//! limit, since they share the process's open files. Above the limit, the oldest idle connection of any backend is
+//! closed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
@@ -15,30 +16,31 @@ use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::link::{Http1, Link};
 
-/// How long a connection may wait for its next request.
+/// How long a connection may be idle.
 const MAX_IDLE: Nanos = 30 * SECOND;
 
-/// How long a connection may live: a name that resolves to something new is followed within this.
+/// Maximum age of a connection that is reused. This bounds the time until a changed DNS record takes effect.
 const MAX_AGE: Nanos = 300 * SECOND;
 
-/// Idle connections kept for one backend.
+/// Maximum number of idle connections to one backend.
 const MAX_PER_BACKEND: usize = 1024;
 
-/// Idle connections by backend, the oldest first.
+/// The idle connections of a worker.
 pub(crate) struct Pool {
-    idle: RefCell<HashMap<u64, VecDeque<Lease>, BuildHasherDefault<Spread>>>,
+    /// Idle connections by backend id, the oldest first.
+    idle: RefCell<HashMap<u64, VecDeque<Lease>, BuildHasherDefault<IdHasher>>>,
     worker: usize,
-    /// Connections of the worker, in use or idle.
+    /// Number of the worker's connections, in use or idle.
     open: Rc<Cell<usize>>,
-    /// Most of them while idle ones can make room.
-    most: usize,
+    /// Limit of `open`. Above the limit, idle connections are closed.
+    max_open: usize,
 }
 
-/// A hash of ids that Zap hands out itself: nobody can choose them, so it need not resist anybody.
+/// A hasher for backend ids. Clients cannot choose the ids, so the hash need not resist attacks.
 #[derive(Default)]
-struct Spread(u64);
+struct IdHasher(u64);
 
-impl Hasher for Spread {
+impl Hasher for IdHasher {
     fn write(&mut self, bytes: &[u8]) {
         bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
     }
@@ -53,28 +55,28 @@ impl Hasher for Spread {
     }
 }
 
-/// A connection, in use or idle; dropping it closes it.
+/// A connection, in use or idle. Dropping the lease closes the connection.
 pub(crate) struct Lease {
-    /// The connection itself.
+    /// The connection.
     pub link: Box<Http1>,
-    count: Count,
-    born: Nanos,
-    parked: Nanos,
+    gauge: ConnectionGauge,
+    opened_at: Nanos,
+    parked_at: Nanos,
 }
 
-/// Its place in `zap_upstream_connections`.
-struct Count {
+/// Counts one connection in `zap_upstream_connections`.
+struct ConnectionGauge {
     upstream: Arc<Upstream>,
     worker: usize,
     open: Rc<Cell<usize>>,
     idle: bool,
 }
 
-impl Count {
+impl ConnectionGauge {
     fn new(upstream: Arc<Upstream>, pool: &Pool) -> Self {
         upstream.lanes[pool.worker].active.add(1);
         pool.open.update(|n| n + 1);
-        Count { upstream, worker: pool.worker, open: pool.open.clone(), idle: false }
+        ConnectionGauge { upstream, worker: pool.worker, open: pool.open.clone(), idle: false }
     }
 
     fn set_idle(&mut self, idle: bool) {
@@ -89,7 +91,7 @@ impl Count {
     }
 }
 
-impl Drop for Count {
+impl Drop for ConnectionGauge {
     fn drop(&mut self) {
         self.counter().sub(1);
         self.open.update(|n| n - 1);
@@ -98,31 +100,37 @@ impl Drop for Count {
 
 impl Lease {
     fn is_fresh(&self, now: Nanos) -> bool {
-        self.parked + MAX_IDLE > now && self.born + MAX_AGE > now
+        self.parked_at + MAX_IDLE > now && self.opened_at + MAX_AGE > now
     }
 }
 
 impl Pool {
-    /// The pool of worker number `worker`, which keeps idle connections while it has no more than `most` in all.
-    pub(crate) fn new(worker: usize, most: usize) -> Self {
-        Pool { idle: RefCell::default(), worker, open: Rc::default(), most }
+    /// Creates the pool of worker number `worker`, with a limit of `max_open` connections. Above the limit, idle ones are
+    /// closed.
+    pub(crate) fn new(worker: usize, max_open: usize) -> Self {
+        Pool { idle: RefCell::default(), worker, open: Rc::default(), max_open }
     }
 
-    /// A fresh connection to `upstream`, in use from now on.
+    /// Creates the lease of a new connection to `upstream`. The connection counts as in use.
     pub(crate) fn lease(&self, link: Http1, upstream: Arc<Upstream>, now: Nanos) -> Lease {
-        Lease { link: Box::new(link), count: Count::new(upstream, self), born: now, parked: now }
+        Lease {
+            link: Box::new(link),
+            gauge: ConnectionGauge::new(upstream, self),
+            opened_at: now,
+            parked_at: now,
+        }
     }
 
-    /// Closes idle connections, the oldest first, until a fresh one fits.
+    /// Closes idle connections, the oldest first, until a new connection is within the limit.
     pub(crate) fn make_room(&self) {
-        while self.open.get() >= self.most && self.close_oldest() {}
+        while self.open.get() >= self.max_open && self.close_oldest() {}
     }
 
-    /// Closes the oldest idle connection, whichever backend it leads to; `false` where none is idle.
+    /// Closes the oldest idle connection of any backend. Returns `false` if there is none.
     pub(crate) fn close_oldest(&self) -> bool {
         let mut idle = self.idle.borrow_mut();
         let oldest = idle.values_mut().filter(|parked| !parked.is_empty());
-        let oldest = oldest.min_by_key(|parked| parked.front().map(|lease| lease.parked));
+        let oldest = oldest.min_by_key(|parked| parked.front().map(|lease| lease.parked_at));
         oldest.and_then(VecDeque::pop_front).is_some()
     }
 
@@ -134,38 +142,38 @@ impl Pool {
         }
     }
 
-    /// An idle connection to `upstream` that its peer still holds open.
+    /// Takes an idle connection to `upstream` that the peer has not closed.
     pub(crate) fn take(&self, upstream: &Upstream, now: Nanos) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
         let parked = idle.get_mut(&upstream.state.id)?;
         while let Some(mut lease) = parked.pop_back() {
             if lease.is_fresh(now) && lease.link.is_open() {
-                lease.count.set_idle(false);
+                lease.gauge.set_idle(false);
                 return Some(lease);
             }
         }
         None
     }
 
-    /// Takes a connection back, if it can serve again.
+    /// Returns a connection to the pool, or closes it if it cannot be reused.
     pub(crate) fn park(&self, mut lease: Lease, now: Nanos) {
-        lease.parked = now;
+        lease.parked_at = now;
         if !lease.is_fresh(now) || !lease.link.is_reusable() {
             return;
         }
-        lease.count.set_idle(true);
+        lease.gauge.set_idle(true);
         let mut idle = self.idle.borrow_mut();
-        let parked = idle.entry(lease.count.upstream.state.id).or_default();
+        let parked = idle.entry(lease.gauge.upstream.state.id).or_default();
         if parked.len() < MAX_PER_BACKEND {
             parked.push_back(lease);
         }
         drop(idle);
-        if self.open.get() > self.most {
+        if self.open.get() > self.max_open {
             self.close_oldest();
         }
     }
 
-    /// Closes what is too old, was closed by its peer, or leads to a backend that is none of `fleet` any more.
+    /// Closes idle connections that are too old, that the peer has closed, or whose backend is not in `fleet`.
     pub(crate) fn sweep(&self, now: Nanos, fleet: &[Arc<Upstream>]) {
         self.idle.borrow_mut().retain(|id, parked| {
             parked.retain_mut(|lease| lease.is_fresh(now) && lease.link.is_open());
@@ -183,7 +191,7 @@ mod tests {
     use crate::config::Config;
     use crate::upstream::connect::Roots;
 
-    /// A backend of a name that nobody else has, and what listens there.
+    /// A listener and the backend with its address.
     fn upstream() -> (std::net::TcpListener, Arc<Upstream>) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -199,56 +207,57 @@ mod tests {
     }
 
     #[test]
-    fn beyond_its_share_a_worker_closes_the_oldest_idle_connection_of_any_backend() {
+    fn above_the_limit_the_oldest_idle_connection_of_any_backend_is_closed() {
         let ((_at_a, a), (_at_b, b)) = (upstream(), upstream());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let pool = Pool::new(0, 3);
-        let fresh = |upstream: &Arc<Upstream>, now| {
+        let open_one = |upstream: &Arc<Upstream>, now| {
             pool.lease(runtime.block_on(connect(upstream)), upstream.clone(), now)
         };
         let idle = || [&a, &b].map(|upstream| upstream.lanes[0].idle.get());
-        let all: Vec<_> = [(&a, 1), (&b, 2), (&b, 3), (&a, 4)].map(|(to, at)| (fresh(to, at), at)).into();
+        let all: Vec<_> = [(&a, 1), (&b, 2), (&b, 3), (&a, 4)].map(|(to, at)| (open_one(to, at), at)).into();
         let _inside = runtime.enter();
         for (lease, now) in all {
             pool.park(lease, now);
         }
-        assert_eq!((idle(), pool.open.get()), ([1, 2], 3), "the first was one too many");
+        assert_eq!((idle(), pool.open.get()), ([1, 2], 3), "the oldest was closed");
         pool.make_room();
-        assert_eq!(idle(), [1, 1], "a fresh one fits");
+        assert_eq!(idle(), [1, 1], "there is room for a new one");
         let used = pool.take(&b, 5).unwrap();
         pool.make_room();
         assert_eq!((idle(), pool.open.get()), ([1, 0], 2));
         pool.park(used, 6);
         pool.close_half();
-        assert_eq!(idle(), [0, 1], "the older half");
+        assert_eq!(idle(), [0, 1], "the older half was closed");
         assert!(pool.close_oldest() && !pool.close_oldest());
         assert_eq!(pool.open.get(), 0);
     }
 
     #[test]
-    fn a_connection_serves_while_it_is_young_and_its_backend_known() {
+    fn connections_expire_by_idle_time_by_age_and_with_their_backend() {
         let (_listener, upstream) = upstream();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let pool = Pool::new(0, usize::MAX);
-        let fresh = |born| pool.lease(runtime.block_on(connect(&upstream)), upstream.clone(), born);
+        let open_one =
+            |opened_at| pool.lease(runtime.block_on(connect(&upstream)), upstream.clone(), opened_at);
         let idle = || upstream.lanes[0].idle.get();
         let _inside = runtime.enter();
-        pool.park(fresh(0), 0);
-        assert!(pool.take(&upstream, MAX_IDLE).is_none(), "it waited too long");
-        // Busy all the time, it is replaced all the same, so that a name that moves is followed.
-        let mut lease = fresh(0);
+        pool.park(open_one(0), 0);
+        assert!(pool.take(&upstream, MAX_IDLE).is_none(), "idle for too long");
+        // A connection in constant use expires too, so that a changed DNS record takes effect.
+        let mut lease = open_one(0);
         let mut now = 0;
         while now + MAX_IDLE / 2 < MAX_AGE {
             pool.park(lease, now);
             now += MAX_IDLE / 2;
-            lease = pool.take(&upstream, now).expect("it is young");
+            lease = pool.take(&upstream, now).expect("not yet expired");
         }
         pool.park(lease, MAX_AGE);
-        assert!(pool.take(&upstream, MAX_AGE).is_none(), "it is too old");
-        pool.park(fresh(MAX_AGE), MAX_AGE);
+        assert!(pool.take(&upstream, MAX_AGE).is_none(), "too old");
+        pool.park(open_one(MAX_AGE), MAX_AGE);
         pool.sweep(MAX_AGE, std::slice::from_ref(&upstream));
         assert_eq!(idle(), 1);
         pool.sweep(MAX_AGE, &[]);
-        assert_eq!(idle(), 0, "its backend is gone");
+        assert_eq!(idle(), 0, "the backend is removed");
     }
 }

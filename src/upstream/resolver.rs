@@ -1,7 +1,7 @@
-//! Name look-ups: a few at a time for a backend.
+//! Looks up host names, with a limited number of look-ups per backend.
 //!
-//! A look-up blocks a thread, and one that hangs cannot be ended. With a thread for each, the requests for one backend
-//! whose name does not resolve would take them all, and no other backend's name would be looked up any more.
+//! A look-up blocks a thread and cannot be cancelled. Without the limit, the requests for one backend whose look-ups
+//! hang would occupy all threads, and no other name could be looked up.
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -14,39 +14,40 @@ use tokio::task::spawn_blocking;
 use crate::clock;
 use crate::time::Nanos;
 
-/// Look-ups of one name at a time: one may hang for want of a lost packet, and the others not wait for it.
-const AT_ONCE: usize = 4;
+/// Maximum number of parallel look-ups of one name. There are several, since one may hang after a lost packet.
+const MAX_PARALLEL: usize = 4;
 
-/// How a name is looked up; the port of what is found means nothing.
+/// A function that looks up a name. The ports of the results have no meaning.
 pub(crate) type LookUp = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
 
-/// The addresses of a name, if it resolves.
-pub(crate) type LookUpResult = Result<Vec<SocketAddr>, Failed>;
+/// The addresses of a name, or why the look-up failed.
+pub(crate) type LookUpResult = Result<Vec<SocketAddr>, LookUpError>;
 
-/// Resolves the name of one backend for all workers: who has to wait shares the next look-up that begins.
+/// Resolves the name of one backend for all workers. Callers that wait for a permit share the result of a look-up that
+/// began after their call.
 #[derive(Clone)]
 pub(crate) struct Resolver {
     look_up: Arc<LookUp>,
-    turn: Arc<Semaphore>,
-    /// What the last look-up found, and when it began.
+    permits: Arc<Semaphore>,
+    /// When the latest look-up began, and its result.
     last: Arc<Mutex<Option<(Nanos, LookUpResult)>>>,
 }
 
-/// A name that does not resolve: the system's error, if there was one, and the text.
+/// Why a look-up failed: the system's error number, if any, and the message.
 #[derive(Clone, Debug)]
-pub struct Failed {
+pub struct LookUpError {
     code: Option<i32>,
     text: String,
 }
 
-impl From<io::Error> for Failed {
+impl From<io::Error> for LookUpError {
     fn from(error: io::Error) -> Self {
-        Failed { code: error.raw_os_error(), text: error.to_string() }
+        LookUpError { code: error.raw_os_error(), text: error.to_string() }
     }
 }
 
-impl From<Failed> for io::Error {
-    fn from(failed: Failed) -> Self {
+impl From<LookUpError> for io::Error {
+    fn from(failed: LookUpError) -> Self {
         match failed.code {
             Some(code) => io::Error::from_raw_os_error(code),
             None => io::Error::other(failed.text),
@@ -55,42 +56,42 @@ impl From<Failed> for io::Error {
 }
 
 impl Resolver {
-    /// Asks the system.
+    /// Creates a resolver that uses the system's look-up.
     pub(crate) fn system() -> Self {
         Resolver::new(Arc::new(|name| Ok((name, 0).to_socket_addrs()?.collect())))
     }
 
-    /// Asks `look_up`.
+    /// Creates a resolver that uses `look_up`.
     pub(crate) fn new(look_up: Arc<LookUp>) -> Self {
-        Resolver { look_up, turn: Arc::new(Semaphore::new(AT_ONCE)), last: Arc::default() }
+        Resolver { look_up, permits: Arc::new(Semaphore::new(MAX_PARALLEL)), last: Arc::default() }
     }
 
-    /// The addresses of `name` as they are now, or a moment later.
+    /// Returns the addresses of `name`, from a look-up that began after this call.
     ///
     /// # Errors
-    /// It does not resolve.
+    /// Returns an error if the look-up fails.
     pub(crate) async fn resolve(self, name: String) -> LookUpResult {
         let asked = clock::now();
-        let turn = self.turn.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let permit = self.permits.clone().acquire_owned().await.map_err(io::Error::other)?;
         if let Some((began, found)) = &*self.last.lock()
             && *began >= asked
         {
             return found.clone();
         }
         let (look_up, last) = (self.look_up.clone(), self.last.clone());
-        let looking = spawn_blocking(move || {
+        let task = spawn_blocking(move || {
             let began = clock::now();
-            let found = look_up(&name).map_err(Failed::from);
+            let found = look_up(&name).map_err(LookUpError::from);
             let mut last = last.lock();
             if last.as_ref().is_none_or(|(other, _)| *other < began) {
                 *last = Some((began, found.clone()));
             }
             drop(last);
-            // Whoever asked may be gone: the turn ends with the look-up.
-            drop(turn);
+            // Hold the permit until the look-up ends, even if the caller was cancelled.
+            drop(permit);
             found
         });
-        looking.await.map_err(io::Error::other)?
+        task.await.map_err(io::Error::other)?
     }
 }
 
@@ -104,14 +105,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_takes_few_threads_and_who_waits_shares_what_is_found() {
+    fn a_name_occupies_few_threads_and_waiting_callers_share_results() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (open, gate) = mpsc::channel::<io::Result<Vec<SocketAddr>>>();
-        let (begun, looks) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let (gate, theirs, done) = (Mutex::new(gate), begun.clone(), looks.clone());
+        let (begun, finished) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (gate, started, done) = (Mutex::new(gate), begun.clone(), finished.clone());
         let resolver = Resolver::new(Arc::new(move |name| {
             assert_eq!(name, "a.test");
-            theirs.fetch_add(1, Ordering::SeqCst);
+            started.fetch_add(1, Ordering::SeqCst);
             let found = gate.lock().recv().unwrap();
             done.fetch_add(1, Ordering::SeqCst);
             found
@@ -120,14 +121,14 @@ mod tests {
             let look = || resolver.clone().resolve("a.test".into());
             let first = tokio::spawn(look());
             let mut crowd: JoinSet<LookUpResult> = (0..50).map(|_| look()).collect();
-            while begun.load(Ordering::SeqCst) < AT_ONCE {
+            while begun.load(Ordering::SeqCst) < MAX_PARALLEL {
                 tokio::task::yield_now().await;
             }
             for _ in 0..100 {
                 tokio::task::yield_now().await;
             }
-            assert_eq!(begun.load(Ordering::SeqCst), AT_ONCE, "the others wait without a thread");
-            // Who gives up leaves the look-up where it is, and its turn with it.
+            assert_eq!(begun.load(Ordering::SeqCst), MAX_PARALLEL, "the other calls wait without a thread");
+            // A cancelled call does not stop its look-up, which keeps its permit.
             first.abort();
             assert!(first.await.unwrap_err().is_cancelled());
             let address: SocketAddr = "192.0.2.7:0".parse().unwrap();
@@ -135,8 +136,8 @@ mod tests {
             while let Some(found) = crowd.join_next().await {
                 assert_eq!(found.unwrap().unwrap(), [address]);
             }
-            let all = looks.load(Ordering::SeqCst);
-            assert!((AT_ONCE..=2 * AT_ONCE).contains(&all), "{all}: the others shared what a few found");
+            let all = finished.load(Ordering::SeqCst);
+            assert!((MAX_PARALLEL..=2 * MAX_PARALLEL).contains(&all), "{all}: the other calls share results");
         });
         let failing = Resolver::new(Arc::new(|_| Err(io::Error::from_raw_os_error(24))));
         let failed: io::Error = runtime.block_on(failing.resolve("a.test".into())).unwrap_err().into();

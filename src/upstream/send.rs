@@ -1,4 +1,4 @@
-//! One try at one backend: a pooled connection or a fresh one, the request, the head of the answer.
+//! One try at one backend: takes or opens a connection, sends the request and reads the head of the response.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -15,25 +15,25 @@ use crate::upstream::fault::Fault;
 use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 use crate::upstream::pool::{Lease, Pool};
 
-/// An answer whose head is here and whose body is still to be read from `lease`.
+/// A response whose head has been read. The body is still to be read from `lease`.
 pub(crate) struct UpstreamAnswer {
-    /// Status and headers as they came.
+    /// Status and headers as received.
     pub head: response::Parts,
     /// The connection.
     pub lease: Lease,
 }
 
-/// Why there is no answer.
+/// Why a try got no response.
 #[derive(Debug)]
 pub(crate) enum SendError {
-    /// What broke.
+    /// The connection failed, or the response is invalid.
     Broken(Fault),
-    /// The caller's time has passed.
+    /// The try timed out. The caller sets the time limit and reports this error.
     Late(Fault),
-    /// No connection could be opened, and the backend has no part in that.
+    /// No connection could be opened, for lack of resources on this machine.
     Exhausted(Fault),
-    /// A connection that had served before was closed, without a word, as soon as the request was written: the peer had
-    /// most likely closed it meanwhile, and a fresh one will do.
+    /// The peer closed a reused connection without a response right after the request was sent. Most likely the close
+    /// crossed the request, so the request can be sent again on a new connection.
     Stale,
 }
 
@@ -52,49 +52,49 @@ impl From<ConnectError> for SendError {
     }
 }
 
-/// How far a request is.
+/// The progress of a try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Its turn has come, then: what follows is waiting for the backend.
+    /// The try began at this time. From here on the request waits for the backend.
     Begun(Nanos),
-    /// A fresh connection is to be opened.
+    /// A new connection is being opened.
     Connecting,
-    /// The request goes out, for the first time or once more.
+    /// The request is being sent, for the first time or again.
     Sending,
 }
 
-/// A peer's close crosses the request within the time of a round trip, however far it is.
-const CROSSING: Nanos = SECOND;
+/// Time after the start of a try in which the peer's close may still cross the request. Longer than any round trip.
+const MAX_CROSSING: Nanos = SECOND;
 
-/// Lets all that is ready go first: a worker that has been woken for many requests reads them all and then writes them
-/// all. Writes that follow one another find their peer awake, which is a tenth of what a request costs, and code that is
-/// still in the cache.
-async fn last_in_line() {
-    let mut has_waited = false;
+/// Yields to the other ready tasks once. A worker with many ready requests then first reads them all and then writes
+/// them all. Consecutive writes are cheaper: the peer is awake already, which saves a tenth of the cost of a request,
+/// and the code stays in the CPU cache.
+async fn yield_once() {
+    let mut has_yielded = false;
     poll_fn(|cx| {
-        if has_waited {
+        if has_yielded {
             return Poll::Ready(());
         }
-        has_waited = true;
+        has_yielded = true;
         cx.waker().wake_by_ref();
         Poll::Pending
     })
     .await;
 }
 
-/// Where the connection for a request comes from.
+/// How to get a connection for a request.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'p> {
-    /// The worker's connections.
+    /// The worker's idle connections.
     pub pool: &'p Pool,
-    /// An idle one will do.
+    /// Whether an idle connection may be reused.
     pub reuse: bool,
-    /// How long it may take to open a fresh one.
+    /// Time limit for opening a new connection.
     pub limit: Duration,
 }
 
 impl Source<'_> {
-    /// Opens a fresh connection. Where no file is left, the worker's idle connections make room, one by one.
+    /// Opens a new connection. If no file is free, closes idle connections of the worker one by one and retries.
     async fn open(self, upstream: &Upstream) -> Result<Io, ConnectError> {
         self.pool.make_room();
         let began = clock::now();
@@ -108,19 +108,19 @@ impl Source<'_> {
     }
 }
 
-/// Sends `request` to `upstream` and waits for the head of the answer; the caller limits the time.
+/// Sends `request` to `upstream` and waits for the head of the response. The caller limits the time.
 ///
-/// A pooled connection that had died before a byte was written costs nothing: the next one is taken.
+/// If a pooled connection fails before a byte of the request was written, the next connection is used.
 ///
 /// # Errors
-/// Why there is no answer.
+/// Returns why there is no response.
 pub(crate) async fn send(
     source: Source<'_>,
     upstream: &Arc<Upstream>,
     mut request: WireRequest,
     mut on_step: impl FnMut(Step),
 ) -> Result<UpstreamAnswer, SendError> {
-    last_in_line().await;
+    yield_once().await;
     let since = clock::now();
     on_step(Step::Begun(since));
     loop {
@@ -140,7 +140,7 @@ pub(crate) async fn send(
                 return Err(Fault::not_http("status 101, which nobody asked for").into());
             }
             Ok(head) => return Ok(UpstreamAnswer { head, lease }),
-            Err(LinkError::HungUp(_)) if reused && clock::now() < since + CROSSING => {
+            Err(LinkError::HungUp(_)) if reused && clock::now() < since + MAX_CROSSING => {
                 return Err(SendError::Stale);
             }
             Err(LinkError::Unsent(back, _)) if reused => request = *back,
