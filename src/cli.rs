@@ -1,4 +1,4 @@
-//! The command line: what was asked for, and doing it.
+//! The command line: parses the arguments and runs the command.
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -17,35 +17,35 @@ const HELP: &str = "\
 Zap: one OpenAI-compatible endpoint in front of many LLM providers.
 
 Usage:
-  zap [--config FILE]         serve; FILE is ./config.toml unless given
+  zap [--config FILE]         serve requests; the default FILE is ./config.toml
   zap check [--config FILE]   validate the configuration and exit
   zap demo [--port N]         serve on 127.0.0.1:8000 in front of two built-in mock providers
-  zap help [WORD]             print the manual: its topics, or what it says of WORD, which is a topic, a
-                              configuration key, an error code, a metric or an endpoint
+  zap help [WORD]             list the topics of the manual, or print the entry of WORD: a topic, a configuration
+                              key, an error code, a metric or an endpoint
   zap --help | --version
 
-Exit codes: 0 fine, 1 runtime failure, 2 bad configuration or usage.
+Exit codes: 0 success, 1 runtime failure, 2 bad configuration or usage.
 ";
 
 const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
 
-/// Connections the kernel holds until they are accepted.
+/// Maximum number of connections that wait in the kernel until they are accepted.
 const BACKLOG: i32 = 4096;
 
-/// What the arguments ask for.
+/// The command that the arguments select.
 #[derive(Debug, PartialEq, Eq)]
 enum Command {
     Check(PathBuf),
     Demo(u16),
     Help,
-    /// A word of the manual, or its topics.
+    /// Print the manual's entry of a word, or the list of topics.
     Manual(Option<String>),
     Serve(PathBuf),
     Version,
 }
 
-/// Runs the program with its arguments (the program's name left out).
+/// Runs the program. `args` are its arguments, without the program's name.
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     match parse(args) {
         Ok(Command::Help) => print(HELP),
@@ -62,12 +62,12 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Writes to stdout. A reader that closes the pipe early, as `head` does, is not a failure.
+/// Writes to stdout. If the reader closes the pipe early, as `head` does, the exit code is still 0.
 fn print(text: &str) -> ExitCode {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
-            eprintln!("zap: cannot write: {e}");
+            eprintln!("zap: cannot write to stdout: {e}");
             ExitCode::from(FAILED)
         }
         _ => ExitCode::SUCCESS,
@@ -85,7 +85,7 @@ fn look_up(word: &str) -> ExitCode {
 }
 
 fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
-    let (mut verb, mut file, mut port) = (None, None, None);
+    let (mut subcommand, mut file, mut port) = (None, None, None);
     while let Some(arg) = args.next() {
         let text = arg.to_string_lossy().into_owned();
         match text.as_str() {
@@ -97,8 +97,8 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
                 let number = value.to_string_lossy().parse::<u16>();
                 port = Some(number.map_err(|_| "--port needs a number from 0 to 65535")?);
             }
-            "help" if verb.is_none() => return manual_command(args),
-            "check" | "demo" if verb.is_none() => verb = Some(text),
+            "help" if subcommand.is_none() => return manual_command(args),
+            "check" | "demo" if subcommand.is_none() => subcommand = Some(text),
             other => match other.strip_prefix("--config=") {
                 Some(path) => file = Some(PathBuf::from(path)),
                 None => return Err(format!("unknown argument {}", other.escape_debug())),
@@ -106,10 +106,12 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
         }
     }
     let (file, has_file) = (file.clone().unwrap_or_else(|| "config.toml".into()), file.is_some());
-    match verb.as_deref() {
-        Some("demo") if has_file => Err("demo needs no configuration; leave --config out".into()),
+    match subcommand.as_deref() {
+        Some("demo") if has_file => Err("demo does not take --config".into()),
         Some("demo") => Ok(Command::Demo(port.unwrap_or(8000))),
-        _ if port.is_some() => Err("--port is for demo; set server.port in the configuration".into()),
+        _ if port.is_some() => {
+            Err("--port works only with demo; set server.port in the configuration".into())
+        }
         Some(_) => Ok(Command::Check(file)),
         None => Ok(Command::Serve(file)),
     }
@@ -128,7 +130,7 @@ fn load(file: &Path) -> Result<Config, ExitCode> {
     Config::load(file).map_err(|error| {
         match &error {
             LoadError::Missing(path) => eprintln!(
-                "zap: no configuration file at {}\n  cp config.example.toml config.toml   to begin with your own providers\n  zap demo                             to try it without any",
+                "zap: no configuration file at {}\n  cp config.example.toml config.toml   to configure your own providers\n  zap demo                             to try Zap without a configuration",
                 path.display()
             ),
             LoadError::Invalid(faults) => eprintln!("{faults}"),
@@ -146,7 +148,7 @@ fn check(file: &Path) -> ExitCode {
         eprintln!("warning: {warning}");
     }
     match crate::upstream::fleet::prepare(config, None) {
-        Ok(fleet) => print(&format!("{}: fine, {} backends\n", file.display(), fleet.backends.len())),
+        Ok(fleet) => print(&format!("{}: valid, {} backends\n", file.display(), fleet.backends.len())),
         Err(what) => {
             eprintln!("{}: {what}", file.display());
             ExitCode::from(BAD_USAGE)
@@ -163,15 +165,15 @@ fn listen_and_serve(config: Config) -> ExitCode {
 
 fn serve(config: Config, listener: TcpListener) -> ExitCode {
     let log = Log::start(config.log.events);
-    let of_bugs = log.clone();
-    // Where, and not what: a message could hold anything.
-    std::panic::set_hook(Box::new(move |bug| {
-        let at = bug.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        of_bugs.event("error", "bug", &format!("a bug{at} ended what it met; everything else goes on"));
+    let panic_log = log.clone();
+    // Log the location but not the message, which could contain a key.
+    std::panic::set_hook(Box::new(move |panic| {
+        let at = panic.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+        panic_log.event("error", "bug", &format!("a bug{at} aborted one task; all other tasks continue"));
     }));
     let (sender, receiver) = orders();
     if let Err(e) = on_signals(sender) {
-        eprintln!("zap: signals cannot be caught: {e}");
+        eprintln!("zap: cannot install the signal handlers: {e}");
         return ExitCode::from(FAILED);
     }
     match crate::run(config, log, listener, receiver) {
@@ -188,7 +190,7 @@ fn serve(config: Config, listener: TcpListener) -> ExitCode {
     }
 }
 
-/// Has the process's signals sent as orders, from now on.
+/// Starts a thread that sends the process's signals as orders.
 fn on_signals(orders: Sender<Order>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let signals = {
@@ -206,7 +208,7 @@ fn listen(address: SocketAddr) -> Result<TcpListener, ExitCode> {
     })
 }
 
-/// A listener with a long backlog that a restart can take over at once.
+/// Opens a listener with a long backlog. SO_REUSEADDR lets a restarted Zap bind the same address at once.
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -238,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_every_form_of_the_command_line() {
+    fn parses_every_form_of_the_command_line() {
         for (args, want) in [
             (&[][..], Ok(Command::Serve("config.toml".into()))),
             (&["--config", "a.toml"], Ok(Command::Serve("a.toml".into()))),
