@@ -1,4 +1,4 @@
-//! The cause of a failure stands in the event, in `/status` and in the log line.
+//! The cause of a failure is in the event, in `/status` and in the log line.
 
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::{CHAT, OK, Running, ask, provider, respond, tls_server};
 
-/// A TLS backend whose certificate names `name`: its URL, and the settings that trust the certificate.
+/// Starts a TLS backend with a certificate for `name`. Returns its URL and the settings that trust the certificate.
 fn tls(name: &str) -> (String, String) {
     let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
     let (address, pem) = tls_server::server_with(params);
@@ -18,7 +18,7 @@ fn url(address: SocketAddr) -> String {
     format!("http://{address}")
 }
 
-/// Starts Zap with backend `a` at `url`, and `b`, which works and is asked after it.
+/// Starts Zap with backend `a` at `url` and a working backend `b` of lower priority.
 fn start(url: &str, more: &str, failure_threshold: u32) -> Running {
     let b = provider(OK, Duration::ZERO);
     Running::with(&format!(
@@ -29,20 +29,20 @@ fn start(url: &str, more: &str, failure_threshold: u32) -> Running {
     ))
 }
 
-/// The log line of a chat.
+/// Sends a chat and returns its log line.
 fn chat(zap: &Running) -> Value {
     assert!(ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: chat-1", CHAT).ends_with("ok"));
     serde_json::from_str(&zap.line("chat-1")).unwrap()
 }
 
-/// What `/status` says of backend `a`.
+/// The `last_error` of backend `a` in `/status`.
 fn last_error(zap: &Running) -> Value {
     let status = ask(zap.address, "GET /status HTTP/1.1", "");
     let status: Value = serde_json::from_str(status.split("\r\n\r\n").nth(1).unwrap()).unwrap();
     status["backends"][0]["last_error"].clone()
 }
 
-/// Where a backend is, its other settings, its code, and one of the causes that are to be named.
+/// The URL of a backend, its other settings, the expected error code (any if empty) and the accepted causes.
 type Case = (String, String, &'static str, &'static [&'static str]);
 
 fn unreachable() -> [Case; 4] {
@@ -60,20 +60,20 @@ fn unreachable() -> [Case; 4] {
     ]
 }
 
-/// `said` is one of the causes.
-fn is_one(said: &Value, causes: &[&str]) -> bool {
-    causes.iter().any(|cause| said == cause)
+/// Whether `cause` is one of `causes`.
+fn is_one(cause: &Value, causes: &[&str]) -> bool {
+    causes.iter().any(|accepted| cause == accepted)
 }
 
 #[test]
-fn a_failed_check_names_its_cause_in_the_event_in_status_and_in_the_log_line() {
-    const NO_ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n";
-    let page = |answer| respond(move |is_check| if is_check { answer } else { OK });
+fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
+    const INVALID_RESPONSE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n";
+    let page = |response| respond(move |is_check| if is_check { response } else { OK });
     let sick = page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n");
     let more: [Case; 2] = [
         (url(sick), "health_path = \"/health\"".to_owned(), "upstream_error", &["HTTP 503 to GET /health"]),
         (
-            url(page(NO_ANSWER)),
+            url(page(INVALID_RESPONSE)),
             String::new(),
             "upstream_invalid_response",
             &["not HTTP: two content-lengths"],
@@ -94,9 +94,9 @@ fn a_failed_check_names_its_cause_in_the_event_in_status_and_in_the_log_line() {
 }
 
 #[test]
-fn a_failed_try_names_its_cause_in_the_log_line_and_in_status() {
-    const NO_ANSWER: &str = "HTTP/1.1 200 OK\r\na : b\r\n\r\n";
-    let page = |answer| respond(move |is_check| if is_check { OK } else { answer });
+fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
+    const INVALID_RESPONSE: &str = "HTTP/1.1 200 OK\r\na : b\r\n\r\n";
+    let page = |response| respond(move |is_check| if is_check { OK } else { response });
     let more: [Case; 3] = [
         (
             url(page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n")),
@@ -105,7 +105,7 @@ fn a_failed_try_names_its_cause_in_the_log_line_and_in_status() {
             &["HTTP 503"],
         ),
         (
-            url(page(NO_ANSWER)),
+            url(page(INVALID_RESPONSE)),
             String::new(),
             "upstream_invalid_response",
             &["not HTTP: a header is malformed"],
@@ -124,7 +124,7 @@ fn a_failed_try_names_its_cause_in_the_log_line_and_in_status() {
 }
 
 #[test]
-fn a_backend_that_real_requests_close_and_a_check_reopens_says_so() {
+fn events_tell_whether_a_request_or_a_check_changed_the_state() {
     let a = respond(|is_check| if is_check { OK } else { "HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n" });
     let zap = start(&url(a), "", 1);
     assert_eq!(chat(&zap)["attempts"][0], serde_json::json!(["a", "upstream_error", "HTTP 500"]));

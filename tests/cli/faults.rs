@@ -1,4 +1,4 @@
-//! Faults that only the real process can have: its files, its memory, its signals, its stderr.
+//! Faults that need a real process: open files, memory, signals and stderr.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,25 +9,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::{CHAT, File, Killed, OK, Running, ask, config, provider, zap};
+use crate::{CHAT, File, KillOnDrop, OK, Running, ask, config, provider, zap};
 
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !done() {
-        assert!(Instant::now() < end, "never came true: {what}");
+        assert!(Instant::now() < end, "timed out: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// A number from `/metrics`.
+/// The value of a series in `/metrics`.
 fn metric(address: SocketAddr, series: &str) -> f64 {
     let text = ask(address, "GET /metrics HTTP/1.1", "");
     let line = text.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {series}")).parse().unwrap()
 }
 
-fn clean(address: SocketAddr) {
-    eventually("the gauges are idle", || {
+fn assert_idle(address: SocketAddr) {
+    wait_until("the gauges are idle", || {
         let active = "zap_upstream_connections{backend=\"a\",state=\"active\"}";
         [active, "zap_in_flight{backend=\"a\"}", "zap_queue_depth"].iter().all(|s| metric(address, s) == 0.0)
     });
@@ -53,8 +53,9 @@ impl Running {
     }
 }
 
-/// A provider of one stream without an end, as fast as it is read or `pace` apart, and of `OK` where none is asked for.
-fn endless(pace: Duration) -> (SocketAddr, Arc<AtomicUsize>) {
+/// A provider that sends an endless stream, with a pause of `pace` between chunks, and `OK` to other requests. Returns
+/// its address and the number of open streams.
+fn endless_provider(pace: Duration) -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let open = Arc::<AtomicUsize>::default();
@@ -95,37 +96,37 @@ fn start_stream(address: SocketAddr) -> TcpStream {
 }
 
 #[test]
-fn o05_with_64_files_nothing_spins_and_streams_live() {
-    let (backend, open) = endless(Duration::from_millis(20));
+fn o05_with_64_files_no_thread_spins_and_streams_continue() {
+    let (backend, open) = endless_provider(Duration::from_millis(20));
     let file = File::new("files", &config(backend, "[health]\ninterval_secs = 1"));
     let mut command = std::process::Command::new("sh");
     command.args(["-c", "ulimit -n 64; exec \"$0\" --config \"$1\"", env!("CARGO_BIN_EXE_zap"), file.path()]);
     let zap = Running::start(command.stdin(Stdio::null()));
     let mut running = start_stream(zap.address);
-    eventually("it streams", || open.load(Ordering::SeqCst) == 1);
+    wait_until("the stream has started", || open.load(Ordering::SeqCst) == 1);
     let crowd: Vec<_> = (0..200).map(|_| TcpStream::connect(zap.address).unwrap()).collect();
     let (ticks, since) = (zap.ticks(), Instant::now());
     let mut buf = [0; 65536];
     while since.elapsed() < Duration::from_secs(3) {
-        assert!(running.read(&mut buf).unwrap() > 0, "the stream goes on");
+        assert!(running.read(&mut buf).unwrap() > 0, "the stream continues");
     }
     let used = zap.ticks() - ticks;
-    assert!(used <= 15 + 15, "{used} ticks in 3 s, the stream's own among them");
+    assert!(used <= 15 + 15, "{used} ticks in 3 s, including the work of the stream");
     drop(crowd);
     let since = Instant::now();
     assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
-    assert!(running.read(&mut buf).unwrap() > 0, "the stream goes on still");
+    assert!(running.read(&mut buf).unwrap() > 0, "the stream still continues");
     drop(running);
-    eventually("its upstream too has ended", || open.load(Ordering::SeqCst) == 0);
-    clean(zap.address);
+    wait_until("the upstream stream is closed", || open.load(Ordering::SeqCst) == 0);
+    assert_idle(zap.address);
     let log = zap.log.lock().unwrap().join("\n");
-    assert!(!log.contains("backend_down"), "running out of files is no backend's fault: {log}");
+    assert!(!log.contains("backend_down"), "a lack of files must not eject a backend: {log}");
     assert!(log.lines().filter(|l| l.contains(" accept: ")).count() <= 2, "{log}");
 }
 
-/// A provider that keeps its connections, and how many it has.
-fn keeping() -> (SocketAddr, Arc<AtomicUsize>) {
+/// A provider that keeps connections open. Returns its address and the number of open connections.
+fn keep_alive_provider() -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let open = Arc::<AtomicUsize>::default();
@@ -144,7 +145,7 @@ fn keeping() -> (SocketAddr, Arc<AtomicUsize>) {
     (address, open)
 }
 
-/// Zap with backends a and b, each for the model of its name, and at most `files` open files.
+/// Starts Zap with at most `files` open files and the backends a and b. Each serves the model of its name.
 fn with_files(files: u32, a: SocketAddr, b: SocketAddr) -> Running {
     let b = format!("[[backends]]\nname = \"b\"\nurl = \"http://{b}\"\nweight = 1\nmodels = [\"b\"]\n");
     let text = format!("{}models = [\"a\"]\n{b}", config(a, "[health]\ninterval_secs = 3600"));
@@ -155,27 +156,27 @@ fn with_files(files: u32, a: SocketAddr, b: SocketAddr) -> Running {
     Running::start(command.stdin(Stdio::null()))
 }
 
-/// A chat for this model, on a connection that stays open: the status.
+/// Sends a chat for this model on a keep-alive connection. Returns the status.
 fn chat_for(stream: &mut TcpStream, model: &str) -> String {
     let body = format!("{{\"model\":\"{model}\",\"messages\":[]}}");
     let head = format!("POST /chat HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     stream.write_all(head.as_bytes()).unwrap();
-    let (mut answer, mut buf) = (Vec::new(), [0; 4096]);
-    while !answer.ends_with(b"\r\n\r\nok") && !answer.ends_with(b"}") {
+    let (mut response, mut buf) = (Vec::new(), [0; 4096]);
+    while !response.ends_with(b"\r\n\r\nok") && !response.ends_with(b"}") {
         let n = stream.read(&mut buf).unwrap();
         assert!(n > 0);
-        answer.extend_from_slice(&buf[..n]);
+        response.extend_from_slice(&buf[..n]);
     }
-    String::from_utf8_lossy(&answer[9..12]).into_owned()
+    String::from_utf8_lossy(&response[9..12]).into_owned()
 }
 
 #[test]
-fn o05_idle_connections_to_one_backend_make_room_for_another_and_for_clients() {
-    let ((a, open_a), (b, open_b)) = (keeping(), keeping());
+fn o05_idle_connections_are_closed_for_another_backend_and_for_clients() {
+    let ((a, open_a), (b, open_b)) = (keep_alive_provider(), keep_alive_provider());
     let zap = with_files(128, a, b);
     let mut clients: Vec<_> = (0..40).map(|_| TcpStream::connect(zap.address).unwrap()).collect();
     for (model, open) in [("a", &open_a), ("b", &open_b)] {
-        // All at once, so that each has a connection of its own.
+        // All requests are parallel, so that each has its own connection.
         std::thread::scope(|s| {
             let ask = |client| s.spawn(move || assert_eq!(chat_for(client, model), "200", "{model}"));
             clients.iter_mut().map(ask).collect::<Vec<_>>().into_iter().for_each(|t| t.join().unwrap());
@@ -186,12 +187,12 @@ fn o05_idle_connections_to_one_backend_make_room_for_another_and_for_clients() {
     assert!(ask(zap.address, "GET /health HTTP/1.1", "").starts_with("HTTP/1.1 200 "));
     assert!(since.elapsed() < Duration::from_millis(500), "{:?}", since.elapsed());
     let open = || open_a.load(Ordering::SeqCst) + open_b.load(Ordering::SeqCst);
-    eventually("both pools fit into half of the files", || open() <= 46);
+    wait_until("both pools use at most half of the files", || open() <= 46);
 }
 
 #[test]
-fn o05_a_client_that_finds_no_file_is_served_as_soon_as_idle_connections_are_closed() {
-    let ((a, open), (b, _)) = (keeping(), keeping());
+fn o05_with_no_free_file_idle_connections_are_closed_and_the_client_is_served() {
+    let ((a, open), (b, _)) = (keep_alive_provider(), keep_alive_provider());
     let zap = with_files(256, a, b);
     let mut clients: Vec<_> = (0..40).map(|_| TcpStream::connect(zap.address).unwrap()).collect();
     for _ in 0..20 {
@@ -205,8 +206,8 @@ fn o05_a_client_that_finds_no_file_is_served_as_soon_as_idle_connections_are_clo
         }
     }
     let idle = open.load(Ordering::SeqCst);
-    assert!(idle >= 10, "{idle} connections for 40 at once");
-    // Not a file more than are open now.
+    assert!(idle >= 10, "{idle} connections for 40 parallel requests");
+    // Limit the number of files to those open now.
     let pid = zap.child.0.id();
     let used = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let used: Vec<u64> = used.map(|f| f.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
@@ -243,7 +244,7 @@ fn o12_a_large_fleet_that_goes_down_does_not_delay_clients() {
 
 #[test]
 fn u10_an_endless_stream_takes_no_memory_and_ends_with_its_client() {
-    let (backend, open) = endless(Duration::ZERO);
+    let (backend, open) = endless_provider(Duration::ZERO);
     let zap = Running::with(&config(backend, ""));
     let mut client = start_stream(zap.address);
     let mut buf = vec![0; 1 << 20];
@@ -259,25 +260,25 @@ fn u10_an_endless_stream_takes_no_memory_and_ends_with_its_client() {
     let before = zap.rss_anon();
     read(512 << 20);
     let after = zap.rss_anon();
-    assert!(after <= before + 1024, "{before} KiB and then {after} KiB");
+    assert!(after <= before + 1024, "{before} KiB before, {after} KiB after");
     drop(client);
     let since = Instant::now();
-    eventually("the upstream has ended", || open.load(Ordering::SeqCst) == 0);
+    wait_until("the upstream stream is closed", || open.load(Ordering::SeqCst) == 0);
     assert!(since.elapsed() < Duration::from_millis(250), "{:?}", since.elapsed());
-    clean(zap.address);
+    assert_idle(zap.address);
 }
 
 #[test]
 fn c08_readers_that_stop_cost_little_memory() {
     const READERS: u64 = 40;
-    let (backend, open) = endless(Duration::ZERO);
+    let (backend, open) = endless_provider(Duration::ZERO);
     let zap = Running::with(&config(backend, ""));
     drop(start_stream(zap.address));
-    clean(zap.address);
+    assert_idle(zap.address);
     let before = zap.rss_anon();
     let readers: Vec<_> = (0..READERS).map(|_| start_stream(zap.address)).collect();
-    eventually("all stream", || open.load(Ordering::SeqCst) == READERS as usize);
-    // What the kernel takes fills up; then nothing moves any more.
+    wait_until("all streams have started", || open.load(Ordering::SeqCst) == READERS as usize);
+    // Wait until the socket buffers are full and the process is idle.
     let (mut last, mut since) = (zap.ticks(), Instant::now());
     while since.elapsed() < Duration::from_millis(300) {
         std::thread::sleep(Duration::from_millis(20));
@@ -286,9 +287,9 @@ fn c08_readers_that_stop_cost_little_memory() {
         }
     }
     let each = (zap.rss_anon() - before) / READERS;
-    assert!(each <= 64, "{each} KiB for each");
+    assert!(each <= 64, "{each} KiB per reader");
     drop(readers);
-    clean(zap.address);
+    assert_idle(zap.address);
 }
 
 #[test]
@@ -302,20 +303,20 @@ fn c09_a_body_without_an_end_takes_no_more_memory_than_the_limit() {
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream.write_all(b"POST /chat HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n").unwrap();
         let chunk = format!("{size:x}\r\n{}\r\n", " ".repeat(size)).repeat((65536 / size).max(1));
-        let mut most = 0;
-        // Until it is refused, which ends the writing.
+        let mut max_rss = 0;
+        // The write fails once the request is refused.
         for _ in 0..40 {
             if stream.write_all(chunk.as_bytes()).is_err() {
                 break;
             }
-            most = most.max(zap.rss_anon());
+            max_rss = max_rss.max(zap.rss_anon());
         }
-        assert!(most < before + 4096, "{before} KiB and then {most} KiB with chunks of {size}");
-        let mut answer = String::new();
-        let _ = stream.read_to_string(&mut answer);
-        assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+        assert!(max_rss < before + 4096, "{before} KiB before, {max_rss} KiB at most, with chunks of {size}");
+        let mut response = String::new();
+        let _ = stream.read_to_string(&mut response);
+        assert!(response.starts_with("HTTP/1.1 413 "), "{response}");
     }
-    clean(zap.address);
+    assert_idle(zap.address);
 }
 
 #[test]
@@ -328,9 +329,9 @@ fn c19_noise_does_not_fill_the_log() {
         let noise =
             [&b"\x16\x03\x01\x02\x00\x01\x00\n\n"[..], b"\x00\xff\xfe\n\x1b]0;x\x07\n", b"SSH-2.0-x\r\n\r\n"];
         stream.write_all(noise[i as usize % 3]).unwrap();
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        assert!(answer.starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&answer));
+        let mut response = Vec::new();
+        let _ = stream.read_to_end(&mut response);
+        assert!(response.starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&response));
     }
     let seconds = since.elapsed().as_secs() as usize + 1;
     assert!(ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: last", CHAT).ends_with("ok"));
@@ -341,13 +342,13 @@ fn c19_noise_does_not_fill_the_log() {
     assert!(log.iter().all(|l| l.chars().all(|c| !c.is_control())));
     drop(log);
     let lost = metric(zap.address, "zap_log_lines_dropped_total");
-    assert_eq!(lost as usize + lines, 300, "each is a line or counted");
-    clean(zap.address);
+    assert_eq!(lost as usize + lines, 300, "each request has a line or is counted as dropped");
+    assert_idle(zap.address);
 }
 
 #[test]
-fn o10_a_process_that_was_stopped_blames_nobody() {
-    let (backend, open) = endless(Duration::from_millis(20));
+fn o10_a_stopped_process_does_not_blame_backends() {
+    let (backend, open) = endless_provider(Duration::from_millis(20));
     let zap = Running::with(&config(
         backend,
         "[health]\ninterval_secs = 1\ntimeout_secs = 1\n[timeouts]\nstream_idle_secs = 2",
@@ -360,18 +361,18 @@ fn o10_a_process_that_was_stopped_blames_nobody() {
     zap.signal("CONT");
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(3) {
-        assert!(stream.read(&mut buf).unwrap() > 0, "the stream goes on");
+        assert!(stream.read(&mut buf).unwrap() > 0, "the stream continues");
     }
     assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
     assert_eq!(metric(zap.address, "zap_backend_up{backend=\"a\"}"), 1.0);
     assert!(!zap.log.lock().unwrap().join("\n").contains("backend_down"));
     drop(stream);
-    eventually("the stream has ended", || open.load(Ordering::SeqCst) == 0);
-    clean(zap.address);
+    wait_until("the stream is closed", || open.load(Ordering::SeqCst) == 0);
+    assert_idle(zap.address);
 }
 
 #[test]
-fn o11_a_stderr_that_is_closed_or_that_nobody_reads_stops_no_request() {
+fn o11_a_closed_or_unread_stderr_does_not_stop_requests() {
     let backend = provider(OK, Duration::ZERO);
     let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     for kind in ["closed", "reader gone", "not read"] {
@@ -396,26 +397,26 @@ fn o11_a_stderr_that_is_closed_or_that_nobody_reads_stops_no_request() {
                 command.stderr(writer).spawn()
             }
         };
-        let _child = Killed(child.unwrap());
+        let _child = KillOnDrop(child.unwrap());
         let address = SocketAddr::from(([127, 0, 0, 1], port));
-        eventually("it listens", || TcpStream::connect(address).is_ok());
-        // More lines than a pipe takes.
+        wait_until("Zap listens", || TcpStream::connect(address).is_ok());
+        // Write more lines than fit into a pipe.
         let id = "x".repeat(120);
         for _ in 0..if kind == "not read" { 400 } else { 5 } {
             let head = format!("POST /chat HTTP/1.1\r\nx-request-id: {id}");
             assert!(ask(address, &head, CHAT).ends_with("ok"), "{kind}");
         }
-        clean(address);
+        assert_idle(address);
         drop(held);
     }
 }
 
 #[test]
-fn s01_a_backends_key_is_in_no_line_of_the_log_whatever_fails() {
+fn s01_no_failure_writes_a_backends_key_to_the_log() {
     const CUT: &str =
         "HTTP/1.1 200 sk-CANARY\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\nsk-CANARY";
     let quick = "[health]\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
-    for (answer, event, end, status) in [
+    for (response, event, end, status) in [
         (
             "HTTP/1.1 500 sk-CANARY\r\nx: sk-CANARY\r\ncontent-length: 9\r\n\r\nsk-CANARY",
             "backend_down",
@@ -433,12 +434,12 @@ fn s01_a_backends_key_is_in_no_line_of_the_log_whatever_fails() {
         ("HTTP/1.1 302 Found\r\nlocation: http://sk-CANARY/\r\n\r\n", "start", "upstream_error", 502),
         (CUT, "backend_down", "upstream_error", 200),
     ] {
-        let zap = Running::with(&config(provider(answer, Duration::ZERO), quick));
+        let zap = Running::with(&config(provider(response, Duration::ZERO), quick));
         let sent = ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: line-1", CHAT);
         let line: serde_json::Value = serde_json::from_str(&zap.line("line-1")).unwrap();
         assert_eq!((&line["status"], &line["end"]), (&status.into(), &end.into()), "{line} {sent}");
         if event != "start" {
-            assert!(zap.line(event).contains(": backend a "), "it says whom");
+            assert!(zap.line(event).contains(": backend a "), "the event names the backend");
         }
         let metrics = ask(zap.address, "GET /metrics HTTP/1.1", "");
         let state = ask(zap.address, "GET /status HTTP/1.1", "");
@@ -448,7 +449,7 @@ fn s01_a_backends_key_is_in_no_line_of_the_log_whatever_fails() {
 }
 
 #[test]
-fn a_line_says_that_a_backend_was_full_and_that_a_client_left() {
+fn a_line_tells_that_a_backend_was_full_or_that_the_client_disconnected() {
     let slow = provider(OK, Duration::from_secs(2));
     let more = "[[backends]]\nname = \"b\"\nurl = \"http://HERE\"\nweight = 1\npriority = 7\n";
     let more = more.replace("HERE", &provider(OK, Duration::ZERO).to_string());
@@ -456,7 +457,7 @@ fn a_line_says_that_a_backend_was_full_and_that_a_client_left() {
     let mut held = TcpStream::connect(zap.address).unwrap();
     let head = "POST /chat HTTP/1.1\r\nhost: a\r\nx-request-id: line-0\r\ncontent-length";
     held.write_all(format!("{head}: {}\r\n\r\n{CHAT}", CHAT.len()).as_bytes()).unwrap();
-    eventually("a is busy", || metric(zap.address, "zap_in_flight{backend=\"a\"}") == 1.0);
+    wait_until("a is busy", || metric(zap.address, "zap_in_flight{backend=\"a\"}") == 1.0);
     ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: line-1", CHAT);
     let line: serde_json::Value = serde_json::from_str(&zap.line("line-1")).unwrap();
     assert_eq!(line["passed"], serde_json::json!([["a", "full"]]));
@@ -466,7 +467,7 @@ fn a_line_says_that_a_backend_was_full_and_that_a_client_left() {
 }
 
 #[test]
-fn s04_control_characters_come_out_as_one_escaped_line() {
+fn s04_control_characters_are_escaped_in_the_log() {
     let zap = Running::with(&config(provider(OK, Duration::ZERO), ""));
     for (id, head) in [
         ("line-a", "POST /chat HTTP/1.1\r\nx-request-id: line-a\r\nauthorization: Bearer a\u{9b}31mb"),
@@ -478,7 +479,7 @@ fn s04_control_characters_come_out_as_one_escaped_line() {
         let _: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(zap.log.lock().unwrap().iter().filter(|l| l.contains(id)).count(), 1);
     }
-    // Such a head is refused, and none of it is written.
+    // A head with raw control characters is refused and not logged.
     let before = zap.log.lock().unwrap().len();
     for head in [
         "GET /\u{1b}[31m HTTP/1.1",
@@ -486,8 +487,8 @@ fn s04_control_characters_come_out_as_one_escaped_line() {
         "GET / HTTP/1.1\r\nx-request-id: a\u{1b}b",
         "GET /a\rb HTTP/1.1",
     ] {
-        let answer = ask(zap.address, head, "");
-        assert!(answer.starts_with("HTTP/1.1 400 "), "{head:?}: {answer}");
+        let response = ask(zap.address, head, "");
+        assert!(response.starts_with("HTTP/1.1 400 "), "{head:?}: {response}");
     }
     ask(zap.address, "GET /health HTTP/1.1\r\nx-request-id: last", "");
     zap.line("\"last\"");
@@ -498,8 +499,8 @@ fn s04_control_characters_come_out_as_one_escaped_line() {
     }
 }
 
-/// A library that goes in front of libc for one process (`machine.c`): made by the compiler that links Rust programs.
-fn machine() -> PathBuf {
+/// Builds `machine.c`, a library for LD_PRELOAD that replaces functions of libc. Needs `cc`, which Rust uses as linker.
+fn preload_library() -> PathBuf {
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cli/machine.c");
     let out =
         std::env::temp_dir().join(format!("zap-machine-{}-{:x}.so", std::process::id(), fastrand::u64(..)));
@@ -510,7 +511,7 @@ fn machine() -> PathBuf {
 
 #[test]
 fn o10_a_wall_clock_that_jumps_an_hour_changes_nothing() {
-    let (library, switch) = (machine(), File::new("clock", ""));
+    let (library, switch) = (preload_library(), File::new("clock", ""));
     std::fs::remove_file(&switch.0).unwrap();
     let busy = provider(
         "HTTP/1.1 429 X\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
@@ -532,25 +533,25 @@ fn o10_a_wall_clock_that_jumps_an_hour_changes_nothing() {
     let before = hour(&zap.line("before"));
     std::fs::write(&switch.0, "").unwrap();
     assert!(chat("after").ends_with("ok"));
-    assert_eq!((before + 1) % 24, hour(&zap.line("after")), "the log follows the clock");
+    assert_eq!((before + 1) % 24, hour(&zap.line("after")), "log timestamps follow the wall clock");
     (0..2).for_each(|_| assert!(chat("more").ends_with("ok")));
-    assert!(chat("over").starts_with("HTTP/1.1 429 "), "no window has passed");
+    assert!(chat("over").starts_with("HTTP/1.1 429 "), "the rate-limit window is still the same");
     std::fs::remove_file(&switch.0).unwrap();
     assert!(chat("over").starts_with("HTTP/1.1 429 "));
-    // Probes go on in their time, and nobody is out.
+    // Health checks continue as scheduled, and all backends are up.
     let probed = metric(zap.address, "zap_backend_up{backend=\"a\"}")
         + metric(zap.address, "zap_backend_up{backend=\"busy\"}");
     assert_eq!(probed, 2.0);
     assert!(!zap.log.lock().unwrap().join("\n").contains("backend_down"));
-    clean(zap.address);
+    assert_idle(zap.address);
     let _ = std::fs::remove_file(library);
 }
 
 #[test]
-fn u21_a_name_that_moves_is_followed_by_new_connections() {
-    let (library, switch) = (machine(), File::new("name", ""));
+fn u21_new_connections_follow_a_changed_dns_record() {
+    let (library, switch) = (preload_library(), File::new("name", ""));
     std::fs::remove_file(&switch.0).unwrap();
-    // Two providers at one port of two addresses; each answer ends its connection.
+    // Two providers at two addresses with the same port. Each closes the connection after a response.
     let serve = |listener: TcpListener, name: &'static str| {
         std::thread::spawn(move || {
             for mut stream in listener.incoming().map_while(Result::ok) {
@@ -574,6 +575,6 @@ fn u21_a_name_that_moves_is_followed_by_new_connections() {
     (0..3).for_each(|_| assert!(chat().ends_with("one")));
     std::fs::write(&switch.0, "").unwrap();
     (0..3).for_each(|_| assert!(chat().ends_with("two")));
-    clean(zap.address);
+    assert_idle(zap.address);
     let _ = std::fs::remove_file(library);
 }

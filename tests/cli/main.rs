@@ -1,6 +1,6 @@
-//! The program as its operator meets it: arguments, messages, exit codes, signals, log lines.
+//! Tests of the program from the operator's side: arguments, messages, exit codes, signals and log lines.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test that cannot go on must say so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // Tests fail by panicking.
 
 mod causes;
 mod faults;
@@ -31,7 +31,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-/// A file that is gone when dropped.
+/// A temporary file that is deleted on drop.
 struct File(PathBuf);
 
 impl File {
@@ -52,26 +52,26 @@ impl Drop for File {
     }
 }
 
-/// A running Zap and what it wrote to stderr.
+/// A running Zap and the lines that it writes to stderr.
 struct Running {
-    child: Killed,
+    child: KillOnDrop,
     address: SocketAddr,
     log: std::sync::Arc<std::sync::Mutex<Vec<String>>>,
 }
 
 impl Running {
     fn start(command: &mut Command) -> Self {
-        let mut child = Killed(command.stderr(Stdio::piped()).spawn().unwrap());
+        let mut child = KillOnDrop(command.stderr(Stdio::piped()).spawn().unwrap());
         let mut lines = BufReader::new(child.0.stderr.take().unwrap()).lines();
         let address = loop {
-            let line = lines.next().expect("it ended before it listened").unwrap();
+            let line = lines.next().expect("Zap exited before it listened").unwrap();
             if let Some((_, address)) = line.split_once("listening on ") {
                 break address.split('"').next().unwrap().parse().unwrap();
             }
         };
         let log = std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default();
-        let theirs = log.clone();
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|l| theirs.lock().unwrap().push(l)));
+        let shared = log.clone();
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|l| shared.lock().unwrap().push(l)));
         Running { child, address, log }
     }
 
@@ -95,10 +95,10 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        panic!("it does not end");
+        panic!("Zap does not exit");
     }
 
-    /// The first log line that holds `part`.
+    /// Waits for the first log line that contains `part`.
     fn line(&self, part: &str) -> String {
         let end = Instant::now() + Duration::from_secs(10);
         while Instant::now() < end {
@@ -107,21 +107,21 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        panic!("no line holds {part}: {:#?}", self.log.lock().unwrap());
+        panic!("no line contains {part}: {:#?}", self.log.lock().unwrap());
     }
 }
 
-/// A child that outlives no test, not even one that fails.
-struct Killed(Child);
+/// A child process that is killed on drop, so that it ends even if the test fails.
+struct KillOnDrop(Child);
 
-impl Drop for Killed {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Sends a request that asks for a close, and reads all there is.
+/// Sends a request with `connection: close` and reads the whole response.
 fn ask(address: SocketAddr, head: &str, body: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -132,29 +132,29 @@ fn ask(address: SocketAddr, head: &str, body: &str) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// A provider that answers every chat with these bytes after `wait`, and probes with 200.
-fn provider(answer: &'static str, wait: Duration) -> SocketAddr {
+/// A provider that sends these bytes as the response to each chat after `wait`, and status 200 to health checks.
+fn provider(response: &'static str, wait: Duration) -> SocketAddr {
     respond(move |is_check| {
         if is_check {
             return "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
         }
         std::thread::sleep(wait);
-        answer
+        response
     })
 }
 
-/// A provider that answers a check, or a chat, with these bytes.
-fn respond(answer: impl Fn(bool) -> &'static str + Send + Sync + 'static) -> SocketAddr {
-    let (listener, answer) = (TcpListener::bind("127.0.0.1:0").unwrap(), std::sync::Arc::new(answer));
+/// A provider that sends `response(is_check)` to each health check or chat.
+fn respond(response: impl Fn(bool) -> &'static str + Send + Sync + 'static) -> SocketAddr {
+    let (listener, response) = (TcpListener::bind("127.0.0.1:0").unwrap(), std::sync::Arc::new(response));
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let answer = answer.clone();
+            let response = response.clone();
             std::thread::spawn(move || {
                 let mut stream = stream.unwrap();
                 let mut buf = [0; 8192];
                 let n = stream.read(&mut buf).unwrap();
-                let _ = stream.write_all(answer(buf[..n].starts_with(b"GET")).as_bytes());
+                let _ = stream.write_all(response(buf[..n].starts_with(b"GET")).as_bytes());
             });
         }
     });
@@ -171,7 +171,7 @@ const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 const CHAT: &str = "{\"messages\":[]}";
 
 #[test]
-fn usage_is_explained_and_wrong_usage_is_2() {
+fn help_prints_the_usage_and_bad_usage_exits_with_2() {
     let help = run(&["--help"]);
     assert_eq!(help.status.code(), Some(0));
     assert!(String::from_utf8(help.stdout).unwrap().contains("zap demo [--port N]"));
@@ -183,7 +183,7 @@ fn usage_is_explained_and_wrong_usage_is_2() {
 }
 
 #[test]
-fn without_a_configuration_it_says_both_ways_on() {
+fn a_missing_configuration_is_reported_with_both_ways_to_start() {
     let missing = run(&["--config", "/nowhere/config.toml"]);
     assert_eq!(missing.status.code(), Some(2));
     for way in ["cp config.example.toml config.toml", "zap demo"] {
@@ -192,7 +192,7 @@ fn without_a_configuration_it_says_both_ways_on() {
 }
 
 #[test]
-fn every_fault_is_reported_at_once_and_no_key_is_shown() {
+fn all_faults_of_a_configuration_are_reported_without_keys() {
     let text = "[server]\nport = 70000\nworker = 1\n[queue]\nmax_sise = 1\n[[backends]]\nurl = \"ftp://x\"\napi_key = \"sk-CANARY one\"\n";
     let file = File::new("faults", text);
     let since = Instant::now();
@@ -212,7 +212,7 @@ fn every_fault_is_reported_at_once_and_no_key_is_shown() {
 }
 
 #[test]
-fn check_accepts_the_example_and_the_seeds_own_configuration() {
+fn check_accepts_the_example_and_the_original_configuration() {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/config.example.toml");
     let keys = ["GROQ_API_KEY", "CEREBRAS_API_KEY", "OPENAI_API_KEY"];
     let output =
@@ -232,7 +232,7 @@ fn check_accepts_the_example_and_the_seeds_own_configuration() {
 }
 
 #[test]
-fn a_file_of_keys_that_all_may_read_is_warned_of() {
+fn check_warns_of_a_world_readable_file_with_keys() {
     use std::os::unix::fs::PermissionsExt;
     let file = File::new("open", &config("127.0.0.1:1".parse().unwrap(), ""));
     for (mode, warned) in [(0o644, true), (0o600, false)] {
@@ -245,7 +245,7 @@ fn a_file_of_keys_that_all_may_read_is_warned_of() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_1() {
+fn a_port_in_use_exits_with_1() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let file = File::new(
@@ -258,14 +258,14 @@ fn a_port_that_is_taken_is_1() {
 }
 
 #[test]
-fn the_demo_serves_two_to_one_and_streams_and_ends_on_a_signal() {
+fn the_demo_balances_two_to_one_streams_and_exits_on_a_signal() {
     let mut command = zap();
     command.args(["demo", "--port", "0"]).stdout(Stdio::piped());
     let mut demo = Running::start(&mut command);
     let mut names = Vec::new();
     for _ in 0..6 {
-        let answer = ask(demo.address, "POST /v1/chat/completions HTTP/1.1", CHAT);
-        names.push(if answer.contains("provider alpha") { 'a' } else { 'b' });
+        let response = ask(demo.address, "POST /v1/chat/completions HTTP/1.1", CHAT);
+        names.push(if response.contains("provider alpha") { 'a' } else { 'b' });
     }
     assert_eq!(names.iter().collect::<String>(), "abaaba");
     let stream = ask(demo.address, "POST /chat HTTP/1.1", "{\"stream\":true,\"messages\":[]}");
@@ -281,7 +281,7 @@ fn the_demo_serves_two_to_one_and_streams_and_ends_on_a_signal() {
 }
 
 #[test]
-fn sigterm_lets_what_runs_end_and_a_second_one_does_not() {
+fn sigterm_drains_and_a_second_one_cuts() {
     let slow = provider(OK, Duration::from_millis(600));
     let mut zap = Running::with(&config(slow, ""));
     let address = zap.address;
@@ -316,7 +316,7 @@ fn zap_is_busy(zap: &Running) {
 }
 
 #[test]
-fn sighup_reads_the_file_anew_and_says_what_it_found() {
+fn sighup_reloads_the_file_and_logs_the_result() {
     let (a, b) = (provider(OK, Duration::ZERO), provider(OK.replace("ok", "OK").leak(), Duration::ZERO));
     let file = File::new("reload", &config(a, ""));
     let mut command = zap();
@@ -345,9 +345,9 @@ fn sighup_reads_the_file_anew_and_says_what_it_found() {
 }
 
 #[test]
-fn every_request_is_one_json_line_without_keys_or_control_characters() {
-    let answer = "HTTP/1.1 200 OK\r\nx-request-id: req_1\r\ncontent-length: 2\r\n\r\nok";
-    let zap = Running::with(&config(provider(answer, Duration::ZERO), ""));
+fn every_request_is_logged_as_one_json_line_without_keys_or_control_characters() {
+    let response = "HTTP/1.1 200 OK\r\nx-request-id: req_1\r\ncontent-length: 2\r\n\r\nok";
+    let zap = Running::with(&config(provider(response, Duration::ZERO), ""));
     let head = "POST /chat HTTP/1.1\r\nauthorization: Bearer sk-CLIENT\r\nx-request-id: line-1";
     ask(zap.address, head, "{\"messages\":[],\"model\":\"m\\r\\n\\u001b[31m\\u009b\"}");
     let line = zap.line("line-1");
@@ -388,7 +388,7 @@ fn every_request_is_one_json_line_without_keys_or_control_characters() {
 }
 
 #[test]
-fn a_line_names_who_called_and_every_candidate_that_was_passed_over() {
+fn a_line_names_the_client_and_every_candidate_that_was_passed_over() {
     let good = provider(OK, Duration::ZERO);
     let busy = provider(
         "HTTP/1.1 429 X\r\nretry-after: 30\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
@@ -428,7 +428,7 @@ fn a_line_names_who_called_and_every_candidate_that_was_passed_over() {
         };
         (pairs("attempts"), pairs("passed"))
     };
-    // Whoever is asked on the way says why it is passed over later on; in the end all three are.
+    // Each candidate that fails is listed as `tried`. After four requests all three are unavailable.
     for id in 0..4 {
         let (attempts, passed) = tried(&chat(id));
         for attempt in &attempts[..attempts.len() - 1] {
@@ -455,7 +455,7 @@ fn a_line_names_who_called_and_every_candidate_that_was_passed_over() {
 }
 
 #[test]
-fn a_line_says_how_long_a_candidate_cooled_when_zap_looked() {
+fn the_cooldown_in_a_line_is_the_time_left_at_the_check() {
     let busy = provider(
         "HTTP/1.1 429 X\r\nretry-after: 30\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
         Duration::ZERO,
@@ -469,17 +469,18 @@ fn a_line_says_how_long_a_candidate_cooled_when_zap_looked() {
     let zap = Running::with(&text);
     let address = zap.address;
     let first = std::thread::spawn(move || ask(address, "POST /chat HTTP/1.1\r\nx-request-id: first.", CHAT));
-    // The second waits in the queue while the first is served.
+    // The second request waits in the queue while the first is served.
     let is_queued = || ask(address, "GET /status HTTP/1.1", "").contains("\"queue_depth\":1");
     let second =
         std::thread::spawn(move || ask(address, "POST /chat HTTP/1.1\r\nx-request-id: second.", CHAT));
     while !is_queued() {
-        assert!(!first.is_finished(), "the second did not wait");
+        assert!(!first.is_finished(), "the second request was not queued");
         std::thread::sleep(Duration::from_millis(5));
     }
     assert!(first.join().unwrap().ends_with("ok") && second.join().unwrap().ends_with("ok"));
     let lines = ["first.", "second."].map(|id| zap.line(id));
-    let line = lines.iter().find(|line| line.contains("cooling")).expect("one of them found it cooling");
+    let line =
+        lines.iter().find(|line| line.contains("cooling")).expect("one of the lines has a cooling candidate");
     let line: serde_json::Value = serde_json::from_str(line).unwrap();
     let cooling = line["passed"].as_array().unwrap().iter().find(|p| p[0] == "busy").unwrap();
     let secs = cooling[1].as_str().unwrap().trim_start_matches("cooling ").trim_end_matches('s');
@@ -488,7 +489,7 @@ fn a_line_says_how_long_a_candidate_cooled_when_zap_looked() {
 }
 
 #[test]
-fn events_can_be_json_and_requests_can_be_silent() {
+fn events_can_be_json_and_request_lines_can_be_disabled() {
     let text = config(provider(OK, Duration::ZERO), "[log]\nrequests = false\nevents = \"json\"");
     let mut zap = Running::with(&text);
     ask(zap.address, "POST /chat HTTP/1.1\r\nx-request-id: silent", CHAT);
@@ -501,17 +502,17 @@ fn events_can_be_json_and_requests_can_be_silent() {
 }
 
 #[test]
-fn a_stderr_that_takes_nothing_stops_no_request() {
+fn a_full_stderr_does_not_stop_requests() {
     let backend = provider(OK, Duration::ZERO);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let text = config(backend, "").replace("port = 0", &format!("port = {port}"));
     let file = File::new("full", &text);
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let _child = Killed(zap().args(["--config", file.path()]).stderr(full).spawn().unwrap());
+    let _child = KillOnDrop(zap().args(["--config", file.path()]).stderr(full).spawn().unwrap());
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let end = Instant::now() + Duration::from_secs(10);
     while TcpStream::connect(address).is_err() {
-        assert!(Instant::now() < end, "it never listened");
+        assert!(Instant::now() < end, "Zap does not listen");
         std::thread::sleep(Duration::from_millis(5));
     }
     for _ in 0..5 {

@@ -1,4 +1,4 @@
-//! The manual against the program: each has every name that the other has.
+//! Compares the manual with the program: each must have every name that the other has.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ fn page(topic: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The rows of a page's tables whose first column is called `heading`: the names of the first cell, and the other cells.
+/// The rows of a page's tables whose first column is `heading`: the names in the first cell, and the other cells.
 fn rows(topic: &str, heading: &str) -> BTreeMap<String, Vec<String>> {
     let mut rows = BTreeMap::new();
     let mut wanted = None;
@@ -28,11 +28,11 @@ fn rows(topic: &str, heading: &str) -> BTreeMap<String, Vec<String>> {
         if *wanted.get_or_insert(first == heading) {
             let cells: Vec<String> = cells.collect();
             for name in first.split('`').skip(1).step_by(2) {
-                assert!(rows.insert(name.to_owned(), cells.clone()).is_none(), "{name} stands twice");
+                assert!(rows.insert(name.to_owned(), cells.clone()).is_none(), "{name} is listed twice");
             }
         }
     }
-    assert!(!rows.is_empty(), "{topic} has no table of {heading}");
+    assert!(!rows.is_empty(), "{topic} has no table with the heading {heading}");
     rows
 }
 
@@ -40,13 +40,13 @@ fn names(topic: &str, heading: &str) -> BTreeSet<String> {
     rows(topic, heading).into_keys().collect()
 }
 
-/// The quoted values of a label in a text of metrics.
+/// The values of a label in `metrics`.
 fn labels(metrics: &str, label: &str) -> BTreeSet<String> {
     let mark = format!("{label}=\"");
     metrics.split(&mark).skip(1).map(|rest| rest.split('"').next().unwrap().to_owned()).collect()
 }
 
-/// The text of each source file without its tests.
+/// The text of each source file, without tests.
 fn sources() -> Vec<String> {
     fn collect(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -64,13 +64,13 @@ fn sources() -> Vec<String> {
     found.into_iter().map(text).map(|t| t.split("#[cfg(test)]\nmod ").next().unwrap().to_owned()).collect()
 }
 
-/// What is wrong with a configuration.
+/// The faults that `zap check` reports for a configuration.
 fn faults_of(text: &str) -> String {
     let file = File::new(&format!("keys-{:x}", fastrand::u64(..)), text);
     stderr(&run(&["check", "--config", file.path()]))
 }
 
-/// The keys that the table at `path` may have; `None`: no table is allowed there. `header` opens that table.
+/// The keys that are allowed in the table that `header` opens; `None` if no such table is allowed.
 fn keys_of(header: &str) -> Option<Vec<String>> {
     const UNKNOWN: &str = "qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq";
     let faults = faults_of(&format!("{header}{UNKNOWN} = 1\n"));
@@ -79,7 +79,7 @@ fn keys_of(header: &str) -> Option<Vec<String>> {
     Some(list.split('`').skip(1).step_by(2).map(str::to_owned).collect())
 }
 
-/// Every key that the parser knows below `path`, and the header of the table that holds it.
+/// Collects every key that the parser knows below `path`, with the header of its table.
 fn walk(path: &str, header: &str, leaves: &mut BTreeMap<String, String>, tables: &mut BTreeSet<String>) {
     for key in keys_of(header).unwrap() {
         let key = if path.is_empty() { key } else { format!("{path}.{key}") };
@@ -107,7 +107,7 @@ fn the_manual_has_every_configuration_key_with_its_range() {
         assert!(manual.contains_key(key), "the manual lacks {key}");
     }
     for (key, cells) in &manual {
-        assert!(leaves.contains_key(key) || tables.contains(key), "{key} is no key");
+        assert!(leaves.contains_key(key) || tables.contains(key), "{key} is not a key");
         let range = &cells[1];
         let is_number = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
         if range.split(" to ").count() == 2 && range.split(" to ").all(is_number) {
@@ -150,7 +150,7 @@ fn the_manual_has_every_endpoint() {
         let refused = ask(zap.address, &format!("DELETE {} HTTP/1.1", path.replace("{id}", "a")), "");
         assert!(refused.contains(&format!("\r\nallow: {}\r\n", cells[0])), "{path}: {refused}");
     }
-    // Whatever the sources name that is a path which is served.
+    // Every string in the sources that is a served path must be in the manual.
     let is_path = |text: &&str| text.bytes().all(|b| b.is_ascii_lowercase() || b"/0123456789_-".contains(&b));
     let sources = sources();
     let literals = sources.iter().flat_map(|source| source.split("\"/").skip(1));
@@ -199,7 +199,7 @@ fn the_manual_has_every_log_field_every_event_and_every_member_of_status() {
 }
 
 #[test]
-fn what_the_manual_and_the_readme_point_to_is_there() {
+fn references_in_the_manual_and_the_readme_exist() {
     let readme = std::fs::read_to_string(format!("{ROOT}/README.md")).unwrap();
     assert!(readme.lines().count() <= 200);
     let topics = run(&["help"]);
@@ -210,7 +210,7 @@ fn what_the_manual_and_the_readme_point_to_is_there() {
     let texts = topics.iter().map(|topic| page(topic)).chain([readme]);
     for text in texts {
         for span in text.split('`').skip(1).step_by(2) {
-            // A word in capitals stands for others.
+            // A word in capitals is a placeholder.
             let word =
                 span.strip_prefix("zap help ").filter(|word| word.contains(|c: char| c.is_lowercase()));
             if let Some(word) = word {
@@ -218,14 +218,14 @@ fn what_the_manual_and_the_readme_point_to_is_there() {
             }
             if span.starts_with("src/") || span.starts_with("benches/") || span.starts_with("tests/") {
                 let path = span.split(' ').next().unwrap();
-                assert!(Path::new(ROOT).join(path).exists(), "{path} is not there");
+                assert!(Path::new(ROOT).join(path).exists(), "{path} does not exist");
             }
         }
     }
 }
 
 #[test]
-fn help_prints_a_key_says_what_is_near_and_survives_a_closed_pipe() {
+fn help_prints_a_key_suggests_similar_words_and_tolerates_a_closed_pipe() {
     let key = run(&["help", "max_size"]);
     assert_eq!(key.status.code(), Some(0));
     let text = String::from_utf8(key.stdout).unwrap();
