@@ -76,7 +76,7 @@ fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
             url(page(INVALID_RESPONSE)),
             String::new(),
             "upstream_invalid_response",
-            &["not HTTP: two content-lengths"],
+            &["not HTTP: repeated content-length"],
         ),
     ];
     for (url, more, code, causes) in unreachable().into_iter().chain(more) {

@@ -74,7 +74,7 @@ fn faults_of(text: &str) -> String {
 fn keys_of(header: &str) -> Option<Vec<String>> {
     const UNKNOWN: &str = "qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq";
     let faults = faults_of(&format!("{header}{UNKNOWN} = 1\n"));
-    let (_, rest) = faults.split_once(&format!("{UNKNOWN}`; allowed: "))?;
+    let (_, rest) = faults.split_once(&format!("{UNKNOWN}`; must be one of "))?;
     let list = rest.lines().next().unwrap();
     Some(list.split('`').skip(1).step_by(2).map(str::to_owned).collect())
 }
@@ -113,7 +113,7 @@ fn the_manual_has_every_configuration_key_with_its_range() {
         if range.split(" to ").count() == 2 && range.split(" to ").all(is_number) {
             let last = key.rsplit('.').next().unwrap();
             let faults = faults_of(&format!("{}{last} = 99999999999\n", leaves[key]));
-            assert!(faults.contains(&format!("is 99999999999; allowed: {range}")), "{key}: {faults}");
+            assert!(faults.contains(&format!("is 99999999999; must be from {range}")), "{key}: {faults}");
         }
     }
 }
