@@ -213,8 +213,7 @@ async fn open(to: SocketAddr) -> Result<TcpStream, DialError> {
 async fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_nodelay(true)?;
-    // Detect a peer that vanished: keepalive probes cover an idle connection, the user timeout covers unacknowledged
-    // data.
+    // Detect a vanished peer: keepalive probes cover an idle connection, the user timeout unacknowledged data.
     let keepalive =
         TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 2).with_retries(KEEPALIVE_RETRIES);
     SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;

@@ -66,8 +66,7 @@ pub(crate) trait Link {
     /// Whether the body has been read to its end.
     fn is_end(&self) -> bool;
 
-    /// Whether the link is new, or its last exchange ended cleanly, without extra data, and the peer keeps the
-    /// connection.
+    /// Whether the link is new, or its last exchange ended without extra data and the peer keeps the connection.
     fn is_reusable(&self) -> bool;
 
     /// Whether the peer has neither closed the connection nor sent unsolicited data.

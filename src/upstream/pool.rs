@@ -105,8 +105,7 @@ impl Lease {
 }
 
 impl Pool {
-    /// Creates the pool of worker number `worker`, with a limit of `max_open` connections. Above the limit, idle ones are
-    /// closed.
+    /// Creates the pool of worker number `worker`. Above `max_open` connections in total, idle ones are closed.
     pub(crate) fn new(worker: usize, max_open: usize) -> Self {
         Pool { idle: RefCell::default(), worker, open: Rc::default(), max_open }
     }
