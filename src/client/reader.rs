@@ -30,7 +30,7 @@ pub(super) type Socket = RefCell<TcpStream>;
 /// The read side of a connection.
 #[derive(Debug)]
 pub(super) struct Reader {
-    position: Cell<Position>,
+    position: Cell<ReadPosition>,
     /// Bytes received but not given to hyper: of an incomplete head, or after the current message.
     ahead: RefCell<Vec<u8>>,
     /// Length of an incomplete head when it was last parsed.
@@ -44,7 +44,7 @@ pub(super) struct Reader {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Position {
+enum ReadPosition {
     /// In a chunked body, whose end only hyper knows: the connection closes after the response.
     Chunked,
     /// After the message. Further bytes are kept back.
@@ -61,7 +61,7 @@ impl Reader {
     /// The reader of a new connection.
     pub(super) fn new() -> Self {
         Reader {
-            position: Cell::new(Position::Head),
+            position: Cell::new(ReadPosition::Head),
             ahead: RefCell::default(),
             parsed: Cell::new(0),
             refused: Cell::new(None),
@@ -77,7 +77,7 @@ impl Reader {
 
     /// Whether the beginning of the next request is unknown, since the current body is chunked or incomplete.
     pub(super) fn is_in_body(&self) -> bool {
-        matches!(self.position.get(), Position::Chunked | Position::Length(_))
+        matches!(self.position.get(), ReadPosition::Chunked | ReadPosition::Length(_))
     }
 
     /// Whether the client has closed its side, or the socket has failed.
@@ -87,7 +87,7 @@ impl Reader {
 
     /// Whether the client may have sent bytes that were not read.
     pub(super) fn has_unread(&self) -> bool {
-        let between = matches!(self.position.get(), Position::Done | Position::Head);
+        let between = matches!(self.position.get(), ReadPosition::Done | ReadPosition::Head);
         !(self.eof.get() || between && self.ahead.borrow().is_empty())
     }
 
@@ -130,21 +130,21 @@ impl Reader {
 
     /// Whether a disconnect can be seen by [`read_ahead`](Self::read_ahead), which reads after the message.
     pub(super) fn is_done(&self) -> bool {
-        self.position.get() == Position::Done
+        self.position.get() == ReadPosition::Done
     }
 
     /// Whether nothing more can be read until the response: in a chunked body, or with as much kept back as allowed.
     pub(super) fn is_blocked(&self) -> bool {
         match self.position.get() {
-            Position::Chunked => true,
-            Position::Done => self.ahead.borrow().len() >= MAX_AHEAD,
-            Position::Head | Position::Length(_) | Position::Refused => false,
+            ReadPosition::Chunked => true,
+            ReadPosition::Done => self.ahead.borrow().len() >= MAX_AHEAD,
+            ReadPosition::Head | ReadPosition::Length(_) | ReadPosition::Refused => false,
         }
     }
 
     /// Whether the current body is chunked.
     pub(super) fn is_chunked(&self) -> bool {
-        self.position.get() == Position::Chunked
+        self.position.get() == ReadPosition::Chunked
     }
 
     /// Reads for hyper. `head_begins` is called when the first bytes of a head are here.
@@ -156,16 +156,16 @@ impl Reader {
         head_begins: impl Fn(),
     ) -> Poll<io::Result<()>> {
         loop {
-            if self.position.get() == Position::Done && self.next.get() {
-                self.position.set(Position::Head);
+            if self.position.get() == ReadPosition::Done && self.next.get() {
+                self.position.set(ReadPosition::Head);
                 if !self.ahead.borrow().is_empty() {
                     head_begins();
                 }
             }
             let start = buf.filled().len();
             match self.position.get() {
-                Position::Refused => return Poll::Pending,
-                Position::Head => {
+                ReadPosition::Refused => return Poll::Pending,
+                ReadPosition::Head => {
                     if self.give_head(buf) {
                         return Poll::Ready(Ok(()));
                     }
@@ -192,7 +192,7 @@ impl Reader {
                     ahead.extend_from_slice(&buf.filled()[start..]);
                     buf.set_filled(start);
                 }
-                Position::Length(left) => {
+                ReadPosition::Length(left) => {
                     let left_here = usize::try_from(left).unwrap_or(usize::MAX);
                     if !self.ahead.borrow().is_empty() {
                         self.took(left, self.give(buf, left_here));
@@ -205,7 +205,7 @@ impl Reader {
                     self.took(left, wanted);
                     return Poll::Ready(Ok(()));
                 }
-                Position::Chunked => {
+                ReadPosition::Chunked => {
                     if !self.ahead.borrow().is_empty() {
                         self.give(buf, usize::MAX);
                         return Poll::Ready(Ok(()));
@@ -213,7 +213,7 @@ impl Reader {
                     return self.poll_socket(socket, cx, buf).map_ok(drop);
                 }
                 // What comes now is not for hyper: `read_ahead` keeps it back.
-                Position::Done => return Poll::Pending,
+                ReadPosition::Done => return Poll::Pending,
             }
         }
     }
@@ -231,7 +231,7 @@ impl Reader {
         match head {
             Ok(None) if length < MAX_HEAD => return false,
             Ok(None) => {
-                self.position.set(Position::Chunked);
+                self.position.set(ReadPosition::Chunked);
                 self.next.set(false);
                 self.give(buf, usize::MAX);
             }
@@ -240,10 +240,10 @@ impl Reader {
                 if n > buf.remaining() {
                     // hyper's buffer is smaller than head and body: the body comes with the next read.
                     self.position.set(match head.framing {
-                        Framing::Chunked => Position::Chunked,
-                        Framing::Length(length) => Position::Length(length + head.len as u64),
+                        Framing::Chunked => ReadPosition::Chunked,
+                        Framing::Length(length) => ReadPosition::Length(length + head.len as u64),
                     });
-                    if let Position::Length(left) = self.position.get() {
+                    if let ReadPosition::Length(left) = self.position.get() {
                         self.took(left, buf.remaining());
                     }
                 }
@@ -251,7 +251,7 @@ impl Reader {
             }
             Err(fault) => {
                 self.refused.set(Some(fault.0));
-                self.position.set(Position::Refused);
+                self.position.set(ReadPosition::Refused);
                 self.next.set(false);
                 self.ahead.borrow_mut().clear();
                 buf.put_slice(&REFUSED[..REFUSED.len().min(buf.remaining())]);
@@ -274,7 +274,7 @@ impl Reader {
         self.next.set(false);
         match framing {
             Framing::Chunked => {
-                self.position.set(Position::Chunked);
+                self.position.set(ReadPosition::Chunked);
                 available
             }
             Framing::Length(length) => {
@@ -288,6 +288,6 @@ impl Reader {
     /// Records that hyper got `n` of the `left` bytes of a body.
     fn took(&self, left: u64, n: usize) {
         let left = left - n as u64;
-        self.position.set(if left == 0 { Position::Done } else { Position::Length(left) });
+        self.position.set(if left == 0 { ReadPosition::Done } else { ReadPosition::Length(left) });
     }
 }

@@ -10,7 +10,7 @@ use crate::client::respond::text;
 use crate::clock;
 use crate::config::Config;
 use crate::gateway::ClientResponse;
-use crate::gateway::pages::Page;
+use crate::gateway::pages::CachedPage;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::Shared;
 use crate::policy::breaker::Status;
@@ -40,7 +40,7 @@ pub(crate) fn ready(shared: &Shared) -> ClientResponse {
 
 /// `/metrics`: the metrics in Prometheus text format.
 pub(crate) fn metrics(shared: &Shared) -> ClientResponse {
-    text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(Page::Metrics, || scrape(shared)))
+    text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(CachedPage::Metrics, || scrape(shared)))
 }
 
 fn scrape(shared: &Shared) -> Bytes {
@@ -56,7 +56,7 @@ fn scrape(shared: &Shared) -> Bytes {
 
 /// `/status`: the backends and their states.
 pub(crate) fn status(shared: &Shared) -> ClientResponse {
-    text(StatusCode::OK, "application/json", shared.pages.text(Page::Status, || encode_status(shared)))
+    text(StatusCode::OK, "application/json", shared.pages.text(CachedPage::Status, || encode_status(shared)))
 }
 
 fn encode_status(shared: &Shared) -> Bytes {

@@ -13,7 +13,7 @@ const MAX_RENDER_TIME: Nanos = 250 * MILLI;
 
 /// A page that is expensive to render.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Page {
+pub(crate) enum CachedPage {
     /// `/metrics`.
     Metrics,
     /// `/status`.
@@ -36,7 +36,7 @@ struct PageCache {
 impl Pages {
     /// Returns the text of `page`. Calls `render`, unless the time of this second is used up and the cache has a text
     /// of this second.
-    pub(crate) fn text(&self, page: Page, render: impl FnOnce() -> Bytes) -> Bytes {
+    pub(crate) fn text(&self, page: CachedPage, render: impl FnOnce() -> Bytes) -> Bytes {
         let began = clock::now();
         let cached = self.0.lock().get(page, began);
         // The lock is not held while a page is rendered, so several workers may render it at once: no worker waits for
@@ -51,13 +51,13 @@ impl Pages {
 
 impl PageCache {
     /// Returns the cached text, if rendering is out of time and the text is of this second.
-    fn get(&self, page: Page, now: Nanos) -> Option<Bytes> {
+    fn get(&self, page: CachedPage, now: Nanos) -> Option<Bytes> {
         let (second, text) = self.last[page as usize].as_ref()?;
         (self.spent.used(now) >= MAX_RENDER_TIME && *second >= now / SECOND).then(|| text.clone())
     }
 
     /// Stores a text that was rendered from `began` to `ended`.
-    fn put(&mut self, page: Page, began: Nanos, ended: Nanos, text: Bytes) {
+    fn put(&mut self, page: CachedPage, began: Nanos, ended: Nanos, text: Bytes) {
         self.spent.spend(ended, ended.saturating_sub(began));
         self.last[page as usize] = Some((ended / SECOND, text));
     }
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     /// Requests `page` at `now`; rendering takes `took`. Returns when the text was rendered, and when it was ready.
-    fn request(cache: &mut PageCache, page: Page, now: Nanos, took: Nanos) -> (Nanos, Nanos) {
+    fn request(cache: &mut PageCache, page: CachedPage, now: Nanos, took: Nanos) -> (Nanos, Nanos) {
         if let Some(text) = cache.get(page, now) {
             return (std::str::from_utf8(&text).unwrap().parse().unwrap(), now);
         }
@@ -81,7 +81,7 @@ mod tests {
         for took in [MILLI, 10 * MILLI, 100 * MILLI] {
             let (mut cache, mut now, mut spent) = (PageCache::default(), 0, 0);
             while now < 10 * SECOND {
-                let (rendered, ready) = request(&mut cache, Page::Metrics, now, took);
+                let (rendered, ready) = request(&mut cache, CachedPage::Metrics, now, took);
                 assert!(now - rendered <= SECOND, "a text of {rendered} was served at {now}");
                 spent += ready - now;
                 now = ready + MILLI / 10;
@@ -94,15 +94,15 @@ mod tests {
     fn normal_scrapes_are_fresh_and_a_flood_of_one_page_leaves_the_other_one_text_a_second() {
         let mut cache = PageCache::default();
         for now in (0..100).map(|i| i * SECOND / 5) {
-            assert_eq!(request(&mut cache, Page::Status, now, 20 * MILLI).0, now);
+            assert_eq!(request(&mut cache, CachedPage::Status, now, 20 * MILLI).0, now);
         }
         let start = 100 * SECOND;
         for i in 0..500 {
-            request(&mut cache, Page::Metrics, start + i * MILLI, 10 * MILLI);
+            request(&mut cache, CachedPage::Metrics, start + i * MILLI, 10 * MILLI);
         }
         let asked = start + SECOND / 2;
-        assert_eq!(request(&mut cache, Page::Status, asked, MILLI).0, asked);
-        assert_eq!(request(&mut cache, Page::Status, asked + SECOND / 4, MILLI).0, asked);
-        assert_eq!(request(&mut cache, Page::Status, start + SECOND, MILLI).0, start + SECOND);
+        assert_eq!(request(&mut cache, CachedPage::Status, asked, MILLI).0, asked);
+        assert_eq!(request(&mut cache, CachedPage::Status, asked + SECOND / 4, MILLI).0, asked);
+        assert_eq!(request(&mut cache, CachedPage::Status, start + SECOND, MILLI).0, start + SECOND);
     }
 }

@@ -83,7 +83,7 @@ pub(crate) enum GatewayError {
 
 /// One row of the table: the response to an error.
 #[derive(Debug)]
-struct Row {
+struct ErrorRow {
     status: StatusCode,
     kind: &'static str,
     code: Code,
@@ -117,7 +117,7 @@ impl GatewayError {
         respond::error(row.status, &error, self.headers(&row, is_budget_spent))
     }
 
-    fn headers(&self, row: &Row, is_budget_spent: bool) -> SmallVec<[(HeaderName, HeaderValue); 4]> {
+    fn headers(&self, row: &ErrorRow, is_budget_spent: bool) -> SmallVec<[(HeaderName, HeaderValue); 4]> {
         let mut headers = SmallVec::new();
         if let Some(wait) = row.retry_after {
             headers.push((RETRY_AFTER, HeaderValue::from(retry_after_secs(wait))));
@@ -159,9 +159,9 @@ impl GatewayError {
         }
     }
 
-    fn row(&self) -> Row {
+    fn row(&self) -> ErrorRow {
         use GatewayError as E;
-        let row = |status, kind, code, message: String| Row {
+        let row = |status, kind, code, message: String| ErrorRow {
             status,
             kind,
             code,
@@ -169,8 +169,8 @@ impl GatewayError {
             retry_after: None,
             close: false,
         };
-        let closing = |row: Row| Row { close: true, ..row };
-        let after = |wait: &Nanos, row: Row| Row { retry_after: Some(*wait), ..row };
+        let closing = |row: ErrorRow| ErrorRow { close: true, ..row };
+        let after = |wait: &Nanos, row: ErrorRow| ErrorRow { retry_after: Some(*wait), ..row };
         match self {
             E::BadRequest(why) => closing(row(
                 StatusCode::BAD_REQUEST,

@@ -317,7 +317,7 @@ impl BodyFraming {
             (0, 1) if self.length.is_some() => false,
             (1, 0) if self.chunked && version > Version::HTTP_10 => true,
             (0, 1) => return Err(Invalid("content-length is not a number")),
-            (0, _) => return Err(Invalid("repeated content-length")),
+            (0, _) => return Err(Invalid("two content-lengths")),
             (1, 0) => return Err(Invalid("transfer-encoding is not chunked, or not on HTTP/1.1")),
             (_, 0) => return Err(Invalid("repeated transfer-encoding")),
             _ => return Err(Invalid("both content-length and transfer-encoding")),
@@ -497,7 +497,7 @@ mod tests {
             ("SSH-2.0-x\r\n\r\n", "no status line"),
             ("HTTP/1.1 200 OK\r\na : b\r\n\r\n", "a header is malformed"),
             ("HTTP/1.1 200 OK\r\na: b\n\r\n", "a line of the head ends with LF but without CR"),
-            ("HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n", "repeated content-length"),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n", "two content-lengths"),
             ("HTTP/1.1 200 OK\r\ncontent-length: +1\r\n\r\n", "content-length is not a number"),
             (
                 "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n",

@@ -50,9 +50,14 @@ impl Fault {
         Fault::new(Code::Draining, "cut, because Zap shuts down")
     }
 
-    /// The peer closed the connection before the response was complete.
+    /// The peer closed the connection before the head of the response.
     pub(crate) fn closed() -> Self {
-        Fault::new(Code::UpstreamUnreachable, "connection closed before an answer")
+        Fault::new(Code::UpstreamUnreachable, "connection closed before a response")
+    }
+
+    /// The peer closed the connection inside the body of the response.
+    pub(crate) fn cut_short() -> Self {
+        Fault::new(Code::UpstreamUnreachable, "connection closed inside the body")
     }
 
     /// The TLS handshake failed.

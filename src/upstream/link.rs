@@ -304,7 +304,7 @@ impl Link for Http1 {
                 Ok(Some(Ok(data))) => return Poll::Ready(Some(Ok(data))),
                 Ok(Some(Err(Invalid(why)))) => return Poll::Ready(Some(Err(Fault::not_http(why)))),
                 Ok(None) if self.decoder.end() => {}
-                Ok(None) => return Poll::Ready(Some(Err(Fault::closed()))),
+                Ok(None) => return Poll::Ready(Some(Err(Fault::cut_short()))),
                 Err(error) => return Poll::Ready(Some(Err(Fault::unreachable(&error)))),
             }
         }

@@ -76,7 +76,7 @@ fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
             url(page(INVALID_RESPONSE)),
             String::new(),
             "upstream_invalid_response",
-            &["not HTTP: repeated content-length"],
+            &["not HTTP: two content-lengths"],
         ),
     ];
     for (url, more, code, causes) in unreachable().into_iter().chain(more) {
@@ -97,7 +97,7 @@ fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
 fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
     const INVALID_RESPONSE: &str = "HTTP/1.1 200 OK\r\na : b\r\n\r\n";
     let page = |response| respond(move |is_check| if is_check { OK } else { response });
-    let more: [Case; 3] = [
+    let more: [Case; 4] = [
         (
             url(page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n")),
             String::new(),
@@ -110,7 +110,13 @@ fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
             "upstream_invalid_response",
             &["not HTTP: a header is malformed"],
         ),
-        (url(page("")), String::new(), "upstream_unreachable", &["connection closed before an answer"]),
+        (url(page("")), String::new(), "upstream_unreachable", &["connection closed before a response"]),
+        (
+            url(page("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")),
+            String::new(),
+            "upstream_unreachable",
+            &["connection closed inside the body"],
+        ),
     ];
     for (url, more, code, causes) in unreachable().into_iter().chain(more) {
         let zap = start(&url, &more, 1_000);
