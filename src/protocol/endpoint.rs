@@ -81,7 +81,10 @@ pub(crate) enum Stream {
     Responses,
 }
 
-const TABLE: [Row; 14] = [
+/// Number of endpoints.
+const COUNT: usize = 14;
+
+const TABLE: [Row; COUNT] = [
     Row {
         endpoint: Endpoint::Chat,
         name: "chat",
@@ -162,8 +165,8 @@ impl Row {
 
 impl Endpoint {
     /// All endpoints, in the order of their discriminants.
-    pub(crate) const ALL: [Endpoint; TABLE.len()] = {
-        let mut all = [Endpoint::Other; TABLE.len()];
+    pub(crate) const ALL: [Endpoint; COUNT] = {
+        let mut all = [Endpoint::Other; COUNT];
         let mut i = 0;
         while i < all.len() {
             all[i] = TABLE[i].endpoint;
