@@ -81,10 +81,7 @@ pub(crate) enum Stream {
     Responses,
 }
 
-/// Number of endpoints.
-const COUNT: usize = 14;
-
-const TABLE: [Row; COUNT] = [
+const TABLE: [Row; Endpoint::COUNT] = [
     Row {
         endpoint: Endpoint::Chat,
         name: "chat",
@@ -164,11 +161,15 @@ impl Row {
 }
 
 impl Endpoint {
+    /// Number of endpoints. It is a literal, since types use it: if it came from the table, the release build would
+    /// evaluate the table while it checks types, which is a cycle for the compiler.
+    pub(crate) const COUNT: usize = 14;
+
     /// All endpoints, in the order of their discriminants.
-    pub(crate) const ALL: [Endpoint; COUNT] = {
-        let mut all = [Endpoint::Other; COUNT];
+    pub(crate) const ALL: [Endpoint; Endpoint::COUNT] = {
+        let mut all = [Endpoint::Other; Endpoint::COUNT];
         let mut i = 0;
-        while i < all.len() {
+        while i < Endpoint::COUNT {
             all[i] = TABLE[i].endpoint;
             i += 1;
         }

@@ -32,7 +32,7 @@ const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::U
 #[derive(Debug)]
 pub(crate) struct Lane {
     answers: Answers,
-    durations: [Histogram; Endpoint::ALL.len()],
+    durations: [Histogram; Endpoint::COUNT],
     /// Zap's own share of the time to the first byte.
     pub overhead: Histogram,
     /// Time in the queue; counts only requests that were queued.

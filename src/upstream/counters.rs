@@ -55,7 +55,7 @@ impl BackendLane {
 
 /// Number of responses by endpoint and status. The row of an endpoint is allocated on first use.
 #[derive(Debug, Default)]
-pub(crate) struct Answers([OnceLock<Box<[Counter]>>; Endpoint::ALL.len()]);
+pub(crate) struct Answers([OnceLock<Box<[Counter]>>; Endpoint::COUNT]);
 
 /// Statuses with a counter of their own. A higher status counts as the last of them.
 pub(crate) const STATUSES: std::ops::Range<u16> = 100..600;

@@ -49,7 +49,7 @@ struct Routing {
     cursors: Vec<Box<[EndpointCursors]>>,
 }
 
-type EndpointCursors = [Cursor; Endpoint::ALL.len()];
+type EndpointCursors = [Cursor; Endpoint::COUNT];
 
 /// What a request asks for, as far as the choice of a backend goes.
 #[derive(Clone, Copy, Debug)]

@@ -64,7 +64,7 @@ pub(crate) struct Upstream {
     /// One lane a worker; they stay with the name.
     pub lanes: Arc<[CachePadded<BackendLane>]>,
     /// How a request to each endpoint begins, by its discriminant; `None` where it is not served.
-    heads: [Option<HeadStart>; Endpoint::ALL.len()],
+    heads: [Option<HeadStart>; Endpoint::COUNT],
     /// The head of a probe.
     probe: HeadStart,
     /// Headers that [`heads`](Self::begin) has: nobody else's of the same name are sent.
@@ -346,11 +346,11 @@ fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
 }
 
 /// The API base is the chat path less `/chat/completions`; a chat path that ends otherwise serves chat alone.
-fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::ALL.len()], &'static str> {
+fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'static str> {
     let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
     let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
     let base = tail(Endpoint::Chat).and_then(|tail| chat.strip_suffix(tail));
-    let mut targets = [const { None }; Endpoint::ALL.len()];
+    let mut targets = [const { None }; Endpoint::COUNT];
     for endpoint in Endpoint::ALL {
         let path = match (endpoint, base, tail(endpoint)) {
             (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
