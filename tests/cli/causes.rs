@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::{CHAT, OK, Running, ask, provider, respond, tls_server};
+use crate::{CHAT, File, OK, Running, ask, provider, respond, tls_server};
 
-/// Starts a TLS backend with a certificate for `name`. Returns its URL and the settings that trust the certificate.
-fn tls(name: &str) -> (String, String) {
+/// Starts a TLS backend with a certificate for `name`. Returns its URL and the file of the certificate.
+fn tls(name: &str) -> (String, File) {
     let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
     let (address, pem) = tls_server::server_with(params);
-    (format!("https://localhost:{}", address.port()), format!("ca_file = \"{}\"", pem.display()))
+    (format!("https://localhost:{}", address.port()), File(pem))
 }
 
 fn url(address: SocketAddr) -> String {
@@ -45,19 +45,22 @@ fn last_error(zap: &Running) -> Value {
 /// The URL of a backend, its other settings, the expected error code (any if empty) and the accepted causes.
 type Case = (String, String, &'static str, &'static [&'static str]);
 
-fn unreachable() -> [Case; 4] {
+/// Backends that cannot be reached, and the files that their settings name.
+fn unreachable() -> ([Case; 4], [File; 2]) {
     const LOOKUP: &[&str] =
         &["no such host", "the name server does not answer", "connect timed out after 0.5 s"];
-    let (untrusted, _) = tls("localhost");
-    let (wrong_name, trusting) = tls("other.test");
+    let (untrusted, unused) = tls("localhost");
+    let (wrong_name, certificate) = tls("other.test");
+    let trusting = format!("ca_file = \"{}\"", certificate.path());
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let none = String::new;
-    [
+    let cases: [Case; 4] = [
         (untrusted, none(), "upstream_tls_error", &["certificate: unknown issuer"]),
         (wrong_name, trusting, "upstream_tls_error", &["certificate: not valid for this name"]),
         ("http://nowhere.invalid:8000".to_owned(), none(), "", LOOKUP),
         (url(closed), none(), "upstream_unreachable", &["connection refused"]),
-    ]
+    ];
+    (cases, [unused, certificate])
 }
 
 /// Whether `cause` is one of `causes`.
@@ -68,6 +71,7 @@ fn is_one(cause: &Value, causes: &[&str]) -> bool {
 #[test]
 fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
     const INVALID_RESPONSE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 1\r\n\r\n";
+    let (cases, _files) = unreachable();
     let page = |response| respond(move |is_check| if is_check { response } else { OK });
     let sick = page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n");
     let more: [Case; 2] = [
@@ -79,7 +83,7 @@ fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
             &["not HTTP: two content-lengths"],
         ),
     ];
-    for (url, more, code, causes) in unreachable().into_iter().chain(more) {
+    for (url, more, code, causes) in cases.into_iter().chain(more) {
         let zap = start(&url, &more, 1);
         let event = zap.line("backend_down");
         let cause = event.split("backend a is down after 1 failure: health check: ").nth(1);
@@ -96,6 +100,7 @@ fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
 #[test]
 fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
     const INVALID_RESPONSE: &str = "HTTP/1.1 200 OK\r\na : b\r\n\r\n";
+    let (cases, _files) = unreachable();
     let page = |response| respond(move |is_check| if is_check { OK } else { response });
     let more: [Case; 4] = [
         (
@@ -118,7 +123,7 @@ fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
             &["connection closed inside the body"],
         ),
     ];
-    for (url, more, code, causes) in unreachable().into_iter().chain(more) {
+    for (url, more, code, causes) in cases.into_iter().chain(more) {
         let zap = start(&url, &more, 1_000);
         let line = chat(&zap);
         let (attempts, error) = (&line["attempts"], last_error(&zap));
