@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A client that reuses its connection while it can.
-pub struct Client {
+pub(crate) struct Client {
     address: SocketAddr,
     stream: Option<TcpStream>,
     buf: Vec<u8>,
@@ -18,7 +18,7 @@ pub struct Client {
 
 /// A response, as far as it was received.
 #[derive(Debug, Default)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: u16,
     pub body: Vec<u8>,
     /// Whether the body ended as its framing requires.
@@ -26,33 +26,33 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn is_good(&self) -> bool {
+    pub(crate) fn is_good(&self) -> bool {
         self.status == 200 && self.whole
     }
 
     /// Whether this is a complete stream that ends with `[DONE]`.
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.is_good() && self.body.ends_with(b"data: [DONE]\n\n")
     }
 
     /// Whether this is an interrupted stream with a `stream_interrupted` error event.
-    pub fn is_cut_with_error(&self) -> bool {
+    pub(crate) fn is_cut_with_error(&self) -> bool {
         !self.whole && memchr::memmem::find(&self.body, b"stream_interrupted").is_some()
     }
 
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let from = self.body.len().saturating_sub(200);
         format!("{} whole={} {}", self.status, self.whole, String::from_utf8_lossy(&self.body[from..]))
     }
 }
 
 impl Client {
-    pub fn new(address: SocketAddr) -> Self {
+    pub(crate) fn new(address: SocketAddr) -> Self {
         Client { address, stream: None, buf: Vec::new() }
     }
 
     /// Sends a chat; its `user` is the script of the provider.
-    pub async fn start(&mut self, user: &str) -> std::io::Result<()> {
+    pub(crate) async fn start(&mut self, user: &str) -> std::io::Result<()> {
         let stream = user.starts_with("stream");
         let body = format!(
             "{{\"stream\":{stream},\"user\":\"{user}\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}"
@@ -75,13 +75,13 @@ impl Client {
     }
 
     /// Sends `text` unchanged and reads the response.
-    pub async fn raw(&mut self, text: &str) -> Result<Answer, String> {
+    pub(crate) async fn raw(&mut self, text: &str) -> Result<Answer, String> {
         self.write(text).await.map_err(|e| e.to_string())?;
         self.answer().await
     }
 
     /// Sends a chat and reads the response.
-    pub async fn chat(&mut self, user: &str) -> Result<Answer, String> {
+    pub(crate) async fn chat(&mut self, user: &str) -> Result<Answer, String> {
         self.start(user).await.map_err(|e| e.to_string())?;
         match tokio::time::timeout(TIMEOUT, self.answer()).await {
             Ok(answer) => answer,
@@ -90,7 +90,7 @@ impl Client {
     }
 
     /// Disconnects, with a FIN or a reset.
-    pub fn disconnect(&mut self, reset: bool) {
+    pub(crate) fn disconnect(&mut self, reset: bool) {
         if let Some(stream) = self.stream.take()
             && reset
         {
@@ -99,7 +99,7 @@ impl Client {
     }
 
     /// Reads one response.
-    pub async fn answer(&mut self) -> Result<Answer, String> {
+    pub(crate) async fn answer(&mut self) -> Result<Answer, String> {
         let mut answer = Answer::default();
         let result = self.read(&mut answer).await;
         let close = result.as_ref().is_ok_and(|close| *close);
@@ -167,7 +167,7 @@ impl Client {
 }
 
 /// Gets a path on a new connection and returns the body.
-pub async fn get(address: SocketAddr, path: &str) -> String {
+pub(crate) async fn get(address: SocketAddr, path: &str) -> String {
     let mut client = Client::new(address);
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n").as_bytes()).await.unwrap();
@@ -177,7 +177,7 @@ pub async fn get(address: SocketAddr, path: &str) -> String {
 }
 
 /// The `share` quantile (0 to 1) of the values; sorts them.
-pub fn percentile(values: &mut [Duration], share: f64) -> Duration {
+pub(crate) fn percentile(values: &mut [Duration], share: f64) -> Duration {
     values.sort_unstable();
     let last = values.len().saturating_sub(1);
     values.get(((last as f64) * share).ceil() as usize).copied().unwrap_or_default()

@@ -38,7 +38,7 @@ impl Tally {
     }
 }
 
-pub async fn run(secs: u64) -> bool {
+pub(crate) async fn run(secs: u64) -> bool {
     let (steady, shaky) = (Process::start(0, 0), Process::start(0, 5));
     let settings = "[health]\ninterval_secs = 1\n[retry]\nbase_delay_ms = 10\n[rate_limit]\nrequests_per_minute = 1000000\n";
     let fleet = |weights: (u32, u32)| {

@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
 /// A provider in its own process; killed when dropped.
-pub struct Process {
+pub(crate) struct Process {
     child: Child,
     pub port: u16,
 }
@@ -19,7 +19,7 @@ pub struct Process {
 impl Process {
     /// Starts a provider on `port` (0 for any free one). `fail` percent of its requests are picked to fail: a stream
     /// may be cut, and half of the time the request fails before its response begins.
-    pub fn start(port: u16, fail: u64) -> Self {
+    pub(crate) fn start(port: u16, fail: u64) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["provider", "--port", &port.to_string(), "--fail", &fail.to_string()]);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
@@ -38,13 +38,13 @@ impl Drop for Process {
 }
 
 /// Prints the port, then serves in this process until the future is dropped.
-pub async fn run(port: u16, fail: u64) {
+pub(crate) async fn run(port: u16, fail: u64) {
     let listener = listen(port);
     println!("{}", listener.local_addr().unwrap().port());
     serve(listener, fail, Arc::default()).await;
 }
 
-pub fn listen(port: u16) -> TcpListener {
+pub(crate) fn listen(port: u16) -> TcpListener {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
     socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into()).unwrap();
@@ -56,12 +56,12 @@ pub fn listen(port: u16) -> TcpListener {
 /// Notifications of a provider: `disconnected` for each client that disconnects during a request, `received` for each
 /// request.
 #[derive(Default)]
-pub struct Events {
+pub(crate) struct Events {
     pub disconnected: Notify,
     pub received: Notify,
 }
 
-pub async fn serve(listener: TcpListener, fail: u64, events: Arc<Events>) {
+pub(crate) async fn serve(listener: TcpListener, fail: u64, events: Arc<Events>) {
     loop {
         let (stream, _) = listener.accept().await.unwrap();
         let events = events.clone();

@@ -11,20 +11,20 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, se
 
 use crate::load;
 
-pub fn raise_file_limit() -> std::io::Result<()> {
+pub(crate) fn raise_file_limit() -> std::io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     Ok(setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?)
 }
 
 /// A running Zap; killed when dropped.
-pub struct Zap {
+pub(crate) struct Zap {
     child: Child,
     pub address: SocketAddr,
     file: PathBuf,
 }
 
 impl Zap {
-    pub fn start(config: &str) -> Self {
+    pub(crate) fn start(config: &str) -> Self {
         let file = std::env::temp_dir().join(format!(
             "zap-soak-{}-{:x}.toml",
             std::process::id(),
@@ -49,16 +49,16 @@ impl Zap {
         Zap { child, address, file }
     }
 
-    pub fn rewrite(&self, config: &str) {
+    pub(crate) fn rewrite(&self, config: &str) {
         write(&self.file, config);
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_raw(self.child.id() as i32).unwrap(), signal).unwrap();
     }
 
     /// Waits up to `limit` for the process to exit; returns the exit code and the time it took.
-    pub fn wait(&mut self, limit: Duration) -> Option<(i32, Duration)> {
+    pub(crate) fn wait(&mut self, limit: Duration) -> Option<(i32, Duration)> {
         let since = Instant::now();
         while since.elapsed() < limit {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -70,25 +70,25 @@ impl Zap {
     }
 
     /// Anonymous memory in KiB.
-    pub fn rss_anon(&self) -> u64 {
+    pub(crate) fn rss_anon(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = text.lines().find_map(|l| l.strip_prefix("RssAnon:")).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    pub fn open_files(&self) -> usize {
+    pub(crate) fn open_files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
     /// The sum of all samples of the metric `name` whose line contains `part`.
-    pub async fn metric(&self, name: &str, part: &str) -> f64 {
+    pub(crate) async fn metric(&self, name: &str, part: &str) -> f64 {
         let text = load::get(self.address, "/metrics").await;
         let of = |l: &str| l.split([' ', '{']).next() == Some(name) && l.contains(part);
         text.lines().filter(|l| of(l)).filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
     /// The gauges of held resources that are not 0.
-    pub async fn held(&self) -> Vec<(&'static str, f64)> {
+    pub(crate) async fn held(&self) -> Vec<(&'static str, f64)> {
         let mut held = Vec::new();
         for (name, part) in
             [("zap_in_flight", ""), ("zap_queue_depth", ""), ("zap_upstream_connections", "active")]
@@ -115,7 +115,7 @@ fn write(file: &PathBuf, config: &str) {
 }
 
 /// A configuration text with these backends, each given as name, port and further lines.
-pub fn config(settings: &str, backends: &[(&str, u16, &str)]) -> String {
+pub(crate) fn config(settings: &str, backends: &[(&str, u16, &str)]) -> String {
     let mut text = format!(
         "[server]\nhost = \"127.0.0.1\"\nport = 0\nworkers = 2\n{settings}\n[log]\nrequests = false\n"
     );
