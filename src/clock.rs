@@ -56,7 +56,7 @@ pub(crate) fn nanos(span: Duration) -> Nanos {
 
 /// A time limit has expired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Late;
+pub(crate) struct LimitExpired;
 
 /// A timer that fires this late shows that the process was stopped, together with the work that the timer limits.
 const MAX_DELAY: Duration = Duration::from_secs(1);
@@ -64,15 +64,15 @@ const MAX_DELAY: Duration = Duration::from_secs(1);
 /// Runs `work` for at most `limit`. If the timer shows that the process was stopped meanwhile, the limit starts again.
 ///
 /// # Errors
-/// Returns [`Late`] if the limit has expired; `work` is dropped then.
-pub(crate) async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, Late> {
+/// Returns [`LimitExpired`] if the limit has expired; `work` is dropped then.
+pub(crate) async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Output, LimitExpired> {
     let mut work = pin!(work);
     loop {
         let since = Instant::now();
         match tokio::time::timeout(limit, work.as_mut()).await {
             Ok(output) => return Ok(output),
             Err(_) if since.elapsed() >= limit + MAX_DELAY => {}
-            Err(_) => return Err(Late),
+            Err(_) => return Err(LimitExpired),
         }
     }
 }

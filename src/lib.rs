@@ -10,7 +10,8 @@
 //!    the response body. It knows no policy.
 //! 3. [`gateway`] handles one request: [`protocol::endpoint`] names the endpoint, [`gateway::caller`] the client;
 //!    [`gateway::intake`] reads the body; [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries;
-//!    [`gateway::relay`] passes the response on. A refusal is a row of [`gateway::refusal`].
+//!    [`gateway::backend_queue`] waits for a busy backend; [`gateway::relay`] passes the response on. A refusal is a row
+//!    of [`gateway::refusal`].
 //! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response, an
 //!    error. [`policy::choose`] picks the target; the limiter, the admission queue, the breaker and the retry budget are
 //!    its neighbours.
@@ -24,9 +25,11 @@
 //! holds the order.
 //!
 //! Where to change what:
-//! - *whether a request waits, is tried again or fails*: [`policy::dispatch`];
-//! - *a new endpoint*: one row in [`protocol::endpoint`];
-//! - *a header that is dropped or added*: [`http1::headers`];
+//! - *whether a request is tried again, waits for a busy backend or fails*: [`policy::dispatch`]; how long it may wait
+//!   there: [`gateway::backend_queue`]; *whether it waits for a slot of the gateway*: [`policy::queue`];
+//! - *a new endpoint*: a variant and a row in [`protocol::endpoint`];
+//! - *a header that is dropped*: [`http1::headers`], in both directions; *a header that Zap adds to a response, or
+//!   redacts there*: `gateway/response.rs`;
 //! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
 //! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].
 //!

@@ -51,11 +51,48 @@ fn code() -> BTreeMap<String, String> {
     code
 }
 
-/// The modules that a file names behind `crate::`, its tests left out.
-fn imports(text: &str) -> BTreeSet<&str> {
-    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-    let names = code.flat_map(|line| line.split("crate::").skip(1));
-    names.filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()).collect()
+/// All paths behind `crate::`, in `use` statements and elsewhere, with their braces expanded.
+fn paths(text: &str) -> Vec<String> {
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let code = lines.collect::<Vec<_>>().join("\n");
+    assert!(!code.replace("pub(super)", "").contains("super::"), "write `crate::` in place of `super::`");
+    let mut paths = Vec::new();
+    for rest in code.split("crate::").skip(1) {
+        expand("", rest, &mut paths);
+    }
+    paths
+}
+
+/// Expands one `use` tree at the start of `text`; returns the rest.
+fn expand<'t>(prefix: &str, text: &'t str, into: &mut Vec<String>) -> &'t str {
+    let text = text.trim_start();
+    if let Some(mut rest) = text.strip_prefix('{') {
+        loop {
+            rest = expand(prefix, rest, into).trim_start();
+            match rest.split_at_checked(1) {
+                Some((",", more)) => rest = more,
+                Some((_, more)) => return more,
+                None => return "",
+            }
+        }
+    }
+    let (name, rest) =
+        text.split_at(text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len()));
+    let path = format!("{prefix}{name}");
+    match rest.strip_prefix("::") {
+        Some(rest) => expand(&format!("{path}::"), rest, into),
+        None => {
+            into.push(path);
+            rest
+        }
+    }
+}
+
+#[test]
+fn paths_are_expanded() {
+    let text = "use crate::{a::B, c};\nuse crate::d::{E, f::{self, G}};\nlet x = crate::h::i();\n// crate::j";
+    let found = paths(text);
+    assert_eq!(found, ["a::B", "c", "d::E", "d::f::self", "d::f::G", "h::i"]);
 }
 
 #[test]
@@ -64,9 +101,10 @@ fn layers_only_look_down() {
     for (path, text) in code() {
         let first = path.split('/').next().unwrap();
         let module = first.strip_suffix(".rs").unwrap_or(first);
-        for import in imports(&text).into_iter().filter(|import| *import != module && !import.is_empty()) {
-            // What is named at the root of the crate is no module: `crate::run`.
-            if import == "run" || import == "RunError" {
+        let paths = paths(&text);
+        for import in paths.iter().filter_map(|path| path.split("::").next()) {
+            // Items at the root of the crate are no modules.
+            if import == module || matches!(import, "run" | "RunError") {
                 continue;
             }
             let (here, there) = (rank(module), rank(import));
@@ -78,27 +116,17 @@ fn layers_only_look_down() {
     assert!(faults.is_empty(), "imports that look up:\n{}", faults.join("\n"));
 }
 
-/// The files that `text` imports from by `use crate::`, each by the longest path that is a file.
+/// The files that `text` imports from, each by the longest path that is a file.
 fn imported_files<'c>(text: &str, code: &'c BTreeMap<String, String>) -> BTreeSet<&'c str> {
-    let mut found = BTreeSet::new();
-    for statement in text.split("use crate::").skip(1) {
-        let statement = statement.split(';').next().unwrap();
-        let (path, items) = statement.split_once('{').unwrap_or((statement, ""));
-        let items: Vec<String> = match items {
-            "" => vec![path.to_owned()],
-            items => items.split([',', '}', '{']).map(|item| format!("{path}{}", item.trim())).collect(),
-        };
-        for item in items {
-            let names: Vec<&str> = item.split("::").filter(|name| !name.is_empty()).collect();
-            let file = (1..=names.len()).rev().find_map(|length| {
-                let path = names[..length].join("/");
-                let known = [format!("{path}.rs"), format!("{path}/mod.rs")];
-                known.iter().find_map(|path| code.get_key_value(path)).map(|(path, _)| path.as_str())
-            });
-            found.extend(file);
-        }
-    }
-    found
+    let file_of = |path: &String| {
+        let names: Vec<&str> = path.split("::").collect();
+        (1..=names.len()).rev().find_map(|length| {
+            let path = names[..length].join("/");
+            let known = [format!("{path}.rs"), format!("{path}/mod.rs")];
+            known.iter().find_map(|path| code.get_key_value(path)).map(|(path, _)| path.as_str())
+        })
+    };
+    paths(text).iter().filter_map(file_of).collect()
 }
 
 #[test]

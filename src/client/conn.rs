@@ -1,4 +1,4 @@
-//! A client connection: its socket, its time limits, what is read of it and how far its response is.
+//! A client connection: the socket, the timeouts, the state of the reader and the progress of the response.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::client::deadline::{Deadline, Deadlines, GRAIN};
+use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL};
 use crate::client::progress::Progress;
 use crate::client::reader::{Reader, Socket};
 use crate::clock;
@@ -58,7 +58,7 @@ impl Conn {
         self.peer
     }
 
-    /// Why the head that hyper has just read must be refused, if it must.
+    /// The reason to refuse the head that hyper has just read; `None` if it is valid.
     pub(crate) fn refusal(&self) -> Option<&'static str> {
         self.reader.refusal()
     }
@@ -83,18 +83,18 @@ impl Conn {
         self.deadlines.coarse_now()
     }
 
-    /// Begins a response that must make progress, on either side, every `patience`.
-    pub(crate) fn begin_response(&self, patience: Nanos) {
-        self.response.begin(patience);
+    /// Begins the response. Within every `idle_timeout`, Zap must receive from the backend or send to the client.
+    pub(crate) fn begin_response(&self, idle_timeout: Nanos) {
+        self.response.begin(idle_timeout);
         self.progress();
     }
 
-    /// Records progress of the response: its deadline starts again.
+    /// Records progress of the response: restarts the idle timeout.
     pub(crate) fn progress(&self) {
-        match self.response.patience() {
+        match self.response.idle_timeout() {
             0 => {}
-            // The time of the last sweep is up to a grain old.
-            patience => self.deadline.set(self.coarse_now() + clock::nanos(GRAIN) + patience),
+            // The coarse time is up to one sweep interval old.
+            timeout => self.deadline.set(self.coarse_now() + clock::nanos(SWEEP_INTERVAL) + timeout),
         }
     }
 
@@ -113,12 +113,12 @@ impl Conn {
         }
     }
 
-    /// Ends the exchange: the response was handed over, and the next head may be read.
+    /// Ends the exchange: hyper has the whole response, and the next head may be read.
     pub(crate) fn end_exchange(&self) {
         self.response.end();
         self.deadline.set(self.coarse_now() + self.keep_alive);
         if self.reader.end_exchange() {
-            // The next request is here already: nothing on the socket will wake hyper for it.
+            // The next request is already buffered, so the socket will not wake hyper.
             self.deadline.wake();
         }
     }
@@ -126,16 +126,16 @@ impl Conn {
     /// Makes the close send a reset, so that a response without framing cannot look complete.
     pub(crate) fn reset_on_close(&self) {
         let socket = self.socket.borrow();
-        // A socket that refuses the option is closed the ordinary way.
+        // A socket that refuses the option is closed with FIN.
         let _ = socket2::SockRef::from(&*socket).set_linger(Some(std::time::Duration::ZERO));
     }
 
-    /// Whether the client has disconnected while its request is served; hyper does not look then. Bytes that come
-    /// meanwhile are kept back. If no more may be read, every sweep of the deadlines looks again.
+    /// Whether the client has disconnected while its request is served. hyper does not read then. Bytes received
+    /// meanwhile are buffered. If no more may be buffered, each sweep checks again.
     pub(crate) fn is_disconnected(&self, cx: &mut Context<'_>) -> bool {
         if self.reader.is_done() {
             if self.reader.read_ahead(&self.socket, cx) {
-                // This is the next request. hyper 1.12 reads by itself before this; otherwise the request must not be lost.
+                // The next request has begun. Wake hyper, so that the request is not lost if hyper does not read by itself.
                 self.deadline.wake();
             }
             if self.reader.has_ended() {
@@ -144,7 +144,7 @@ impl Conn {
         }
         let is_blocked =
             self.reader.is_blocked() && (!self.reader.is_chunked() || self.poll_readable(cx).is_ready());
-        self.deadline.set_attentive(is_blocked);
+        self.deadline.set_wake_on_sweep(is_blocked);
         if !is_blocked {
             return false;
         }
@@ -158,9 +158,9 @@ impl Conn {
         self.socket.borrow().poll_read_ready(cx)
     }
 
-    /// Reads and drops what the client still sends, until it closes its side or has sent more than `most` bytes.
-    pub(crate) async fn discard(&self, most: usize) {
-        let mut left = most;
+    /// Reads and drops what the client still sends, until it closes its side or has sent more than `max_bytes`.
+    pub(crate) async fn discard(&self, max_bytes: usize) {
+        let mut left = max_bytes;
         poll_fn(|cx| {
             let mut scratch = [0; 4096];
             loop {

@@ -14,7 +14,7 @@ use crate::clock;
 use crate::time::{Nanos, SECOND};
 
 /// Time between two sweeps. A deadline expires at most so late.
-pub(crate) const GRAIN: Duration = Duration::from_millis(100);
+pub(crate) const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A sweep that is this late shows that the process was stopped, together with all work that the deadlines limit.
 const STOPPED: Nanos = SECOND;
@@ -29,7 +29,7 @@ pub(crate) struct Deadline {
     at: Cell<Nanos>,
     expired: Cell<bool>,
     /// Whether every sweep wakes the task.
-    attentive: Cell<bool>,
+    wake_on_sweep: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -58,8 +58,8 @@ impl Deadline {
     }
 
     /// Sets whether every sweep wakes the task.
-    pub(crate) fn set_attentive(&self, attentive: bool) {
-        self.attentive.set(attentive);
+    pub(crate) fn set_wake_on_sweep(&self, wake_on_sweep: bool) {
+        self.wake_on_sweep.set(wake_on_sweep);
     }
 
     /// Wakes the connection's task.
@@ -109,7 +109,7 @@ impl Deadlines {
         deadline
     }
 
-    /// The time of the last sweep. It is exact to [`GRAIN`], which is enough for limits of seconds, and costs nothing.
+    /// The time of the last sweep. It is exact to [`SWEEP_INTERVAL`], which is enough for limits of seconds, and costs nothing.
     pub(crate) fn coarse_now(&self) -> Nanos {
         self.now.get()
     }
@@ -121,7 +121,7 @@ impl Deadlines {
 
     fn sweep_at(&self, now: Nanos) {
         let last = self.now.replace(now);
-        let late = now.saturating_sub(last).saturating_sub(clock::nanos(GRAIN));
+        let late = now.saturating_sub(last).saturating_sub(clock::nanos(SWEEP_INTERVAL));
         // What came meanwhile was not read yet: the deadlines do not count that time.
         let grace = if last > 0 && late >= STOPPED { late } else { 0 };
         self.all.borrow_mut().retain(|weak| {
@@ -129,7 +129,7 @@ impl Deadlines {
             deadline.at.set(deadline.at.get().saturating_add(grace));
             if deadline.at.get() <= now {
                 deadline.expire();
-            } else if deadline.attentive.get() {
+            } else if deadline.wake_on_sweep.get() {
                 deadline.wake();
             }
             true

@@ -27,12 +27,12 @@ impl Exchange {
         self.0.peer()
     }
 
-    /// Why the head of the request must be refused, if it must.
+    /// The reason to refuse the head of the request; `None` if it is valid.
     pub(crate) fn refusal(&self) -> Option<&'static str> {
         self.0.refusal()
     }
 
-    /// The time of the last sweep of the deadlines.
+    /// The time of the last sweep, the periodic check of all deadlines.
     pub(crate) fn coarse_now(&self) -> Nanos {
         self.0.coarse_now()
     }
@@ -45,19 +45,24 @@ impl Exchange {
         self.0.deadline.limit(at, work).await
     }
 
-    /// Sets the deadline of a phase that ends by itself.
+    /// Sets the deadline without a future: the owner of the phase calls [`take_timeout`](Self::take_timeout).
     pub(crate) fn set_deadline(&self, at: Nanos) {
         self.0.deadline.set(at);
     }
 
-    /// Whether the deadline has passed; returns true once.
+    /// Whether the deadline has passed. Clears the flag.
     pub(crate) fn take_timeout(&self) -> bool {
         self.0.deadline.take_expired()
     }
 
-    /// Begins the response. It must make progress, on either side, every `patience`.
-    pub(crate) fn begin_response(&self, patience: Nanos) {
-        self.0.begin_response(patience);
+    /// Begins the response. Within every `idle_timeout`, Zap must receive from the backend or send to the client.
+    pub(crate) fn begin_response(&self, idle_timeout: Nanos) {
+        self.0.begin_response(idle_timeout);
+    }
+
+    /// The idle timeout of the response.
+    pub(crate) fn idle_timeout(&self) -> Nanos {
+        self.0.response.idle_timeout()
     }
 
     /// Records progress of the response.
@@ -65,13 +70,13 @@ impl Exchange {
         self.0.progress();
     }
 
-    /// Records that `n` more bytes of the response are handed over.
+    /// Records that `n` more bytes of the response are given to hyper.
     pub(crate) fn hand_over(&self, n: usize) {
         self.0.response.hand_over(n);
     }
 
-    /// Whether so much waits for the client that no more must be read for it. If so, its task is woken when that has
-    /// changed.
+    /// Whether the client reads too slowly, so that Zap must stop reading from the backend. If so, the connection's task
+    /// is woken when hyper's write buffer is empty.
     pub(crate) fn is_behind(&self) -> bool {
         self.0.response.is_behind()
     }
@@ -81,7 +86,7 @@ impl Exchange {
         self.0.response.expect_write();
     }
 
-    /// Is ready when all that was written has reached the socket. The connection's task is woken for it.
+    /// Ready when all written bytes have reached the socket. The connection's task is then woken.
     pub(crate) fn poll_flushed(&self) -> Poll<()> {
         self.0.response.poll_flushed()
     }

@@ -21,7 +21,7 @@ pub(crate) struct WorkerState {
     /// Whether idle upstream connections must be closed, since files are short.
     pub(crate) lacks_files: AtomicBool,
     /// Notified when one of the flags was set.
-    pub(crate) news: Notify,
+    pub(crate) changed: Notify,
 }
 
 impl WorkerState {

@@ -12,7 +12,7 @@ const MAX_UNFLUSHED: usize = 8 * 1024;
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     /// How long the response may make no progress; 0 if there is none.
-    patience: Cell<Nanos>,
+    idle_timeout: Cell<Nanos>,
     /// Bytes that hyper was given since its write buffer was last empty.
     unflushed: Cell<usize>,
     /// Whether a write is expected that has not reached the socket.
@@ -23,18 +23,18 @@ pub(super) struct Progress {
 
 impl Progress {
     /// Begins a response.
-    pub(super) fn begin(&self, patience: Nanos) {
-        self.patience.set(patience);
+    pub(super) fn begin(&self, idle_timeout: Nanos) {
+        self.idle_timeout.set(idle_timeout);
     }
 
     /// Ends the response.
     pub(super) fn end(&self) {
-        self.patience.set(0);
+        self.idle_timeout.set(0);
     }
 
     /// How long the response may make no progress; 0 if there is none.
-    pub(super) fn patience(&self) -> Nanos {
-        self.patience.get()
+    pub(super) fn idle_timeout(&self) -> Nanos {
+        self.idle_timeout.get()
     }
 
     /// Records that hyper gets `n` more bytes.

@@ -34,7 +34,9 @@ pub(crate) fn error<S>(
         error.code
     );
     let mut response = text(status, "application/json", json.into());
-    response.headers_mut().extend(headers);
+    headers.into_iter().for_each(|(name, value)| {
+        response.headers_mut().insert(name, value);
+    });
     response
 }
 

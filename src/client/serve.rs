@@ -55,7 +55,7 @@ pub(crate) trait Service: 'static {
         B: http_body::Body<Data = Bytes> + Unpin;
 
     /// The response to a request whose handler panicked.
-    fn broken(&self) -> Response<Body<Self::Stream>>;
+    fn panicked(&self) -> Response<Body<Self::Stream>>;
 
     /// Whether connections close after their response.
     fn is_draining(&self) -> bool;
@@ -128,7 +128,7 @@ async fn guarded<S: Service>(
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    response.await.unwrap_or_else(|| gateway.broken())
+    response.await.unwrap_or_else(|| gateway.panicked())
 }
 
 /// Runs hyper on a connection. Returns whether hyper ended it; otherwise a deadline or the client did, and nobody waits for
@@ -146,7 +146,7 @@ where
     let mut closing = false;
     poll_fn(|cx| {
         conn.deadline.register(cx);
-        let responds = conn.response.patience() > 0;
+        let responds = conn.response.idle_timeout() > 0;
         let mut ended = http.as_mut().poll(cx).is_ready();
         // At shutdown a connection closes after its response, even if the head of the response did not say so. A request
         // that has come before is still served.

@@ -68,7 +68,7 @@ pub struct Config {
     /// `[rate_limit]`: limits per client key.
     pub rate_limit: RateLimit,
     /// `[log]`: what is logged, and how.
-    pub log: Log,
+    pub log: LogSettings,
     /// `[[backends]]` in the file's order: never empty, names unique.
     pub backends: Vec<Backend>,
     /// `[models.NAME]` in the file's order. Every named backend exists; no route is empty.
@@ -193,7 +193,7 @@ pub struct RateLimit {
 
 /// `[log]`: what is logged, and how.
 #[derive(Clone, Debug)]
-pub struct Log {
+pub struct LogSettings {
     /// Whether each request gets a log line when it ends.
     pub requests: bool,
     /// The format of all other lines.

@@ -12,8 +12,8 @@ use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE};
 use crate::config::range::{Number, Range};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::{
-    Config, Health, Log, LogFormat, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend, clients,
-    models,
+    Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend,
+    clients, models,
 };
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -89,7 +89,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         requests_per_minute_per_address: t.optional("requests_per_minute_per_address", REQUESTS_PER_MINUTE),
         max_keys: t.number("max_keys", MAX_KEYS),
     });
-    let log = root.section("log", |t| Log {
+    let log = root.section("log", |t| LogSettings {
         requests: t.boolean("requests", true),
         events: {
             let words = [("text", LogFormat::Text), ("json", LogFormat::Json)];

@@ -14,19 +14,21 @@ use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
-use crate::gateway::admit::{Lines, Wait, refusal};
+use crate::gateway::backend_queue::{BackendQueues, Wait, refusal};
 use crate::gateway::intake::ChatRequest;
 use crate::gateway::refusal::GatewayError;
+use crate::gateway::state::Generation;
 use crate::http1::headers;
-use crate::http1::headers::About;
+use crate::http1::headers::ResponseFacts;
 use crate::policy::choose::Closed;
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
 use crate::policy::queue::Permit;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::route::TargetId;
-use crate::telemetry::{Phase, RequestRecord};
+use crate::telemetry::phase::Phase;
+use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
-use crate::upstream::fleet::{Ask, Snapshot, View};
+use crate::upstream::fleet::{Ask, View};
 use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
@@ -39,10 +41,10 @@ pub(crate) struct Delivery {
     /// The status and the headers, without hop-by-hop headers and others that Zap does not forward.
     pub head: Parts,
     /// The facts that Zap needs from the headers.
-    pub about: About,
+    pub about: ResponseFacts,
     /// The connection, positioned after the head, or after `first`.
     pub lease: Lease,
-    /// The request at the backend, with its slot there.
+    /// The request at the backend, with its permit.
     pub in_flight: InFlight,
     /// The slot of the request.
     pub slot: Permit,
@@ -58,7 +60,7 @@ pub(crate) struct KeptResponse {
     pub head: Parts,
     /// The connection, positioned after the head.
     pub lease: Lease,
-    /// The request at the backend, without a slot there.
+    /// The request at the backend, without a permit.
     pub in_flight: InFlight,
     /// The number of its try, from 1.
     pub number: u32,
@@ -77,7 +79,7 @@ pub(crate) struct Attempts<'a> {
     /// The route, the model and the affinity of the request.
     pub ask: Ask<'a>,
     /// The fleet, under the configuration that was current when the request arrived.
-    pub snapshot: Arc<Snapshot>,
+    pub snapshot: Arc<Generation>,
     /// The record of the request.
     pub record: &'a mut RequestRecord,
     /// The deadline for the first byte of the response.
@@ -92,26 +94,26 @@ impl Attempts<'_> {
     /// # Errors
     /// The error to send to the client if there is none.
     pub(crate) async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
-        let (mut slot, mut kept, mut lines) = (Some(slot), None, Lines::default());
+        let (mut slot, mut kept, mut queues) = (Some(slot), None, BackendQueues::default());
         let mut dispatch = Dispatch::new(self.rules());
         let mut now = clock::now();
         self.gateway.shared().budget.offer(now);
         loop {
-            if self.record.others > 0 {
+            if self.record.waited > 0 {
                 self.refresh();
             }
-            let mut step = self.decide(now, &mut dispatch, &lines);
+            let mut step = self.decide(now, &mut dispatch, &queues);
             // Register for reopened backends, then decide again: a backend may have reopened before the registration.
             let gateway = self.gateway;
             let reopened = matches!(step, Do::Wait(_)).then(|| gateway.shared().reopened.notified());
             if reopened.is_some() {
-                lines.granted = None;
-                step = self.decide(now, &mut dispatch, &lines);
+                queues.granted = None;
+                step = self.decide(now, &mut dispatch, &queues);
             }
             self.record_passed(now, dispatch.tried(), &step);
             match step {
                 Do::Try { target, until, panic } => {
-                    let Some(in_flight) = self.enter(now, target, &mut lines) else {
+                    let Some(in_flight) = self.enter(now, target, &mut queues) else {
                         dispatch.missed();
                         continue;
                     };
@@ -135,9 +137,9 @@ impl Attempts<'_> {
                     drop(slot.take());
                     let wait =
                         Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline, reopened };
-                    lines.wait(self.gateway, self.exchange, self.record, wait).await?;
+                    queues.wait(self.gateway, self.exchange, self.record, wait).await?;
                     slot =
-                        Some(lines.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
+                        Some(queues.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {
@@ -163,35 +165,35 @@ impl Attempts<'_> {
     /// Takes the current snapshot of the fleet, unless a reload has changed the configuration. Only a request that has
     /// waited since its last snapshot needs a new one.
     fn refresh(&mut self) {
-        let fresh = self.gateway.snapshot();
-        if !Arc::ptr_eq(&fresh, &self.snapshot) && fresh.is_of(&self.snapshot) {
+        let fresh = self.gateway.current();
+        if !Arc::ptr_eq(&fresh, &self.snapshot) && fresh.has_same_ids(&self.snapshot) {
             self.snapshot = fresh.clone();
         }
     }
 
-    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, lines: &Lines) -> Do {
+    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, queues: &BackendQueues) -> Do {
         let view = View {
             snapshot: &self.snapshot,
             ask: &self.ask,
             now,
-            turn: lines.turn(),
-            granted: lines.granted.as_ref().map(|(backend, _)| *backend),
-            stands_in_line: lines.stands(),
+            ticket: queues.ticket(),
+            granted: queues.granted.as_ref().map(|(backend, _)| *backend),
+            is_waiting: queues.is_waiting(),
         };
         dispatch.next(now, &view, &self.gateway.shared().budget, || self.gateway.random())
     }
 
-    /// Takes a slot and a unit of the quota at the target's backend, and leaves all queues. Returns `None` if another
+    /// Takes a permit and a unit of the quota at the target's backend, and leaves all queues. Returns `None` if another
     /// request took the last one.
-    fn enter(&self, now: Nanos, target: TargetId, lines: &mut Lines) -> Option<InFlight> {
+    fn enter(&self, now: Nanos, target: TargetId, queues: &mut BackendQueues) -> Option<InFlight> {
         let backend = self.snapshot.route(&self.ask).targets[target].backend;
         let upstream = &self.snapshot.backends[backend];
-        let in_flight = match lines.granted.take_if(|(granted, _)| *granted == backend) {
-            Some((_, permit)) => upstream.enter_at(Some(permit), now, lines.turn()),
-            None => upstream.enter(now, lines.turn()),
-        };
-        lines.served(backend, in_flight.is_some());
-        in_flight
+        let in_flight = match queues.granted.take_if(|(granted, _)| *granted == backend) {
+            Some((_, permit)) => upstream.enter_with(Some(permit), now, queues.ticket()),
+            None => upstream.enter(now, queues.ticket()),
+        }?;
+        queues.leave(backend);
+        Some(in_flight)
     }
 
     /// Counts a try. A retry counts at the backend whose failure caused it.
@@ -238,7 +240,7 @@ impl Attempts<'_> {
         self.record.phase = Phase::Backoff;
         self.exchange.set_deadline(self.deadline);
         sleep(std::time::Duration::from_nanos(until.saturating_sub(now))).await;
-        self.record.others += clock::now() - now;
+        self.record.waited += clock::now() - now;
     }
 
     /// Delivers the response of a failed try. A 429 gets the time after which a target reopens as `Retry-After`.

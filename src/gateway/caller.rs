@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use http::HeaderMap;
 
-use crate::gateway::Gateway;
 use crate::gateway::refusal::GatewayError;
+use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
 use crate::policy::limit::Decision;
-use crate::telemetry::clients::Client;
-use crate::telemetry::{Caller, RequestRecord};
+use crate::telemetry::clients::{Client, Clients};
+use crate::telemetry::record::{Caller, RequestRecord};
 
 /// The key of a rate limit. The limiter has one map for all kinds of keys; the variants keep the kinds apart.
 #[derive(Hash)]
@@ -29,14 +29,17 @@ enum LimitKey<'a> {
 /// # Errors
 /// [`GatewayError::BadRequest`] if a credential is repeated, [`GatewayError::InvalidApiKey`] if client keys are
 /// configured and the request has none of them.
-pub(crate) fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, GatewayError> {
+pub(crate) fn identify(
+    shared: &Shared,
+    clients: &Clients,
+    headers: &HeaderMap,
+) -> Result<Caller, GatewayError> {
     if headers::repeats_credential(headers) {
         return Err(GatewayError::BadRequest("a header with a credential is repeated"));
     }
     let credential = headers::credential(headers);
-    let clients = gateway.shared().clients.load();
     if clients.is_open() {
-        let key = |c| gateway.shared().keyed_hash(LimitKey::Credential(c));
+        let key = |c| shared.keyed_hash(LimitKey::Credential(c));
         return Ok(credential.map_or(Caller::Anonymous, |c| Caller::Unknown(key(c))));
     }
     let known = credential.and_then(|c| clients.find(c));
@@ -46,13 +49,13 @@ pub(crate) fn identify(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller,
 /// Checks the request against the limits of its client and its address, and counts it. Returns `None` if no limit
 /// applies, else the stricter decision. `peer`: the peer address of the connection.
 pub(crate) fn check_limits(
-    gateway: &Gateway,
+    shared: &Shared,
+    generation: &Generation,
     headers: &HeaderMap,
     peer: IpAddr,
     record: &RequestRecord,
 ) -> Option<Decision> {
-    let (shared, snapshot) = (gateway.shared(), gateway.snapshot());
-    let limits = &snapshot.config.rate_limit;
+    let limits = &generation.config.rate_limit;
     let now = record.started;
     let (client_key, client_limit) = match &record.caller {
         Caller::Anonymous => (shared.keyed_hash(LimitKey::Anonymous), limits.requests_per_minute),
@@ -62,9 +65,9 @@ pub(crate) fn check_limits(
         }
         Caller::Unknown(key) => (*key, limits.requests_per_minute),
     };
-    let address_limit = limits.requests_per_minute_per_address.filter(|_| shared.clients.load().is_open());
+    let address_limit = limits.requests_per_minute_per_address.filter(|_| generation.clients.is_open());
     let address = address_limit.map(|limit| {
-        let proxies = &snapshot.config.server.trusted_proxies;
+        let proxies = &generation.config.server.trusted_proxies;
         let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
         (shared.keyed_hash(LimitKey::Address(headers::client_address(headers, peer, trusted))), limit)
     });

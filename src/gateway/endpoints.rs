@@ -44,10 +44,11 @@ pub(crate) fn metrics(shared: &Shared) -> ClientResponse {
 }
 
 fn scrape(shared: &Shared) -> Bytes {
+    let current = shared.current.load();
     let scrape = Scrape {
         telemetry: &shared.telemetry,
-        backends: &shared.snapshot.load().backends,
-        clients: &shared.clients.load(),
+        backends: &current.backends,
+        clients: &current.clients,
         queue_depth: shared.admission.depth(),
         rate_limit_keys: shared.limiter.keys(),
     };
@@ -60,7 +61,7 @@ pub(crate) fn status(shared: &Shared) -> ClientResponse {
 }
 
 fn encode_status(shared: &Shared) -> Bytes {
-    let snapshot = shared.snapshot.load();
+    let snapshot = shared.current.load();
     let backends: Vec<_> = snapshot.backends.iter().map(|b| backend(b)).collect();
     let status = json!({
         "version": env!("CARGO_PKG_VERSION"),

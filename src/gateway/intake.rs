@@ -19,7 +19,7 @@ use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
 use crate::protocol::endpoint::Api;
-use crate::telemetry::RequestRecord;
+use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
 
 /// A body must grow by [`MIN_PROGRESS`] bytes within this time.
@@ -104,7 +104,7 @@ impl BodyReader<'_> {
                 frame
             });
             let frame = self.exchange.limit(until, frame).await.map_err(|_| GatewayError::RequestTimeout)?;
-            record.others += since.map_or(0, |since| clock::now() - since);
+            record.waited += since.map_or(0, |since| clock::now() - since);
             let Some(frame) = frame else { break };
             // Zap does not forward trailers.
             let Ok(data) = frame.map_err(|_| GatewayError::BodyIncomplete)?.into_data() else { continue };

@@ -8,6 +8,8 @@ pub(crate) mod intake;
 
 pub(crate) mod admit;
 
+pub(crate) mod backend_queue;
+
 pub(crate) mod attempt;
 
 pub(crate) mod one_try;
@@ -47,13 +49,14 @@ use crate::gateway::intake::{BodyReader, ChatRequest};
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::relay::RelayBody;
 use crate::gateway::response::ResponseContext;
-use crate::gateway::state::Shared;
+use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
 use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
-use crate::telemetry::{Arrival, Recorder, RequestRecord};
+use crate::telemetry::Recorder;
+use crate::telemetry::record::{Arrival, RequestRecord};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, Snapshot};
@@ -88,10 +91,18 @@ pub(crate) struct Gateway {
     lists: RefCell<ModelLists>,
 }
 
+/// A request for a backend.
+struct Forward<'a, B> {
+    head: &'a Parts,
+    body: B,
+    api: &'a Api,
+    generation: Arc<Generation>,
+}
+
 impl Gateway {
     /// Creates the gateway of worker number `worker`.
     pub(crate) fn new(worker: usize, shared: Arc<Shared>, load: Arc<WorkerState>) -> Rc<Self> {
-        let server = shared.snapshot.load().config.server.clone();
+        let server = shared.current.load().config.server.clone();
         let recorder = Recorder::new(worker, shared.telemetry.clone());
         Rc::new(Gateway {
             shared,
@@ -124,21 +135,22 @@ impl Gateway {
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext { exchange, version: head.version, decision: None };
+        let generation = self.shared().current.load_full();
         if is_guarded(path) {
-            match caller::identify(self, &head.headers) {
+            match caller::identify(self.shared(), &generation.clients, &head.headers) {
                 Ok(caller) => record.caller = caller,
                 Err(error) => return self.refuse(&error, record, &context),
             }
         }
         match &endpoint.row().served {
             ServedBy::Backends(api) if head.method == Method::POST => {
-                self.forward(head, body, api, record, context).await
+                self.forward(Forward { head, body, api, generation }, record, context).await
             }
             ServedBy::Backends(_) if wants_websocket(head) => {
                 self.refuse(&GatewayError::UpgradeRequired, record, &context)
             }
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
-                match self.page(*page, path, &record) {
+                match self.page(*page, path, &record, &generation) {
                     Ok(response) => self.finish(response, record, &context),
                     Err(error) => self.refuse(&error, record, &context),
                 }
@@ -150,61 +162,71 @@ impl Gateway {
         }
     }
 
-    fn page(&self, page: Page, path: &str, record: &RequestRecord) -> Result<ClientResponse, GatewayError> {
+    fn page(
+        &self,
+        page: Page,
+        path: &str,
+        record: &RequestRecord,
+        generation: &Generation,
+    ) -> Result<ClientResponse, GatewayError> {
         Ok(match page {
             Page::Health => endpoints::health(),
             Page::Metrics => endpoints::metrics(self.shared()),
-            Page::Models => return self.models(path, record),
+            Page::Models => return self.models(path, record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Status => endpoints::status(self.shared()),
         })
     }
 
-    fn models(&self, path: &str, record: &RequestRecord) -> Result<ClientResponse, GatewayError> {
+    fn models(
+        &self,
+        path: &str,
+        record: &RequestRecord,
+        generation: &Generation,
+    ) -> Result<ClientResponse, GatewayError> {
         if self.shared().is_draining() {
             return Err(GatewayError::Draining);
         }
-        let (snapshot, client) = (self.snapshot(), caller::known_client(&record.caller));
+        let client = caller::known_client(&record.caller);
         match path.strip_prefix(MODELS).and_then(|rest| rest.strip_prefix('/')) {
             Some(id) => {
                 let may_search = || self.may_search(record);
-                endpoints::model(&snapshot, client.map(|c| &**c), id, may_search)
+                endpoints::model(generation, client.map(|c| &**c), id, may_search)
             }
-            None => Ok(self.lists.borrow_mut().models(&snapshot, client)),
+            None => Ok(self.lists.borrow_mut().models(generation, client)),
         }
     }
 
     /// Forwards a request to a backend, phase by phase.
     async fn forward<B>(
         self: &Rc<Self>,
-        head: &Parts,
-        body: B,
-        api: &Api,
+        request: Forward<'_, B>,
         mut record: Box<RequestRecord>,
         mut context: ResponseContext<'_>,
     ) -> ClientResponse
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
+        let Forward { head, body, api, generation } = request;
         let exchange = context.exchange;
         let result = async {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
-            context.decision = caller::check_limits(self, &head.headers, exchange.peer(), &record);
+            context.decision =
+                caller::check_limits(self.shared(), &generation, &head.headers, exchange.peer(), &record);
             if let Some(refused) = context.decision.filter(|d| !d.admitted) {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
-            let snapshot = self.shared().snapshot.load_full();
-            let deadline = record.started + clock::nanos(snapshot.config.queue.timeout);
-            let reader = BodyReader { gateway: self, exchange, watch: snapshot.watch(), deadline };
+            let deadline = record.started + clock::nanos(generation.config.queue.timeout);
+            let reader = BodyReader { gateway: self, exchange, watch: generation.watch(), deadline };
             let (chat, upload) = reader.read(body, api, &mut record).await?;
             record.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
             }
-            let ask = self.ask(&snapshot, &head.headers, &chat, &record)?;
+            let ask = self.ask(&generation, &head.headers, &chat, &record)?;
             let slot = admit::admit(self, exchange, &mut record, deadline).await?;
             drop(upload);
             let attempts = Attempts {
@@ -213,7 +235,7 @@ impl Gateway {
                 headers: &head.headers,
                 chat: &chat,
                 ask,
-                snapshot,
+                snapshot: generation,
                 record: &mut record,
                 deadline,
                 wait_began: None,
@@ -281,7 +303,7 @@ impl Gateway {
             return;
         }
         upstream.state.penalty.add(clock::now());
-        if let Some(change) = upstream.state.breaker.failure(self.snapshot().thresholds()) {
+        if let Some(change) = upstream.state.breaker.failure(self.current().thresholds()) {
             self.shared().announce(upstream, change, &format!("request: {fault}"));
         }
     }
@@ -291,9 +313,9 @@ impl Gateway {
         &self.shared
     }
 
-    /// The current snapshot of the fleet.
-    pub(crate) fn snapshot(&self) -> Guard<Arc<Snapshot>> {
-        self.shared().snapshot.load()
+    /// The current fleet and clients.
+    pub(crate) fn current(&self) -> Guard<Arc<Generation>> {
+        self.shared().current.load()
     }
 
     /// The `[server]` section, which a reload does not change.
@@ -337,7 +359,7 @@ impl Service for Gateway {
         self.respond(head, body, exchange).await
     }
 
-    fn broken(&self) -> ClientResponse {
+    fn panicked(&self) -> ClientResponse {
         self.internal_error()
     }
 

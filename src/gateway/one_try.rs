@@ -15,27 +15,27 @@ use crate::code::Code;
 use crate::gateway::attempt::{Attempts, KeptResponse};
 use crate::gateway::failpoint;
 use crate::http1::headers;
-use crate::http1::headers::About;
+use crate::http1::headers::ResponseFacts;
 use crate::json::patch::{slices, splices};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
 use crate::policy::retry::cooling;
 use crate::policy::route::TargetId;
 use crate::protocol::rate_limits;
-use crate::telemetry::Phase;
+use crate::telemetry::phase::Phase;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::{Link, WireRequest, write_header};
 use crate::upstream::pool::Lease;
-use crate::upstream::send::{SendError, Source, Step, UpstreamAnswer, send};
+use crate::upstream::send::{SendError, Source, Step, UpstreamResponse, send};
 
 /// Initial capacity for the client's headers: enough for most requests.
 const HEADER_CAPACITY: usize = 768;
 
 /// A response to deliver.
-type SuccessfulTry = (Parts, About, Lease, InFlight, Option<Bytes>);
+type SuccessfulTry = (Parts, ResponseFacts, Lease, InFlight, Option<Bytes>);
 
 /// The response of a failed try, if it is kept.
 type FailedTry = Option<Box<KeptResponse>>;
@@ -63,7 +63,7 @@ impl Attempts<'_> {
             response = self.send_request(target, &in_flight, limit, false).await;
         }
         let error = match response {
-            Ok(UpstreamAnswer { mut head, mut lease }) if !self.gateway.is_cut() => {
+            Ok(UpstreamResponse { mut head, mut lease }) if !self.gateway.is_cut() => {
                 if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
                     self.record_wait();
                     return Err(failure.keep.then(|| self.keep_response(head, lease, in_flight)));
@@ -84,7 +84,7 @@ impl Attempts<'_> {
         let (event, fault) = match error {
             _ if self.gateway.is_cut() => (Event::Cut, Fault::cut()),
             SendError::Broken(fault) => (Event::Broke(fault.kind), fault),
-            SendError::Late(fault) => (Event::TimedOut, fault),
+            SendError::TimedOut(fault) => (Event::TimedOut, fault),
             SendError::Exhausted(fault) => (Event::Exhausted, fault),
             SendError::Stale => (Event::Broke(Code::UpstreamUnreachable), Fault::closed()),
         };
@@ -96,12 +96,12 @@ impl Attempts<'_> {
 
     /// Ends the wait for the backend. The time since [`Self::wait_began`] is not Zap's own.
     fn record_wait(&mut self) {
-        self.record.others += self.wait_began.map_or(0, |began| clock::now() - began);
+        self.record.waited += self.wait_began.map_or(0, |began| clock::now() - began);
     }
 
     fn keep_response(&self, head: Parts, lease: Lease, mut in_flight: InFlight) -> Box<KeptResponse> {
-        // Frees the backend's slot: the next try may need a slot at the same backend.
-        in_flight.leave_place();
+        // The next try may need a permit of the same backend.
+        in_flight.release_permit();
         Box::new(KeptResponse { head, lease, in_flight, number: self.record.tries })
     }
 
@@ -113,7 +113,7 @@ impl Attempts<'_> {
         in_flight: &InFlight,
         limit: Nanos,
         reuse: bool,
-    ) -> Result<UpstreamAnswer, SendError> {
+    ) -> Result<UpstreamResponse, SendError> {
         let request = self.wire_request(target, in_flight.upstream());
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
@@ -131,17 +131,20 @@ impl Attempts<'_> {
             let sending = pin!(send(source, in_flight.upstream(), request, on_step));
             self.exchange.limit(limit, sending).await
         };
-        response.unwrap_or_else(|Elapsed| Err(self.timed_out("response")))
+        response.unwrap_or_else(|Elapsed| {
+            let what = if self.record.phase == Phase::Connecting { "connect" } else { "response" };
+            Err(self.timed_out(what))
+        })
     }
 
     /// Builds the request to `upstream`: a new head, and the body with the target's model and without the members that
     /// the backend does not accept.
     fn wire_request(&self, target: TargetId, upstream: &Upstream) -> WireRequest {
-        let begin = upstream.begin(self.ask.endpoint).unwrap_or_default();
+        let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
         head.extend_from_slice(begin);
         headers::to_backend(self.headers, upstream.conf.forward_authorization, |name, value| {
-            if !upstream.has_own(name) {
+            if !upstream.has_own_header(name) {
                 write_header(&mut head, name, value.as_bytes());
             }
         });
@@ -186,7 +189,7 @@ impl Attempts<'_> {
     /// Reads the first frame of the body, unless it is an event stream: a failure before that frame can be retried.
     async fn first_frame(
         &self,
-        about: &About,
+        about: &ResponseFacts,
         lease: &mut Lease,
         limit: Nanos,
     ) -> Result<Option<Bytes>, SendError> {
@@ -204,8 +207,8 @@ impl Attempts<'_> {
 
     /// The error of a try that has waited for `what` until its limit.
     fn timed_out(&self, what: &str) -> SendError {
-        let waited = clock::now() - self.wait_began.unwrap_or(clock::now());
-        SendError::Late(Fault::timed_out(what, Duration::from_nanos(waited)))
+        let waited = self.wait_began.map_or(0, |began| clock::now() - began);
+        SendError::TimedOut(Fault::timed_out(what, Duration::from_nanos(waited)))
     }
 
     /// Cools a target down for `span`: its backend, for the model that it was sent.

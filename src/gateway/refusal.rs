@@ -419,6 +419,8 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::protocol::error_event::stream_interrupted;
+    use crate::protocol::responses::StreamState;
 
     #[test]
     fn every_error_has_the_response_of_the_table() {
@@ -484,7 +486,9 @@ mod tests {
             assert!(message.ends_with('.') || status == 429);
             assert!(status == 429 || !is_misleading(message), "{message}");
         }
-        assert!(!is_misleading(&crate::protocol::error_event::stream_interrupted(None, "")));
+        for state in [None, Some(&StreamState::default())] {
+            assert!(!is_misleading(&stream_interrupted(state, "")));
+        }
         assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
         for error in [GatewayError::NoBackend, GatewayError::UpstreamAuth, GatewayError::UpstreamRedirect] {
             assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");

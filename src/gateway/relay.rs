@@ -8,6 +8,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::Version;
@@ -20,13 +21,13 @@ use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::failpoint;
 use crate::policy::queue::Permit;
-use crate::protocol::endpoint::Stream;
+use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::error_event::stream_interrupted;
 use crate::protocol::events::Tail;
 use crate::protocol::redact::Redactor;
-use crate::protocol::responses::Seen;
+use crate::protocol::responses::StreamState;
 use crate::telemetry::metrics::Side;
-use crate::telemetry::{End, RequestRecord};
+use crate::telemetry::record::{End, RequestRecord};
 use crate::time::Nanos;
 use crate::upstream::fault::Fault;
 use crate::upstream::in_flight::InFlight;
@@ -65,7 +66,7 @@ pub(crate) struct BodyKind {
     /// An error event can be appended: the body is an event stream, not compressed, without `Content-Length`.
     pub can_append_event: bool,
     /// How an event stream marks its end. `None` if the body is compressed or no event stream.
-    pub stream: Option<Stream>,
+    pub stream: Option<StreamFormat>,
     /// The HTTP version of the request. Before HTTP/1.1 the end of the connection ends a body without a length.
     pub version: Version,
 }
@@ -94,7 +95,7 @@ pub(crate) struct RelayBody {
     done_expected: bool,
     tail: Tail,
     /// The state of a stream of `/v1/responses`, which its error event needs.
-    seen: Option<Box<Seen>>,
+    seen: Option<Box<StreamState>>,
     state: RelayState,
 }
 
@@ -123,8 +124,8 @@ impl RelayBody {
         input: RelayInput,
     ) -> Self {
         let RelayInput { first, redactor, kind } = input;
-        let done_expected = kind.stream == Some(Stream::Done) && guards.record.status < 300;
-        let is_responses = kind.can_append_event && kind.stream == Some(Stream::Responses);
+        let done_expected = kind.stream == Some(StreamFormat::Done) && guards.record.status < 300;
+        let is_responses = kind.can_append_event && kind.stream == Some(StreamFormat::Responses);
         let mut relay = RelayBody {
             first,
             redactor,
@@ -180,7 +181,7 @@ impl RelayBody {
                     return Poll::Ready(rest);
                 }
                 Poll::Pending if self.exchange.take_timeout() => {
-                    let idle_timeout = self.gateway.snapshot().config.timeouts.stream_idle;
+                    let idle_timeout = Duration::from_nanos(self.exchange.idle_timeout());
                     return if self.gateway.is_cut() {
                         self.interrupt(End::UpstreamError, Fault::cut())
                     } else {

@@ -15,11 +15,11 @@ use crate::gateway::attempt::Delivery;
 use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
 use crate::gateway::relay::{BodyKind, RelayBody, RelayInput, RequestGuards};
 use crate::gateway::{ClientResponse, Gateway};
-use crate::http1::headers::{self, About};
+use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
 use crate::protocol::Endpoint;
 use crate::protocol::redact::{Redactor, holds_key};
-use crate::telemetry::{Arrival, End, RequestRecord};
+use crate::telemetry::record::{Arrival, End, RequestRecord};
 
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 const X_ZAP_ATTEMPTS: HeaderName = HeaderName::from_static("x-zap-attempts");
@@ -52,7 +52,7 @@ impl Gateway {
     ) -> ClientResponse {
         let Delivery { mut head, about, lease, in_flight, slot, first, idle_timeout } = delivery;
         let upstream = in_flight.upstream().clone();
-        let About { id, is_events, is_encoded, has_length } = about;
+        let ResponseFacts { id, is_events, is_encoded, has_length } = about;
         let is_readable = is_events && !is_encoded;
         let kind = BodyKind {
             is_stream: is_events,
@@ -79,7 +79,7 @@ impl Gateway {
             head.headers.entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
-        record.answered(head.status.as_u16());
+        record.responded(head.status.as_u16());
         context.exchange.begin_response(idle_timeout);
         let guards = RequestGuards { lease, in_flight, _slot: slot, record };
         let input = RelayInput { first, redactor: redactor.map(Box::new), kind };
@@ -98,12 +98,12 @@ impl Gateway {
         context: &ResponseContext<'_>,
     ) -> ClientResponse {
         self.add_headers(response.headers_mut(), &record, context);
-        record.answered(response.status().as_u16());
+        record.responded(response.status().as_u16());
         record.bytes = http_body::Body::size_hint(response.body()).lower();
         if record.end == End::ClientGone {
             record.end = End::Complete;
         }
-        context.exchange.begin_response(clock::nanos(self.snapshot().config.timeouts.stream_idle));
+        context.exchange.begin_response(clock::nanos(self.current().config.timeouts.stream_idle));
         response.map(|body| body.on(context.exchange))
     }
 
@@ -169,9 +169,9 @@ impl Gateway {
     /// Builds the response to a request that panicked. The record was reported when the panic dropped it.
     pub(super) fn internal_error(&self) -> ClientResponse {
         let mut response = GatewayError::Internal.response(!self.shared().budget.has_room(clock::now()));
-        let broken = self.recorder.broken.take();
+        let panicked = self.recorder.panicked.take();
         let (id, tries) =
-            broken.unwrap_or_else(|| (headers::new_request_id(self.rng.borrow_mut().u128(..)), 0));
+            panicked.unwrap_or_else(|| (headers::new_request_id(self.rng.borrow_mut().u128(..)), 0));
         response.headers_mut().insert(headers::X_REQUEST_ID, id);
         response.headers_mut().insert(X_ZAP_ATTEMPTS, headers::number(tries));
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -189,7 +189,7 @@ impl Gateway {
             peer: exchange.peer(),
         };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
-        record.is_noise = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
+        record.is_suppressed = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
         let context = ResponseContext { exchange, version: Version::HTTP_11, decision: None };
         self.refuse(&GatewayError::BadRequest(why), record, &context)
     }

@@ -1,6 +1,7 @@
-//! The state that all workers share: the fleet as a [`Snapshot`] behind an `ArcSwap`, and the counters of the policies.
+//! The state that all workers share: the current [`Generation`] behind an `ArcSwap`, and the counters of the policies.
 
 use std::hash::{BuildHasher, Hash, RandomState};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,19 +24,34 @@ use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
 
+/// All that a request takes from the configuration: the fleet and the client keys. A reload replaces both in one step,
+/// so that no request is admitted by the old keys and routed by the new fleet.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    fleet: Snapshot,
+    /// The configured clients.
+    pub(crate) clients: Arc<Clients>,
+}
+
+impl Deref for Generation {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.fleet
+    }
+}
+
 /// The state that all workers share.
 #[derive(Debug)]
 pub struct Shared {
-    /// The current snapshot of the fleet.
-    pub(crate) snapshot: ArcSwap<Snapshot>,
+    /// The current generation. A request uses the one that was current when it arrived.
+    pub(crate) current: ArcSwap<Generation>,
     /// The rate limits of the clients.
     pub(crate) limiter: Limiter,
     /// The slots, and the queue in front of them.
     pub(crate) admission: Arc<Admission>,
     /// The retry budget: a share of the requests.
     pub(crate) budget: Budget,
-    /// The configured clients.
-    pub(crate) clients: ArcSwap<Clients>,
     /// The metrics and the log.
     pub(crate) telemetry: Arc<Telemetry>,
     /// The pages that are expensive to render.
@@ -64,7 +80,6 @@ impl Shared {
             limiter: Limiter::new(config.rate_limit.max_keys),
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
-            clients: ArcSwap::from_pointee(Clients::new(config, None)),
             telemetry: Telemetry::new(config.server.workers, log, config.log.requests),
             pages: Pages::default(),
             fleet_changed: Notify::new(),
@@ -73,7 +88,10 @@ impl Shared {
             reloaded: Notify::new(),
             draining: AtomicBool::new(false),
             hasher: RandomState::new(),
-            snapshot: ArcSwap::from_pointee(snapshot),
+            current: ArcSwap::from_pointee(Generation {
+                clients: Arc::new(Clients::new(config, None)),
+                fleet: snapshot,
+            }),
         })
     }
 
@@ -85,10 +103,10 @@ impl Shared {
         self.admission.resize(config.queue.max_in_flight, config.queue.max_size);
         self.budget.set_percent(config.retry.budget_percent);
         self.telemetry.configure(&config.log);
-        self.clients.store(Arc::new(Clients::new(config, Some(&self.clients.load()))));
+        let clients = Arc::new(Clients::new(config, Some(&self.current.load().clients)));
         let now = clock::now();
         next.backends.iter().for_each(|b| b.apply(config.queue.max_size, now));
-        self.snapshot.store(Arc::new(next));
+        self.current.store(Arc::new(Generation { fleet: next, clients }));
         self.reloaded.notify_waiters();
     }
 
@@ -97,11 +115,12 @@ impl Shared {
         let name = upstream.name();
         let (level, event, text) = match change {
             Change::Down => {
-                let failures = self.snapshot.load().thresholds().failures;
+                let failures = self.current.load().thresholds().failures;
                 let in_a_row =
                     if failures == 1 { "1 failure" } else { &format!("{failures} failures in a row") };
                 ("warn", "backend_down", format!("backend {name} is down after {in_a_row}: {cause}"))
             }
+            Change::StillDown => ("warn", "backend_down", format!("backend {name} is down: {cause}")),
             Change::Misconfigured => (
                 "error",
                 "backend_misconfigured",
@@ -117,11 +136,11 @@ impl Shared {
     /// this succeeded. For benchmarks.
     #[doc(hidden)]
     pub fn pick_once(&self, model: &str, affinity: u64, now: Nanos) -> bool {
-        let snapshot = self.snapshot.load();
+        let snapshot = self.current.load();
         let Some(route) = snapshot.table().find(Some(model), true) else { return false };
         let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity: Some(affinity) };
         let view =
-            View { snapshot: &snapshot, ask: &ask, now, turn: None, granted: None, stands_in_line: false };
+            View { snapshot: &snapshot, ask: &ask, now, ticket: None, granted: None, is_waiting: false };
         let picked = choose::pick(&view, true, |_| false);
         let target = picked.map(|id| &snapshot.route(&ask).targets[id]);
         target.and_then(|target| snapshot.upstream(target).enter(now, None)).is_some()
@@ -147,8 +166,9 @@ impl Shared {
     /// that is up again may serve them. Returns the time when the first refused key is tried again, which needs
     /// another rebuild.
     pub(crate) fn rebuild(&self) -> Option<Nanos> {
-        let current = self.snapshot.load_full();
-        self.snapshot.store(Arc::new(current.rebuilt()));
+        let current = self.current.load_full();
+        let rebuilt = Generation { fleet: current.rebuilt(), clients: current.clients.clone() };
+        self.current.store(Arc::new(rebuilt));
         self.reopened.notify_waiters();
         let now = clock::now();
         current.backends.iter().filter_map(|b| b.state.breaker.retries_key_at(now)).min()

@@ -1,10 +1,10 @@
 //! The position in an HTTP/1.1 message, and the chunked transfer coding (RFC 9112, section 7.1) as its transitions.
 
-/// Why the input is not a valid HTTP/1.1 answer.
+/// Why the input is not a valid HTTP/1.1 response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Invalid(pub &'static str);
 
-/// Most headers of an answer, and most trailer lines.
+/// Most headers of a response, and most trailer lines.
 pub(crate) const MAX_HEADERS: usize = 100;
 
 /// Largest trailers in bytes, line ends not counted.
@@ -17,12 +17,12 @@ pub(super) const BAD_CHUNK: Invalid = Invalid("a chunk is malformed");
 
 pub(super) const BAD_TRAILER: Invalid = Invalid("a trailer is malformed");
 
-/// The position in an answer.
+/// The position in a response.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Position {
     /// The input is invalid from here on.
     Broken,
-    /// The answer is complete.
+    /// The response is complete.
     Done,
     /// In the head, or before it.
     #[default]

@@ -1,8 +1,8 @@
-//! The decoder of HTTP/1.1 answers (RFC 9112), without I/O: bytes in, heads and bodies out, for any chunking of the
+//! The decoder of HTTP/1.1 responses (RFC 9112), without I/O: bytes in, heads and bodies out, for any chunking of the
 //! input.
 //!
 //! The decoder is strict wherever two lenient readers could see two different messages: one framing, exact chunks, no
-//! folded lines, no bare CR or LF. An answer that it refuses ends the connection. `httparse` parses the heads, as in
+//! folded lines, no bare CR or LF. A response that it refuses ends the connection. `httparse` parses the heads, as in
 //! hyper.
 
 use std::mem::{self, MaybeUninit};
@@ -16,7 +16,7 @@ pub(crate) use crate::http1::chunked::{Invalid, MAX_HEADERS};
 use crate::http1::head::is_worth_parsing;
 use crate::http1::header_map_pool;
 
-/// Largest head of an answer in bytes, interim answers included.
+/// Largest head of a response in bytes, interim responses included.
 pub(crate) const MAX_HEAD: usize = 64 * 1024;
 
 const NO_STATUS_LINE: Invalid = Invalid("no status line");
@@ -25,15 +25,15 @@ const TOO_LARGE: Invalid = Invalid("the head is too large");
 
 const BAD_HEADER: Invalid = Invalid("a header is malformed");
 
-/// Decodes the answers of one connection, one after the other.
+/// Decodes the responses of one connection, one after the other.
 #[derive(Default)]
 pub(crate) struct Decoder {
     state: Position,
-    /// The connection can be used again after this answer.
+    /// The connection can be used again after this response.
     keep_alive: bool,
     /// The head states the length of the body.
     has_length: bool,
-    /// The bytes of an incomplete head, interim answers included.
+    /// The bytes of an incomplete head, interim responses included.
     head: BytesMut,
     parsed: Parsed,
 }
@@ -41,21 +41,21 @@ pub(crate) struct Decoder {
 /// How far an incomplete head was parsed.
 #[derive(Clone, Copy, Default)]
 struct Parsed {
-    /// Bytes of interim answers, which are not parsed again.
+    /// Bytes of interim responses, which are not parsed again.
     interim: usize,
     /// Length of the head when it was parsed last.
     len: usize,
 }
 
 impl Decoder {
-    /// Resets the decoder for the next answer.
+    /// Resets the decoder for the next response.
     pub(crate) fn begin(&mut self) {
         self.state = Position::Head;
         self.head = BytesMut::new();
         self.parsed = Parsed::default();
     }
 
-    /// Whether the answer is complete.
+    /// Whether the response is complete.
     pub(crate) fn is_done(&self) -> bool {
         self.state == Position::Done
     }
@@ -65,7 +65,7 @@ impl Decoder {
         self.state == Position::Broken
     }
 
-    /// Whether the answer is complete and the connection can be used again.
+    /// Whether the response is complete and the connection can be used again.
     pub(crate) fn may_go_on(&self) -> bool {
         self.is_done() && self.keep_alive
     }
@@ -78,7 +78,7 @@ impl Decoder {
         }
     }
 
-    /// Reports that the connection ended. Returns whether the answer is complete.
+    /// Reports that the connection ended. Returns whether the response is complete.
     pub(crate) fn end(&mut self) -> bool {
         if self.state == Position::UntilClose {
             self.state = Position::Done;
@@ -89,13 +89,13 @@ impl Decoder {
     /// Reports that the connection ended inside a head, and parses the bytes that were not parsed yet.
     ///
     /// # Errors
-    /// Returns [`Invalid`] if the bytes received cannot be the beginning of an answer.
+    /// Returns [`Invalid`] if the bytes received cannot be the beginning of a response.
     pub(crate) fn end_of_head(&mut self) -> Result<(), Invalid> {
         read_head(&mem::take(&mut self.head), &mut self.parsed).map(drop)
     }
 
     /// Decodes more bytes of a head. Once the head is complete, returns it with the part of the body that is in
-    /// `input`. Interim answers except 101 are dropped.
+    /// `input`. Interim responses except 101 are dropped.
     ///
     /// # Errors
     /// Returns [`Invalid`] if the head is invalid or too large, or if the body begins with an error, as
@@ -141,7 +141,7 @@ impl Decoder {
     }
 
     /// Decodes more bytes of a body. Returns the part of the body that is in `input`, in one piece. If bytes follow the
-    /// answer, the connection cannot be used again.
+    /// response, the connection cannot be used again.
     ///
     /// # Errors
     /// Returns [`Invalid`] if the chunked coding is invalid before the first data in `input`, or was already invalid
@@ -207,7 +207,7 @@ thread_local! {
     static PARSED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// Parses a head and drops the interim answers before it. Returns `None` if the head is incomplete; `parsed` then
+/// Parses a head and drops the interim responses before it. Returns `None` if the head is incomplete; `parsed` then
 /// says how far it was parsed.
 fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Head>, Invalid> {
     let mut from = parsed.interim;
@@ -219,41 +219,41 @@ fn read_head(bytes: &[u8], parsed: &mut Parsed) -> Result<Option<Head>, Invalid>
             return Err(NO_STATUS_LINE);
         }
         let mut lines = [const { MaybeUninit::uninit() }; MAX_HEADERS];
-        let mut answer = httparse::Response::new(&mut []);
+        let mut response = httparse::Response::new(&mut []);
         let parser = httparse::ParserConfig::default();
-        let length = match parser.parse_response_with_uninit_headers(&mut answer, &bytes[from..], &mut lines)
-        {
-            Ok(httparse::Status::Complete(length)) => length,
-            Ok(httparse::Status::Partial) if bytes.len() <= MAX_HEAD => {
-                *parsed = Parsed { interim: from, len: bytes.len() };
-                return Ok(None);
-            }
-            Ok(httparse::Status::Partial) => return Err(TOO_LARGE),
-            Err(error) => return Err(why(error)),
-        };
+        let length =
+            match parser.parse_response_with_uninit_headers(&mut response, &bytes[from..], &mut lines) {
+                Ok(httparse::Status::Complete(length)) => length,
+                Ok(httparse::Status::Partial) if bytes.len() <= MAX_HEAD => {
+                    *parsed = Parsed { interim: from, len: bytes.len() };
+                    return Ok(None);
+                }
+                Ok(httparse::Status::Partial) => return Err(TOO_LARGE),
+                Err(error) => return Err(why(error)),
+            };
         if from + length > MAX_HEAD {
             return Err(TOO_LARGE);
         }
         if has_bare_lf(&bytes[from..from + length]) {
             return Err(Invalid("a line of the head ends with LF but without CR"));
         }
-        let status = StatusCode::from_u16(answer.code.unwrap_or(0)).map_err(|_| NO_STATUS_LINE)?;
+        let status = StatusCode::from_u16(response.code.unwrap_or(0)).map_err(|_| NO_STATUS_LINE)?;
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
             from += length;
             continue;
         }
         let (mut parts, ()) = Response::new(()).into_parts();
         parts.status = status;
-        parts.version = if answer.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+        parts.version = if response.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
         // All header values share one copy, and so does the beginning of the body if it has no transfer coding.
         let is_coded =
             |line: &httparse::Header<'_>| line.name.eq_ignore_ascii_case(TRANSFER_ENCODING.as_str());
-        let end = if answer.headers.iter().any(is_coded) { from + length } else { bytes.len() };
+        let end = if response.headers.iter().any(is_coded) { from + length } else { bytes.len() };
         let copy = Bytes::copy_from_slice(&bytes[from..end]);
         // Leave room for the headers that Zap adds.
-        parts.headers = header_map_pool::map(answer.headers.len() + 8);
+        parts.headers = header_map_pool::map(response.headers.len() + 8);
         let mut framing = BodyFraming::default();
-        for line in answer.headers.iter() {
+        for line in response.headers.iter() {
             let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| BAD_HEADER)?;
             let start = line.value.as_ptr().addr() - bytes[from..].as_ptr().addr();
             let value = copy.slice(start..start + line.value.len());
@@ -339,7 +339,7 @@ mod tests {
     use crate::http1::chunked::{BAD_CHUNK, MAX_SIZE_LINE};
 
     #[test]
-    fn an_answer_with_ambiguous_framing_is_refused() {
+    fn a_response_with_ambiguous_framing_is_refused() {
         const LENGTH: (&str, &str) = ("content-length", "5");
         const CHUNKED: (&str, &str) = ("transfer-encoding", "chunked");
         for (headers, version, want) in [
@@ -366,7 +366,7 @@ mod tests {
         }
     }
 
-    /// Decodes an answer in pieces of `size`. Returns its status and body, whether it is complete, and whether the
+    /// Decodes a response in pieces of `size`. Returns its status and body, whether it is complete, and whether the
     /// connection can be used again.
     fn read(bytes: &str, size: usize) -> Result<Option<(u16, String, bool, bool)>, Invalid> {
         let mut decoder = Decoder::default();
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_after_an_answer_end_the_connection() {
+    fn bytes_after_a_response_end_the_connection() {
         for rest in ["content-length: 2\r\n\r\nok", "transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"]
         {
             let bytes = format!("{OK}{rest}HTTP/1.1 200 OK\r\n\r\n");
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_invalid_and_ambiguous_answers() {
+    fn refuses_invalid_and_ambiguous_responses() {
         for bytes in [
             "HTTP/9 200 OK\r\n\r\n",
             "\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
@@ -562,7 +562,7 @@ mod tests {
         assert!(matches!(read(&lines(60, 1000), 1000), Ok(Some(_))));
         assert!(read(&lines(66, 1000), 1000).is_err());
         let endless = "HTTP/1.1 100 Continue\r\n\r\n".repeat(4000);
-        assert_eq!(read(&endless, 1000), Err(TOO_LARGE), "interim answers count");
+        assert_eq!(read(&endless, 1000), Err(TOO_LARGE), "interim responses count");
         let extension = format!("{OK}transfer-encoding: chunked\r\n\r\n1;{}", "x".repeat(MAX_SIZE_LINE + 1));
         assert!(read(&extension, extension.len()).is_err());
         let trailers = format!(

@@ -82,7 +82,7 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
 
 /// Whether an incomplete head, of which the first `parsed` bytes were parsed already, should be parsed again: if it
 /// may have ended since, or has grown by a quarter. This keeps the work linear in the length of the head, for pieces
-/// of any size. Used for requests and for answers.
+/// of any size. Used for requests and for responses.
 pub(crate) fn is_worth_parsing(head: &[u8], parsed: usize) -> bool {
     // The end may begin up to two bytes before the new bytes.
     let fresh = &head[parsed.saturating_sub(2).min(head.len())..];

@@ -1,4 +1,4 @@
-//! A pool of empty header maps with allocated capacity. The maps of served requests are reused for answers. Each worker
+//! A pool of empty header maps with allocated capacity. The maps of served requests are reused for responses. Each worker
 //! thread has its own pool.
 
 use std::cell::RefCell;

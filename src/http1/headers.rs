@@ -2,8 +2,8 @@
 //! values of the headers that Zap writes.
 //!
 //! The headers for a backend are a new map, built from a short list of allowed names. The headers for a client are the
-//! upstream's map without those that belong to the connection (RFC 9110, section 7.6.1). This module never handles a
-//! backend's key.
+//! upstream's map without those that belong to the connection (RFC 9110, section 7.6.1) and those that tell browsers about
+//! the provider's own site. This module never handles a backend's key.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -22,9 +22,9 @@ pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-i
 /// `x-upstream-request-id`
 pub(crate) const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-upstream-request-id");
 
-/// The facts about an answer that Zap needs from its headers.
+/// The facts about a response that Zap needs from its headers.
 #[derive(Debug, Default)]
-pub(crate) struct About {
+pub(crate) struct ResponseFacts {
     /// The provider's id for the request: `x-request-id`, else `request-id`, if it is 1 to 128 visible ASCII
     /// characters.
     pub id: Option<HeaderValue>,
@@ -32,14 +32,14 @@ pub(crate) struct About {
     pub is_events: bool,
     /// The body has a content coding.
     pub is_encoded: bool,
-    /// The answer has `Content-Length`.
+    /// The response has `Content-Length`.
     pub has_length: bool,
 }
 
-impl About {
-    /// Notes the facts in one header. Returns `true` if the header must not be forwarded: it belongs to the
-    /// connection, or it tells browsers about the provider's own site.
-    fn ends_here(&mut self, name: &HeaderName, value: &HeaderValue) -> bool {
+impl ResponseFacts {
+    /// Notes the facts in one header. Returns `true` if the header must be dropped: it belongs to the connection
+    /// (RFC 9110, section 7.6.1), or it tells browsers about the provider's own site.
+    fn note_or_drop(&mut self, name: &HeaderName, value: &HeaderValue) -> bool {
         match name.as_str() {
             "alt-svc" | "connection" | "keep-alive" | "proxy-authenticate" | "proxy-connection"
             | "set-cookie" | "te" | "trailer" | "transfer-encoding" | "upgrade" => return true,
@@ -85,14 +85,14 @@ pub(crate) fn to_backend(
     };
     let (mut has_accept, mut has_user_agent) = (false, false);
     for (name, value) in client {
-        let passes = match name.as_str() {
+        let is_allowed = match name.as_str() {
             "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
                 true
             }
             "authorization" | "openai-organization" | "openai-project" => forward_authorization,
             other => other.starts_with("x-stainless-"),
         };
-        if passes && !is_nominated(name) {
+        if is_allowed && !is_nominated(name) {
             has_accept |= *name == ACCEPT;
             has_user_agent |= *name == USER_AGENT;
             put(name, value);
@@ -110,12 +110,12 @@ pub(crate) fn to_backend(
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }
 
-/// Removes the headers of an answer that must not be forwarded to the client, and returns the facts that Zap needs.
-pub(crate) fn to_client(upstream: &mut HeaderMap) -> About {
-    let mut about = About::default();
+/// Drops the headers of a response that must not be forwarded to the client, and returns the facts that Zap needs.
+pub(crate) fn to_client(upstream: &mut HeaderMap) -> ResponseFacts {
+    let mut about = ResponseFacts::default();
     // A single pass over the headers is cheaper than a look-up of each name that could be there.
     let removed =
-        upstream.iter().filter(|(name, value)| about.ends_here(name, value)).map(|(name, _)| name.clone());
+        upstream.iter().filter(|(name, value)| about.note_or_drop(name, value)).map(|(name, _)| name.clone());
     let removed: SmallVec<[HeaderName; 4]> = removed.collect();
     if !removed.is_empty() {
         remove(upstream, removed);

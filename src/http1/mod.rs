@@ -1,4 +1,4 @@
-//! HTTP/1.1 as bytes (RFC 9112): checks of request heads, the headers that pass through Zap, the decoder of answers.
+//! HTTP/1.1 as bytes (RFC 9112): checks of request heads, the headers that pass through Zap, the decoder of responses.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -64,8 +64,10 @@ pub struct Thresholds {
 /// A change of state. The caller that gets it logs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// The backend was ejected.
+    /// The backend was ejected after as many failures in a row as the threshold.
     Down,
+    /// The backend refused Zap's key before, and its last health check failed for another reason.
+    StillDown,
     /// The backend refuses Zap's key.
     Misconfigured,
     /// The backend came back.
@@ -86,7 +88,7 @@ pub struct Breaker {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Health {
+enum HealthState {
     Up = 0,
     Ejected = 1,
     Misconfigured = 2,
@@ -94,7 +96,7 @@ enum Health {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct PackedState {
-    state: Health,
+    state: HealthState,
     /// Requests that failed in a row.
     failures: u32,
     /// Probes that failed in a row.
@@ -109,9 +111,9 @@ const MAX_COUNT: u32 = 0xFFFF;
 impl PackedState {
     fn unpack(word: u64) -> Self {
         let state = match word & 3 {
-            1 => Health::Ejected,
-            2 => Health::Misconfigured,
-            _ => Health::Up,
+            1 => HealthState::Ejected,
+            2 => HealthState::Misconfigured,
+            _ => HealthState::Up,
         };
         let count = |at: u32| (word >> at) as u32 & MAX_COUNT;
         PackedState { state, failures: count(2), failed_probes: count(18), successes: count(34) }
@@ -125,12 +127,12 @@ impl PackedState {
     /// Ejects the backend if one of the failure counts has reached its limit; resets the successes.
     fn after_failure(self, limits: Thresholds) -> Self {
         let is_over = self.failures.max(self.failed_probes) >= limits.failures;
-        let state = if self.state == Health::Up && is_over { Health::Ejected } else { self.state };
+        let state = if self.state == HealthState::Up && is_over { HealthState::Ejected } else { self.state };
         PackedState { state, successes: 0, ..self }
     }
 
     /// `state` with all counts at 0.
-    fn reset_to(state: Health) -> Self {
+    fn reset_to(state: HealthState) -> Self {
         PackedState { state, failures: 0, failed_probes: 0, successes: 0 }
     }
 }
@@ -171,10 +173,10 @@ impl Breaker {
 
     fn status_and(&self, now: Nanos, cooling: impl FnOnce() -> Option<Nanos>) -> Status {
         let state = PackedState::unpack(self.word.load(Ordering::Relaxed)).state;
-        if state == Health::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
+        if state == HealthState::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
             return Status::Misconfigured;
         }
-        if state == Health::Ejected {
+        if state == HealthState::Ejected {
             return Status::Ejected;
         }
         cooling().map_or(Status::Healthy, Status::Cooling)
@@ -187,8 +189,8 @@ impl Breaker {
             return;
         }
         self.change(|w| match w.state {
-            Health::Up => PackedState::reset_to(Health::Up),
-            Health::Ejected | Health::Misconfigured => w,
+            HealthState::Up => PackedState::reset_to(HealthState::Up),
+            HealthState::Ejected | HealthState::Misconfigured => w,
         });
     }
 
@@ -204,13 +206,13 @@ impl Breaker {
             last => now >= last.saturating_add(2 * limits.interval),
         };
         let change = self.change(|w| match (probe, w.state) {
-            (Probe::Alive, Health::Up) => PackedState { failed_probes: 0, ..w },
+            (Probe::Alive, HealthState::Up) => PackedState { failed_probes: 0, ..w },
             (Probe::Alive, _) if may_return && w.successes + 1 >= limits.successes => {
-                PackedState::reset_to(Health::Up)
+                PackedState::reset_to(HealthState::Up)
             }
             (Probe::Alive, _) => PackedState { successes: (w.successes + 1).min(MAX_COUNT), ..w },
-            (Probe::BadKey, _) => PackedState::reset_to(Health::Misconfigured),
-            (Probe::Failed, Health::Misconfigured) => PackedState::reset_to(Health::Ejected),
+            (Probe::BadKey, _) => PackedState::reset_to(HealthState::Misconfigured),
+            (Probe::Failed, HealthState::Misconfigured) => PackedState::reset_to(HealthState::Ejected),
             (Probe::Failed, _) => {
                 PackedState { failed_probes: (w.failed_probes + 1).min(MAX_COUNT), ..w }.after_failure(limits)
             }
@@ -264,9 +266,10 @@ impl Breaker {
         let (before, after) = (PackedState::unpack(before), step(PackedState::unpack(before)));
         match (before.state, after.state) {
             (old, new) if old == new => None,
-            (_, Health::Up) => Some(Change::Up),
-            (_, Health::Ejected) => Some(Change::Down),
-            (_, Health::Misconfigured) => Some(Change::Misconfigured),
+            (_, HealthState::Up) => Some(Change::Up),
+            (HealthState::Misconfigured, HealthState::Ejected) => Some(Change::StillDown),
+            (_, HealthState::Ejected) => Some(Change::Down),
+            (_, HealthState::Misconfigured) => Some(Change::Misconfigured),
         }
     }
 }
@@ -459,7 +462,7 @@ mod tests {
         assert_eq!(b.probed(Probe::BadKey, LIMITS, 1), Some(Change::Misconfigured));
         assert_eq!(b.probed(Probe::BadKey, LIMITS, 2), None);
         assert_eq!(b.status(u64::MAX), Status::Misconfigured);
-        assert_eq!(b.probed(Probe::Failed, LIMITS, 3), Some(Change::Down));
+        assert_eq!(b.probed(Probe::Failed, LIMITS, 3), Some(Change::StillDown));
         b.probed(Probe::Alive, LIMITS, 4);
         assert_eq!(b.probed(Probe::Alive, LIMITS, 5), Some(Change::Up));
     }

@@ -1,4 +1,4 @@
-//! Chooses the target of a try: by round robin, least load or prefix hash, in panic, or in a given order.
+//! Chooses the target of a try: by round robin, least load or prefix hash, in panic mode, or in a given order.
 //!
 //! Pure decisions on the state of the targets of one request, as a [`Fleet`] reports it. The caller then takes a permit
 //! for the chosen target. That may fail, since another request may take the last permit first.
@@ -13,7 +13,7 @@ use crate::time::Nanos;
 pub(crate) enum Choice {
     /// The target with the fewest requests in flight relative to its weight.
     LeastLoaded,
-    /// The target that this key, a hash of the conversation's prefix, maps to.
+    /// The target for this key, a hash of the conversation's prefix.
     PrefixHash(u64),
     /// The next target in turn.
     RoundRobin,
@@ -26,9 +26,9 @@ pub(crate) enum Closed {
     Cooling(Nanos),
     /// The backend has reached its `max_in_flight`.
     Full,
-    /// The backend is ejected, or it refuses its key.
+    /// The backend is ejected, or it refuses Zap's key.
     Out(Status),
-    /// The quota is used up; it has room for this request at this time.
+    /// The quota has room for this request at this time.
     Quota(Nanos),
 }
 
@@ -73,14 +73,14 @@ pub(crate) trait Fleet {
     /// How a target is chosen.
     fn strategy(&self) -> Choice;
 
-    /// The rotation of the `n`-th priority. It holds the targets that were up when it was built.
+    /// The rotation of the `n`-th tier: the targets of one priority that were up when the rotation was built.
     fn tier(&self, n: usize) -> Option<Rotation<'_>>;
 
     /// The rotation of all targets with a weight above 0, up or not.
     fn all(&self) -> Rotation<'_>;
 
     /// The rotation of all targets with the same backend and priority as `target`; `None` if `target` is the only one.
-    fn mates(&self, target: TargetId) -> Option<Rotation<'_>>;
+    fn siblings(&self, target: TargetId) -> Option<Rotation<'_>>;
 
     /// Number of targets that were up when the rotations were built.
     fn up(&self) -> usize;
@@ -103,7 +103,7 @@ pub(crate) trait Fleet {
     /// Returns the reason if the target cannot.
     fn check(&self, target: TargetId) -> Result<(), Closed>;
 
-    /// Checks whether an ejected target can take the request in panic.
+    /// Checks whether an ejected target can take the request in panic mode.
     ///
     /// # Errors
     /// Returns the reason if the target cannot; [`Closed::Out`] if the target is not ejected.
@@ -113,16 +113,12 @@ pub(crate) trait Fleet {
     fn granted(&self) -> Option<BackendId>;
 
     /// Whether the request has begun to wait for busy targets.
-    fn stands_in_line(&self) -> bool;
+    fn is_waiting(&self) -> bool;
 }
 
-/// Picks an available target that is not `passed`. Only the first try of a request advances the rotation.
-pub(crate) fn pick(
-    fleet: &impl Fleet,
-    is_first: bool,
-    passed: impl Fn(TargetId) -> bool,
-) -> Option<TargetId> {
-    let eligible = |id: TargetId| !passed(id) && fleet.check(id).is_ok();
+/// Picks an available target that is not in `skip`. Only the first try of a request advances the rotation.
+pub(crate) fn pick(fleet: &impl Fleet, is_first: bool, skip: impl Fn(TargetId) -> bool) -> Option<TargetId> {
+    let eligible = |id: TargetId| !skip(id) && fleet.check(id).is_ok();
     if let Some(backend) = fleet.granted() {
         let granted = |id: TargetId| fleet.backend(id) == backend && eligible(id);
         if let Some(id) = pick_by_tier(fleet, false, granted) {
@@ -145,17 +141,17 @@ pub(crate) fn in_order(fleet: &impl Fleet, order: impl IntoIterator<Item = Targe
     order.into_iter().find(|id| fleet.check(*id).is_ok())
 }
 
-/// Picks a target when all are out: the ejected one with room and the lowest load that is not `passed`. Recent failures
-/// count as load.
+/// Picks a target in panic mode, when no target is up: the ejected one with room and the lowest load that is not in
+/// `skip`. Recent failures count as load.
 pub(crate) fn in_panic(
     fleet: &impl Fleet,
     is_first: bool,
-    passed: impl Fn(TargetId) -> bool,
+    skip: impl Fn(TargetId) -> bool,
 ) -> Option<TargetId> {
     let has_room = |id: TargetId| match fleet.check_ejected(id) {
-        _ if passed(id) => false,
+        _ if skip(id) => false,
         Err(Closed::Full) => fleet.granted() == Some(fleet.backend(id)),
-        closed => closed.is_ok(),
+        result => result.is_ok(),
     };
     let all = fleet.all();
     all.schedule.least_loaded(all.turns(is_first), |id, weight| {
@@ -164,8 +160,8 @@ pub(crate) fn in_panic(
     })
 }
 
-/// Chooses an eligible target of a tier by the strategy. Several targets may be models of one backend; they share the
-/// backend's requests in flight in proportion to their weights.
+/// Chooses an eligible target of a tier by the strategy. Several targets may be models of one backend; such targets
+/// share the backend's requests in flight in proportion to their weights.
 fn choose(
     fleet: &impl Fleet,
     tier: Rotation<'_>,
@@ -180,38 +176,38 @@ fn choose(
             let least = tier.schedule.least_loaded(tier.turns(advance), |id, weight| {
                 let found = || {
                     let TargetLoad { in_flight, penalty, up_for } = fleet.load(id);
-                    // The share of a cooling model goes to all other targets, not only to those of the same backend.
-                    let weight = fleet.mates(id).map_or(weight, |mates| mates.weight(&eligible));
+                    // A cooling model lowers the weight of its backend, so its share goes to all other targets.
+                    let weight = fleet.siblings(id).map_or(weight, |siblings| siblings.weight(&eligible));
                     load(in_flight, weight, penalty, up_for)
                 };
                 eligible(id).then(found)
             })?;
-            among_mates(fleet, least, advance, eligible)
+            among_siblings(fleet, least, advance, eligible)
         }
         Choice::RoundRobin => {
             let id = tier.schedule.round_robin(tier.turns(advance), &eligible)?;
-            // A retry does not advance the rotation, so it rotates among the models of the backend.
-            if advance { Some(id) } else { among_mates(fleet, id, true, eligible) }
+            // A retry does not advance the rotation; the models of the backend have a rotation of their own.
+            if advance { Some(id) } else { among_siblings(fleet, id, true, eligible) }
         }
     }
 }
 
 /// The next eligible target of the backend that `id` belongs to.
-fn among_mates(
+fn among_siblings(
     fleet: &impl Fleet,
     id: TargetId,
     advance: bool,
     eligible: impl Fn(TargetId) -> bool,
 ) -> Option<TargetId> {
-    match fleet.mates(id) {
-        Some(mates) => mates.schedule.round_robin(mates.turns(advance), eligible),
+    match fleet.siblings(id) {
+        Some(siblings) => siblings.schedule.round_robin(siblings.turns(advance), eligible),
         None => Some(id),
     }
 }
 
 /// A target's share of its backend's requests in flight.
 fn own_share(fleet: &impl Fleet, id: TargetId, in_flight: usize) -> usize {
-    let Some(mates) = fleet.mates(id) else { return in_flight };
-    let all = u64::from(mates.weight(|_| true).max(1));
-    (in_flight as u64 * u64::from(fleet.weight(id)) / all) as usize
+    let Some(siblings) = fleet.siblings(id) else { return in_flight };
+    let total_weight = u64::from(siblings.weight(|_| true).max(1));
+    (in_flight as u64 * u64::from(fleet.weight(id)) / total_weight) as usize
 }

@@ -101,7 +101,7 @@ pub struct Ticket {
 /// A request that waits for a backend to come back, and needs no slot for it. Dropping the value ends the wait.
 #[derive(Debug)]
 #[must_use = "dropping it ends the wait"]
-pub struct Outside(Arc<Admission>);
+pub struct BackendWait(Arc<Admission>);
 
 /// The decision of [`Admission::enter`].
 #[derive(Debug)]
@@ -189,12 +189,12 @@ impl Admission {
     ///
     /// # Errors
     /// Returns [`QueueFull`] if the largest number of requests wait already.
-    pub fn wait_outside(self: &Arc<Self>) -> Result<Outside, QueueFull> {
+    pub fn wait_for_backend(self: &Arc<Self>) -> Result<BackendWait, QueueFull> {
         let c = Counts::unpack(self.word.load(Ordering::SeqCst));
         let room = self.max_waiting.load(Ordering::Relaxed).saturating_sub(c.waiting - c.reserved);
         let more = |n| (n < room).then_some(n + 1);
         match self.outside.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
-            Ok(_) => Ok(Outside(self.clone())),
+            Ok(_) => Ok(BackendWait(self.clone())),
             Err(_) => Err(QueueFull),
         }
     }
@@ -308,7 +308,7 @@ impl Drop for Permit {
     }
 }
 
-impl Drop for Outside {
+impl Drop for BackendWait {
     fn drop(&mut self) {
         self.0.outside.fetch_sub(1, Ordering::SeqCst);
     }
@@ -457,8 +457,8 @@ mod tests {
     fn requests_that_wait_outside_the_queue_count_as_waiting() {
         let a = Admission::new(1, 2);
         let s = permit(&a);
-        let outside = [a.wait_outside().unwrap(), a.wait_outside().unwrap()];
-        assert_eq!(a.wait_outside().unwrap_err(), QueueFull);
+        let outside = [a.wait_for_backend().unwrap(), a.wait_for_backend().unwrap()];
+        assert_eq!(a.wait_for_backend().unwrap_err(), QueueFull);
         assert_eq!(a.enter().unwrap_err(), QueueFull);
         assert_eq!(a.depth(), 2);
         drop((outside, s));

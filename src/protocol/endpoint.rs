@@ -1,7 +1,10 @@
 //! The endpoints, in one table.
 //!
 //! The table defines the paths, the allowed methods, the metric labels, the required members of a body and the end of a
-//! stream. To add an endpoint, add a variant and a row.
+//! stream.
+//!
+//! To add an endpoint, add a variant, a row at the same position, and 1 to [`Endpoint::COUNT`]. Then describe it in
+//! `src/manual/api.md`, `src/manual/metrics.md` and README.md; `tests/cli/manual.rs` checks the manual.
 
 /// An endpoint: the `endpoint` label of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,12 +70,12 @@ pub(crate) struct Api {
     /// Whether the body must have an array `messages`.
     pub(crate) needs_messages: bool,
     /// The format of the endpoint's streams.
-    pub(crate) stream: Stream,
+    pub(crate) stream: StreamFormat,
 }
 
 /// How an event stream signals its end, and the format of an error that Zap adds to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stream {
+pub(crate) enum StreamFormat {
     /// The stream ends with `data: [DONE]`; an error is `data: {"error":…}`.
     Done,
     /// The stream ends with the body; an error is `data: {"error":…}`.
@@ -90,7 +93,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             tail: "/chat/completions",
             has_default_model: true,
             needs_messages: true,
-            stream: Stream::Done,
+            stream: StreamFormat::Done,
         }),
     },
     Row {
@@ -101,7 +104,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             tail: "/completions",
             has_default_model: true,
             needs_messages: false,
-            stream: Stream::Done,
+            stream: StreamFormat::Done,
         }),
     },
     Row::plain(Endpoint::Embeddings, "embeddings", &["/v1/embeddings"], "/embeddings"),
@@ -121,7 +124,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             tail: "/responses",
             has_default_model: true,
             needs_messages: false,
-            stream: Stream::Responses,
+            stream: StreamFormat::Responses,
         }),
     },
     Row::plain(Endpoint::Speech, "speech", &["/v1/audio/speech"], "/audio/speech"),
@@ -136,7 +139,7 @@ impl Row {
         paths: &'static [&'static str],
         tail: &'static str,
     ) -> Self {
-        let api = Api { tail, has_default_model: false, needs_messages: false, stream: Stream::Plain };
+        let api = Api { tail, has_default_model: false, needs_messages: false, stream: StreamFormat::Plain };
         Row { endpoint, name, paths, served: ServedBy::Backends(api) }
     }
 
@@ -161,8 +164,8 @@ impl Row {
 }
 
 impl Endpoint {
-    /// Number of endpoints. It is a literal, since types use it: if it came from the table, the release build would
-    /// evaluate the table while it checks types, which is a cycle for the compiler.
+    /// Number of endpoints. This is a literal because array types use it: a constant computed from the table would make
+    /// the optimizing compiler fail with an evaluation cycle.
     pub(crate) const COUNT: usize = 14;
 
     /// All endpoints, in the order of their discriminants.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::protocol::responses::Seen;
+use crate::protocol::responses::StreamState;
 
 macro_rules! interrupted {
     () => {
@@ -14,7 +14,7 @@ macro_rules! interrupted {
 const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "}\n\n");
 
 /// Returns the error event for a cut stream. `seen` is the state of a `/v1/responses` stream; `None` for other streams.
-pub(crate) fn stream_interrupted(seen: Option<&Seen>, request_id: &str) -> Cow<'static, str> {
+pub(crate) fn stream_interrupted(seen: Option<&StreamState>, request_id: &str) -> Cow<'static, str> {
     match seen {
         None => STREAM_INTERRUPTED.into(),
         Some(seen) => {
@@ -34,7 +34,7 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(data).unwrap();
         assert_eq!(json["error"]["code"], "stream_interrupted");
         assert!(json["error"]["param"].is_null());
-        let failed = stream_interrupted(Some(&Seen::default()), "r");
+        let failed = stream_interrupted(Some(&StreamState::default()), "r");
         assert!(failed.starts_with("event: response.failed\n"));
         let data = failed.split_once("data: ").unwrap().1;
         let failed: serde_json::Value = serde_json::from_str(data).unwrap();

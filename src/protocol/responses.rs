@@ -22,13 +22,13 @@ static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
 /// What is known of a stream so far.
 #[derive(Debug, Default)]
-pub(crate) struct Seen {
+pub(crate) struct StreamState {
     sequence: Sequence,
     created: Created,
     terminal: Terminal,
 }
 
-impl Seen {
+impl StreamState {
     /// Reads the next chunk of the stream.
     pub(crate) fn feed(&mut self, data: &[u8]) {
         self.sequence.feed(data);
@@ -401,13 +401,13 @@ mod tests {
 
     use super::*;
 
-    fn seen(pieces: &[&[u8]]) -> Seen {
-        let mut seen = Seen::default();
+    fn seen(pieces: &[&[u8]]) -> StreamState {
+        let mut seen = StreamState::default();
         pieces.iter().for_each(|p| seen.feed(p));
         seen
     }
 
-    fn event(seen: &Seen) -> Value {
+    fn event(seen: &StreamState) -> Value {
         let event = seen.failed("r", &json!({ "message": "m", "type": "t", "param": null, "code": "c" }));
         let data = event.strip_prefix("event: response.failed\ndata: ").unwrap();
         serde_json::from_str(data.strip_suffix("\n\n").unwrap()).unwrap()
@@ -455,7 +455,7 @@ mod tests {
 
     #[test]
     fn an_endless_string_takes_bounded_memory() {
-        let mut seen = Seen::default();
+        let mut seen = StreamState::default();
         seen.feed(b"data: {\"response\":{\"id\":\"");
         (0..2048).for_each(|_| seen.feed(&[b'x'; 1024]));
         assert!(seen.created.done && seen.created.json.text.capacity() <= 2 * MAX_TEXT);
@@ -492,7 +492,7 @@ mod tests {
             cuts in prop::collection::vec(1usize..30, 1..6),
         ) {
             let text = parts.concat();
-            let (mut rest, mut cut, mut cuts) = (text.as_bytes(), Seen::default(), cuts.iter().cycle());
+            let (mut rest, mut cut, mut cuts) = (text.as_bytes(), StreamState::default(), cuts.iter().cycle());
             while !rest.is_empty() {
                 let (piece, more) = rest.split_at(rest.len().min(*cuts.next().unwrap()));
                 cut.feed(piece);

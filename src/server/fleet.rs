@@ -102,7 +102,7 @@ async fn watch(shared: &Arc<Shared>) {
                 () = shared.fleet_changed.notified() => {}
                 () = tokio::time::sleep(wait) => {}
                 () = shared.reload_wanted.notified(), if reading.is_none() => {
-                    let before = shared.snapshot.load_full();
+                    let before = shared.current.load_full();
                     // The file may be on a disk that hangs; the loop continues meanwhile.
                     reading = Some(spawn_blocking(move || read(&before)));
                 }
@@ -123,7 +123,7 @@ struct Probes(HashMap<u64, JoinHandle<()>>);
 impl Probes {
     /// Stops the probes of backends that are removed or drained, and starts the probes of new backends.
     fn update(&mut self, shared: &Arc<Shared>) {
-        let snapshot = shared.snapshot.load();
+        let snapshot = shared.current.load();
         let takes_requests: HashSet<u64> =
             snapshot.backends.iter().filter(|b| b.conf.weight > 0).map(|b| b.state.id).collect();
         self.0.retain(|id, probe| {
@@ -211,7 +211,7 @@ mod tests {
         })
         .unwrap();
         let early = runtime.block_on(clock::within(Duration::from_millis(20), fleet.ended()));
-        assert_eq!(early, Err(clock::Late));
+        assert_eq!(early, Err(clock::LimitExpired));
         assert!(fleet.join());
         assert_eq!(Arc::strong_count(&held), 1, "the thread dropped everything");
         let mut broken = FleetThread::run(async || panic!("a bug")).unwrap();

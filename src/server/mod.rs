@@ -46,7 +46,7 @@ pub(crate) async fn serve(
 ) -> std::io::Result<bool> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
-    let config = shared.snapshot.load().config.clone();
+    let config = shared.current.load().config.clone();
     let budget = FileBudget::new(&shared, &config);
     let upstreams = (budget.upstreams / config.server.workers).max(1);
     let workers: Result<Vec<_>, _> =

@@ -7,9 +7,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::clock;
-use crate::clock::Late;
+use crate::clock::LimitExpired;
 use crate::code::Code;
-use crate::gateway::state::Shared;
+use crate::gateway::state::{Generation, Shared};
 use crate::policy::breaker::{Probe, Status};
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
@@ -32,7 +32,7 @@ fn first_check_window(backends: usize) -> Duration {
 /// is skipped if a real request succeeded within the interval and the backend is healthy or cools down.
 pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     // A random delay, so that the backends are not checked at the same time.
-    let backends = shared.snapshot.load().backends.len();
+    let backends = shared.current.load().backends.len();
     sleep(first_check_window(backends).mul_f64(fastrand::f64())).await;
     while let Some((snapshot, upstream)) = find(&shared, id) {
         let health = &snapshot.config.health;
@@ -40,7 +40,7 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
         let proven = upstream.state.breaker.succeeded_within(clock::nanos(health.interval), now);
         if !(proven && matches!(upstream.state.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
-            let late = |Late| Some(Checked::failed(Fault::timed_out("health check", health.timeout)));
+            let late = |LimitExpired| Some(Checked::failed(Fault::timed_out("health check", health.timeout)));
             if let Some(checked) = clock::within(health.timeout, checking).await.unwrap_or_else(late) {
                 checked.note(&shared, &snapshot, &upstream);
             }
@@ -51,8 +51,8 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
 }
 
 /// The backend with this `id`, unless it is removed or drained.
-fn find(shared: &Shared, id: u64) -> Option<(Arc<Snapshot>, Arc<Upstream>)> {
-    let snapshot = shared.snapshot.load_full();
+fn find(shared: &Shared, id: u64) -> Option<(Arc<Generation>, Arc<Upstream>)> {
+    let snapshot = shared.current.load_full();
     let upstream = snapshot.backends.iter().find(|b| b.state.id == id && b.conf.weight > 0)?.clone();
     Some((snapshot, upstream))
 }
@@ -118,7 +118,7 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Checked> {
                 Probe::BadKey => Code::UpstreamAuthError,
                 Probe::Failed => Code::UpstreamError,
             };
-            let cause = format!("HTTP {status} to GET {}", upstream.conf.health_path);
+            let cause = format!("HTTP {status} to GET {}", upstream.health_path());
             Some(Checked { probe, found: Err(Fault::new(kind, cause)) })
         }
         Err(LinkError::Broken(fault) | LinkError::HungUp(fault) | LinkError::Unsent(_, fault)) => {

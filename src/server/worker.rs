@@ -12,7 +12,7 @@ use tokio::runtime::{self, LocalOptions};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::client::deadline::{Deadlines, GRAIN};
+use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::load::WorkerState;
 use crate::client::serve::{self, Settings};
@@ -79,13 +79,13 @@ impl Worker {
     /// Makes the worker close half of its idle upstream connections, since no file is left for a client.
     pub(crate) fn free_files(&self) {
         self.load.lacks_files.store(true, Ordering::Relaxed);
-        self.load.news.notify_one();
+        self.load.changed.notify_one();
     }
 
     /// Makes the worker close its idle client connections now, and busy ones after their response.
     pub(crate) fn close(&self) {
         self.load.close.store(true, Ordering::Relaxed);
-        self.load.news.notify_one();
+        self.load.changed.notify_one();
     }
 
     /// Makes the worker cut the connections that are still open.
@@ -140,7 +140,7 @@ async fn serve(
     let settings = Rc::new(Settings { deadlines: deadlines.clone(), keep_alive });
     let runner = gateway.clone();
     let futures = FuturePool::new(move |mailbox| serve::run_requests(runner.clone(), mailbox));
-    let mut sweep = tokio::time::interval(GRAIN);
+    let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
     let mut open = true;
@@ -159,7 +159,7 @@ async fn serve(
                 }
                 None => open = false,
             },
-            () = load.news.notified() => {
+            () = load.changed.notified() => {
                 if load.lacks_files.swap(false, Ordering::Relaxed) {
                     gateway.pool().close_half();
                 }
@@ -171,7 +171,7 @@ async fn serve(
                 deadlines.sweep();
                 sweeps = sweeps.wrapping_add(1);
                 if sweeps.is_multiple_of(SWEEPS_PER_POOL_SWEEP) {
-                    gateway.pool().sweep(clock::now(), &gateway.snapshot().backends);
+                    gateway.pool().sweep(clock::now(), &gateway.current().backends);
                 }
             }
         }

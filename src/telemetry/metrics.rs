@@ -11,12 +11,12 @@ use crate::clock;
 use crate::code::Code;
 use crate::counter::{Counter, Histogram, OVERHEAD, REQUEST, Total};
 use crate::protocol::Endpoint;
-use crate::telemetry::Phase;
 use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
 use crate::telemetry::encode::Encoder;
+use crate::telemetry::phase::Phase;
 use crate::upstream::Upstream;
-use crate::upstream::counters::{Answers, BackendLane, STATUSES};
+use crate::upstream::counters::{BackendLane, ResponseCounters, STATUSES};
 
 /// The side that cut a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ const SIDES: [(&str, Side); 2] = [("client", Side::Client), ("upstream", Side::U
 /// The counts of one worker, except those of a backend.
 #[derive(Debug)]
 pub(crate) struct Lane {
-    answers: Answers,
+    responses: ResponseCounters,
     durations: [Histogram; Endpoint::COUNT],
     /// Zap's own share of the time to the first byte.
     pub overhead: Histogram,
@@ -47,7 +47,7 @@ pub(crate) struct Lane {
 impl Default for Lane {
     fn default() -> Self {
         Lane {
-            answers: Answers::default(),
+            responses: ResponseCounters::default(),
             durations: std::array::from_fn(|_| Histogram::new(REQUEST)),
             overhead: Histogram::new(OVERHEAD),
             queue_wait: Histogram::new(REQUEST),
@@ -61,8 +61,8 @@ impl Default for Lane {
 
 impl Lane {
     /// Counts a response that Zap made itself.
-    pub(crate) fn answered(&self, endpoint: Endpoint, status: u16) {
-        self.answers.count(endpoint, status);
+    pub(crate) fn count_response(&self, endpoint: Endpoint, status: u16) {
+        self.responses.count(endpoint, status);
     }
 
     /// Records the total duration of a request.
@@ -145,9 +145,9 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
         "Requests by endpoint, backend and status; backend is empty if Zap made the response.",
     );
     for endpoint in Endpoint::ALL {
-        answers(e, endpoint, "", lanes.iter().map(|l| &l.answers));
+        responses(e, endpoint, "", lanes.iter().map(|l| &l.responses));
         for b in backends {
-            answers(e, endpoint, b.name(), b.lanes.iter().map(|l| &l.answers));
+            responses(e, endpoint, b.name(), b.lanes.iter().map(|l| &l.responses));
         }
     }
     e.family(
@@ -176,10 +176,15 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
 
 /// Writes the responses of `backend` at `endpoint` by status. Counts of 0 are left out, except status 200 of a
 /// backend's chats.
-fn answers<'l>(e: &mut Encoder, endpoint: Endpoint, backend: &str, lanes: impl Iterator<Item = &'l Answers>) {
+fn responses<'l>(
+    e: &mut Encoder,
+    endpoint: Endpoint,
+    backend: &str,
+    lanes: impl Iterator<Item = &'l ResponseCounters>,
+) {
     let mut totals = [0u64; (STATUSES.end - STATUSES.start) as usize];
     let mut is_used = false;
-    for row in lanes.filter_map(|answers| answers.row(endpoint)) {
+    for row in lanes.filter_map(|responses| responses.row(endpoint)) {
         is_used = true;
         totals.iter_mut().zip(row).for_each(|(total, counter)| *total = total.wrapping_add(counter.get()));
     }
@@ -369,7 +374,7 @@ mod tests {
 
     #[test]
     fn unusual_statuses_are_counted_without_a_panic() {
-        let a = Answers::default();
+        let a = ResponseCounters::default();
         for status in [100, 200, 200, 599, 600, 42, u16::MAX] {
             a.count(Endpoint::Chat, status);
         }
@@ -381,10 +386,10 @@ mod tests {
 
     #[test]
     fn counts_of_zero_are_left_out_except_chats_of_a_backend() {
-        let lanes = [Answers::default(), Answers::default()];
+        let lanes = [ResponseCounters::default(), ResponseCounters::default()];
         let text = |endpoint, backend| {
             let mut e = Encoder::default();
-            answers(&mut e, endpoint, backend, lanes.iter());
+            responses(&mut e, endpoint, backend, lanes.iter());
             e.finish()
         };
         let zero = "zap_requests_total{endpoint=\"chat\",backend=\"a\",status=\"200\"} 0\n";

@@ -1,4 +1,8 @@
-//! Metrics and logs. Each request has one [`RequestRecord`], which feeds both.
+//! Metrics and logs. Each request has one [`RequestRecord`](record::RequestRecord), which feeds both.
+
+pub(crate) mod record;
+
+pub(crate) mod phase;
 
 pub(crate) mod metrics;
 
@@ -8,96 +12,17 @@ pub(crate) mod log;
 
 pub(crate) mod clients;
 
-use std::borrow::Cow;
 use std::cell::RefCell;
-use std::fmt::Write as _;
-use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
 
 use crossbeam_utils::CachePadded;
-use http::{HeaderValue, Method};
+use http::HeaderValue;
 
-use crate::clock;
-use crate::code::Code;
 use crate::config;
-use crate::policy::breaker::Status;
-use crate::policy::choose::Closed;
-use crate::protocol::Endpoint;
-use crate::telemetry::clients::Client;
-use crate::telemetry::log::{Log, push_json};
-use crate::telemetry::metrics::{Lane, Reloads, Side};
-use crate::time::{MILLI, Nanos, SECOND};
-use crate::upstream::Upstream;
-use crate::upstream::fault::Fault;
-use crate::upstream::fleet::Passed;
-
-/// The phase that a request is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub(crate) enum Phase {
-    Body,
-    Queued,
-    Connecting,
-    Waiting,
-    Backoff,
-    Streaming,
-}
-
-impl Phase {
-    /// All phases, in the order of their discriminants.
-    pub(crate) const ALL: [Phase; 6] =
-        [Phase::Body, Phase::Queued, Phase::Connecting, Phase::Waiting, Phase::Backoff, Phase::Streaming];
-
-    /// The phase as a label value.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Phase::Body => "body",
-            Phase::Queued => "queued",
-            Phase::Connecting => "connecting",
-            Phase::Waiting => "waiting",
-            Phase::Backoff => "backoff",
-            Phase::Streaming => "streaming",
-        }
-    }
-}
-
-/// How a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    /// The client disconnected. This is the default: a record reports it if it is dropped before another end is set.
-    ClientGone,
-    /// The whole response was sent.
-    Complete,
-    /// The deadline passed.
-    Timeout,
-    /// The upstream failed within the response.
-    UpstreamError,
-}
-
-impl End {
-    fn name(self) -> &'static str {
-        match self {
-            End::ClientGone => "client_gone",
-            End::Complete => "complete",
-            End::Timeout => "timeout",
-            End::UpstreamError => "upstream_error",
-        }
-    }
-}
-
-/// The client that sent a request.
-#[derive(Clone, Debug)]
-pub(crate) enum Caller {
-    /// A client without a credential.
-    Anonymous,
-    /// A client with a configured key.
-    Known(Arc<Client>),
-    /// A client with a credential that is not checked, since no client keys are configured: its keyed hash.
-    Unknown(u64),
-}
+use crate::telemetry::log::Log;
+use crate::telemetry::metrics::{Lane, Reloads};
 
 /// The telemetry that all workers share.
 #[derive(Debug)]
@@ -124,7 +49,7 @@ impl Telemetry {
     }
 
     /// Applies a new configuration.
-    pub(crate) fn configure(&self, config: &config::Log) {
+    pub(crate) fn configure(&self, config: &config::LogSettings) {
         self.log.set_format(config.events);
         self.log_requests.store(config.requests, Ordering::Relaxed);
     }
@@ -138,300 +63,17 @@ pub(crate) struct Recorder {
     /// The shared telemetry, with the lanes of all workers.
     pub telemetry: Arc<Telemetry>,
     /// Id and number of tries of a request that a panic has just ended.
-    pub broken: RefCell<Option<(HeaderValue, u32)>>,
+    pub panicked: RefCell<Option<(HeaderValue, u32)>>,
 }
 
 impl Recorder {
     /// Creates the recorder of worker number `worker`.
     pub(crate) fn new(worker: usize, telemetry: Arc<Telemetry>) -> Rc<Self> {
-        Rc::new(Recorder { worker, telemetry, broken: RefCell::default() })
+        Rc::new(Recorder { worker, telemetry, panicked: RefCell::default() })
     }
 
     /// The worker's lane.
     pub(crate) fn lane(&self) -> &Lane {
         &self.telemetry.lanes[self.worker]
-    }
-}
-
-/// A request as it arrives.
-#[derive(Debug)]
-pub(crate) struct Arrival<'a> {
-    /// The method; `None` if the head is invalid.
-    pub method: Option<&'a Method>,
-    /// The path as received.
-    pub path: &'a str,
-    /// The endpoint that the path belongs to.
-    pub endpoint: Endpoint,
-    /// The id sent in the response's `x-request-id`.
-    pub request_id: HeaderValue,
-    /// The peer address of the client connection.
-    pub peer: IpAddr,
-}
-
-/// The record of one request: filled while the request is served, reported once, when it is dropped.
-#[derive(Debug)]
-pub(crate) struct RequestRecord {
-    recorder: Rc<Recorder>,
-    /// When the head of the request was read.
-    pub started: Nanos,
-    /// Whether the request gets a log line, as configured when it arrived.
-    pub is_logged: bool,
-    /// The method; `None` if the head is invalid.
-    pub method: Option<Method>,
-    /// The peer address of the client connection.
-    pub peer: IpAddr,
-    /// The endpoint that the path belongs to.
-    pub endpoint: Endpoint,
-    /// The path as received; empty if requests are not logged.
-    pub path: String,
-    /// The id sent in the response's `x-request-id`.
-    pub request_id: HeaderValue,
-    /// The provider's id of the request that it responded to.
-    pub upstream_request_id: Option<HeaderValue>,
-    /// The client that sent the request.
-    pub caller: Caller,
-    /// The model that the request names, if any.
-    pub model: Option<Arc<str>>,
-    /// Whether the body asks for a stream.
-    pub stream: bool,
-    /// Status of the response; 0 until there is one.
-    pub status: u16,
-    /// Why Zap refused the request; `None` if Zap did not.
-    pub refused: Option<Code>,
-    /// The backend that responded; `None`: Zap itself.
-    pub backend: Option<Arc<Upstream>>,
-    /// Number of upstream tries.
-    pub tries: u32,
-    /// The backend and the cause of every failed try.
-    pub failed: Vec<(Arc<Upstream>, Fault)>,
-    /// Candidates that were passed over, with the reason and the time of the check; kept only if requests are logged.
-    pub passed: Vec<(Arc<Upstream>, Passed, Nanos)>,
-    /// Time in the queue, if the request was queued.
-    pub queued: Option<Nanos>,
-    /// Time that is not Zap's own: waiting for the client's body, the queue, upstreams and backoff.
-    pub others: Nanos,
-    /// Time from arrival to the head of the response.
-    pub first_byte: Option<Nanos>,
-    /// Body bytes sent to the client.
-    pub bytes: u64,
-    /// The phase that the request is in.
-    pub phase: Phase,
-    /// How the request ended, as far as known.
-    pub end: End,
-    /// Whether this is one of too many invalid heads for the log: it gets no line and counts as a dropped one.
-    pub is_noise: bool,
-}
-
-impl RequestRecord {
-    /// Creates the record of a request that has just arrived.
-    pub(crate) fn new(recorder: Rc<Recorder>, arrival: Arrival<'_>) -> Box<Self> {
-        let Arrival { method, path, endpoint, request_id, peer } = arrival;
-        let is_logged = recorder.telemetry.log_requests.load(Ordering::Relaxed);
-        let path = if is_logged { path.to_owned() } else { String::new() };
-        Box::new(RequestRecord {
-            recorder,
-            started: clock::now(),
-            is_logged,
-            // A standard method is a number, so that its clone does not allocate.
-            method: method.cloned(),
-            peer,
-            endpoint,
-            path,
-            request_id,
-            upstream_request_id: None,
-            caller: Caller::Anonymous,
-            model: None,
-            stream: false,
-            status: 0,
-            refused: None,
-            backend: None,
-            tries: 0,
-            failed: Vec::new(),
-            passed: Vec::new(),
-            queued: None,
-            others: 0,
-            first_byte: None,
-            bytes: 0,
-            phase: Phase::Body,
-            end: End::ClientGone,
-            is_noise: false,
-        })
-    }
-
-    /// The worker's telemetry.
-    pub(crate) fn recorder(&self) -> &Rc<Recorder> {
-        &self.recorder
-    }
-
-    /// Records that a candidate was passed over at `now`; each candidate once per kind of reason.
-    pub(crate) fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed, now: Nanos) {
-        let kind = |why: &Passed| match why {
-            Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
-            Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
-        };
-        if !self
-            .passed
-            .iter()
-            .any(|(b, known, _)| b.state.id == backend.state.id && kind(known) == kind(&why))
-        {
-            self.passed.push((backend.clone(), why, now));
-        }
-    }
-
-    /// Records that a panic ends the request: the response is a 500, or is cut if it has begun.
-    fn record_panic(&mut self) {
-        let lane = self.recorder.lane();
-        lane.rejected(Code::InternalError);
-        self.end = if self.status == 0 { End::Complete } else { End::UpstreamError };
-        if self.status == 0 {
-            self.refused = Some(Code::InternalError);
-            self.status = 500;
-            lane.answered(self.endpoint, self.status);
-            *self.recorder.broken.borrow_mut() = Some((self.request_id.clone(), self.tries));
-        }
-    }
-
-    /// Records that the head of the response is ready.
-    pub(crate) fn answered(&mut self, status: u16) {
-        let first_byte = clock::now() - self.started;
-        self.status = status;
-        self.first_byte = Some(first_byte);
-        self.phase = Phase::Streaming;
-        let lane = self.recorder.lane();
-        match &self.backend {
-            Some(b) => {
-                b.lanes[self.recorder.worker].first_byte.record(first_byte);
-                b.lanes[self.recorder.worker].answered(self.endpoint, status);
-                lane.overhead.record(first_byte.saturating_sub(self.others));
-            }
-            None => lane.answered(self.endpoint, status),
-        }
-    }
-
-    /// The log line of the request, as one JSON object.
-    fn line(&self, total: Nanos) -> String {
-        let ms = |nanos: Nanos| nanos as f64 / MILLI as f64;
-        let mut out = String::with_capacity(400);
-        let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
-        push_json(&mut out, self.request_id.to_str().unwrap_or_default());
-        out.push_str(",\"upstream_request_id\":");
-        push_json_or_null(&mut out, self.upstream_request_id.as_ref().and_then(|id| id.to_str().ok()));
-        out.push_str(",\"client\":");
-        match &self.caller {
-            Caller::Anonymous => out.push_str("\"anonymous\""),
-            Caller::Known(client) => push_json(&mut out, &client.conf.name),
-            Caller::Unknown(key) => {
-                let _ = write!(out, "\"{key:016x}\"");
-            }
-        }
-        let _ = write!(out, ",\"peer\":\"{}\",\"method\":", self.peer.to_canonical());
-        push_json_or_null(&mut out, self.method.as_ref().map(|m| cut(m.as_str())));
-        out.push_str(",\"path\":");
-        push_json(&mut out, cut(&self.path));
-        out.push_str(",\"model\":");
-        push_json_or_null(&mut out, self.model.as_deref());
-        let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
-        push_json_or_null(&mut out, self.backend.as_ref().map(|backend| backend.name()));
-        out.push_str(",\"code\":");
-        push_json_or_null(&mut out, self.refused.map(Code::text));
-        out.push_str(",\"attempts\":[");
-        for (i, (backend, fault)) in self.failed.iter().enumerate() {
-            out.push_str(if i == 0 { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\",", fault.kind.text());
-            push_json(&mut out, &fault.cause);
-            out.push(']');
-        }
-        if self.tries as usize > self.failed.len()
-            && let Some(backend) = &self.backend
-        {
-            out.push_str(if self.failed.is_empty() { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"]", self.status);
-        }
-        out.push_str("],\"passed\":[");
-        for (i, (backend, why, looked)) in self.passed.iter().enumerate() {
-            out.push_str(if i == 0 { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"", reason(*why, *looked));
-            // Who is out says why.
-            if let (Passed::Closed(Closed::Out(_)), Some((_, fault))) = (why, backend.last_error()) {
-                out.push(',');
-                push_json(&mut out, &fault.cause);
-            }
-            out.push(']');
-        }
-        let _ = write!(
-            out,
-            "],\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
-            ms(self.queued.unwrap_or(0)),
-            ms(self.first_byte.unwrap_or(total)),
-            ms(total),
-            self.bytes,
-            self.end.name()
-        );
-        out
-    }
-}
-
-/// Truncates a text from outside to at most 256 bytes.
-fn cut(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(256)).unwrap_or_default()
-}
-
-/// Appends a JSON string, or null.
-fn push_json_or_null(out: &mut String, text: Option<&str>) {
-    match text {
-        Some(text) => push_json(out, text),
-        None => out.push_str("null"),
-    }
-}
-
-/// Why a candidate was passed over. For a cooling backend or a spent quota, with the time left at `now`.
-fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
-    let left =
-        |what, at: Nanos| format!("{what} {:.1}s", at.saturating_sub(now) as f64 / SECOND as f64).into();
-    match why {
-        Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
-        Passed::Closed(Closed::Full) => "full".into(),
-        Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),
-        Passed::Closed(Closed::Out(_)) => "ejected".into(),
-        Passed::Closed(Closed::Quota(until)) => left("quota", until),
-        Passed::Load => "load".into(),
-        Passed::Tried => "tried".into(),
-    }
-}
-
-impl Drop for RequestRecord {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.record_panic();
-        }
-        let total = clock::now() - self.started;
-        let lane = self.recorder.lane();
-        if self.status == 0 {
-            // The client is gone before a response. The request counts with status 499, as in nginx.
-            self.status = 499;
-            lane.answered(self.endpoint, self.status);
-        }
-        if self.end == End::ClientGone {
-            lane.disconnected(self.phase);
-            if self.stream && self.phase == Phase::Streaming {
-                lane.interrupted(Side::Client);
-            }
-        }
-        if let Some(queued) = self.queued {
-            lane.queue_wait.record(queued);
-        }
-        if let Caller::Known(client) = &self.caller {
-            client.lanes[self.recorder.worker].add(1);
-        }
-        lane.record_duration(self.endpoint, total);
-        let log = &self.recorder.telemetry.log;
-        match self.is_logged {
-            true if self.is_noise => log.count_dropped(1),
-            true => log.line(self.line(total)),
-            false => {}
-        }
     }
 }

@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 use tower_service::Service;
 
 use crate::clock;
-use crate::clock::Late;
+use crate::clock::LimitExpired;
 use crate::config;
 use crate::upstream::dial::{DialError, Dialer};
 use crate::upstream::fault::Fault;
@@ -107,13 +107,13 @@ impl Connector {
     }
 
     /// Creates a connector to the same backend that rotates through the addresses independently.
-    pub(crate) fn with_own_turns(&self) -> Self {
-        let https = HttpsConnector::from((self.dialer.with_own_turns(), self.tls.clone()));
+    pub(crate) fn with_own_rotation(&self) -> Self {
+        let https = HttpsConnector::from((self.dialer.with_own_rotation(), self.tls.clone()));
         Connector { https, ..self.clone() }
     }
 
     /// Whether both connectors have the same certificates of `ca_file`.
-    pub(crate) fn trusts_as(&self, other: &Connector) -> bool {
+    pub(crate) fn has_same_roots(&self, other: &Connector) -> bool {
         self.own_roots == other.own_roots
     }
 
@@ -130,7 +130,7 @@ impl Connector {
                 Some(failure) => ConnectError::Peer(Fault::unreachable(&failure.error)),
                 None => ConnectError::Peer(Fault::tls(&*e)),
             }),
-            Err(Late) => Err(ConnectError::Peer(Fault::timed_out("connect", limit))),
+            Err(LimitExpired) => Err(ConnectError::Peer(Fault::timed_out("connect", limit))),
         }
     }
 }

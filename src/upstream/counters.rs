@@ -10,7 +10,7 @@ use crate::protocol::Endpoint;
 #[derive(Debug)]
 pub(crate) struct BackendLane {
     /// Responses delivered to clients.
-    pub answers: Answers,
+    pub responses: ResponseCounters,
     /// Time from a request's arrival to the head of its response.
     pub first_byte: Histogram,
     /// Retries, by the code of the failure that caused the retry.
@@ -26,7 +26,7 @@ pub(crate) struct BackendLane {
 impl Default for BackendLane {
     fn default() -> Self {
         BackendLane {
-            answers: Answers::default(),
+            responses: ResponseCounters::default(),
             first_byte: Histogram::new(REQUEST),
             retries: Default::default(),
             errors: Default::default(),
@@ -38,8 +38,8 @@ impl Default for BackendLane {
 
 impl BackendLane {
     /// Counts a response of the backend that is delivered to a client.
-    pub(crate) fn answered(&self, endpoint: Endpoint, status: u16) {
-        self.answers.count(endpoint, status);
+    pub(crate) fn count_response(&self, endpoint: Endpoint, status: u16) {
+        self.responses.count(endpoint, status);
     }
 
     /// Counts a retry that was made because this backend failed.
@@ -55,12 +55,12 @@ impl BackendLane {
 
 /// Number of responses by endpoint and status. The row of an endpoint is allocated on first use.
 #[derive(Debug, Default)]
-pub(crate) struct Answers([OnceLock<Box<[Counter]>>; Endpoint::COUNT]);
+pub(crate) struct ResponseCounters([OnceLock<Box<[Counter]>>; Endpoint::COUNT]);
 
 /// Statuses with a counter of their own. A higher status counts as the last of them.
 pub(crate) const STATUSES: std::ops::Range<u16> = 100..600;
 
-impl Answers {
+impl ResponseCounters {
     /// Counts a response. A status below the range is not counted.
     pub(crate) fn count(&self, endpoint: Endpoint, status: u16) {
         let row = self.0[endpoint as usize].get_or_init(|| STATUSES.map(|_| Counter::default()).collect());

@@ -100,7 +100,7 @@ impl Dialer {
 
     /// Creates a dialer to the same host that rotates independently. If two kinds of connections alternated in one
     /// rotation over two addresses, each kind would always get the same address.
-    pub(crate) fn with_own_turns(&self) -> Self {
+    pub(crate) fn with_own_rotation(&self) -> Self {
         Dialer::new(self.resolver.clone())
     }
 

@@ -63,11 +63,13 @@ impl Fault {
     /// The TLS handshake failed.
     pub(crate) fn tls(error: &(dyn Error + 'static)) -> Self {
         // `io::Error::source` skips the error that it wraps, so `get_ref` is needed.
-        let mut innermost = error;
-        while let Some(inner) = innermost.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        let (mut innermost, mut io) = (error, None);
+        while let Some(outer) = innermost.downcast_ref::<io::Error>() {
+            io = Some(outer);
+            let Some(inner) = outer.get_ref() else { break };
             innermost = inner;
         }
-        let io = || error.downcast_ref::<io::Error>().map(io_cause).unwrap_or("failed".into());
+        let io = || io.map_or("failed".into(), io_cause);
         let cause = match innermost.downcast_ref::<rustls::Error>() {
             Some(tls) => tls_cause(tls),
             None => format!("TLS handshake: {}", io()).into(),
@@ -163,8 +165,11 @@ mod tests {
         let wrapped = io::Error::other(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer));
         assert_eq!(Fault::tls(&wrapped).to_string(), "certificate: unknown issuer");
         assert_eq!(Fault::tls(&io::Error::other(wrapped)).to_string(), "certificate: unknown issuer");
-        let plain = io::Error::from(io::ErrorKind::UnexpectedEof);
-        assert_eq!(Fault::tls(&plain).to_string(), "TLS handshake: connection closed");
+        // hyper-rustls wraps the error of the handshake once more.
+        let eof = io::Error::new(io::ErrorKind::UnexpectedEof, "tls handshake eof");
+        assert_eq!(Fault::tls(&io::Error::other(eof)).to_string(), "TLS handshake: connection closed");
+        let plain = io::Error::from(io::ErrorKind::ConnectionReset);
+        assert_eq!(Fault::tls(&plain).to_string(), "TLS handshake: connection reset");
         assert_eq!(Fault::not_http("two lengths").to_string(), "not HTTP: two lengths");
     }
 }

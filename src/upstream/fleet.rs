@@ -1,8 +1,7 @@
-//! The fleet as it is at a moment, and the choice of a backend in it.
+//! A snapshot of the fleet: backends, routes, and the schedules of the targets that are up.
 //!
-//! What a configuration fixes (routes, and which of them have the same targets) is made once and shared by all
-//! snapshots of it; what changes with the backends' states (which of them stand in the turns) is made anew. So a pick
-//! by round robin costs the same whether a route has two targets or two hundred.
+//! All snapshots of one configuration share the routes. The schedules depend on the state of the backends, and are
+//! rebuilt when that changes. So a pick by round robin costs the same for two targets and for two hundred.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,45 +21,46 @@ use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
 use crate::upstream::rotation::{RotationSet, TargetSet};
 
-/// The fleet and its settings; replaced as a whole.
+/// The fleet and its configuration. It is replaced as a whole.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
-    /// What the operator wrote.
+    /// The configuration.
     pub config: Arc<Config>,
-    /// All backends, drained ones too.
+    /// All backends, also those with weight 0.
     pub backends: Arc<[Arc<Upstream>]>,
     routing: Arc<Routing>,
-    /// By [`TargetSet`].
+    /// The schedules of each [`TargetSet`].
     rotations: Box<[RotationSet]>,
 }
 
-/// What a configuration fixes.
+/// The part of a snapshot that depends on the configuration only.
 #[derive(Debug)]
 struct Routing {
     table: Table,
-    /// What the scanner must look for; `drops[backend][index]`: the backend is not sent that member.
+    /// The members of a request body that the scanner must find.
     watch: Watch,
+    /// `drops[backend][index]`: whether member `index` of `watch` is not sent to the backend.
     drops: Box<[Box<[bool]>]>,
     sets: Vec<TargetSet>,
-    /// By route: its set for chats, and for the other endpoints.
+    /// For each route: the index of its set for chat, and for the other endpoints.
     set_of: Vec<[usize; 2]>,
-    /// By route, and by the slot of a schedule in its rotation_set: a cursor for each endpoint. Two kinds of traffic that share
-    /// a cursor would take each other's turns.
+    /// For each route and each index of a schedule: a cursor for each endpoint. Endpoints that share a cursor would skip
+    /// targets.
     cursors: Vec<Box<[EndpointCursors]>>,
 }
 
 type EndpointCursors = [Cursor; Endpoint::COUNT];
 
-/// What a request asks for, as far as the choice of a backend goes.
+/// The facts about a request on which the choice of a target depends.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ask<'a> {
     /// The endpoint.
     pub endpoint: Endpoint,
     /// The route of its model.
     pub route: RouteId,
-    /// The model that the client names, if it names one.
+    /// The model in the request, if it has one.
     pub model: Option<&'a str>,
-    /// What tells its conversation from others.
+    /// A hash of the prefix of the conversation.
     pub affinity: Option<u64>,
 }
 
@@ -68,31 +68,32 @@ pub(crate) struct Ask<'a> {
 pub(crate) struct View<'a> {
     /// The fleet.
     pub snapshot: &'a Snapshot,
-    /// What is asked for.
+    /// The request.
     pub ask: &'a Ask<'a>,
-    /// When.
+    /// The time.
     pub now: Nanos,
-    /// The request's turn in the line of a quota.
-    pub turn: Option<&'a QuotaTicket>,
-    /// The backend at which the request holds a place that it waited for.
+    /// The request's place in the queue of a quota.
+    pub ticket: Option<&'a QuotaTicket>,
+    /// The backend whose permit the request has waited for and now holds.
     pub granted: Option<BackendId>,
-    /// The request waits for busy targets already.
-    pub stands_in_line: bool,
+    /// Whether the request has begun to wait for busy targets.
+    pub is_waiting: bool,
 }
 
-/// Why a candidate was passed over.
+/// Why a target was passed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Passed {
-    /// It cannot take the request now.
+    /// The target cannot take the request now.
     Closed(Closed),
-    /// It has more than its share in flight.
+    /// The target has more than its share of the load.
     Load,
-    /// This request has asked it already.
+    /// The request has tried the target already.
     Tried,
 }
 
 impl Snapshot {
-    /// The first snapshot of a configuration. Turns among the same backends as in the one `before` go on.
+    /// Creates the first snapshot of a configuration. The cursors of `before` are kept if the backends have the same
+    /// names.
     pub(crate) fn new(
         config: Arc<Config>,
         backends: Arc<[Arc<Upstream>]>,
@@ -101,30 +102,29 @@ impl Snapshot {
         let same_names =
             |b: &&Snapshot| b.backends.iter().map(|u| u.name()).eq(backends.iter().map(|u| u.name()));
         let routing = Routing::new(&config, &backends, before.filter(same_names).map(|b| &*b.routing));
-        Self::with_plans(config, backends, Arc::new(routing), &[])
+        Self::with_schedules_of(config, backends, Arc::new(routing), &[])
     }
 
-    /// The same fleet in its present state.
+    /// Creates a snapshot of the same fleet with schedules for the present state.
     pub(crate) fn rebuilt(&self) -> Self {
         let Snapshot { config, backends, routing, rotations } = self;
-        Self::with_plans(config.clone(), backends.clone(), routing.clone(), rotations)
+        Self::with_schedules_of(config.clone(), backends.clone(), routing.clone(), rotations)
     }
 
-    fn with_plans(
+    fn with_schedules_of(
         config: Arc<Config>,
         backends: Arc<[Arc<Upstream>]>,
         routing: Arc<Routing>,
         before: &[RotationSet],
     ) -> Self {
         let now = clock::now();
-        let rotation_set =
-            |(i, set): (usize, &TargetSet)| RotationSet::new(set, &backends, now, before.get(i));
-        let rotations = routing.sets.iter().enumerate().map(rotation_set).collect();
+        let schedules = |(i, set): (usize, &TargetSet)| RotationSet::new(set, &backends, now, before.get(i));
+        let rotations = routing.sets.iter().enumerate().map(schedules).collect();
         Snapshot { config, backends, routing, rotations }
     }
 
-    /// Whether both are of one configuration: then what one's ids mean the other's mean too.
-    pub(crate) fn is_of(&self, other: &Snapshot) -> bool {
+    /// Whether both snapshots have the same configuration. If so, ids of one are valid in the other.
+    pub(crate) fn has_same_ids(&self, other: &Snapshot) -> bool {
         Arc::ptr_eq(&self.routing, &other.routing)
     }
 
@@ -138,12 +138,12 @@ impl Snapshot {
         self.routing.table.route(ask.route)
     }
 
-    /// What the scanner must look for.
+    /// The members of a request body that the scanner must find.
     pub(crate) fn watch(&self) -> &Watch {
         &self.routing.watch
     }
 
-    /// Whether a backend is not to be sent a member, by its index in [`watch`](Self::watch).
+    /// Whether a backend does not accept a member, given by its index in [`watch`](Self::watch).
     pub(crate) fn drops(&self, backend: BackendId, member: usize) -> bool {
         self.routing.drops[backend][member]
     }
@@ -153,7 +153,7 @@ impl Snapshot {
         &self.backends[target.backend]
     }
 
-    /// Failures and successes that change a backend's state.
+    /// The numbers of failures and successes that change a backend's state.
     pub(crate) fn thresholds(&self) -> Thresholds {
         let health = &self.config.health;
         Thresholds {
@@ -163,17 +163,17 @@ impl Snapshot {
         }
     }
 
-    /// Whether a target may be asked at `now`.
+    /// Checks whether a target can take a request at `now`.
     ///
     /// # Errors
-    /// Why not.
+    /// Returns the reason if the target cannot.
     pub(crate) fn check(&self, now: Nanos, ask: &Ask<'_>, target: TargetId) -> Result<(), Closed> {
         let t = &self.route(ask).targets[target];
         self.upstream(t).check(now, || t.key(ask.model), None)
     }
 
-    /// Candidates that were passed over for `chosen`, or for nobody: all of its priority and of lower ones that could
-    /// not be asked, and under affinity those that would have come first.
+    /// The targets that were passed over for `chosen`: targets of the same or a lower priority value that cannot take the
+    /// request, and with affinity those that come first by hash. Without `chosen`, all that cannot take the request.
     pub(crate) fn passed(
         &self,
         now: Nanos,
@@ -187,7 +187,7 @@ impl Snapshot {
             |id: TargetId| rendezvous(ask.affinity.unwrap_or(0), self.identity(ask, id), targets[id].weight);
         let by_hash = self.config.strategy == Strategy::PrefixHash && ask.affinity.is_some();
         let home = chosen.filter(|_| by_hash).map(|id| (rank(id), targets[id].priority));
-        self.rotation_set(ask).all.members().iter().filter_map(move |(id, _)| {
+        self.rotations_of(ask).all.members().iter().filter_map(move |(id, _)| {
             let t = &targets[*id];
             if chosen == Some(*id) || t.priority > last {
                 return None;
@@ -202,18 +202,18 @@ impl Snapshot {
         })
     }
 
-    fn rotation_set(&self, ask: &Ask<'_>) -> &RotationSet {
+    fn rotations_of(&self, ask: &Ask<'_>) -> &RotationSet {
         let class = usize::from(ask.endpoint != Endpoint::Chat);
         &self.rotations[self.routing.set_of[ask.route][class]]
     }
 
-    /// A schedule of `ask`'s rotation_set with the cursor in its slot.
-    fn rotation<'s>(&'s self, ask: &Ask<'_>, schedule: &'s Schedule, slot: usize) -> Rotation<'s> {
-        Rotation { schedule, cursor: &self.routing.cursors[ask.route][slot][ask.endpoint as usize] }
+    /// A schedule, with the cursor of its `index` for the route and the endpoint of `ask`.
+    fn rotation<'s>(&'s self, ask: &Ask<'_>, schedule: &'s Schedule, index: usize) -> Rotation<'s> {
+        Rotation { schedule, cursor: &self.routing.cursors[ask.route][index][ask.endpoint as usize] }
     }
 
-    /// What a target is known by under affinity, the same in every process: its backend, and its model where the route
-    /// names one.
+    /// The hash that identifies a target for affinity, the same in every process. It covers the backend, and the model if
+    /// the route fixes one.
     fn identity(&self, ask: &Ask<'_>, id: TargetId) -> u64 {
         let t = &self.route(ask).targets[id];
         let model = if let Sent::Fixed { identity, .. } = &t.sent { *identity } else { 0 };
@@ -241,22 +241,22 @@ impl Fleet for View<'_> {
     }
 
     fn tier(&self, n: usize) -> Option<Rotation<'_>> {
-        let schedule = self.snapshot.rotation_set(self.ask).tiers.get(n)?;
+        let schedule = self.snapshot.rotations_of(self.ask).tiers.get(n)?;
         Some(self.snapshot.rotation(self.ask, schedule, n))
     }
 
     fn all(&self) -> Rotation<'_> {
-        let rotation_set = self.snapshot.rotation_set(self.ask);
-        self.snapshot.rotation(self.ask, &rotation_set.all, rotation_set.tiers.len())
+        let rotations = self.snapshot.rotations_of(self.ask);
+        self.snapshot.rotation(self.ask, &rotations.all, rotations.tiers.len())
     }
 
-    fn mates(&self, target: TargetId) -> Option<Rotation<'_>> {
-        let (schedule, slot) = self.snapshot.rotation_set(self.ask).mates[target].as_ref()?;
-        Some(self.snapshot.rotation(self.ask, schedule, *slot))
+    fn siblings(&self, target: TargetId) -> Option<Rotation<'_>> {
+        let (schedule, index) = self.snapshot.rotations_of(self.ask).siblings[target].as_ref()?;
+        Some(self.snapshot.rotation(self.ask, schedule, *index))
     }
 
     fn up(&self) -> usize {
-        self.snapshot.rotation_set(self.ask).up
+        self.snapshot.rotations_of(self.ask).up
     }
 
     fn backend(&self, target: TargetId) -> BackendId {
@@ -281,27 +281,27 @@ impl Fleet for View<'_> {
         let t = self.target(target);
         let (upstream, key) = (self.snapshot.upstream(t), || t.key(self.ask.model));
         match self.granted {
-            Some(backend) if backend == t.backend => upstream.check_place(self.now, key, self.turn),
-            _ => upstream.check(self.now, key, self.turn),
+            Some(backend) if backend == t.backend => upstream.check_with_permit(self.now, key, self.ticket),
+            _ => upstream.check(self.now, key, self.ticket),
         }
     }
 
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed> {
         let t = self.target(target);
-        self.snapshot.upstream(t).check_out(self.now, || t.key(self.ask.model), self.turn)
+        self.snapshot.upstream(t).check_ejected(self.now, || t.key(self.ask.model), self.ticket)
     }
 
     fn granted(&self) -> Option<BackendId> {
         self.granted
     }
 
-    fn stands_in_line(&self) -> bool {
-        self.stands_in_line
+    fn is_waiting(&self) -> bool {
+        self.is_waiting
     }
 }
 
 impl Routing {
-    /// `before`: the routing that this one replaces, of backends of the same names; turns of the same routes go on.
+    /// Creates the routing. The cursors of `before`, whose backends have the same names, are kept for equal routes.
     fn new(config: &Config, backends: &[Arc<Upstream>], before: Option<&Routing>) -> Self {
         let serves = |b: &crate::config::Backend| Serves {
             models: b.models.clone(),
@@ -331,20 +331,20 @@ impl Routing {
                 .map(|others| intern(TargetSet::new(route, |t| !others || backends[t.backend].serves_all())))
         });
         let set_of: Vec<[usize; 2]> = set_of.collect();
-        let shapes_of = |routing: &Routing, route: RouteId| {
+        let sets_of = |routing: &Routing, route: RouteId| {
             Some(routing.set_of.get(route)?.map(|set| routing.sets[set].clone()))
         };
         let mut routing = Routing { table, watch, drops, sets, set_of, cursors: Vec::new() };
         let cursors = |route: RouteId| {
-            let slots = routing.set_of[route].map(|set| routing.sets[set].slots());
-            let known = before.filter(|b| shapes_of(b, route) == shapes_of(&routing, route));
-            let cursor = |slot: usize, endpoint: usize| {
-                let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][slot][endpoint]));
+            let counts = routing.set_of[route].map(|set| routing.sets[set].schedule_count());
+            let known = before.filter(|b| sets_of(b, route) == sets_of(&routing, route));
+            let cursor = |index: usize, endpoint: usize| {
+                let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][index][endpoint]));
                 let start = if routing.table.is_by_name(route) { route + endpoint } else { endpoint };
                 resumed.unwrap_or_else(|| Cursor::starting_at(start as u64))
             };
-            (0..slots[0].max(slots[1]))
-                .map(|slot| std::array::from_fn(|endpoint| cursor(slot, endpoint)))
+            (0..counts[0].max(counts[1]))
+                .map(|index| std::array::from_fn(|endpoint| cursor(index, endpoint)))
                 .collect()
         };
         routing.cursors = (0..routing.set_of.len()).map(cursors).collect();
@@ -352,11 +352,11 @@ impl Routing {
     }
 }
 
-/// The fleet of a configuration, with what lives on of the one `before`; that one is left as it is. Reads certificates,
-/// so it may block.
+/// Prepares the fleet of a configuration. It shares state with the fleet `before`, which does not change. The function
+/// reads certificates, so it may block.
 ///
 /// # Errors
-/// What only trying shows, for the operator: the first certificate that does not load or address that is none.
+/// Returns a message for the operator for the first certificate or address that is invalid.
 pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
     let roots = Roots::load(&config.backends);
     let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
@@ -383,7 +383,8 @@ mod tests {
 
     use super::*;
 
-    /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, of which `big` has three times the weight, and to `b`.
+    /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, where `big` has three times the weight of `small`,
+    /// and to `b`.
     fn fleet(strategy: &str) -> Snapshot {
         let backend =
             |name: &str| format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{name}\"\nweight = 4\n");
@@ -410,7 +411,7 @@ mod tests {
     }
 
     fn view<'a>(snapshot: &'a Snapshot, ask: &'a Ask<'a>) -> View<'a> {
-        View { snapshot, ask, now: clock::now(), turn: None, granted: None, stands_in_line: false }
+        View { snapshot, ask, now: clock::now(), ticket: None, granted: None, is_waiting: false }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A request at a backend, and a request in the line of its quota. Each gives back what it holds when it is dropped.
+//! A request at a backend, and a request that waits for the backend's quota. Dropping either releases what it holds.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -10,81 +10,76 @@ use crate::policy::quota::{Quota, QuotaTicket};
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 
-/// A request that a backend serves; dropping it ends that.
+/// A request in flight at a backend.
 #[derive(Debug)]
-#[must_use = "dropping it says that the backend is done"]
+#[must_use = "dropping it ends the request at the backend"]
 pub(crate) struct InFlight {
     upstream: Arc<Upstream>,
-    /// Under which the quota counts it, where there is one.
+    /// The stamp under which the quota counts the request; 0 without a quota.
     stamp: Cell<Nanos>,
-    /// Its place, where there is a limit.
-    place: Option<Permit>,
+    /// The permit, if the backend has a `max_in_flight`.
+    permit: Option<Permit>,
 }
 
-/// A turn in the line of a backend's quota; dropping it lets those behind move up.
+/// A place in the queue of a backend's quota. Dropping it lets the requests behind it move up.
 #[derive(Debug)]
-#[must_use = "dropping it leaves the line"]
-pub(crate) struct InLine {
-    /// Until it is left.
-    turn: Option<QuotaTicket>,
+#[must_use = "dropping it leaves the queue"]
+pub(crate) struct QuotaWait {
+    /// `None` once the queue has been left.
+    ticket: Option<QuotaTicket>,
     quota: Arc<Quota>,
     upstream: Arc<Upstream>,
     served: bool,
 }
 
-impl InLine {
-    /// Stands in the line of a backend's quota, if it has one.
+impl QuotaWait {
+    /// Joins the queue of the backend's quota; `None` if the backend has no quota.
     pub(crate) fn new(upstream: &Arc<Upstream>) -> Option<Self> {
         let quota = upstream.quota.clone()?;
-        let turn = Some(quota.wait(clock::now()));
-        Some(InLine { turn, quota, upstream: upstream.clone(), served: false })
+        let ticket = Some(quota.wait(clock::now()));
+        Some(QuotaWait { ticket, quota, upstream: upstream.clone(), served: false })
     }
 
-    /// Its turn.
-    pub(crate) fn turn(&self) -> Option<&QuotaTicket> {
-        self.turn.as_ref()
+    /// The ticket.
+    pub(crate) fn ticket(&self) -> Option<&QuotaTicket> {
+        self.ticket.as_ref()
     }
 
-    /// When its turn comes, as far as is known at `now`.
+    /// When the quota admits the request, as far as is known at `now`.
     pub(crate) fn opens_at(&self, now: Nanos) -> Nanos {
-        self.quota.opens_at(now, self.turn())
+        self.quota.opens_at(now, self.ticket())
     }
 
-    /// Leaves it because its turn has come: those behind wait on as before.
+    /// Leaves the queue because the quota has admitted the request. The requests behind it wait as long as before, so
+    /// they are not woken.
     pub(crate) fn served(mut self) {
         self.served = true;
     }
 }
 
-impl Drop for InLine {
+impl Drop for QuotaWait {
     fn drop(&mut self) {
-        if let Some(turn) = self.turn.take() {
-            turn.leave(clock::now());
+        if let Some(ticket) = self.ticket.take() {
+            ticket.leave(clock::now());
         }
         if !self.served {
-            self.upstream.state.moved.notify_waiters();
+            self.upstream.state.quota_changed.notify_waiters();
         }
     }
 }
 
 impl InFlight {
-    /// Counts a request that takes `place`, and `stamp` of the quota.
-    pub(super) fn new(upstream: Arc<Upstream>, stamp: Nanos, place: Option<Permit>) -> Self {
-        upstream.state.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight { upstream, stamp: Cell::new(stamp), place }
-    }
-
     /// The backend.
     pub(crate) fn upstream(&self) -> &Arc<Upstream> {
         &self.upstream
     }
 
-    /// Gives the place to the next: the backend is done with the request, but for an answer that may be dropped.
-    pub(crate) fn leave_place(&mut self) {
-        self.place = None;
+    /// Releases the permit: the backend is done with the request, and its response may be dropped.
+    pub(crate) fn release_permit(&mut self) {
+        self.permit = None;
     }
 
-    /// The request goes out: the provider counts it from now on.
+    /// Reports that the request is sent: the provider counts it from now on.
     pub(crate) fn sent(&self) {
         if let Some(quota) = &self.upstream.quota {
             self.stamp.set(quota.sent(self.stamp.get(), clock::now()));
@@ -99,26 +94,27 @@ impl Drop for InFlight {
 }
 
 impl Upstream {
-    /// Takes one of its places and one of its quota, both or neither.
-    pub(crate) fn enter(self: &Arc<Self>, now: Nanos, turn: Option<&QuotaTicket>) -> Option<InFlight> {
-        let place = match &self.places {
-            Some(places) => Some(places.try_pass()?),
+    /// Takes a permit and a unit of the quota: both or neither.
+    pub(crate) fn enter(self: &Arc<Self>, now: Nanos, ticket: Option<&QuotaTicket>) -> Option<InFlight> {
+        let permit = match &self.admission {
+            Some(admission) => Some(admission.try_pass()?),
             None => None,
         };
-        self.enter_at(place, now, turn)
+        self.enter_with(permit, now, ticket)
     }
 
-    /// Takes one of its quota, at a place that was waited for.
-    pub(crate) fn enter_at(
+    /// Takes a unit of the quota, with a permit that the request already holds.
+    pub(crate) fn enter_with(
         self: &Arc<Self>,
-        place: Option<Permit>,
+        permit: Option<Permit>,
         now: Nanos,
-        turn: Option<&QuotaTicket>,
+        ticket: Option<&QuotaTicket>,
     ) -> Option<InFlight> {
         let stamp = match &self.quota {
-            Some(quota) => quota.take(now, turn)?,
+            Some(quota) => quota.take(now, ticket)?,
             None => 0,
         };
-        Some(InFlight::new(self.clone(), stamp, place))
+        self.state.in_flight.fetch_add(1, Ordering::Relaxed);
+        Some(InFlight { upstream: self.clone(), stamp: Cell::new(stamp), permit })
     }
 }

@@ -1,4 +1,4 @@
-//! The backends' side: connections, one try, probes. Nothing in here sees a client's headers.
+//! Backends at run time: connections, one try, health checks. Nothing here knows a client.
 
 pub(crate) mod connect;
 
@@ -54,34 +54,34 @@ const PROBE_HEADERS: &[(HeaderName, &str)] =
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
-/// One backend at run time: what its configuration fixes, made ready for use, and what all workers share.
+/// One backend at run time: its prepared configuration, and the state that all workers share.
 #[derive(Debug)]
 pub(crate) struct Upstream {
-    /// As configured.
+    /// The configuration.
     pub conf: config::Backend,
-    /// What a reload leaves alone where the provider stays the same.
+    /// State that survives a reload if the account at the provider stays the same.
     pub state: Arc<BackendState>,
-    /// One lane a worker; they stay with the name.
+    /// The counters, one lane for each worker. They survive a reload if the name stays the same.
     pub lanes: Arc<[CachePadded<BackendLane>]>,
-    /// How a request to each endpoint begins, by its discriminant; `None` where it is not served.
+    /// The start of the request head for each endpoint, by discriminant; `None` if the endpoint is not served.
     heads: [Option<HeadStart>; Endpoint::COUNT],
-    /// The head of a probe.
+    /// The head of a health check.
     probe: HeadStart,
-    /// Headers that [`heads`](Self::begin) has: nobody else's of the same name are sent.
-    own: Vec<HeaderName>,
-    /// `x-zap-backend`.
+    /// Names of the headers in [`head_start`](Self::head_start). The client's headers of these names are not sent.
+    own_headers: Vec<HeaderName>,
+    /// The value of `x-zap-backend`.
     pub label: HeaderValue,
-    /// A hash of its name, the same in every process.
+    /// A hash of the name, the same in every process.
     pub identity: u64,
     connector: Connector,
-    /// For health checks.
+    /// The connector of health checks.
     check_connector: Connector,
-    /// Its own limit of requests at once, and the line before it.
-    places: Option<Arc<Admission>>,
+    /// The limit `max_in_flight`, and the queue in front of it.
+    admission: Option<Arc<Admission>>,
     quota: Option<Arc<Quota>>,
 }
 
-/// The beginning of a request's head, with Zap's own key in it.
+/// The start of a request head, with the backend's key in it.
 struct HeadStart(Vec<u8>);
 
 impl fmt::Debug for HeadStart {
@@ -99,17 +99,17 @@ impl HeadStart {
     }
 }
 
-/// What is known of a provider, from its first configuration to its last.
+/// The state of a backend across reloads.
 #[derive(Debug)]
 pub(crate) struct BackendState {
-    /// Never used twice in a process: pools and probes know it by it.
+    /// Unique in the process. Pools and health checks refer to the backend by this id.
     pub id: u64,
-    /// Health, cooling, key.
+    /// Health, cooldowns and a refused key.
     pub breaker: Breaker,
-    /// Recent failures, for the least loaded.
+    /// Recent failures, for the strategy `least_loaded`.
     pub penalty: Penalty,
-    /// Rung when somebody has left the line of the quota, or its limit has changed.
-    pub moved: Notify,
+    /// Notified when a request has left the queue of the quota, or the limit has changed.
+    pub quota_changed: Notify,
     in_flight: CachePadded<AtomicUsize>,
     last_error: Mutex<Option<(std::time::SystemTime, Fault)>>,
 }
@@ -120,7 +120,7 @@ impl BackendState {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             breaker: Breaker::new(),
             penalty: Penalty::default(),
-            moved: Notify::new(),
+            quota_changed: Notify::new(),
             in_flight: CachePadded::default(),
             last_error: Mutex::default(),
         }
@@ -128,12 +128,12 @@ impl BackendState {
 }
 
 impl Upstream {
-    /// Makes a configured backend ready. At most `waiters` may wait for it. `before`: the backend of that name, if there
-    /// was one: its counters go on, and where the provider and the account are the same, all that is known of it.
-    /// Nothing that `before` shares is changed until [`apply`](Self::apply).
+    /// Prepares a configured backend. At most `waiters` requests may wait for it. `before` is the backend of the same
+    /// name before a reload: the counters are shared with it, and the whole state if the account is the same. The
+    /// shared state does not change before [`apply`](Self::apply).
     ///
     /// # Errors
-    /// What is wrong with its URL or its certificates, for the operator.
+    /// Returns a message for the operator if the URL or the certificates are invalid.
     pub(crate) fn new(
         conf: config::Backend,
         workers: usize,
@@ -153,7 +153,7 @@ impl Upstream {
         });
         let mut own = vec![(HOST, host)];
         own.extend(key);
-        // Each has one author; the last word is with the further headers.
+        // `extra_headers` replace headers of the same name.
         own.retain(|(name, _)| conf.extra_headers.iter().all(|(extra, _)| extra != name));
         own.extend(conf.extra_headers.iter().filter(|(name, _)| *name != X_REQUEST_ID).cloned());
         let targets = targets(&conf).map_err(bad)?;
@@ -166,10 +166,11 @@ impl Upstream {
         }
         probe.0.extend_from_slice(b"connection: close\r\n\r\n");
         let lanes = before.map(|b| b.lanes.clone());
-        let same = before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.trusts_as(&connector));
-        let places = conf
-            .max_in_flight
-            .map(|max| same.and_then(|b| b.places.clone()).unwrap_or_else(|| Admission::new(max, waiters)));
+        let same =
+            before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.has_same_roots(&connector));
+        let admission = conf.max_in_flight.map(|max| {
+            same.and_then(|b| b.admission.clone()).unwrap_or_else(|| Admission::new(max, waiters))
+        });
         let quota = conf
             .requests_per_minute
             .map(|limit| same.and_then(|b| b.quota.clone()).unwrap_or_else(|| Quota::new(limit)));
@@ -178,57 +179,58 @@ impl Upstream {
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
             heads,
             probe,
-            own: own.into_iter().map(|(name, _)| name).collect(),
+            own_headers: own.into_iter().map(|(name, _)| name).collect(),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),
-            check_connector: connector.with_own_turns(),
+            check_connector: connector.with_own_rotation(),
             connector,
-            places,
+            admission,
             quota,
             conf,
         })
     }
 
-    /// Gives what it took over from the backend before it its own limits. At most `waiters` may wait for it.
+    /// Applies the limits of this configuration to the state that is shared with the backend before the reload. At most
+    /// `waiters` requests may wait.
     pub(crate) fn apply(&self, waiters: usize, now: Nanos) {
-        if let (Some(places), Some(max)) = (&self.places, self.conf.max_in_flight) {
-            places.resize(max, waiters);
+        if let (Some(admission), Some(max)) = (&self.admission, self.conf.max_in_flight) {
+            admission.resize(max, waiters);
         }
         if let (Some(quota), Some(limit)) = (&self.quota, self.conf.requests_per_minute) {
             quota.set_limit(limit, now);
-            self.state.moved.notify_waiters();
+            self.state.quota_changed.notify_waiters();
         }
     }
 
-    /// Its name in labels, headers and logs.
+    /// The name in labels, headers and logs.
     pub(crate) fn name(&self) -> &str {
         &self.conf.name
     }
 
-    /// The connector for its health checks.
+    /// The connector of health checks.
     pub(crate) fn check_connector(&self) -> &Connector {
         &self.check_connector
     }
 
-    /// The connector to it.
+    /// The connector of requests.
     pub(crate) fn connector(&self) -> &Connector {
         &self.connector
     }
 
-    /// Requests it serves now.
+    /// Requests in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.state.in_flight.load(Ordering::Relaxed)
     }
 
-    /// The beginning of a request's head: its first line, and the headers that are this backend's own. `None`: it does not
-    /// serve that endpoint.
-    pub(crate) fn begin(&self, endpoint: Endpoint) -> Option<&[u8]> {
+    /// The start of a request head: the request line and the backend's own headers. `None` if the backend does not serve
+    /// the endpoint.
+    pub(crate) fn head_start(&self, endpoint: Endpoint) -> Option<&[u8]> {
         self.heads[endpoint as usize].as_ref().map(|head| &head.0[..])
     }
 
-    /// Whether [`begin`](Self::begin) has a header of this name.
-    pub(crate) fn has_own(&self, name: &HeaderName) -> bool {
-        self.own.contains(name)
+    /// Whether [`head_start`](Self::head_start) has a header of this name.
+    pub(crate) fn has_own_header(&self, name: &HeaderName) -> bool {
+        self.own_headers.contains(name)
     }
 
     /// The head of a health check.
@@ -236,49 +238,56 @@ impl Upstream {
         &self.probe.0
     }
 
-    /// Whether it serves other endpoints than chat.
-    pub(crate) fn serves_all(&self) -> bool {
-        self.begin(Endpoint::Completions).is_some()
+    /// The path of health checks, without the query: the query may hold a key.
+    pub(crate) fn health_path(&self) -> String {
+        let path = joined(&self.conf.url.path, &self.conf.health_path);
+        path.split('?').next().unwrap_or_default().to_owned()
     }
 
-    /// Whether it may be asked at `now` for a model of this `key`, asked for only where it matters. `turn`: a place in
-    /// the line of a quota, this one's or another's.
+    /// Whether the backend serves all endpoints, not just chat.
+    pub(crate) fn serves_all(&self) -> bool {
+        self.head_start(Endpoint::Completions).is_some()
+    }
+
+    /// Checks whether the backend can take a request at `now`. `key` computes the key of the model, under which it may
+    /// cool down; it is called only if a model of this backend does. `ticket` may belong to this backend's quota or to
+    /// another one.
     ///
     /// # Errors
-    /// Why not.
+    /// Returns the reason if the backend cannot.
     pub(crate) fn check(
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
-        turn: Option<&QuotaTicket>,
+        ticket: Option<&QuotaTicket>,
     ) -> Result<(), Closed> {
-        self.check_place(now, key, turn)?;
+        self.check_with_permit(now, key, ticket)?;
         self.check_full()
     }
 
     fn check_full(&self) -> Result<(), Closed> {
-        match &self.places {
-            Some(places) if places.is_full() => Err(Closed::Full),
+        match &self.admission {
+            Some(admission) if admission.is_full() => Err(Closed::Full),
             _ => Ok(()),
         }
     }
 
-    fn check_quota(&self, now: Nanos, turn: Option<&QuotaTicket>) -> Result<(), Closed> {
-        match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, turn)) {
+    fn check_quota(&self, now: Nanos, ticket: Option<&QuotaTicket>) -> Result<(), Closed> {
+        match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, ticket)) {
             at if at <= now => Ok(()),
             at => Err(Closed::Quota(at)),
         }
     }
 
-    /// [`check`](Self::check) for one that is out and is to be asked all the same.
+    /// Checks whether the backend, which is ejected, can take a request in panic mode.
     ///
     /// # Errors
-    /// Why not; that it is up, as [`Closed::Out`].
-    pub(crate) fn check_out(
+    /// Returns the reason if the backend cannot; [`Closed::Out`] if it is not ejected.
+    pub(crate) fn check_ejected(
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
-        turn: Option<&QuotaTicket>,
+        ticket: Option<&QuotaTicket>,
     ) -> Result<(), Closed> {
         match self.state.breaker.status(now) {
             Status::Ejected => {}
@@ -287,54 +296,55 @@ impl Upstream {
         if let Some(until) = self.state.breaker.cools_until(key, now) {
             return Err(Closed::Cooling(until));
         }
-        self.check_quota(now, turn)?;
+        self.check_quota(now, ticket)?;
         self.check_full()
     }
 
-    /// [`check`](Self::check) for who has a place already.
+    /// [`check`](Self::check) for a request that already holds a permit.
     ///
     /// # Errors
-    /// Why not.
-    pub(crate) fn check_place(
+    /// Returns the reason if the backend cannot take the request.
+    pub(crate) fn check_with_permit(
         &self,
         now: Nanos,
         key: impl FnOnce() -> u64,
-        turn: Option<&QuotaTicket>,
+        ticket: Option<&QuotaTicket>,
     ) -> Result<(), Closed> {
         match self.state.breaker.status_for(key, now) {
             Status::Healthy => {}
             Status::Cooling(until) => return Err(Closed::Cooling(until)),
             out => return Err(Closed::Out(out)),
         }
-        self.check_quota(now, turn)
+        self.check_quota(now, ticket)
     }
 
-    /// Stands in line for a place; `None`: it has no limit.
+    /// Takes a permit, or joins the queue for one; `None` if the backend has no `max_in_flight`.
     ///
     /// # Errors
-    /// [`QueueFull`] where as many wait as may.
-    pub(crate) fn wait_for_place(&self) -> Result<Option<Admitted>, QueueFull> {
-        self.places.as_ref().map(Admission::enter).transpose()
+    /// Returns [`QueueFull`] if the queue is full.
+    pub(crate) fn queue_for_permit(&self) -> Result<Option<Admitted>, QueueFull> {
+        self.admission.as_ref().map(Admission::enter).transpose()
     }
 
-    /// Why it would refuse a request for any model at `now`, but for cooling, which goes by model.
+    /// The reason why the backend takes no request for any model at `now`. A cooldown is none, since it may concern a
+    /// single model.
     pub(crate) fn closed(&self, now: Nanos) -> Option<Closed> {
         self.check(now, || 0, None).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
     }
 
-    /// Notes a failed try or health check for `/status`.
+    /// Records the fault of a failed try or health check for `/status`.
     pub(crate) fn note_error(&self, fault: &Fault) {
         *self.state.last_error.lock() = Some((std::time::SystemTime::now(), fault.clone()));
     }
 
-    /// The last failed try or health check.
+    /// The fault of the last failed try or health check, and its time.
     pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Fault)> {
         self.state.last_error.lock().clone()
     }
 }
 
-/// Whether both are the same account at the same provider: then what was learnt of one is true of the other, and its
-/// connections may be used for the other.
+/// Whether both are the same account at the same provider. If so, the state and the connections of one are valid for
+/// the other.
 fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
     a.name == b.name
         && a.url == b.url
@@ -345,7 +355,8 @@ fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
         && a.forward_authorization == b.forward_authorization
 }
 
-/// The API base is the chat path less `/chat/completions`; a chat path that ends otherwise serves chat alone.
+/// The request target of each endpoint. The base is the chat path without `/chat/completions`; a backend whose chat path
+/// ends differently serves chat only.
 fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'static str> {
     let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
     let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
@@ -362,9 +373,9 @@ fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'s
     Ok(targets)
 }
 
-/// The path of a backend's `url` with another one behind it. Where the first ends in `/v1` and the second begins with
-/// it, it is sent once: SDKs call `https://api.openai.com/v1` the base URL, so many an operator writes it as `url`.
-/// The default health path is looked for at the root, where engines have it.
+/// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result has
+/// it once: SDKs call `https://api.openai.com/v1` the base URL, so operators write it as `url`. The default health path
+/// is at the root, where inference engines serve it.
 fn joined(base: &str, path: &str) -> String {
     let is_of_root = path.starts_with("/v1/") || path == HEALTH_PATH;
     let base = base.strip_suffix("/v1").filter(|_| is_of_root).unwrap_or(base);

@@ -1,6 +1,6 @@
-//! The schedules by which the targets of a route take turns, rebuilt when a backend changes its state.
+//! The schedules by which the targets of a route rotate. They are rebuilt when a backend changes its state.
 //!
-//! Routes whose targets differ only in the model share them.
+//! Routes whose targets differ only in the model share their schedules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,70 +10,71 @@ use crate::policy::route::{Route, Target, TargetId};
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 
-/// Targets as far as turns go: routes that differ in models alone share one, and with it their schedules.
+/// The targets of a route without their models. Routes that differ only in models have equal sets, and share schedules.
 #[derive(Debug, PartialEq, Eq, Hash, Clone)]
 pub(super) struct TargetSet(Vec<TargetSpec>);
 
 #[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
 struct TargetSpec {
     backend: BackendId,
-    /// 0: it takes nothing.
+    /// 0 if the target takes no requests.
     weight: u32,
     priority: u32,
 }
 
-/// The schedules of a set; members are [`TargetId`]s. Each has a slot, the same in every rotation_set of the set, by which
-/// its cursors are found: first the tiers, then `all`, then the mates.
+/// The schedules of a set. Their members are [`TargetId`]s. Each schedule has an index, the same in every rebuild, under
+/// which its cursors are found: first the tiers, then `all`, then the siblings.
 #[derive(Debug)]
 pub(super) struct RotationSet {
-    /// By priority, lowest first: those that were up when this was made.
+    /// For each priority, lowest first: the targets that were up at the last rebuild.
     pub(super) tiers: Vec<Arc<Schedule>>,
-    /// Every target with a weight, up or not.
+    /// Every target with a weight above 0, up or not.
     pub(super) all: Arc<Schedule>,
-    /// Those that were up.
+    /// Number of targets that were up at the last rebuild.
     pub(super) up: usize,
-    /// By target: the schedule of all targets of its backend in its tier, where it is not the only one, and its slot.
-    pub(super) mates: Box<[Option<Mates>]>,
+    /// For each target: the schedule of all targets with the same backend and priority, and its index; `None` if there
+    /// is no other such target.
+    pub(super) siblings: Box<[Option<Siblings>]>,
 }
 
-pub(super) type Mates = (Arc<Schedule>, usize);
+pub(super) type Siblings = (Arc<Schedule>, usize);
 
 impl TargetSet {
     pub(super) fn new(route: &Route, fits: impl Fn(&Target) -> bool) -> Self {
-        let place = |t: &Target| TargetSpec {
+        let spec = |t: &Target| TargetSpec {
             backend: t.backend,
             weight: if fits(t) { t.weight } else { 0 },
             priority: t.priority,
         };
-        TargetSet(route.targets.iter().map(place).collect())
+        TargetSet(route.targets.iter().map(spec).collect())
     }
 
-    /// Those that take requests.
+    /// The targets that take requests.
     fn weighted(&self) -> impl Iterator<Item = TargetId> {
         (0..self.0.len()).filter(|id| self.0[*id].weight > 0)
     }
 
-    /// Priorities in use, lowest first.
+    /// The priorities in use, lowest first.
     fn priorities(&self) -> BTreeSet<u32> {
         self.weighted().map(|id| self.0[id].priority).collect()
     }
 
-    /// Targets of one backend and priority, where there are several.
-    fn mates(&self) -> impl Iterator<Item = Vec<TargetId>> {
+    /// Groups of two or more targets with the same backend and priority.
+    fn siblings(&self) -> impl Iterator<Item = Vec<TargetId>> {
         let mut by_backend = BTreeMap::<_, Vec<TargetId>>::new();
         self.weighted()
             .for_each(|id| by_backend.entry((self.0[id].backend, self.0[id].priority)).or_default().push(id));
         by_backend.into_values().filter(|ids| ids.len() > 1)
     }
 
-    /// Schedules of its rotations.
-    pub(super) fn slots(&self) -> usize {
-        self.priorities().len() + 1 + self.mates().count()
+    /// Number of schedules.
+    pub(super) fn schedule_count(&self) -> usize {
+        self.priorities().len() + 1 + self.siblings().count()
     }
 }
 
 impl RotationSet {
-    /// `before`: the rotation_set that this one replaces; a schedule whose members are the same is not computed again.
+    /// Builds the schedules. A schedule of `before` whose members are the same is used again.
     pub(super) fn new(
         set: &TargetSet,
         backends: &[Arc<Upstream>],
@@ -81,8 +82,7 @@ impl RotationSet {
         before: Option<&RotationSet>,
     ) -> Self {
         let is_up = |id: &TargetId| backends[set.0[*id].backend].state.breaker.is_up(now);
-        let known: Vec<&Arc<Schedule>> =
-            before.iter().flat_map(|rotation_set| rotation_set.schedules()).collect();
+        let known: Vec<&Arc<Schedule>> = before.iter().flat_map(|rotations| rotations.schedules()).collect();
         let schedule = |ids: &[TargetId]| {
             let members = || ids.iter().map(|id| (*id, set.0[*id].weight));
             let same = known.iter().find(|s| s.members().iter().copied().eq(members()));
@@ -93,7 +93,7 @@ impl RotationSet {
             let (mut listed, rest): (Vec<_>, Vec<_>) =
                 set.weighted().filter(|id| set.0[*id].priority == priority).partition(is_up);
             up += listed.len();
-            // Nobody up: the state may change before the next rebuild, so the whole tier stays listed.
+            // No target is up. That may change before the next rebuild, so all targets of the tier stay listed.
             if listed.is_empty() {
                 listed = rest;
             }
@@ -101,16 +101,16 @@ impl RotationSet {
         });
         let tiers: Vec<_> = tiers.collect();
         let all = schedule(&set.weighted().collect::<Vec<_>>());
-        let mut mates = vec![None; set.0.len()];
-        for (ids, slot) in set.mates().zip(tiers.len() + 1..) {
+        let mut siblings = vec![None; set.0.len()];
+        for (ids, index) in set.siblings().zip(tiers.len() + 1..) {
             let schedule = schedule(&ids);
-            ids.into_iter().for_each(|id| mates[id] = Some((schedule.clone(), slot)));
+            ids.into_iter().for_each(|id| siblings[id] = Some((schedule.clone(), index)));
         }
-        RotationSet { tiers, all, up, mates: mates.into() }
+        RotationSet { tiers, all, up, siblings: siblings.into() }
     }
 
     fn schedules(&self) -> impl Iterator<Item = &Arc<Schedule>> {
-        let mates = self.mates.iter().flatten().map(|(schedule, _)| schedule);
-        self.tiers.iter().chain([&self.all]).chain(mates)
+        let siblings = self.siblings.iter().flatten().map(|(schedule, _)| schedule);
+        self.tiers.iter().chain([&self.all]).chain(siblings)
     }
 }

@@ -16,7 +16,7 @@ use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
 use crate::upstream::pool::{Lease, Pool};
 
 /// A response whose head has been read. The body is still to be read from `lease`.
-pub(crate) struct UpstreamAnswer {
+pub(crate) struct UpstreamResponse {
     /// Status and headers as received.
     pub head: response::Parts,
     /// The connection.
@@ -29,7 +29,7 @@ pub(crate) enum SendError {
     /// The connection failed, or the response is invalid.
     Broken(Fault),
     /// The try timed out. The caller sets the time limit and reports this error.
-    Late(Fault),
+    TimedOut(Fault),
     /// No connection could be opened, for lack of resources on this machine.
     Exhausted(Fault),
     /// The peer closed a reused connection without a response right after the request was sent. Most likely the close
@@ -119,7 +119,7 @@ pub(crate) async fn send(
     upstream: &Arc<Upstream>,
     mut request: WireRequest,
     mut on_step: impl FnMut(Step),
-) -> Result<UpstreamAnswer, SendError> {
+) -> Result<UpstreamResponse, SendError> {
     yield_once().await;
     let since = clock::now();
     on_step(Step::Begun(since));
@@ -139,7 +139,7 @@ pub(crate) async fn send(
             Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
                 return Err(Fault::not_http("status 101, which nobody asked for").into());
             }
-            Ok(head) => return Ok(UpstreamAnswer { head, lease }),
+            Ok(head) => return Ok(UpstreamResponse { head, lease }),
             Err(LinkError::HungUp(_)) if reused && clock::now() < since + MAX_CROSSING => {
                 return Err(SendError::Stale);
             }

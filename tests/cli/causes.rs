@@ -75,7 +75,13 @@ fn the_cause_of_a_failed_check_is_in_the_event_in_status_and_in_the_log_line() {
     let page = |response| respond(move |is_check| if is_check { response } else { OK });
     let sick = page("HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n");
     let more: [Case; 2] = [
-        (url(sick), "health_path = \"/health\"".to_owned(), "upstream_error", &["HTTP 503 to GET /health"]),
+        (
+            // The query may hold a key, so the cause does not show it.
+            format!("{}/base", url(sick)),
+            "health_path = \"/ping?key=sk-secret\"".to_owned(),
+            "upstream_error",
+            &["HTTP 503 to GET /base/ping"],
+        ),
         (
             url(page(INVALID_RESPONSE)),
             String::new(),

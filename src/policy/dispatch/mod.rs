@@ -46,7 +46,7 @@ pub(crate) enum Do {
         target: TargetId,
         /// When the head of the response must have arrived.
         until: Nanos,
-        /// Whether this is a panic try: all targets are out, and this one has the lowest load.
+        /// Whether this is a try in panic mode: no usable target is up, and this one has the lowest load.
         panic: bool,
     },
     /// Wait until one of these targets is available, then call [`Dispatch::next`] again.
@@ -60,7 +60,7 @@ pub(crate) enum Refusal {
     Busy(Busy),
     /// The last try failed with this code, and no response is kept.
     Failed(Code),
-    /// All targets refuse the key that Zap sends.
+    /// All targets refuse Zap's key.
     KeysRefused,
     /// No target accepts requests.
     NoBackend,
@@ -148,7 +148,7 @@ pub(crate) struct Dispatch {
     excluded: Vec<TargetId>,
     /// The target of the present try.
     current: Option<TargetId>,
-    /// Targets that had no permit left when this try was about to start.
+    /// Targets that had no permit left for this try.
     missed: Vec<TargetId>,
     rounds: u32,
     tries: u32,
@@ -221,8 +221,8 @@ impl Dispatch {
                 self.current = Some(target);
                 Do::Try { target, until: self.try_deadline(now, fleet), panic }
             }
-            // A request waits for ejected targets only if it has waited before.
-            Selection::Busy { busy, panic } if panic && !fleet.stands_in_line() => {
+            // In panic mode, a new request is refused; only a request that already waits goes on waiting.
+            Selection::Busy { busy, panic } if panic && !fleet.is_waiting() => {
                 Do::Refuse(Refusal::Busy(busy))
             }
             Selection::Busy { busy, .. } => Do::Wait(busy),
@@ -314,14 +314,14 @@ impl Dispatch {
         let missed = std::mem::take(&mut self.missed);
         // In a later round, a reopened target that was never tried comes before targets that failed.
         let known = if self.rounds == 0 { &self.tried } else { &self.order };
-        let (is_first, passed) = (known.is_empty(), |id| known.contains(&id) || missed.contains(&id));
-        if let Some(target) = choose::pick(fleet, is_first, passed) {
+        let (is_first, skip) = (known.is_empty(), |id| known.contains(&id) || missed.contains(&id));
+        if let Some(target) = choose::pick(fleet, is_first, skip) {
             self.missed = missed;
             return Selection::Target { target, panic: false };
         }
         let Survey { busy, is_up, has_refused_key, has_ejected } = Survey::of(now, fleet, known);
         if has_ejected && !is_up {
-            if let Some(target) = choose::in_panic(fleet, is_first, passed) {
+            if let Some(target) = choose::in_panic(fleet, is_first, skip) {
                 self.missed = missed;
                 return Selection::Target { target, panic: true };
             }
@@ -367,7 +367,7 @@ struct Survey {
     busy: Busy,
     /// Whether a target is up. It may be busy or already tried.
     is_up: bool,
-    /// Whether a target refuses its key.
+    /// Whether a target refuses Zap's key.
     has_refused_key: bool,
     /// Whether an untried target is ejected.
     has_ejected: bool,
@@ -391,7 +391,7 @@ impl Survey {
         survey
     }
 
-    /// What the ejected targets wait for: a slot, a cooldown or a quota.
+    /// What a request for the ejected targets must wait for: a permit, a cooldown or a quota.
     fn of_ejected(now: Nanos, fleet: &impl Fleet) -> Busy {
         let mut busy = Busy::default();
         fleet.all().targets().for_each(|id| busy.note(now, fleet.backend(id), fleet.check_ejected(id)));
@@ -404,9 +404,9 @@ impl Busy {
         self.opens.is_none() && self.full.is_empty()
     }
 
-    /// Adds the check result `closed` of `backend`.
-    fn note(&mut self, now: Nanos, backend: BackendId, closed: Result<(), Closed>) {
-        match closed {
+    /// Adds the `result` of a check of `backend`.
+    fn note(&mut self, now: Nanos, backend: BackendId, result: Result<(), Closed>) {
+        match result {
             Err(Closed::Cooling(at)) => self.opens(at, backend, false),
             Err(Closed::Quota(at)) => self.opens(at, backend, true),
             Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),

@@ -1,4 +1,4 @@
-//! Table tests: the state and the responses of each target, and the steps that Zap takes.
+//! TableFleet tests: the state and the responses of each target, and the steps that Zap takes.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
@@ -10,7 +10,7 @@ use crate::time::{MILLI, SECOND};
 
 /// Targets, parsed from a text such as `a b*3 c/1 d!`. Marks after the name: `*N` weight, `/N` priority, `@b` a further
 /// model of backend `b`, `!` ejected, `?` key refused, `#` full, `~N` cooling for N s, `%N` quota used up for N s.
-struct Table {
+struct TableFleet {
     names: Vec<char>,
     backends: Vec<BackendId>,
     closed: RefCell<Vec<Result<(), Closed>>>,
@@ -22,7 +22,7 @@ struct Table {
     is_waiting: bool,
 }
 
-impl Table {
+impl TableFleet {
     fn new(text: &str) -> Self {
         let (mut names, mut backends, mut closed, mut members) = (vec![], vec![], vec![], vec![]);
         for word in text.split_whitespace() {
@@ -61,7 +61,7 @@ impl Table {
             (Schedule::new(of), Cursor::default())
         };
         let priorities: BTreeSet<u32> = members.iter().filter(|m| m.1 > 0).map(|m| m.2).collect();
-        Table {
+        TableFleet {
             tiers: priorities.into_iter().map(|p| schedule(Some(p))).collect(),
             all: schedule(None),
             strategy: Choice::RoundRobin,
@@ -83,7 +83,7 @@ impl Table {
     }
 }
 
-impl Fleet for Table {
+impl Fleet for TableFleet {
     fn strategy(&self) -> Choice {
         self.strategy
     }
@@ -96,7 +96,7 @@ impl Fleet for Table {
         Rotation { schedule: &self.all.0, cursor: &self.all.1 }
     }
 
-    fn mates(&self, _: TargetId) -> Option<Rotation<'_>> {
+    fn siblings(&self, _: TargetId) -> Option<Rotation<'_>> {
         None
     }
 
@@ -139,7 +139,7 @@ impl Fleet for Table {
         self.granted
     }
 
-    fn stands_in_line(&self) -> bool {
+    fn is_waiting(&self) -> bool {
         self.is_waiting
     }
 }
@@ -175,7 +175,7 @@ impl Results {
 
 /// Runs one request and returns its steps: each try as `a500` (`a500!` in panic), `backoff`, `wait(..)`, and the end:
 /// `ok`, `deliver`, or the reason of the refusal.
-fn trace(rules: Rules, table: &Table, results: &str, budget: &Budget) -> String {
+fn trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> String {
     let results = Results::new(results);
     let mut dispatch = Dispatch::new(rules);
     let (mut now, mut steps) = (0, Vec::<String>::new());
@@ -252,7 +252,7 @@ fn trace(rules: Rules, table: &Table, results: &str, budget: &Budget) -> String 
 }
 
 fn run(targets: &str, results: &str) -> String {
-    trace(RULES, &Table::new(targets), results, &Budget::new(100))
+    trace(RULES, &TableFleet::new(targets), results, &Budget::new(100))
 }
 
 /// The ids are those of the fault table in `tests/README.md`.
@@ -320,7 +320,7 @@ fn every_fault_leads_to_the_expected_steps() {
 #[test]
 fn no_retries_means_one_try() {
     let rules = Rules { max_retries: 0, ..RULES };
-    let run = |targets, results| trace(rules, &Table::new(targets), results, &Budget::new(100));
+    let run = |targets, results| trace(rules, &TableFleet::new(targets), results, &Budget::new(100));
     assert_eq!(run("a b", "a:500"), "a500 deliver");
     assert_eq!(run("a b", "a:refused"), "arefused upstream_unreachable");
     assert_eq!(run("a! b!", "a:500"), "a500! deliver");
@@ -330,8 +330,8 @@ fn no_retries_means_one_try() {
 fn a_used_up_budget_ends_the_retries() {
     let budget = Budget::new(0);
     while budget.try_withdraw(0) {}
-    assert_eq!(trace(RULES, &Table::new("a b"), "a:500", &budget), "a500 deliver");
-    assert_eq!(trace(RULES, &Table::new("a"), "a:refused", &budget), "arefused upstream_unreachable");
+    assert_eq!(trace(RULES, &TableFleet::new("a b"), "a:500", &budget), "a500 deliver");
+    assert_eq!(trace(RULES, &TableFleet::new("a"), "a:refused", &budget), "arefused upstream_unreachable");
 }
 
 #[test]
@@ -347,18 +347,18 @@ fn only_retries_that_are_made_are_charged() {
         ("a b c", "a:500 b:missed c:200", 1),
     ] {
         let budget = Budget::new(0);
-        trace(RULES, &Table::new(targets), results, &budget);
+        trace(RULES, &TableFleet::new(targets), results, &budget);
         assert_eq!(left(&budget), 10 - spent, "{targets}, {results}");
     }
 }
 
 #[test]
 fn a_granted_permit_is_used() {
-    let mut table = Table::new("a#*9 b");
+    let mut table = TableFleet::new("a#*9 b");
     table.granted = Some(0);
     assert_eq!(trace(RULES, &table, "a:200", &Budget::new(0)), "a200 ok");
     // The backend was ejected during the wait. The permit is valid in panic too.
-    let mut table = Table::new("a!");
+    let mut table = TableFleet::new("a!");
     table.granted = Some(0);
     assert_eq!(trace(RULES, &table, "a:200", &Budget::new(0)), "a200! ok");
 }
@@ -368,7 +368,7 @@ fn untried_targets_share_the_time_left() {
     let until = |targets: &str, tried: &[TargetId]| {
         let mut dispatch = Dispatch::new(RULES);
         dispatch.tried = tried.to_vec();
-        match dispatch.next(0, &Table::new(targets), &Budget::new(100), || 0) {
+        match dispatch.next(0, &TableFleet::new(targets), &Budget::new(100), || 0) {
             Do::Try { until, .. } => until / SECOND,
             other => panic!("{other:?}"),
         }
@@ -384,9 +384,9 @@ fn untried_targets_share_the_time_left() {
 fn no_try_starts_after_the_deadline() {
     let rules = Rules { deadline: MILLI, ..RULES };
     // The backoff would end after the deadline.
-    assert_eq!(trace(rules, &Table::new("a"), "a:500", &Budget::new(100)), "a500 deliver");
+    assert_eq!(trace(rules, &TableFleet::new("a"), "a:500", &Budget::new(100)), "a500 deliver");
     let mut dispatch = Dispatch::new(rules);
-    let table = Table::new("a b");
+    let table = TableFleet::new("a b");
     assert!(matches!(dispatch.next(0, &table, &Budget::new(100), || 0), Do::Try { .. }));
     dispatch.on(Event::Broke(Code::UpstreamUnreachable));
     let late = dispatch.next(MILLI, &table, &Budget::new(100), || 0);
@@ -395,7 +395,7 @@ fn no_try_starts_after_the_deadline() {
 
 #[test]
 fn a_reopened_target_comes_before_failed_ones() {
-    let table = Table::new("a b!");
+    let table = TableFleet::new("a b!");
     let mut dispatch = Dispatch::new(RULES);
     let budget = Budget::new(100);
     let mut next = |now| dispatch.next(now, &table, &budget, || 0);
@@ -409,11 +409,11 @@ fn a_reopened_target_comes_before_failed_ones() {
 
 #[test]
 fn each_strategy_chooses_by_its_rule() {
-    let first = |table: &Table| match Dispatch::new(RULES).next(0, table, &Budget::new(0), || 0) {
+    let first = |table: &TableFleet| match Dispatch::new(RULES).next(0, table, &Budget::new(0), || 0) {
         Do::Try { target, .. } => table.names[target],
         other => panic!("{other:?}"),
     };
-    let mut table = Table::new("a b c");
+    let mut table = TableFleet::new("a b c");
     table.strategy = Choice::LeastLoaded;
     table.penalty = vec![5.0, 0.0, 7.0];
     assert_eq!((0..3).map(|_| first(&table)).collect::<String>(), "bbb");
