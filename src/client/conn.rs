@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
@@ -156,6 +157,12 @@ impl Conn {
     /// Is ready when the socket has something to read.
     pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.socket.borrow().poll_read_ready(cx)
+    }
+
+    /// Whether the socket has data, even if the runtime does not know yet that it is readable.
+    pub(crate) fn has_data(&self) -> bool {
+        let socket = self.socket.borrow();
+        socket2::SockRef::from(&*socket).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|n| n > 0)
     }
 
     /// Reads and drops what the client still sends, until it closes its side or has sent more than `max_bytes`.

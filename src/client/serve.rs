@@ -58,7 +58,7 @@ pub(crate) trait Service: 'static {
     fn panicked(&self) -> Response<Body<Self::Stream>>;
 
     /// Whether connections close after their response.
-    fn is_draining(&self) -> bool;
+    fn is_stopping(&self) -> bool;
 
     /// Whether idle connections close.
     fn is_closing(&self) -> bool;
@@ -91,7 +91,9 @@ pub(crate) async fn serve<S: Service, F: Future>(
     let first = poll_fn(|cx| {
         conn.deadline.register(cx);
         match conn.poll_readable(cx) {
-            Poll::Pending if conn.deadline.has_expired() || gateway.is_closing() => Poll::Ready(false),
+            Poll::Pending if conn.deadline.has_expired() => Poll::Ready(false),
+            // A new connection is not known to be readable yet. If it has a request already, Zap responds.
+            Poll::Pending if gateway.is_closing() && !conn.has_data() => Poll::Ready(false),
             readable => readable.map(|r| r.is_ok()),
         }
     });
@@ -150,7 +152,7 @@ where
         let mut ended = http.as_mut().poll(cx).is_ready();
         // At shutdown a connection closes after its response, even if the head of the response did not say so. A request
         // that has come before is still served.
-        let is_last = gateway.is_closing() || responds && gateway.is_draining();
+        let is_last = gateway.is_closing() || responds && gateway.is_stopping();
         if is_last && !closing && !ended {
             closing = true;
             http.as_mut().graceful_shutdown();

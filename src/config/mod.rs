@@ -96,6 +96,8 @@ pub struct Server {
     pub max_connections: usize,
     /// How long SIGTERM waits for running requests, in whole seconds; may be 0.
     pub drain: Duration,
+    /// How long Zap serves all requests after SIGTERM, before the drain.
+    pub drain_delay: Duration,
     /// Idle time after which a client connection is closed, in whole seconds.
     pub keep_alive: Duration,
     /// Peers whose `x-forwarded-for` header is trusted.
@@ -112,6 +114,7 @@ impl Server {
             ("server.max_body_bytes", self.max_body_bytes != other.max_body_bytes),
             ("server.max_connections", self.max_connections != other.max_connections),
             ("server.drain_secs", self.drain != other.drain),
+            ("server.drain_delay_secs", self.drain_delay != other.drain_delay),
             ("server.keep_alive_secs", self.keep_alive != other.keep_alive),
             ("server.trusted_proxies", self.trusted_proxies != other.trusted_proxies),
         ]

@@ -24,6 +24,8 @@ const MAX_CONNECTIONS: Number<usize> = Range::new(1, 1_000_000).or(10_000);
 
 const SECONDS: Range<u64> = Range::new(1, 86_400);
 const DRAIN_SECS: Number<u64> = Range::new(0, SECONDS.max).or(30);
+
+const DRAIN_DELAY_SECS: Number<u64> = Range::new(0, 3600).or(0);
 const KEEP_ALIVE_SECS: Number<u64> = SECONDS.or(75);
 const MAX_WAIT_SECS: Number<u64> = SECONDS.or(30);
 const TIMEOUT_SECS: Number<u64> = SECONDS.or(300);
@@ -138,6 +140,7 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         max_body_bytes: t.number("max_body_bytes", MAX_BODY_BYTES),
         max_connections: t.number("max_connections", MAX_CONNECTIONS),
         drain: t.seconds("drain_secs", DRAIN_SECS),
+        drain_delay: t.seconds("drain_delay_secs", DRAIN_DELAY_SECS),
         keep_alive: t.seconds("keep_alive_secs", KEEP_ALIVE_SECS),
         trusted_proxies: trusted_proxies(t),
     }

@@ -321,6 +321,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ("[server]\nworkers = 0", "2: `server.workers` is 0; must be from 1 to 1024"),
         ("[server]\nmax_body_bytes = 1", "2: `server.max_body_bytes` is 1; must be from 1024 to 1073741824"),
         ("[server]\ndrain_secs = 86401", "2: `server.drain_secs` is 86401; must be from 0 to 86400"),
+        ("[server]\ndrain_delay_secs = 3601", "2: `server.drain_delay_secs` is 3601; must be from 0 to 3600"),
         ("[server]\nhost = true", "2: `server.host` is a boolean; must be a string"),
         (
             "[server]\nhost = \"a.b\"",
@@ -353,7 +354,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
             "[server.tls]\nx = 1",
             "1: unknown key `server.tls`; \
              must be one of `host`, `port`, `workers`, `max_body_bytes`, `max_connections`, \
-             `drain_secs`, `keep_alive_secs`, `trusted_proxies`",
+             `drain_secs`, `drain_delay_secs`, `keep_alive_secs`, `trusted_proxies`",
         ),
         ("[[server]]\nport = 1", "1: `server` is an array; must be a table"),
         ("server = 1", "1: `server` is an integer; must be a table"),

@@ -31,7 +31,7 @@ pub(crate) fn health() -> ClientResponse {
 
 /// `/ready`: Zap takes new requests; 503 while it drains.
 pub(crate) fn ready(shared: &Shared) -> ClientResponse {
-    if shared.is_draining() {
+    if shared.is_stopping() {
         text(StatusCode::SERVICE_UNAVAILABLE, "application/json", "{\"status\":\"draining\"}".into())
     } else {
         text(StatusCode::OK, "application/json", "{\"status\":\"ready\"}".into())
@@ -65,7 +65,7 @@ fn encode_status(shared: &Shared) -> Bytes {
     let backends: Vec<_> = snapshot.backends.iter().map(|b| backend(b)).collect();
     let status = json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "draining": shared.is_draining(),
+        "draining": shared.is_stopping(),
         "in_flight": shared.admission.in_flight(),
         "queue_depth": shared.admission.depth(),
         "backends": backends,

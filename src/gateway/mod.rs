@@ -363,8 +363,8 @@ impl Service for Gateway {
         self.internal_error()
     }
 
-    fn is_draining(&self) -> bool {
-        self.shared().is_draining()
+    fn is_stopping(&self) -> bool {
+        self.shared().is_stopping()
     }
 
     fn is_closing(&self) -> bool {

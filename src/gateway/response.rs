@@ -124,7 +124,7 @@ impl Gateway {
             headers.insert(REMAINING, headers::number(d.remaining));
             headers.insert(RESET, headers::reset(d.reset));
         }
-        if context.exchange.must_close() || self.shared().is_draining() {
+        if context.exchange.must_close() || self.shared().is_stopping() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }

@@ -64,6 +64,7 @@ pub struct Shared {
     pub(crate) reload_wanted: Notify,
     /// Notified when a new configuration is in use.
     pub(crate) reloaded: Notify,
+    stopping: AtomicBool,
     draining: AtomicBool,
     hasher: RandomState,
 }
@@ -86,6 +87,7 @@ impl Shared {
             reopened: Notify::new(),
             reload_wanted: Notify::new(),
             reloaded: Notify::new(),
+            stopping: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             hasher: RandomState::new(),
             current: ArcSwap::from_pointee(Generation {
@@ -144,6 +146,16 @@ impl Shared {
         let picked = choose::pick(&view, true, |_| false);
         let target = picked.map(|id| &snapshot.route(&ask).targets[id]);
         target.and_then(|target| snapshot.upstream(target).enter(now, None)).is_some()
+    }
+
+    /// Whether Zap has been told to stop: `/ready` fails, and connections close after their response.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Announces that Zap will stop. New requests are still served until [`start_draining`](Self::start_draining).
+    pub(crate) fn start_stopping(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// Whether Zap is draining.

@@ -232,6 +232,7 @@ mod tests {
             ("server.max_body_bytes", c.server.max_body_bytes.to_string()),
             ("server.max_connections", c.server.max_connections.to_string()),
             ("server.drain_secs", secs(c.server.drain)),
+            ("server.drain_delay_secs", secs(c.server.drain_delay)),
             ("server.keep_alive_secs", secs(c.server.keep_alive)),
             ("queue.max_size", c.queue.max_size.to_string()),
             ("queue.max_in_flight", c.queue.max_in_flight.to_string()),

@@ -18,9 +18,10 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
+use crate::config;
 use crate::config::Config;
 use crate::gateway::state::Shared;
-use crate::server::drain::Order;
+use crate::server::drain::{Order, Stop};
 use crate::server::fleet::FleetThread;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
@@ -42,7 +43,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) async fn serve(
     shared: Arc<Shared>,
     listener: std::net::TcpListener,
-    mut orders: Receiver<Order>,
+    orders: Receiver<Order>,
 ) -> std::io::Result<bool> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
@@ -53,30 +54,21 @@ pub(crate) async fn serve(
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
     let mut fleet = FleetThread::start(shared.clone())?;
-    let completed = {
+    let ended = {
         let clients = accept(&shared, &listener, &workers, budget.clients);
         // The gateway accepts and probes while the running requests finish.
-        let ending = async {
-            let order = loop {
-                match orders.recv().await {
-                    Some(Order::Reload) => shared.reload_wanted.notify_one(),
-                    order => break order,
-                }
-            };
-            shared.start_draining();
-            shared.telemetry.log.event(
-                "info",
-                "drain",
-                "shutting down: new requests are refused, running requests may finish",
-            );
-            let limit = if order == Some(Order::Drain) { config.server.drain } else { Duration::ZERO };
-            drain::drain(&workers, || running(&shared, &workers), limit, &mut orders).await
-        };
         tokio::select! {
-            completed = ending => completed,
-            () = fleet.ended() => false,
-            () = clients => false,
+            stopped = stop(&shared, &config.server, &workers, orders) => Some(stopped),
+            () = fleet.ended() => None,
+            () = clients => None,
         }
+    };
+    let completed = match ended {
+        Some((mut stop, is_idle, end)) => {
+            accept_backlog(listener, &workers)?;
+            stop.close(end, !is_idle).await
+        }
+        None => false,
     };
     shared.telemetry.log.event(
         "info",
@@ -84,6 +76,58 @@ pub(crate) async fn serve(
         if completed { "all requests finished" } else { "some requests were cut" },
     );
     Ok(completed & fleet.join() & workers.into_iter().all(join))
+}
+
+/// Waits for an order to stop, then until no request runs. Returns the stop, whether no request runs, and the time at
+/// which connections must be cut.
+async fn stop<'w>(
+    shared: &'w Shared,
+    server: &config::Server,
+    workers: &'w [Worker],
+    mut orders: Receiver<Order>,
+) -> (Stop<'w>, bool, Instant) {
+    let order = loop {
+        match orders.recv().await {
+            Some(Order::Reload) => shared.reload_wanted.notify_one(),
+            order => break order,
+        }
+    };
+    let log = &shared.telemetry.log;
+    shared.start_stopping();
+    let mut stop = Stop::new(order, log, workers, orders);
+    if order == Some(Order::DelayedDrain) && !server.drain_delay.is_zero() {
+        let secs = server.drain_delay.as_secs();
+        let text = format!(
+            "shutting down: requests are served for {secs} s more; a second signal cuts all requests"
+        );
+        log.event("info", "drain", &text);
+        stop.delay(server.drain_delay).await;
+    }
+    shared.start_draining();
+    let (running, secs) = (|| running(shared, workers), server.drain.as_secs());
+    let text = format!(
+        "shutting down: new requests are refused; requests running: {}, cut after {secs} s or by a second signal",
+        running()
+    );
+    log.event("info", "drain", &text);
+    let end = Instant::now() + server.drain;
+    let is_idle = stop.wait_for_requests(end, running).await;
+    (stop, is_idle, end)
+}
+
+/// Hands the connections that wait in the kernel's queue to the workers, then closes the listener. The limit of
+/// connections does not apply: closing the listener would reset these connections.
+fn accept_backlog(listener: TcpListener, workers: &[Worker]) -> std::io::Result<()> {
+    let listener = listener.into_std()?;
+    // Any error means that no further connection can be taken; most often the queue is empty.
+    while let Ok((client, peer)) = listener.accept() {
+        let alive = workers.iter().filter(|w| !w.is_gone());
+        let Some(worker) = alive.min_by_key(|w| w.connections()) else { break };
+        client.set_nonblocking(true)?;
+        let _ = client.set_nodelay(true);
+        worker.take(client, peer.ip(), None);
+    }
+    Ok(())
 }
 
 /// Joins a worker that has no connections. A worker that still has some is not joined; it ends with the process.
@@ -150,7 +194,7 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = alive.min_by_key(|w| w.connections()) else { return };
                 if let Ok(client) = client.into_std() {
-                    worker.take(client, peer.ip(), permit);
+                    worker.take(client, peer.ip(), Some(permit));
                 }
             }
             Err(e) if is_client_error(&e) => {}

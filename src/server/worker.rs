@@ -35,7 +35,7 @@ pub(crate) struct Worker {
     thread: JoinHandle<io::Result<()>>,
 }
 
-type NewClient = (std::net::TcpStream, IpAddr, OwnedSemaphorePermit);
+type NewClient = (std::net::TcpStream, IpAddr, Option<OwnedSemaphorePermit>);
 
 impl Worker {
     /// Starts worker number `id`. Once the worker has `upstreams` upstream connections, it closes idle ones before it
@@ -68,8 +68,13 @@ impl Worker {
         self.clients.is_closed()
     }
 
-    /// Hands a client to the worker. `permit` is released when the connection ends.
-    pub(crate) fn take(&self, client: std::net::TcpStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
+    /// Hands a client to the worker. `permit`, if there is one, is released when the connection ends.
+    pub(crate) fn take(
+        &self,
+        client: std::net::TcpStream,
+        peer: IpAddr,
+        permit: Option<OwnedSemaphorePermit>,
+    ) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
         if self.clients.send((client, peer, permit)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);

@@ -293,7 +293,7 @@ fn sigterm_drains_and_a_second_one_cuts() {
     assert_eq!(zap.exit_code(), Some(0));
 
     let endless = provider(OK, Duration::from_secs(20));
-    let mut zap = Running::with(&config(endless, ""));
+    let mut zap = Running::with(&config(endless, "drain_delay_secs = 1"));
     let mut client = TcpStream::connect(zap.address).unwrap();
     client
         .write_all(
@@ -303,7 +303,10 @@ fn sigterm_drains_and_a_second_one_cuts() {
         .unwrap();
     zap_is_busy(&zap);
     zap.signal("TERM");
-    zap.line("drain: ");
+    zap.line("drain: shutting down: requests are served for 1 s more; a second signal cuts all requests");
+    zap.line("new requests are refused; requests running: 1, cut after 30 s or by a second signal");
+    // Reported every 5 s.
+    zap.line("requests still running: 1");
     zap.signal("TERM");
     assert_eq!(zap.exit_code(), Some(1));
 }

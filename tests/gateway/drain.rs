@@ -207,3 +207,52 @@ fn a_busy_stream_is_cut_with_an_error_too() {
         assert!(!zap.join(), "a request was cut");
     }
 }
+
+#[test]
+fn all_requests_are_served_during_the_drain_delay() {
+    let a = Provider::named("a");
+    let zap = Zap::with("[server]\ndrain_delay_secs = 1\ndrain_secs = 0", &[a.backend("a", "")]);
+    let mut idle = zap.client();
+    assert_eq!(idle.get("/ready").status, 200);
+    let since = Instant::now();
+    zap.order(Order::DelayedDrain);
+    eventually("/ready is a 503", || zap.client().get("/ready").status == 503);
+    let last = idle.chat("", CHAT);
+    assert_eq!((last.status, last.header("connection")), (200, Some("close")));
+    assert_eq!(zap.client().get("/v1/models").status, 200);
+    while since.elapsed() < Duration::from_millis(900) {
+        assert_eq!(zap.chat(CHAT).status, 200);
+    }
+    assert!(zap.join(), "no request was cut");
+    assert!(since.elapsed() >= Duration::from_secs(1), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_second_order_ends_the_drain_delay_and_other_orders_skip_it() {
+    let a = Provider::named("a");
+    for orders in [&[Order::DelayedDrain, Order::Now][..], &[Order::Drain]] {
+        let zap = Zap::with("[server]\ndrain_delay_secs = 60", &[a.backend("a", "")]);
+        let since = Instant::now();
+        orders.iter().for_each(|order| zap.order(*order));
+        zap.join();
+        assert!(since.elapsed() < Duration::from_secs(5), "{orders:?} took {:?}", since.elapsed());
+    }
+}
+
+#[test]
+fn connections_in_the_queue_of_the_kernel_get_a_response_before_the_listener_closes() {
+    let a = Provider::named("a");
+    let zap = Zap::with("[server]\nmax_connections = 1", &[a.backend("a", "")]);
+    let mut only = zap.client();
+    assert_eq!(only.get("/ready").status, 200);
+    // The limit of connections keeps these in the queue.
+    let mut queued: Vec<_> = (0..20).map(|_| zap.client()).collect();
+    queued.iter_mut().for_each(|client| client.post("/chat", "", CHAT));
+    zap.order(Order::Drain);
+    for client in &mut queued {
+        let response = client.response();
+        assert_eq!((response.status, response.code().as_str()), (503, "draining"));
+        assert_eq!(client.rest(), (Vec::new(), true), "the connection closes cleanly");
+    }
+    assert!(zap.join(), "no request was cut");
+}
