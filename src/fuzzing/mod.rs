@@ -21,7 +21,6 @@ pub use crate::fuzzing::response::upstream_response;
 use crate::http1::{head, headers as header_policy};
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
-use crate::policy::retry;
 use crate::protocol::rate_limits;
 use crate::time::{MILLI, Nanos};
 
@@ -158,8 +157,8 @@ pub fn config(data: &[u8]) {
     assert!(!shown.contains(CANARY), "{shown}");
 }
 
-/// Fuzzes `policy::retry::cooling` and `protocol::rate_limits`: for all header values the cool-down is within the cap,
-/// and plain numbers of seconds mean exactly that.
+/// Fuzzes `protocol::rate_limits`: for all header values the wait is within the cap, and plain numbers of seconds mean
+/// exactly that.
 ///
 /// The first four bytes are the wall clock in seconds; one value per line follows.
 pub fn retry_after(data: &[u8]) {
@@ -175,15 +174,15 @@ pub fn retry_after(data: &[u8]) {
     for line in lines.split(|b| *b == b'\n') {
         reset(line, wall);
     }
-    let wait = retry::cooling(&headers, wall);
-    assert!(wait <= retry::MAX_COOLING, "{wait:?}");
+    let wait = || rate_limits::stated_wait(&headers, || wall);
+    assert!(wait().is_none_or(|wait| wait <= rate_limits::MAX_RETRY_AFTER), "{:?}", wait());
     headers.remove("retry-after-ms");
     let plain: Option<u32> =
         headers.get("retry-after").and_then(|v| v.to_str().ok()).and_then(|v| v.trim().parse().ok());
     if let Some(seconds) = plain {
-        let asked = Duration::from_secs(u64::from(seconds)).min(retry::MAX_COOLING);
+        let asked = Duration::from_secs(u64::from(seconds)).min(rate_limits::MAX_RETRY_AFTER);
         let signed = headers["retry-after"].as_bytes().contains(&b'+');
-        assert_eq!(retry::cooling(&headers, wall), if signed { retry::DEFAULT_COOLING } else { asked });
+        assert_eq!(rate_limits::stated_wait(&headers, || wall), (!signed).then_some(asked));
     }
 }
 
@@ -213,7 +212,7 @@ fn reset(line: &[u8], wall: SystemTime) {
     let mut headers = HeaderMap::new();
     headers.insert("x-ratelimit-remaining-tokens-minute", HeaderValue::from_static("0"));
     headers.insert("x-ratelimit-reset-tokens-minute", value);
-    assert_eq!(rate_limits::exhausted(&headers, || wall), read);
+    assert_eq!(rate_limits::stated_wait(&headers, || wall), read);
 }
 
 /// Fuzzes `policy::limit`: compares a window and a limiter with naive logs.

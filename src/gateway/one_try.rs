@@ -19,7 +19,7 @@ use crate::http1::headers::ResponseFacts;
 use crate::json::patch::{slices, splices};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
-use crate::policy::retry::cooling;
+use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
 use crate::protocol::rate_limits;
 use crate::telemetry::phase::Phase;
@@ -170,15 +170,17 @@ impl Attempts<'_> {
         dispatch: &mut Dispatch,
     ) -> Option<Failure> {
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
-        // Other errors never cool a target down: one client's bad request could close it for all clients.
-        if (status < 400 || status == 429)
-            && let Some(span) = rate_limits::exhausted(&head.headers, SystemTime::now)
+        if status < 400
+            && let Some(wait) = rate_limits::wait_after_success(&head.headers, SystemTime::now)
         {
-            self.cool_down(target, span);
+            self.cool_down(target, wait);
         }
         let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else { return None };
         match failure.mark {
-            Some(Mark::Cool) => self.cool_down(target, cooling(&head.headers, SystemTime::now())),
+            Some(Mark::Cool) => {
+                let wait = rate_limits::stated_wait(&head.headers, SystemTime::now);
+                self.cool_down(target, wait.unwrap_or(DEFAULT_COOLING));
+            }
             Some(Mark::BadKey) => self.close_for_bad_key(upstream, status),
             None => {}
         }

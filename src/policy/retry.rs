@@ -1,20 +1,18 @@
-//! Retries: what the status of an answer means, how long to back off, and the retry budget.
+//! Retries: what the status of a response means, how long to back off, and the retry budget.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
-
-use http::HeaderMap;
+use std::time::Duration;
 
 use crate::time::{Nanos, SECOND};
 
-/// The meaning of an answer's status code for the try.
+/// The meaning of a response's status code for the try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// 401 for Zap's own key.
     BadKey,
     /// 429: not a failure; the backend must cool down.
     Busy,
-    /// The answer goes to the client unchanged.
+    /// The response goes to the client unchanged.
     Deliver,
     /// The backend failed: count the failure and try another target.
     Failure,
@@ -25,7 +23,7 @@ pub(crate) enum Outcome {
     Refused,
 }
 
-/// Judges an answer by its status. `own_key`: the request carried Zap's key, not the client's.
+/// Judges a response by its status. `own_key`: the request carried Zap's key, not the client's.
 pub(crate) fn judge(status: u16, own_key: bool) -> Outcome {
     match status {
         304 => Outcome::Deliver,
@@ -39,33 +37,8 @@ pub(crate) fn judge(status: u16, own_key: bool) -> Outcome {
     }
 }
 
-/// Longest cool-down that a provider can ask for.
-pub(crate) const MAX_COOLING: Duration = Duration::from_secs(600);
-
-/// The cool-down after a 429 that names no time.
+/// The cooldown after a 429 that states no wait.
 pub(crate) const DEFAULT_COOLING: Duration = Duration::from_secs(5);
-
-/// Returns the cool-down that a 429 asks for: `retry-after-ms`, else `Retry-After` in seconds or as a date (RFC 9110,
-/// section 10.2.3), at most [`MAX_COOLING`]. Returns [`DEFAULT_COOLING`] if neither header can be parsed. `wall`: the
-/// current time.
-pub(crate) fn cooling(headers: &HeaderMap, wall: SystemTime) -> Duration {
-    let text = |name| headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
-    let asked = text("retry-after-ms")
-        .and_then(|t| seconds(t, 0.001))
-        .or_else(|| text("retry-after").and_then(|t| seconds(t, 1.0).or_else(|| until_date(t, wall))));
-    asked.unwrap_or(DEFAULT_COOLING).min(MAX_COOLING)
-}
-
-fn seconds(text: &str, unit: f64) -> Option<Duration> {
-    let plain = text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
-    let number: f64 = text.parse().ok().filter(|_| plain)?;
-    Duration::try_from_secs_f64((number * unit).min(MAX_COOLING.as_secs_f64())).ok()
-}
-
-fn until_date(text: &str, wall: SystemTime) -> Option<Duration> {
-    let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(wall).unwrap_or_default())
-}
 
 /// Returns the `Retry-After` value for a wait: whole seconds, rounded up, at least 1.
 pub(crate) fn retry_after_secs(wait: Nanos) -> u64 {
@@ -232,34 +205,6 @@ mod tests {
     }
 
     #[test]
-    fn reads_every_form_of_retry_after() {
-        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-        let date = httpdate::fmt_http_date(wall + Duration::from_secs(90));
-        for (name, value, want) in [
-            ("retry-after", "7", Duration::from_secs(7)),
-            ("retry-after", " 0 ", Duration::ZERO),
-            ("retry-after", "1.5", Duration::from_millis(1500)),
-            ("retry-after", "99999999999999999999999", MAX_COOLING),
-            ("retry-after", date.as_str(), Duration::from_secs(90)),
-            ("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT", Duration::ZERO),
-            ("retry-after-ms", "250", Duration::from_millis(250)),
-            ("retry-after", "soon", DEFAULT_COOLING),
-            ("retry-after", "-3", DEFAULT_COOLING),
-            ("retry-after", "inf", DEFAULT_COOLING),
-            ("retry-after", "", DEFAULT_COOLING),
-            ("x-other", "1", DEFAULT_COOLING),
-        ] {
-            let mut headers = HeaderMap::new();
-            headers.insert(name, value.parse().unwrap());
-            assert_eq!(cooling(&headers, wall), want, "{name}: {value}");
-        }
-        let mut both = HeaderMap::new();
-        both.insert("retry-after", "9".parse().unwrap());
-        both.insert("retry-after-ms", "300".parse().unwrap());
-        assert_eq!(cooling(&both, wall), Duration::from_millis(300));
-    }
-
-    #[test]
     fn retry_after_is_rounded_up() {
         for (wait, want) in [(0, 1), (1, 1), (SECOND, 1), (SECOND + 1, 2), (59 * SECOND, 59)] {
             assert_eq!(retry_after_secs(wait), want);
@@ -339,15 +284,6 @@ mod tests {
             let wait = backoff(base, max, n, random);
             prop_assert!(wait <= max);
             prop_assert!(n > 20 || wait <= base * (1 << n));
-        }
-
-        #[test]
-        fn cooling_never_panics_and_is_capped(value in "\\PC{0,24}") {
-            let mut headers = HeaderMap::new();
-            if let Ok(value) = value.parse() {
-                headers.insert("retry-after", value);
-            }
-            prop_assert!(cooling(&headers, SystemTime::UNIX_EPOCH) <= MAX_COOLING);
         }
     }
 }

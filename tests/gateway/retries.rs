@@ -194,6 +194,36 @@ fn a_backend_with_no_requests_remaining_gets_none_until_its_reset() {
     eventually("backend a serves requests again", || zap.chat(CHAT).text() == "a");
 }
 
+/// Case 28 of the review: `Retry-After` decides alone on a 429; a limit of 0 and a negative rest say nothing.
+#[test]
+fn an_empty_daily_limit_does_not_close_a_backend_for_the_day() {
+    for headers in [
+        "retry-after-ms: 200\r\nx-ratelimit-remaining-requests-day: 0\r\nx-ratelimit-reset-requests-day: 86340\r\n",
+        "retry-after-ms: 200\r\nx-ratelimit-limit-tokens: 0\r\nx-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1h\r\n",
+        "x-ratelimit-limit-requests: 18000\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1h\r\n",
+    ] {
+        let n = AtomicUsize::new(0);
+        let a = Provider::start(move |_, stream| {
+            match n.fetch_add(1, Ordering::SeqCst) {
+                0 => reply(stream, 429, headers, b"a"),
+                _ => reply(
+                    stream,
+                    200,
+                    "x-ratelimit-remaining-requests: -1\r\nx-ratelimit-reset-requests: 1h\r\n",
+                    b"a",
+                ),
+            }
+            After::Keep
+        });
+        let b = Provider::named("b");
+        let zap = Zap::with("", &[a.backend("a", ""), b.backend("b", "priority = 1")]);
+        assert_eq!(zap.chat(CHAT).text(), "b");
+        assert_eq!(zap.metric("zap_backend_cooling{backend=\"a\"}"), 1.0, "{headers}");
+        eventually("backend a serves requests again", || zap.chat(CHAT).text() == "a");
+        assert_eq!(zap.chat(CHAT).text(), "a", "a negative rest says nothing");
+    }
+}
+
 #[test]
 fn a_backend_cools_down_for_the_refused_model_only() {
     let a = Provider::start(|seen, stream| {
