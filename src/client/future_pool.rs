@@ -3,7 +3,7 @@
 //! Such a future has some kilobytes. hyper would keep one with every connection, and it would be the largest piece of
 //! memory that a request allocates. A future of a dropped request is dropped with it.
 //!
-//! What it pays: without the pool, `benches/exact.py` counts 2.2 % more instructions and 2 more allocations for each JSON
+//! Benefit: without the pool, `benches/exact.py` counts 2.2 % more instructions and 2 more allocations for each JSON
 //! request, and 2.5 % and 2 for each stream. To remove it, let `client::serve` await the handler itself.
 
 use std::cell::{Cell, RefCell};

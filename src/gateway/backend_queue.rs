@@ -41,7 +41,7 @@ pub(crate) struct BackendQueues {
     counted: Option<BackendWait>,
 }
 
-/// What a request waits for.
+/// The busy targets that a request waits for, and the limits of the wait.
 pub(crate) struct Wait<'a> {
     /// The fleet.
     pub snapshot: &'a Snapshot,
@@ -53,7 +53,7 @@ pub(crate) struct Wait<'a> {
     pub reopened: Option<Notified<'a>>,
 }
 
-/// What ended a wait.
+/// The event that ended a wait.
 enum Woken {
     /// A request left the queue of the quota, so the others moved up.
     QuotaChanged,

@@ -170,7 +170,7 @@ impl Attempts<'_> {
         dispatch: &mut Dispatch,
     ) -> Option<Failure> {
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
-        if status < 400
+        if status < 300
             && let Some(wait) = rate_limits::wait_after_success(&head.headers, SystemTime::now)
         {
             self.cool_down(target, wait);

@@ -65,7 +65,7 @@ pub(crate) async fn serve(
     };
     let completed = match ended {
         Some((mut stop, is_idle, end)) => {
-            accept_backlog(listener, &workers)?;
+            accept_backlog(listener, &workers);
             stop.close(end, !is_idle).await
         }
         None => false,
@@ -117,17 +117,21 @@ async fn stop<'w>(
 
 /// Hands the connections that wait in the kernel's queue to the workers, then closes the listener. The limit of
 /// connections does not apply: closing the listener would reset these connections.
-fn accept_backlog(listener: TcpListener, workers: &[Worker]) -> std::io::Result<()> {
-    let listener = listener.into_std()?;
+fn accept_backlog(listener: TcpListener, workers: &[Worker]) {
+    let Ok(listener) = listener.into_std() else { return };
     // Any error means that no further connection can be taken; most often the queue is empty.
     while let Ok((client, peer)) = listener.accept() {
-        let alive = workers.iter().filter(|w| !w.is_gone());
-        let Some(worker) = alive.min_by_key(|w| w.connections()) else { break };
-        client.set_nonblocking(true)?;
-        let _ = client.set_nodelay(true);
-        worker.take(client, peer.ip(), None);
+        let Some(worker) = least_loaded(workers) else { return };
+        if client.set_nonblocking(true).is_ok() {
+            let _ = client.set_nodelay(true);
+            worker.take(client, peer.ip(), None);
+        }
     }
-    Ok(())
+}
+
+/// The worker with the fewest connections; `None` if no worker is alive.
+fn least_loaded(workers: &[Worker]) -> Option<&Worker> {
+    workers.iter().filter(|worker| !worker.is_gone()).min_by_key(|worker| worker.connections())
 }
 
 /// Joins a worker that has no connections. A worker that still has some is not joined; it ends with the process.
@@ -190,9 +194,8 @@ async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max
         match listener.accept().await {
             Ok((client, peer)) => {
                 let _ = client.set_nodelay(true);
-                let alive = workers.iter().filter(|w| !w.is_gone());
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
-                let Some(worker) = alive.min_by_key(|w| w.connections()) else { return };
+                let Some(worker) = least_loaded(workers) else { return };
                 if let Ok(client) = client.into_std() {
                     worker.take(client, peer.ip(), Some(permit));
                 }

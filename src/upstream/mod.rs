@@ -54,7 +54,7 @@ const PROBE_HEADERS: &[(HeaderName, &str)] =
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
-/// One backend at run time: its prepared configuration, and the state that all workers share.
+/// A backend at run time: its prepared configuration, and the state that all workers share.
 #[derive(Debug)]
 pub(crate) struct Upstream {
     /// The configuration.

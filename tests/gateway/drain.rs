@@ -211,7 +211,7 @@ fn a_busy_stream_is_cut_with_an_error_too() {
 #[test]
 fn all_requests_are_served_during_the_drain_delay() {
     let a = Provider::named("a");
-    let zap = Zap::with("[server]\ndrain_delay_secs = 1\ndrain_secs = 0", &[a.backend("a", "")]);
+    let zap = Zap::with("[server]\ndrain_delay_secs = 2\ndrain_secs = 0", &[a.backend("a", "")]);
     let mut idle = zap.client();
     assert_eq!(idle.get("/ready").status, 200);
     let since = Instant::now();
@@ -224,7 +224,7 @@ fn all_requests_are_served_during_the_drain_delay() {
         assert_eq!(zap.chat(CHAT).status, 200);
     }
     assert!(zap.join(), "no request was cut");
-    assert!(since.elapsed() >= Duration::from_secs(1), "{:?}", since.elapsed());
+    assert!(since.elapsed() >= Duration::from_secs(2), "{:?}", since.elapsed());
 }
 
 #[test]

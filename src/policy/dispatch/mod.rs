@@ -391,7 +391,7 @@ impl Survey {
         survey
     }
 
-    /// What a request for the ejected targets must wait for: a permit, a cooldown or a quota.
+    /// The permits, cooldowns and quotas that a request for the ejected targets must wait for.
     fn of_ejected(now: Nanos, fleet: &impl Fleet) -> Busy {
         let mut busy = Busy::default();
         fleet.all().targets().for_each(|id| busy.note(now, fleet.backend(id), fleet.check_ejected(id)));
