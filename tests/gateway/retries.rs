@@ -544,3 +544,23 @@ fn a_spent_retry_budget_tells_clients_not_to_retry() {
     let spent = answers.iter().filter(|r| r.header("x-zap-attempts") == Some("1")).count();
     assert!(spent > 10, "{spent}");
 }
+
+#[test]
+fn the_cause_of_a_timeout_names_the_phase_that_timed_out() {
+    let (address, _held) = blackhole();
+    let silent = Provider::start(|_, stream| {
+        wait_closed(stream);
+        After::Close
+    });
+    let connecting = backend(address, "a", "");
+    for (first, cause) in [
+        (connecting, "connect timed out after 0.5 s"),
+        (silent.backend("a", ""), "response timed out after 0.5 s"),
+    ] {
+        let b = Provider::named("b");
+        let zap = Zap::with("[queue]\ntimeout_secs = 1\n", &[first, b.backend("b", "priority = 1")]);
+        assert_eq!(zap.chat(CHAT).text(), "b");
+        let status = zap.client().get("/status").json();
+        assert_eq!(status["backends"][0]["last_error"]["cause"], cause);
+    }
+}
