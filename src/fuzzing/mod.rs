@@ -5,6 +5,7 @@
 //! target compares the code with something simpler: serde_json, a shorter input, a naive log. Randomness depends only
 //! on the input, so an input that fails once fails always.
 
+mod events;
 mod patch;
 mod response;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::Config;
+pub use crate::fuzzing::events::events;
 pub use crate::fuzzing::patch::patch;
 pub use crate::fuzzing::response::upstream_response;
 use crate::http1::{head, headers as header_policy};
@@ -174,7 +176,7 @@ pub fn retry_after(data: &[u8]) {
     for line in lines.split(|b| *b == b'\n') {
         reset(line, wall);
     }
-    let wait = || rate_limits::stated_wait(&headers, || wall);
+    let wait = || rate_limits::stated_wait(&headers, || wall).map(|wait| wait.span);
     assert!(wait().is_none_or(|wait| wait <= rate_limits::MAX_RETRY_AFTER), "{:?}", wait());
     headers.remove("retry-after-ms");
     let plain: Option<u32> =
@@ -182,7 +184,10 @@ pub fn retry_after(data: &[u8]) {
     if let Some(seconds) = plain {
         let asked = Duration::from_secs(u64::from(seconds)).min(rate_limits::MAX_RETRY_AFTER);
         let signed = headers["retry-after"].as_bytes().contains(&b'+');
-        assert_eq!(rate_limits::stated_wait(&headers, || wall), (!signed).then_some(asked));
+        assert_eq!(
+            rate_limits::stated_wait(&headers, || wall).map(|wait| wait.span),
+            (!signed).then_some(asked)
+        );
     }
 }
 
@@ -212,7 +217,7 @@ fn reset(line: &[u8], wall: SystemTime) {
     let mut headers = HeaderMap::new();
     headers.insert("x-ratelimit-remaining-tokens-minute", HeaderValue::from_static("0"));
     headers.insert("x-ratelimit-reset-tokens-minute", value);
-    assert_eq!(rate_limits::stated_wait(&headers, || wall), read);
+    assert_eq!(rate_limits::stated_wait(&headers, || wall).map(|wait| wait.span), read);
 }
 
 /// Fuzzes `policy::limit`: compares a window and a limiter with naive logs.
@@ -442,6 +447,11 @@ mod tests {
     #[test]
     fn balance_ops_passes_on_its_seeds() {
         replay("balance_ops", balance_ops);
+    }
+
+    #[test]
+    fn events_passes_on_its_seeds() {
+        replay("events", events);
     }
 
     #[test]

@@ -1,27 +1,29 @@
-//! The error event that Zap sends when an upstream stream is cut, in the format of the endpoint.
+//! The error event that Zap puts at the end of a stream that it cuts, in the format of the endpoint.
 
-use std::borrow::Cow;
+use serde_json::{Value, json};
 
+use crate::code::Code;
 use crate::protocol::responses::StreamState;
 
-macro_rules! interrupted {
-    () => {
-        r#"{"message":"The stream was cut before its end; the response is incomplete.","type":"upstream_error","param":null,"code":"stream_interrupted"}"#
-    };
+/// Returns the error event with this code. `seen` is the state of a `/v1/responses` stream; `None` for other streams.
+pub(crate) fn error_event(code: Code, seen: Option<&StreamState>, request_id: &str) -> String {
+    let error = error(code);
+    match seen {
+        None => format!("data: {}\n\n", json!({ "error": error })),
+        Some(seen) => seen.failed(request_id, &error),
+    }
 }
 
-/// The event for all endpoints except `/v1/responses`.
-const STREAM_INTERRUPTED: &str = concat!(r#"data: {"error":"#, interrupted!(), "}\n\n");
-
-/// Returns the error event for a cut stream. `seen` is the state of a `/v1/responses` stream; `None` for other streams.
-pub(crate) fn stream_interrupted(seen: Option<&StreamState>, request_id: &str) -> Cow<'static, str> {
-    match seen {
-        None => STREAM_INTERRUPTED.into(),
-        Some(seen) => {
-            let error = serde_json::from_str(interrupted!()).unwrap_or_default();
-            seen.failed(request_id, &error).into()
-        }
-    }
+/// The OpenAI error object.
+fn error(code: Code) -> Value {
+    let (message, kind) = match code {
+        Code::Draining => (
+            "The gateway is shutting down; the response is incomplete. Send the request again.",
+            "server_error",
+        ),
+        _ => ("The stream was cut before its end; the response is incomplete.", "upstream_error"),
+    };
+    json!({ "message": message, "type": kind, "param": null, "code": code.text() })
 }
 
 #[cfg(test)]
@@ -29,15 +31,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_interruption_is_one_event_with_an_openai_error() {
-        let data = STREAM_INTERRUPTED.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
-        let json: serde_json::Value = serde_json::from_str(data).unwrap();
-        assert_eq!(json["error"]["code"], "stream_interrupted");
-        assert!(json["error"]["param"].is_null());
-        let failed = stream_interrupted(Some(&StreamState::default()), "r");
-        assert!(failed.starts_with("event: response.failed\n"));
-        let data = failed.split_once("data: ").unwrap().1;
-        let failed: serde_json::Value = serde_json::from_str(data).unwrap();
-        assert_eq!(failed["error"], json["error"], "both SDKs raise this error");
+    fn the_event_is_one_event_with_an_openai_error() {
+        for code in [Code::StreamInterrupted, Code::Draining] {
+            let event = error_event(code, None, "r");
+            let data = event.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
+            let json: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(json["error"]["code"], code.text());
+            assert!(json["error"]["param"].is_null());
+            let failed = error_event(code, Some(&StreamState::default()), "r");
+            assert!(failed.starts_with("event: response.failed\n"));
+            let data = failed.split_once("data: ").unwrap().1;
+            let failed: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(failed["error"], json["error"], "both SDKs raise this error");
+        }
     }
 }

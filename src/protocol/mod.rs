@@ -4,7 +4,9 @@
 
 pub(crate) mod endpoint;
 
-pub(crate) mod events;
+pub(crate) mod event_class;
+
+pub(crate) mod event_stream;
 
 pub(crate) mod responses;
 

@@ -9,6 +9,7 @@
 use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
+use serde_json::Value;
 
 /// Longest wait that a `Retry-After` can ask for.
 pub(crate) const MAX_RETRY_AFTER: Duration = Duration::from_secs(600);
@@ -16,23 +17,53 @@ pub(crate) const MAX_RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Longest time until a reset. Some buckets are reset once a day.
 pub(crate) const MAX_RESET: Duration = Duration::from_secs(86_400);
 
+/// Longest time from one request to the next that a limit tells.
+pub(crate) const MAX_PACE: Duration = Duration::from_secs(60);
+
 /// Longest wait after a successful response whose bucket is empty.
 pub(crate) const MAX_AFTER_SUCCESS: Duration = Duration::from_secs(60);
 
+/// How long a provider wants Zap to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Wait {
+    /// The time until the next request.
+    pub span: Duration,
+    /// After that, the time from one request to the next, if the provider has told it.
+    pub pace: Option<Duration>,
+}
+
+impl Wait {
+    /// A wait after which there is no limit.
+    pub(crate) fn of(span: Duration) -> Self {
+        Wait { span, pace: None }
+    }
+}
+
 /// The wait that a 429 states: its `retry-after-ms` or `Retry-After` alone, if one of them is valid; else the longest wait
 /// for an empty bucket. `None` if the response states no wait. `wall` returns the time of day.
-pub(crate) fn stated_wait(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
-    retry_after(headers, &wall).or_else(|| empty_bucket(headers, wall))
+pub(crate) fn stated_wait(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wait> {
+    retry_after(headers, &wall).map(Wait::of).or_else(|| empty_bucket(headers, wall))
 }
 
 /// The wait after a successful response: for its empty buckets, at most [`MAX_AFTER_SUCCESS`].
-pub(crate) fn wait_after_success(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
-    empty_bucket(headers, wall).map(|wait| wait.min(MAX_AFTER_SUCCESS))
+pub(crate) fn wait_after_success(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wait> {
+    empty_bucket(headers, wall).map(|wait| Wait::of(wait.span.min(MAX_AFTER_SUCCESS)))
+}
+
+/// The wait that the JSON body of a 429 states: `retryDelay` of `google.rpc.RetryInfo` in the details of the error, such as
+/// `"34.07s"`. Gemini sends it, also with the error as the element of a list.
+pub(crate) fn retry_delay(body: &[u8]) -> Option<Duration> {
+    memchr::memmem::find(body, b"\"retryDelay\"")?;
+    let json: Value = serde_json::from_slice(body).ok()?;
+    let error = json.get("error").or_else(|| json.get(0)?.get("error"))?;
+    let delay = error["details"].as_array()?.iter().find_map(|detail| detail["retryDelay"].as_str())?;
+    let secs = number(delay.strip_suffix('s')?)?;
+    Some(seconds(secs)?.min(MAX_RETRY_AFTER))
 }
 
 /// The wait by `retry-after-ms`, else by `Retry-After` in seconds or as a date (RFC 9110, section 10.2.3), at most
 /// [`MAX_RETRY_AFTER`]. A date is read against the `Date` of the response, since the clocks may differ.
-fn retry_after(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
+pub(crate) fn retry_after(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
     let date = |text: &str| httpdate::parse_http_date(text).ok();
     let until = |text: &str| {
         let now = text_of(headers, "date").and_then(date).unwrap_or_else(wall);
@@ -57,7 +88,7 @@ fn number(text: &str) -> Option<f64> {
 
 /// The longest wait for a bucket that is empty; `None` if no bucket is empty or none has a valid reset. `wall` is called
 /// only if a bucket is empty.
-fn empty_bucket(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
+fn empty_bucket(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wait> {
     let wait = |name: &str, value: &str| {
         if name == "ratelimit" {
             return value.split(',').filter_map(|item| structured(headers, item)).max();
@@ -92,7 +123,7 @@ fn siblings(name: &str) -> Option<(String, String)> {
 
 /// The wait for one item of `ratelimit`, if it is empty: `"BUCKET";r=0;t=30`. The limit is `q` of the same bucket in
 /// `ratelimit-policy`.
-fn structured(headers: &HeaderMap, item: &str) -> Option<Duration> {
+fn structured(headers: &HeaderMap, item: &str) -> Option<Wait> {
     fn parameter<'i>(item: &'i str, key: &str) -> Option<&'i str> {
         item.split(';').skip(1).find_map(|p| p.trim().strip_prefix(key)?.strip_prefix('='))
     }
@@ -106,10 +137,13 @@ fn structured(headers: &HeaderMap, item: &str) -> Option<Duration> {
 }
 
 /// The wait until one unit of a bucket is free that is full after `reset`. A limit of 0 or less says nothing.
-fn one_unit(reset: Duration, limit: Option<&str>) -> Option<Duration> {
+fn one_unit(reset: Duration, limit: Option<&str>) -> Option<Wait> {
     match limit.and_then(|text| text.parse::<f64>().ok()) {
-        None => Some(reset),
-        Some(limit) if limit >= 1.0 => Some(reset.div_f64(limit)),
+        None => Some(Wait::of(reset)),
+        Some(limit) if limit >= 1.0 => {
+            let unit = reset.div_f64(limit);
+            Some(Wait { span: unit, pace: Some(unit.min(MAX_PACE)) })
+        }
         Some(_) => None,
     }
 }
@@ -297,7 +331,7 @@ mod tests {
             (&[("x-other-remaining", "0"), ("x-other-reset", "3s")], None),
         ];
         for (pairs, want) in table {
-            let found = stated_wait(&headers(pairs), wall).map(|wait| wait.as_millis() as u64);
+            let found = stated_wait(&headers(pairs), wall).map(|wait| wait.span.as_millis() as u64);
             assert_eq!(found, *want, "{pairs:?}");
         }
     }
@@ -306,7 +340,9 @@ mod tests {
     fn retry_after_alone_decides_on_a_429() {
         let empty =
             [("x-ratelimit-remaining-requests-day", "0"), ("x-ratelimit-reset-requests-day", "86340")];
-        let with = |name, value| stated_wait(&headers(&[&[(name, value)], &empty[..]].concat()), wall);
+        let with = |name, value| {
+            stated_wait(&headers(&[&[(name, value)], &empty[..]].concat()), wall).map(|wait| wait.span)
+        };
         assert_eq!(with("retry-after", "1"), Some(Duration::from_secs(1)));
         assert_eq!(with("retry-after-ms", "250"), Some(Duration::from_millis(250)));
         assert_eq!(
@@ -314,9 +350,23 @@ mod tests {
             Some(Duration::from_secs(86_340)),
             "an invalid value says nothing"
         );
-        assert_eq!(wait_after_success(&headers(&empty), wall), Some(MAX_AFTER_SUCCESS));
+        assert_eq!(wait_after_success(&headers(&empty), wall), Some(Wait::of(MAX_AFTER_SUCCESS)));
         let not_read = headers(&[("retry-after", "1")]);
         assert_eq!(wait_after_success(&not_read, wall), None, "a success has no Retry-After");
+    }
+
+    #[test]
+    fn reads_the_delay_in_the_body_of_gemini() {
+        let body = r#"{"error":{"code":429,"details":[{"@type":"x"},{"@type":"type.googleapis.com/google.rpc.RetryInfo","retryDelay":"34.5s"}]}}"#;
+        let wait = Some(Duration::from_millis(34_500));
+        assert_eq!(retry_delay(body.as_bytes()), wait);
+        assert_eq!(retry_delay(format!("[{body}\n]").as_bytes()), wait);
+        for (from, to) in
+            [("34.5s", "34.5"), ("34.5s", "s"), ("\"34.5s\"", "34"), ("details", "more"), ("error", "x")]
+        {
+            assert_eq!(retry_delay(body.replace(from, to).as_bytes()), None, "{to}");
+        }
+        assert_eq!(retry_delay(body.replace("34.5", "9999").as_bytes()), Some(MAX_RETRY_AFTER));
     }
 
     #[test]
@@ -336,16 +386,17 @@ mod tests {
             ("retry-after", "", None),
             ("x-other", "1", None),
         ] {
-            let found = stated_wait(&headers(&[(name, value)]), wall).map(|wait| wait.as_millis() as u64);
+            let found =
+                stated_wait(&headers(&[(name, value)]), wall).map(|wait| wait.span.as_millis() as u64);
             assert_eq!(found, want, "{name}: {value}");
         }
         let both = headers(&[("retry-after", "9"), ("retry-after-ms", "300")]);
-        assert_eq!(stated_wait(&both, wall), Some(Duration::from_millis(300)));
+        assert_eq!(stated_wait(&both, wall), Some(Wait::of(Duration::from_millis(300))));
         // The provider's clock is an hour behind.
         let own = httpdate::fmt_http_date(wall() - Duration::from_secs(3_600));
         let until = httpdate::fmt_http_date(wall() - Duration::from_secs(3_580));
         let skewed = headers(&[("date", &own), ("retry-after", &until)]);
-        assert_eq!(stated_wait(&skewed, wall), Some(Duration::from_secs(20)));
+        assert_eq!(stated_wait(&skewed, wall), Some(Wait::of(Duration::from_secs(20))));
     }
 
     proptest! {

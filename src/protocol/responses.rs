@@ -25,7 +25,6 @@ static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 pub(crate) struct StreamState {
     sequence: Sequence,
     created: Created,
-    terminal: Terminal,
 }
 
 impl StreamState {
@@ -33,12 +32,6 @@ impl StreamState {
     pub(crate) fn feed(&mut self, data: &[u8]) {
         self.sequence.feed(data);
         self.created.feed(data);
-        self.terminal.feed(data);
-    }
-
-    /// Whether the terminal event is complete: `response.completed`, `response.failed` or `response.incomplete`.
-    pub(crate) fn is_over(&self) -> bool {
-        self.terminal.state == TerminalState::After
     }
 
     /// Returns the `response.failed` event. `request_id` replaces the response's id if that is unknown. `error` is the
@@ -67,63 +60,6 @@ impl StreamState {
 fn text(spelled: &Option<Vec<u8>>) -> Option<String> {
     let spelled = spelled.as_ref()?;
     serde_json::from_slice(&[b"\"", &**spelled, b"\""].concat()).ok()
-}
-
-/// Length of the beginning of a line that is kept: more than the longest of [`TERMINAL`].
-const MAX_LINE: usize = 48;
-
-/// How a line of a terminal event begins, without spaces.
-const TERMINAL: [&[u8]; 6] = [
-    b"event:response.completed",
-    b"event:response.failed",
-    b"event:response.incomplete",
-    b"data:{\"type\":\"response.completed\"",
-    b"data:{\"type\":\"response.failed\"",
-    b"data:{\"type\":\"response.incomplete\"",
-];
-
-/// Looks for the terminal event by the beginnings of lines.
-#[derive(Debug, Default)]
-struct Terminal {
-    state: TerminalState,
-    /// The beginning of the present line, without spaces.
-    line: Vec<u8>,
-    /// Whether the present line has a byte.
-    has_bytes: bool,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum TerminalState {
-    #[default]
-    Before,
-    Inside,
-    After,
-}
-
-impl Terminal {
-    fn feed(&mut self, data: &[u8]) {
-        let mut rest = data;
-        while !rest.is_empty() && self.state != TerminalState::After {
-            let end = memchr::memchr(b'\n', rest);
-            let part = &rest[..end.unwrap_or(rest.len())];
-            self.has_bytes |= part.iter().any(|b| *b != b'\r');
-            let room = MAX_LINE - self.line.len();
-            self.line.extend(part.iter().filter(|b| !matches!(b, b' ' | b'\r')).take(room));
-            let Some(end) = end else { return };
-            self.end_line();
-            rest = &rest[end + 1..];
-        }
-    }
-
-    fn end_line(&mut self) {
-        if TERMINAL.iter().any(|known| self.line.starts_with(known)) {
-            self.state = TerminalState::Inside;
-        } else if !self.has_bytes && self.state == TerminalState::Inside {
-            self.state = TerminalState::After;
-        }
-        self.line.clear();
-        self.has_bytes = false;
-    }
 }
 
 /// Finds the last `"sequence_number":N`.
@@ -461,33 +397,13 @@ mod tests {
         assert!(seen.created.done && seen.created.json.text.capacity() <= 2 * MAX_TEXT);
     }
 
-    #[test]
-    fn finds_the_terminal_event() {
-        for (stream, over) in [
-            ("", false),
-            (CREATED, false),
-            ("event: response.completed\ndata: {}\n\n", true),
-            ("event:response.failed\r\ndata: {}\r\n\r\n", true),
-            ("data: {\"type\": \"response.incomplete\",\"response\":{}}\n\n", true),
-            ("event: response.completed\ndata: {}\n", false),
-            ("event: response.completed\ndata: {\"resp", false),
-            (
-                "data: {\"type\":\"response.output_text.delta\",\"delta\":\"event: response.completed\"}\n\n",
-                false,
-            ),
-            ("event: response.completed\ndata: {}\n\n: more\n\nevent: x", true),
-        ] {
-            assert_eq!(seen(&[stream.as_bytes()]).is_over(), over, "{stream}");
-        }
-    }
-
     proptest! {
         #[test]
         fn the_result_does_not_depend_on_the_chunking(
             parts in prop::collection::vec(prop::sample::select(vec![
                 CREATED, "\"sequence_number\":", "\"sequence_number", "\"sequence_number\" : 4", "1", "2,", "}", "\"", "\n",
                 "data: {\"response\":{", "\"id\":\"i\",", "\"model\":\"\\\"", "\"created_at\":3", "\\", "data", ": ",
-                "event: response.completed", "\r\n", "data:{\"type\" :\"response.failed\"",
+                "\r\n",
             ]), 0..14),
             cuts in prop::collection::vec(1usize..30, 1..6),
         ) {
@@ -499,7 +415,7 @@ mod tests {
                 rest = more;
             }
             let whole = seen(&[text.as_bytes()]);
-            prop_assert_eq!((event(&cut), cut.is_over()), (event(&whole), whole.is_over()), "{:?}", text);
+            prop_assert_eq!(event(&cut), event(&whole), "{:?}", text);
         }
     }
 }

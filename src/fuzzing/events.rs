@@ -1,0 +1,96 @@
+//! Fuzzes the classification of event streams.
+
+use bytes::Bytes;
+
+use crate::protocol::endpoint::StreamFormat;
+use crate::protocol::event_class::{Class, classify};
+use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd};
+
+/// What a stream says, by a naive reading of the whole text.
+#[derive(Debug, PartialEq)]
+struct Said {
+    has_content: bool,
+    end: Option<StreamEnd>,
+    is_whole: bool,
+    early_error: Option<u16>,
+}
+
+/// Fuzzes [`EventStream`]: any chunking passes the same bytes and gives the verdict of a naive reading, line by line. The
+/// first byte chooses the endpoint, the next seven the lengths of the chunks; the rest is the stream.
+pub fn events(data: &[u8]) {
+    let Some((header, text)) = data.split_at_checked(8) else { return };
+    let format = [StreamFormat::Done, StreamFormat::Plain, StreamFormat::Responses][header[0] as usize % 3];
+    if text.len() > MAX_HELD {
+        return;
+    }
+    let mut stream = EventStream::new(format);
+    let (mut rest, mut out, mut lengths) = (text, Vec::new(), header[1..].iter().cycle());
+    while !rest.is_empty() {
+        let length = lengths.next().map_or(1, |n| 1 + *n as usize);
+        let (piece, more) = rest.split_at(length.min(rest.len()));
+        out.extend_from_slice(&stream.push(Bytes::copy_from_slice(piece)));
+        assert!(text.starts_with(&out), "what goes out is what came");
+        assert_eq!(out.len() + stream.held(), text.len() - more.len(), "the rest is held back");
+        assert!(out.is_empty() || out.ends_with(b"\n") || out.ends_with(b"\r"));
+        rest = more;
+    }
+    out.extend_from_slice(&stream.finish());
+    assert_eq!(out, text);
+    let early_error = stream.take_early_error();
+    if let Some(error) = &early_error {
+        assert!(
+            serde_json::from_slice::<serde_json::Value>(&error.body)
+                .is_ok_and(|body| !body["error"].is_null())
+        );
+    }
+    let said = Said {
+        has_content: stream.has_content(),
+        end: stream.end(),
+        is_whole: stream.is_whole(),
+        early_error: early_error.map(|error| error.status),
+    };
+    assert_eq!(said, naive(format, text));
+}
+
+fn naive(format: StreamFormat, text: &[u8]) -> Said {
+    let text = text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text);
+    let (mut lines, mut line, mut feed_of_pair) = (Vec::new(), Vec::new(), false);
+    for b in text {
+        match b {
+            b'\n' if feed_of_pair => feed_of_pair = false,
+            b'\n' | b'\r' => {
+                lines.push(std::mem::take(&mut line));
+                feed_of_pair = *b == b'\r';
+            }
+            _ => {
+                line.push(*b);
+                feed_of_pair = false;
+            }
+        }
+    }
+    lines.push(line);
+    let (mut said, mut is_finished) =
+        (Said { has_content: false, end: None, is_whole: false, early_error: None }, false);
+    for event in lines.split(|line| line.is_empty()).filter(|event| !event.is_empty()) {
+        if said.end.is_some() {
+            break;
+        }
+        match classify(format, &event.join(&b'\n')) {
+            Class::Prelude | Class::Usage => {}
+            Class::Content => said.has_content = true,
+            Class::Finish => (said.has_content, is_finished) = (true, true),
+            Class::Terminal => {
+                said.end = Some(StreamEnd::Complete);
+                said.has_content |= format == StreamFormat::Responses;
+            }
+            Class::Error(status) => {
+                said.end = Some(StreamEnd::Error);
+                said.early_error = Some(status).filter(|_| !said.has_content);
+            }
+        }
+    }
+    said.is_whole = format == StreamFormat::Plain
+        || said.end == Some(StreamEnd::Complete)
+        || is_finished && format == StreamFormat::Done;
+    said
+}

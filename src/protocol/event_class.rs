@@ -1,0 +1,411 @@
+//! Classifies the events of a stream (WHATWG HTML, section 9.2): what one event means for the try that it belongs to.
+//!
+//! A pure function of the endpoint's [`StreamFormat`] and the bytes of one event. An event that is not understood is
+//! content: it is never held back. A JSON key is known by its plain spelling, without escapes.
+
+use std::borrow::Cow;
+use std::sync::LazyLock;
+
+use memchr::memmem::{Finder, find};
+use memchr::{memchr, memchr2, memrchr};
+use serde_json::Value;
+
+use crate::protocol::endpoint::StreamFormat;
+
+/// The status of an error inside a stream or a body that names none.
+const DEFAULT_STATUS: u16 = 502;
+
+static ERROR_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"error\""));
+static CHOICES_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"choices\""));
+
+/// What an event means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// A part of the answer, or an event that Zap does not know.
+    Content,
+    /// An error of the provider, with the status that it stands for: 400 to 599.
+    Error(u16),
+    /// A part of the answer that also says why the model has stopped.
+    Finish,
+    /// What comes before the answer: the role, an empty delta, a comment.
+    Prelude,
+    /// The end of the stream.
+    Terminal,
+    /// The token counts of the answer, without a part of it.
+    Usage,
+}
+
+/// Classifies one event. `event` is the event with or without its final empty line.
+pub(crate) fn classify(format: StreamFormat, event: &[u8]) -> Class {
+    let fields = Fields::of(event);
+    let Some(data) = fields.data else { return Class::Prelude };
+    if format == StreamFormat::Done && data.trim_ascii() == b"[DONE]" {
+        return Class::Terminal;
+    }
+    let Ok(json) = serde_json::from_slice::<Value>(&data) else {
+        return if fields.name == b"error" { Class::Error(DEFAULT_STATUS) } else { Class::Content };
+    };
+    let spells = |word: &str| find(event, word.as_bytes()).is_some();
+    if fields.name == b"error" || has_error(&json) && ERROR_KEY.find(event).is_some() {
+        return Class::Error(error_status(&json));
+    }
+    let class = match format {
+        StreamFormat::Done => of_chunk(&json),
+        StreamFormat::Plain => Class::Content,
+        StreamFormat::Responses => of_response_event(fields.name, &json),
+    };
+    let is_spelled = match class {
+        Class::Error(_) => spells(".failed") || spells("\"error\""),
+        Class::Finish => spells("finish_reason"),
+        Class::Terminal => spells("omplete"),
+        Class::Content | Class::Prelude | Class::Usage => true,
+    };
+    if is_spelled { class } else { Class::Content }
+}
+
+/// The fields of an event that Zap reads.
+#[derive(Debug, Default)]
+struct Fields<'e> {
+    /// The value of the last `event` line.
+    name: &'e [u8],
+    /// The `data` lines, joined by line feeds; `None` if there is none.
+    data: Option<Cow<'e, [u8]>>,
+}
+
+impl<'e> Fields<'e> {
+    fn of(event: &'e [u8]) -> Self {
+        let mut fields = Fields::default();
+        let mut rest = event;
+        while !rest.is_empty() {
+            let end = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
+            let line = &rest[..end];
+            rest = rest.get(end + 1..).unwrap_or_default();
+            let (name, value) = match memchr(b':', line) {
+                Some(colon) => (&line[..colon], &line[colon + 1..]),
+                None => (line, &b""[..]),
+            };
+            let value = value.strip_prefix(b" ").unwrap_or(value);
+            match name {
+                b"event" => fields.name = value,
+                b"data" => {
+                    fields.data = Some(match fields.data.take() {
+                        None => Cow::Borrowed(value),
+                        Some(before) => Cow::Owned([&before, &b"\n"[..], value].concat()),
+                    });
+                }
+                _ => {}
+            }
+        }
+        fields
+    }
+}
+
+/// A chunk of a chat or text completion.
+fn of_chunk(json: &Value) -> Class {
+    let Some(choices) = json["choices"].as_array() else { return Class::Content };
+    if choices.is_empty() {
+        return if json["usage"].is_null() { Class::Prelude } else { Class::Usage };
+    }
+    if choices.iter().any(|choice| !is_empty(&choice["finish_reason"])) {
+        return Class::Finish;
+    }
+    if choices.iter().all(is_empty_choice) { Class::Prelude } else { Class::Content }
+}
+
+/// Whether a choice has a delta or a text, and nothing in it but the role.
+fn is_empty_choice(choice: &Value) -> bool {
+    let is_empty_delta = |delta: &Value| match delta.as_object() {
+        Some(members) => members.iter().all(|(key, value)| key == "role" || is_empty(value)),
+        None => false,
+    };
+    match (choice.get("delta"), choice.get("text")) {
+        (None, None) => false,
+        (delta, text) => delta.is_none_or(is_empty_delta) && text.is_none_or(is_empty),
+    }
+}
+
+/// Whether a value says nothing: null, or an empty text, list or object.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(members) => members.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// An event of `/v1/responses`. Its type is the member `type`; the name of the event is the same, or missing.
+fn of_response_event(name: &[u8], json: &Value) -> Class {
+    let name = json["type"].as_str().map_or(name, str::as_bytes);
+    match name {
+        b"response.completed" | b"response.incomplete" => Class::Terminal,
+        b"response.failed" => Class::Error(status_of(&json["response"]["error"])),
+        b"error" => Class::Error(error_status(json)),
+        b"response.created"
+        | b"response.queued"
+        | b"response.in_progress"
+        | b"response.content_part.added"
+        | b"response.reasoning_summary_part.added" => Class::Prelude,
+        b"response.output_item.added" => match json["item"]["type"].as_str() {
+            Some("message" | "reasoning") => Class::Prelude,
+            _ => Class::Content,
+        },
+        _ => Class::Content,
+    }
+}
+
+/// Whether an object has a top-level `error` that is not null.
+fn has_error(json: &Value) -> bool {
+    json.get("error").is_some_and(|error| !error.is_null())
+}
+
+/// The status that an error stands for: the `code` or `status` of its `error`, or its own.
+fn error_status(json: &Value) -> u16 {
+    status_of(if has_error(json) { &json["error"] } else { json })
+}
+
+/// The member `code` or `status` if it is a number from 400 to 599.
+fn status_of(error: &Value) -> u16 {
+    let status = |key: &str| error[key].as_u64().and_then(|n| u16::try_from(n).ok());
+    [status("code"), status("status")]
+        .into_iter()
+        .flatten()
+        .find(|n| (400..600).contains(n))
+        .unwrap_or(DEFAULT_STATUS)
+}
+
+/// The data of an error event as the JSON body of an error response.
+pub(crate) fn error_body(event: &[u8]) -> Vec<u8> {
+    let data = Fields::of(event).data.unwrap_or_default();
+    match serde_json::from_slice::<Value>(&data) {
+        Ok(json) if has_error(&json) => data.into_owned(),
+        Ok(json) if has_error(&json["response"]) => wrapped(json["response"]["error"].clone()),
+        Ok(json @ Value::Object(_)) => wrapped(json),
+        _ => {
+            let message = String::from_utf8_lossy(&data);
+            wrapped(serde_json::json!({
+                "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
+            }))
+        }
+    }
+}
+
+fn wrapped(error: Value) -> Vec<u8> {
+    serde_json::json!({ "error": error }).to_string().into_bytes()
+}
+
+/// What a whole JSON body of a successful response says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BodyClass {
+    /// An answer, or a body that Zap does not know.
+    Answer,
+    /// An answer without content: `choices` is an empty list.
+    Empty,
+    /// An error, with the status that it stands for: 400 to 599.
+    Error(u16),
+}
+
+/// Classifies the whole JSON body of a successful response.
+pub(crate) fn classify_body(body: &[u8]) -> BodyClass {
+    // Most bodies need not be parsed: they have choices before any other object, or neither key in doubt.
+    let choices = CHOICES_KEY.find(body);
+    let has_no_choice = choices.is_some_and(|at| {
+        let rest = body[at + b"\"choices\"".len()..].trim_ascii_start().strip_prefix(b":");
+        let list = rest.map(<[u8]>::trim_ascii_start).and_then(|rest| rest.strip_prefix(b"["));
+        list.is_none_or(|list| list.trim_ascii_start().starts_with(b"]"))
+    });
+    let is_top_level = choices.is_some_and(|at| memrchr(b'{', &body[..at]) == memchr(b'{', body));
+    if !has_no_choice && (is_top_level || ERROR_KEY.find(body).is_none()) {
+        return BodyClass::Answer;
+    }
+    let Ok(json @ Value::Object(_)) = serde_json::from_slice::<Value>(body) else { return BodyClass::Answer };
+    let has_answer = ["choices", "output", "data", "content"].iter().any(|key| !is_empty(&json[key]));
+    match () {
+        () if has_answer => BodyClass::Answer,
+        () if has_error(&json) => BodyClass::Error(error_status(&json)),
+        () if json["choices"].is_array() => BodyClass::Empty,
+        () => BodyClass::Answer,
+    }
+}
+
+/// Longest message of a provider that is quoted, in bytes.
+const MAX_MESSAGE: usize = 200;
+
+/// The message of an error body, cut to a sensible length; `None` if it has none.
+pub(crate) fn error_message(body: &[u8]) -> Option<String> {
+    let json: Value = serde_json::from_slice(body).ok()?;
+    let error = &json["error"];
+    let message = error["message"].as_str().or(error.as_str()).or(json["message"].as_str())?;
+    let message = &message[..message.floor_char_boundary(MAX_MESSAGE)];
+    Some(message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+}
+
+/// Whether an error body says that the model is not there, or that the request is too long for it: another model or
+/// provider may serve the request.
+pub(crate) fn needs_other_model(body: &[u8]) -> bool {
+    const KINDS: [&str; 5] = [
+        "context_length_exceeded",
+        "exceed_context_size_error",
+        "model_not_found",
+        "model_not_supported",
+        "not_found_error",
+    ];
+    if !KINDS.iter().any(|kind| find(body, kind.as_bytes()).is_some()) {
+        return false;
+    }
+    let Ok(json) = serde_json::from_slice::<Value>(body) else { return false };
+    let error = if json["error"].is_object() { &json["error"] } else { &json };
+    [&error["code"], &error["type"]]
+        .iter()
+        .any(|kind| kind.as_str().is_some_and(|kind| KINDS.contains(&kind)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classifies_every_row_of_the_table() {
+        use StreamFormat::{Done, Plain, Responses};
+        #[rustfmt::skip]
+        let rows = [
+            // chat and completions
+            (Done, r#"data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":null}]}"#, Class::Prelude),
+            (Done, r#"data: {"choices":[{"delta":{"role":"assistant","content":"","reasoning_content":null,"tool_calls":[]}}]}"#, Class::Prelude),
+            (Done, r#"data: {"choices":[],"prompt_filter_results":[{"prompt_index":0}]}"#, Class::Prelude),
+            (Done, r#"data: {"choices":[],"usage":null}"#, Class::Prelude),
+            (Done, r#"data: {"choices":[],"usage":{"total_tokens":3}}"#, Class::Usage),
+            (Done, ": OPENROUTER PROCESSING", Class::Prelude),
+            (Done, "id: 7", Class::Prelude),
+            (Done, "retry: 100\nid: 7", Class::Prelude),
+            (Done, "event: error", Class::Prelude),
+            (Done, r#"data: {"choices":[{"delta":{"content":"a"}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"reasoning_content":"a"}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"reasoning":"a"}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"refusal":"a"}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"function_call":{"name":"f"}}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"audio":{"id":"a"}}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{}},{"delta":{"content":"b"}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{},"finish_reason":"stop"}]}"#, Class::Finish),
+            (Done, r#"data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":""}]}"#, Class::Prelude),
+            (Done, r#"data: {"choices":[{"text":""}]}"#, Class::Prelude),
+            (Done, r#"data: {"choices":[{"text":"a","finish_reason":null}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"text":"","finish_reason":"length"}]}"#, Class::Finish),
+            (Done, r#"data: {"choices":[{"message":{}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":"x"}]}"#, Class::Content),
+            (Done, r#"data: {"object":"unknown"}"#, Class::Content),
+            (Done, "data: not JSON", Class::Content),
+            (Done, "data: {\"choices\":\ndata: []}", Class::Prelude),
+            (Done, "data: [DONE]", Class::Terminal),
+            (Done, "data:[DONE] \r\n\r\n", Class::Terminal),
+            (Done, "event: x\rdata: [DONE]\r\r", Class::Terminal),
+            (Done, "data: [DONE]x", Class::Content),
+            (Done, r#"data: {"error":{"message":"m","code":429}}"#, Class::Error(429)),
+            (Done, r#"data: {"error":{"message":"m","code":200,"status":503},"choices":[{"delta":{"content":"a"},"finish_reason":"error"}]}"#, Class::Error(503)),
+            (Done, r#"data: {"error":"text"}"#, Class::Error(502)),
+            (Done, r#"data: {"error":null,"choices":[{"delta":{"content":"a"}}]}"#, Class::Content),
+            (Done, r#"data: {"choices":[{"delta":{"content":"\"error\""}}]}"#, Class::Content),
+            (Done, "event: error\ndata: it broke", Class::Error(502)),
+            (Done, "event: error\ndata: {\"code\":500}", Class::Error(500)),
+            // responses
+            (Responses, r#"data: {"type":"response.created","response":{"error":null}}"#, Class::Prelude),
+            (Responses, "event: response.queued\ndata: {}", Class::Prelude),
+            (Responses, r#"data: {"type":"response.in_progress"}"#, Class::Prelude),
+            (Responses, r#"data: {"type":"response.content_part.added"}"#, Class::Prelude),
+            (Responses, r#"data: {"type":"response.reasoning_summary_part.added"}"#, Class::Prelude),
+            (Responses, r#"data: {"type":"response.output_item.added","item":{"type":"message"}}"#, Class::Prelude),
+            (Responses, r#"data: {"type":"response.output_item.added","item":{"type":"reasoning"}}"#, Class::Prelude),
+            (Responses, r#"data: {"type":"response.output_item.added","item":{"type":"function_call"}}"#, Class::Content),
+            (Responses, r#"data: {"type":"response.output_text.delta","delta":"a"}"#, Class::Content),
+            (Responses, r#"data: {"type":"response.function_call_arguments.delta"}"#, Class::Content),
+            (Responses, r#"data: {"type":"response.web_search_call.completed"}"#, Class::Content),
+            (Responses, r#"data: {"type":"response.completed","response":{}}"#, Class::Terminal),
+            (Responses, "event: response.incomplete\ndata: {}", Class::Terminal),
+            (Responses, r#"data: {"type":"response.failed","response":{"error":{"code":"server_error"}}}"#, Class::Error(502)),
+            (Responses, r#"data: {"type":"error","code":"rate_limit_exceeded","message":"m"}"#, Class::Error(502)),
+            (Responses, r#"data: {"type":"response.output_text.delta","error":{"code":500}}"#, Class::Error(500)),
+            (Responses, "data: [DONE]", Class::Content),
+            // all others
+            (Plain, "data: [DONE]", Class::Content),
+            (Plain, r#"data: {"type":"speech.audio.delta"}"#, Class::Content),
+            (Plain, r#"data: {"error":{"code":400}}"#, Class::Error(400)),
+            (Plain, ": ping", Class::Prelude),
+        ];
+        for (format, event, want) in rows {
+            assert_eq!(classify(format, event.as_bytes()), want, "{format:?} {event}");
+            assert_eq!(classify(format, format!("{event}\n\n").as_bytes()), want, "{format:?} {event}");
+        }
+    }
+
+    #[test]
+    fn an_error_event_becomes_an_error_body() {
+        for (event, want) in [
+            ("data: {\"error\":{\"code\":1}}", r#"{"error":{"code":1}}"#),
+            ("event: error\ndata: {\"message\":\"m\"}", r#"{"error":{"message":"m"}}"#),
+            (
+                "data: {\"type\":\"response.failed\",\"response\":{\"error\":{\"code\":\"c\"}}}",
+                r#"{"error":{"code":"c"}}"#,
+            ),
+            (
+                "event: error\ndata: it \"broke\"",
+                r#"{"error":{"code":"upstream_error","message":"it \"broke\"","param":null,"type":"upstream_error"}}"#,
+            ),
+        ] {
+            let body: Value = serde_json::from_slice(&error_body(event.as_bytes())).unwrap();
+            assert_eq!(body, serde_json::from_str::<Value>(want).unwrap(), "{event}");
+        }
+    }
+
+    #[test]
+    fn classifies_whole_bodies() {
+        for (body, want) in [
+            (r#"{"choices":[{"message":{"content":"\"error\""}}]}"#, BodyClass::Answer),
+            (r#"{"error":{"message":"m"}}"#, BodyClass::Error(502)),
+            (r#"{"error":{"code":503},"choices":[]}"#, BodyClass::Error(503)),
+            (r#"{"error":{"code":503},"choices":[{"index":0}]}"#, BodyClass::Answer),
+            (r#"{"error":{"status":400},"data":[]}"#, BodyClass::Error(400)),
+            (r#"{"error":{},"data":[{"embedding":[]}]}"#, BodyClass::Answer),
+            (r#"{"error":null,"output":[]}"#, BodyClass::Answer),
+            (r#"{"error":null,"choices":[]}"#, BodyClass::Empty),
+            (r#"{"choices" : [ ] }"#, BodyClass::Empty),
+            (r#"{"x":{"choices":[]}}"#, BodyClass::Answer),
+            (r#"["error"]"#, BodyClass::Answer),
+            (r#"{"error""#, BodyClass::Answer),
+            ("", BodyClass::Answer),
+        ] {
+            assert_eq!(classify_body(body.as_bytes()), want, "{body}");
+        }
+    }
+
+    #[test]
+    fn quotes_the_message_of_an_error() {
+        for (body, want) in [
+            (r#"{"error":{"message":"bad\nkey"}}"#, Some("bad key")),
+            (r#"{"error":"bad key"}"#, Some("bad key")),
+            (r#"{"message":"bad key"}"#, Some("bad key")),
+            (r#"{"error":{}}"#, None),
+            ("bad key", None),
+        ] {
+            assert_eq!(error_message(body.as_bytes()).as_deref(), want, "{body}");
+        }
+        let long = format!(r#"{{"error":"{}"}}"#, "é".repeat(500));
+        assert_eq!(error_message(long.as_bytes()).unwrap().len(), MAX_MESSAGE);
+    }
+
+    #[test]
+    fn a_missing_model_and_a_context_that_is_too_long_need_another_model() {
+        for (body, want) in [
+            (r#"{"error":{"code":"model_not_found"}}"#, true),
+            (r#"{"error":{"type":"not_found_error","message":"m"}}"#, true),
+            (r#"{"error":{"code":400,"type":"exceed_context_size_error"}}"#, true),
+            (r#"{"code":"context_length_exceeded"}"#, true),
+            (r#"{"error":{"code":"invalid_value","message":"model_not_found"}}"#, false),
+            (r#"{"error":"model_not_found"}"#, false),
+            ("model_not_found", false),
+        ] {
+            assert_eq!(needs_other_model(body.as_bytes()), want, "{body}");
+        }
+    }
+}
