@@ -188,7 +188,7 @@ fn breaker(c: &mut Criterion) {
     });
     on_threads(&mut group, "zap_success", |_, now| ours.success(now));
     on_threads(&mut group, "zap_failure_success", |_, now| {
-        black_box(ours.failure(limits));
+        black_box(ours.failure(limits, 1));
         ours.success(now);
     });
     let plain = Mutex::new(Plain::default());

@@ -1,34 +1,23 @@
-//! The circuit breaker: whether a backend may get requests, by its health, its cool-downs and its key.
+//! The circuit breaker: whether a backend may get requests, by its health, its key, and its pairs.
 //!
-//! Counts and state share one atomic word, so that exactly one caller sees each change of state. Requests and probes
-//! have separate counts of failures in a row: a probe that succeeds says nothing about requests that fail. Only
-//! probes bring an ejected backend back; [`crate::server::probe`] sends them. Providers limit requests by model, so a
-//! backend cools down for one model at a time.
+//! The backend as a whole is judged by its transport and its probes, a [pair](crate::policy::pair) by what the backend
+//! answers. Counts and state share one atomic word, so that exactly one caller sees each change of state. Requests and
+//! probes have separate counts of failures in a row: a probe that succeeds says nothing about requests that fail. Only
+//! probes bring an ejected backend back; [`crate::server::probe`] sends them.
 
 use crate::policy::balance::SLOW_START;
-use crate::policy::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
+use crate::policy::pair::Pairs;
+pub use crate::policy::pair::Status;
+use crate::policy::sync::{AtomicU64, Ordering};
 use crate::time::{Nanos, SECOND};
 
 /// How long a backend that refused Zap's key gets no requests.
 pub(crate) const BAD_KEY: Nanos = 60 * SECOND;
 
-/// The state of a backend at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Cools down until then.
-    Cooling(Nanos),
-    /// Ejected after too many failures in a row.
-    Ejected,
-    /// May get requests.
-    Healthy,
-    /// Refuses the key that Zap sends.
-    Misconfigured,
-}
-
 /// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// 2xx, 404, 405 or 429: the backend answers.
+    /// Any status below 500 but 401 and 403: the backend answers.
     Alive,
     /// 401 or 403: the backend refuses the key.
     BadKey,
@@ -41,9 +30,9 @@ impl Probe {
     /// none of them, so a 401 or 403 only shows that the backend is alive.
     pub fn of_status(status: u16, keyless: bool) -> Self {
         match status {
-            200..=299 | 404 | 405 | 429 => Probe::Alive,
             401 | 403 if keyless => Probe::Alive,
             401 | 403 => Probe::BadKey,
+            ..500 => Probe::Alive,
             _ => Probe::Failed,
         }
     }
@@ -78,13 +67,16 @@ pub enum Change {
 #[derive(Debug)]
 pub struct Breaker {
     word: AtomicU64,
-    cooling: Cooling,
+    /// The backend with each model that it was sent.
+    pub(crate) pairs: Pairs,
     /// Until when a key that a request found refused keeps the backend out; 0: never.
     bad_key_until: AtomicU64,
     /// Time of the last request that succeeded; 0: none yet.
     last_success: AtomicU64,
     /// When the backend came back last; 0: never.
     up_since: AtomicU64,
+    /// When the backend was ejected last; 0: never.
+    ejected_at: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,38 +140,51 @@ impl Breaker {
     pub fn new() -> Self {
         Breaker {
             word: AtomicU64::new(0),
-            cooling: Cooling::default(),
+            pairs: Pairs::default(),
             bad_key_until: AtomicU64::new(0),
             last_success: AtomicU64::new(0),
             up_since: AtomicU64::new(0),
+            ejected_at: AtomicU64::new(0),
         }
     }
 
     /// Returns the state at `now` for requests of `model`, a hash of the model name that the backend gets. `model` is
-    /// called only if the backend cools down for any model.
+    /// called only if a pair of the backend is closed.
     pub fn status_for(&self, model: impl FnOnce() -> u64, now: Nanos) -> Status {
-        self.status_and(now, || self.cooling.until(model, now))
+        match self.status_of_backend(now) {
+            Status::Healthy => self.pairs.status(model, now),
+            out => out,
+        }
     }
 
-    /// Returns the state at `now` over all models: [`Status::Cooling`] until the last cool-down of any model ends.
+    /// Returns the state at `now` over all models: [`Status::Cooling`] until the last cool-down of any model ends, and
+    /// [`Status::Ejected`] also if every model in use is out.
     pub fn status(&self, now: Nanos) -> Status {
-        self.status_and(now, || self.cooling.latest(now))
+        match self.status_of_backend(now) {
+            Status::Healthy if self.pairs.are_out(now) => Status::Ejected,
+            Status::Healthy => self.pairs.cools_until(now).map_or(Status::Healthy, Status::Cooling),
+            out => out,
+        }
     }
 
-    /// Returns until when the backend cools down for requests of `model`, whether or not it is ejected.
-    pub fn cools_until(&self, model: impl FnOnce() -> u64, now: Nanos) -> Option<Nanos> {
-        self.cooling.until(model, now)
+    /// Returns the state at `now`, whatever its pairs are.
+    pub(crate) fn status_of_backend(&self, now: Nanos) -> Status {
+        if self.bad_key_until.load(Ordering::Relaxed) > now {
+            return Status::Unauthorized;
+        }
+        match PackedState::unpack(self.word.load(Ordering::Relaxed)).state {
+            HealthState::Up => Status::Healthy,
+            HealthState::Ejected => Status::Ejected,
+            HealthState::Misconfigured => Status::Misconfigured,
+        }
     }
 
-    fn status_and(&self, now: Nanos, cooling: impl FnOnce() -> Option<Nanos>) -> Status {
-        let state = PackedState::unpack(self.word.load(Ordering::Relaxed)).state;
-        if state == HealthState::Misconfigured || self.bad_key_until.load(Ordering::Relaxed) > now {
-            return Status::Misconfigured;
-        }
-        if state == HealthState::Ejected {
-            return Status::Ejected;
-        }
-        cooling().map_or(Status::Healthy, Status::Cooling)
+    /// Whether the backend, or its pair with `model`, was ejected after `since`. `model` is called only if a pair of the
+    /// backend is closed.
+    pub(crate) fn was_ejected_since(&self, model: impl FnOnce() -> u64, since: Nanos) -> bool {
+        let is_out = PackedState::unpack(self.word.load(Ordering::Relaxed)).state == HealthState::Ejected;
+        is_out && self.ejected_at.load(Ordering::Relaxed) > since
+            || self.pairs.ejected_since(model).is_some_and(|at| at > since)
     }
 
     /// Reports a request that succeeded.
@@ -189,14 +194,24 @@ impl Breaker {
             return;
         }
         self.change(|w| match w.state {
-            HealthState::Up => PackedState::reset_to(HealthState::Up),
+            // The checks have a count of their own.
+            HealthState::Up => PackedState { failures: 0, ..w },
             HealthState::Ejected | HealthState::Misconfigured => w,
         });
     }
 
-    /// Reports a request that failed.
-    pub fn failure(&self, limits: Thresholds) -> Option<Change> {
-        self.change(|w| PackedState { failures: (w.failures + 1).min(MAX_COUNT), ..w }.after_failure(limits))
+    /// Reports a request that failed by the backend's transport.
+    pub fn failure(&self, limits: Thresholds, now: Nanos) -> Option<Change> {
+        let count = |w: PackedState| PackedState { failures: (w.failures + 1).min(MAX_COUNT), ..w };
+        let change = self.change(|w| count(w).after_failure(limits));
+        self.note_ejection(change, now);
+        change
+    }
+
+    fn note_ejection(&self, change: Option<Change>, now: Nanos) {
+        if matches!(change, Some(Change::Down | Change::StillDown)) {
+            self.ejected_at.store(now, Ordering::Relaxed);
+        }
     }
 
     /// Reports the result of a probe.
@@ -217,15 +232,11 @@ impl Breaker {
                 PackedState { failed_probes: (w.failed_probes + 1).min(MAX_COUNT), ..w }.after_failure(limits)
             }
         });
+        self.note_ejection(change, now);
         if change == Some(Change::Up) {
             self.up_since.store(now.max(1), Ordering::Relaxed);
         }
         change
-    }
-
-    /// Starts a cool-down for `model` until `until`. The later of two end times counts.
-    pub fn cool(&self, model: u64, until: Nanos, now: Nanos) {
-        self.cooling.add(model, until, now);
     }
 
     /// Reports that the provider refused Zap's key: the backend gets no requests for [`BAD_KEY`]. Returns `true` if
@@ -242,9 +253,9 @@ impl Breaker {
         }
     }
 
-    /// Whether the backend is neither ejected nor refuses Zap's key; it may cool down.
+    /// Whether the backend is neither ejected nor refuses Zap's key, whatever its pairs are.
     pub fn is_up(&self, now: Nanos) -> bool {
-        matches!(self.status(now), Status::Healthy | Status::Cooling(_))
+        self.status_of_backend(now) == Status::Healthy
     }
 
     /// Returns when a refused key is tried again; `None` if no key was refused in the last [`BAD_KEY`].
@@ -274,60 +285,6 @@ impl Breaker {
     }
 }
 
-/// The models that a backend cools down for, and until when.
-#[derive(Debug, Default)]
-struct Cooling {
-    /// Number of entries. Nearly always 0: then the lock is not taken.
-    len: AtomicUsize,
-    /// Hash of the model's name, and when its cool-down ends.
-    until: Mutex<Vec<(u64, Nanos)>>,
-}
-
-/// Most models that one backend may cool down for at once. Beyond it, the entry that ends first is dropped.
-const MAX_COOLING_MODELS: usize = 1024;
-
-impl Cooling {
-    fn add(&self, model: u64, until: Nanos, now: Nanos) {
-        let mut all = self.until.lock();
-        all.retain(|entry| entry.1 > now);
-        match all.iter_mut().find(|entry| entry.0 == model) {
-            Some(entry) => entry.1 = entry.1.max(until),
-            None => all.push((model, until)),
-        }
-        if all.len() > MAX_COOLING_MODELS
-            && let Some(first) = (0..all.len()).min_by_key(|i| all[*i].1)
-        {
-            all.swap_remove(first);
-        }
-        self.len.store(all.len(), Ordering::Release);
-    }
-
-    fn until(&self, model: impl FnOnce() -> u64, now: Nanos) -> Option<Nanos> {
-        if self.len.load(Ordering::Acquire) == 0 {
-            return None;
-        }
-        let model = model();
-        self.find(now, |entry| entry.0 == model)
-    }
-
-    fn latest(&self, now: Nanos) -> Option<Nanos> {
-        self.find(now, |_| true)
-    }
-
-    fn find(&self, now: Nanos, wanted: impl Fn(&(u64, Nanos)) -> bool) -> Option<Nanos> {
-        if self.len.load(Ordering::Acquire) == 0 {
-            return None;
-        }
-        let mut all = self.until.lock();
-        if all.iter().all(|entry| entry.1 <= now) {
-            // The next call then need not take the lock.
-            all.clear();
-            self.len.store(0, Ordering::Release);
-        }
-        all.iter().filter(|entry| entry.1 > now && wanted(entry)).map(|entry| entry.1).max()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -337,12 +294,12 @@ mod tests {
     #[test]
     fn three_failures_in_a_row_eject_a_backend() {
         let b = Breaker::new();
-        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
+        assert_eq!((b.failure(LIMITS, 1), b.failure(LIMITS, 1)), (None, None));
         b.success(1);
-        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
+        assert_eq!((b.failure(LIMITS, 1), b.failure(LIMITS, 1)), (None, None));
         assert_eq!(b.status(2), Status::Healthy);
-        assert_eq!(b.failure(LIMITS), Some(Change::Down));
-        assert_eq!(b.failure(LIMITS), None, "only one caller sees the change");
+        assert_eq!(b.failure(LIMITS, 1), Some(Change::Down));
+        assert_eq!(b.failure(LIMITS, 1), None, "only one caller sees the change");
         assert_eq!(b.status(2), Status::Ejected);
     }
 
@@ -353,14 +310,14 @@ mod tests {
         let changes = (0..1000u64)
             .filter(|second| {
                 let now = (second + 1) * SECOND;
-                let traffic = b.failure(limits).is_some();
+                let traffic = b.failure(limits, now).is_some();
                 // More probes than Zap would send: one a second.
                 traffic | b.probed(Probe::Alive, limits, now).is_some()
             })
             .count();
         assert!((90..=101).contains(&changes), "{changes} in 100 intervals");
         let first = Breaker::new();
-        first.failure(limits);
+        first.failure(limits, 1);
         assert_eq!(
             first.probed(Probe::Alive, limits, 1),
             Some(Change::Up),
@@ -372,7 +329,7 @@ mod tests {
     fn only_probes_bring_a_backend_back_and_a_failed_probe_resets_the_count() {
         let b = Breaker::new();
         (0..3).for_each(|_| {
-            b.failure(LIMITS);
+            b.failure(LIMITS, 1);
         });
         b.success(5);
         assert_eq!(b.status(6), Status::Ejected);
@@ -381,30 +338,42 @@ mod tests {
         assert_eq!(b.probed(Probe::Alive, LIMITS, 9), None);
         assert_eq!(b.probed(Probe::Alive, LIMITS, 10), Some(Change::Up));
         assert_eq!((b.status(11), b.up_for(15)), (Status::Healthy, 5));
-        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None), "the count of failures was reset");
+        assert_eq!(
+            (b.failure(LIMITS, 1), b.failure(LIMITS, 1)),
+            (None, None),
+            "the count of failures was reset"
+        );
     }
 
     #[test]
     fn probes_and_requests_are_counted_separately() {
         let b = Breaker::new();
-        b.failure(LIMITS);
-        b.failure(LIMITS);
+        b.failure(LIMITS, 1);
+        b.failure(LIMITS, 1);
         b.probed(Probe::Alive, LIMITS, 1);
         b.probed(Probe::Failed, LIMITS, 2);
         b.probed(Probe::Failed, LIMITS, 3);
         assert_eq!(
-            b.failure(LIMITS),
+            b.failure(LIMITS, 1),
             Some(Change::Down),
             "a good probe does not reset the failures of requests"
         );
         let b = Breaker::new();
-        b.failure(LIMITS);
-        b.failure(LIMITS);
+        b.failure(LIMITS, 1);
+        b.failure(LIMITS, 1);
         b.probed(Probe::Failed, LIMITS, 1);
         b.probed(Probe::Failed, LIMITS, 2);
         b.success(3);
-        assert_eq!(b.probed(Probe::Failed, LIMITS, 4), None, "a good request resets both counts");
-        assert_eq!((b.failure(LIMITS), b.failure(LIMITS)), (None, None));
+        assert_eq!(
+            b.probed(Probe::Failed, LIMITS, 4),
+            Some(Change::Down),
+            "a good request resets its own count"
+        );
+        let b = Breaker::new();
+        b.failure(LIMITS, 1);
+        b.failure(LIMITS, 1);
+        b.success(3);
+        assert_eq!((b.failure(LIMITS, 1), b.failure(LIMITS, 1)), (None, None));
         let b = Breaker::new();
         b.probed(Probe::Failed, LIMITS, 1);
         b.probed(Probe::Failed, LIMITS, 2);
@@ -415,34 +384,27 @@ mod tests {
     }
 
     #[test]
-    fn a_cool_down_ends_by_itself_and_the_later_end_counts() {
-        let b = Breaker::new();
-        b.cool(7, 100, 1);
-        b.cool(7, 50, 1);
-        assert_eq!(b.status_for(|| 7, 99), Status::Cooling(100));
-        assert!(b.is_up(99));
-        assert_eq!(b.status_for(|| 7, 100), Status::Healthy);
-    }
-
-    #[test]
     fn a_backend_cools_down_for_one_model_and_serves_another() {
         let b = Breaker::new();
-        b.cool(1, 100, 0);
-        b.cool(2, 200, 0);
+        b.pairs.cool(1, 100, None, 0);
+        b.pairs.cool(2, 200, None, 0);
         assert_eq!((b.status_for(|| 1, 50), b.status_for(|| 3, 50)), (Status::Cooling(100), Status::Healthy));
         assert_eq!(
-            (b.status(50), b.status(150), b.status(200)),
-            (Status::Cooling(200), Status::Cooling(200), Status::Healthy)
+            (b.status(50), b.status(150), b.is_up(50)),
+            (Status::Cooling(200), Status::Cooling(200), true)
         );
     }
 
     #[test]
-    fn the_number_of_models_that_cool_down_is_bounded() {
+    fn a_backend_is_out_if_every_model_in_use_is() {
         let b = Breaker::new();
-        (0..10_000).for_each(|model| b.cool(model, 1_000_000 - model, 0));
-        assert_eq!(b.cooling.until.lock().len(), MAX_COOLING_MODELS);
-        b.cool(5, 2_000_000, 1_000_000);
-        assert_eq!(b.cooling.until.lock().len(), 1, "entries that have ended are dropped");
+        b.pairs.strike(1, 1, 1);
+        assert_eq!(
+            (b.status(2), b.status_for(|| 2, 2), b.is_up(2)),
+            (Status::Ejected, Status::Healthy, true)
+        );
+        b.pairs.success(2, 3);
+        assert_eq!((b.status(4), b.status_for(|| 1, 4)), (Status::Healthy, Status::Ejected));
     }
 
     #[test]
@@ -452,7 +414,7 @@ mod tests {
         assert!(!b.bad_key(2), "reported before");
         assert_eq!(b.probed(Probe::Alive, LIMITS, 3), None);
         assert_eq!((b.retries_key_at(3), b.retries_key_at(BAD_KEY + 2)), (Some(BAD_KEY + 2), None));
-        assert_eq!(b.status(BAD_KEY + 1), Status::Misconfigured);
+        assert_eq!(b.status(BAD_KEY + 1), Status::Unauthorized);
         assert_eq!(b.status(BAD_KEY + 2), Status::Healthy);
     }
 
@@ -486,8 +448,8 @@ mod tests {
             (429, Probe::Alive),
             (401, Probe::BadKey),
             (403, Probe::BadKey),
-            (301, Probe::Failed),
-            (400, Probe::Failed),
+            (301, Probe::Alive),
+            (400, Probe::Alive),
             (500, Probe::Failed),
             (503, Probe::Failed),
         ] {

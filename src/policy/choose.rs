@@ -82,9 +82,6 @@ pub(crate) trait Fleet {
     /// The rotation of all targets with the same backend and priority as `target`; `None` if `target` is the only one.
     fn siblings(&self, target: TargetId) -> Option<Rotation<'_>>;
 
-    /// Number of targets that were up when the rotations were built.
-    fn up(&self) -> usize;
-
     /// The backend of a target.
     fn backend(&self, target: TargetId) -> BackendId;
 
@@ -109,6 +106,9 @@ pub(crate) trait Fleet {
     /// Returns the reason if the target cannot; [`Closed::Out`] if the target is not ejected.
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed>;
 
+    /// Whether a target has been silent for long, so that others are preferred.
+    fn is_suspect(&self, target: TargetId) -> bool;
+
     /// The backend whose permit the request has waited for and now holds.
     fn granted(&self) -> Option<BackendId>;
 
@@ -116,7 +116,7 @@ pub(crate) trait Fleet {
     fn is_waiting(&self) -> bool;
 }
 
-/// Picks an available target that is not in `skip`. Only the first try of a request advances the rotation.
+/// Picks an available target that is not in `skip`, rather one that is not suspect. Only the first try of a request advances the rotation.
 pub(crate) fn pick(fleet: &impl Fleet, is_first: bool, skip: impl Fn(TargetId) -> bool) -> Option<TargetId> {
     let eligible = |id: TargetId| !skip(id) && fleet.check(id).is_ok();
     if let Some(backend) = fleet.granted() {
@@ -125,7 +125,8 @@ pub(crate) fn pick(fleet: &impl Fleet, is_first: bool, skip: impl Fn(TargetId) -
             return Some(id);
         }
     }
-    pick_by_tier(fleet, is_first, eligible)
+    let preferred = |id: TargetId| eligible(id) && !fleet.is_suspect(id);
+    pick_by_tier(fleet, is_first, preferred).or_else(|| pick_by_tier(fleet, is_first, eligible))
 }
 
 /// Picks from the first tier with an eligible target, then from all targets, since a target may have come up after the

@@ -24,6 +24,8 @@ pub(crate) mod dispatch;
 
 pub(crate) mod breaker;
 
+pub(crate) mod pair;
+
 pub(crate) mod retry;
 
 pub(crate) mod quota;

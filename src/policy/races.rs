@@ -164,7 +164,7 @@ fn only_one_thread_sees_a_change_of_state() {
     model(3, || {
         let breaker = Arc::new(Breaker::new());
         let failures = |breaker: Arc<Breaker>, n: usize| {
-            move || (0..n).filter(|_| breaker.failure(LIMITS) == Some(Change::Down)).count()
+            move || (0..n).filter(|_| breaker.failure(LIMITS, 1) == Some(Change::Down)).count()
         };
         let other = thread::spawn(failures(breaker.clone(), 2));
         let mine = failures(breaker.clone(), 1)();
@@ -179,7 +179,7 @@ fn up_and_down_changes_alternate_in_every_interleaving() {
         let breaker = Arc::new(Breaker::new());
         let theirs = breaker.clone();
         let traffic = thread::spawn(move || {
-            let downs = (0..2).filter(|_| theirs.failure(LIMITS) == Some(Change::Down)).count();
+            let downs = (0..2).filter(|_| theirs.failure(LIMITS, 1) == Some(Change::Down)).count();
             theirs.success(1);
             downs
         });

@@ -10,12 +10,16 @@ use crate::time::{Nanos, SECOND};
 pub(crate) enum Outcome {
     /// 401 for Zap's own key.
     BadKey,
-    /// 429: not a failure; the backend must cool down.
-    Busy,
     /// The response goes to the client unchanged.
     Deliver,
-    /// The backend failed: count the failure and try another target.
+    /// 413: the request is too large for this target. Another one may take it.
+    Elsewhere,
+    /// The target failed: try another one.
     Failure,
+    /// 429: the client or the account has to wait.
+    Limited,
+    /// 503 or 529: the target has no room, or it is broken.
+    Overloaded,
     /// 3xx except 304: a redirect, which Zap never follows.
     Redirect,
     /// 402 or 403: the account has no credit, or the provider refuses this request. Another target may serve it. The
@@ -30,15 +34,22 @@ pub(crate) fn judge(status: u16, own_key: bool) -> Outcome {
         300..=399 => Outcome::Redirect,
         401 if own_key => Outcome::BadKey,
         402 | 403 => Outcome::Refused,
+        413 => Outcome::Elsewhere,
+        429 => Outcome::Limited,
+        // What the client asks for is not there: its own matter, as any other 4xx.
+        501 => Outcome::Deliver,
+        503 | 529 => Outcome::Overloaded,
         // RFC 9110, section 15: a status outside of 100..599 counts as 5xx.
         408 | 498 | 500.. => Outcome::Failure,
-        429 => Outcome::Busy,
         _ => Outcome::Deliver,
     }
 }
 
 /// The cooldown after a 429 that states no wait.
 pub(crate) const DEFAULT_COOLING: Duration = Duration::from_secs(5);
+
+/// Longest wait for a backend that a `Retry-After` of Zap's own names. OpenAI's SDKs ignore one of more than a minute.
+pub(crate) const MAX_RETRY_AFTER: Nanos = 59 * SECOND;
 
 /// Returns the `Retry-After` value for a wait: whole seconds, rounded up, at least 1.
 pub(crate) fn retry_after_secs(wait: Nanos) -> u64 {
@@ -190,15 +201,17 @@ mod tests {
             (401, false, Outcome::Deliver),
             (404, true, Outcome::Deliver),
             (408, true, Outcome::Failure),
-            (413, true, Outcome::Deliver),
+            (413, true, Outcome::Elsewhere),
             (422, true, Outcome::Deliver),
-            (429, true, Outcome::Busy),
+            (429, true, Outcome::Limited),
             (498, true, Outcome::Failure),
             (499, true, Outcome::Deliver),
             (500, true, Outcome::Failure),
-            (501, true, Outcome::Failure),
-            (503, true, Outcome::Failure),
-            (529, true, Outcome::Failure),
+            (501, true, Outcome::Deliver),
+            (502, true, Outcome::Failure),
+            (503, true, Outcome::Overloaded),
+            (529, true, Outcome::Overloaded),
+            (700, true, Outcome::Failure),
         ] {
             assert_eq!(judge(status, own_key), want, "{status} {own_key}");
         }

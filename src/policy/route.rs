@@ -126,6 +126,8 @@ pub(crate) enum Sent {
         key: u64,
         /// A hash of the name, the same in every process.
         identity: u64,
+        /// The name.
+        name: Box<str>,
     },
     /// The client's name with its first `cut` bytes replaced by `stem`.
     Rest {
@@ -167,6 +169,18 @@ pub(crate) struct Table {
     /// The named route [`CATCH_ALL`].
     catch_all: Option<RouteId>,
     listed: Vec<Listed>,
+    models: Vec<ConfiguredModel>,
+}
+
+/// A model that the configuration names, at one of its backends.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ConfiguredModel {
+    /// The backend.
+    pub backend: BackendId,
+    /// The name that the backend is sent.
+    pub name: Box<str>,
+    /// The [`Target::key`] of the model.
+    pub key: u64,
 }
 
 impl Target {
@@ -206,6 +220,7 @@ impl Sent {
             text: ModelText::new(name),
             key: model_key(name),
             identity: xxh64(name.as_bytes(), MODEL_SEED),
+            name: name.into(),
         }
     }
 }
@@ -242,6 +257,7 @@ impl Table {
         }
         table.lengths.sort_unstable_by(|a, b| b.cmp(a));
         table.lengths.dedup();
+        table.models = table.configured_models();
         table.any_model = table.add_shared(backends, |b| b.models.is_none().then_some(Sent::AsIs));
         table.unnamed = table.add_shared(backends, |b| match (&b.default_model, &b.models) {
             (Some(name), _) => Some(Sent::fixed(name)),
@@ -286,6 +302,32 @@ impl Table {
     /// Returns up to three listed names similar to `name`, only those for which `may` returns `true`.
     pub(crate) fn near(&self, name: &str, may: impl Fn(&str) -> bool) -> Vec<&str> {
         nearest(name, self.listed.iter().map(|l| &*l.name).filter(|name| may(name)), 3)
+    }
+
+    /// The models that the configuration names, by backend.
+    pub(crate) fn models(&self) -> &[ConfiguredModel] {
+        &self.models
+    }
+
+    /// Collects the models of the routes for exact names.
+    fn configured_models(&self) -> Vec<ConfiguredModel> {
+        let of_route = |(public, route): (&str, &RouteId)| {
+            let model = |target: &Target| ConfiguredModel {
+                backend: target.backend,
+                name: match &target.sent {
+                    Sent::Fixed { name, .. } => name.clone(),
+                    Sent::AsIs => public.into(),
+                    Sent::Rest { .. } => target.rest(Some(public)).into(),
+                },
+                key: target.key(Some(public)),
+            };
+            self.routes[*route].targets.iter().map(model).collect::<Vec<_>>()
+        };
+        let mut models: Vec<_> =
+            self.exact.iter().map(|(public, route)| (&**public, route)).flat_map(of_route).collect();
+        models.sort_unstable();
+        models.dedup();
+        models
     }
 
     fn add(&mut self, targets: impl Iterator<Item = Target>) -> Option<RouteId> {

@@ -4,16 +4,28 @@
 //! Time, the state of the fleet and randomness are arguments, so that tests need no sockets and no clock. The design
 //! follows quinn-proto, whose connection is a pure state machine too.
 
+mod blame;
+
+mod judge;
+
+mod survey;
+
+use std::cell::Cell;
 use std::time::Duration;
 
 use crate::code::Code;
-use crate::policy::balance::BackendId;
-use crate::policy::breaker::Status;
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet};
-use crate::policy::retry::{Budget, Outcome, backoff, judge};
+use crate::policy::dispatch::blame::{Answer, Answers};
+pub(crate) use crate::policy::dispatch::judge::{Event, Failure, Mark, Unfit, Verdict};
+pub(crate) use crate::policy::dispatch::survey::Busy;
+use crate::policy::dispatch::survey::Survey;
+use crate::policy::retry::{Budget, backoff};
 use crate::policy::route::TargetId;
 use crate::time::Nanos;
+
+/// How often one request comes back to targets that made it wait.
+const MAX_RETURNS: u32 = 10;
 
 /// The limits of one request.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +36,8 @@ pub(crate) struct Rules {
     pub base_delay: Duration,
     /// Upper limit of every backoff.
     pub max_delay: Duration,
+    /// When a target that cools down must have reopened, so that the request waits for it.
+    pub wait_until: Nanos,
     /// When the first byte of the response must be sent.
     pub deadline: Nanos,
 }
@@ -44,8 +58,6 @@ pub(crate) enum Do {
     Try {
         /// The target, by its index in the route.
         target: TargetId,
-        /// When the head of the response must have arrived.
-        until: Nanos,
         /// Whether this is a try in panic mode: no usable target is up, and this one has the lowest load.
         panic: bool,
     },
@@ -66,76 +78,6 @@ pub(crate) enum Refusal {
     NoBackend,
 }
 
-/// Busy targets that a request may wait for.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Busy {
-    /// The target that reopens first: the time, its backend, and whether a quota is the reason.
-    pub opens: Option<(Nanos, BackendId, bool)>,
-    /// Full backends, each listed once.
-    pub full: Vec<BackendId>,
-}
-
-/// The result of a try.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// The connection failed, or the response is invalid.
-    Broke(Code),
-    /// Zap is shutting down and cut the try.
-    Cut,
-    /// This machine has no free file or port for a connection. The backend is not to blame.
-    Exhausted,
-    /// The head of a response has arrived.
-    Head {
-        /// The status.
-        status: u16,
-        /// Whether the request carried a key from Zap's configuration.
-        own_key: bool,
-    },
-    /// No response arrived in time.
-    TimedOut,
-}
-
-/// What an event means for the request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// The response goes to the client, unless its body fails before the first byte.
-    Deliver,
-    /// The try failed.
-    Failed(Failure),
-}
-
-/// A try that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Failure {
-    /// The error code for metrics and log.
-    pub code: Code,
-    /// Whether the failure counts against the backend.
-    pub blame: bool,
-    /// What the status means for further requests to the target.
-    pub mark: Option<Mark>,
-    /// Whether to keep the response. It is delivered if no further try succeeds.
-    pub keep: bool,
-    /// Whether the request ends here, without a further try.
-    fatal: bool,
-    /// Whether this target is excluded from further rounds.
-    no_retry: bool,
-}
-
-/// What a response means for further requests to its target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mark {
-    /// The backend refused the key: take it out for a while.
-    BadKey,
-    /// Let the target cool down for as long as the response says.
-    Cool,
-}
-
-impl Failure {
-    fn new(code: Code) -> Self {
-        Failure { code, blame: false, mark: None, keep: false, fatal: false, no_retry: false }
-    }
-}
-
 /// The state of one request.
 #[derive(Debug)]
 pub(crate) struct Dispatch {
@@ -150,10 +92,24 @@ pub(crate) struct Dispatch {
     current: Option<TargetId>,
     /// Targets that had no permit left for this try.
     missed: Vec<TargetId>,
+    /// Targets that made the request wait. It may come back to them once they have reopened: that costs neither a try nor
+    /// budget.
+    waited: Vec<TargetId>,
+    /// Number of times that the request has come back.
+    returns: u32,
     rounds: u32,
+    /// Tries that count towards `max_retries`.
     tries: u32,
+    /// Whether each target gets one try only.
+    is_single_round: bool,
+    /// Whether the present try is one in panic mode.
+    is_panic: bool,
+    /// What the targets answered.
+    answers: Answers,
     /// Whether the next try has been charged to the retry budget.
     is_charged: bool,
+    /// Whether the try after the present one has been charged already.
+    is_next_charged: Cell<bool>,
     /// Whether a response is kept.
     has_response: bool,
     /// The error code of the last failed try.
@@ -173,8 +129,8 @@ enum Selection {
         target: TargetId,
         panic: bool,
     },
-    /// All usable targets have been tried in this round.
-    Tried,
+    /// All usable targets have been tried in this round; others are busy.
+    Tried(Busy),
 }
 
 impl Dispatch {
@@ -187,9 +143,15 @@ impl Dispatch {
             excluded: Vec::new(),
             current: None,
             missed: Vec::new(),
+            waited: Vec::new(),
+            returns: 0,
             rounds: 0,
             tries: 0,
+            is_single_round: false,
+            is_panic: false,
+            answers: Answers::default(),
             is_charged: false,
+            is_next_charged: Cell::new(false),
             has_response: false,
             failed: None,
             is_over: false,
@@ -209,27 +171,76 @@ impl Dispatch {
         budget: &Budget,
         random: impl FnOnce() -> u64,
     ) -> Do {
-        let Rules { max_retries, deadline, .. } = self.rules;
-        if self.is_over || self.tries > max_retries || self.tries > 0 && now >= deadline {
+        let may_return = !self.waited.is_empty() && self.returns < MAX_RETURNS;
+        if self.is_over || self.is_spent() && !may_return || self.tries > 0 && now >= self.rules.deadline {
             return self.end();
         }
         match self.select(now, fleet) {
             Selection::Target { target, panic } => {
-                if !self.charge(now, budget) {
+                if self.waited.contains(&target) {
+                    self.returns += 1;
+                } else if !self.charge(now, budget) {
                     return self.end();
                 }
-                self.current = Some(target);
-                Do::Try { target, until: self.try_deadline(now, fleet), panic }
+                (self.current, self.is_panic) = (Some(target), panic);
+                Do::Try { target, panic }
             }
-            // In panic mode, a new request is refused; only a request that already waits goes on waiting.
-            Selection::Busy { busy, panic } if panic && !fleet.is_waiting() => {
+            // In panic mode, a new request is refused; only a request that already waits, or has met a cooldown, waits.
+            Selection::Busy { busy, panic } if panic && !fleet.is_waiting() && self.failed.is_none() => {
                 Do::Refuse(Refusal::Busy(busy))
             }
+            // The last answer says more than an error of Zap's own.
+            Selection::Busy { busy, .. } if self.failed.is_some() && !self.opens_in_time(&busy) => self.end(),
             Selection::Busy { busy, .. } => Do::Wait(busy),
+            Selection::KeysRefused | Selection::NoTarget if self.failed.is_some() => self.end(),
             Selection::KeysRefused => Do::Refuse(Refusal::KeysRefused),
             Selection::NoTarget => Do::Refuse(Refusal::NoBackend),
-            Selection::Tried => self.next_round(now, fleet, budget, random()),
+            Selection::Tried(busy) => self.next_round(now, fleet, budget, (busy, random())),
         }
+    }
+
+    /// Whether the request waits for one of these busy targets after a failed try.
+    fn opens_in_time(&self, busy: &Busy) -> bool {
+        !busy.full.is_empty() || busy.opens.is_some_and(|(at, ..)| at <= self.rules.wait_until)
+    }
+
+    /// Whether all tries have been made, so that the request can only come back to a target.
+    fn is_spent(&self) -> bool {
+        self.tries > self.rules.max_retries
+    }
+
+    /// Whether another target is left at `now` if the present try fails: the client then need not get its response.
+    pub(crate) fn has_next(&self, now: Nanos, fleet: &impl Fleet, budget: &Budget) -> bool {
+        self.has_next_target(fleet) && budget.has_room(now)
+    }
+
+    /// Takes the right to another try at `now`, because the present one is about to be given up. Many requests may do so
+    /// at once, so the try is charged here. Returns `false` if none is left.
+    pub(crate) fn claim_next(&self, now: Nanos, fleet: &impl Fleet, budget: &Budget) -> bool {
+        let is_claimed =
+            self.has_next_target(fleet) && (self.is_next_charged.get() || budget.try_withdraw(now));
+        self.is_next_charged.set(self.is_next_charged.get() || is_claimed);
+        is_claimed
+    }
+
+    fn has_next_target(&self, fleet: &impl Fleet) -> bool {
+        let is_left = |id: TargetId| Some(id) != self.current && !self.tried.contains(&id);
+        let may_take = |id: TargetId| match self.is_panic {
+            true => fleet.check_ejected(id).is_ok(),
+            false => fleet.check(id).is_ok(),
+        };
+        self.tries < self.rules.max_retries && fleet.all().targets().any(|id| is_left(id) && may_take(id))
+    }
+
+    /// The targets to blame now that the request has ended. `was_served`: a target has served it.
+    pub(crate) fn blamed(&self, was_served: bool) -> impl Iterator<Item = TargetId> {
+        self.answers.blamed(was_served)
+    }
+
+    /// Allows one try only for each target: the client retries by itself.
+    pub(crate) fn forbid_rounds(&mut self) {
+        self.is_single_round = true;
+        self.tried.append(&mut self.waited);
     }
 
     /// Reports that another request took the target's last permit.
@@ -237,41 +248,64 @@ impl Dispatch {
         self.missed.extend(self.current.take());
     }
 
-    /// Judges the result of the try. After [`Verdict::Deliver`], a second event reports that the body failed.
+    /// Judges the result of the try. After [`Verdict::Deliver`], a second event reports that the body is unfit.
     pub(crate) fn on(&mut self, event: Event) -> Verdict {
-        let failure = match event {
-            Event::Broke(code) => Failure { blame: true, ..Failure::new(code) },
-            Event::Cut => Failure { fatal: true, ..Failure::new(Code::Draining) },
-            Event::Exhausted => Failure::new(Code::UpstreamUnreachable),
-            Event::TimedOut => Failure { blame: true, no_retry: true, ..Failure::new(Code::UpstreamTimeout) },
-            Event::Head { status, own_key } => match judge(status, own_key) {
-                Outcome::Deliver => return Verdict::Deliver,
-                Outcome::Failure => Failure { blame: true, keep: true, ..Failure::new(Code::UpstreamError) },
-                Outcome::Refused => {
-                    Failure { keep: true, no_retry: true, ..Failure::new(Code::UpstreamRefused) }
-                }
-                Outcome::Busy => {
-                    Failure { keep: true, mark: Some(Mark::Cool), ..Failure::new(Code::UpstreamRateLimited) }
-                }
-                Outcome::BadKey => {
-                    Failure { mark: Some(Mark::BadKey), ..Failure::new(Code::UpstreamAuthError) }
-                }
-                Outcome::Redirect => Failure { fatal: true, ..Failure::new(Code::UpstreamRedirect) },
-            },
+        let verdict = match (judge::verdict(event), event) {
+            // The target serves others, and still has no room for this request after a wait: the request is to blame.
+            (Verdict::Failed(failure), Event::Head { status: 429, is_alive: true, .. })
+                if self.has_returned() =>
+            {
+                Verdict::Failed(Failure { mark: None, no_retry: true, ..failure })
+            }
+            (verdict, _) => verdict,
         };
-        self.fail(failure);
-        Verdict::Failed(failure)
+        match (verdict, event) {
+            (Verdict::Failed(failure), _) => self.fail(failure),
+            (Verdict::Deliver, Event::Head { status, .. }) if (400..500).contains(&status) => {
+                self.note(Answer::Refused(status));
+            }
+            // The target has served the request after all, or the request asks for what it cannot do.
+            (Verdict::Deliver, _) => {
+                if let Some(target) = self.current {
+                    self.answers.forget(target);
+                }
+            }
+        }
+        verdict
+    }
+
+    /// Whether the present target has made the request wait before.
+    fn has_returned(&self) -> bool {
+        self.current.is_some_and(|target| self.waited.contains(&target))
+    }
+
+    fn note(&mut self, answer: Answer) {
+        if let Some(target) = self.current {
+            self.answers.note(target, answer);
+        }
     }
 
     fn fail(&mut self, failure: Failure) {
-        self.tries += 1;
-        self.is_charged = false;
+        self.note(failure.answer);
         self.failed = Some(failure.code);
-        self.is_over = failure.fatal;
+        self.is_over = failure.is_fatal;
         self.missed.clear();
         // A fatal error takes precedence over a kept response.
-        self.has_response = (self.has_response || failure.keep) && !failure.fatal;
+        self.has_response = (self.has_response || failure.keep) && !failure.is_fatal;
         let Some(target) = self.current.take() else { return };
+        let has_waited = self.waited.contains(&target);
+        if failure.is_a_wait() && self.rules.max_retries > 0 && !self.is_single_round {
+            // The target is closed until it has cooled down; then the request may come back.
+            if !has_waited {
+                self.waited.push(target);
+                self.tries += 1;
+                self.is_charged = self.is_next_charged.take();
+            }
+            return;
+        }
+        self.waited.retain(|id| *id != target);
+        self.tries += 1;
+        self.is_charged = self.is_next_charged.take();
         self.tried.push(target);
         if failure.no_retry {
             self.excluded.push(target);
@@ -295,130 +329,85 @@ impl Dispatch {
         self.is_charged
     }
 
-    /// When the head of the response must have arrived. The time left is divided equally among the untried targets that
-    /// are up, or among all untried targets if none is up.
-    fn try_deadline(&self, now: Nanos, fleet: &impl Fleet) -> Nanos {
-        let is_up = |id: &TargetId| !matches!(fleet.check(*id), Err(Closed::Out(_)));
-        let untried = || fleet.all().targets().filter(|id| !self.tried.contains(id));
-        let shares = match fleet.up() {
-            up if up > 0 && self.tried.is_empty() => up,
-            _ => match untried().filter(is_up).count() {
-                0 => untried().count().max(1),
-                up => up,
-            },
-        };
-        now + self.rules.deadline.saturating_sub(now) / shares as u64
-    }
-
     fn select(&mut self, now: Nanos, fleet: &impl Fleet) -> Selection {
         let missed = std::mem::take(&mut self.missed);
         // In a later round, a reopened target that was never tried comes before targets that failed.
-        let known = if self.rounds == 0 { &self.tried } else { &self.order };
-        let (is_first, skip) = (known.is_empty(), |id| known.contains(&id) || missed.contains(&id));
-        if let Some(target) = choose::pick(fleet, is_first, skip) {
+        let tried = if self.rounds == 0 { &self.tried } else { &self.order };
+        let is_spent = self.is_spent();
+        let known = |id: TargetId| tried.contains(&id) || is_spent && !self.waited.contains(&id);
+        let skip = |id: TargetId| known(id) || missed.contains(&id);
+        // Only the first try moves the rotation.
+        let (is_first, advances) = (tried.is_empty(), self.tries == 0);
+        if let Some(target) = choose::pick(fleet, advances, skip) {
             self.missed = missed;
             return Selection::Target { target, panic: false };
         }
         let Survey { busy, is_up, has_refused_key, has_ejected } = Survey::of(now, fleet, known);
         if has_ejected && !is_up {
-            if let Some(target) = choose::in_panic(fleet, is_first, skip) {
+            if let Some(target) = choose::in_panic(fleet, advances, skip) {
                 self.missed = missed;
                 return Selection::Target { target, panic: true };
             }
-            let busy = Survey::of_ejected(now, fleet);
+            let busy = Survey::of_ejected(now, fleet, known);
             return match () {
-                () if !is_first => Selection::Tried,
+                () if !is_first => Selection::Tried(busy),
                 () if busy.is_empty() => Selection::NoTarget,
                 () => Selection::Busy { busy, panic: true },
             };
         }
-        let is_left = |id: &TargetId| !self.tried.contains(id) && !missed.contains(id);
+        let is_left = |id: &TargetId| !is_spent && !self.tried.contains(id) && !missed.contains(id);
         let rest = self.order.iter().copied().filter(|_| self.rounds > 0).filter(is_left);
         if let Some(target) = choose::in_order(fleet, rest) {
             self.missed = missed;
             return Selection::Target { target, panic: false };
         }
         match () {
-            () if !is_first => Selection::Tried,
+            () if !is_first => Selection::Tried(busy),
             () if !busy.is_empty() => Selection::Busy { busy, panic: false },
             () if has_refused_key => Selection::KeysRefused,
             () => Selection::NoTarget,
         }
     }
 
-    /// All targets have been tried: starts another round after a backoff, if a target may be retried.
-    fn next_round(&mut self, now: Nanos, fleet: &impl Fleet, budget: &Budget, random: u64) -> Do {
+    /// All targets have been tried: starts another round after a backoff, if a target may be retried, or else waits for a
+    /// busy one.
+    fn next_round(
+        &mut self,
+        now: Nanos,
+        fleet: &impl Fleet,
+        budget: &Budget,
+        (mut busy, random): (Busy, u64),
+    ) -> Do {
         let may_retry = |id: &TargetId| !self.excluded.contains(id) && fleet.check(*id).is_ok();
-        let Rules { base_delay, max_delay, deadline, .. } = self.rules;
+        let Rules { base_delay, max_delay, deadline, wait_until, .. } = self.rules;
+        if self.is_single_round || !self.order.iter().any(may_retry) {
+            if !self.is_single_round {
+                self.wait_for_cooling(now, fleet, &mut busy);
+            }
+            let reopens = busy.opens.is_some_and(|(at, ..)| at <= wait_until);
+            return if reopens { Do::Wait(busy) } else { self.end() };
+        }
         let wait = backoff(base_delay, max_delay, self.rounds, random).as_nanos();
         let until = now.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX));
-        if !self.order.iter().any(may_retry) || until >= deadline || !self.charge(now, budget) {
+        if until >= deadline || !self.charge(now, budget) {
             return self.end();
         }
         self.tried.clone_from(&self.excluded);
         self.rounds += 1;
         Do::Backoff { until }
     }
-}
 
-/// Why no target is available.
-#[derive(Default)]
-struct Survey {
-    busy: Busy,
-    /// Whether a target is up. It may be busy or already tried.
-    is_up: bool,
-    /// Whether a target refuses Zap's key.
-    has_refused_key: bool,
-    /// Whether an untried target is ejected.
-    has_ejected: bool,
-}
-
-impl Survey {
-    fn of(now: Nanos, fleet: &impl Fleet, known: &[TargetId]) -> Self {
-        let mut survey = Survey::default();
-        for id in fleet.all().targets() {
-            let closed = fleet.check(id);
-            let is_known = known.contains(&id);
-            match closed {
-                Err(Closed::Out(Status::Misconfigured)) => survey.has_refused_key = true,
-                Err(Closed::Out(_)) => survey.has_ejected |= !is_known,
-                _ => survey.is_up = true,
+    /// Adds to `busy` the targets that have failed and cool down: once they reopen in time, the request may come back.
+    fn wait_for_cooling(&mut self, now: Nanos, fleet: &impl Fleet, busy: &mut Busy) {
+        for id in self.order.clone() {
+            let state = fleet.check(id);
+            let is_in_time = matches!(state, Err(Closed::Cooling(at)) if at <= self.rules.wait_until);
+            if is_in_time && !self.excluded.contains(&id) {
+                busy.note(now, fleet.backend(id), state);
+                self.waited.push(id);
+                self.tried.retain(|tried| *tried != id);
+                self.order.retain(|tried| *tried != id);
             }
-            if !is_known {
-                survey.busy.note(now, fleet.backend(id), closed);
-            }
-        }
-        survey
-    }
-
-    /// The permits, cooldowns and quotas that a request for the ejected targets must wait for.
-    fn of_ejected(now: Nanos, fleet: &impl Fleet) -> Busy {
-        let mut busy = Busy::default();
-        fleet.all().targets().for_each(|id| busy.note(now, fleet.backend(id), fleet.check_ejected(id)));
-        busy
-    }
-}
-
-impl Busy {
-    fn is_empty(&self) -> bool {
-        self.opens.is_none() && self.full.is_empty()
-    }
-
-    /// Adds the `result` of a check of `backend`.
-    fn note(&mut self, now: Nanos, backend: BackendId, result: Result<(), Closed>) {
-        match result {
-            Err(Closed::Cooling(at)) => self.opens(at, backend, false),
-            Err(Closed::Quota(at)) => self.opens(at, backend, true),
-            Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),
-            Err(Closed::Full | Closed::Out(_)) => {}
-            // The backend has reopened since it was passed over.
-            Ok(()) => self.opens(now, backend, false),
-        }
-    }
-
-    fn opens(&mut self, at: Nanos, backend: BackendId, by_quota: bool) {
-        if self.opens.is_none_or(|(first, ..)| at < first) {
-            self.opens = Some((at, backend, by_quota));
         }
     }
 }

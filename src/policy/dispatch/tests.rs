@@ -4,7 +4,9 @@ use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
 
 use super::*;
-use crate::policy::balance::{Cursor, Schedule};
+use crate::policy::balance::{BackendId, Cursor, Schedule};
+use crate::policy::breaker::Status;
+use crate::policy::choose::Closed;
 use crate::policy::choose::{Choice, Rotation, TargetLoad};
 use crate::time::{MILLI, SECOND};
 
@@ -20,6 +22,7 @@ struct TableFleet {
     penalty: Vec<f64>,
     granted: Option<BackendId>,
     is_waiting: bool,
+    suspects: Vec<TargetId>,
 }
 
 impl TableFleet {
@@ -44,7 +47,7 @@ impl TableFleet {
                         backend = backends[names.iter().position(|n| *n == of).unwrap()];
                     }
                     '!' => state = Err(Closed::Out(Status::Ejected)),
-                    '?' => state = Err(Closed::Out(Status::Misconfigured)),
+                    '?' => state = Err(Closed::Out(Status::Unauthorized)),
                     '#' => state = Err(Closed::Full),
                     '~' => state = Err(Closed::Cooling(number() * SECOND)),
                     '%' => state = Err(Closed::Quota(number() * SECOND)),
@@ -68,6 +71,7 @@ impl TableFleet {
             penalty: vec![0.0; names.len()],
             granted: None,
             is_waiting: false,
+            suspects: Vec::new(),
             closed: RefCell::new(closed),
             names,
             backends,
@@ -98,10 +102,6 @@ impl Fleet for TableFleet {
 
     fn siblings(&self, _: TargetId) -> Option<Rotation<'_>> {
         None
-    }
-
-    fn up(&self) -> usize {
-        self.all().targets().filter(|id| !matches!(self.check(*id), Err(Closed::Out(_)))).count()
     }
 
     fn backend(&self, target: TargetId) -> BackendId {
@@ -135,6 +135,10 @@ impl Fleet for TableFleet {
         }
     }
 
+    fn is_suspect(&self, target: TargetId) -> bool {
+        self.suspects.contains(&target)
+    }
+
     fn granted(&self) -> Option<BackendId> {
         self.granted
     }
@@ -148,13 +152,15 @@ const RULES: Rules = Rules {
     max_retries: 2,
     base_delay: Duration::from_millis(100),
     max_delay: Duration::from_millis(2_000),
+    wait_until: 30 * SECOND,
     deadline: 300 * SECOND,
 };
 
 /// The results of each target's tries in order: `a:500,200 b:refused`. The last result repeats. A result is a status or
 /// one of: `refused`, `timeout` (no response in time), `files` (this machine has no free file), `missed` (another
-/// request took the last permit), `cut` (Zap shuts down), `body` (a good head, then the body fails). With the suffix
-/// `+out` the failure also ejects the backend.
+/// request took the last permit), `cut` (Zap shuts down), `ejected` (while the request waited). After a good head:
+/// `body` (the body fails), `empty`, `silent`, `model` (a 404 of the model), `in503` (an error inside a 200). `alive503`:
+/// 503 of a target that serves others. With the suffix `+out` the failure also ejects the target.
 struct Results(Vec<(char, RefCell<VecDeque<String>>)>);
 
 impl Results {
@@ -176,12 +182,22 @@ impl Results {
 /// Runs one request and returns its steps: each try as `a500` (`a500!` in panic), `backoff`, `wait(..)`, and the end:
 /// `ok`, `deliver`, or the reason of the refusal.
 fn trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> String {
+    whole_trace(rules, table, results, budget).0
+}
+
+/// The names of the targets to blame.
+fn blamed(dispatch: &Dispatch, table: &TableFleet, was_served: bool) -> String {
+    dispatch.blamed(was_served).map(|target| table.names[target]).collect()
+}
+
+/// The steps of [`trace`], and the names of the targets to blame.
+fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> (String, String) {
     let results = Results::new(results);
     let mut dispatch = Dispatch::new(rules);
     let (mut now, mut steps) = (0, Vec::<String>::new());
     for _ in 0..40 {
         match dispatch.next(now, table, budget, || u64::MAX / 3) {
-            Do::Try { target, until, panic } => {
+            Do::Try { target, panic } => {
                 let name = table.names[target];
                 let result = results.next(name);
                 let (result, is_out) = result.strip_suffix("+out").map_or((&*result, false), |a| (a, true));
@@ -192,32 +208,45 @@ fn trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> St
                     continue;
                 }
                 steps.push(format!("{name}{result}{}", if panic { "!" } else { "" }));
+                let head = |status, is_alive| Event::Head { status, own_key: true, is_alive };
                 let event = match result {
                     "refused" => Event::Broke(Code::UpstreamUnreachable),
-                    "timeout" => {
-                        now = until;
-                        Event::TimedOut
-                    }
+                    "timeout" => Event::TimedOut,
                     "files" => Event::Exhausted,
                     "cut" => Event::Cut,
-                    "body" => Event::Head { status: 200, own_key: true },
-                    status => Event::Head { status: status.parse().unwrap(), own_key: true },
+                    "ejected" => Event::Ejected,
+                    "body" | "empty" | "silent" | "in503" | "in400" => head(200, false),
+                    "model" => head(404, false),
+                    status => match status.strip_prefix("alive") {
+                        Some(status) => head(status.parse().unwrap(), true),
+                        None => head(status.parse().unwrap(), false),
+                    },
                 };
                 let mut verdict = dispatch.on(event);
-                if result == "body" {
+                let unfit = match result {
+                    "body" => Some(Unfit::CutShort),
+                    "empty" => Some(Unfit::Empty),
+                    "silent" => Some(Unfit::Silent),
+                    "in503" => Some(Unfit::Error { status: 503, own_key: true, is_alive: false }),
+                    "in400" => Some(Unfit::Error { status: 400, own_key: true, is_alive: false }),
+                    "model" => Some(Unfit::OtherModel(404)),
+                    _ => None,
+                };
+                if let Some(unfit) = unfit {
                     assert_eq!(verdict, Verdict::Deliver);
-                    verdict = dispatch.on(Event::Broke(Code::UpstreamUnreachable));
+                    verdict = dispatch.on(Event::Unfit(unfit));
                 }
                 let Verdict::Failed(failure) = verdict else {
                     steps.push("ok".into());
-                    return steps.join(" ");
+                    let is_served = result.parse::<u16>().is_ok_and(|status| status < 400);
+                    return (steps.join(" "), blamed(&dispatch, table, is_served));
                 };
                 match failure.mark {
-                    Some(Mark::BadKey) => table.set(name, Err(Closed::Out(Status::Misconfigured))),
-                    Some(Mark::Cool) => table.set(name, Err(Closed::Cooling(now + 5 * SECOND))),
+                    Some(Mark::BadKey) => table.set(name, Err(Closed::Out(Status::Unauthorized))),
+                    Some(Mark::Limited) => table.set(name, Err(Closed::Cooling(now + 5 * SECOND))),
+                    Some(Mark::Busy) => table.set(name, Err(Closed::Cooling(now + SECOND))),
                     None => {}
                 }
-                assert!(!is_out || failure.blame, "{result} does not count against the backend");
                 if is_out {
                     table.set(name, Err(Closed::Out(Status::Ejected)));
                 }
@@ -231,11 +260,11 @@ fn trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> St
                     format!("{id}@{}{}", at / SECOND, if by_quota { "q" } else { "" })
                 });
                 steps.push(format!("wait({} full {full:?})", opens.unwrap_or_default()));
-                return steps.join(" ");
+                return (steps.join(" "), blamed(&dispatch, table, false));
             }
             Do::Deliver => {
                 steps.push("deliver".into());
-                return steps.join(" ");
+                return (steps.join(" "), blamed(&dispatch, table, false));
             }
             Do::Refuse(why) => {
                 steps.push(match why {
@@ -244,7 +273,7 @@ fn trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> St
                     Refusal::KeysRefused => "keys_refused".into(),
                     Refusal::NoBackend => "no_backend".into(),
                 });
-                return steps.join(" ");
+                return (steps.join(" "), blamed(&dispatch, table, false));
             }
         }
     }
@@ -268,11 +297,11 @@ fn every_fault_leads_to_the_expected_steps() {
         ("U3 silent, alone", "a", "a:timeout", "atimeout upstream_timeout"),
         ("U3 silent, not retried", "a b", "a:timeout b:500", "atimeout b500 backoff b500 deliver"),
         ("U6 the body fails", "a b", "a:body b:200", "abody b200 ok"),
-        ("U6 alone", "a", "a:body", "abody backoff abody backoff abody upstream_unreachable"),
+        ("U6 alone", "a", "a:body", "abody backoff abody backoff abody stream_interrupted"),
         ("U13 redirect", "a b", "a:301", "a301 upstream_redirect"),
         ("U13 304 is delivered", "a b", "a:304", "a304 ok"),
         ("U14 429, another target serves", "a b", "a:429 b:200", "a429 b200 ok"),
-        ("U14 429 from all", "a b", "a:429 b:429", "a429 b429 deliver"),
+        ("U14 429 from all", "a b", "a:429 b:429", "a429 b429 wait(0@5 full [])"),
         ("U15 500 once", "a b", "a:500 b:200", "a500 b200 ok"),
         ("U15 500 always", "a b", "a:500 b:502", "a500 b502 backoff a500 deliver"),
         ("U15 529, alone", "a", "a:529", "a529 backoff a529 backoff a529 deliver"),
@@ -364,20 +393,118 @@ fn a_granted_permit_is_used() {
 }
 
 #[test]
-fn untried_targets_share_the_time_left() {
-    let until = |targets: &str, tried: &[TargetId]| {
-        let mut dispatch = Dispatch::new(RULES);
+fn another_target_is_left_only_within_the_limits_of_the_request() {
+    let left = |rules: Rules, targets: &str, tried: &[TargetId], percent: u32| {
+        let (table, budget) = (TableFleet::new(targets), Budget::new(percent));
+        let mut dispatch = Dispatch::new(rules);
         dispatch.tried = tried.to_vec();
-        match dispatch.next(0, &TableFleet::new(targets), &Budget::new(100), || 0) {
-            Do::Try { until, .. } => until / SECOND,
-            other => panic!("{other:?}"),
-        }
+        assert!(matches!(dispatch.next(0, &table, &budget, || 0), Do::Try { .. }));
+        while percent == 0 && budget.try_withdraw(0) {}
+        dispatch.has_next(0, &table, &budget)
     };
-    assert_eq!(until("a", &[]), 300);
-    assert_eq!(until("a b c", &[]), 100);
-    assert_eq!(until("a b c!", &[]), 150);
-    assert_eq!(until("a b c", &[0]), 150);
-    assert_eq!(until("a! b! c!", &[]), 100, "in panic the other targets are tried too");
+    assert!(left(RULES, "a b", &[], 100));
+    assert!(!left(RULES, "a", &[], 100), "the same target is no other one");
+    assert!(!left(RULES, "a b", &[1], 100));
+    assert!(!left(RULES, "a b! c# d~9", &[], 100));
+    assert!(left(RULES, "a! b!", &[], 100), "in panic mode");
+    assert!(!left(Rules { max_retries: 0, ..RULES }, "a b", &[], 100));
+    assert!(!left(RULES, "a b", &[], 0), "the budget is spent");
+}
+
+/// The blame rules: what each target answered, the steps, and who is to blame.
+#[test]
+fn a_target_is_judged_by_more_than_one_request() {
+    #[rustfmt::skip]
+    let rows = [
+        // description, targets, results, steps, blamed
+        ("served by another", "a b", "a:500 b:200", "a500 b200 ok", "a"),
+        ("served by a third", "a b c", "a:500 b:503 c:200", "a500 b503 c200 ok", "ab"),
+        ("one target asked", "a", "a:500", "a500 backoff a500 backoff a500 deliver", "a"),
+        ("all gave the same status", "a b", "a:500 b:500", "a500 b500 backoff a500 deliver", ""),
+        ("all gave the same status, in a 200", "a b", "a:503 b:in503", "a503 bin503 backoff a503 deliver", ""),
+        ("different statuses", "a b", "a:500 b:502", "a500 b502 backoff a500 deliver", "ab"),
+        ("one gave a 4xx", "a b", "a:500 b:400", "a500 b400 ok", ""),
+        ("one refused", "a b", "a:500+out b:403", "a500 b403 deliver", ""),
+        ("402 and 403 blame nobody", "a b", "a:402 b:200", "a402 b200 ok", ""),
+        ("403 from all", "a b", "a:403 b:403", "a403 b403 deliver", ""),
+        ("413 goes to another target", "a b", "a:413 b:200", "a413 b200 ok", ""),
+        ("413 from all", "a b", "a:413 b:413", "a413 b413 deliver", ""),
+        ("the model is not there", "a b", "a:model b:200", "amodel b200 ok", ""),
+        ("the model is nowhere", "a b", "a:model b:model", "amodel bmodel deliver", ""),
+        ("501 is the client's", "a b", "a:501", "a501 ok", ""),
+        ("a wait says nothing", "a b", "a:429 b:200", "a429 b200 ok", ""),
+        ("a wait and a failure", "a b", "a:429 b:500+out", "a429 b500 wait(0@5 full [])", "b"),
+        ("429 from all: wait", "a b", "a:429 b:429", "a429 b429 wait(0@5 full [])", ""),
+        ("429 of a target that serves others", "a", "a:alive429", "aalive429 wait(0@1 full [])", ""),
+        ("busy, not broken", "a b", "a:alive503 b:200", "aalive503 b200 ok", ""),
+        ("busy, alone: wait", "a", "a:alive529", "aalive529 wait(0@1 full [])", ""),
+        ("broken, not busy", "a b", "a:503 b:200", "a503 b200 ok", "a"),
+        ("silent, served by another", "a b", "a:timeout b:200", "atimeout b200 ok", "a"),
+        ("silent after the head", "a b", "a:silent b:200", "asilent b200 ok", "a"),
+        ("silence from all", "a b", "a:timeout b:timeout", "atimeout btimeout upstream_timeout", "ab"),
+        ("cut before content", "a b", "a:body b:200", "abody b200 ok", "a"),
+        ("an error in a 200", "a b", "a:in503 b:200", "ain503 b200 ok", "a"),
+        ("an error in a 200, alone", "a", "a:in503+out", "ain503 deliver", "a"),
+        ("a 4xx in a 200", "a b", "a:in400 b:200", "ain400 b200 ok", ""),
+        ("empty", "a b", "a:empty b:200", "aempty b200 ok", "a"),
+        ("empty, alone", "a", "a:empty+out", "aempty upstream_empty", "a"),
+        ("empty everywhere", "a b", "a:empty+out b:empty+out", "aempty bempty upstream_empty", ""),
+        ("ejected meanwhile", "a b", "a:ejected b:200", "aejected b200 ok", ""),
+        ("the transport is judged by the backend", "a b", "a:refused b:200", "arefused b200 ok", ""),
+        ("a wrong key", "a b", "a:401 b:200", "a401 b200 ok", ""),
+        ("a wrong key that others use", "a", "a:401", "a401 upstream_auth_error", ""),
+        ("served by itself", "a", "a:500,200", "a500 backoff a200 ok", ""),
+        ("501 behind a failure", "a b", "a:500 b:501", "a500 b501 ok", "a"),
+        ("each target costs a try", "a b c d", "a:429 b:429 c:429 d:200", "a429 b429 c429 wait(0@5 full [])", ""),
+    ];
+    for (description, targets, results, steps, blamed) in rows {
+        let found = whole_trace(RULES, &TableFleet::new(targets), results, &Budget::new(100));
+        assert_eq!(found, (steps.to_owned(), blamed.to_owned()), "{description}: {targets}, {results}");
+    }
+}
+
+#[test]
+fn a_request_that_an_sdk_sends_again_gets_one_try_a_target() {
+    let (table, budget) = (TableFleet::new("a b"), Budget::new(100));
+    let mut dispatch = Dispatch::new(RULES);
+    dispatch.forbid_rounds();
+    let failed = Event::Head { status: 500, own_key: true, is_alive: false };
+    for target in 0..2 {
+        assert_eq!(dispatch.next(0, &table, &budget, || 0), Do::Try { target, panic: false });
+        dispatch.on(failed);
+    }
+    assert_eq!(dispatch.next(0, &table, &budget, || 0), Do::Deliver);
+}
+
+#[test]
+fn a_response_that_came_is_kept_if_all_targets_are_out_after_a_wait() {
+    let (table, budget) = (TableFleet::new("a"), Budget::new(100));
+    let mut dispatch = Dispatch::new(RULES);
+    assert!(matches!(dispatch.next(0, &table, &budget, || 0), Do::Try { .. }));
+    dispatch.on(Event::Head { status: 429, own_key: true, is_alive: false });
+    table.set('a', Err(Closed::Cooling(SECOND)));
+    assert!(matches!(dispatch.next(0, &table, &budget, || 0), Do::Wait(_)));
+    table.set('a', Err(Closed::Out(Status::Unauthorized)));
+    assert_eq!(dispatch.next(SECOND, &table, &budget, || 0), Do::Deliver);
+}
+
+#[test]
+fn a_wait_after_a_429_ends_within_the_time_for_waits() {
+    let run = |rules| trace(rules, &TableFleet::new("a"), "a:429", &Budget::new(100));
+    assert_eq!(run(Rules { wait_until: 5 * SECOND - 1, ..RULES }), "a429 deliver");
+    assert_eq!(run(Rules { max_retries: 0, ..RULES }), "a429 deliver");
+    assert_eq!(run(RULES), "a429 wait(0@5 full [])");
+}
+
+#[test]
+fn a_suspect_target_is_asked_only_if_no_other_is_left() {
+    let mut table = TableFleet::new("a*9 b/1");
+    table.suspects = vec![0];
+    let budget = Budget::new(100);
+    assert_eq!(trace(RULES, &table, "b:200", &budget), "b200 ok", "whatever the weights and priorities are");
+    assert_eq!(trace(RULES, &table, "a:200 b:500", &budget), "b500 a200 ok");
+    table.suspects = vec![0, 1];
+    assert_eq!(trace(RULES, &table, "a:200", &budget), "a200 ok");
 }
 
 #[test]
@@ -400,7 +527,7 @@ fn a_reopened_target_comes_before_failed_ones() {
     let budget = Budget::new(100);
     let mut next = |now| dispatch.next(now, &table, &budget, || 0);
     assert!(matches!(next(0), Do::Try { target: 0, .. }));
-    dispatch.on(Event::Head { status: 500, own_key: true });
+    dispatch.on(Event::Head { status: 500, own_key: true, is_alive: false });
     let mut next = |now| dispatch.next(now, &table, &budget, || 0);
     assert!(matches!(next(0), Do::Backoff { .. }));
     table.set('b', Ok(()));

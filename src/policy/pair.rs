@@ -1,0 +1,634 @@
+//! What is known of each pair: a backend together with the model that it is sent.
+//!
+//! What depends on the request is judged by the pair: a provider limits requests by model, and a model can be broken
+//! while its neighbours serve. A pair cools down for as long as its provider says, is busy for a moment, or is ejected
+//! after as many strikes in a row as the threshold. One real request then tries an ejected pair after 1 s, 2 s, 4 s and
+//! so on.
+//!
+//! Nearly always no pair is closed, and then a check reads one atomic. The table is bounded.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::policy::sync::{AtomicUsize, Mutex, Ordering};
+use crate::time::{MILLI, Nanos, SECOND};
+
+/// Most pairs of one backend. Beyond it, the pair that was used least recently is dropped.
+const MAX_PAIRS: usize = 1024;
+
+/// A pair with a success in this time is busy if it refuses a request, not broken.
+const RECENT: Nanos = SECOND;
+
+/// The first cooldown of a busy pair; each further one is twice as long.
+const FIRST_BUSY: Nanos = 100 * MILLI;
+
+/// Longest cooldown of a busy pair.
+const MAX_BUSY: Nanos = 5 * SECOND;
+
+/// The time until an ejected pair is tried; each further one is twice as long.
+const FIRST_TRIAL: Nanos = SECOND;
+
+/// Longest time until an ejected pair is tried again.
+const MAX_TRIAL: Nanos = 60 * SECOND;
+
+/// A pair is in use if it has had a result in this time.
+const IN_USE: Nanos = 300 * SECOND;
+
+/// After a cooldown, the time after which one more request goes although none has succeeded.
+const PATIENCE: Nanos = SECOND;
+
+/// So many clients that give up in a row, without an answer between them, are one strike.
+const GIVE_UPS: u32 = 5;
+
+/// A reopened pair is open to all once so many requests may go at once.
+const ALL: u32 = 32;
+
+/// The state of a backend, or of a pair, at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Cools down until then.
+    Cooling(Nanos),
+    /// Ejected after too many failures in a row.
+    Ejected,
+    /// May get requests.
+    Healthy,
+    /// Its health checks are refused for their key.
+    Misconfigured,
+    /// It refused the key of a request, and is left alone for a while.
+    Unauthorized,
+}
+
+impl Status {
+    /// Whether requests go elsewhere for longer than a cooldown.
+    pub(crate) fn is_out(self) -> bool {
+        matches!(self, Status::Ejected | Status::Misconfigured | Status::Unauthorized)
+    }
+}
+
+/// A change of a pair's state. The caller that gets it logs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PairChange {
+    /// The pair was ejected.
+    Down,
+    /// An ejected pair serves again.
+    Up,
+}
+
+/// A request that comes to a pair.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Entry {
+    /// The key of the model that the backend is sent.
+    pub key: u64,
+    /// The time.
+    pub now: Nanos,
+    /// Whether the request comes in panic mode.
+    pub panic: bool,
+}
+
+/// The pairs of one backend, shared by all workers.
+#[derive(Debug, Default)]
+pub(crate) struct Pairs {
+    /// Number of pairs that may refuse a request. Nearly always 0: then the lock is not taken.
+    closed: AtomicUsize,
+    /// Number of pairs that are silent, in one way or the other.
+    doubted: AtomicUsize,
+    all: Mutex<HashMap<u64, Pair, BuildHasherDefault<KeyHasher>>>,
+}
+
+/// The keys are hashes already.
+#[derive(Debug, Default)]
+pub(crate) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        self.0 ^= n;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+#[derive(Debug, Default)]
+struct Pair {
+    /// The last success; 0: none.
+    succeeded: Nanos,
+    /// The last result of any kind.
+    used: Nanos,
+    /// Failures in a row.
+    strikes: u32,
+    /// Cooldowns in a row because the pair was busy.
+    busy: u32,
+    /// Clients in a row that gave up, without an answer to anybody between them.
+    gave_up: u32,
+    /// Whether a request has waited for long without any answer from the backend.
+    is_suspect: bool,
+    gate: Gate,
+}
+
+/// Whether requests may pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Gate {
+    /// All may.
+    #[default]
+    Open,
+    /// None may before `until`; then the pair reopens step by step.
+    Cooling { until: Nanos, pace: Option<Nanos> },
+    /// After a cooldown: as many may as are `free`, one more at `next`. With a `pace`, one each `pace`.
+    Reopening { free: u32, next: Nanos, pace: Option<Nanos> },
+    /// One may at `trial`. In panic mode all may once the pair does not cool down any more.
+    Ejected { since: Nanos, trial: Nanos, interval: Nanos, cools_until: Nanos },
+}
+
+impl Gate {
+    /// The state of a pair with this gate.
+    fn status(self, now: Nanos) -> Status {
+        match self {
+            Gate::Cooling { until, .. } if until > now => Status::Cooling(until),
+            Gate::Reopening { free: 0, next, .. } if next > now => Status::Cooling(next),
+            Gate::Ejected { trial, .. } if trial > now => Status::Ejected,
+            _ => Status::Healthy,
+        }
+    }
+
+    /// The state of a pair with this gate for requests in panic mode: a pair that is ejected cools down too.
+    fn status_in_panic(self, now: Nanos) -> Status {
+        match self {
+            Gate::Ejected { cools_until, .. } if cools_until > now => Status::Cooling(cools_until),
+            _ => self.status(now),
+        }
+    }
+
+    /// The gate after a request has passed it; `None` if it may not. In panic mode a request passes an ejected pair.
+    fn passed(self, now: Nanos, panic: bool) -> Option<Gate> {
+        match if panic { self.status_in_panic(now) } else { self.status(now) } {
+            Status::Healthy => {}
+            Status::Ejected if panic => return Some(self),
+            _ => return None,
+        }
+        let next = |pace: Option<Nanos>| now + pace.unwrap_or(PATIENCE).max(1);
+        Some(match self {
+            Gate::Open => Gate::Open,
+            Gate::Cooling { pace, .. } => Gate::Reopening { free: 0, next: next(pace), pace },
+            // Nobody has come for a whole unit, so nobody waits any more.
+            Gate::Reopening { next, pace: Some(pace), .. } if next.saturating_add(pace) <= now => Gate::Open,
+            Gate::Reopening { free, pace, .. } => {
+                Gate::Reopening { free: free.saturating_sub(1), next: next(pace), pace }
+            }
+            Gate::Ejected { since, interval, cools_until, .. } => {
+                let interval = (2 * interval).min(MAX_TRIAL);
+                Gate::Ejected { since, trial: now + interval, interval, cools_until }
+            }
+        })
+    }
+}
+
+impl Pairs {
+    /// Returns the state of the pair with this key. `key` is called only if a pair of the backend is closed.
+    pub(crate) fn status(&self, key: impl FnOnce() -> u64, now: Nanos) -> Status {
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return Status::Healthy;
+        }
+        self.all.lock().get(&key()).map_or(Status::Healthy, |pair| pair.gate.status(now))
+    }
+
+    /// Returns the state of the pair with this key for requests in panic mode: an ejected pair that cools down is
+    /// [`Status::Cooling`].
+    pub(crate) fn status_in_panic(&self, key: impl FnOnce() -> u64, now: Nanos) -> Status {
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return Status::Healthy;
+        }
+        self.all.lock().get(&key()).map_or(Status::Healthy, |pair| pair.gate.status_in_panic(now))
+    }
+
+    /// Returns when the last cooldown of any pair ends; `None` if none cools down.
+    pub(crate) fn cools_until(&self, now: Nanos) -> Option<Nanos> {
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let all = self.all.lock();
+        let until = |pair: &Pair| match pair.gate {
+            Gate::Cooling { until, .. } if until > now => Some(until),
+            _ => None,
+        };
+        all.values().filter_map(until).max()
+    }
+
+    /// Lets a request pass. Returns `false` if it may not, since others have come first.
+    pub(crate) fn enter(&self, entry: Entry) -> bool {
+        let Entry { key, now, panic } = entry;
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return true;
+        }
+        let mut all = self.all.lock();
+        let Some(pair) = all.get_mut(&key) else { return true };
+        match pair.gate.passed(now, panic) {
+            Some(gate) => {
+                if gate == Gate::Open && pair.gate != Gate::Open {
+                    self.closed.fetch_sub(1, Ordering::Release);
+                }
+                pair.gate = gate;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Reports a request that succeeded. Returns the change, and whether more requests may go than before.
+    pub(crate) fn success(&self, key: u64, now: Nanos) -> (Option<PairChange>, bool) {
+        self.update(key, now, |pair| {
+            (pair.succeeded, pair.strikes, pair.busy) = (now.max(1), 0, 0);
+            let before = pair.gate;
+            pair.gate = match before {
+                Gate::Reopening { free, next, pace: None } if free + 2 < ALL => {
+                    Gate::Reopening { free: free + 2, next, pace: None }
+                }
+                // With a pace that the provider has told, the wait is over when nobody has to wait any more.
+                Gate::Reopening { next, pace: Some(pace), .. } if next.saturating_add(pace) > now => before,
+                Gate::Cooling { until, .. } if until > now => before,
+                Gate::Ejected { cools_until, .. } if cools_until > now => {
+                    Gate::Cooling { until: cools_until, pace: None }
+                }
+                _ => Gate::Open,
+            };
+            let change = matches!(before, Gate::Ejected { .. }).then_some(PairChange::Up);
+            (change, before != Gate::Open)
+        })
+    }
+
+    /// Reports a request that failed. Returns [`PairChange::Down`] if this was the strike that ejects the pair.
+    pub(crate) fn strike(&self, key: u64, threshold: u32, now: Nanos) -> Option<PairChange> {
+        self.update(key, now, |pair| {
+            pair.strikes = pair.strikes.saturating_add(1);
+            if pair.strikes < threshold || matches!(pair.gate, Gate::Ejected { .. }) {
+                return None;
+            }
+            let cools_until = match pair.gate {
+                Gate::Cooling { until, .. } => until,
+                _ => 0,
+            };
+            let trial = cools_until.max(now + FIRST_TRIAL);
+            pair.gate = Gate::Ejected { since: now, trial, interval: FIRST_TRIAL, cools_until };
+            Some(PairChange::Down)
+        })
+    }
+
+    /// Whether the pair has been silent for long, so that others are preferred. `key` is called only if a pair of the
+    /// backend is in doubt.
+    pub(crate) fn is_suspect(&self, key: impl FnOnce() -> u64) -> bool {
+        self.doubted.load(Ordering::Relaxed) > 0
+            && self.all.lock().get(&key()).is_some_and(|pair| pair.is_suspect)
+    }
+
+    /// Reports that a request has waited for long, and that the backend has sent nothing to anybody in that time.
+    pub(crate) fn suspect(&self, key: u64, now: Nanos) {
+        self.update(key, now, |pair| pair.is_suspect = true);
+    }
+
+    /// Reports that bytes of an answer flow.
+    pub(crate) fn hear(&self, key: u64, now: Nanos) {
+        self.update(key, now, |_| ());
+    }
+
+    /// Whether the pair has had a result, or bytes of an answer, since then.
+    pub(crate) fn was_heard_since(&self, key: u64, since: Nanos) -> bool {
+        self.all.lock().get(&key).is_some_and(|pair| pair.used >= since)
+    }
+
+    /// Reports a client that gave up after a while without the head of a response. Returns whether so many have done so in
+    /// a row that it is a strike.
+    pub(crate) fn gave_up(&self, key: u64, now: Nanos) -> bool {
+        self.update(key, now, |pair| {
+            pair.gave_up += 1;
+            pair.gave_up.is_multiple_of(GIVE_UPS)
+        })
+    }
+
+    /// Reports the head of a response: the pair is not silent.
+    pub(crate) fn answered(&self, key: u64, now: Nanos) {
+        if self.doubted.load(Ordering::Relaxed) > 0 {
+            self.update(key, now, |pair| (pair.gave_up, pair.is_suspect) = (0, false));
+        }
+    }
+
+    /// Starts a cooldown until `until`. The later of two ends counts. `pace`: the time for each request after it, if the
+    /// provider has told it.
+    pub(crate) fn cool(&self, key: u64, until: Nanos, pace: Option<Nanos>, now: Nanos) {
+        self.update(key, now, |pair| pair.cool(until, pace));
+    }
+
+    /// Starts a cooldown of `span` after a 429 that states it. A pair that names next to no time, again and again, cools down
+    /// for longer each time until it serves a request.
+    pub(crate) fn limited(&self, key: u64, (span, pace): (Nanos, Option<Nanos>), now: Nanos) {
+        self.update(key, now, |pair| {
+            let floor = if span < SECOND { pair.busy_span() } else { 0 };
+            pair.note_busy(now);
+            pair.cool(now + span.max(floor), pace);
+        });
+    }
+
+    /// Reports that the pair had no room for a request. If it has served one a moment ago, it is busy: it cools down for a
+    /// moment. Returns `false` otherwise.
+    pub(crate) fn busy(&self, key: u64, now: Nanos) -> bool {
+        self.update(key, now, |pair| {
+            let is_busy = pair.succeeded > 0 && pair.succeeded + RECENT > now;
+            if is_busy {
+                let span = pair.busy_span();
+                pair.note_busy(now);
+                pair.cool(now + span, None);
+            }
+            is_busy
+        })
+    }
+
+    /// Whether a request to the pair has succeeded a moment ago.
+    pub(crate) fn has_just_succeeded(&self, key: u64, now: Nanos) -> bool {
+        self.all.lock().get(&key).is_some_and(|pair| pair.succeeded > 0 && pair.succeeded + RECENT > now)
+    }
+
+    /// Since when the pair is ejected; `None` if it is not. `key` is called only if a pair of the backend is closed.
+    pub(crate) fn ejected_since(&self, key: impl FnOnce() -> u64) -> Option<Nanos> {
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        match self.all.lock().get(&key())?.gate {
+            Gate::Ejected { since, .. } => Some(since),
+            _ => None,
+        }
+    }
+
+    /// Whether every pair in use is ejected, and there is one.
+    pub(crate) fn are_out(&self, now: Nanos) -> bool {
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let all = self.all.lock();
+        let mut used = all.values().filter(|pair| pair.used + IN_USE > now).peekable();
+        used.peek().is_some() && used.all(|pair| matches!(pair.gate, Gate::Ejected { .. }))
+    }
+
+    fn update<T>(&self, key: u64, now: Nanos, change: impl FnOnce(&mut Pair) -> T) -> T {
+        let mut all = self.all.lock();
+        if all.len() >= MAX_PAIRS
+            && !all.contains_key(&key)
+            && let Some(oldest) = all.iter().min_by_key(|(_, pair)| pair.used).map(|(key, _)| *key)
+            && let Some(dropped) = all.remove(&oldest)
+        {
+            self.closed.fetch_sub(usize::from(dropped.gate != Gate::Open), Ordering::Release);
+            self.doubted.fetch_sub(usize::from(dropped.is_in_doubt()), Ordering::Relaxed);
+        }
+        let pair = all.entry(key).or_default();
+        pair.used = now;
+        let (was_open, was_in_doubt) = (pair.gate == Gate::Open, pair.is_in_doubt());
+        let result = change(pair);
+        match (was_in_doubt, pair.is_in_doubt()) {
+            (false, true) => drop(self.doubted.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.doubted.fetch_sub(1, Ordering::Relaxed)),
+            _ => {}
+        }
+        match (was_open, pair.gate == Gate::Open) {
+            (true, false) => drop(self.closed.fetch_add(1, Ordering::Release)),
+            (false, true) => drop(self.closed.fetch_sub(1, Ordering::Release)),
+            _ => {}
+        }
+        result
+    }
+}
+
+impl Pair {
+    fn busy_span(&self) -> Nanos {
+        FIRST_BUSY.saturating_mul(1 << self.busy.min(16)).min(MAX_BUSY)
+    }
+
+    /// Counts a request that found no room. Many may be refused at once: they count once.
+    fn note_busy(&mut self, now: Nanos) {
+        if !matches!(self.gate, Gate::Cooling { until, .. } if until > now) {
+            self.busy = self.busy.saturating_add(1);
+        }
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.is_suspect || self.gave_up > 0
+    }
+
+    fn cool(&mut self, until: Nanos, pace: Option<Nanos>) {
+        self.gate = match self.gate {
+            // The strikes weigh more: the trial comes after the cooldown.
+            Gate::Ejected { since, trial, interval, cools_until } => Gate::Ejected {
+                since,
+                trial: trial.max(until),
+                interval,
+                cools_until: cools_until.max(until),
+            },
+            Gate::Cooling { until: other, pace: other_pace } if other >= until => {
+                Gate::Cooling { until: other, pace: other_pace }
+            }
+            _ => Gate::Cooling { until, pace },
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: u64 = 7;
+
+    fn ejected() -> Pairs {
+        let pairs = Pairs::default();
+        assert_eq!((pairs.strike(A, 2, 1), pairs.strike(A, 2, 2)), (None, Some(PairChange::Down)));
+        pairs
+    }
+
+    fn enter(pairs: &Pairs, now: Nanos) -> bool {
+        pairs.enter(Entry { key: A, now, panic: false })
+    }
+
+    fn status(pairs: &Pairs, now: Nanos) -> Status {
+        pairs.status(|| A, now)
+    }
+
+    #[test]
+    fn strikes_in_a_row_eject_one_pair_and_leave_the_others() {
+        let pairs = Pairs::default();
+        pairs.strike(A, 2, 1);
+        pairs.success(A, 2);
+        assert_eq!(pairs.strike(A, 2, 3), None, "a success resets the count");
+        assert_eq!(pairs.strike(A, 2, 4), Some(PairChange::Down));
+        assert_eq!(pairs.strike(A, 2, 5), None, "only one caller sees the change");
+        assert_eq!((status(&pairs, 6), pairs.status(|| 8, 6)), (Status::Ejected, Status::Healthy));
+        assert!(pairs.are_out(6));
+        pairs.success(8, 6);
+        assert!(!pairs.are_out(6), "another model serves");
+        pairs.strike(A, 2, 6 + IN_USE);
+        assert!(pairs.are_out(6 + IN_USE), "the other model is not in use any more");
+    }
+
+    #[test]
+    fn one_request_at_a_time_tries_an_ejected_pair_with_doubling_waits() {
+        let pairs = ejected();
+        let mut now = 2;
+        for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
+            now += wait * SECOND;
+            assert!(!enter(&pairs, now - 1), "before {wait} s");
+            assert!(pairs.enter(Entry { key: A, now: now - 1, panic: true }), "any number in panic mode");
+            assert!(enter(&pairs, now) && !enter(&pairs, now), "one after {wait} s");
+            pairs.strike(A, 2, now);
+        }
+        assert_eq!(pairs.success(A, now), (Some(PairChange::Up), true));
+        assert_eq!((status(&pairs, now), pairs.ejected_since(|| A)), (Status::Healthy, None));
+        assert_eq!(pairs.closed.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn a_pair_that_is_ejected_cools_down_too_even_in_panic_mode() {
+        for cools_first in [true, false] {
+            let pairs = Pairs::default();
+            let cool = || pairs.cool(A, 5 * SECOND, None, 1);
+            let eject = || assert_eq!(pairs.strike(A, 1, 1), Some(PairChange::Down));
+            if cools_first {
+                cool();
+                eject();
+            } else {
+                eject();
+                cool();
+            }
+            let in_panic = |now| pairs.enter(Entry { key: A, now, panic: true });
+            let status = |now| (status(&pairs, now), pairs.status_in_panic(|| A, now));
+            let cooling = (Status::Ejected, Status::Cooling(5 * SECOND));
+            assert_eq!((status(2 * SECOND), in_panic(2 * SECOND)), (cooling, false));
+            assert_eq!((status(5 * SECOND - 1), enter(&pairs, 5 * SECOND - 1)), (cooling, false));
+            assert!(enter(&pairs, 5 * SECOND) && !enter(&pairs, 5 * SECOND), "one trial");
+            assert_eq!((status(5 * SECOND).1, in_panic(5 * SECOND)), (Status::Ejected, true));
+        }
+    }
+
+    #[test]
+    fn a_pair_that_served_a_moment_ago_is_busy_and_not_broken() {
+        let pairs = Pairs::default();
+        assert!(!pairs.busy(A, 1), "it has never served");
+        pairs.success(A, SECOND);
+        let mut now = SECOND;
+        for (i, ms) in [100, 200, 400].into_iter().enumerate() {
+            assert!(pairs.busy(A, now), "{i}");
+            assert_eq!(status(&pairs, now), Status::Cooling(now + ms * MILLI));
+            now += ms * MILLI;
+        }
+        assert!(!pairs.busy(A, 2 * SECOND), "the success was too long ago");
+        pairs.success(A, 3 * SECOND);
+        assert!(pairs.busy(A, 3 * SECOND));
+        assert_eq!(
+            status(&pairs, 3 * SECOND),
+            Status::Cooling(3 * SECOND + 100 * MILLI),
+            "a success resets the wait"
+        );
+    }
+
+    #[test]
+    fn after_a_cooldown_each_success_lets_twice_as_many_go() {
+        let pairs = Pairs::default();
+        pairs.cool(A, 100, None, 1);
+        pairs.cool(A, 50, None, 1);
+        assert_eq!((status(&pairs, 99), status(&pairs, 100)), (Status::Cooling(100), Status::Healthy));
+        let admitted = |now| (0..100).take_while(|_| enter(&pairs, now)).count();
+        let mut waves = Vec::new();
+        for now in 100..106 {
+            let n = admitted(now);
+            (0..n).for_each(|_| {
+                pairs.success(A, now);
+            });
+            waves.push(n);
+        }
+        assert_eq!(waves[..5], [1, 2, 4, 8, 16]);
+        assert_eq!(waves[5], 100, "then all may go");
+        pairs.cool(A, 200, None, 110);
+        assert_eq!((admitted(200), admitted(201)), (1, 0));
+        assert_eq!(admitted(200 + PATIENCE), 1, "one more goes if the first does not end");
+    }
+
+    #[test]
+    fn a_pace_that_the_provider_tells_is_kept() {
+        let pairs = Pairs::default();
+        pairs.cool(A, 100, Some(10), 1);
+        let mut admitted = 0;
+        for now in 100..150 {
+            if enter(&pairs, now) {
+                admitted += 1;
+                pairs.success(A, now);
+            }
+        }
+        assert_eq!(admitted, 5);
+        pairs.success(A, 200);
+        assert_eq!(pairs.closed.load(Ordering::Acquire), 0, "nobody waits any more");
+    }
+
+    #[test]
+    fn silence_makes_a_pair_suspect_until_it_answers() {
+        let pairs = Pairs::default();
+        pairs.suspect(A, 1);
+        assert!(pairs.is_suspect(|| A) && !pairs.is_suspect(|| 8));
+        assert_eq!(status(&pairs, 2), Status::Healthy, "others are preferred, nothing is closed");
+        pairs.answered(A, 3);
+        assert!(!pairs.is_suspect(|| A));
+        assert_eq!(pairs.doubted.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn five_clients_in_a_row_that_give_up_are_one_strike() {
+        let pairs = Pairs::default();
+        let strikes = |n: usize| (0..n).filter(|_| pairs.gave_up(A, 1)).count();
+        assert_eq!((strikes(4), strikes(1), strikes(9)), (0, 1, 1));
+        pairs.answered(A, 2);
+        assert_eq!(strikes(4), 0, "an answer between them");
+    }
+
+    #[test]
+    fn a_pace_ends_when_no_request_has_come_for_a_whole_unit() {
+        for pace in [10, PATIENCE] {
+            let pairs = Pairs::default();
+            pairs.cool(A, 100, Some(pace), 1);
+            let serves = |now| {
+                let enters = enter(&pairs, now);
+                if enters {
+                    // The response comes at once.
+                    pairs.success(A, now);
+                }
+                enters
+            };
+            assert!(serves(100) && !serves(100 + pace - 1) && serves(100 + pace), "one each unit");
+            assert!(!serves(100 + pace), "{pace}");
+            let late = 100 + 3 * pace;
+            assert!((0..50).all(|_| serves(late)), "nobody waits any more");
+            assert_eq!((pairs.closed.load(Ordering::Acquire), pairs.cools_until(late)), (0, None));
+        }
+    }
+
+    #[test]
+    fn a_429_that_names_no_time_cools_for_longer_each_time() {
+        let pairs = Pairs::default();
+        let mut now = 1;
+        for ms in [100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000] {
+            pairs.limited(A, (0, None), now);
+            assert_eq!(status(&pairs, now), Status::Cooling(now + ms * MILLI));
+            now += ms * MILLI;
+        }
+        pairs.limited(A, (2 * SECOND, None), now);
+        assert_eq!(status(&pairs, now), Status::Cooling(now + 2 * SECOND), "a stated time decides");
+        pairs.success(A, now + 2 * SECOND);
+        pairs.limited(A, (0, None), now + 3 * SECOND);
+        assert_eq!(status(&pairs, now + 3 * SECOND), Status::Cooling(now + 3 * SECOND + 100 * MILLI));
+    }
+
+    #[test]
+    fn the_number_of_pairs_is_bounded() {
+        let pairs = Pairs::default();
+        (0..10_000).for_each(|key| pairs.cool(key, 1_000_000, None, key));
+        assert_eq!(pairs.all.lock().len(), MAX_PAIRS);
+        assert_eq!(pairs.closed.load(Ordering::Acquire), MAX_PAIRS);
+        assert_eq!(pairs.cools_until(5), Some(1_000_000));
+    }
+}
