@@ -20,6 +20,7 @@ Usage:
   zap [--config FILE]         serve requests; the default FILE is ./config.toml
   zap check [--config FILE]   validate the configuration and exit
   zap demo [--port N]         serve on 127.0.0.1:8000 in front of two built-in mock providers
+  zap demo --chaos [--port N] the same with a third provider that fails, each time in another way
   zap help [WORD]             list the topics of the manual, or print the entry of WORD: a topic, a configuration
                               key, an error code, a metric or an endpoint
   zap --help | --version
@@ -37,7 +38,10 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug, PartialEq, Eq)]
 enum Command {
     Check(PathBuf),
-    Demo(u16),
+    Demo {
+        port: u16,
+        is_chaos: bool,
+    },
     Help,
     /// Print the manual's entry of a word, or the list of topics.
     Manual(Option<String>),
@@ -53,7 +57,7 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Manual(None)) => print(&manual::overview()),
         Ok(Command::Manual(Some(word))) => look_up(&word),
         Ok(Command::Check(file)) => check(&file),
-        Ok(Command::Demo(port)) => demo(port),
+        Ok(Command::Demo { port, is_chaos }) => demo(port, is_chaos),
         Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
             eprintln!("zap: {what}\n\n{HELP}");
@@ -85,13 +89,14 @@ fn look_up(word: &str) -> ExitCode {
 }
 
 fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
-    let (mut subcommand, mut file, mut port) = (None, None, None);
+    let (mut subcommand, mut file, mut port, mut is_chaos) = (None, None, None, false);
     while let Some(arg) = args.next() {
         let text = arg.to_string_lossy().into_owned();
         match text.as_str() {
             "--help" | "-h" => return Ok(Command::Help),
             "--version" | "-V" => return Ok(Command::Version),
             "--config" | "-c" => file = Some(PathBuf::from(args.next().ok_or("--config needs a FILE")?)),
+            "--chaos" => is_chaos = true,
             "--port" => {
                 let value = args.next().ok_or("--port needs a number")?;
                 let number = value.to_string_lossy().parse::<u16>();
@@ -108,7 +113,8 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let (file, has_file) = (file.clone().unwrap_or_else(|| "config.toml".into()), file.is_some());
     match subcommand.as_deref() {
         Some("demo") if has_file => Err("demo does not take --config".into()),
-        Some("demo") => Ok(Command::Demo(port.unwrap_or(8000))),
+        Some("demo") => Ok(Command::Demo { port: port.unwrap_or(8000), is_chaos }),
+        _ if is_chaos => Err("--chaos works only with demo".into()),
         _ if port.is_some() => {
             Err("--port works only with demo; set server.port in the configuration".into())
         }
@@ -144,11 +150,13 @@ fn check(file: &Path) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    for warning in &config.warnings {
-        eprintln!("warning: {warning}");
-    }
     match crate::upstream::fleet::prepare(config, None) {
-        Ok(fleet) => print(&format!("{}: valid, {} backends\n", file.display(), fleet.backends.len())),
+        Ok(fleet) => {
+            for warning in &fleet.config.warnings {
+                eprintln!("warning: {warning}");
+            }
+            print(&format!("{}: valid, {} backends\n", file.display(), fleet.backends.len()))
+        }
         Err(what) => {
             eprintln!("{}: {what}", file.display());
             ExitCode::from(BAD_USAGE)
@@ -217,15 +225,15 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn demo(port: u16) -> ExitCode {
+fn demo(port: u16, is_chaos: bool) -> ExitCode {
     let listener = match listen((Ipv4Addr::LOCALHOST, port).into()) {
         Ok(listener) => listener,
         Err(code) => return code,
     };
     let port = listener.local_addr().map_or(port, |address| address.port());
-    match demo::configuration(port) {
-        Ok(config) => {
-            print(&demo::curl_lines(port));
+    match demo::start(port, is_chaos) {
+        Ok((config, introduction)) => {
+            print(&introduction);
             serve(config, listener)
         }
         Err(e) => {
@@ -247,8 +255,10 @@ mod tests {
             (&["--config=a.toml"], Ok(Command::Serve("a.toml".into()))),
             (&["check"], Ok(Command::Check("config.toml".into()))),
             (&["check", "-c", "b"], Ok(Command::Check("b".into()))),
-            (&["demo"], Ok(Command::Demo(8000))),
-            (&["demo", "--port", "9"], Ok(Command::Demo(9))),
+            (&["demo"], Ok(Command::Demo { port: 8000, is_chaos: false })),
+            (&["demo", "--port", "9"], Ok(Command::Demo { port: 9, is_chaos: false })),
+            (&["demo", "--chaos"], Ok(Command::Demo { port: 8000, is_chaos: true })),
+            (&["demo", "--port", "9", "--chaos"], Ok(Command::Demo { port: 9, is_chaos: true })),
             (&["--help"], Ok(Command::Help)),
             (&["help", "-h"], Ok(Command::Help)),
             (&["help"], Ok(Command::Manual(None))),
@@ -264,6 +274,8 @@ mod tests {
             &["demo", "--port"],
             &["demo", "--config", "a"],
             &["--port", "1"],
+            &["--chaos"],
+            &["check", "--chaos"],
             &["check", "demo"],
             &["help", "a", "b"],
             &["check", "help"],

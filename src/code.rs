@@ -19,7 +19,13 @@ macro_rules! codes {
             /// Whether the code only tells why a try failed: it appears in metrics and the log, but in no answer of
             /// Zap's own.
             pub(crate) const fn is_label(self) -> bool {
-                matches!(self, Code::UpstreamError | Code::UpstreamRefused)
+                matches!(
+                    self,
+                    Code::StreamInterrupted
+                        | Code::UpstreamError
+                        | Code::UpstreamErrorEvent
+                        | Code::UpstreamRefused
+                )
             }
         }
     };
@@ -45,11 +51,14 @@ codes! {
     RateLimitExceeded "rate_limit_exceeded",
     RequestTimeout "request_timeout",
     RequestTooLarge "request_too_large",
+    StreamInterrupted "stream_interrupted",
     UnknownUrl "unknown_url",
     UnsupportedContentEncoding "unsupported_content_encoding",
     UpgradeRequired "upgrade_required",
     UpstreamAuthError "upstream_auth_error",
+    UpstreamEmpty "upstream_empty",
     UpstreamError "upstream_error",
+    UpstreamErrorEvent "upstream_error_event",
     UpstreamInvalidResponse "upstream_invalid_response",
     UpstreamRateLimited "upstream_rate_limited",
     UpstreamRedirect "upstream_redirect",

@@ -10,11 +10,12 @@
 //!    the response body. It knows no policy.
 //! 3. [`gateway`] handles one request: [`protocol::endpoint`] names the endpoint, [`gateway::caller`] the client;
 //!    [`gateway::intake`] reads the body; [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries;
-//!    [`gateway::backend_queue`] waits for a busy backend; [`gateway::relay`] passes the response on. A refusal is a row
-//!    of [`gateway::refusal`].
+//!    [`gateway::opening`] reads of a response what decides whether it is an answer; [`gateway::backend_queue`] waits for
+//!    a busy backend; [`gateway::relay`] passes the response on. A refusal is a row of [`gateway::refusal`].
 //! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response, an
-//!    error. [`policy::choose`] picks the target; the limiter, the admission queue, the breaker and the retry budget are
-//!    its neighbours.
+//!    error; and who is to blame for a failure. [`policy::choose`] picks the target. [`policy::breaker`] knows which
+//!    backends may get requests, [`policy::pair`] which of their models; the limiter, the admission queue and the retry
+//!    budget are their neighbours.
 //! 5. [`upstream`] speaks to backends: [`upstream::fleet`] is the snapshot of all of them, [`upstream::send`] makes one
 //!    try on a pooled or fresh connection, [`upstream::fault`] names the cause of a failure.
 //! 6. [`telemetry`] takes one record of each finished request and makes metrics and a log line of it.
@@ -27,13 +28,15 @@
 //! Where to change what:
 //! - *whether a request is tried again, waits for a busy backend or fails*: [`policy::dispatch`]; how long it may wait
 //!   there: [`gateway::backend_queue`]; *whether it waits for a slot of the gateway*: [`policy::queue`];
+//! - *who is to blame for a failed try*: `policy/dispatch/judge.rs` and `policy/dispatch/blame.rs`;
+//! - *what an event of a stream means*: [`protocol::event_class`]; when a stream is over: [`protocol::event_stream`];
 //! - *a new endpoint*: a variant and a row in [`protocol::endpoint`];
 //! - *a header that is dropped*: [`http1::headers`], in both directions; *a header that Zap adds to a response, or
 //!   redacts there*: `gateway/response.rs`;
 //! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
 //! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].
 //!
-//! Beside them: [`cli`] is the command line, [`manual`] what `zap help` prints, [`demo`] the built-in mock provider.
+//! Beside them: [`cli`] is the command line, [`manual`] what `zap help` prints, [`demo`] the built-in mock providers.
 
 // The rooms are private; their documentation links to one another.
 #![allow(rustdoc::private_intra_doc_links)]
@@ -126,10 +129,10 @@ pub fn run(
     orders: Receiver<Order>,
 ) -> Result<bool, RunError> {
     clock::now();
-    for warning in &config.warnings {
+    let shared = Arc::new(Shared::new(config, log.clone()).map_err(RunError::Config)?);
+    for warning in &shared.current.load().config.warnings {
         log.event("warn", "config", warning);
     }
-    let shared = Arc::new(Shared::new(config, log.clone()).map_err(RunError::Config)?);
     let address = listener.local_addr().map_err(RunError::Io)?;
     log.event("info", "start", &format!("listening on {address}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

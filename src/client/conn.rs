@@ -117,6 +117,7 @@ impl Conn {
     /// Ends the exchange: hyper has the whole response, and the next head may be read.
     pub(crate) fn end_exchange(&self) {
         self.response.end();
+        self.deadline.nudge_at(0);
         self.deadline.set(self.coarse_now() + self.keep_alive);
         if self.reader.end_exchange() {
             // The next request is already buffered, so the socket will not wake hyper.

@@ -30,6 +30,9 @@ pub(crate) struct Deadline {
     expired: Cell<bool>,
     /// Whether every sweep wakes the task.
     wake_on_sweep: Cell<bool>,
+    /// When the task is woken once, without an expiry; 0: never.
+    nudge_at: Cell<Nanos>,
+    nudged: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -60,6 +63,17 @@ impl Deadline {
     /// Sets whether every sweep wakes the task.
     pub(crate) fn set_wake_on_sweep(&self, wake_on_sweep: bool) {
         self.wake_on_sweep.set(wake_on_sweep);
+    }
+
+    /// Has the task woken once at `at`, whatever the deadline is; 0: not at all.
+    pub(crate) fn nudge_at(&self, at: Nanos) {
+        self.nudge_at.set(at);
+        self.nudged.set(false);
+    }
+
+    /// Takes the nudge. Returns whether there was one.
+    pub(crate) fn take_nudge(&self) -> bool {
+        self.nudged.take()
     }
 
     /// Wakes the connection's task.
@@ -127,9 +141,17 @@ impl Deadlines {
         self.all.borrow_mut().retain(|weak| {
             let Some(deadline) = weak.upgrade() else { return false };
             deadline.at.set(deadline.at.get().saturating_add(grace));
+            if deadline.nudge_at.get() > 0 {
+                deadline.nudge_at.set(deadline.nudge_at.get().saturating_add(grace));
+            }
+            let is_nudged = (1..=now).contains(&deadline.nudge_at.get());
+            if is_nudged {
+                deadline.nudge_at.set(0);
+                deadline.nudged.set(true);
+            }
             if deadline.at.get() <= now {
                 deadline.expire();
-            } else if deadline.wake_on_sweep.get() {
+            } else if is_nudged || deadline.wake_on_sweep.get() {
                 deadline.wake();
             }
             true

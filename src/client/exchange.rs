@@ -55,14 +55,19 @@ impl Exchange {
         self.0.deadline.take_expired()
     }
 
+    /// Has the task polled once at `at`, whatever the deadline is; 0: not at all. The time is exact to a sweep.
+    pub(crate) fn nudge_at(&self, at: Nanos) {
+        self.0.deadline.nudge_at(at);
+    }
+
+    /// Whether the time of the nudge has passed. Clears the flag.
+    pub(crate) fn take_nudge(&self) -> bool {
+        self.0.deadline.take_nudge()
+    }
+
     /// Begins the response. Within every `idle_timeout`, Zap must receive from the backend or send to the client.
     pub(crate) fn begin_response(&self, idle_timeout: Nanos) {
         self.0.begin_response(idle_timeout);
-    }
-
-    /// The idle timeout of the response.
-    pub(crate) fn idle_timeout(&self) -> Nanos {
-        self.0.response.idle_timeout()
     }
 
     /// Records progress of the response.

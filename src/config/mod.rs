@@ -65,6 +65,8 @@ pub struct Config {
     pub retry: Retry,
     /// `[timeouts]`: timeouts of the upstream side.
     pub timeouts: Timeouts,
+    /// `[stream]`: streamed responses.
+    pub stream: Stream,
     /// `[rate_limit]`: limits per client key.
     pub rate_limit: RateLimit,
     /// `[log]`: what is logged, and how.
@@ -133,7 +135,8 @@ pub struct Queue {
     pub max_in_flight: usize,
     /// Longest wait for a cooling backend or a quota window, in whole seconds.
     pub max_wait: Duration,
-    /// Longest time from a request's arrival to the first byte of its response, in whole seconds.
+    /// Longest time from the end of a request's body to the first content of a stream, or the first byte of any other
+    /// response, in whole seconds.
     pub timeout: Duration,
 }
 
@@ -179,8 +182,22 @@ pub struct Retry {
 pub struct Timeouts {
     /// Time for the name look-up, TCP and TLS together, in whole milliseconds.
     pub connect: Duration,
+    /// Time from a streamed request to the head of its response, if another target is left, in whole seconds; 0: no
+    /// limit.
+    pub first_byte: Duration,
+    /// Time from a streamed request to the first content, if another target is left, in whole seconds; 0: no limit.
+    pub first_token: Duration,
     /// Longest silence within a response, in whole seconds.
     pub stream_idle: Duration,
+}
+
+/// `[stream]`: streamed responses.
+#[derive(Clone, Debug)]
+pub struct Stream {
+    /// How long a stream is held back before its first content, if another target is left, in whole seconds; 0: never.
+    pub hold: Duration,
+    /// The silence after which the client hears a comment, in whole seconds; 0: never.
+    pub heartbeat: Duration,
 }
 
 /// `[rate_limit]`: limits per client key.

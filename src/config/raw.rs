@@ -12,8 +12,8 @@ use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE};
 use crate::config::range::{Number, Range};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::{
-    Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Timeouts, backend,
-    clients, models,
+    Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream, Timeouts,
+    backend, clients, models,
 };
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -32,6 +32,10 @@ const TIMEOUT_SECS: Number<u64> = SECONDS.or(300);
 const HEALTH_INTERVAL_SECS: Number<u64> = SECONDS.or(10);
 const HEALTH_TIMEOUT_SECS: Number<u64> = SECONDS.or(5);
 const STREAM_IDLE_SECS: Number<u64> = SECONDS.or(120);
+const FIRST_BYTE_SECS: Number<u64> = Range::new(0, SECONDS.max).or(60);
+const FIRST_TOKEN_SECS: Number<u64> = Range::new(0, SECONDS.max).or(0);
+const HOLD_SECS: Number<u64> = Range::new(0, 300).or(10);
+const HEARTBEAT_SECS: Number<u64> = Range::new(0, 300).or(30);
 
 const MILLIS: Range<u64> = Range::new(1, 600_000);
 const BASE_DELAY_MS: Number<u64> = MILLIS.or(100);
@@ -84,7 +88,13 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     let retry = root.section("retry", retry);
     let timeouts = root.section("timeouts", |t| Timeouts {
         connect: t.millis("connect_ms", CONNECT_MS),
+        first_byte: t.seconds("first_byte_secs", FIRST_BYTE_SECS),
+        first_token: t.seconds("first_token_secs", FIRST_TOKEN_SECS),
         stream_idle: t.seconds("stream_idle_secs", STREAM_IDLE_SECS),
+    });
+    let stream = root.section("stream", |t| Stream {
+        hold: t.seconds("hold_secs", HOLD_SECS),
+        heartbeat: t.seconds("heartbeat_secs", HEARTBEAT_SECS),
     });
     let rate_limit = root.section("rate_limit", |t| RateLimit {
         requests_per_minute: t.optional("requests_per_minute", REQUESTS_PER_MINUTE),
@@ -110,6 +120,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         health,
         retry,
         timeouts,
+        stream,
         rate_limit,
         log,
         backends,

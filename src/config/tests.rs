@@ -45,6 +45,12 @@ budget_percent = 0
 [timeouts]
 connect_ms = 16
 stream_idle_secs = 17
+first_byte_secs = 40
+first_token_secs = 41
+
+[stream]
+hold_secs = 42
+heartbeat_secs = 43
 
 [rate_limit]
 requests_per_minute = 18
@@ -201,6 +207,8 @@ fn keys_that_are_not_set_have_their_defaults() {
     assert_eq!(c.retry.max_delay, millis(2000));
     assert_eq!(c.timeouts.connect, millis(2000));
     assert_eq!(c.timeouts.stream_idle, secs(120));
+    assert_eq!((c.timeouts.first_byte, c.timeouts.first_token), (secs(60), secs(0)));
+    assert_eq!((c.stream.hold, c.stream.heartbeat), (secs(10), secs(30)));
     assert_eq!(c.rate_limit.requests_per_minute, None);
     assert_eq!(c.rate_limit.max_keys, 100_000);
     assert!(c.log.requests);
@@ -266,6 +274,11 @@ fn every_key_is_read() {
         24, 25, 26, 27,
     ];
     assert_eq!(numbers, expected);
+    assert_eq!(
+        (c.timeouts.first_byte, c.timeouts.first_token),
+        (Duration::from_secs(40), Duration::from_secs(41))
+    );
+    assert_eq!((c.stream.hold, c.stream.heartbeat), (Duration::from_secs(42), Duration::from_secs(43)));
     assert_eq!(c.server.host.to_string(), "::1");
     assert_eq!(c.strategy, Strategy::LeastLoaded);
     assert!(!c.log.requests);
@@ -346,7 +359,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         (
             "\"sk-CANARY\" = 1",
             "1: unknown key at the top level; \
-             must be one of `server`, `queue`, `load_balancer`, `health`, `retry`, `timeouts`, `rate_limit`, \
+             must be one of `server`, `queue`, `load_balancer`, `health`, `retry`, `timeouts`, `stream`, `rate_limit`, \
              `log`, `backends`, `models`, `client_keys`",
         ),
         ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),

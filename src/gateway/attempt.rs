@@ -1,33 +1,40 @@
 //! Drives the tries of a request: carries out the decisions of [`Dispatch`] until there is a response to relay or an
 //! error. [`crate::gateway::one_try`] runs a single try.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
-use http::HeaderMap;
-use http::header::{HeaderValue, RETRY_AFTER};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use http::response::Parts;
+use http::{HeaderMap, StatusCode};
+use smallvec::SmallVec;
 use tokio::time::sleep;
 
 use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
-use crate::gateway::backend_queue::{BackendQueues, Wait, refusal};
+use crate::gateway::backend_queue::{BackendQueues, Wait, latest_opening, refusal};
 use crate::gateway::intake::ChatRequest;
 use crate::gateway::refusal::GatewayError;
+use crate::gateway::silence::StreamClocks;
 use crate::gateway::state::Generation;
-use crate::http1::headers;
 use crate::http1::headers::ResponseFacts;
-use crate::policy::choose::Closed;
+use crate::policy::breaker::Status;
+use crate::policy::choose::{Closed, Fleet};
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
+use crate::policy::pair::Entry;
 use crate::policy::queue::Permit;
-use crate::policy::retry::retry_after_secs;
+use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::policy::route::TargetId;
+use crate::protocol::event_stream::EventStream;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
+use crate::upstream::counters::NoAnswer;
+use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, View};
 use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
@@ -36,32 +43,54 @@ use crate::upstream::pool::Lease;
 /// Frames read from a discarded response, so that its connection can be reused.
 const MAX_DISCARDED_FRAMES: usize = 16;
 
-/// A response of a backend that goes to the client.
-pub(crate) struct Delivery {
+/// A response of a backend that can go to the client.
+pub(crate) struct OpenedResponse {
     /// The status and the headers, without hop-by-hop headers and others that Zap does not forward.
     pub head: Parts,
     /// The facts that Zap needs from the headers.
     pub about: ResponseFacts,
     /// The connection, positioned after the head, or after `first`.
     pub lease: Lease,
-    /// The request at the backend, with its permit.
+    /// The request at the backend; without its permit, if the response was kept.
     pub in_flight: InFlight,
-    /// The slot of the request.
-    pub slot: Permit,
-    /// The first frame of the body, if it has been read already.
+    /// The beginning of the body, if it has been read already.
     pub first: Option<Bytes>,
-    /// How long the response may make no progress.
-    pub idle_timeout: Nanos,
+    /// The events of a readable stream, which have seen `first`.
+    pub events: Option<Box<EventStream>>,
+    /// Whether `first` is the whole body, whatever the connection still has.
+    pub is_whole: bool,
+    /// When the head came.
+    pub opened: Nanos,
+}
+
+impl OpenedResponse {
+    /// Replaces what has been read of the body. `error`: the body is the whole of an error that was found inside a success,
+    /// so the response becomes one with this status.
+    pub(super) fn replace_body(&mut self, body: Bytes, error: Option<u16>) {
+        self.first = Some(body);
+        let Some(status) = error else { return };
+        self.is_whole = true;
+        self.head.status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
+        self.head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.head.headers.remove(CONTENT_LENGTH);
+        self.about.is_events = false;
+    }
+}
+
+/// A response that goes to the client.
+pub(crate) struct Delivery {
+    /// The response.
+    pub response: OpenedResponse,
+    /// The slot of the request; `None` if the request has given it up to wait.
+    pub slot: Option<Permit>,
+    /// The limits of time of the response.
+    pub clocks: StreamClocks,
 }
 
 /// A response of a failed try, which is delivered if no later try has a better one.
 pub(crate) struct KeptResponse {
-    /// The status and the headers as received.
-    pub head: Parts,
-    /// The connection, positioned after the head.
-    pub lease: Lease,
-    /// The request at the backend, without a permit.
-    pub in_flight: InFlight,
+    /// The response.
+    pub response: OpenedResponse,
     /// The number of its try, from 1.
     pub number: u32,
 }
@@ -86,6 +115,10 @@ pub(crate) struct Attempts<'a> {
     pub deadline: Nanos,
     /// When the current try began to wait for its backend; `None` before that.
     pub wait_began: Option<Nanos>,
+    /// Backends that the request has blamed.
+    pub blamed: SmallVec<[u64; 2]>,
+    /// Why the response of the last try was no answer.
+    pub no_answer: Option<NoAnswer>,
 }
 
 impl Attempts<'_> {
@@ -94,8 +127,8 @@ impl Attempts<'_> {
     /// # Errors
     /// The error to send to the client if there is none.
     pub(crate) async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
-        let (mut slot, mut kept, mut queues) = (Some(slot), None, BackendQueues::default());
         let mut dispatch = Dispatch::new(self.rules());
+        let (mut slot, mut kept, mut queues) = (Some(slot), None, BackendQueues::default());
         let mut now = clock::now();
         self.gateway.shared().budget.offer(now);
         loop {
@@ -112,21 +145,26 @@ impl Attempts<'_> {
             }
             self.record_passed(now, dispatch.tried(), &step);
             match step {
-                Do::Try { target, until, panic } => {
-                    let Some(in_flight) = self.enter(now, target, &mut queues) else {
+                Do::Try { target, panic } => {
+                    let Some(in_flight) = self.enter((now, panic), target, &mut queues) else {
                         dispatch.missed();
                         continue;
                     };
                     self.count_try(panic);
-                    match (self.try_one(target, in_flight, until, &mut dispatch).await, slot.take()) {
-                        (Ok((head, about, lease, in_flight, first)), Some(slot)) => {
+                    let result = self.try_one(target, in_flight, &mut dispatch).await;
+                    // The time since the wait began is not Zap's own.
+                    self.record.waited += self.wait_began.map_or(0, |began| clock::now() - began);
+                    match result {
+                        Ok(response) => {
                             self.discard(kept);
-                            let idle_timeout = self.idle_timeout();
-                            return Ok(Delivery { head, about, lease, in_flight, slot, first, idle_timeout });
+                            self.settle(&dispatch, response.head.status.as_u16() < 400);
+                            let clocks = self.clocks(response.opened);
+                            return Ok(Delivery { response, slot, clocks });
                         }
-                        (Ok(_), None) => return Err(GatewayError::Internal),
-                        (Err(newer), still_held) => {
-                            slot = still_held;
+                        Err(newer) => {
+                            if is_sdk_retry(self.headers) {
+                                dispatch.forbid_rounds();
+                            }
                             if newer.is_some() {
                                 self.discard(std::mem::replace(&mut kept, newer));
                             }
@@ -137,28 +175,79 @@ impl Attempts<'_> {
                     drop(slot.take());
                     let wait =
                         Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline, reopened };
-                    queues.wait(self.gateway, self.exchange, self.record, wait).await?;
-                    slot =
-                        Some(queues.readmit(self.gateway, self.exchange, self.record, self.deadline).await?);
+                    let waited = match queues.wait(self.gateway, self.exchange, self.record, wait).await {
+                        Ok(()) => {
+                            queues.readmit(self.gateway, self.exchange, self.record, self.deadline).await
+                        }
+                        Err(error) => Err(error),
+                    };
+                    match (waited, kept.take()) {
+                        (Ok(again), still_kept) => (slot, kept) = (Some(again), still_kept),
+                        // The response that came says more than that the wait was too long.
+                        (Err(_), Some(kept)) if !self.gateway.is_cut() => {
+                            self.settle(&dispatch, false);
+                            return Ok(self.deliver_kept(*kept, None));
+                        }
+                        (Err(error), _) => {
+                            self.settle(&dispatch, false);
+                            return Err(error);
+                        }
+                    }
                 }
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {
-                    (Some(kept), Some(slot)) => return Ok(self.deliver_kept(*kept, slot)),
+                    (Some(kept), slot) => {
+                        self.settle(&dispatch, false);
+                        return Ok(self.deliver_kept(*kept, slot));
+                    }
                     _ => return Err(GatewayError::Internal),
                 },
-                Do::Refuse(why) => return Err(to_error(why, now)),
+                Do::Refuse(why) => {
+                    self.settle(&dispatch, false);
+                    return Err(self.to_error(why, now));
+                }
             }
             now = clock::now();
         }
     }
 
+    /// Blames the targets that have failed, now that the request has ended. `was_served`: a target has served it.
+    fn settle(&self, dispatch: &Dispatch, was_served: bool) {
+        if !self.record.failed.is_empty() && !self.gateway.is_cut() {
+            dispatch.blamed(was_served).for_each(|target| self.strike(target));
+        }
+    }
+
+    /// Counts a strike of a target that has failed: of the pair of its backend and the model.
+    fn strike(&self, target: TargetId) {
+        let target = &self.snapshot.route(&self.ask).targets[target];
+        let upstream = self.snapshot.upstream(target);
+        let fault = self.record.failed.iter().rev().find(|(failed, _)| failed.state.id == upstream.state.id);
+        if let Some((_, fault)) = fault {
+            self.gateway.strike(upstream, target.key(self.ask.model), self.record.model_name(), fault);
+        }
+    }
+
     fn rules(&self) -> Rules {
-        let retry = &self.snapshot.config.retry;
+        let config = &self.snapshot.config;
+        let retry = &config.retry;
         Rules {
             max_retries: retry.max_retries,
             base_delay: retry.base_delay,
             max_delay: retry.max_delay,
+            wait_until: latest_opening(self.deadline, &config.queue),
             deadline: self.deadline,
+        }
+    }
+
+    /// The limits of time of a response whose head came at `begun`.
+    fn clocks(&self, begun: Nanos) -> StreamClocks {
+        let config = &self.snapshot.config;
+        StreamClocks {
+            begun,
+            idle: clock::nanos(config.timeouts.stream_idle),
+            content_by: self.deadline,
+            heartbeat: clock::nanos(config.stream.heartbeat),
         }
     }
 
@@ -185,22 +274,32 @@ impl Attempts<'_> {
 
     /// Takes a permit and a unit of the quota at the target's backend, and leaves all queues. Returns `None` if another
     /// request took the last one.
-    fn enter(&self, now: Nanos, target: TargetId, queues: &mut BackendQueues) -> Option<InFlight> {
-        let backend = self.snapshot.route(&self.ask).targets[target].backend;
+    fn enter(
+        &self,
+        (now, panic): (Nanos, bool),
+        target: TargetId,
+        queues: &mut BackendQueues,
+    ) -> Option<InFlight> {
+        let target = &self.snapshot.route(&self.ask).targets[target];
+        let backend = target.backend;
         let upstream = &self.snapshot.backends[backend];
+        let entry = Entry { key: target.key(self.ask.model), now, panic };
         let in_flight = match queues.granted.take_if(|(granted, _)| *granted == backend) {
-            Some((_, permit)) => upstream.enter_with(Some(permit), now, queues.ticket()),
-            None => upstream.enter(now, queues.ticket()),
+            Some((_, permit)) => upstream.enter_with(Some(permit), entry, queues.ticket()),
+            None => upstream.enter(entry, queues.ticket()),
         }?;
         queues.leave(backend);
         Some(in_flight)
     }
 
     /// Counts a try. A retry counts at the backend whose failure caused it.
-    fn count_try(&self, panic: bool) {
+    fn count_try(&mut self, panic: bool) {
         let recorder = self.gateway.recorder();
         if let Some((upstream, fault)) = self.record.failed.last() {
             upstream.lanes[recorder.worker].retried(fault.kind);
+            if let Some(reason) = self.no_answer.take() {
+                upstream.lanes[recorder.worker].failed_over(reason);
+            }
         }
         if panic {
             recorder.lane().panic_picks.add(1);
@@ -224,7 +323,7 @@ impl Attempts<'_> {
     /// Discards a kept response. Its connection is reused if the rest of the body has been received already.
     fn discard(&self, kept: Option<Box<KeptResponse>>) {
         let Some(kept) = kept else { return };
-        let mut lease = kept.lease;
+        let mut lease = kept.response.lease;
         let mut cx = Context::from_waker(Waker::noop());
         for _ in 0..MAX_DISCARDED_FRAMES {
             match lease.link.poll_frame(&mut cx) {
@@ -244,30 +343,39 @@ impl Attempts<'_> {
     }
 
     /// Delivers the response of a failed try. A 429 gets the time after which a target reopens as `Retry-After`.
-    fn deliver_kept(&mut self, kept: KeptResponse, slot: Permit) -> Delivery {
-        let KeptResponse { mut head, lease, in_flight, number } = kept;
-        let about = headers::to_client(&mut head.headers);
-        if head.status == http::StatusCode::TOO_MANY_REQUESTS {
-            let secs = retry_after_secs(self.time_to_reopen());
-            head.headers.insert(RETRY_AFTER, HeaderValue::from(secs));
-            head.headers.remove("retry-after-ms");
+    fn deliver_kept(&mut self, kept: KeptResponse, slot: Option<Permit>) -> Delivery {
+        let KeptResponse { mut response, number } = kept;
+        let headers = &mut response.head.headers;
+        if response.head.status == StatusCode::TOO_MANY_REQUESTS {
+            let secs = retry_after_secs(self.time_to_reopen().min(MAX_RETRY_AFTER));
+            headers.insert(RETRY_AFTER, HeaderValue::from(secs));
+            headers.remove("retry-after-ms");
         }
         if number == self.record.tries {
             // The log line shows the status of this response instead of the code of the failure.
             self.record.failed.pop();
         }
-        Delivery { head, about, lease, in_flight, slot, first: None, idle_timeout: self.idle_timeout() }
-    }
-
-    fn idle_timeout(&self) -> Nanos {
-        clock::nanos(self.snapshot.config.timeouts.stream_idle)
+        let clocks = self.clocks(response.opened);
+        Delivery { response, slot, clocks }
     }
 
     /// Returns the time until the first target that cools down or has spent its quota reopens; a second if there is
     /// none.
     fn time_to_reopen(&self) -> Nanos {
         let now = clock::now();
-        let opens = |id| match self.snapshot.check(now, &self.ask, id) {
+        let view = View {
+            snapshot: &self.snapshot,
+            ask: &self.ask,
+            now,
+            ticket: None,
+            granted: None,
+            is_waiting: false,
+        };
+        let check = |id| match view.check(id) {
+            Err(Closed::Out(Status::Ejected)) => view.check_ejected(id),
+            result => result,
+        };
+        let opens = |id| match check(id) {
             Err(Closed::Cooling(at) | Closed::Quota(at)) => Some(at.saturating_sub(now)),
             _ => None,
         };
@@ -275,20 +383,42 @@ impl Attempts<'_> {
     }
 }
 
-/// The error to send to the client for a refusal.
-fn to_error(why: Refusal, now: Nanos) -> GatewayError {
-    match why {
-        Refusal::Busy(busy) => refusal(&busy, now),
-        Refusal::KeysRefused => GatewayError::UpstreamAuth,
-        Refusal::NoBackend => GatewayError::NoBackend,
-        Refusal::Failed(code) => match code {
-            Code::Draining => GatewayError::Draining,
-            Code::UpstreamAuthError => GatewayError::UpstreamAuth,
-            Code::UpstreamInvalidResponse => GatewayError::UpstreamInvalid,
-            Code::UpstreamRedirect => GatewayError::UpstreamRedirect,
-            Code::UpstreamTimeout => GatewayError::UpstreamTimeout,
-            Code::UpstreamTlsError => GatewayError::UpstreamTls,
-            _ => GatewayError::UpstreamUnreachable,
-        },
+/// Whether an SDK sends the request again: it retries by itself, so Zap asks each target once.
+fn is_sdk_retry(headers: &HeaderMap) -> bool {
+    headers.get("x-stainless-retry-count").is_some_and(|count| count != "0" && !count.is_empty())
+}
+
+impl Attempts<'_> {
+    /// Why the key of a target is refused, as the provider said it: in this request, or in an earlier one.
+    fn key_fault(&self) -> Cow<'static, str> {
+        let is_of_key = |fault: &Fault| fault.kind == Code::UpstreamAuthError;
+        let failed = self.record.failed.iter().map(|(_, fault)| fault.clone()).rfind(is_of_key);
+        let known = || {
+            let targets = self.snapshot.route(&self.ask).targets.iter();
+            targets
+                .filter_map(|target| self.snapshot.upstream(target).last_error())
+                .map(|(_, fault)| fault)
+                .find(is_of_key)
+        };
+        failed.or_else(known).map_or("".into(), |fault| fault.cause)
+    }
+
+    /// The error to send to the client for a refusal.
+    fn to_error(&self, why: Refusal, now: Nanos) -> GatewayError {
+        match why {
+            Refusal::Busy(busy) => refusal(&busy, now),
+            Refusal::KeysRefused => GatewayError::UpstreamAuth(self.key_fault()),
+            Refusal::NoBackend => GatewayError::NoBackend,
+            Refusal::Failed(code) => match code {
+                Code::Draining => GatewayError::Draining,
+                Code::UpstreamAuthError => GatewayError::UpstreamAuth(self.key_fault()),
+                Code::UpstreamEmpty => GatewayError::UpstreamEmpty,
+                Code::UpstreamInvalidResponse => GatewayError::UpstreamInvalid,
+                Code::UpstreamRedirect => GatewayError::UpstreamRedirect,
+                Code::UpstreamTimeout => GatewayError::UpstreamTimeout,
+                Code::UpstreamTlsError => GatewayError::UpstreamTls,
+                _ => GatewayError::UpstreamUnreachable,
+            },
+        }
     }
 }

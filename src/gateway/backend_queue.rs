@@ -15,6 +15,7 @@ use tokio::time::sleep;
 use crate::client::deadline::Elapsed;
 use crate::client::exchange::Exchange;
 use crate::clock;
+use crate::config::Queue;
 use crate::gateway::Gateway;
 use crate::gateway::admit::admit;
 use crate::gateway::refusal::GatewayError;
@@ -117,7 +118,7 @@ impl BackendQueues {
         let Wait { snapshot, busy, deadline, reopened } = wait;
         let mut reopened = pin!(reopened);
         let since = clock::now();
-        let latest = deadline.min(record.started + clock::nanos(snapshot.config.queue.max_wait));
+        let latest = latest_opening(deadline, &snapshot.config.queue);
         let in_time = |at: &Nanos| *at <= latest;
         let first = busy.opens.filter(|(at, ..)| in_time(at));
         if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
@@ -194,6 +195,13 @@ impl BackendQueues {
             self.quota = quota.and_then(|id| Some((id, QuotaWait::new(&snapshot.backends[id])?)));
         }
     }
+}
+
+/// When a target must have opened so that a request with this deadline waits for it. Both times count from the same
+/// moment.
+pub(crate) fn latest_opening(deadline: Nanos, queue: &Queue) -> Nanos {
+    let began = deadline.saturating_sub(clock::nanos(queue.timeout));
+    deadline.min(began + clock::nanos(queue.max_wait))
 }
 
 /// The error for a request that does not wait for `busy` targets.

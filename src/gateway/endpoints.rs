@@ -13,6 +13,7 @@ use crate::gateway::ClientResponse;
 use crate::gateway::pages::CachedPage;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::Shared;
+use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::route::{Listed, MAX_NAME};
@@ -20,7 +21,6 @@ use crate::telemetry::clients::Client;
 use crate::telemetry::metrics::Scrape;
 use crate::telemetry::{encode, metrics};
 use crate::time::{Nanos, SECOND};
-use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
 
@@ -48,6 +48,7 @@ fn scrape(shared: &Shared) -> Bytes {
     let scrape = Scrape {
         telemetry: &shared.telemetry,
         backends: &current.backends,
+        models: current.table().models(),
         clients: &current.clients,
         queue_depth: shared.admission.depth(),
         rate_limit_keys: shared.limiter.keys(),
@@ -62,7 +63,7 @@ pub(crate) fn status(shared: &Shared) -> ClientResponse {
 
 fn encode_status(shared: &Shared) -> Bytes {
     let snapshot = shared.current.load();
-    let backends: Vec<_> = snapshot.backends.iter().map(|b| backend(b)).collect();
+    let backends: Vec<_> = (0..snapshot.backends.len()).map(|id| backend(&snapshot, id)).collect();
     let status = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "draining": shared.is_stopping(),
@@ -73,8 +74,8 @@ fn encode_status(shared: &Shared) -> Bytes {
     status.to_string().into()
 }
 
-fn backend(b: &Upstream) -> serde_json::Value {
-    let now = clock::now();
+fn backend(snapshot: &Snapshot, id: BackendId) -> serde_json::Value {
+    let (b, now) = (&snapshot.backends[id], clock::now());
     let status = b.state.breaker.status(now);
     let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
     let cooling = match status {
@@ -90,12 +91,26 @@ fn backend(b: &Upstream) -> serde_json::Value {
     let state = match (b.conf.weight, status, closed) {
         (0, ..) => "drained",
         (_, Status::Misconfigured, _) => "misconfigured",
+        (_, Status::Unauthorized, _) => "unauthorized",
         (_, Status::Ejected, _) => "ejected",
         (_, Status::Cooling(_), _) => "cooling",
         (_, _, Some(Closed::Full)) => "full",
         (_, _, Some(Closed::Quota(_))) => "quota",
         _ => "healthy",
     };
+    let models = snapshot.table().models().iter().filter(|model| model.backend == id);
+    let models: serde_json::Map<_, _> = models
+        .map(|model| {
+            let state = match b.state.breaker.status_for(|| model.key, now) {
+                Status::Healthy => "healthy",
+                Status::Cooling(_) => "cooling",
+                Status::Ejected => "ejected",
+                Status::Misconfigured => "misconfigured",
+                Status::Unauthorized => "unauthorized",
+            };
+            (model.name.to_string(), state.into())
+        })
+        .collect();
     json!({
         "name": b.name(),
         "state": state,
@@ -105,6 +120,7 @@ fn backend(b: &Upstream) -> serde_json::Value {
         "cooling_secs": cooling.map(secs_to),
         "cooling_until": cooling.map(|until| clock::timestamp(clock::wall(until))),
         "quota_opens_secs": quota,
+        "models": models,
         "last_error": b.last_error().map(|(at, Fault { kind, cause })| {
             json!({ "code": kind.text(), "cause": cause, "at": clock::timestamp(at) })
         }),

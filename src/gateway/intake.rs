@@ -68,8 +68,6 @@ pub(crate) struct BodyReader<'a> {
     pub(crate) exchange: &'a Exchange,
     /// The members that the scanner looks for.
     pub(crate) watch: &'a Watch,
-    /// The deadline of the request.
-    pub(crate) deadline: Nanos,
 }
 
 impl BodyReader<'_> {
@@ -77,7 +75,7 @@ impl BodyReader<'_> {
     /// request as long as the caller holds the [`Upload`], which is until the request has a slot.
     ///
     /// # Errors
-    /// Returns the error in the body, or [`GatewayError::RequestTimeout`] if the body stalls or the deadline passes.
+    /// Returns the error in the body, or [`GatewayError::RequestTimeout`] if the body stalls.
     pub(crate) async fn read(
         &self,
         mut body: impl http_body::Body<Data = Bytes> + Unpin,
@@ -91,7 +89,7 @@ impl BodyReader<'_> {
         let mut chunks = ChunkBuffer::default();
         // `checked`: the length at the last time that the body had made progress.
         let (mut length, mut checked) = (0u64, 0u64);
-        let mut until = self.deadline.min(self.exchange.coarse_now() + STALL_TIMEOUT);
+        let mut until = self.exchange.coarse_now() + STALL_TIMEOUT;
         while !body.is_end_stream() {
             // The clock is read only if the frame has not arrived yet.
             let mut since = None;
@@ -116,7 +114,7 @@ impl BodyReader<'_> {
             chunks.push(data);
             if length - checked >= MIN_PROGRESS as u64 && !body.is_end_stream() {
                 checked = length;
-                until = self.deadline.min(clock::now() + STALL_TIMEOUT);
+                until = clock::now() + STALL_TIMEOUT;
             }
         }
         let fields = scanner.finish().map_err(scan_error)?;

@@ -14,9 +14,15 @@ pub(crate) mod attempt;
 
 pub(crate) mod one_try;
 
+pub(crate) mod opening;
+
 pub(crate) mod relay;
 
+mod relay_input;
+
 mod response;
+
+mod silence;
 
 pub mod failpoint;
 
@@ -35,6 +41,7 @@ use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::request::Parts;
 use http::{Method, Response};
+use smallvec::SmallVec;
 
 use crate::client::body::Body;
 use crate::client::exchange::Exchange;
@@ -60,6 +67,7 @@ use crate::telemetry::record::{Arrival, RequestRecord};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, Snapshot};
+use crate::upstream::in_flight::InFlight;
 use crate::upstream::pool::Pool;
 
 /// Searches for similar model names that a worker may run in a second. Any client can cause one by naming an unknown
@@ -219,9 +227,11 @@ impl Gateway {
                 return Err(GatewayError::RateLimited(refused.reset));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
-            let deadline = record.started + clock::nanos(generation.config.queue.timeout);
-            let reader = BodyReader { gateway: self, exchange, watch: generation.watch(), deadline };
+            let reader = BodyReader { gateway: self, exchange, watch: generation.watch() };
             let (chat, upload) = reader.read(body, api, &mut record).await?;
+            // The clock of the request starts once its body is whole; an upload has limits of its own.
+            let began = if upload.is_some() { clock::now() } else { record.started };
+            let deadline = began + clock::nanos(generation.config.queue.timeout);
             record.stream = chat.fields.wants_stream();
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
@@ -239,6 +249,8 @@ impl Gateway {
                 record: &mut record,
                 deadline,
                 wait_began: None,
+                blamed: SmallVec::new(),
+                no_answer: None,
             };
             attempts.run(slot).await
         }
@@ -293,18 +305,42 @@ impl Gateway {
         Ok(Ask { endpoint: record.endpoint, route, model, affinity })
     }
 
-    /// Records a failed try or a cut response. If `blame` is set, the failure counts against the backend.
-    pub(crate) fn record_failure(&self, upstream: &Upstream, fault: &Fault, blame: bool) {
+    /// Records a failed try or a cut response.
+    pub(crate) fn record_failure(&self, upstream: &Upstream, fault: &Fault) {
         if fault.kind != Code::UpstreamRedirect {
             upstream.lanes[self.recorder.worker].failed(fault.kind);
         }
         upstream.note_error(fault);
-        if !blame {
-            return;
-        }
-        upstream.state.penalty.add(clock::now());
-        if let Some(change) = upstream.state.breaker.failure(self.current().thresholds()) {
+    }
+
+    /// Counts a failure of the transport against the backend as a whole.
+    pub(crate) fn blame_backend(&self, upstream: &Upstream, fault: &Fault) {
+        let now = clock::now();
+        upstream.state.penalty.add(now);
+        if let Some(change) = upstream.state.breaker.failure(self.current().thresholds(), now) {
             self.shared().announce(upstream, change, &format!("request: {fault}"));
+        }
+    }
+
+    /// Counts a strike against a pair: the backend and the model with this key. `model`: its name, for the log.
+    pub(crate) fn strike(&self, upstream: &Upstream, key: u64, model: &str, fault: &Fault) {
+        let now = clock::now();
+        upstream.state.penalty.add(now);
+        let threshold = self.current().thresholds().failures;
+        if let Some(change) = upstream.state.breaker.pairs.strike(key, threshold, now) {
+            self.shared().announce_pair(upstream, model, change, &format!("request: {fault}"));
+        }
+    }
+
+    /// Counts a success of a backend and of its pair. `model`: its name, for the log.
+    pub(crate) fn record_success(&self, in_flight: &InFlight, model: &str) {
+        let (now, upstream) = (clock::now(), in_flight.upstream());
+        upstream.state.breaker.success(now);
+        let (change, lets_more_go) = upstream.state.breaker.pairs.success(in_flight.key(), now);
+        if let Some(change) = change {
+            self.shared().announce_pair(upstream, model, change, "");
+        } else if lets_more_go {
+            self.shared().reopened.notify_waiters();
         }
     }
 

@@ -1,6 +1,5 @@
 //! One try at one target: builds and sends the request, and judges the response.
 
-use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,40 +8,46 @@ use bytes::Bytes;
 use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
-use crate::client::deadline::Elapsed;
 use crate::clock;
 use crate::code::Code;
-use crate::gateway::attempt::{Attempts, KeptResponse};
+use crate::gateway::Gateway;
+use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
 use crate::gateway::failpoint;
+use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
 use crate::http1::headers::ResponseFacts;
 use crate::json::patch::{slices, splices};
 use crate::policy::breaker::Change;
-use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Verdict};
+use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Unfit, Verdict};
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
+use crate::protocol::event_class::error_message;
 use crate::protocol::rate_limits;
+use crate::protocol::rate_limits::Wait;
+use crate::protocol::redact::Redactor;
 use crate::telemetry::phase::Phase;
-use crate::time::Nanos;
+use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
+use crate::upstream::counters::NoAnswer;
 use crate::upstream::fault::Fault;
 use crate::upstream::in_flight::InFlight;
-use crate::upstream::link::{Link, WireRequest, write_header};
-use crate::upstream::pool::Lease;
+use crate::upstream::link::{WireRequest, write_header};
 use crate::upstream::send::{SendError, Source, Step, UpstreamResponse, send};
+
+/// A backend that has served a request in this time has a good key; a 401 is then due to the request.
+const GOOD_KEY: Nanos = 10 * SECOND;
+
+/// A target that has kept a request for so long, and has sent nothing to anybody in that time, is suspect.
+const SILENT: Nanos = 30 * SECOND;
 
 /// Initial capacity for the client's headers: enough for most requests.
 const HEADER_CAPACITY: usize = 768;
-
-/// A response to deliver.
-type SuccessfulTry = (Parts, ResponseFacts, Lease, InFlight, Option<Bytes>);
 
 /// The response of a failed try, if it is kept.
 type FailedTry = Option<Box<KeptResponse>>;
 
 impl Attempts<'_> {
-    /// Runs one try at one target. The try may wait for the head, and for the first frame of the body if it reads one,
-    /// until `limit`.
+    /// Runs one try at one target.
     ///
     /// # Errors
     /// The try failed. The value is its response, if the response is kept.
@@ -50,91 +55,147 @@ impl Attempts<'_> {
         &mut self,
         target: TargetId,
         in_flight: InFlight,
-        limit: Nanos,
         dispatch: &mut Dispatch,
-    ) -> Result<SuccessfulTry, FailedTry> {
+    ) -> Result<OpenedResponse, FailedTry> {
         self.record.tries += 1;
         self.record.phase = Phase::Waiting;
         failpoint::hit("try", &self.record.request_id);
-        let upstream = in_flight.upstream().clone();
         self.wait_began = None;
-        let mut response = self.send_request(target, &in_flight, limit, true).await;
-        if matches!(response, Err(SendError::Stale)) && !self.gateway.is_cut() {
-            response = self.send_request(target, &in_flight, limit, false).await;
+        let mut asked = Asked { target, in_flight: &in_flight, sent: 0 };
+        self.exchange.nudge_at(self.exchange.coarse_now() + SILENT);
+        let unanswered = Unanswered::new(self.gateway, &in_flight, self.ask.model);
+        let mut response = self.send_request(&mut asked, dispatch, true).await;
+        if matches!(response, Err(Problem::Send(SendError::Stale))) && !self.gateway.is_cut() {
+            response = self.send_request(&mut asked, dispatch, false).await;
         }
-        let error = match response {
-            Ok(UpstreamResponse { mut head, mut lease }) if !self.gateway.is_cut() => {
-                if let Some(failure) = self.judge(target, &head, &upstream, dispatch) {
-                    self.record_wait();
-                    return Err(failure.keep.then(|| self.keep_response(head, lease, in_flight)));
-                }
-                let about = headers::to_client(&mut head.headers);
-                match self.first_frame(&about, &mut lease, limit).await {
-                    Ok(first) => {
-                        self.record_wait();
-                        return Ok((head, about, lease, in_flight, first));
-                    }
-                    Err(error) => error,
-                }
-            }
-            Ok(_) => SendError::Broken(Fault::cut()),
-            Err(error) => error,
+        unanswered.end();
+        let sent = asked.sent;
+        let UpstreamResponse { head, lease } = match response {
+            Ok(response) if !self.gateway.is_cut() => response,
+            Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight, dispatch)),
+            Err(problem) => return Err(self.fail(problem, &in_flight, dispatch)),
         };
-        self.record_wait();
-        let (event, fault) = match error {
+        in_flight.answered(self.exchange.coarse_now());
+        let (about, opened) = (ResponseFacts::default(), self.exchange.coarse_now());
+        let mut opened = OpenedResponse {
+            head,
+            about,
+            lease,
+            in_flight,
+            first: None,
+            events: None,
+            is_whole: false,
+            opened,
+        };
+        let OpenedResponse { head, about, lease, in_flight, .. } = &mut opened;
+        let asked = Asked { target, in_flight, sent };
+        let text = self.error_text(head, lease, (&asked, dispatch)).await;
+        let failure = self.judge(&asked, head, text.as_deref(), dispatch);
+        *about = headers::to_client(&mut head.headers);
+        if let Some(failure) = failure {
+            opened.first = text;
+            return Err(failure.keep.then(|| self.keep(opened)));
+        }
+        let (status, body, is_whole) = match self.open(head, about, lease, (&asked, dispatch)).await {
+            Ok(Opening { first, events }) => {
+                (opened.first, opened.events) = (first, events);
+                return Ok(opened);
+            }
+            Err(Unopened::Failed(problem)) => return Err(self.fail(problem, &opened.in_flight, dispatch)),
+            Err(Unopened::Error { status, body, is_whole }) => (status, body, is_whole),
+        };
+        let reason = if about.is_events { NoAnswer::ErrorEvent } else { NoAnswer::JsonError };
+        self.no_answer = is_whole.then_some(reason);
+        let failure = self.judge_body(&asked, head, (status, &body, is_whole), dispatch);
+        opened.replace_body(body, is_whole.then_some(status));
+        Err(failure.filter(|failure| failure.keep).map(|_| self.keep(opened)))
+    }
+
+    /// Reports a try without a response to the dispatcher.
+    fn fail(&mut self, problem: Problem, in_flight: &InFlight, dispatch: &mut Dispatch) -> FailedTry {
+        let (event, fault) = match problem {
             _ if self.gateway.is_cut() => (Event::Cut, Fault::cut()),
-            SendError::Broken(fault) => (Event::Broke(fault.kind), fault),
-            SendError::TimedOut(fault) => (Event::TimedOut, fault),
-            SendError::Exhausted(fault) => (Event::Exhausted, fault),
-            SendError::Stale => (Event::Broke(Code::UpstreamUnreachable), Fault::closed()),
+            Problem::Stopped(Stopped::Ejected) => {
+                (Event::Ejected, Fault::new(Code::UpstreamTimeout, "ejected while the request waited"))
+            }
+            Problem::Stopped(Stopped::Elapsed) => (Event::TimedOut, self.timed_out()),
+            Problem::Unfit(unfit, fault) => {
+                self.no_answer = match unfit {
+                    Unfit::CutShort => Some(NoAnswer::Cut),
+                    Unfit::Empty => Some(NoAnswer::Empty),
+                    Unfit::Silent => Some(NoAnswer::Timeout),
+                    Unfit::Error { .. } | Unfit::OtherModel(_) => None,
+                };
+                (Event::Unfit(unfit), fault)
+            }
+            Problem::Send(SendError::Broken(fault)) => (Event::Broke(fault.kind), fault),
+            Problem::Send(SendError::Exhausted(fault)) => (Event::Exhausted, fault),
+            Problem::Send(SendError::Stale) => (Event::Broke(Code::UpstreamUnreachable), Fault::closed()),
         };
         if let Verdict::Failed(failure) = dispatch.on(event) {
-            self.record_failure(&upstream, fault, failure.blame);
+            let fault = Fault { kind: failure.code, ..fault };
+            self.record_failure(in_flight.upstream(), fault, failure.blames_backend);
         }
-        Err(None)
+        None
     }
 
-    /// Ends the wait for the backend. The time since [`Self::wait_began`] is not Zap's own.
-    fn record_wait(&mut self) {
-        self.record.waited += self.wait_began.map_or(0, |began| clock::now() - began);
-    }
-
-    fn keep_response(&self, head: Parts, lease: Lease, mut in_flight: InFlight) -> Box<KeptResponse> {
+    /// Keeps a response in case no later try has a better one.
+    fn keep(&mut self, mut response: OpenedResponse) -> Box<KeptResponse> {
         // The next try may need a permit of the same backend.
-        in_flight.release_permit();
-        Box::new(KeptResponse { head, lease, in_flight, number: self.record.tries })
+        response.in_flight.release_permit();
+        Box::new(KeptResponse { response, number: self.record.tries })
     }
 
-    /// Sends the request and waits for the head of the response until `limit`. Uses an idle connection if there is one
-    /// and `reuse` is set. Sets [`Self::wait_began`] unless a former call in this try has set it.
+    /// Sends the request and waits for the head of the response. Uses an idle connection if there is one and `reuse` is
+    /// set. Sets [`Self::wait_began`] unless a former call in this try has set it.
     async fn send_request(
         &mut self,
-        target: TargetId,
-        in_flight: &InFlight,
-        limit: Nanos,
+        asked: &mut Asked<'_>,
+        dispatch: &Dispatch,
         reuse: bool,
-    ) -> Result<UpstreamResponse, SendError> {
-        let request = self.wire_request(target, in_flight.upstream());
+    ) -> Result<UpstreamResponse, Problem> {
+        let request = self.wire_request(asked.target, asked.in_flight.upstream());
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
+        let place = Place {
+            gateway: self.gateway,
+            exchange: self.exchange,
+            snapshot: &self.snapshot,
+            ask: &self.ask,
+        };
+        let limit = clock::nanos(self.snapshot.config.timeouts.first_byte);
+        let first_byte = match self.record.stream {
+            true if limit > 0 && place.has_next(dispatch) => Some(limit),
+            // The time counts for the first token.
+            true => Some(Nanos::MAX / 2),
+            false => None,
+        };
         let (record, wait_began) = (&mut *self.record, &mut self.wait_began);
+        let (exchange, deadline, sent, in_flight) =
+            (self.exchange, self.deadline, &mut asked.sent, asked.in_flight);
         let on_step = |step| match step {
             Step::Begun(now) => *wait_began = wait_began.or(Some(now)),
             Step::Connecting => record.phase = Phase::Connecting,
             Step::Sending => {
                 record.phase = Phase::Waiting;
                 in_flight.sent();
+                if let Some(limit) = first_byte {
+                    *sent = clock::now();
+                    exchange.set_deadline(deadline.min(*sent + limit));
+                }
             }
         };
-        let response = {
-            // Pinned here, since the future is large: `limit` would move it.
-            let sending = pin!(send(source, in_flight.upstream(), request, on_step));
-            self.exchange.limit(limit, sending).await
-        };
-        response.unwrap_or_else(|Elapsed| {
-            let what = if self.record.phase == Phase::Connecting { "connect" } else { "response" };
-            Err(self.timed_out(what))
-        })
+        let mut sending = pin!(send(source, in_flight.upstream(), request, on_step));
+        loop {
+            let result =
+                place.wait(deadline, (in_flight, Some(dispatch)), |cx| sending.as_mut().poll(cx)).await;
+            let has_timed_out = matches!(result, Err(Problem::Stopped(Stopped::Elapsed)));
+            // No other target may be left by now: then the time limit of the request alone counts.
+            let is_over = clock::now() >= deadline || place.gateway.is_cut();
+            if !has_timed_out || is_over || place.claim_next(dispatch) {
+                return result;
+            }
+        }
     }
 
     /// Builds the request to `upstream`: a new head, and the body with the target's model and without the members that
@@ -164,74 +225,176 @@ impl Attempts<'_> {
     /// failure if the response must not be delivered.
     fn judge(
         &mut self,
-        target: TargetId,
+        asked: &Asked<'_>,
         head: &Parts,
-        upstream: &Arc<Upstream>,
+        text: Option<&[u8]>,
         dispatch: &mut Dispatch,
     ) -> Option<Failure> {
+        let upstream = asked.in_flight.upstream();
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
         if status < 300
             && let Some(wait) = rate_limits::wait_after_success(&head.headers, SystemTime::now)
+            && !wait.span.is_zero()
         {
-            self.cool_down(target, wait);
+            self.cool_down(asked.in_flight, wait);
         }
-        let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key }) else { return None };
-        match failure.mark {
-            Some(Mark::Cool) => {
-                let wait = rate_limits::stated_wait(&head.headers, SystemTime::now);
-                self.cool_down(target, wait.unwrap_or(DEFAULT_COOLING));
-            }
-            Some(Mark::BadKey) => self.close_for_bad_key(upstream, status),
-            None => {}
+        let is_alive = matches!(status, 429 | 503 | 529)
+            && (status != 429 || stated_wait(head, text).is_none())
+            && upstream.state.breaker.pairs.has_just_succeeded(asked.in_flight.key(), clock::now());
+        let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key, is_alive }) else {
+            return None;
+        };
+        self.mark(asked, (head, text), failure.mark);
+        let mut fault = Fault::status(failure.code, status);
+        if failure.mark == Some(Mark::BadKey)
+            && let Some(message) = text.and_then(error_message)
+        {
+            fault.cause = format!("HTTP {status}: {}", redacted(upstream, &message)).into();
         }
-        self.record_failure(upstream, Fault::status(failure.code, status), failure.blame);
+        self.record_failure(upstream, fault, failure.blames_backend);
         Some(failure)
     }
 
-    /// Reads the first frame of the body, unless it is an event stream: a failure before that frame can be retried.
-    async fn first_frame(
-        &self,
-        about: &ResponseFacts,
-        lease: &mut Lease,
-        limit: Nanos,
-    ) -> Result<Option<Bytes>, SendError> {
-        if about.is_events || lease.link.is_end() {
-            return Ok(None);
+    /// Judges a response by its body: an error with this status, found inside a success if `is_inside`, else one of the
+    /// client's own kind that another model may not give.
+    fn judge_body(
+        &mut self,
+        asked: &Asked<'_>,
+        head: &Parts,
+        (status, text, is_inside): (u16, &[u8], bool),
+        dispatch: &mut Dispatch,
+    ) -> Option<Failure> {
+        let upstream = asked.in_flight.upstream();
+        let is_alive =
+            || upstream.state.breaker.pairs.has_just_succeeded(asked.in_flight.key(), clock::now());
+        let unfit = match is_inside {
+            true => Unfit::Error { status, own_key: upstream.conf.api_key.is_some(), is_alive: is_alive() },
+            false => Unfit::OtherModel(status),
+        };
+        let Verdict::Failed(failure) = dispatch.on(Event::Unfit(unfit)) else { return None };
+        self.mark(asked, (head, Some(text)), failure.mark);
+        let fault = match is_inside {
+            true => Fault::new(failure.code, format!("HTTP {status} inside a {}", head.status.as_u16())),
+            false => Fault::status(failure.code, status),
+        };
+        self.record_failure(upstream, fault, false);
+        Some(failure)
+    }
+
+    /// Cools down or closes the target of a failed try, as its response asks for it.
+    fn mark(&mut self, asked: &Asked<'_>, (head, text): (&Parts, Option<&[u8]>), mark: Option<Mark>) {
+        let (in_flight, now) = (asked.in_flight, clock::now());
+        let pairs = &in_flight.upstream().state.breaker.pairs;
+        match mark {
+            Some(Mark::BadKey) => self.close_for_bad_key(in_flight.upstream(), head.status.as_u16()),
+            Some(Mark::Limited) => match stated_wait(head, text) {
+                Some(Wait { span, pace }) => {
+                    pairs.limited(in_flight.key(), (clock::nanos(span), pace.map(clock::nanos)), now);
+                }
+                None => self.cool_down(in_flight, Wait::of(DEFAULT_COOLING)),
+            },
+            Some(Mark::Busy) => drop(pairs.busy(in_flight.key(), now)),
+            None => {}
         }
-        let frame = poll_fn(|cx| lease.link.poll_frame(cx));
-        match self.exchange.limit(limit, frame).await {
-            Ok(Some(Ok(first))) => Ok(Some(first)),
-            Ok(None) => Ok(None),
-            Ok(Some(Err(fault))) => Err(fault.into()),
-            Err(Elapsed) => Err(self.timed_out("body")),
+        if mark != Some(Mark::Limited)
+            && (head.status.is_server_error() || matches!(head.status.as_u16(), 408 | 498 | 600..))
+            && let Some(wait) = rate_limits::retry_after(&head.headers, SystemTime::now)
+        {
+            self.cool_down(in_flight, Wait::of(wait));
         }
     }
 
-    /// The error of a try that has waited for `what` until its limit.
-    fn timed_out(&self, what: &str) -> SendError {
+    /// The fault of a try that has waited until its limit.
+    fn timed_out(&self) -> Fault {
+        let what = if self.record.phase == Phase::Connecting { "connect" } else { "response" };
         let waited = self.wait_began.map_or(0, |began| clock::now() - began);
-        SendError::TimedOut(Fault::timed_out(what, Duration::from_nanos(waited)))
+        Fault::timed_out(what, Duration::from_nanos(waited))
     }
 
-    /// Cools a target down for `span`: its backend, for the model that it was sent.
-    fn cool_down(&self, target: TargetId, span: Duration) {
+    /// Cools a pair down.
+    fn cool_down(&self, in_flight: &InFlight, wait: Wait) {
         let now = clock::now();
-        let target = &self.snapshot.route(&self.ask).targets[target];
-        let until = now + clock::nanos(span);
-        self.snapshot.upstream(target).state.breaker.cool(target.key(self.ask.model), until, now);
+        let pairs = &in_flight.upstream().state.breaker.pairs;
+        pairs.cool(in_flight.key(), now + clock::nanos(wait.span), wait.pace.map(clock::nanos), now);
     }
 
-    /// Closes a backend for a while because it refuses its key.
+    /// Closes a backend for a while because it refuses its key, unless a request there has succeeded lately: then the key
+    /// is good for others.
     fn close_for_bad_key(&self, upstream: &Upstream, status: u16) {
-        if upstream.state.breaker.bad_key(clock::now()) {
+        let now = clock::now();
+        if !upstream.state.breaker.succeeded_within(GOOD_KEY, now) && upstream.state.breaker.bad_key(now) {
             let shared = self.gateway.shared();
             shared.announce(upstream, Change::Misconfigured, &format!("request: HTTP {status}"));
         }
     }
 
-    /// Records a failed try at the backend and in the request's record.
+    /// Records a failed try at the backend and in the request's record. A request blames a backend once at most.
     fn record_failure(&mut self, upstream: &Arc<Upstream>, fault: Fault, blame: bool) {
-        self.gateway.record_failure(upstream, &fault, blame);
+        let is_first = !self.blamed.contains(&upstream.state.id);
+        self.gateway.record_failure(upstream, &fault);
+        if blame && is_first {
+            self.blamed.push(upstream.state.id);
+            self.gateway.blame_backend(upstream, &fault);
+        }
         self.record.failed.push((upstream.clone(), fault));
     }
+}
+
+/// A request without the head of a response. If it is dropped before [`end`](Self::end), its client has given up.
+struct Unanswered<'a> {
+    gateway: &'a Gateway,
+    in_flight: &'a InFlight,
+    /// The model that the request names.
+    model: &'a str,
+    since: Nanos,
+    is_over: bool,
+}
+
+/// A client that gives up after so long has not just changed its mind.
+const PATIENCE: Nanos = 5 * SECOND;
+
+impl<'a> Unanswered<'a> {
+    fn new(gateway: &'a Gateway, in_flight: &'a InFlight, model: Option<&'a str>) -> Self {
+        Unanswered {
+            gateway,
+            in_flight,
+            model: model.unwrap_or_default(),
+            since: in_flight.entered(),
+            is_over: false,
+        }
+    }
+
+    fn end(mut self) {
+        self.is_over = true;
+    }
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if self.is_over || self.gateway.is_cut() || std::thread::panicking() {
+            return;
+        }
+        let now = clock::now();
+        let (upstream, key) = (self.in_flight.upstream(), self.in_flight.key());
+        if now >= self.since + PATIENCE && upstream.state.breaker.pairs.gave_up(key, now) {
+            let fault =
+                Fault::new(Code::UpstreamTimeout, "clients gave up, one after the other, without a response");
+            upstream.note_error(&fault);
+            self.gateway.strike(upstream, key, self.model, &fault);
+        }
+    }
+}
+
+/// A provider's message without the key that Zap sent.
+fn redacted(upstream: &Upstream, message: &str) -> String {
+    let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
+    let Some(mut redactor) = key.and_then(Redactor::new) else { return message.to_owned() };
+    let begin = redactor.push(message.as_bytes());
+    String::from_utf8_lossy(&[begin, redactor.finish()].concat()).into_owned()
+}
+
+/// The wait that a 429 states in its body or its headers.
+fn stated_wait(head: &Parts, text: Option<&[u8]>) -> Option<Wait> {
+    let delay = text.and_then(rate_limits::retry_delay).map(Wait::of);
+    delay.or_else(|| rate_limits::stated_wait(&head.headers, SystemTime::now))
 }

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use crate::client::respond::{self, ErrorBody};
 use crate::code::Code;
 use crate::gateway::ClientResponse;
-use crate::policy::retry::retry_after_secs;
+use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::time::{Nanos, SECOND};
 
 /// Tells OpenAI's SDKs whether to retry the request.
@@ -65,8 +65,10 @@ pub(crate) enum GatewayError {
     UnsupportedEncoding,
     /// The client asks for a WebSocket at a path that supports only HTTP.
     UpgradeRequired,
-    /// The backends refuse the key that Zap sends.
-    UpstreamAuth,
+    /// The backends refuse the key that Zap sends; the cause, such as `HTTP 401: Incorrect API key`.
+    UpstreamAuth(Cow<'static, str>),
+    /// The backend's response is successful and empty.
+    UpstreamEmpty,
     /// The backend's response is not valid HTTP/1.1.
     UpstreamInvalid,
     /// All backends cool down or have spent their quota; the time until the first one reopens.
@@ -77,7 +79,7 @@ pub(crate) enum GatewayError {
     UpstreamTimeout,
     /// The TLS handshake with the backend failed.
     UpstreamTls,
-    /// The backend cannot be reached, or closed the connection before it responded.
+    /// The backend cannot be reached, or its connection broke before the response was whole.
     UpstreamUnreachable,
 }
 
@@ -140,7 +142,7 @@ impl GatewayError {
         // A retry would fail in the same way.
         let is_final = matches!(
             self,
-            GatewayError::NoBackend | GatewayError::UpstreamAuth | GatewayError::UpstreamRedirect
+            GatewayError::NoBackend | GatewayError::UpstreamAuth(_) | GatewayError::UpstreamRedirect
         );
         if is_budget_spent && row.status.is_server_error() || is_final {
             headers.push((X_SHOULD_RETRY, HeaderValue::from_static("false")));
@@ -275,8 +277,9 @@ impl GatewayError {
                     }
                 },
             ),
+            // Only a reload opens a backend.
             E::NoBackend => after(
-                &SECOND,
+                &MAX_RETRY_AFTER,
                 row(
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
@@ -348,11 +351,22 @@ impl GatewayError {
                 Code::UpgradeRequired,
                 "This path supports HTTP only, not WebSocket; send the request as a POST.".into(),
             ),
-            E::UpstreamAuth => row(
+            E::UpstreamAuth(cause) => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamAuthError,
-                "The provider refuses the gateway's key, not yours; the gateway's operator must check /status."
+                match cause.is_empty() || is_misleading(cause) {
+                    true => "The provider refuses the gateway's key, not yours; the gateway's operator must check /status.".into(),
+                    false => format!(
+                        "The provider refuses the gateway's key, not yours ({cause}); the gateway's operator must check /status."
+                    ),
+                },
+            ),
+            E::UpstreamEmpty => row(
+                StatusCode::BAD_GATEWAY,
+                UPSTREAM,
+                Code::UpstreamEmpty,
+                "The provider's response is successful and empty; try again, or ask the operator to check the backend."
                     .into(),
             ),
             E::UpstreamInvalid => row(
@@ -362,7 +376,7 @@ impl GatewayError {
                 "The provider's response is not valid HTTP/1.1; the operator must check the backend's url.".into(),
             ),
             E::UpstreamRateLimited(wait) => after(
-                wait,
+                &(*wait).min(MAX_RETRY_AFTER),
                 row(
                     StatusCode::TOO_MANY_REQUESTS,
                     LIMIT,
@@ -393,10 +407,18 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamUnreachable,
-                "The provider cannot be reached, or closed the connection before it responded; try again shortly. /status shows its state.".into(),
+                "The provider cannot be reached, or its connection broke before the response was whole; try again shortly. /status shows its state.".into(),
             ),
         }
     }
+}
+
+/// Frameworks take a message with these words for a rate limit or a prompt that is too long, whatever the status.
+fn is_misleading(message: &str) -> bool {
+    let message = message.to_lowercase();
+    ["too many requests", "rate limit", "quota", "429", "context length", "too long"]
+        .iter()
+        .any(|words| message.contains(words))
 }
 
 /// Formats a number for a message: in hexadecimal if its decimal digits contain `429`, which frameworks take for a rate
@@ -419,7 +441,7 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
-    use crate::protocol::error_event::stream_interrupted;
+    use crate::protocol::error_event::error_event;
     use crate::protocol::responses::StreamState;
 
     #[test]
@@ -443,7 +465,7 @@ mod tests {
             (E::MissingModel, 400, INVALID, "missing_model", Some("model"), None, false),
             (E::ModelNotFound("x".into(), vec![]), 404, INVALID, "model_not_found", Some("model"), None, false),
             (E::ModelNotFound("x\"".into(), vec!["y".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
-            (E::NoBackend, 503, SERVER, "no_backend", None, Some("1"), false),
+            (E::NoBackend, 503, SERVER, "no_backend", None, Some("59"), false),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
             (E::RateLimited(2 * SECOND + 1), 429, LIMIT, "rate_limit_exceeded", None, Some("3"), false),
@@ -452,8 +474,12 @@ mod tests {
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
             (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
             (E::UpgradeRequired, 426, INVALID, "upgrade_required", None, None, false),
-            (E::UpstreamAuth, 502, UPSTREAM, "upstream_auth_error", None, None, false),
+            (E::UpstreamAuth("".into()), 502, UPSTREAM, "upstream_auth_error", None, None, false),
+            (E::UpstreamAuth("HTTP 401: no such key".into()), 502, UPSTREAM, "upstream_auth_error", None, None, false),
+            (E::UpstreamAuth("HTTP 401: quota".into()), 502, UPSTREAM, "upstream_auth_error", None, None, false),
+            (E::UpstreamEmpty, 502, UPSTREAM, "upstream_empty", None, None, false),
             (E::UpstreamInvalid, 502, UPSTREAM, "upstream_invalid_response", None, None, false),
+            (E::UpstreamRateLimited(600 * SECOND), 429, LIMIT, "upstream_rate_limited", None, Some("59"), false),
             (E::UpstreamRateLimited(0), 429, LIMIT, "upstream_rate_limited", None, Some("1"), false),
             (E::UpstreamRedirect, 502, UPSTREAM, "upstream_redirect", None, None, false),
             (E::UpstreamTimeout, 504, SERVER, "upstream_timeout", None, None, false),
@@ -486,24 +512,20 @@ mod tests {
             assert!(message.ends_with('.') || status == 429);
             assert!(status == 429 || !is_misleading(message), "{message}");
         }
-        for state in [None, Some(&StreamState::default())] {
-            assert!(!is_misleading(&stream_interrupted(state, "")));
+        for code in [Code::Draining, Code::StreamInterrupted] {
+            for state in [None, Some(&StreamState::default())] {
+                assert!(!is_misleading(&error_event(code, state, "")));
+            }
         }
         assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
-        for error in [GatewayError::NoBackend, GatewayError::UpstreamAuth, GatewayError::UpstreamRedirect] {
+        for error in
+            [GatewayError::NoBackend, GatewayError::UpstreamAuth("".into()), GatewayError::UpstreamRedirect]
+        {
             assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");
         }
         for (n, text) in [(42, "42"), (429, "0x1ad"), (14_290, "0x37d2"), (4_294_967_296, "0x100000000")] {
             assert_eq!(format_number(n), text);
         }
-    }
-
-    /// Frameworks take a message with these words for a rate limit or a prompt that is too long, whatever the status.
-    fn is_misleading(message: &str) -> bool {
-        let message = message.to_lowercase();
-        ["too many requests", "rate limit", "quota", "429", "context length", "too long"]
-            .iter()
-            .any(|words| message.contains(words))
     }
 
     fn poll_ready<F: Future + Unpin>(mut future: F) -> F::Output {

@@ -1,14 +1,15 @@
 //! Relays a response body from a backend to the client, frame by frame.
 //!
-//! A relay owns what the request still holds: its slot, its slot at the backend, the upstream connection and the
+//! A relay owns what the request still holds: its slot, its place at the backend, the upstream connection and the
 //! record. All are released when the response ends, the backend fails or the client disconnects.
+//!
+//! The message says when a stream is over, not the transport: at its terminal event the slot and the place are free, and
+//! the backend has succeeded or failed. What follows is passed on for a moment, and is nobody's fault.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::Version;
@@ -20,66 +21,23 @@ use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::failpoint;
-use crate::policy::queue::Permit;
-use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::error_event::stream_interrupted;
-use crate::protocol::events::Tail;
+use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
+use crate::gateway::silence::Silence;
+use crate::protocol::error_event::error_event;
+use crate::protocol::event_stream::{EventStream, StreamEnd};
 use crate::protocol::redact::Redactor;
 use crate::protocol::responses::StreamState;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::record::{End, RequestRecord};
-use crate::time::Nanos;
+use crate::time::{Nanos, SECOND};
 use crate::upstream::fault::Fault;
-use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
-use crate::upstream::pool::Lease;
 
-/// What the request still holds while its response is relayed.
-pub(crate) struct RequestGuards {
-    /// The upstream connection, positioned after the head, or after [`RelayInput::first`].
-    pub lease: Lease,
-    /// The request at the backend, with its slot there.
-    pub in_flight: InFlight,
-    /// The slot of the request.
-    pub _slot: Permit,
-    /// The record of the request.
-    pub record: Box<RequestRecord>,
-}
+/// How long a body may go on after its terminal event.
+const MAX_TRAILER: Nanos = SECOND;
 
-impl RequestGuards {
-    /// Counts a complete response as a success of the backend, unless it is an error or empty: a 4xx shows only that
-    /// the request is wrong, and an empty body is a response only for status 204 and 304.
-    fn record_success(&self, now: Nanos) {
-        let RequestRecord { status, bytes, .. } = *self.record;
-        let may_be_empty = matches!(status, 204 | 304);
-        if status < 400 && (bytes > 0 || may_be_empty) {
-            self.in_flight.upstream().state.breaker.success(now);
-        }
-    }
-}
-
-/// The kind of a response body.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct BodyKind {
-    /// The content type is `text/event-stream`.
-    pub is_stream: bool,
-    /// An error event can be appended: the body is an event stream, not compressed, without `Content-Length`.
-    pub can_append_event: bool,
-    /// How an event stream marks its end. `None` if the body is compressed or no event stream.
-    pub stream: Option<StreamFormat>,
-    /// The HTTP version of the request. Before HTTP/1.1 the end of the connection ends a body without a length.
-    pub version: Version,
-}
-
-/// The body to relay, and how to relay it.
-pub(crate) struct RelayInput {
-    /// The first frame, if it has been read already.
-    pub first: Option<Bytes>,
-    /// Redacts the backend's key in error responses. Boxed, since it is large and rarely present.
-    pub redactor: Option<Box<Redactor>>,
-    /// The kind of the body.
-    pub kind: BodyKind,
-}
+/// What a client hears of a stream that would be silent for too long: a comment (WHATWG HTML, section 9.2).
+const PING: Bytes = Bytes::from_static(b": ping\n\n");
 
 /// The body of a relayed response.
 pub(crate) struct RelayBody {
@@ -88,13 +46,12 @@ pub(crate) struct RelayBody {
     gateway: Rc<Gateway>,
     exchange: Exchange,
     first: Option<Bytes>,
+    events: Option<Box<EventStream>>,
     /// Boxed, since it is large and rarely present.
     redactor: Option<Box<Redactor>>,
     kind: BodyKind,
-    /// The stream must end with `[DONE]`.
-    done_expected: bool,
-    tail: Tail,
-    /// The state of a stream of `/v1/responses`, which its error event needs.
+    silence: Silence,
+    /// What an error event of `/v1/responses` needs.
     seen: Option<Box<StreamState>>,
     state: RelayState,
 }
@@ -107,7 +64,12 @@ enum RelayState {
     Flushing,
     /// More frames may come from the backend.
     Streaming,
+    /// The stream has sent its terminal event; the rest of the body may come until then.
+    Trailing(Nanos),
 }
+
+/// A frame for the client.
+type Polled = Poll<Option<Result<Bytes, Cut>>>;
 
 impl fmt::Debug for RelayBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -123,81 +85,91 @@ impl RelayBody {
         exchange: Exchange,
         input: RelayInput,
     ) -> Self {
-        let RelayInput { first, redactor, kind } = input;
-        let done_expected = kind.stream == Some(StreamFormat::Done) && guards.record.status < 300;
-        let is_responses = kind.can_append_event && kind.stream == Some(StreamFormat::Responses);
+        let RelayInput { first, events, is_responses, redactor, kind, clocks } = input;
         let mut relay = RelayBody {
             first,
+            seen: (events.is_some() && is_responses).then(Box::default),
+            events,
             redactor,
             kind,
-            done_expected,
-            tail: Tail::new(done_expected),
-            seen: is_responses.then(Box::default),
+            silence: Silence::new(clocks, exchange.coarse_now()),
             state: RelayState::Streaming,
             guards: Some(guards),
             gateway,
             exchange,
         };
-        if relay.first.is_none() && relay.redactor.is_none() && relay.is_upstream_done() {
+        if relay.events.is_some() {
+            relay.exchange.nudge_at(relay.silence.first());
+        } else if relay.first.is_none() && relay.redactor.is_none() && relay.is_upstream_done() {
             relay.finish();
         }
         relay
     }
 
     /// Polls for the next frame.
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Cut>>> {
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Polled {
         match self.state {
             RelayState::Ended => return Poll::Ready(None),
             RelayState::Flushing => return self.exchange.poll_flushed().map(|()| Some(Err(Cut))),
             // Checked before each frame: a backend that keeps sending must not delay the cut.
-            RelayState::Streaming if self.gateway.is_cut() => {
-                return self.interrupt(End::UpstreamError, Fault::cut());
+            RelayState::Streaming if self.gateway.is_cut() => return self.shut_down(),
+            RelayState::Trailing(until) if self.gateway.is_cut() || self.exchange.coarse_now() >= until => {
+                return self.end_trailer();
             }
-            RelayState::Streaming => {}
+            RelayState::Streaming | RelayState::Trailing(_) => {}
         }
         loop {
             let Some(guards) = &mut self.guards else { return Poll::Ready(None) };
-            let frame = match self.first.take() {
-                Some(first) => Poll::Ready(Some(Ok(first))),
+            let (frame, is_new) = match self.first.take() {
+                Some(first) => (Poll::Ready(Some(Ok(first))), false),
+                None if self.kind.is_whole => (Poll::Ready(None), true),
                 // A slow client must not trip the backend's idle timeout.
                 None if self.exchange.is_behind() => return Poll::Pending,
-                None => guards.lease.link.poll_frame(cx),
+                None => (guards.lease.link.poll_frame(cx), true),
             };
             match frame {
                 Poll::Ready(Some(Ok(data))) => {
-                    let data = match &mut self.redactor {
-                        Some(redactor) => redactor.push(&data),
-                        None => data,
-                    };
+                    let data = self.pass(data, is_new);
                     if !data.is_empty() {
                         return Poll::Ready(Some(Ok(self.forward(data))));
                     }
+                    // An unfinished event is progress too.
+                    self.exchange.progress();
                 }
+                Poll::Ready(Some(Err(_))) if self.is_trailing() => return self.end_trailer(),
                 Poll::Ready(Some(Err(fault))) => return self.interrupt(End::UpstreamError, fault),
-                Poll::Ready(None) => {
-                    let rest = self.redactor.take().map(|r| r.finish()).filter(|r| !r.is_empty());
-                    let rest = rest.map(|r| Ok(self.forward(r)));
-                    self.finish();
-                    return Poll::Ready(rest);
-                }
-                Poll::Pending if self.exchange.take_timeout() => {
-                    let idle_timeout = Duration::from_nanos(self.exchange.idle_timeout());
-                    return if self.gateway.is_cut() {
-                        self.interrupt(End::UpstreamError, Fault::cut())
-                    } else {
-                        self.interrupt(End::Timeout, Fault::timed_out("stream", idle_timeout))
-                    };
-                }
-                Poll::Pending => return Poll::Pending,
+                Poll::Ready(None) => return self.end_of_body(),
+                Poll::Pending if self.is_trailing() => return Poll::Pending,
+                Poll::Pending => match self.wait() {
+                    Some(polled) => return polled,
+                    None => return Poll::Pending,
+                },
             }
+        }
+    }
+
+    /// Takes data of the backend. Returns what may go out now. `is_new`: the events have not seen it.
+    fn pass(&mut self, data: Bytes, is_new: bool) -> Bytes {
+        let now = self.exchange.coarse_now();
+        // Once a sweep, since all workers share the backend's clock.
+        if is_new
+            && self.silence.hear(now)
+            && let Some(in_flight) = self.guards.as_ref().and_then(|guards| guards.in_flight.as_ref())
+        {
+            in_flight.upstream().state.hear(now);
+            if self.silence.is_to_tell(now) {
+                in_flight.upstream().state.breaker.pairs.hear(in_flight.key(), now);
+            }
+        }
+        match (&mut self.redactor, &mut self.events) {
+            (Some(redactor), _) => redactor.push(&data),
+            (None, Some(events)) if is_new => events.push(data),
+            (None, _) => data,
         }
     }
 
     /// Records a frame that goes to the client, and ends the relay after the last frame.
     fn forward(&mut self, data: Bytes) -> Bytes {
-        if self.kind.is_stream {
-            self.tail.push(&data);
-        }
         if let Some(seen) = &mut self.seen {
             seen.feed(&data);
         }
@@ -207,61 +179,180 @@ impl RelayBody {
             failpoint::hit("body", &guards.record.request_id);
             guards.record.bytes += data.len() as u64;
         }
-        if self.redactor.is_none() && self.is_upstream_done() {
+        if let Some(events) = &self.events {
+            let is_held = events.held() > 0;
+            match events.end() {
+                Some(end) if self.state == RelayState::Streaming => self.settle(end),
+                None => self.set_nudge(),
+                Some(_) => {}
+            }
+            if !is_held && self.is_trailing() && self.is_upstream_done() {
+                self.finish();
+            }
+        } else if self.redactor.is_none() && self.is_upstream_done() {
             self.finish();
         }
         data
     }
 
+    fn is_trailing(&self) -> bool {
+        matches!(self.state, RelayState::Trailing(_))
+    }
+
     /// Whether the body of the backend is complete.
     fn is_upstream_done(&self) -> bool {
-        self.guards.as_ref().is_some_and(|g| g.lease.link.is_end())
+        self.kind.is_whole || self.guards.as_ref().is_some_and(|g| g.lease.link.is_end())
     }
 
-    /// Whether the stream has sent its terminal event. The transport may still be open then.
-    fn has_terminal_event(&self) -> bool {
-        self.done_expected && self.tail.has_done() || self.seen.as_ref().is_some_and(|seen| seen.is_over())
+    /// Has the relay polled when the client has to hear something, or the backend has been silent for too long.
+    fn set_nudge(&mut self) {
+        if self.events.as_ref().is_none_or(|events| events.has_content()) {
+            self.silence.content_began();
+        }
+        self.exchange.nudge_at(self.silence.next(self.exchange.coarse_now()));
     }
 
-    /// Ends the relay, and parks the upstream connection. A stream without its `[DONE]` counts as interrupted.
+    /// The backend has sent nothing now: ends its silence if it has lasted too long, or the client's.
+    fn wait(&mut self) -> Option<Polled> {
+        let has_timed_out = self.exchange.take_timeout();
+        let is_nudged = self.events.is_some() && self.exchange.take_nudge();
+        if !has_timed_out && !is_nudged {
+            return None;
+        }
+        if self.gateway.is_cut() {
+            return Some(self.shut_down());
+        }
+        let now = self.exchange.coarse_now();
+        let lasted = match self.silence.too_long(now) {
+            None if has_timed_out && self.events.is_none() => Some(self.silence.lasted(now)),
+            lasted => lasted,
+        };
+        if let Some(lasted) = lasted {
+            return Some(self.interrupt(End::Timeout, Fault::timed_out("stream", lasted)));
+        }
+        // The client reads, so the deadline of its side starts again.
+        self.exchange.progress();
+        self.set_nudge();
+        let may_ping = self.silence.has_heartbeat()
+            && self.kind.can_take_event
+            && self.events.as_ref().is_some_and(|events| events.is_between_events());
+        if !is_nudged || !may_ping {
+            return None;
+        }
+        self.exchange.hand_over(PING.len());
+        if let Some(guards) = &mut self.guards {
+            guards.record.bytes += PING.len() as u64;
+        }
+        Some(Poll::Ready(Some(Ok(PING))))
+    }
+
+    /// The stream has sent its terminal event: the backend is done with the request, and its result is known.
+    fn settle(&mut self, end: StreamEnd) {
+        let until = self.exchange.coarse_now() + MAX_TRAILER;
+        self.state = RelayState::Trailing(until);
+        self.exchange.nudge_at(until);
+        let Some(guards) = &mut self.guards else { return };
+        guards.slot = None;
+        let Some(in_flight) = guards.in_flight.take() else { return };
+        match end {
+            StreamEnd::Complete if self.events.as_ref().is_none_or(|events| events.has_content()) => {
+                guards.record.end = End::Complete;
+                self.gateway.record_success(&in_flight, guards.record.model_name());
+            }
+            failed => {
+                let (end, fault) = match failed {
+                    StreamEnd::Complete => {
+                        (End::Complete, Fault::new(Code::UpstreamEmpty, "a stream without content"))
+                    }
+                    StreamEnd::Error => (
+                        End::UpstreamErrorEvent,
+                        Fault::new(Code::UpstreamErrorEvent, "an error event within the stream"),
+                    ),
+                };
+                guards.record.end = end;
+                let model = guards.record.model_name();
+                self.gateway.record_failure(in_flight.upstream(), &fault);
+                self.gateway.strike(in_flight.upstream(), in_flight.key(), model, &fault);
+                guards.record.failed.push((in_flight.upstream().clone(), fault));
+            }
+        }
+    }
+
+    /// The body of the backend has ended as it should.
+    fn end_of_body(&mut self) -> Polled {
+        if let Some(redactor) = self.redactor.take() {
+            let rest = redactor.finish();
+            let rest = (!rest.is_empty()).then(|| Ok(self.forward(rest)));
+            self.finish();
+            return Poll::Ready(rest);
+        }
+        let Some(events) = &mut self.events else {
+            self.finish();
+            return Poll::Ready(None);
+        };
+        let rest = events.finish();
+        match events.end() {
+            None if !events.is_whole() => {
+                let fault =
+                    Fault::new(Code::StreamInterrupted, "the stream ended without its terminal event");
+                return self.interrupt(End::UpstreamError, fault);
+            }
+            end if !self.is_trailing() => self.settle(end.unwrap_or(StreamEnd::Complete)),
+            _ => {}
+        }
+        let rest = (!rest.is_empty()).then(|| Ok(self.forward(rest)));
+        self.finish();
+        Poll::Ready(rest)
+    }
+
+    /// Ends the relay at the end of the body, and parks the upstream connection.
     fn finish(&mut self) {
         self.state = RelayState::Ended;
         let Some(mut guards) = self.guards.take() else { return };
         let now = clock::now();
-        if self.done_expected && !self.tail.has_done() {
-            guards.record.end = End::UpstreamError;
-            guards.record.recorder().lane().interrupted(Side::Upstream);
-        } else {
+        if let Some(in_flight) = &guards.in_flight {
             guards.record.end = End::Complete;
-            guards.record_success(now);
+            // A 4xx shows only that the request is wrong, and an empty body is a response only for status 204 and 304.
+            let RequestRecord { status, bytes, .. } = *guards.record;
+            if status < 400 && (bytes > 0 || matches!(status, 204 | 304)) {
+                self.gateway.record_success(in_flight, guards.record.model_name());
+            }
         }
         self.gateway.pool().park(guards.lease, now);
     }
 
+    /// Zap shuts down: the stream ends with an event that says so.
+    fn shut_down(&mut self) -> Polled {
+        self.interrupt(End::Shutdown, Fault::cut())
+    }
+
     /// Cuts the response: the backend failed, sent nothing for too long, or the drain has ended. The client keeps the
     /// frames that it has, and can see that the response is incomplete.
-    fn interrupt(&mut self, end: End, fault: Fault) -> Poll<Option<Result<Bytes, Cut>>> {
-        if self.has_terminal_event() {
-            return self.end_after_terminal_event();
-        }
+    fn interrupt(&mut self, end: End, fault: Fault) -> Polled {
         self.state = RelayState::Flushing;
         self.exchange.expect_write();
         // A client that has stopped reading gets one more idle timeout to read the rest.
         self.exchange.progress();
         let mut event = None;
         if let Some(mut guards) = self.guards.take() {
-            let upstream = guards.in_flight.upstream().clone();
-            let recorder = guards.record.recorder().clone();
-            if !self.gateway.is_cut() {
-                let kind = if end == End::Timeout { Code::UpstreamTimeout } else { Code::UpstreamError };
-                // An error response has been judged by its status already.
-                let blame = guards.record.status < 400;
-                self.gateway.record_failure(&upstream, &Fault { kind, ..fault }, blame);
-            }
-            if self.kind.is_stream {
-                recorder.lane().interrupted(Side::Upstream);
-            }
             guards.record.end = end;
+            if self.kind.is_stream {
+                guards.record.recorder().lane().interrupted(Side::Upstream);
+            }
+            if let Some(in_flight) = guards.in_flight.take().filter(|_| end != End::Shutdown) {
+                let kind = match end {
+                    End::Timeout => Code::UpstreamTimeout,
+                    _ if self.kind.is_stream => Code::StreamInterrupted,
+                    _ => Code::UpstreamError,
+                };
+                // An error response has been judged by its status already.
+                let (upstream, fault) = (in_flight.upstream(), Fault { kind, ..fault });
+                self.gateway.record_failure(upstream, &fault);
+                if guards.record.status < 400 {
+                    self.gateway.strike(upstream, in_flight.key(), guards.record.model_name(), &fault);
+                }
+                guards.record.failed.push((upstream.clone(), fault));
+            }
             event = self.error_event(&guards.record);
         }
         let Some(event) = event else {
@@ -279,20 +370,18 @@ impl RelayBody {
 
     /// Returns the event that reports a cut stream; `None` if the body cannot take one.
     fn error_event(&self, record: &RequestRecord) -> Option<Bytes> {
+        let events = self.events.as_ref().filter(|_| self.kind.can_take_event)?;
+        let code = if record.end == End::Shutdown { Code::Draining } else { Code::StreamInterrupted };
         let id = record.request_id.to_str().unwrap_or_default();
-        let event = self.kind.can_append_event.then(|| stream_interrupted(self.seen.as_deref(), id))?;
-        Some(match (self.tail.is_between_events(), event) {
-            (true, Cow::Borrowed(event)) => Bytes::from_static(event.as_bytes()),
-            (true, Cow::Owned(event)) => event.into(),
-            (false, event) => ["\n\n", &event].concat().into(),
-        })
+        let event = error_event(code, self.seen.as_deref(), id);
+        Some(if events.is_between_events() { event } else { format!("\n\n{event}") }.into())
     }
 
-    /// Ends a stream whose terminal event was sent before the backend failed or timed out. Counts as complete. The pool
-    /// closes the upstream connection, since the response on it is incomplete.
-    fn end_after_terminal_event(&mut self) -> Poll<Option<Result<Bytes, Cut>>> {
+    /// Ends a body whose terminal event was sent and whose end does not come. The pool closes the upstream connection,
+    /// since the response on it is incomplete.
+    fn end_trailer(&mut self) -> Polled {
         self.finish();
-        if self.kind.can_append_event {
+        if self.kind.can_take_event {
             return Poll::Ready(None);
         }
         // The body has a length or is compressed: it is incomplete, so the client's connection must close.
@@ -315,10 +404,15 @@ impl http_body::Body for RelayBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let rest = self.guards.as_ref().map_or(SizeHint::with_exact(0), |g| g.lease.link.remaining());
+        let rest = match &self.guards {
+            Some(guards) if !self.kind.is_whole => guards.lease.link.remaining(),
+            _ => SizeHint::with_exact(0),
+        };
+        // What is held back comes before what remains.
+        let held = self.events.as_ref().map_or(0, |events| events.held() as u64);
         match (&self.redactor, rest.exact()) {
             (None, Some(rest)) => {
-                SizeHint::with_exact(rest + self.first.as_ref().map_or(0, |f| f.len() as u64))
+                SizeHint::with_exact(rest + held + self.first.as_ref().map_or(0, |f| f.len() as u64))
             }
             _ => SizeHint::default(),
         }

@@ -11,9 +11,10 @@ use http::{Response, Version};
 use crate::client::body::Body;
 use crate::client::exchange::Exchange;
 use crate::clock;
-use crate::gateway::attempt::Delivery;
+use crate::gateway::attempt::{Delivery, OpenedResponse};
 use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
-use crate::gateway::relay::{BodyKind, RelayBody, RelayInput, RequestGuards};
+use crate::gateway::relay::RelayBody;
+use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
 use crate::gateway::{ClientResponse, Gateway};
 use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
@@ -50,14 +51,14 @@ impl Gateway {
         mut record: Box<RequestRecord>,
         context: &ResponseContext<'_>,
     ) -> ClientResponse {
-        let Delivery { mut head, about, lease, in_flight, slot, first, idle_timeout } = delivery;
+        let Delivery { response, slot, clocks } = delivery;
+        let OpenedResponse { mut head, about, lease, in_flight, first, events, is_whole, .. } = response;
         let upstream = in_flight.upstream().clone();
-        let ResponseFacts { id, is_events, is_encoded, has_length } = about;
-        let is_readable = is_events && !is_encoded;
+        let ResponseFacts { id, is_events, is_encoded, has_length, .. } = about;
         let kind = BodyKind {
             is_stream: is_events,
-            can_append_event: is_readable && !has_length,
-            stream: is_readable.then(|| record.endpoint.api().map(|api| api.stream)).flatten(),
+            can_take_event: is_events && !is_encoded && !has_length,
+            is_whole,
             version: context.version,
         };
         let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
@@ -80,9 +81,11 @@ impl Gateway {
             head.headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
         }
         record.responded(head.status.as_u16());
-        context.exchange.begin_response(idle_timeout);
-        let guards = RequestGuards { lease, in_flight, _slot: slot, record };
-        let input = RelayInput { first, redactor: redactor.map(Box::new), kind };
+        context.exchange.begin_response(clocks.idle);
+        let is_responses = record.endpoint == Endpoint::Responses;
+        let guards = RequestGuards { lease, in_flight: Some(in_flight), slot, record };
+        let redactor = redactor.map(Box::new);
+        let input = RelayInput { first, events, is_responses, redactor, kind, clocks };
         let relay = RelayBody::new(guards, self.clone(), context.exchange.clone(), input);
         let mut response = Response::new(Body::stream(relay).on(context.exchange));
         *response.status_mut() = head.status;

@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
@@ -14,6 +14,7 @@ use crate::gateway::pages::Pages;
 use crate::policy::breaker::Change;
 use crate::policy::choose;
 use crate::policy::limit::Limiter;
+use crate::policy::pair::{Entry, PairChange};
 use crate::policy::queue::Admission;
 use crate::policy::retry::Budget;
 use crate::protocol::Endpoint;
@@ -64,6 +65,8 @@ pub struct Shared {
     pub(crate) reload_wanted: Notify,
     /// Notified when a new configuration is in use.
     pub(crate) reloaded: Notify,
+    /// Number of ejections so far: when it changes, waiting requests see whether they wait for an ejected target.
+    pub(crate) ejections: AtomicU64,
     stopping: AtomicBool,
     draining: AtomicBool,
     hasher: RandomState,
@@ -87,6 +90,7 @@ impl Shared {
             reopened: Notify::new(),
             reload_wanted: Notify::new(),
             reloaded: Notify::new(),
+            ejections: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             hasher: RandomState::new(),
@@ -117,10 +121,7 @@ impl Shared {
         let name = upstream.name();
         let (level, event, text) = match change {
             Change::Down => {
-                let failures = self.current.load().thresholds().failures;
-                let in_a_row =
-                    if failures == 1 { "1 failure" } else { &format!("{failures} failures in a row") };
-                ("warn", "backend_down", format!("backend {name} is down after {in_a_row}: {cause}"))
+                ("warn", "backend_down", format!("backend {name} is down after {}: {cause}", self.in_a_row()))
             }
             Change::StillDown => ("warn", "backend_down", format!("backend {name} is down: {cause}")),
             Change::Misconfigured => (
@@ -131,7 +132,40 @@ impl Shared {
             Change::Up => ("info", "backend_up", format!("backend {name} is up again: {cause}")),
         };
         self.telemetry.log.event(level, event, &text);
+        self.ejections.fetch_add(1, Ordering::Relaxed);
         self.fleet_changed.notify_one();
+    }
+
+    /// The number of failures that eject, in words.
+    fn in_a_row(&self) -> String {
+        match self.current.load().thresholds().failures {
+            1 => "1 failure".into(),
+            failures => format!("{failures} failures in a row"),
+        }
+    }
+
+    /// Logs a change of a pair's state with its `cause`. `model`: its name, as the client gave it.
+    pub(crate) fn announce_pair(&self, upstream: &Upstream, model: &str, change: PairChange, cause: &str) {
+        let name = upstream.name();
+        let model = match model {
+            "" => "requests without a model".into(),
+            model => format!("model {}", model.escape_debug()),
+        };
+        let (level, event, text) = match change {
+            PairChange::Down => {
+                self.ejections.fetch_add(1, Ordering::Relaxed);
+                let failures = self.in_a_row();
+                (
+                    "warn",
+                    "backend_down",
+                    format!("backend {name} is down for {model} after {failures}: {cause}"),
+                )
+            }
+            PairChange::Up => ("info", "backend_up", format!("backend {name} serves {model} again")),
+        };
+        self.telemetry.log.event(level, event, &text);
+        // Waiting requests pick again, since this pair may take them.
+        self.reopened.notify_waiters();
     }
 
     /// Picks a backend for a chat completion with `model` at `now`, takes a slot there and releases it. Returns whether
@@ -145,7 +179,9 @@ impl Shared {
             View { snapshot: &snapshot, ask: &ask, now, ticket: None, granted: None, is_waiting: false };
         let picked = choose::pick(&view, true, |_| false);
         let target = picked.map(|id| &snapshot.route(&ask).targets[id]);
-        target.and_then(|target| snapshot.upstream(target).enter(now, None)).is_some()
+        target
+            .and_then(|target| snapshot.upstream(target).enter(Entry { now, ..Entry::default() }, None))
+            .is_some()
     }
 
     /// Whether Zap has been told to stop: `/ready` fails, and connections close after their response.

@@ -30,6 +30,8 @@ pub(crate) struct ResponseFacts {
     pub id: Option<HeaderValue>,
     /// The body is an event stream (`text/event-stream`), whether or not the client asked for one.
     pub is_events: bool,
+    /// The body is JSON, or its type is not told.
+    pub is_json: bool,
     /// The body has a content coding.
     pub is_encoded: bool,
     /// The response has `Content-Length`.
@@ -52,7 +54,7 @@ impl ResponseFacts {
             | "strict-transport-security" => return true,
             "content-encoding" => self.is_encoded |= encodes(value),
             "content-length" => self.has_length = true,
-            "content-type" => self.is_events = is_events(value),
+            "content-type" => (self.is_events, self.is_json) = (is_events(value), is_json(value)),
             "x-request-id" => self.id = Some(value.clone()),
             "request-id" if self.id.is_none() => self.id = Some(value.clone()),
             other => return other.starts_with("access-control-"),
@@ -64,6 +66,18 @@ impl ResponseFacts {
 fn is_events(content_type: &HeaderValue) -> bool {
     let name = b"text/event-stream";
     content_type.as_bytes().get(..name.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(name))
+}
+
+/// Whether a content type is that of JSON: `application/json`, or a type that ends in `+json` (RFC 6839).
+fn is_json(content_type: &HeaderValue) -> bool {
+    let kind = content_type.as_bytes();
+    if kind == b"application/json" {
+        return true;
+    }
+    let kind = kind.split(|b| *b == b';').next().unwrap_or(kind).trim_ascii_end();
+    let ends_with =
+        |end: &[u8]| kind.len().checked_sub(end.len()).is_some_and(|at| kind[at..].eq_ignore_ascii_case(end));
+    ends_with(b"/json") || ends_with(b"+json")
 }
 
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
@@ -112,7 +126,7 @@ pub(crate) fn to_backend(
 
 /// Drops the headers of a response that must not be forwarded to the client, and returns the facts that Zap needs.
 pub(crate) fn to_client(upstream: &mut HeaderMap) -> ResponseFacts {
-    let mut about = ResponseFacts::default();
+    let mut about = ResponseFacts { is_json: true, ..ResponseFacts::default() };
     // A single pass over the headers is cheaper than a look-up of each name that could be there.
     let removed =
         upstream.iter().filter(|(name, value)| about.note_or_drop(name, value)).map(|(name, _)| name.clone());

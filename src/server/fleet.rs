@@ -149,10 +149,10 @@ async fn result_of<T>(reading: &mut Option<JoinHandle<T>>) -> Result<T, JoinErro
 }
 
 /// Replaces the configuration by a new one. A configuration with faults changes nothing.
-fn reload(shared: &Arc<Shared>, read: Result<(Snapshot, Vec<String>), String>) {
+fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
     match read {
-        Ok((next, warnings)) => {
-            for warning in &warnings {
+        Ok(next) => {
+            for warning in &next.config.warnings {
                 shared.telemetry.log.event("warn", "config", warning);
             }
             let n = next.backends.len();
@@ -175,23 +175,22 @@ fn reload(shared: &Arc<Shared>, read: Result<(Snapshot, Vec<String>), String>) {
     }
 }
 
-/// Reads the configuration file of `before` again. Returns the new snapshot and warnings.
-fn read(before: &Snapshot) -> Result<(Snapshot, Vec<String>), String> {
+/// Reads the configuration file of `before` again.
+fn read(before: &Snapshot) -> Result<Snapshot, String> {
     let Some(file) = &before.config.file else { return Err("it was not read from a file".into()) };
     let mut config = Config::load(file).map_err(|error| match error {
         LoadError::Missing(path) => format!("there is no file at {}", path.display()),
         LoadError::Invalid(faults) => faults.to_string().replace('\n', "; "),
     })?;
-    let mut warnings = std::mem::take(&mut config.warnings);
     let changed = config.server.changed_keys(&before.config.server);
     if !changed.is_empty() {
-        warnings.push(format!(
+        config.warnings.push(format!(
             "{} changed; this needs a restart, until then the old values stay in effect",
             changed.join(", ")
         ));
     }
     config.server = Server::clone(&before.config.server);
-    Ok((prepare(config, Some(before))?, warnings))
+    prepare(config, Some(before))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Active health checks: one loop per backend, on the fleet thread. Each check uses a new connection.
 
 use std::future::poll_fn;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
@@ -34,15 +34,23 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     // A random delay, so that the backends are not checked at the same time.
     let backends = shared.current.load().backends.len();
     sleep(first_check_window(backends).mul_f64(fastrand::f64())).await;
+    // The configuration of the last check: the first check under a new one tells more.
+    let mut checked = Weak::new();
     while let Some((snapshot, upstream)) = find(&shared, id) {
         let health = &snapshot.config.health;
         let now = clock::now();
         let proven = upstream.state.breaker.succeeded_within(clock::nanos(health.interval), now);
         if !(proven && matches!(upstream.state.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
-            let late = |LimitExpired| Some(Checked::failed(Fault::timed_out("health check", health.timeout)));
-            if let Some(checked) = clock::within(health.timeout, checking).await.unwrap_or_else(late) {
-                checked.note(&shared, &snapshot, &upstream);
+            let late = |LimitExpired| {
+                // Bytes of an answer are proof of life.
+                let is_heard = upstream.state.was_heard_since(now);
+                (!is_heard).then(|| Checked::failed(Fault::timed_out("health check", health.timeout)))
+            };
+            if let Some(result) = clock::within(health.timeout, checking).await.unwrap_or_else(late) {
+                let is_first = !std::ptr::eq(checked.as_ptr(), Arc::as_ptr(&snapshot.config));
+                checked = Arc::downgrade(&snapshot.config);
+                result.note(&shared, &snapshot, &upstream, is_first);
             }
         }
         drop((snapshot, upstream));
@@ -83,8 +91,14 @@ impl Checked {
         Checked { probe: Probe::Failed, found: Err(fault) }
     }
 
-    /// Records the result at the backend, and logs a change of its state.
-    fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream) {
+    /// Records the result at the backend, and logs a change of its state. `is_first`: the first check after a start or a
+    /// reload; its failure is logged at once.
+    fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream, is_first: bool) {
+        let (now, limits) = (clock::now(), snapshot.thresholds());
+        if self.probe == Probe::BadKey && upstream.state.breaker.succeeded_within(limits.interval, now) {
+            // Real requests are served: only the path of the checks is refused.
+            return;
+        }
         let cause = match &self.found {
             Ok(status) => format!("health check: HTTP {status}"),
             Err(fault) => {
@@ -92,9 +106,13 @@ impl Checked {
                 format!("health check: {fault}")
             }
         };
-        let change = upstream.state.breaker.probed(self.probe, snapshot.thresholds(), clock::now());
-        if let Some(change) = change {
-            shared.announce(upstream, change, &cause);
+        match upstream.state.breaker.probed(self.probe, limits, now) {
+            Some(change) => shared.announce(upstream, change, &cause),
+            None if is_first && self.probe != Probe::Alive => {
+                let text = format!("the first check of backend {} failed: {cause}", upstream.name());
+                shared.telemetry.log.event("warn", "health_check", &text);
+            }
+            None => {}
         }
     }
 }

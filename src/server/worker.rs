@@ -148,6 +148,7 @@ async fn serve(
     let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
+    let mut ejections = 0;
     let mut open = true;
     while open || load.connections.load(Ordering::Relaxed) > 0 {
         tokio::select! {
@@ -174,6 +175,11 @@ async fn serve(
             }
             _ = sweep.tick() => {
                 deadlines.sweep();
+                let so_far = gateway.shared().ejections.load(Ordering::Relaxed);
+                if std::mem::replace(&mut ejections, so_far) != so_far {
+                    // Requests that wait for an ejected target go to another one.
+                    deadlines.all(false);
+                }
                 sweeps = sweeps.wrapping_add(1);
                 if sweeps.is_multiple_of(SWEEPS_PER_POOL_SWEEP) {
                     gateway.pool().sweep(clock::now(), &gateway.current().backends);

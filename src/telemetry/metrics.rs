@@ -10,13 +10,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::clock;
 use crate::code::Code;
 use crate::counter::{Counter, Histogram, OVERHEAD, REQUEST, Total};
+use crate::policy::breaker::Status;
+use crate::policy::route::ConfiguredModel;
 use crate::protocol::Endpoint;
 use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
 use crate::telemetry::encode::Encoder;
 use crate::telemetry::phase::Phase;
 use crate::upstream::Upstream;
-use crate::upstream::counters::{BackendLane, ResponseCounters, STATUSES};
+use crate::upstream::counters::{BackendLane, NoAnswer, ResponseCounters, STATUSES};
 
 /// The side that cut a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +53,7 @@ impl Default for Lane {
             durations: std::array::from_fn(|_| Histogram::new(REQUEST)),
             overhead: Histogram::new(OVERHEAD),
             queue_wait: Histogram::new(REQUEST),
-            rejected: Default::default(),
+            rejected: std::array::from_fn(|_| Counter::default()),
             interrupted: Default::default(),
             disconnects: Default::default(),
             panic_picks: Counter::default(),
@@ -87,9 +89,12 @@ impl Lane {
 }
 
 /// The codes of failed tries: values of the labels `reason` and `kind` in the families of backends.
-const KINDS: [Code; 8] = [
+const KINDS: [Code; 11] = [
+    Code::StreamInterrupted,
     Code::UpstreamAuthError,
+    Code::UpstreamEmpty,
     Code::UpstreamError,
+    Code::UpstreamErrorEvent,
     Code::UpstreamInvalidResponse,
     Code::UpstreamRateLimited,
     Code::UpstreamRefused,
@@ -114,6 +119,8 @@ pub(crate) struct Scrape<'a> {
     pub telemetry: &'a Telemetry,
     /// The backends, in the order of the configuration.
     pub backends: &'a [Arc<Upstream>],
+    /// The models that the configuration names.
+    pub models: &'a [ConfiguredModel],
     /// The client keys.
     pub clients: &'a Clients,
     /// Number of requests in the queue.
@@ -129,6 +136,7 @@ pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
     gateway(&mut e, scrape);
     clients(&mut e, scrape.clients);
     backends(&mut e, scrape.backends);
+    models(&mut e, scrape);
     process(&mut e);
     e.finish()
 }
@@ -277,11 +285,13 @@ fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
         }
     };
     gauge("zap_in_flight", "Requests in flight to a backend.", &|b| b.in_flight() as u64);
-    gauge("zap_backend_up", "1 while a backend is neither ejected nor misconfigured.", &|b| {
-        u64::from(b.state.breaker.is_up(now))
-    });
+    gauge(
+        "zap_backend_up",
+        "1 while a backend is neither ejected, as a whole or for every model in use, nor misconfigured.",
+        &|b| u64::from(!b.state.breaker.status(now).is_out()),
+    );
     gauge("zap_backend_cooling", "1 while a backend cools down.", &|b| {
-        u64::from(matches!(b.state.breaker.status(now), crate::policy::breaker::Status::Cooling(_)))
+        u64::from(matches!(b.state.breaker.status(now), Status::Cooling(_)))
     });
     e.family("zap_upstream_connections", "gauge", "Connections to a backend.");
     for b in backends {
@@ -307,6 +317,32 @@ fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     by_kind("zap_upstream_errors_total", "Failed tries at a backend.", "kind", &|l, k| {
         l.errors[k as usize].get()
     });
+    e.family(
+        "zap_prelude_failovers_total",
+        "counter",
+        "Requests that went to another target although this backend had responded, since the response was no answer.",
+    );
+    for b in backends {
+        for (name, reason) in NoAnswer::ALL {
+            let n = sum(&b.lanes, |l| l.prelude_failovers(reason));
+            e.sample("zap_prelude_failovers_total", &[("backend", b.name()), ("reason", name)], n);
+        }
+    }
+}
+
+/// Writes a series for each model that the configuration names, at each of its backends.
+fn models(e: &mut Encoder, scrape: &Scrape<'_>) {
+    let now = clock::now();
+    e.family("zap_model_up", "gauge", "1 while a backend serves a configured model.");
+    for model in scrape.models {
+        let b = &scrape.backends[model.backend];
+        let status = b.state.breaker.status_for(|| model.key, now);
+        e.sample(
+            "zap_model_up",
+            &[("backend", b.name()), ("model", &model.name)],
+            u64::from(!status.is_out()),
+        );
+    }
 }
 
 fn process(e: &mut Encoder) {

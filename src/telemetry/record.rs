@@ -32,10 +32,14 @@ pub(crate) enum End {
     ClientGone,
     /// The whole response was sent.
     Complete,
+    /// Zap cut the response because it shuts down.
+    Shutdown,
     /// The deadline passed.
     Timeout,
     /// The upstream failed within the response.
     UpstreamError,
+    /// The upstream ended the stream with an error event of its own.
+    UpstreamErrorEvent,
 }
 
 impl End {
@@ -43,8 +47,10 @@ impl End {
         match self {
             End::ClientGone => "client_gone",
             End::Complete => "complete",
+            End::Shutdown => "shutdown",
             End::Timeout => "timeout",
             End::UpstreamError => "upstream_error",
+            End::UpstreamErrorEvent => "upstream_error_event",
         }
     }
 }
@@ -174,6 +180,11 @@ impl RequestRecord {
             end: End::ClientGone,
             is_suppressed: false,
         })
+    }
+
+    /// The model that the request names; empty if it names none.
+    pub(crate) fn model_name(&self) -> &str {
+        self.model.as_deref().unwrap_or_default()
     }
 
     /// The worker's telemetry.
@@ -317,6 +328,7 @@ fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
         Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
         Passed::Closed(Closed::Full) => "full".into(),
         Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),
+        Passed::Closed(Closed::Out(Status::Unauthorized)) => "unauthorized".into(),
         Passed::Closed(Closed::Out(_)) => "ejected".into(),
         Passed::Closed(Closed::Quota(until)) => left("quota", until),
         Passed::Load => "load".into(),

@@ -49,6 +49,11 @@ impl Roots {
         Roots { system }
     }
 
+    /// Whether the system has no root certificates at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.system.is_empty()
+    }
+
     fn config(&self, more: &[CertificateDer<'static>]) -> Result<ClientConfig, String> {
         let mut roots = self.system.clone();
         for certificate in more {

@@ -6,6 +6,28 @@ use crate::code::Code;
 use crate::counter::{Counter, Histogram, REQUEST};
 use crate::protocol::Endpoint;
 
+/// Why a response with a good status was no answer, so that another target was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub(crate) enum NoAnswer {
+    Cut,
+    Empty,
+    ErrorEvent,
+    JsonError,
+    Timeout,
+}
+
+impl NoAnswer {
+    /// All reasons with their names, in the order of their discriminants.
+    pub(crate) const ALL: [(&str, NoAnswer); 5] = [
+        ("cut", NoAnswer::Cut),
+        ("empty", NoAnswer::Empty),
+        ("error_event", NoAnswer::ErrorEvent),
+        ("json_error", NoAnswer::JsonError),
+        ("timeout", NoAnswer::Timeout),
+    ];
+}
+
 /// The counters of one worker for one backend.
 #[derive(Debug)]
 pub(crate) struct BackendLane {
@@ -17,6 +39,8 @@ pub(crate) struct BackendLane {
     pub retries: [Counter; Code::ALL.len()],
     /// Failed tries, by the code of the failure.
     pub errors: [Counter; Code::ALL.len()],
+    /// Requests that went to another target although this backend had responded, by reason.
+    prelude_failovers: [Counter; NoAnswer::ALL.len()],
     /// Connections in use.
     pub active: Counter,
     /// Idle connections.
@@ -28,8 +52,9 @@ impl Default for BackendLane {
         BackendLane {
             responses: ResponseCounters::default(),
             first_byte: Histogram::new(REQUEST),
-            retries: Default::default(),
-            errors: Default::default(),
+            retries: std::array::from_fn(|_| Counter::default()),
+            errors: std::array::from_fn(|_| Counter::default()),
+            prelude_failovers: Default::default(),
             active: Counter::default(),
             idle: Counter::default(),
         }
@@ -45,6 +70,16 @@ impl BackendLane {
     /// Counts a retry that was made because this backend failed.
     pub(crate) fn retried(&self, reason: Code) {
         self.retries[reason as usize].add(1);
+    }
+
+    /// Counts a request that goes to another target although this backend has responded.
+    pub(crate) fn failed_over(&self, reason: NoAnswer) {
+        self.prelude_failovers[reason as usize].add(1);
+    }
+
+    /// The number of requests that went to another target for this reason.
+    pub(crate) fn prelude_failovers(&self, reason: NoAnswer) -> u64 {
+        self.prelude_failovers[reason as usize].get()
     }
 
     /// Counts a failed try.

@@ -7,10 +7,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::clock;
+use crate::config;
 use crate::config::{Config, Strategy};
 use crate::json::members::Watch;
 use crate::policy::balance::{BackendId, Cursor, Schedule, rendezvous};
-use crate::policy::breaker::Thresholds;
+use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
 use crate::policy::quota::QuotaTicket;
@@ -20,6 +21,9 @@ use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
 use crate::upstream::rotation::{RotationSet, TargetSet};
+
+/// A load that is above that of every backend in use: such a target is asked last.
+const LAST: f64 = 1e12;
 
 /// The fleet and its configuration. It is replaced as a whole.
 #[derive(Debug)]
@@ -255,10 +259,6 @@ impl Fleet for View<'_> {
         Some(self.snapshot.rotation(self.ask, schedule, *index))
     }
 
-    fn up(&self) -> usize {
-        self.snapshot.rotations_of(self.ask).up
-    }
-
     fn backend(&self, target: TargetId) -> BackendId {
         self.target(target).backend
     }
@@ -273,7 +273,10 @@ impl Fleet for View<'_> {
 
     fn load(&self, target: TargetId) -> TargetLoad {
         let b = self.upstream(target);
-        let (penalty, up_for) = (b.state.penalty.at(self.now), b.state.breaker.up_for(self.now));
+        let (mut penalty, up_for) = (b.state.penalty.at(self.now), b.state.breaker.up_for(self.now));
+        if b.state.breaker.status_of_backend(self.now) == Status::Misconfigured {
+            penalty += LAST;
+        }
         TargetLoad { in_flight: b.in_flight(), penalty, up_for }
     }
 
@@ -289,6 +292,11 @@ impl Fleet for View<'_> {
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed> {
         let t = self.target(target);
         self.snapshot.upstream(t).check_ejected(self.now, || t.key(self.ask.model), self.ticket)
+    }
+
+    fn is_suspect(&self, target: TargetId) -> bool {
+        let t = self.target(target);
+        self.snapshot.upstream(t).state.breaker.pairs.is_suspect(|| t.key(self.ask.model))
     }
 
     fn granted(&self) -> Option<BackendId> {
@@ -357,8 +365,17 @@ impl Routing {
 ///
 /// # Errors
 /// Returns a message for the operator for the first certificate or address that is invalid.
-pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
+pub(crate) fn prepare(mut config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
     let roots = Roots::load(&config.backends);
+    let needs_roots = |b: &config::Backend| b.url.https && b.ca_file.is_none();
+    if roots.is_empty()
+        && let Some(b) = config.backends.iter().find(|b| needs_roots(b))
+    {
+        config.warnings.push(format!(
+            "the system has no root certificates, so TLS to backend {} will fail; install ca-certificates, or set ca_file",
+            b.name
+        ));
+    }
     let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
     let backends: Result<Vec<_>, String> = config
         .backends
@@ -382,6 +399,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::policy::pair::Entry;
 
     /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, where `big` has three times the weight of `small`,
     /// and to `b`.
@@ -437,14 +455,23 @@ mod tests {
             let snapshot = fleet(strategy);
             let now = clock::now();
             let cooling = &snapshot.table().route(ask(&snapshot, "two", None).route).targets[0];
-            snapshot.backends[0].state.breaker.cool(cooling.key(Some("two")), now + Nanos::MAX / 2, now);
+            snapshot.backends[0].state.breaker.pairs.cool(
+                cooling.key(Some("two")),
+                now + Nanos::MAX / 2,
+                None,
+                now,
+            );
             let (mut held, mut picks) = (Vec::new(), [0; 3]);
             for n in 0..500 {
                 let hash = xxhash_rust::xxh64::xxh64(&[n as u8, (n >> 8) as u8], 0);
                 let two = ask(&snapshot, "two", Some(hash));
                 let target = choose::pick(&view(&snapshot, &two), true, |_| false).unwrap();
                 picks[target] += 1;
-                held.extend(snapshot.upstream(&snapshot.route(&two).targets[target]).enter(now, None));
+                held.extend(
+                    snapshot
+                        .upstream(&snapshot.route(&two).targets[target])
+                        .enter(Entry { now, ..Entry::default() }, None),
+                );
             }
             assert_eq!(picks[0], 0, "{strategy}");
             assert!((90..=130).contains(&picks[1]), "a fifth: {picks:?} by {strategy}");

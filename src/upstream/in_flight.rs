@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::clock;
+use crate::policy::pair::Entry;
 use crate::policy::queue::Permit;
 use crate::policy::quota::{Quota, QuotaTicket};
 use crate::time::Nanos;
@@ -19,6 +20,10 @@ pub(crate) struct InFlight {
     stamp: Cell<Nanos>,
     /// The permit, if the backend has a `max_in_flight`.
     permit: Option<Permit>,
+    /// The key of the model that the backend is sent.
+    key: u64,
+    /// When the request came to the backend.
+    entered: Nanos,
 }
 
 /// A place in the queue of a backend's quota. Dropping it lets the requests behind it move up.
@@ -74,6 +79,36 @@ impl InFlight {
         &self.upstream
     }
 
+    /// The key of the model that the backend is sent: with the backend, it names the pair.
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// When the request came to the backend.
+    pub(crate) fn entered(&self) -> Nanos {
+        self.entered
+    }
+
+    /// Whether the backend, or the pair, was ejected since the request came to it.
+    pub(crate) fn is_ejected(&self) -> bool {
+        self.upstream.state.breaker.was_ejected_since(|| self.key, self.entered)
+    }
+
+    /// Reports that the request has waited for long without a byte. If the pair has sent nothing to anybody in that time,
+    /// others are preferred.
+    pub(crate) fn note_silence(&self, now: Nanos) {
+        let pairs = &self.upstream.state.breaker.pairs;
+        if !pairs.was_heard_since(self.key, self.entered) {
+            pairs.suspect(self.key, now);
+        }
+    }
+
+    /// Reports the head of a response at `now`.
+    pub(crate) fn answered(&self, now: Nanos) {
+        self.upstream.state.hear(now);
+        self.upstream.state.breaker.pairs.answered(self.key, now);
+    }
+
     /// Releases the permit: the backend is done with the request, and its response may be dropped.
     pub(crate) fn release_permit(&mut self) {
         self.permit = None;
@@ -95,26 +130,30 @@ impl Drop for InFlight {
 
 impl Upstream {
     /// Takes a permit and a unit of the quota: both or neither.
-    pub(crate) fn enter(self: &Arc<Self>, now: Nanos, ticket: Option<&QuotaTicket>) -> Option<InFlight> {
+    pub(crate) fn enter(self: &Arc<Self>, entry: Entry, ticket: Option<&QuotaTicket>) -> Option<InFlight> {
         let permit = match &self.admission {
             Some(admission) => Some(admission.try_pass()?),
             None => None,
         };
-        self.enter_with(permit, now, ticket)
+        self.enter_with(permit, entry, ticket)
     }
 
     /// Takes a unit of the quota, with a permit that the request already holds.
     pub(crate) fn enter_with(
         self: &Arc<Self>,
         permit: Option<Permit>,
-        now: Nanos,
+        entry: Entry,
         ticket: Option<&QuotaTicket>,
     ) -> Option<InFlight> {
+        if !self.state.breaker.pairs.enter(entry) {
+            return None;
+        }
+        let Entry { key, now, .. } = entry;
         let stamp = match &self.quota {
             Some(quota) => quota.take(now, ticket)?,
             None => 0,
         };
         self.state.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(InFlight { upstream: self.clone(), stamp: Cell::new(stamp), permit })
+        Some(InFlight { upstream: self.clone(), stamp: Cell::new(stamp), permit, key, entered: now })
     }
 }

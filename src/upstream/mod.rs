@@ -110,6 +110,8 @@ pub(crate) struct BackendState {
     pub penalty: Penalty,
     /// Notified when a request has left the queue of the quota, or the limit has changed.
     pub quota_changed: Notify,
+    /// When a byte of an answer came last; 0: never.
+    heard: AtomicU64,
     in_flight: CachePadded<AtomicUsize>,
     last_error: Mutex<Option<(std::time::SystemTime, Fault)>>,
 }
@@ -121,9 +123,25 @@ impl BackendState {
             breaker: Breaker::new(),
             penalty: Penalty::default(),
             quota_changed: Notify::new(),
+            heard: AtomicU64::new(0),
             in_flight: CachePadded::default(),
             last_error: Mutex::default(),
         }
+    }
+}
+
+impl BackendState {
+    /// Records that a byte of an answer came at `now`.
+    pub(crate) fn hear(&self, now: Nanos) {
+        // A write takes the cache line from the other workers, a read does not.
+        if self.heard.load(Ordering::Relaxed) < now {
+            self.heard.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a byte of an answer came at `since` or later.
+    pub(crate) fn was_heard_since(&self, since: Nanos) -> bool {
+        self.heard.load(Ordering::Relaxed) >= since
     }
 }
 
@@ -279,7 +297,7 @@ impl Upstream {
         }
     }
 
-    /// Checks whether the backend, which is ejected, can take a request in panic mode.
+    /// Checks whether the backend, which is out as a whole or for this model, can take a request in panic mode.
     ///
     /// # Errors
     /// Returns the reason if the backend cannot; [`Closed::Out`] if it is not ejected.
@@ -289,12 +307,13 @@ impl Upstream {
         key: impl FnOnce() -> u64,
         ticket: Option<&QuotaTicket>,
     ) -> Result<(), Closed> {
-        match self.state.breaker.status(now) {
-            Status::Ejected => {}
-            other => return Err(Closed::Out(other)),
-        }
-        if let Some(until) = self.state.breaker.cools_until(key, now) {
-            return Err(Closed::Cooling(until));
+        let breaker = &self.state.breaker;
+        match (breaker.status_of_backend(now), breaker.pairs.status_in_panic(key, now)) {
+            (Status::Unauthorized, _) => return Err(Closed::Out(Status::Unauthorized)),
+            (_, Status::Cooling(until)) => return Err(Closed::Cooling(until)),
+            // Checks alone say that the key is wrong: requests ask such a backend last, rather than nobody.
+            (Status::Ejected | Status::Misconfigured, _) | (Status::Healthy, Status::Ejected) => {}
+            (other, _) => return Err(Closed::Out(other)),
         }
         self.check_quota(now, ticket)?;
         self.check_full()

@@ -30,8 +30,6 @@ pub(super) struct RotationSet {
     pub(super) tiers: Vec<Arc<Schedule>>,
     /// Every target with a weight above 0, up or not.
     pub(super) all: Arc<Schedule>,
-    /// Number of targets that were up at the last rebuild.
-    pub(super) up: usize,
     /// For each target: the schedule of all targets with the same backend and priority, and its index; `None` if there
     /// is no other such target.
     pub(super) siblings: Box<[Option<Siblings>]>,
@@ -88,11 +86,9 @@ impl RotationSet {
             let same = known.iter().find(|s| s.members().iter().copied().eq(members()));
             same.map_or_else(|| Arc::new(Schedule::new(members())), |s| Arc::clone(s))
         };
-        let mut up = 0;
         let tiers = set.priorities().into_iter().map(|priority| {
             let (mut listed, rest): (Vec<_>, Vec<_>) =
                 set.weighted().filter(|id| set.0[*id].priority == priority).partition(is_up);
-            up += listed.len();
             // No target is up. That may change before the next rebuild, so all targets of the tier stay listed.
             if listed.is_empty() {
                 listed = rest;
@@ -106,7 +102,7 @@ impl RotationSet {
             let schedule = schedule(&ids);
             ids.into_iter().for_each(|id| siblings[id] = Some((schedule.clone(), index)));
         }
-        RotationSet { tiers, all, up, siblings: siblings.into() }
+        RotationSet { tiers, all, siblings: siblings.into() }
     }
 
     fn schedules(&self) -> impl Iterator<Item = &Arc<Schedule>> {

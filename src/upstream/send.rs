@@ -28,8 +28,6 @@ pub(crate) struct UpstreamResponse {
 pub(crate) enum SendError {
     /// The connection failed, or the response is invalid.
     Broken(Fault),
-    /// The try timed out. The caller sets the time limit and reports this error.
-    TimedOut(Fault),
     /// No connection could be opened, for lack of resources on this machine.
     Exhausted(Fault),
     /// The peer closed a reused connection without a response right after the request was sent. Most likely the close

@@ -1,0 +1,116 @@
+//! `zap demo`: built-in mock providers, and a configuration that balances them.
+//!
+//! A good provider answers chat completions with a text that contains its name, at once or as a stream of tokens.
+//! [`chaos`] is a provider that fails; [`mock`] is the HTTP side of both.
+
+mod chaos;
+mod mock;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::demo::mock::{Answer, Events, event_response, json_response};
+
+/// A mock provider that serves every chat.
+#[derive(Clone, Copy, Debug)]
+struct Provider {
+    /// Name of the provider; every response contains it.
+    name: &'static str,
+    /// Time between two tokens of a stream, and before a response that is not a stream.
+    pace: Duration,
+}
+
+impl Provider {
+    /// Starts the provider.
+    ///
+    /// # Errors
+    /// Returns the error of the system if no port or no thread is available.
+    fn start(self) -> io::Result<SocketAddr> {
+        mock::start(self.name, move |chat| self.answer(chat))
+    }
+
+    async fn answer(self, chat: Value) -> Answer {
+        let model = chat["model"].as_str().unwrap_or("mock");
+        if chat["stream"] == json!(true) {
+            return Ok(event_response(Events::new(self.events(model), self.pace, false)));
+        }
+        tokio::time::sleep(self.pace).await;
+        let words = self.words();
+        let answer = json!({
+            "id": "chatcmpl-mock", "object": "chat.completion", "created": 1_700_000_000, "model": model,
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": words.concat()}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": words.len(), "total_tokens": words.len() + 1},
+        });
+        Ok(json_response(StatusCode::OK, answer.to_string()))
+    }
+
+    fn events(&self, model: &str) -> Vec<Bytes> {
+        let chunk = |delta: Value, finish: Value| {
+            let chunk = json!({
+                "id": "chatcmpl-mock", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model,
+                "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+            });
+            Bytes::from(format!("data: {chunk}\n\n"))
+        };
+        let mut events = vec![chunk(json!({"role": "assistant", "content": ""}), Value::Null)];
+        events.extend(self.words().into_iter().map(|w| chunk(json!({"content": w}), Value::Null)));
+        events.push(chunk(json!({}), json!("stop")));
+        events.push(Bytes::from_static(b"data: [DONE]\n\n"));
+        events
+    }
+
+    fn words(&self) -> Vec<String> {
+        let text = format!(
+            "Hello from the mock provider {}: every word of this line is one token of its answer.",
+            self.name
+        );
+        text.split_inclusive(' ').map(str::to_owned).collect()
+    }
+}
+
+/// The table of a backend. `name` also names the backend's model.
+fn backend(name: &str, address: SocketAddr, weight: u32) -> String {
+    format!(
+        "\n[[backends]]\nname = \"{name}\"\nurl = \"http://{address}\"\nweight = {weight}\ndefault_model = \"mock-{name}\"\n"
+    )
+}
+
+/// Starts the providers of `zap demo`, round robin 2:1 between two good ones. With `is_chaos` a third one fails, and all
+/// weights are equal. Returns the configuration and the text to print: commands to try.
+///
+/// # Errors
+/// Returns the error of the system if a provider cannot be started.
+pub(crate) fn start(port: u16, is_chaos: bool) -> io::Result<(Config, String)> {
+    // Chaos is tried with loops of curl, so the others answer soon.
+    let (weight, paces) = if is_chaos { (1, [5, 5]) } else { (2, [20, 25]) };
+    let [alpha, beta] = paces.map(Duration::from_millis);
+    let alpha = Provider { name: "alpha", pace: alpha }.start()?;
+    let beta = Provider { name: "beta", pace: beta }.start()?;
+    let mut text = format!("[server]\nhost = \"127.0.0.1\"\nport = {port}\n");
+    if is_chaos {
+        text.push_str(chaos::SETTINGS);
+        text.push_str(&backend("chaos", chaos::start(chaos::STALL)?, 1));
+    }
+    text.push_str(&backend("alpha", alpha, weight));
+    text.push_str(&backend("beta", beta, 1));
+    let config = Config::parse(&text, "demo", Path::new(""), &|_| None).map_err(io::Error::other)?;
+    Ok((config, if is_chaos { chaos::introduction(port) } else { introduction(port) }))
+}
+
+fn introduction(port: u16) -> String {
+    format!(
+        "Zap balances two mock providers, alpha and beta, 2:1. Try:\n\n\
+         \x20 curl -s http://127.0.0.1:{port}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
+         \x20 curl -sN http://127.0.0.1:{port}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
+         \x20 curl -s http://127.0.0.1:{port}/status\n\
+         \x20 curl -s http://127.0.0.1:{port}/metrics\n\n\
+         Press Ctrl-C to stop.\n\n"
+    )
+}
