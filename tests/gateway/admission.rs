@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, Gate, end_chunks, reply, start_events};
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 fn gated(gate: &Gate) -> Provider {
@@ -79,14 +79,17 @@ fn a_queued_request_that_reaches_its_deadline_gets_a_504_and_is_not_sent() {
     let held = gate.clone();
     let provider = Provider::start(move |_, stream| {
         start_events(stream);
+        chunk(stream, "data: one\n\n");
         held.pass();
+        chunk(stream, "data: [DONE]\n\n");
         end_chunks(stream);
         After::Keep
     });
     let zap = Zap::with("[queue]\nmax_in_flight = 1\ntimeout_secs = 1", &[provider.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", STREAM);
-    assert_eq!(first.head().status, 200, "the deadline of a stream ends at its first byte");
+    let mut answer = first.head();
+    assert_eq!(answer.status, 200, "the deadline of a stream ends at its first content");
     let since = Instant::now();
     let second = zap.chat(CHAT);
     assert_eq!((second.status, second.code().as_str()), (504, "queue_timeout"));
@@ -94,6 +97,8 @@ fn a_queued_request_that_reaches_its_deadline_gets_a_504_and_is_not_sent() {
     assert!(since.elapsed() > Duration::from_millis(900) && since.elapsed() < Duration::from_secs(2));
     assert_eq!(provider.count(), 1);
     gate.open(1);
+    first.body(&mut answer);
+    assert!(answer.whole, "a stream may last longer than the deadline");
     zap.wait_until_idle();
 }
 

@@ -1,8 +1,8 @@
 //! Queues for backends that are full or cool down.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, Gate, end_chunks, reply, start_events};
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 /// A provider that holds each request until `gate` is opened, and responds with the request body.
@@ -96,15 +96,17 @@ fn a_wait_for_a_cooldown_continues_if_the_backend_is_ejected() {
         After::Keep
     });
     let zap = Zap::with("[health]\ninterval_secs = 1\nfailure_threshold = 1", &[a.backend("a", "")]);
-    assert_eq!(zap.chat(CHAT).status, 429);
-    a.set_health(500);
+    let since = Instant::now();
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
-    eventually("the request is queued", || zap.metric("zap_queue_depth") == 1.0);
+    eventually("the request that met the 429 is queued", || zap.metric("zap_queue_depth") == 1.0);
+    a.set_health(500);
     eventually("backend a is ejected", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    assert_eq!((a.count(), zap.metric("zap_queue_depth")), (1, 1.0));
     let answer = client.response();
     assert_eq!((answer.status, answer.text()), (200, "served"));
-    assert_eq!(zap.metric("zap_panic_picks_total"), 1.0);
+    assert!(since.elapsed() > Duration::from_millis(2_900), "the cooldown is kept: {:?}", since.elapsed());
+    assert_eq!((a.count(), zap.metric("zap_panic_picks_total")), (2, 1.0));
     zap.wait_until_idle();
 }
 
@@ -203,7 +205,9 @@ fn a_wait_for_a_full_backend_ends_at_the_deadline() {
     // A stream that has begun keeps its permit for longer than any request may wait.
     let a = Provider::start(move |_, stream| {
         start_events(stream);
+        chunk(stream, "data: one\n\n");
         held.pass();
+        chunk(stream, "data: [DONE]\n\n");
         end_chunks(stream);
         After::Keep
     });

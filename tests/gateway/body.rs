@@ -1,6 +1,8 @@
 //! Request bodies: checks, limits, and the bytes that reach the backend.
 
-use crate::support::{CHAT, Provider, Zap, eventually};
+use std::time::{Duration, Instant};
+
+use crate::support::{CHAT, Provider, Zap, eventually, within};
 
 fn echo() -> Provider {
     Provider::start(|seen, stream| {
@@ -191,11 +193,30 @@ fn a_client_that_disconnects_in_its_body_is_counted() {
 }
 
 #[test]
-fn a_stalled_body_gets_a_408() {
+fn the_clock_of_a_request_starts_when_its_body_is_whole() {
     let provider = echo();
     let zap = Zap::with("[queue]\ntimeout_secs = 1", &[provider.backend("a", "")]);
     let mut client = zap.client();
+    client.send(format!("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n\r\n", CHAT.len()));
+    for part in CHAT.as_bytes().chunks(CHAT.len() / 4) {
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(client.is_quiet());
+        client.send(part);
+    }
+    assert_eq!(client.response().text(), CHAT);
+    zap.wait_until_idle();
+}
+
+#[test]
+fn a_stalled_body_gets_a_408() {
+    let provider = echo();
+    // The clock of a request does not run yet: an upload has only its own rule, 1 KiB in 30 s.
+    let zap = Zap::with("[queue]\ntimeout_secs = 1", &[provider.backend("a", "")]);
+    let mut client = zap.client();
+    let since = Instant::now();
     client.send("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: 100\r\n\r\n{\"mess");
+    within(Duration::from_secs(35), "the body is refused", || !client.is_quiet());
+    assert!(since.elapsed() > Duration::from_secs(29), "{:?}", since.elapsed());
     let answer = client.response();
     assert_eq!((answer.status, answer.code().as_str()), (408, "request_timeout"));
     assert_eq!(answer.header("connection"), Some("close"));

@@ -116,7 +116,7 @@ fn a_stream_that_outlasts_drain_secs_is_cut_with_an_error() {
     let since = Instant::now();
     zap.order(Order::Drain);
     stream.body(&mut answer);
-    assert!(answer.text().contains("stream_interrupted") && !answer.whole, "{}", answer.text());
+    assert!(answer.text().contains("\"code\":\"draining\"") && !answer.whole, "{}", answer.text());
     assert!(!zap.join(), "a request was cut");
     let took = since.elapsed();
     assert!(took > Duration::from_millis(900) && took < Duration::from_secs(3), "{took:?}");
@@ -143,6 +143,10 @@ fn a_v1_responses_stream_that_outlasts_drain_secs_ends_with_response_failed() {
         .expect("the stream ends with response.failed");
     let event: serde_json::Value = serde_json::from_str(event).unwrap();
     assert_eq!((&event["sequence_number"], answer.whole), (&4.into(), true));
+    assert_eq!(
+        (&event["error"]["code"], &event["response"]["error"]["code"]),
+        (&"draining".into(), &"draining".into())
+    );
     assert!(!zap.join(), "a request was cut");
 }
 
@@ -203,7 +207,7 @@ fn a_busy_stream_is_cut_with_an_error_too() {
             answer.whole |= piece.is_empty();
         }
         let end = answer.text().rfind("data: {\"error\"").expect("the stream ends with an error event");
-        assert!(!answer.whole && answer.text()[end..].contains("stream_interrupted"));
+        assert!(!answer.whole && answer.text()[end..].contains("\"code\":\"draining\""));
         assert!(!zap.join(), "a request was cut");
     }
 }

@@ -148,7 +148,7 @@ fn paths_and_methods_are_exact() {
 fn http_1_0_is_served_without_chunks() {
     let stream = Provider::start(|_, stream| {
         crate::support::provider::start_events(stream);
-        crate::support::provider::chunk(stream, "data: [DONE]\n\n");
+        crate::support::provider::chunk(stream, "data: one\n\ndata: [DONE]\n\n");
         crate::support::provider::end_chunks(stream);
         crate::support::provider::After::Keep
     });
@@ -158,7 +158,7 @@ fn http_1_0_is_served_without_chunks() {
         client.send(format!("POST /chat HTTP/1.0\r\n{headers}content-length: {}\r\n\r\n{CHAT}", CHAT.len()));
         let answer = client.head();
         assert_eq!((answer.status, answer.header("transfer-encoding")), (200, None), "{headers}");
-        assert_eq!(client.rest(), (b"data: [DONE]\n\n".to_vec(), true));
+        assert_eq!(client.rest(), (b"data: one\n\ndata: [DONE]\n\n".to_vec(), true));
     }
 }
 

@@ -116,7 +116,9 @@ fn a_v1_responses_stream_ends_without_done() {
     for (path, interrupted) in [("/v1/responses", 0.0), ("/v1/completions", 1.0)] {
         let mut client = zap.client();
         client.post(path, "", r#"{"model":"m","stream":true}"#);
-        assert!(client.response().whole);
+        let answer = client.response();
+        assert_eq!(answer.whole, interrupted == 0.0, "{path}");
+        assert_eq!(answer.text().contains("stream_interrupted"), interrupted == 1.0, "{path}");
         assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), interrupted, "{path}");
     }
 }

@@ -69,7 +69,7 @@ fn secs(secs: u64) -> Duration {
 
 /// Queues a request and disconnects, in each way; each time the queue is empty at once, and `a` gets no request.
 fn disconnect_while_queued(zap: &Zap, a: &Provider) {
-    let seen = a.count();
+    let (seen, before) = (a.count(), queued_disconnects(zap));
     for leave in WAYS {
         let mut client = zap.client();
         client.post("/chat", "", CHAT);
@@ -77,10 +77,12 @@ fn disconnect_while_queued(zap: &Zap, a: &Provider) {
         leave(client);
         within(secs(1), "the queue is empty", || zap.metric("zap_queue_depth") == 0.0);
     }
-    eventually("both disconnects are counted", || {
-        zap.metric("zap_client_disconnects_total{phase=\"queued\"}") == 2.0
-    });
+    eventually("both disconnects are counted", || queued_disconnects(zap) == before + 2.0);
     assert_eq!(a.count(), seen, "a request of a disconnected client was sent");
+}
+
+fn queued_disconnects(zap: &Zap) -> f64 {
+    zap.metric("zap_client_disconnects_total{phase=\"queued\"}")
 }
 
 #[test]
@@ -104,7 +106,14 @@ fn c1_client_disconnects_while_the_backend_cools_down() {
     let a = Provider::fixed(429, "retry-after: 20\r\n", "{}");
     let settings = format!("{NO_PROBES}[queue]\nmax_wait_secs = 60\ntimeout_secs = 60\n");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
-    assert_eq!(zap.chat(CHAT).status, 429);
+    // The request that met the 429 waits too.
+    let mut first = zap.client();
+    first.post("/chat", "", CHAT);
+    eventually("the request is queued", || zap.metric("zap_queue_depth") == 1.0);
+    assert_eq!(a.count(), 1);
+    drop(first);
+    within(secs(1), "the queue is empty", || zap.metric("zap_queue_depth") == 0.0);
+    eventually("the disconnect is counted", || queued_disconnects(&zap) == 1.0);
     disconnect_while_queued(&zap, &a);
     assert_eq!(a.count(), 1);
     zap.wait_until_idle();
@@ -752,23 +761,28 @@ fn o6_a_panic_during_a_response_cuts_that_response_only() {
     let (gate_of_bad, gate_of_good) = (bad.clone(), good.clone());
     let a = Provider::start(move |seen, stream| {
         start_events(stream);
+        chunk(stream, "data: one\n\n");
         if seen.header("x-request-id") == Some("bug-body") {
             gate_of_bad.pass();
         } else {
             gate_of_good.pass();
         }
-        chunk(stream, "data: one\n\ndata: [DONE]\n\n");
+        chunk(stream, "data: two\n\ndata: [DONE]\n\n");
         crate::support::provider::end_chunks(stream);
         After::Keep
     });
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "")]);
-    zap::internals::failpoint::arm_panic("body", http::HeaderValue::from_static("bug-body"));
     let (mut client, mut other) = (zap.client(), zap.client());
     other.post("/chat", "", STREAM);
     let mut whole = other.head();
     client.post("/chat", "x-request-id: bug-body\r\n", STREAM);
     let mut cut = client.head();
     assert_eq!((whole.status, cut.status), (200, 200));
+    assert_eq!(
+        (&*other.chunk().unwrap(), &*client.chunk().unwrap()),
+        (&b"data: one\n\n"[..], &b"data: one\n\n"[..])
+    );
+    zap::internals::failpoint::arm_panic("body", http::HeaderValue::from_static("bug-body"));
     bad.open(1);
     client.body(&mut cut);
     assert!(!cut.whole && cut.body.is_empty(), "{cut:?}");
@@ -804,7 +818,10 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
                 let _ = stream.write_all(format!("HTTP/9 {key}\r\n\r\n{key}").as_bytes());
             }
             status => {
-                let echo = format!("x-echo: {key}\r\nlocation: http://evil/{key}\r\nretry-after-ms: 1\r\n");
+                // A request waits for a short cooldown, and gets the 429 if the cooldown is long.
+                let wait = if status == "429" { 60_000 } else { 1 };
+                let echo =
+                    format!("x-echo: {key}\r\nlocation: http://evil/{key}\r\nretry-after-ms: {wait}\r\n");
                 reply(stream, status.parse().unwrap(), &echo, format!("{{\"key\":\"{key}\"}}").as_bytes());
                 return After::Keep;
             }
@@ -841,7 +858,8 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
         ("noise", 502),
         ("401", 502),
     ] {
-        let request = post(&format!("{{\"messages\":[],\"user\":\"{fault}\"}}"));
+        // A model of its own, so that the cooldown of one fault does not concern the next.
+        let request = post(&format!("{{\"messages\":[],\"user\":\"{fault}\",\"model\":\"{fault}\"}}"));
         answers.push((raw(&zap, &request.replacen("\r\n", "\r\nconnection: close\r\n", 1)), status));
         let seen = a.seen();
         let key = seen.last().unwrap().header("authorization");

@@ -171,14 +171,14 @@ fn u03_a_silent_backend_is_tried_once_even_if_others_are_retried() {
         }
         After::Keep
     });
-    let settings = format!("{}[queue]\ntimeout_secs = 3\n", retries(6));
+    let settings = format!("{}[timeouts]\nfirst_byte_secs = 1\n", retries(6));
     let all = [a.backend("a", "weight = 9"), b.backend("b", ""), c.backend("c", "")];
     let zap = Zap::with(&settings, &all);
-    let (answer, took) = timed(|| zap.chat(CHAT));
+    let (answer, took) = timed(|| zap.chat(STREAM));
     assert_eq!((answer.status, answer.text()), (200, "c"));
     assert_eq!((a.count(), c.count()), (1, 2));
     assert!((1..=2).contains(&b.count()), "{}", b.count());
-    // The silent backend gets a third of the time.
+    // The head of a stream has its own clock, as long as another target is left.
     assert!(took > millis(900) && took < millis(2_000), "{took:?}");
     assert_eq!(errors(&zap, "a", "upstream_timeout"), 1.0);
     eventually("the connection to the silent backend is closed", || a.connections() == 0);
@@ -188,11 +188,38 @@ fn u03_a_silent_backend_is_tried_once_even_if_others_are_retried() {
 #[test]
 fn u03_a_silent_backend_is_not_retried_even_if_all_others_fail() {
     let (a, b) = (silent(), Provider::fixed(500, "", "b failed"));
-    let settings = format!("{}[queue]\ntimeout_secs = 2\n", retries(4));
+    let settings = format!("{}[timeouts]\nfirst_byte_secs = 1\n", retries(4));
     let zap = Zap::with(&settings, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
-    let answer = zap.chat(CHAT);
+    let answer = zap.chat(STREAM);
     assert_eq!((answer.status, answer.text()), (500, "b failed"));
     assert_eq!((a.count(), b.count(), answer.header("x-zap-attempts")), (1, 4, Some("5")));
+    zap.wait_until_idle();
+}
+
+/// A slow answer without streaming is paid for at its backend, and the last target that can be asked may be as slow.
+#[test]
+fn u03_a_plain_request_and_the_last_target_of_a_stream_wait_for_a_slow_backend() {
+    let slow = || {
+        Provider::start(|_, stream| {
+            std::thread::sleep(millis(2_500));
+            reply(stream, 200, "", b"slow");
+            After::Keep
+        })
+    };
+    let (a, b) = (slow(), Provider::named("b"));
+    let settings = format!("{QUICK}[timeouts]\nfirst_byte_secs = 1\nfirst_token_secs = 1\n");
+    let zap = Zap::with(&settings, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+    let alone = Zap::with(&settings, &[a.backend("a", "")]);
+    std::thread::scope(|s| {
+        for (zap, body) in [(&zap, CHAT), (&alone, CHAT), (&alone, STREAM)] {
+            s.spawn(move || {
+                let (answer, took) = timed(|| zap.chat(body));
+                assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("slow", Some("1")), "{body}");
+                assert!(took > millis(2_400), "{took:?}");
+            });
+        }
+    });
+    assert_eq!((a.count(), b.count()), (3, 0));
     zap.wait_until_idle();
 }
 
@@ -265,28 +292,49 @@ fn u05_no_client_sees_the_close_of_an_idle_upstream_connection() {
 }
 
 #[test]
-fn u06_a_response_cut_after_its_head_is_retried_elsewhere_and_alone_is_a_502() {
+fn u06_a_response_cut_before_its_content_is_retried_elsewhere_and_alone_is_a_502() {
+    const EVENTS: &str = "content-type: text/event-stream\r\n";
+    const ROLE: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
     let ends: [fn(&mut TcpStream) -> After; 2] = [eof, reset];
-    for framing in ["content-length: 50", "transfer-encoding: chunked"] {
-        for (i, end) in ends.into_iter().enumerate() {
-            let a = Provider::start(move |_, stream| {
-                let _ = stream.write_all(format!("{JSON}{framing}\r\n\r\n").as_bytes());
-                end(stream)
-            });
-            let b = Provider::named("b");
-            let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
-            let answer = zap.chat(CHAT);
-            assert_eq!((answer.status, answer.text()), (200, "b"), "{framing}, {i}");
-            assert_eq!(answer.header("x-zap-attempts"), Some("2"), "{framing}, {i}");
-            assert_eq!(errors(&zap, "a", "upstream_unreachable"), 1.0, "{framing}, {i}");
-            zap.wait_until_idle();
+    // A short JSON body is read as a whole before its head goes out, and a stream up to its first content.
+    for (headers, begun, body) in [
+        ("content-type: application/json\r\n", "", CHAT),
+        ("content-type: application/json\r\n", r#"{"choices":[{"mess"#, CHAT),
+        ("", r#"{"choices":[{"mess"#, CHAT),
+        (EVENTS, "", STREAM),
+        (EVENTS, "data: {\"cho", STREAM),
+        (EVENTS, ": hello\n\ndata: {\"cho", STREAM),
+        (EVENTS, ROLE, STREAM),
+    ] {
+        for framing in ["content-length: 500", "transfer-encoding: chunked"] {
+            for (i, end) in ends.into_iter().enumerate() {
+                let shown = format!("{headers}{framing}, {begun}, {i}");
+                let a = Provider::start(move |_, stream| {
+                    let head = format!("HTTP/1.1 200 OK\r\n{headers}{framing}\r\n\r\n");
+                    let size = if begun.is_empty() || framing.contains("length") { "" } else { "1f4\r\n" };
+                    let _ = stream.write_all(format!("{head}{size}{begun}").as_bytes());
+                    end(stream)
+                });
+                let b = Provider::named("b");
+                let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+                let answer = zap.chat(body);
+                assert_eq!((answer.status, answer.text()), (200, "b"), "{shown}");
+                assert_eq!(answer.header("x-zap-attempts"), Some("2"), "{shown}");
+                assert_eq!(errors(&zap, "a", "stream_interrupted"), 1.0, "{shown}");
+                assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0, "{shown}");
+                zap.wait_until_idle();
 
-            let zap = Zap::with(QUICK, &[a.backend("a", "")]);
-            let answer = zap.chat(CHAT);
-            let found = (answer.status, answer.code());
-            assert_eq!(found, (502, "upstream_unreachable".to_owned()), "{framing}, {i}");
-            assert_eq!((answer.header("x-zap-attempts"), answer.whole), (Some("3"), true), "{framing}, {i}");
-            zap.wait_until_idle();
+                // Without another target, the first event of a stream goes out at once.
+                if begun.contains("\n\n") {
+                    continue;
+                }
+                let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+                let answer = zap.chat(body);
+                let found = (answer.status, answer.code());
+                assert_eq!(found, (502, "upstream_unreachable".to_owned()), "{shown}");
+                assert_eq!((answer.header("x-zap-attempts"), answer.whole), (Some("3"), true), "{shown}");
+                zap.wait_until_idle();
+            }
         }
     }
 }
@@ -311,26 +359,52 @@ fn u07_a_reset_mid_stream_ends_with_an_error_event_and_a_close() {
     assert!(!answer.whole && is_interruption(answer.text()), "{}", answer.text());
     assert_eq!(client.rest(), (Vec::new(), true));
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
-    assert_eq!((a.count(), errors(&zap, "a", "upstream_error")), (1, 1.0));
+    assert_eq!((a.count(), errors(&zap, "a", "stream_interrupted")), (1, 1.0));
     zap.wait_until_idle();
 }
 
 #[test]
-fn u07_a_stream_cut_after_its_head_ends_with_an_error_event_and_a_close() {
+fn u07_a_stream_cut_after_it_has_begun_ends_with_an_error_event_and_a_close() {
     let ends: [fn(&mut TcpStream) -> After; 2] = [eof, reset];
-    for end in ends {
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n";
+    for begun in ["data: one\n\n", role] {
+        for end in ends {
+            let a = Provider::start(move |_, stream| {
+                start_events(stream);
+                chunk(stream, begun);
+                end(stream)
+            });
+            let zap = Zap::with(QUICK, &[a.backend("a", "")]);
+            let mut client = zap.client();
+            let answer = client.chat("", STREAM);
+            assert_eq!(answer.status, 200);
+            let rest = answer.text().strip_prefix(begun).expect("the received events are delivered");
+            assert!(!answer.whole && is_interruption(rest), "{rest}");
+            assert_eq!(client.rest(), (Vec::new(), true));
+            assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
+            assert_eq!((a.count(), errors(&zap, "a", "stream_interrupted")), (1, 1.0));
+            zap.wait_until_idle();
+        }
+    }
+}
+
+#[test]
+fn u07_a_cut_after_content_is_never_retried_and_of_another_body_has_a_kind_of_its_own() {
+    for (headers, body, kind) in [
+        ("content-type: text/event-stream\r\n", STREAM, "stream_interrupted"),
+        ("content-type: text/plain\r\n", CHAT, "upstream_error"),
+    ] {
         let a = Provider::start(move |_, stream| {
-            start_events(stream);
-            end(stream)
+            let head = format!("HTTP/1.1 200 OK\r\n{headers}transfer-encoding: chunked\r\n\r\n");
+            let _ = stream.write_all(head.as_bytes());
+            chunk(stream, "data: one\n\n");
+            After::Close
         });
-        let zap = Zap::with(QUICK, &[a.backend("a", "")]);
-        let mut client = zap.client();
-        let answer = client.chat("", STREAM);
-        assert_eq!(answer.status, 200);
-        assert!(!answer.whole && is_interruption(answer.text()), "{}", answer.text());
-        assert_eq!(client.rest(), (Vec::new(), true));
-        assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
-        assert_eq!(a.count(), 1);
+        let b = Provider::named("b");
+        let zap = Zap::with(QUICK, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        let answer = zap.chat(body);
+        assert!(answer.status == 200 && !answer.whole && answer.text().starts_with("data: one\n\n"));
+        assert_eq!((b.count(), errors(&zap, "a", kind)), (0, 1.0), "{kind}");
         zap.wait_until_idle();
     }
 }
@@ -360,15 +434,25 @@ fn a_status_beyond_599_is_a_failure() {
 }
 
 #[test]
-fn u08_a_clean_end_without_done_passes_and_is_counted_on_endpoints_that_send_done() {
-    for (path, body, counted) in [
-        ("/chat", STREAM, 1.0),
-        ("/v1/completions", r#"{"model":"m","prompt":"x","stream":true}"#, 1.0),
-        ("/v1/responses", r#"{"model":"m","input":"x","stream":true}"#, 0.0),
+fn u08_a_clean_end_without_a_terminal_event_is_a_cut_unless_the_answer_has_a_finish_reason() {
+    const FINISH: &str = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
+    const COMPLETED: &str = "data: {\"type\":\"response.completed\"}\n\n";
+    let chat = ("/chat", STREAM);
+    let completions = ("/v1/completions", r#"{"model":"m","prompt":"x","stream":true}"#);
+    let responses = ("/v1/responses", r#"{"model":"m","input":"x","stream":true}"#);
+    for ((path, body), last, is_whole) in [
+        (chat, "", false),
+        (completions, "", false),
+        (responses, "", false),
+        (chat, FINISH, true),
+        (completions, FINISH, true),
+        (responses, FINISH, false),
+        (responses, "data: [DONE]\n\n", false),
+        (responses, COMPLETED, true),
     ] {
-        let a = Provider::start(|_, stream| {
+        let a = Provider::start(move |_, stream| {
             start_events(stream);
-            chunk(stream, "data: one\n\n");
+            chunk(stream, &format!("data: one\n\n{last}"));
             end_chunks(stream);
             After::Keep
         });
@@ -376,9 +460,25 @@ fn u08_a_clean_end_without_done_passes_and_is_counted_on_endpoints_that_send_don
         let mut client = zap.client();
         client.post(path, "", body);
         let answer = client.response();
-        assert_eq!((answer.text(), answer.whole), ("data: one\n\n", true), "{path}");
-        assert!(client.is_quiet(), "{path}");
-        assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), counted, "{path}");
+        let rest = answer.text().strip_prefix(&*format!("data: one\n\n{last}")).expect("all events arrive");
+        let interrupted = zap.metric("zap_streams_interrupted_total{side=\"upstream\"}");
+        assert_eq!(interrupted, f64::from(u8::from(!is_whole)), "{path} {last}");
+        match is_whole {
+            true => assert_eq!((rest, answer.whole), ("", true), "{path} {last}"),
+            // The body of `/v1/responses` ends cleanly, with an event of its own kind.
+            false if path == "/v1/responses" => {
+                assert!(
+                    rest.starts_with("event: response.failed\n") && answer.whole,
+                    "{path} {last}: {rest}"
+                );
+            }
+            false => assert!(is_interruption(rest) && !answer.whole, "{path} {last}: {rest}"),
+        }
+        if answer.whole {
+            assert!(client.is_quiet(), "{path} {last}");
+        } else {
+            assert_eq!(client.rest(), (Vec::new(), true), "{path} {last}");
+        }
         zap.wait_until_idle();
     }
 }
@@ -387,16 +487,16 @@ fn u08_a_clean_end_without_done_passes_and_is_counted_on_endpoints_that_send_don
 fn u09_a_stall_is_cut_in_time_and_other_bodies_than_event_streams_are_aborted() {
     for (head, chunked, events) in [
         ("content-type: text/event-stream\r\ntransfer-encoding: chunked", true, true),
-        ("content-type: application/json\r\ntransfer-encoding: chunked", true, false),
+        // An event stream is known by its beginning, whatever its label says.
+        ("content-type: application/json\r\ntransfer-encoding: chunked", true, true),
         ("content-type: application/json\r\ncontent-length: 500", false, false),
+        ("content-type: application/json\r\nx-text: 1\r\ntransfer-encoding: chunked", true, false),
+        ("content-type: application/json\r\nx-text: 1\r\ncontent-length: 500", false, false),
     ] {
+        let text = if head.contains("x-text") { "\"one\n\n" } else { "data: one\n\n" };
         let a = Provider::start(move |_, stream| {
             let _ = stream.write_all(format!("HTTP/1.1 200 OK\r\n{head}\r\n\r\n").as_bytes());
-            let _ = if chunked {
-                chunk(stream, "data: one\n\n")
-            } else {
-                stream.write_all(b"data: one\n\n").is_ok()
-            };
+            let _ = if chunked { chunk(stream, text) } else { stream.write_all(text.as_bytes()).is_ok() };
             wait_closed(stream);
             After::Close
         });
@@ -407,7 +507,7 @@ fn u09_a_stall_is_cut_in_time_and_other_bodies_than_event_streams_are_aborted() 
         let (_, took) = timed(|| client.body(&mut answer));
         // The clock of these limits has steps of 100 ms, longer on a busy machine, and may be one step late.
         assert!(took > millis(700) && took < millis(2_000), "{head}: {took:?}");
-        let rest = answer.text().strip_prefix("data: one\n\n").expect("the received events are delivered");
+        let rest = answer.text().strip_prefix(text).expect("the received bytes are delivered");
         assert!(
             !answer.whole && is_interruption(rest) == events && rest.is_empty() != events,
             "{head}: {rest}"
@@ -457,7 +557,7 @@ fn u09_a_client_that_reads_nothing_is_closed_when_its_upstream_stalls() {
             false
         };
         start_events(stream);
-        let piece = "x".repeat(24 * 1024);
+        let piece = format!("data: {}\n\n", "x".repeat(24 * 1024 - 8));
         for _ in 0..4096 {
             let before = queued(zap, client).0;
             chunk(stream, &piece);
@@ -807,7 +907,7 @@ fn u15_a_request_that_always_fails_is_tried_three_times_and_gets_the_last_respon
 
 #[test]
 fn u16_a_client_error_is_not_counted_against_the_backend() {
-    for status in [400, 404, 413, 422] {
+    for status in [400, 404, 422, 501] {
         let a = Provider::fixed(status, "content-type: application/json\r\n", r#"{"error":1}"#);
         let b = Provider::named("b");
         let settings = "[health]\ninterval_secs = 600\nfailure_threshold = 1\n";
@@ -823,6 +923,50 @@ fn u16_a_client_error_is_not_counted_against_the_backend() {
         assert_eq!(sum(&zap, "zap_upstream_errors_total"), 0.0, "{status}");
         let shown = zap.client().get("/status").json();
         assert!(shown["backends"][0]["last_error"].is_null(), "{status}");
+        zap.wait_until_idle();
+    }
+}
+
+#[test]
+fn u16_a_request_that_does_not_fit_the_model_goes_to_another_target_and_marks_nobody() {
+    const JSON: &str = "content-type: application/json\r\n";
+    for (status, error) in [
+        (413, r#"{"error":1}"#),
+        (404, r#"{"error":{"message":"no","code":"model_not_found"}}"#),
+        (404, r#"{"type":"error","error":{"type":"not_found_error","message":"no"}}"#),
+        (400, r#"{"error":{"message":"no","code":"model_not_supported"}}"#),
+        (400, r#"{"error":{"message":"too long","code":"context_length_exceeded"}}"#),
+        (400, r#"{"error":{"message":"too long","type":"exceed_context_size_error"}}"#),
+    ] {
+        let a = Provider::fixed(status, JSON, error);
+        let b = Provider::named("b");
+        let settings = "[health]\ninterval_secs = 600\nfailure_threshold = 1\n";
+        let zap = Zap::with(settings, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        let mut asked_first = 0;
+        for _ in 0..5 {
+            let answer = zap.chat(CHAT);
+            assert_eq!((answer.status, answer.text()), (200, "b"), "{error}");
+            asked_first += usize::from(answer.header("x-zap-attempts") == Some("2"));
+        }
+        assert!(a.count() == asked_first && asked_first >= 4, "backend a stays in use: {error}");
+        assert_eq!(errors(&zap, "a", "upstream_refused"), asked_first as f64, "{error}");
+        assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0, "{error}");
+        zap.wait_until_idle();
+
+        // Nobody serves it: the client gets the last answer as it came, and each target is asked once.
+        let c = Provider::fixed(status, JSON, error);
+        let zap = Zap::with(settings, &[a.backend("a", "weight = 9"), c.backend("c", "")]);
+        for _ in 0..3 {
+            let answer = zap.chat(CHAT);
+            assert_eq!((answer.status, answer.text()), (status, error));
+            assert_eq!(
+                (answer.header("x-zap-attempts"), answer.header("x-zap-backend")),
+                (Some("2"), Some("c"))
+            );
+        }
+        for backend in ["a", "c"] {
+            assert_eq!(zap.metric(&format!("zap_backend_up{{backend=\"{backend}\"}}")), 1.0, "{error}");
+        }
         zap.wait_until_idle();
     }
 }
@@ -986,10 +1130,10 @@ fn u21_a_name_that_does_not_resolve_leaves_the_others_serving() {
     zap.wait_until_idle();
 }
 
-#[test]
-fn u22_a_failing_backend_with_healthy_probes_changes_state_at_most_once_per_interval() {
+/// Sends chats to a failing backend with healthy probes, and to one that serves, for six intervals between probes. Returns
+/// how often the first one has changed its state.
+fn changes_of_state(a: &Provider) -> usize {
     const UP: &str = "zap_backend_up{backend=\"a\"}";
-    let a = Provider::fixed(500, "", "a failed");
     let b = Provider::named("b");
     let zap = Zap::with(
         "[health]\ninterval_secs = 1\nfailure_threshold = 1\n",
@@ -1015,10 +1159,25 @@ fn u22_a_failing_backend_with_healthy_probes_changes_state_at_most_once_per_inte
             std::thread::sleep(millis(10));
         }
     });
+    zap.wait_until_idle();
+    changes
+}
+
+#[test]
+fn u22_a_failing_backend_with_healthy_probes_is_tried_by_one_request_after_1_and_2_s() {
+    let a = Provider::fixed(500, "", "a failed");
+    assert_eq!(changes_of_state(&a), 1, "no probe brings it back");
+    // The first failure ejects the backend for this model. The next trial would come after another 4 s.
+    assert!((2..=3).contains(&a.count()), "{} failures", a.count());
+}
+
+#[test]
+fn u22_a_backend_that_resets_requests_and_has_healthy_probes_changes_state_at_most_once_per_interval() {
+    let a = Provider::start(|_, stream| reset(stream));
+    let changes = changes_of_state(&a);
     assert!((1..=7).contains(&changes), "{changes} changes in 6 intervals");
     // A single failure ejects the backend: once at first, and once after each time it comes back.
     assert!((2..=4).contains(&a.count()), "{} failures", a.count());
-    zap.wait_until_idle();
 }
 
 #[test]

@@ -65,7 +65,8 @@ fn no_probe_is_sent_while_real_requests_succeed() {
     eventually("probes are sent again", || a.probes().len() > 1);
 }
 
-/// Asserts that a backend which treats chats by `answers` is still probed, and is ejected when its probes fail.
+/// Asserts that a backend which treats chats by `answers` is still probed, and is ejected when its probes fail. The clients
+/// disconnect before any content.
 fn assert_ejected_by_probes(answers: impl Fn(&mut TcpStream) -> After + Send + Sync + 'static, body: &str) {
     let a = Provider::start(move |_, stream| answers(stream));
     let settings = format!("{FAST}failure_threshold = 2\n[retry]\nmax_retries = 0");
@@ -76,11 +77,17 @@ fn assert_ejected_by_probes(answers: impl Fn(&mut TcpStream) -> After + Send + S
     std::thread::scope(|s| {
         s.spawn(|| {
             let since = std::time::Instant::now();
-            while !ends.load(Ordering::Relaxed) && since.elapsed() < 2 * TIMEOUT {
+            for n in 0.. {
+                if ends.load(Ordering::Relaxed) || since.elapsed() > 2 * TIMEOUT {
+                    return;
+                }
                 let mut client = zap.client();
-                client.post("/chat", "", body);
-                let _ = client.head();
-                // The client disconnects before any content.
+                // A model of its own, so that the strikes of requests eject nothing.
+                client.post("/chat", "", body.replacen('{', &format!("{{\"model\":\"m{n}\","), 1));
+                let leaves = std::time::Instant::now() + std::time::Duration::from_millis(20);
+                while client.is_quiet() && std::time::Instant::now() < leaves {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
             }
         });
         eventually("the backend is ejected", || state(&zap, 0) == "ejected");
@@ -94,6 +101,16 @@ fn a_head_without_a_complete_body_is_no_success() {
     assert_ejected_by_probes(
         |stream| {
             start_events(stream);
+            wait_closed(stream);
+            After::Close
+        },
+        STREAM,
+    );
+    // The backend begins a stream, which goes out at once, and sends no content.
+    assert_ejected_by_probes(
+        |stream| {
+            start_events(stream);
+            chunk(stream, "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n");
             wait_closed(stream);
             After::Close
         },
@@ -176,6 +193,16 @@ fn a_failure_that_is_delivered_to_the_client_still_counts_as_a_failure() {
     }
     assert_eq!(state(&zap, 0), "ejected", "three consecutive failures eject a backend");
 
+    // Of two targets both have failed, also the one whose response is delivered. If both give the same status, the
+    // request is to blame.
+    for (statuses, want) in [((500, 502), "ejected"), ((500, 500), "healthy")] {
+        let (a, b) = (Provider::fixed(statuses.0, "", "failed"), Provider::fixed(statuses.1, "", "failed"));
+        let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nmax_retries = 1";
+        let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "")]);
+        assert_eq!(zap.chat(CHAT).text(), "failed");
+        assert_eq!((state(&zap, 0), state(&zap, 1)), (want.to_owned(), want.to_owned()), "{statuses:?}");
+    }
+
     // A delivered failure does not replace a probe either.
     let a = Provider::fixed(500, "", "a failed");
     let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1000\n[retry]\nmax_retries = 0";
@@ -253,31 +280,62 @@ fn with_all_backends_ejected_one_below_its_limit_is_picked() {
 
 #[test]
 fn requests_queued_for_a_backend_that_is_then_ejected_are_still_served() {
-    let gate = Gate::default();
-    let (held, asked) = (gate.clone(), AtomicUsize::new(0));
-    let a = Provider::start(move |_, stream| {
-        held.pass();
-        match asked.fetch_add(1, Ordering::Relaxed) {
-            0 => reply(stream, 500, "", b"a failed"),
-            _ => reply(stream, 200, "", b"a"),
-        }
-        After::Keep
-    });
-    let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
-    let zap = Zap::with(settings, &[a.backend("a", "max_in_flight = 1")]);
-    eventually("the probe has ended", || !a.probes().is_empty() && a.connections() == 0);
-    let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
-    for (i, client) in clients.iter_mut().enumerate() {
-        client.post("/chat", "", CHAT);
-        eventually("the request is at the backend or in the queue", || {
-            gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64
+    // A status ejects the backend for the model, until a request succeeds; a closed connection ejects it as a whole, until
+    // a probe succeeds.
+    for (status, picks, after) in [(500, 1.0, "healthy"), (502, 3.0, "ejected")] {
+        let gate = Gate::default();
+        let (held, asked) = (gate.clone(), AtomicUsize::new(0));
+        let a = Provider::start(move |_, stream| {
+            held.pass();
+            match (asked.fetch_add(1, Ordering::Relaxed), status) {
+                (0, 502) => return After::Close,
+                (0, _) => reply(stream, status, "", b"a failed"),
+                _ => reply(stream, 200, "", b"a"),
+            }
+            After::Keep
         });
+        let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
+        let zap = Zap::with(settings, &[a.backend("a", "max_in_flight = 1")]);
+        eventually("the probe has ended", || !a.probes().is_empty() && a.connections() == 0);
+        let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
+        for (i, client) in clients.iter_mut().enumerate() {
+            client.post("/chat", "", CHAT);
+            eventually("the request is at the backend or in the queue", || {
+                gate.waiting() == 1 && zap.metric("zap_queue_depth") == i as f64
+            });
+        }
+        gate.open(4);
+        let answers: Vec<_> = clients.iter_mut().map(|c| c.response().status).collect();
+        assert_eq!(answers, [status, 200, 200, 200]);
+        assert_eq!(zap.metric("zap_panic_picks_total"), picks, "{status}");
+        assert_eq!(state(&zap, 0), after, "{status}");
+        zap.wait_until_idle();
     }
-    gate.open(4);
-    let answers: Vec<_> = clients.iter_mut().map(|c| c.response().status).collect();
-    assert_eq!(answers, [500, 200, 200, 200]);
-    assert_eq!(zap.metric("zap_panic_picks_total"), 3.0);
-    zap.wait_until_idle();
+}
+
+#[test]
+fn a_request_whose_backend_is_ejected_meanwhile_moves_to_the_next_target() {
+    for body in [CHAT, STREAM] {
+        let a = Provider::start(|_, stream| {
+            wait_closed(stream);
+            After::Close
+        });
+        let b = Provider::named("b");
+        let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1\n";
+        let zap = Zap::with(settings, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        let alone = Zap::with(settings, &[a.backend("a", "")]);
+        let (mut client, mut other) = (zap.client(), alone.client());
+        client.post("/chat", "", body);
+        other.post("/chat", "", body);
+        eventually("the backend has both requests", || a.count() == 2);
+        a.set_health(500);
+        let answer = client.response();
+        assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")), "{body}");
+        eventually("the backend is ejected", || state(&alone, 0) == "ejected");
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(other.is_quiet(), "where no target is left, the request stays");
+        zap.wait_until_idle();
+    }
 }
 
 #[test]
@@ -293,10 +351,32 @@ fn an_ejected_backend_keeps_its_quota_and_its_cooldown() {
 
     let a = Provider::fixed(429, "retry-after: 30\r\n", "slow down");
     let zap = all_ejected(&[a.backend("a", "")], &[&a]);
-    assert_eq!(zap.chat(CHAT).status, 429);
+    let refused = zap.chat(CHAT);
+    assert_eq!((refused.status, refused.text()), (429, "slow down"));
+    assert_eq!(refused.header("retry-after"), Some("30"));
     let refused = zap.chat(CHAT);
     assert_eq!((refused.status, refused.header("retry-after")), (429, Some("30")));
     assert_eq!(a.count(), 1, "a backend that cools down is not tried");
+
+    // A backend that is ejected for the model alone.
+    let asked = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        match asked.fetch_add(1, Ordering::Relaxed) {
+            0 => reply(stream, 500, "", b"a failed"),
+            _ => reply(stream, 429, "retry-after: 30\r\n", b"slow down"),
+        }
+        After::Keep
+    });
+    let settings = "[health]\ninterval_secs = 60\nfailure_threshold = 1";
+    let zap = Zap::with(settings, &[a.backend("a", "")]);
+    let sdk = "x-stainless-retry-count: 1\r\n";
+    assert_eq!(zap.client().chat(sdk, CHAT).status, 500, "one try a target");
+    assert_eq!(state(&zap, 0), "ejected");
+    for tries in [2, 2] {
+        let refused = zap.chat(CHAT);
+        assert_eq!((refused.status, refused.header("retry-after")), (429, Some("30")));
+        assert_eq!(a.count(), tries, "a backend that cools down is not tried");
+    }
 }
 
 #[test]

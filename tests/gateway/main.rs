@@ -53,3 +53,5 @@ mod retries;
 mod streams;
 
 mod tls;
+
+mod truth;

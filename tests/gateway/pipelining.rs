@@ -85,7 +85,8 @@ mod at_once {
             let (door, count) = (gate.clone(), replied.clone());
             let a = Provider::start(move |_, stream| {
                 door.pass();
-                reply(stream, 200, &headers, &vec![b'x'; size]);
+                // An empty body is an answer only if the request is refused.
+                reply(stream, if size == 0 { 400 } else { 200 }, &headers, &vec![b'x'; size]);
                 count.fetch_add(1, Ordering::Relaxed);
                 After::Keep
             });
@@ -131,12 +132,12 @@ mod at_once {
     #[test]
     fn a_request_that_arrives_with_the_previous_response_is_served() {
         // If the head fills hyper's write buffer, hyper writes before it drops the body.
-        for (id, pad) in [("hold-small", 0), ("hold-large", 65_430)] {
+        for (id, pad) in [("hold-small", 0), ("hold-large", 65_421)] {
             let stage = Stage::new(format!("x-pad: {}\r\n", "p".repeat(pad)), 0);
             let mut client = stage.zap.client();
             client.post("/chat", "", CHAT);
             stage.at_once(id, &mut client, "GET /health HTTP/1.1\r\nhost: zap\r\n\r\n");
-            assert_eq!((client.response().status, client.response().status), (200, 200), "{pad}");
+            assert_eq!((client.response().status, client.response().status), (400, 200), "{pad}");
         }
     }
 }

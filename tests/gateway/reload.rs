@@ -85,7 +85,7 @@ fn unchanged_backends_keep_health_cooling_connections_and_counts() {
 }
 
 #[test]
-fn a_new_key_resets_the_misconfigured_state() {
+fn a_new_key_resets_the_unauthorized_state() {
     let refuses = Provider::start(|seen, stream| {
         let good = seen.header("authorization") == Some("Bearer sk-new");
         reply(stream, if good { 200 } else { 401 }, "", b"fine");
@@ -95,9 +95,9 @@ fn a_new_key_resets_the_misconfigured_state() {
     let settings = "[health]\ninterval_secs = 60\n";
     let zap = Zap::with_file(&file, settings, &[refuses.backend("a", "api_key = \"sk-old\"")]);
     assert_eq!(zap.chat(CHAT).status, 502);
-    assert_eq!(state(&zap, "a"), "misconfigured");
+    assert_eq!(state(&zap, "a"), "unauthorized");
     assert!(zap.reload());
-    assert_eq!(state(&zap, "a"), "misconfigured", "the key is unchanged");
+    assert_eq!(state(&zap, "a"), "unauthorized", "the key is unchanged");
     file.write(settings, &[refuses.backend("a", "api_key = \"sk-new\"")]);
     assert!(zap.reload());
     assert_eq!(zap.chat(CHAT).text(), "fine");

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, backend, blackhole, reply, wait_closed};
-use crate::support::{CHAT, Provider, Zap, eventually};
+use crate::support::provider::{After, backend, blackhole, chunk, reply, start_events, wait_closed};
+use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 2\n[health]\nfailure_threshold = 1000\n";
 
@@ -153,21 +153,62 @@ fn a_request_waits_for_a_short_cooldown() {
     let n = AtomicUsize::new(0);
     let a = Provider::start(move |_, stream| {
         match n.fetch_add(1, Ordering::SeqCst) {
-            0 => reply(stream, 429, "retry-after: 1\r\n", b"wait"),
+            0 | 2 => reply(stream, 429, "retry-after: 1\r\n", b"wait"),
             _ => reply(stream, 200, "", b"served"),
         }
         After::Keep
     });
     let zap = Zap::with("", &[a.backend("a", "")]);
-    assert_eq!(zap.chat(CHAT).status, 429);
+    let early = "the backend got the request before its cooldown ended";
+    // The request that met the 429 waits.
     let since = Instant::now();
-    assert_eq!(zap.chat(CHAT).text(), "served");
-    assert!(
-        since.elapsed() > Duration::from_millis(500),
-        "the backend got the request before its cooldown ended"
-    );
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("served", Some("2")));
+    assert!(since.elapsed() > Duration::from_millis(900), "{early}");
     assert_eq!(zap.metric("zap_queue_wait_seconds_count"), 1.0);
+    // A request that comes meanwhile waits with it.
+    let since = Instant::now();
+    let mut clients = [zap.client(), zap.client()];
+    for (client, depth) in clients.iter_mut().zip([1.0, 2.0]) {
+        client.post("/chat", "", CHAT);
+        eventually("the request is queued", || zap.metric("zap_queue_depth") == depth);
+    }
+    assert_eq!(a.count(), 3);
+    let mut attempts = clients.each_mut().map(|client| {
+        let answer = client.response();
+        assert_eq!(answer.text(), "served");
+        answer.header("x-zap-attempts").unwrap().to_owned()
+    });
+    attempts.sort_unstable();
+    assert_eq!(attempts, ["1", "2"]);
+    assert!(since.elapsed() > Duration::from_millis(900), "{early}");
+    assert_eq!((a.count(), zap.metric("zap_queue_wait_seconds_count")), (5, 3.0));
     zap.wait_until_idle();
+}
+
+#[test]
+fn without_retries_a_429_is_delivered_at_once() {
+    let a = Provider::fixed(429, "retry-after: 1\r\n", "wait");
+    let zap = Zap::with("[retry]\nmax_retries = 0", &[a.backend("a", "")]);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.status, answer.text(), answer.header("x-zap-attempts")), (429, "wait", Some("1")));
+    assert_eq!((a.count(), zap.metric("zap_queue_wait_seconds_count")), (1, 0.0));
+    zap.wait_until_idle();
+}
+
+#[test]
+fn a_429_that_states_no_time_at_all_is_asked_again_at_a_slow_pace_and_delivered_after_max_wait_secs() {
+    for headers in ["retry-after: 0\r\n", "retry-after-ms: 1\r\n"] {
+        let a = Provider::fixed(429, headers, "wait");
+        let zap = Zap::with("[queue]\nmax_wait_secs = 1", &[a.backend("a", "")]);
+        let since = Instant::now();
+        let answer = zap.chat(CHAT);
+        assert_eq!((answer.status, answer.text()), (429, "wait"), "{headers}");
+        let took = since.elapsed();
+        assert!(took > Duration::from_millis(500) && took < Duration::from_secs(3), "{took:?}");
+        assert!((3..=10).contains(&a.count()), "{} requests", a.count());
+        zap.wait_until_idle();
+    }
 }
 
 #[test]
@@ -197,10 +238,19 @@ fn a_backend_with_no_requests_remaining_gets_none_until_its_reset() {
 /// Case 28 of the review: `Retry-After` decides alone on a 429; a limit of 0 and a negative rest say nothing.
 #[test]
 fn an_empty_daily_limit_does_not_close_a_backend_for_the_day() {
-    for headers in [
-        "retry-after-ms: 200\r\nx-ratelimit-remaining-requests-day: 0\r\nx-ratelimit-reset-requests-day: 86340\r\n",
-        "retry-after-ms: 200\r\nx-ratelimit-limit-tokens: 0\r\nx-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1h\r\n",
-        "x-ratelimit-limit-requests: 18000\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1h\r\n",
+    for (headers, has_pace) in [
+        (
+            "retry-after-ms: 200\r\nx-ratelimit-remaining-requests-day: 0\r\nx-ratelimit-reset-requests-day: 86340\r\n",
+            false,
+        ),
+        (
+            "retry-after-ms: 200\r\nx-ratelimit-limit-tokens: 0\r\nx-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 1h\r\n",
+            false,
+        ),
+        (
+            "x-ratelimit-limit-requests: 18000\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1h\r\n",
+            true,
+        ),
     ] {
         let n = AtomicUsize::new(0);
         let a = Provider::start(move |_, stream| {
@@ -220,7 +270,19 @@ fn an_empty_daily_limit_does_not_close_a_backend_for_the_day() {
         assert_eq!(zap.chat(CHAT).text(), "b");
         assert_eq!(zap.metric("zap_backend_cooling{backend=\"a\"}"), 1.0, "{headers}");
         eventually("backend a serves requests again", || zap.chat(CHAT).text() == "a");
-        assert_eq!(zap.chat(CHAT).text(), "a", "a negative rest says nothing");
+        if has_pace {
+            // The provider's bucket gets a unit each 200 ms, so backend a gets one request each 200 ms.
+            let (since, before) = (Instant::now(), a.count());
+            while since.elapsed() < Duration::from_millis(1_100) {
+                zap.chat(CHAT);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let (got, units) = (a.count() - before, since.elapsed().as_millis() as usize / 200);
+            assert!(got >= 2 && got <= units + 1, "{got} requests in {units} units");
+            // Nobody has come for a whole unit: the wait is over.
+            std::thread::sleep(Duration::from_millis(450));
+        }
+        (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "a", "a negative rest says nothing"));
     }
 }
 
@@ -244,21 +306,65 @@ fn a_backend_cools_down_for_the_refused_model_only() {
 }
 
 #[test]
-fn a_refused_backend_key_is_a_502_and_marks_the_backend_misconfigured() {
-    let a = Provider::fixed(401, "", "bad key sk-CANARY");
+fn a_refused_backend_key_is_a_502_and_closes_the_backend() {
+    let a = Provider::fixed(401, "", "{\"error\":{\"message\":\"Incorrect API key: sk-CANARY\"}}");
     let b = Provider::named("b");
     let zap = Zap::with("", &[a.backend("a", "weight = 9\napi_key = \"sk-CANARY\""), b.backend("b", "")]);
     (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
     assert_eq!(a.count(), 1);
-    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "misconfigured");
+    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "unauthorized");
 
-    // Retries of an SDK get the same error as the first request.
+    // Retries of an SDK get the same error as the first request, with what the provider said.
     let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
     for attempts in ["1", "0", "0"] {
         let answer = zap.chat(CHAT);
         assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"));
         assert_eq!(answer.header("x-should-retry"), Some("false"));
         assert_eq!(answer.header("x-zap-attempts"), Some(attempts));
+        let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(message.contains("(HTTP 401: Incorrect API key: ***)"), "{message}");
+    }
+}
+
+#[test]
+fn a_401_to_one_request_does_not_close_a_backend_that_serves_others() {
+    let a = Provider::start(|seen, stream| {
+        let is_refused = String::from_utf8_lossy(&seen.body).contains("strange");
+        reply(stream, if is_refused { 401 } else { 200 }, "", b"a");
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-CANARY\"")]);
+    assert_eq!(zap.chat(CHAT).status, 200);
+    assert_eq!(zap.chat("{\"messages\":[],\"model\":\"strange\"}").status, 502);
+    assert_eq!(zap.chat(CHAT).status, 200);
+}
+
+#[test]
+fn the_delay_in_the_body_of_a_429_is_waited_for() {
+    let asked = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        let body = r#"[{"error":{"code":429,"details":[{"retryDelay":"0.7s"}]}}]"#;
+        match asked.fetch_add(1, Ordering::SeqCst) {
+            0 => reply(stream, 429, "", body.as_bytes()),
+            _ => reply(stream, 200, "", b"a"),
+        }
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let since = Instant::now();
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("a", Some("2")));
+    let took = since.elapsed();
+    assert!(took > Duration::from_millis(650) && took < Duration::from_secs(3), "{took:?}");
+}
+
+#[test]
+fn a_request_that_an_sdk_sends_again_is_tried_once_at_each_target() {
+    let (a, b) = (Provider::fixed(500, "", "a"), Provider::fixed(502, "", "b"));
+    let zap = Zap::with("", &[a.backend("a", ""), b.backend("b", "")]);
+    for (count, attempts) in [("0", "3"), ("1", "2"), ("2", "2")] {
+        let answer = zap.client().chat(&format!("x-stainless-retry-count: {count}\r\n"), CHAT);
+        assert_eq!(answer.header("x-zap-attempts"), Some(attempts), "{count}");
     }
 }
 
@@ -452,20 +558,40 @@ fn a_silent_backend_times_out_early_enough_for_a_retry() {
         After::Close
     });
     let b = Provider::named("b");
-    let zap =
-        Zap::with("[queue]\ntimeout_secs = 2", &[silent.backend("a", "weight = 9"), b.backend("b", "")]);
+    let settings = "[timeouts]\nfirst_byte_secs = 1";
+    let zap = Zap::with(settings, &[silent.backend("a", "weight = 9"), b.backend("b", "")]);
     let since = Instant::now();
-    assert_eq!(zap.chat(CHAT).text(), "b");
+    assert_eq!(zap.chat(STREAM).text(), "b");
     let took = since.elapsed();
     assert!(took > Duration::from_millis(800) && took < Duration::from_millis(1_900), "{took:?}");
     assert_eq!(silent.count(), 1);
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 1.0);
 
-    let zap = Zap::with("[queue]\ntimeout_secs = 1", &[silent.backend("a", "")]);
-    let since = Instant::now();
-    let answer = zap.chat(CHAT);
-    assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"));
-    assert!(since.elapsed() > Duration::from_millis(900));
+    // The head of a good stream that says nothing is no answer either, if `first_token_secs` is set.
+    for begun in ["", ": ping\n\n"] {
+        let mute = Provider::start(move |_, stream| {
+            start_events(stream);
+            if !begun.is_empty() {
+                chunk(stream, begun);
+            }
+            wait_closed(stream);
+            After::Close
+        });
+        let settings = "[timeouts]\nfirst_token_secs = 1";
+        let zap = Zap::with(settings, &[mute.backend("a", "weight = 9"), b.backend("b", "")]);
+        assert_eq!(zap.chat(STREAM).text(), "b", "{begun:?}");
+        assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 1.0);
+    }
+
+    // A plain request, and the last target of a stream, have `queue.timeout_secs` alone.
+    let settings = "[queue]\ntimeout_secs = 2\n[timeouts]\nfirst_byte_secs = 1\nfirst_token_secs = 1";
+    let zap = Zap::with(settings, &[silent.backend("a", "")]);
+    for body in [CHAT, STREAM] {
+        let since = Instant::now();
+        let answer = zap.chat(body);
+        assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"), "{body}");
+        assert!(since.elapsed() > Duration::from_millis(1_900));
+    }
     eventually("the connections to the silent backend are closed", || silent.connections() == 0);
     zap.wait_until_idle();
 }
@@ -553,14 +679,107 @@ fn the_cause_of_a_timeout_names_the_phase_that_timed_out() {
         After::Close
     });
     let connecting = backend(address, "a", "");
+    let mute = Provider::start(|_, stream| {
+        start_events(stream);
+        wait_closed(stream);
+        After::Close
+    });
+    let stalled = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        wait_closed(stream);
+        After::Close
+    });
+    let settings = "[timeouts]\nconnect_ms = 500\nfirst_byte_secs = 1\nfirst_token_secs = 2\n\
+        stream_idle_secs = 1\n[health]\ninterval_secs = 600\nfailure_threshold = 1000\n";
     for (first, cause) in [
         (connecting, "connect timed out after 0.5 s"),
-        (silent.backend("a", ""), "response timed out after 0.5 s"),
+        (silent.backend("a", ""), "response timed out after 1 s"),
+        (mute.backend("a", ""), "first token timed out after 2 s"),
+        (stalled.backend("a", ""), "stream timed out after 1 s"),
     ] {
         let b = Provider::named("b");
-        let zap = Zap::with("[queue]\ntimeout_secs = 1\n", &[first, b.backend("b", "priority = 1")]);
-        assert_eq!(zap.chat(CHAT).text(), "b");
+        let zap = Zap::with(settings, &[first, b.backend("b", "priority = 1")]);
+        let answer = zap.chat(STREAM);
+        assert!(answer.text() == "b" || cause.starts_with("stream"), "{cause}: {}", answer.text());
         let status = zap.client().get("/status").json();
         assert_eq!(status["backends"][0]["last_error"]["cause"], cause);
     }
+}
+
+#[test]
+fn a_time_limit_of_a_stream_cuts_nobody_who_has_nowhere_to_go() {
+    // All clocks end at once, and the budget is for 10 of them.
+    let slow = || {
+        Provider::start(|_, stream| {
+            std::thread::sleep(Duration::from_millis(2_500));
+            start_events(stream);
+            chunk(stream, "data: one\n\ndata: [DONE]\n\n");
+            stream.write_all(b"0\r\n\r\n").unwrap();
+            After::Keep
+        })
+    };
+    let (a, b) = (slow(), slow());
+    for clock in ["first_byte_secs", "first_token_secs"] {
+        let settings = format!("[timeouts]\n{clock} = 1\n[health]\nfailure_threshold = 1000");
+        let zap = Zap::with(&settings, &[a.backend("a", ""), b.backend("b", "")]);
+        let clients: Vec<_> = (0..60)
+            .map(|_| {
+                let mut client = zap.client();
+                client.post("/chat", "", STREAM);
+                client
+            })
+            .collect();
+        let statuses: Vec<_> = clients.into_iter().map(|mut client| client.response().status).collect();
+        assert!(statuses.iter().all(|status| *status == 200), "{clock}: {statuses:?}");
+    }
+}
+
+#[test]
+fn one_request_asks_a_provider_that_names_no_wait_a_few_times_only() {
+    let a = Provider::fixed(429, "retry-after: 0\r\n", "wait");
+    let zap = Zap::with("[queue]\nmax_wait_secs = 2", &[a.backend("a", "")]);
+    assert_eq!(zap.chat(CHAT).status, 429);
+    assert!(a.count() <= 6, "{}", a.count());
+    let before = a.count();
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    assert_eq!(zap.client().chat("x-stainless-retry-count: 1\r\n", CHAT).status, 429);
+    assert_eq!(a.count(), before + 1, "the SDK retries by itself");
+}
+
+#[test]
+fn a_429_from_every_provider_costs_a_try_each() {
+    let all: Vec<_> = (0..9).map(|_| Provider::fixed(429, "retry-after: 60\r\n", "wait")).collect();
+    let backends: Vec<_> = all.iter().enumerate().map(|(i, a)| a.backend(&format!("b{i}"), "")).collect();
+    let answer = Zap::with("[retry]\nmax_retries = 2", &backends).chat(CHAT);
+    assert_eq!((answer.status, answer.header("x-zap-attempts")), (429, Some("3")));
+    assert_eq!(all.iter().map(Provider::count).sum::<usize>(), 3);
+}
+
+#[test]
+fn a_request_that_meets_a_503_with_retry_after_waits_like_others() {
+    let asked = AtomicUsize::new(0);
+    let a = Provider::start(move |_, stream| {
+        match asked.fetch_add(1, Ordering::SeqCst) {
+            0 => reply(stream, 503, "retry-after: 1\r\n", b"later"),
+            _ => reply(stream, 200, "", b"a"),
+        }
+        After::Keep
+    });
+    let answer = Zap::with("", &[a.backend("a", "")]).chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("a", Some("2")));
+}
+
+#[test]
+fn a_stream_without_content_is_no_success_even_after_it_has_gone_out() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\ndata: [DONE]\n\n");
+        stream.write_all(b"0\r\n\r\n").unwrap();
+        After::Keep
+    });
+    let zap = Zap::with("[stream]\nhold_secs = 0\n[health]\nfailure_threshold = 1", &[a.backend("a", "")]);
+    assert_eq!(zap.chat(STREAM).status, 200);
+    eventually("the model is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_empty\"}"), 1.0);
 }

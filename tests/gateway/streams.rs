@@ -3,11 +3,15 @@
 use std::io::Write;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
 use crate::support::{Provider, STREAM, Zap, eventually};
 
 const DONE: &str = "data: [DONE]\n\n";
+
+/// A complete stream.
+const ANSWER: &str = "data: one\n\ndata: [DONE]\n\n";
 
 /// A provider that sends these pieces as chunks and then calls `last`.
 fn pieces(all: &'static [&'static str], last: fn(&mut std::net::TcpStream) -> After) -> Provider {
@@ -16,6 +20,12 @@ fn pieces(all: &'static [&'static str], last: fn(&mut std::net::TcpStream) -> Af
         all.iter().for_each(|p| assert!(chunk(stream, p)));
         last(stream)
     })
+}
+
+/// The number of failed tries of all kinds.
+fn failures(zap: &Zap) -> f64 {
+    let all = zap.metrics();
+    all.iter().filter(|(series, _)| series.starts_with("zap_upstream_errors_total")).map(|(_, n)| *n).sum()
 }
 
 fn whole(stream: &mut std::net::TcpStream) -> After {
@@ -28,9 +38,9 @@ fn cut(_: &mut std::net::TcpStream) -> After {
 }
 
 fn reset(stream: &mut std::net::TcpStream) -> After {
-    socket2::SockRef::from(&*stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO)).unwrap();
     // Give Zap time to read the bytes sent before the reset.
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    std::thread::sleep(Duration::from_millis(100));
     After::Close
 }
 
@@ -51,11 +61,29 @@ fn every_token_arrives_before_the_next_is_sent() {
     let zap = Zap::with("", &[a.backend("a", "")]);
     let mut client = zap.client();
     client.post("/chat", "", STREAM);
+    eventually("the backend has the request", || a.count() == 1);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(client.is_quiet(), "the head waits for the first event");
+    sender.send("data: one\n\n").unwrap();
     let head = client.head();
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
-    for piece in ["data: one\n\n", "data: two\n\n", ": comment\n\n", "da", "ta: three\r\n\r\n", DONE] {
+    assert_eq!(client.chunk().unwrap(), b"data: one\n\n");
+    // An unfinished event waits for its end, since no parser can use it.
+    for (piece, out) in [
+        ("data: two\n\n", "data: two\n\n"),
+        (": comment\n\n", ": comment\n\n"),
+        ("da", ""),
+        ("ta: three\r\n\r\n", "data: three\r\n\r\n"),
+        ("data: four\n\ndata: f", "data: four\n\n"),
+        ("ive\n\n", "data: five\n\n"),
+        (DONE, DONE),
+    ] {
         sender.send(piece).unwrap();
-        assert_eq!(client.chunk().unwrap(), piece.as_bytes());
+        if out.is_empty() {
+            std::thread::sleep(Duration::from_millis(50));
+        } else {
+            assert_eq!(client.chunk().unwrap(), out.as_bytes());
+        }
         assert!(client.is_quiet());
     }
     sender.send("").unwrap();
@@ -64,7 +92,7 @@ fn every_token_arrives_before_the_next_is_sent() {
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
     // The connection stays usable.
     client.post("/chat", "", STREAM);
-    sender.send(DONE).unwrap();
+    sender.send(ANSWER).unwrap();
     sender.send("").unwrap();
     assert!(client.response().whole);
 }
@@ -79,10 +107,14 @@ fn a_proxy_in_front_is_told_not_to_buffer_a_stream() {
             Some("no-cache"),
         ),
         ("content-type: text/event-stream\r\ncache-control: no-store\r\n", Some("no"), Some("no-store")),
+        // An event stream is known by its beginning, whatever its label says.
+        ("content-type: text/plain\r\n", Some("no"), Some("no-cache")),
         ("content-type: application/json\r\n", None, None),
     ] {
-        let a = Provider::fixed(200, headers, DONE);
+        let body = if headers.contains("json") { "{}" } else { ANSWER };
+        let a = Provider::fixed(200, headers, body);
         let answer = Zap::with("", &[a.backend("a", "")]).chat(STREAM);
+        assert_eq!(answer.text(), body, "{headers}");
         let said = ["x-accel-buffering", "cache-control"].map(|name| answer.header(name));
         assert_eq!(said, [buffering, cache], "{headers}");
         let names = answer.headers.iter().filter(|(n, _)| n == "cache-control" || n == "x-accel-buffering");
@@ -149,7 +181,7 @@ fn an_interrupted_v1_responses_stream_ends_with_response_failed() {
             vec![&created[..100], &created[100..], &delta[..70], &delta[70..], "event: re"],
             (42, "resp_1", 1_741_290_958, "gpt"),
         ),
-        (vec![": hello\n\n"], (0, "resp_id-1", 0, "")),
+        (vec!["event: response.queued\ndata: {}\n\n"], (0, "resp_id-1", 0, "")),
     ] {
         let sent = pieces.concat();
         let a = Provider::start(move |_, stream| {
@@ -186,12 +218,36 @@ fn an_interrupted_v1_responses_stream_ends_with_response_failed() {
 }
 
 #[test]
-fn a_stream_cut_inside_an_event_ends_the_line_before_the_error_event() {
-    let a = pieces(&["data: one\n\ndata: {\"tw"], cut);
+fn of_a_stream_cut_inside_an_event_the_unfinished_event_is_held_back() {
+    for all in [&["data: one\n\ndata: {\"tw"][..], &["data: one\n\n", "data: {\"tw", "o\"}\n"]] {
+        let a = pieces(Vec::leak(all.to_vec()), cut);
+        let zap = Zap::with("", &[a.backend("a", "")]);
+        let answer = zap.chat(STREAM);
+        let rest = answer.text().strip_prefix("data: one\n\n").expect("the whole event is delivered");
+        assert!(rest.starts_with("data: {\"error\":") && rest.matches("data:").count() == 1, "{rest}");
+        assert!(!answer.whole);
+    }
+    // At a clean end the rest goes out.
+    let a = pieces(&["data: one\n\ndata: [DO", "NE]\n"], whole);
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
-    assert!(answer.text().starts_with("data: one\n\ndata: {\"tw\n\ndata: {\"error\":"), "{}", answer.text());
-    assert!(!answer.whole);
+    assert_eq!((answer.text(), answer.whole), ("data: one\n\ndata: [DONE]\n", true));
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
+}
+
+#[test]
+fn an_unfinished_event_that_is_too_long_to_be_held_goes_out_and_its_line_ends_before_the_error_event() {
+    let long = format!("data: {}", "x".repeat(100_000));
+    let sent = long.clone();
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        chunk(stream, &sent);
+        After::Close
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    let rest = answer.text().strip_prefix(&*long).expect("the begun event is delivered");
+    assert!(rest.starts_with("\n\ndata: {\"error\":") && !answer.whole, "{rest}");
 }
 
 #[test]
@@ -209,7 +265,7 @@ fn a_stream_cut_after_done_is_not_interrupted() {
             let answer = zap.chat(STREAM);
             assert_eq!((answer.text(), answer.whole), (&*all.concat(), true), "{all:?}");
             assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0, "{all:?}");
-            assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_error\"}"), 0.0);
+            assert_eq!(failures(&zap), 0.0, "{all:?}");
             assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
             let idle = zap.metric("zap_upstream_connections{backend=\"a\",state=\"idle\"}");
             assert_eq!(idle == 1.0, is_whole, "{all:?}");
@@ -226,26 +282,30 @@ fn a_stream_cut_after_done_is_not_interrupted() {
 fn a_stream_that_stalls_after_done_is_complete() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
-        chunk(stream, DONE);
+        chunk(stream, ANSWER);
         wait_closed(stream);
         After::Close
     });
-    let zap = Zap::with("[timeouts]\nstream_idle_secs = 1", &[a.backend("a", "")]);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let since = Instant::now();
     let answer = zap.chat(STREAM);
-    assert_eq!((answer.text(), answer.whole), (DONE, true));
+    assert_eq!((answer.text(), answer.whole), (ANSWER, true));
+    // The clock of this limit has steps of 100 ms, longer on a busy machine, and may be one step late.
+    let took = since.elapsed();
+    assert!(took > Duration::from_millis(700) && took < Duration::from_secs(2), "{took:?}");
     eventually("the upstream connection is closed", || a.connections() == 0);
-    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_timeout\"}"), 0.0);
+    assert_eq!(failures(&zap), 0.0);
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
     // A body shorter than its content-length cannot end cleanly, but after `[DONE]` it is not an upstream error.
     let b = Provider::start(|_, stream| {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 500\r\n\r\n";
-        let _ = stream.write_all([head, DONE].concat().as_bytes());
+        let _ = stream.write_all([head, ANSWER].concat().as_bytes());
         After::Close
     });
     let zap = Zap::with("", &[b.backend("b", "")]);
     let answer = zap.chat(STREAM);
-    assert_eq!((answer.text(), answer.whole), (DONE, false));
-    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"b\",kind=\"upstream_error\"}"), 0.0);
+    assert_eq!((answer.text(), answer.whole), (ANSWER, false));
+    assert_eq!(failures(&zap), 0.0);
     zap.wait_until_idle();
 }
 
@@ -283,12 +343,46 @@ fn a_stream_that_stalls_ends_with_an_error_event_and_closes_the_upstream_connect
 }
 
 #[test]
-fn a_clean_end_without_done_passes_and_is_counted_as_interrupted() {
+fn a_clean_end_without_done_is_a_cut_unless_the_answer_has_a_finish_reason() {
     let a = pieces(&["data: one\n\n"], whole);
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
-    assert_eq!((answer.text(), answer.whole), ("data: one\n\n", true));
+    assert!(
+        answer.text().starts_with("data: one\n\ndata: {\"error\":") && !answer.whole,
+        "{}",
+        answer.text()
+    );
     assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 1.0);
+    assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"stream_interrupted\"}"), 1.0);
+
+    // Some providers never send `[DONE]`.
+    const FINISH: &str = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
+    let a = pieces(&["data: one\n\n", FINISH], whole);
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.text(), answer.whole), (&*["data: one\n\n", FINISH].concat(), true));
+    assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), 0.0);
+}
+
+#[test]
+fn a_stream_without_content_is_no_answer_even_with_done() {
+    const ROLE: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n";
+    for all in [&[][..], &[DONE], &[": hello\n\n", ROLE, DONE], &[ROLE]] {
+        let (a, b) = (pieces(Vec::leak(all.to_vec()), whole), Provider::named("b"));
+        let zap = Zap::with("", &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        let answer = zap.chat(STREAM);
+        assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("b", Some("2")), "{all:?}");
+        assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_empty\"}"), 1.0);
+        zap.wait_until_idle();
+    }
+    for all in [&[][..], &[DONE]] {
+        let a = pieces(Vec::leak(all.to_vec()), whole);
+        let zap = Zap::with("[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1", &[a.backend("a", "")]);
+        let answer = zap.chat(STREAM);
+        assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_empty"), "{all:?}");
+        assert_eq!(answer.header("x-zap-attempts"), Some("3"));
+        zap.wait_until_idle();
+    }
 }
 
 #[test]
@@ -300,16 +394,87 @@ fn streams_that_cannot_hold_an_event_are_aborted() {
         "content-type: application/json\r\ntransfer-encoding: chunked",
     ] {
         let chunked = head.contains("chunked");
+        // Of a readable stream only whole events go out.
+        let sent = if head.contains("stream\r\ncontent-length") { "data: one\n\n" } else { "some" };
         let a = Provider::start(move |_, stream| {
             let _ = stream.write_all(format!("HTTP/1.1 200 OK\r\n{head}\r\n\r\n").as_bytes());
-            let _ = if chunked { stream.write_all(b"4\r\nsome\r\n") } else { stream.write_all(b"some") };
+            let _ = if chunked { chunk(stream, sent) } else { stream.write_all(sent.as_bytes()).is_ok() };
             After::Close
         });
         let zap = Zap::with("", &[a.backend("a", "")]);
         let answer = zap.chat(STREAM);
-        assert_eq!((answer.status, answer.text(), answer.whole), (200, "some", false), "{head}");
+        assert_eq!((answer.status, answer.text(), answer.whole), (200, sent, false), "{head}");
         zap.wait_until_idle();
     }
+}
+
+#[test]
+fn a_silent_stream_gets_comments_between_its_events() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\ndata: tw");
+        held.pass();
+        chunk(stream, "o\n\n");
+        chunk(stream, DONE);
+        whole(stream)
+    });
+    let zap = Zap::with("[stream]\nheartbeat_secs = 1", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", STREAM);
+    client.head();
+    for want in ["data: one\n\n", ": ping\n\n", ": ping\n\n"] {
+        assert_eq!(client.chunk().unwrap(), want.as_bytes(), "half an event is held back");
+    }
+    gate.open(1);
+    let mut rest = Vec::new();
+    while let Some(piece) = client.chunk().filter(|piece| !piece.is_empty()) {
+        rest.extend_from_slice(&piece);
+    }
+    assert_eq!(String::from_utf8(rest).unwrap(), format!("data: two\n\n{DONE}"));
+    zap.wait_until_idle();
+}
+
+#[test]
+fn comments_do_not_hide_a_backend_that_is_silent_for_too_long() {
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        wait_closed(stream);
+        After::Close
+    });
+    let settings = "[stream]\nheartbeat_secs = 1\n[timeouts]\nstream_idle_secs = 3";
+    let answer = Zap::with(settings, &[a.backend("a", "")]).chat(STREAM);
+    let text = answer.text();
+    assert!(text.starts_with("data: one\n\n: ping\n\n: ping\n\n"), "{text}");
+    assert!(
+        text.contains("stream_interrupted") && !answer.whole && text.matches("ping").count() <= 3,
+        "{text}"
+    );
+}
+
+#[test]
+fn a_heartbeat_that_is_due_releases_what_is_held() {
+    let (gate, b) = (Gate::default(), Provider::named("b"));
+    let held = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        chunk(stream, ": thinking\n\n");
+        held.pass();
+        chunk(stream, DONE);
+        whole(stream)
+    });
+    let zap =
+        Zap::with("[stream]\nheartbeat_secs = 1", &[a.backend("a", ""), b.backend("b", "priority = 1")]);
+    let mut client = zap.client();
+    client.post("/chat", "", STREAM);
+    assert_eq!(client.head().header("x-zap-backend"), Some("a"));
+    assert_eq!(client.chunk().unwrap(), b": thinking\n\n");
+    assert_eq!(client.chunk().unwrap(), b": ping\n\n");
+    gate.open(1);
+    while client.chunk().is_some_and(|piece| !piece.is_empty()) {}
+    assert_eq!(b.count(), 0, "after the release there is no other try");
 }
 
 #[test]
@@ -367,13 +532,14 @@ fn a_slow_reader_slows_the_upstream_down() {
     let (count, gate) = (sent.clone(), Gate::default());
     let a = Provider::start(move |_, stream| {
         start_events(stream);
-        let piece = "x".repeat(16 * 1024);
+        let piece = format!("data: {}\n\n", "x".repeat(16 * 1024 - 8));
         for _ in 0..4096 {
             if !chunk(stream, &piece) {
                 return After::Close;
             }
             count.fetch_add(piece.len(), std::sync::atomic::Ordering::SeqCst);
         }
+        chunk(stream, DONE);
         whole(stream)
     });
     drop(gate);
@@ -384,7 +550,7 @@ fn a_slow_reader_slows_the_upstream_down() {
     // The client reads nothing, so the upstream must stop far below its 64 MiB.
     let mut last = usize::MAX;
     eventually("the upstream stops sending", || {
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
         let now = sent.load(std::sync::atomic::Ordering::SeqCst);
         std::mem::replace(&mut last, now) == now && now > 0
     });
@@ -393,7 +559,7 @@ fn a_slow_reader_slows_the_upstream_down() {
     while let Some(piece) = client.chunk().filter(|p| !p.is_empty()) {
         total += piece.len();
     }
-    assert_eq!(total, 64 << 20);
+    assert_eq!(total, (64 << 20) + DONE.len());
     zap.wait_until_idle();
 }
 
@@ -416,10 +582,23 @@ fn a_client_that_stops_reading_is_closed_on_both_sides() {
 
 #[test]
 fn a_length_and_an_empty_body_are_kept() {
-    let a = Provider::fixed(200, "content-type: application/json\r\n", "");
+    let a = Provider::fixed(400, "content-type: application/json\r\n", "");
     let zap = Zap::with("", &[a.backend("a", "")]);
     let answer = zap.chat(STREAM);
-    assert_eq!((answer.header("content-length"), answer.whole), (Some("0"), true));
+    assert_eq!((answer.status, answer.header("content-length"), answer.whole), (400, Some("0"), true));
+    // A success without a byte is no answer.
+    for length in ["content-length: 0\r\n\r\n", "transfer-encoding: chunked\r\n\r\n0\r\n\r\n"] {
+        let a = Provider::start(move |_, stream| {
+            let _ = stream.write_all(format!("HTTP/1.1 200 OK\r\n{length}").as_bytes());
+            After::Keep
+        });
+        let settings = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1";
+        let answer = Zap::with(settings, &[a.backend("a", "")]).chat(STREAM);
+        assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_empty"), "{length}");
+        let b = Provider::named("b");
+        let zap = Zap::with(settings, &[a.backend("a", "weight = 9"), b.backend("b", "")]);
+        assert_eq!(zap.chat(STREAM).text(), "b", "{length}");
+    }
     let b = Provider::start(|_, stream| {
         let _ = stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n");
         After::Keep
@@ -431,10 +610,10 @@ fn a_length_and_an_empty_body_are_kept() {
         assert_eq!((answer.status, answer.whole), (204, true));
     }
     let c = Provider::start(|_, stream| {
-        reply(stream, 200, "content-type: text/event-stream\r\n", b"data: [DONE]\n\n");
+        reply(stream, 200, "content-type: text/event-stream\r\n", ANSWER.as_bytes());
         After::Keep
     });
     let zap = Zap::with("", &[c.backend("c", "")]);
     let answer = zap.chat(STREAM);
-    assert_eq!((answer.header("content-length"), answer.text()), (Some("14"), DONE));
+    assert_eq!((answer.header("content-length"), answer.text()), (Some("25"), ANSWER));
 }

@@ -1,5 +1,7 @@
 //! Test support: Zap inside the test process, scripted providers, and a client with control of every byte.
 
+pub(crate) mod lies;
+
 pub(crate) mod provider;
 
 pub(crate) mod tls_server;

@@ -23,11 +23,13 @@ impl Seen {
     }
 }
 
-/// Whether a provider keeps or closes the connection after a response.
+/// What a provider does with the connection after a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
     Close,
     Keep,
+    /// Closes it with a reset, without a FIN before that.
+    Reset,
 }
 
 type Script = dyn Fn(&Seen, &mut TcpStream) -> After + Send + Sync;
@@ -150,9 +152,14 @@ fn serve(inner: &Inner, mut stream: TcpStream) {
             continue;
         }
         inner.seen.lock().unwrap().push(request.clone());
-        let after = (inner.script)(&request, &mut stream);
-        if after == After::Close {
-            break;
+        match (inner.script)(&request, &mut stream) {
+            After::Keep => {}
+            After::Close => break,
+            After::Reset => {
+                socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+                inner.connections.fetch_sub(1, Ordering::SeqCst);
+                return;
+            }
         }
     }
     let _ = stream.shutdown(std::net::Shutdown::Both);
