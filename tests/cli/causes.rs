@@ -1,6 +1,7 @@
 //! The cause of a failure is in the event, in `/status` and in the log line.
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -125,7 +126,7 @@ fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
         (
             url(page("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")),
             String::new(),
-            "upstream_unreachable",
+            "stream_interrupted",
             &["connection closed inside the body"],
         ),
     ];
@@ -142,9 +143,49 @@ fn the_cause_of_a_failed_try_is_in_the_log_line_and_in_status() {
 
 #[test]
 fn events_tell_whether_a_request_or_a_check_changed_the_state() {
-    let a = respond(|is_check| if is_check { OK } else { "HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n" });
+    // What a backend answers counts for the model, and a request brings it back.
+    let has_failed = AtomicBool::new(false);
+    let a = respond(move |is_check| match is_check || has_failed.swap(true, Ordering::SeqCst) {
+        true => OK,
+        false => "HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n",
+    });
     let zap = start(&url(a), "", 1);
     assert_eq!(chat(&zap)["attempts"][0], serde_json::json!(["a", "upstream_error", "HTTP 500"]));
-    assert!(zap.line("backend_down").ends_with("backend a is down after 1 failure: request: HTTP 500"));
+    let down = "backend a is down for requests without a model after 1 failure: request: HTTP 500";
+    assert!(zap.line("backend_down").ends_with(down));
+    let comes_back = || ask(zap.address, "POST /chat HTTP/1.1", CHAT).contains("x-zap-backend: a\r\n");
+    crate::faults::wait_until("a request brings the model back", comes_back);
+    assert!(zap.line("backend_up").ends_with("backend a serves requests without a model again"));
+    // What the transport says counts for the backend, and a check brings it back.
+    let a = respond(|is_check| if is_check { OK } else { "" });
+    let zap = start(&url(a), "", 1);
+    assert_eq!(chat(&zap)["attempts"][0][2], "connection closed before a response");
+    let down = "backend a is down after 1 failure: request: connection closed before a response";
+    assert!(zap.line("backend_down").ends_with(down));
     assert!(zap.line("backend_up").ends_with("backend a is up again: health check: HTTP 200"));
+}
+
+#[test]
+fn the_line_of_a_stream_that_ends_badly_tells_why() {
+    for (events, attempt, end) in [
+        ("", ["a", "stream_interrupted", "connection closed inside the body"], "upstream_error"),
+        (
+            "data: {\"error\":{\"message\":\"m\"}}\n\n",
+            ["a", "upstream_error_event", "an error event within the stream"],
+            "upstream_error_event",
+        ),
+    ] {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        let body = format!("data: one\n\n{events}");
+        let response: &str = format!("{head}{:x}\r\n{body}\r\n", body.len()).leak();
+        let zap = Running::with(&crate::config(provider(response, Duration::ZERO), ""));
+        ask(
+            zap.address,
+            "POST /chat HTTP/1.1\r\nx-request-id: broken-1",
+            "{\"stream\":true,\"messages\":[]}",
+        );
+        let line: Value = serde_json::from_str(&zap.line("broken-1")).unwrap();
+        assert_eq!(line["attempts"], serde_json::json!([attempt]), "{line}");
+        assert_eq!((&line["status"], &line["end"]), (&200.into(), &end.into()), "{line}");
+    }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::{CHAT, File, KillOnDrop, OK, Running, ask, config, provider, zap};
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !done() {
         assert!(Instant::now() < end, "timed out: {what}");
@@ -287,7 +287,8 @@ fn c08_readers_that_stop_cost_little_memory() {
         }
     }
     let each = (zap.rss_anon() - before) / READERS;
-    assert!(each <= 64, "{each} KiB per reader");
+    // What Zap may hold, and one unfinished event of the provider.
+    assert!(each <= 64 + 8, "{each} KiB per reader");
     drop(readers);
     assert_idle(zap.address);
 }
@@ -413,8 +414,7 @@ fn o11_a_closed_or_unread_stderr_does_not_stop_requests() {
 
 #[test]
 fn s01_no_failure_writes_a_backends_key_to_the_log() {
-    const CUT: &str =
-        "HTTP/1.1 200 sk-CANARY\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\nsk-CANARY";
+    const CUT: &str = "HTTP/1.1 200 sk-CANARY\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\ndata: sk-CANARY\n\n";
     let quick = "[health]\nfailure_threshold = 1\n[retry]\nmax_retries = 0";
     for (response, event, end, status) in [
         (
