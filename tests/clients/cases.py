@@ -1,5 +1,8 @@
-"""A minimal test runner: mark each test with @case("description"), then call finish("suite")."""
-import sys, traceback
+"""A minimal test runner: mark each test with @case("description"), then call finish("suite").
+
+`zap_url`, `mocks` and `total` tell about one of the CASES that lab.py has started.
+"""
+import json, os, sys, traceback, urllib.request
 
 _cases = []
 
@@ -9,6 +12,23 @@ def case(what):
         _cases.append((what, test))
         return test
     return add
+
+
+def zap_url(name):
+    return os.environ[f"ZAP_{name}"]
+
+
+def mocks(name):
+    return os.environ[f"MOCKS_{name}"].split()
+
+
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def total(name, what):
+    return sum(json.loads(fetch(f"{url}/_seen"))[what] for url in mocks(name))
 
 
 def finish(suite, skip=False):

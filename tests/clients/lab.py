@@ -10,6 +10,7 @@ from provider import Provider
 HERE = pathlib.Path(__file__).resolve().parent
 REPO = HERE.parent.parent
 SUITE_SECS = 300
+NEVER_EJECT = "failure_threshold = 1000\n"  # belongs to [health], which config() has begun
 # name: (names of the running providers, extra configuration)
 CASES = {
     "MAIN": (["alpha", "beta"], ""),
@@ -18,9 +19,22 @@ CASES = {
     "ONCE": (["alpha", "beta"], ""),
     "FAIL": (["alpha", "beta"], ""),
     "DEAD": ([], ""),
-    "CUT": (["alpha"], ""),
+    "CUT": (["alpha"], NEVER_EJECT),
+    "ERROR": (["alpha", "beta"], NEVER_EJECT + """[retry]
+max_retries = 1
+budget_percent = 100
+[models.alone]
+targets = [{ backend = "alpha", model = "error:503" }]
+[models.alone-by-name]
+targets = [{ backend = "alpha", model = "error:overloaded" }]
+[models.first]
+targets = [{ backend = "alpha", model = "error:503" }, { backend = "beta", model = "big", priority = 1 }]
+[models.late]
+targets = [{ backend = "alpha", model = "late-error:503" }, { backend = "beta", model = "big", priority = 1 }]
+"""),
     "SHORT": (["alpha"], ""),
     "SLOW": (["alpha"], ""),
+    "NGINX": (["alpha"], ""),  # ZAP_NGINX is the URL of an nginx in front of Zap
     "ROUTES": (["alpha", "beta"], """[[client_keys]]
 name = "team"
 key = "team-key"
@@ -68,17 +82,35 @@ interval_secs = 1
         for b in backends)
 
 
-class Zap:
+class Process:
+    """A process whose output goes to a file in `folder`."""
+
+    def __init__(self, command, folder, **options):
+        self.log = folder / "stderr"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
+
+    def tail(self, lines=15):
+        return "\n".join("    " + line for line in self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def close(self):
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Zap(Process):
     """A Zap process. The constructor waits until it listens at `url`."""
 
     def __init__(self, text, folder):
         folder.mkdir(mode=0o700)
-        file, self.log = folder / "config.toml", folder / "stderr"
+        file = folder / "config.toml"
         file.write_text(text)
         file.chmod(0o600)
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen([zap_binary(), "--config", str(file)], stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log)
+        super().__init__([zap_binary(), "--config", str(file)], folder)
         try:
             self.url = f"http://127.0.0.1:{self.wait_for_port()}"
         except BaseException:
@@ -95,16 +127,21 @@ class Zap:
             time.sleep(0.02)
         raise RuntimeError(f"Zap does not listen (exit {self.process.poll()}):\n{self.tail()}")
 
-    def tail(self, lines=15):
-        return "\n".join("    " + line for line in self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def close(self):
-        self.process.terminate()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+class Nginx(Process):
+    """An nginx process at `url` that passes everything to `target`, with nginx's default settings for a proxy."""
+
+    def __init__(self, target, folder):
+        folder.mkdir(mode=0o700)
+        temp = "".join(f" {kind}_temp_path {kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        with socket.create_server(("127.0.0.1", 0)) as sock:  # nginx inherits the socket, so the port stays reserved
+            address = f"127.0.0.1:{sock.getsockname()[1]}"
+            (folder / "nginx.conf").write_text(f"""daemon off; pid pid; events {{ }}
+http {{ access_log off;{temp} server {{ listen {address}; location / {{ proxy_pass {target}; }} }} }}
+""")
+            super().__init__(["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"], folder,
+                             pass_fds=[sock.fileno()], env={**os.environ, "NGINX": f"{sock.fileno()};"})
+        self.url = f"http://{address}"
 
 
 def build(folder, opened):
@@ -124,7 +161,9 @@ def build(folder, opened):
                 backends.append(dict(name=name, url=f"http://127.0.0.1:{port}", default_model="none"))
         zap = Zap(config(backends, extra), folder / case.lower())
         opened.append(zap)
-        env[f"ZAP_{case}"], env[f"MOCKS_{case}"] = zap.url, " ".join(m.url for m in mocks)
+        if case == "NGINX":
+            opened.append(Nginx(zap.url, folder / "nginx-itself"))
+        env[f"ZAP_{case}"], env[f"MOCKS_{case}"] = opened[-1].url, " ".join(m.url for m in mocks)
     return env
 
 
@@ -163,19 +202,20 @@ def main():
     if not os.access(zap_binary(), os.X_OK):
         print(f"FAIL no binary {zap_binary()}: run cargo build, or set ZAP_BIN\n0 passed, 1 failed")
         return 1
-    mocked = {"python": [sys.executable, "test_python.py"], "node": ["node", "test_node.mjs"]}
+    mocked = {"python": [sys.executable, "test_python.py"], "node": ["node", "test_node.mjs"],
+              "codex": [sys.executable, "test_codex.py"]}
     passed = failed = 0
     for name, command in mocked.items():
         opened = []
         with tempfile.TemporaryDirectory(prefix="zap-clients.") as folder:
             try:
                 p, f = run_suite(name, command, build(pathlib.Path(folder), opened))
-                for zap in (o for o in opened if isinstance(o, Zap)):
-                    if zap.process.poll() is not None:
-                        print(f"FAIL {name}: a Zap process ended with {zap.process.returncode}")
+                for process in (o for o in opened if isinstance(o, Process)):
+                    if process.process.poll() is not None:
+                        print(f"FAIL {name}: a process of {process.log.parent.name} ended with {process.process.returncode}")
                         f += 1
                     if f:
-                        print(f"  last log lines of {zap.log.parent.name}:\n{zap.tail()}")
+                        print(f"  last log lines of {process.log.parent.name}:\n{process.tail()}")
             except RuntimeError as error:
                 print(f"FAIL {name}: {error}")
                 p, f = 0, 1

@@ -1,18 +1,94 @@
 #!/usr/bin/env python3
-"""A scripted mock provider. The last user message, or else the model, selects the response:
+"""A scripted mock provider of chat completions and of /v1/responses. The last user message, or else the model, selects
+the response:
 
   status:NNN   status NNN with an OpenAI error body, code mock_NNN (429: retry-after 7)
   once:ID      429 with retry-after 1 on this provider's first request with ID, then a normal response
+  error:CODE   status 200 with an error instead of a response: as JSON, or as the only event of a stream
+  late-error:CODE  as error:CODE, but in a stream behind the events that come before content
   cut          a stream: 3 content chunks, then the connection closes without the terminating chunk
-  short        a content-length larger than what is sent, then the connection closes
+  cut-once:ID  as cut on this provider's first request with ID, then a normal response
+  cut-clean    as cut, with the terminating chunk
+  half         as cut, with half of the next event before the connection closes
+  cut-error    as cut, with an error event before the connection closes
+  no-done      a stream that ends without [DONE]
+  short:N      a content-length N larger than what is sent, then the connection closes
   slow         wait up to 10 s for the client to disconnect (counted as `disconnected`), then a normal response
   gated:ID     a stream in which each chunk after the first waits for a GET /_next?ID
-  other        a chat completion "NAME got MODEL: MESSAGE", streamed in 5 chunks if `stream` is true
+  other        the text "NAME got MODEL: MESSAGE", streamed in 5 chunks if `stream` is true
 
 GET /health: 200. GET /_seen: counts, keys and headers of the received requests, as JSON. Standalone: provider.py [PORT]
 """
 import collections, json, select, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+VERBS = set("status once error late-error cut cut-once cut-clean cut-error half no-done short slow gated".split())
+
+
+def last_user_message(body):
+    """The text of the last user message in `messages` of a chat, or in `input` of /v1/responses."""
+    items, said = body.get("messages") or body.get("input") or [], ""
+    for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
+        said = item["content"] if item.get("role") == "user" else said
+    return said if isinstance(said, str) else said[-1].get("text", "")
+
+
+def pieces(text):
+    size = -(-len(text) // 5)
+    return [text[n * size:(n + 1) * size] for n in range(5)]
+
+
+class Chat:
+    """A chat completion: `answer` is the JSON body; `events` are those of a stream before, with and after content."""
+
+    USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+
+    def __init__(self, model, text):
+        self.model, self.text = model, text
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        self.answer = self.frame("chat.completion", [choice], self.USAGE)
+
+    def frame(self, kind, choices, usage=None):
+        frame = {"id": "mock-1", "object": kind, "created": 1, "model": self.model, "choices": choices}
+        return {**frame, "usage": usage} if usage else frame
+
+    def delta(self, delta, finish=None):
+        return self.frame("chat.completion.chunk", [{"index": 0, "delta": delta, "finish_reason": finish}])
+
+    def events(self):
+        content = [self.delta({"content": piece}) for piece in pieces(self.text)]
+        after = [self.delta({}, "stop"), self.frame("chat.completion.chunk", [], self.USAGE), "[DONE]"]
+        return [self.delta({"role": "assistant", "content": ""})], content, after
+
+
+class Responses:
+    """A response of /v1/responses, with the members of Chat."""
+
+    USAGE = {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5,
+             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 8}
+
+    def __init__(self, model, text):
+        self.model, self.text = model, text
+        self.item = {"id": "msg_mock", "type": "message", "role": "assistant", "status": "completed",
+                     "content": [{"type": "output_text", "text": text, "annotations": []}]}
+        self.answer = self.frame("completed", [self.item])
+
+    def frame(self, status, output):
+        return {"id": "resp_mock", "object": "response", "created_at": 1, "model": self.model, "status": status,
+                "output": output, "error": None, "usage": self.USAGE if output else None}
+
+    def events(self):
+        at = {"item_id": "msg_mock", "output_index": 0, "content_index": 0}
+        before = [{"type": "response.created", "response": self.frame("in_progress", [])},
+                  {"type": "response.output_item.added", "output_index": 0,
+                   "item": {**self.item, "status": "in_progress", "content": []}}]
+        content = [{"type": "response.output_text.delta", **at, "delta": piece} for piece in pieces(self.text)]
+        after = [{"type": "response.output_item.done", "output_index": 0, "item": self.item},
+                 {"type": "response.completed", "response": self.answer}]
+        for n, event in enumerate(before + content + after):
+            event["sequence_number"] = n
+        return before, content, after
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,67 +132,71 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.record()
-        model, said = body.get("model"), ""
-        for message in body.get("messages", []):
-            said = message["content"] if message["role"] == "user" else said
-        for verb, _, arg in (text.partition(":") for text in (said, model or "")):
-            if verb == "status":
-                return self.error(int(arg), 7)
-            if verb == "once":
-                with self.server.lock:
-                    first = arg not in self.server.once
-                    self.server.once.add(arg)
-                if first:
-                    return self.error(429, 1)
-            if verb == "slow":
-                self.wait_for_disconnect()
-            if verb in ("once", "slow", "cut", "short", "gated"):
-                break
-        else:
-            verb = arg = ""
+        model, said = body.get("model"), last_user_message(body)
+        orders = (text.partition(":") for text in (said, model or ""))
+        verb, arg = next(((verb, arg) for verb, _, arg in orders if verb in VERBS), ("", ""))
+        if verb == "status":
+            return self.error(int(arg), 7)
+        if verb in ("once", "cut-once"):
+            with self.server.lock:
+                first = arg not in self.server.once
+                self.server.once.add(arg)
+            if first and verb == "once":
+                return self.error(429, 1)
+            verb = "cut" if first else ""
+        if verb == "slow":
+            self.wait_for_disconnect()
         text = f"{self.server.name} got {model}: {said}"
+        dialect = Responses(model, text) if self.path.endswith("/responses") else Chat(model, text)
         if body.get("stream"):
-            return self.stream(model, text, verb, arg)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        answer = self.frame(model, "chat.completion", [choice], self.USAGE)
-        self.send(200, answer, missing=1000 if verb == "short" else 0)
-
-    USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
-
-    def frame(self, model, kind, choices, usage=None):
-        frame = {"id": "mock-1", "object": kind, "created": 1, "model": model, "choices": choices}
-        return {**frame, "usage": usage} if usage else frame
+            self.stream(dialect, verb, arg)
+        elif verb in ("error", "late-error"):
+            self.send(200, self.error_inside(arg))
+        else:
+            self.send(200, dialect.answer, missing=int(arg) if verb == "short" else 0)
 
     def error(self, status, retry_after):
         extra = [("retry-after", str(retry_after))] if status == 429 else []
         message = f"{self.server.name} says {status}"
         self.send(status, {"error": {"message": message, "type": "mock", "param": None, "code": f"mock_{status}"}}, extra)
 
-    def stream(self, model, text, verb, arg):
+    def error_inside(self, code):
+        return {"error": {"message": f"{self.server.name} says {code}", "code": int(code) if code.isdigit() else code}}
+
+    def stream(self, dialect, verb, arg):
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        size = -(-len(text) // 5)
-        for n in range(5):
-            if verb == "cut" and n == 3:
+        before, content, after = dialect.events()
+        if verb in ("error", "late-error"):
+            before, content, after = before if verb == "late-error" else [], [], [self.error_inside(arg)]
+        for value in before:
+            self.event(value)
+        for n, value in enumerate(content):
+            if n == 3 and verb in ("cut", "cut-clean", "cut-error", "half"):
+                if verb == "cut-clean":
+                    self.wfile.write(b"0\r\n\r\n")
+                if verb == "cut-error":
+                    self.event(self.error_inside("503"))
+                if verb == "half":
+                    self.event(value, half=True)
                 self.close_connection = True
                 return
             if verb == "gated" and n and not self.server.gates[arg].acquire(timeout=10):
                 self.close_connection = True
                 return
-            self.event(self.delta(model, {"content": text[n * size:(n + 1) * size]}))
+            self.event(value)
             time.sleep(0.01)  # the pace of a provider
-        self.event(self.delta(model, {}, "stop"))
-        self.event(self.frame(model, "chat.completion.chunk", [], self.USAGE))
-        self.event("[DONE]")
+        for value in after:
+            if (verb, value) != ("no-done", "[DONE]"):
+                self.event(value)
         self.wfile.write(b"0\r\n\r\n")
 
-    def delta(self, model, delta, finish=None):
-        return self.frame(model, "chat.completion.chunk", [{"index": 0, "delta": delta, "finish_reason": finish}])
-
-    def event(self, value):
-        data = f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
+    def event(self, value, half=False):
+        name = f"event: {value['type']}\n" if "type" in value else ""
+        data = f"{name}data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
+        data = data[:len(data) // 2] if half else data
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     def wait_for_disconnect(self):

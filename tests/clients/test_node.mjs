@@ -11,9 +11,22 @@ const get = async (url) => (await fetch(url)).json();
 const mocks = (name) => env(`MOCKS_${name}`).split(" ");
 const total = async (name, what) =>
   (await Promise.all(mocks(name).map((url) => get(`${url}/_seen`)))).reduce((sum, seen) => sum + seen[what], 0);
-const ask = (zap, text, { model = "m-1", ...more } = {}, options = {}) =>
-  zap.chat.completions.create({ model, messages: [{ role: "user", content: text }], ...more }, options);
+const ask = (zap, text, { model = "m-1", api = "chat", ...more } = {}, options = {}) =>
+  api === "chat"
+    ? zap.chat.completions.create({ model, messages: [{ role: "user", content: text }], ...more }, options)
+    : zap.responses.create({ model, input: text, ...more }, options);
 const raw = (...args) => ask(...args).withResponse();
+
+// The piece of text in an event of a stream, of a chat or of /v1/responses; "" if there is none.
+function textOf(event) {
+  if (event.choices) return event.choices[0]?.delta.content ?? "";
+  return event.type === "response.output_text.delta" ? event.delta : "";
+}
+
+// Adds the pieces of text of a stream to `parts`, one by one, so that they are there if the stream raises an error.
+async function read(stream, parts) {
+  for await (const event of await stream) if (textOf(event)) parts.push(textOf(event));
+}
 
 async function raises(kind, call) {
   let value;
@@ -47,23 +60,12 @@ const cases = {
     }
   },
 
-  async "a stream arrives chunk by chunk and ends with finish_reason and usage"() {
-    const parts = [];
-    let finish, usage;
-    for await (const chunk of await ask(client("MAIN"), "gated:js", { stream: true })) {
-      const choice = chunk.choices[0];
-      if (choice?.delta.content) {
-        parts.push(choice.delta.content);
-        // The provider sends the next chunk only after this: a gateway that buffers chunks times out.
-        await Promise.all(mocks("MAIN").map((url) => get(`${url}/_next?js`)));
-      }
-      finish = choice?.finish_reason ?? finish;
-      usage = chunk.usage ?? usage;
-    }
-    assert.equal(parts.length, 5);
-    assert.match(parts.join(""), / got m-1: gated:js$/);
-    assert.equal(finish, "stop");
-    assert.equal(usage.total_tokens, 8);
+  async "chat: a stream with finish_reason but without [DONE] is whole"() {
+    const events = [];
+    for await (const event of await ask(client("CUT"), "no-done", { stream: true })) events.push(event);
+    assert.equal(events.map(textOf).join(""), "alpha got m-1: no-done");
+    assert.equal(events.at(-2).choices[0].finish_reason, "stop");
+    assert.equal(events.at(-1).usage.total_tokens, 8);
   },
 
   async "50 concurrent requests, plain and streamed, are spread evenly"() {
@@ -150,18 +152,14 @@ const cases = {
     assert.deepEqual([error.status, error.code, error.type], [502, "upstream_unreachable", "upstream_error"]);
   },
 
-  async "a cut stream ends with an error after the received chunks"() {
-    const parts = [];
-    const error = await raises(OpenAI.APIError, async () => {
-      for await (const chunk of await ask(client("CUT"), "cut", { stream: true })) parts.push(chunk.choices[0].delta.content);
-    });
-    assert.equal(error.code, "stream_interrupted");
-    assert.deepEqual([parts.length, parts.join("")], [3, "alpha got m-"]);
+  async "InternalServerError: a short response cut in its body"() {
+    const error = await raises(OpenAI.InternalServerError, () => ask(client("SHORT"), "short:1000"));
+    assert.equal(error.status, 502);
   },
 
-  async "an error: a response cut in its body"() {
+  async "an error: a long response cut in its body"() {
     // If the body is cut after its head, this SDK passes on the error of fetch.
-    const error = await raises(Error, () => ask(client("SHORT"), "short"));
+    const error = await raises(Error, () => ask(client("SHORT"), "short:100000"));
     assert.ok(error instanceof OpenAI.APIConnectionError || error.message === "terminated", String(error));
     assert.ok(!(error instanceof OpenAI.APIConnectionTimeoutError));
   },
@@ -201,6 +199,67 @@ const cases = {
     }
   },
 };
+
+for (const api of ["chat", "responses"]) {
+  for (const name of ["MAIN", "NGINX"]) {
+    const behind = name === "NGINX" ? " behind nginx" : "";
+    cases[`${api}: a stream arrives chunk by chunk and ends whole${behind}`] = async () => {
+      const parts = [], events = [];
+      for await (const event of await ask(client(name), `gated:js-${api}`, { stream: true, api }, { timeout: 8000 })) {
+        events.push(event);
+        if (!textOf(event)) continue;
+        parts.push(textOf(event));
+        await new Promise((resolve) => setTimeout(resolve, 100));
+        // The provider sends the next chunk only after this: a gateway that buffers chunks times out.
+        await Promise.all(mocks(name).map((url) => get(`${url}/_next?js-${api}`)));
+      }
+      assert.equal(parts.length, 5);
+      assert.ok(parts.join("").endsWith(` got m-1: gated:js-${api}`), parts.join(""));
+      const [before, last] = events.slice(-2);
+      if (api === "chat") assert.equal(before.choices[0].finish_reason, "stop");
+      else assert.equal(last.response.status, "completed");
+      assert.equal((last.response ?? last).usage.total_tokens, 8);
+    };
+  }
+
+  for (const [verb, where] of [["cut", "after content"], ["half", "inside an event"], ["cut-clean", "by a clean end"]])
+    cases[`${api}: a stream cut ${where} raises stream_interrupted after the received text`] = async () => {
+      const parts = [];
+      const error = await raises(OpenAI.APIError, () => read(ask(client("CUT"), verb, { stream: true, api }), parts));
+      assert.equal(error.code, "stream_interrupted");
+      assert.equal(parts.length, 3);
+      assert.ok(`alpha got m-1: ${verb}`.startsWith(parts.join("")), parts.join(""));
+    };
+
+  cases[`${api}: a provider's error event after content is raised, and Zap adds nothing behind it`] = async () => {
+    const told = { message: "alpha says 503", code: 503 }, parts = [];
+    const error = await raises(OpenAI.APIError, () => read(ask(client("CUT"), "cut-error", { stream: true, api }), parts));
+    assert.deepEqual(error.error, told);
+    assert.equal(parts.length, 3);
+    const body = await (await ask(client("CUT"), "cut-error", { stream: true, api }).asResponse()).text();
+    assert.deepEqual(JSON.parse(body.slice(body.lastIndexOf("data: ") + 6)), { error: told });
+  };
+
+  for (const stream of [false, true]) {
+    const what = `${api}, ${stream ? "stream" : "JSON"}`;
+    cases[`${what}: InternalServerError with the provider's message for an error inside a 200`] = async () => {
+      for (const [model, code, status] of [["alone", 503, 503], ["alone-by-name", "overloaded", 502]]) {
+        const error = await raises(OpenAI.InternalServerError, () => ask(client("ERROR"), "hello", { model, api, stream }));
+        assert.deepEqual([error.status, error.error], [status, { message: `alpha says ${code}`, code }]);
+      }
+    };
+
+    cases[`${what}: another provider serves after an error inside a 200`] = async () => {
+      for (const model of ["first", "late"]) {
+        const { data, response } = await raw(client("ERROR"), "hello", { model, api, stream });
+        assert.deepEqual(["x-zap-backend", "x-zap-attempts"].map((name) => response.headers.get(name)), ["beta", "2"]);
+        const parts = stream ? [] : [data.choices?.[0].message.content ?? data.output_text];
+        if (stream) await read(data, parts);
+        assert.equal(parts.join(""), "beta got big: hello");
+      }
+    };
+  }
+}
 
 let failed = 0;
 for (const [what, test] of Object.entries(cases)) {

@@ -1,31 +1,29 @@
 """Tests of the official Python SDK against Zap in front of mock providers; lab.py starts both."""
-import asyncio, collections, json, os, time, urllib.request
+import asyncio, collections, itertools, json, time
 import openai
-from cases import case, finish
+from cases import case, fetch, finish, mocks, total, zap_url
 
 CLIENT_KEY = "client-key-that-must-not-leak"
+APIS = "chat", "responses"
 
 
 def client(name, kind=openai.OpenAI, key=CLIENT_KEY, **options):
-    return kind(base_url=os.environ[f"ZAP_{name}"] + "/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
+    return kind(base_url=zap_url(name) + "/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
 
 
-def get(url):
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.load(answer)
+def ask(zap, text, model="m-1", raw=False, api="chat", **more):
+    if api == "chat":
+        resource, said = zap.chat.completions, {"messages": [{"role": "user", "content": text}]}
+    else:
+        resource, said = zap.responses, {"input": text}
+    return (resource.with_raw_response if raw else resource).create(model=model, **said, **more)
 
 
-def mocks(name):
-    return os.environ[f"MOCKS_{name}"].split()
-
-
-def total(name, what):
-    return sum(get(f"{url}/_seen")[what] for url in mocks(name))
-
-
-def ask(zap, text, model="m-1", raw=False, **more):
-    completions = zap.chat.completions.with_raw_response if raw else zap.chat.completions
-    return completions.create(model=model, messages=[{"role": "user", "content": text}], **more)
+def text_of(event):
+    """The piece of text in an event of a stream, of a chat or of /v1/responses; "" if there is none."""
+    if hasattr(event, "choices"):
+        return "".join(choice.delta.content or "" for choice in event.choices)
+    return event.delta if event.type == "response.output_text.delta" else ""
 
 
 def raises(kind, call):
@@ -56,21 +54,31 @@ def _():
         assert raw.parse().model == f"default-{raw.headers['x-zap-backend']}"
 
 
-@case("a stream arrives chunk by chunk and ends with finish_reason and usage")
-def _():
-    with ask(client("MAIN"), "gated:py", stream=True, timeout=8) as stream:
-        parts, finish_reason, usage = [], None, None
-        for chunk in stream:
-            for choice in chunk.choices:
-                if choice.delta.content:
-                    parts.append(choice.delta.content)
+for name, api in itertools.product(("MAIN", "NGINX"), APIS):
+    @case(f"{api}: a stream arrives chunk by chunk and ends whole{' behind nginx' * (name == 'NGINX')}")
+    def _(name=name, api=api):
+        with ask(client(name), f"gated:py-{api}", stream=True, api=api, timeout=8) as stream:
+            parts, events = [], []
+            for event in stream:
+                events.append(event)
+                if text_of(event):
+                    parts.append(text_of(event))
+                    time.sleep(0.1)
                     # The provider sends the next chunk only after this: a gateway that buffers chunks times out.
-                    for url in mocks("MAIN"):
-                        get(f"{url}/_next?py")
-                finish_reason = choice.finish_reason or finish_reason
-            usage = chunk.usage or usage
-    assert len(parts) == 5 and "".join(parts).endswith(" got m-1: gated:py"), parts
-    assert finish_reason == "stop" and usage.total_tokens == 8
+                    for url in mocks(name):
+                        fetch(f"{url}/_next?py-{api}")
+        assert len(parts) == 5 and "".join(parts).endswith(f" got m-1: gated:py-{api}"), parts
+        if api == "chat":
+            assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.total_tokens == 8, events[-2:]
+        else:
+            assert events[-1].response.status == "completed" and events[-1].response.usage.total_tokens == 8, events[-1]
+
+
+@case("chat: a stream with finish_reason but without [DONE] is whole")
+def _():
+    events = list(ask(client("CUT"), "no-done", stream=True))
+    assert "".join(map(text_of, events)) == "alpha got m-1: no-done"
+    assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.total_tokens == 8, events[-2:]
 
 
 @case("50 concurrent requests, plain and streamed, are spread evenly")
@@ -114,7 +122,7 @@ def _():
     for _ in range(2):
         ask(client("MAIN"), "hello", extra_headers=headers)
     for url, name in zip(mocks("MAIN"), ("alpha", "beta")):
-        seen = get(f"{url}/_seen")
+        seen = json.loads(fetch(f"{url}/_seen"))
         assert seen["requests"] > 0 and seen["authorization"] == [f"Bearer key-of-{name}"], seen["authorization"]
         assert CLIENT_KEY not in json.dumps(seen)
 
@@ -167,27 +175,73 @@ def _():
     assert error.type == "upstream_error"
 
 
-@case("a cut stream ends with an error after the received chunks")
-def _():
-    async def aio():
-        async with client("CUT", openai.AsyncOpenAI) as zap:
-            async for chunk in await ask(zap, "cut", stream=True):
-                parts.append(chunk.choices[0].delta.content)
+CUTS = {"cut": "after content", "half": "inside an event", "cut-clean": "by a clean end"}
+for api, (verb, where) in itertools.product(APIS, CUTS.items()):
+    @case(f"{api}: a stream cut {where} raises stream_interrupted after the received text")
+    def _(api=api, verb=verb):
+        def sync():
+            for event in ask(client("CUT"), verb, stream=True, api=api):
+                parts.append(text_of(event))
 
-    def sync():
-        for chunk in ask(client("CUT"), "cut", stream=True):
-            parts.append(chunk.choices[0].delta.content)
+        async def aio():
+            async with client("CUT", openai.AsyncOpenAI) as zap:
+                async for event in await ask(zap, verb, stream=True, api=api):
+                    parts.append(text_of(event))
 
-    for run in (sync, lambda: asyncio.run(aio())):
+        for run in (sync, lambda: asyncio.run(aio())):
+            parts = []
+            error = raises(openai.APIError, run)
+            assert error.code == "stream_interrupted", repr(error)
+            assert f"alpha got m-1: {verb}".startswith("".join(parts)) and len(list(filter(None, parts))) == 3, parts
+
+
+for api in APIS:
+    @case(f"{api}: a provider's error event after content is raised, and Zap adds nothing behind it")
+    def _(api=api):
         parts = []
+
+        def run():
+            for event in ask(client("CUT"), "cut-error", stream=True, api=api):
+                parts.append(text_of(event))
+
         error = raises(openai.APIError, run)
-        assert error.code == "stream_interrupted", repr(error)
-        assert len(parts) == 3 and "".join(parts) == "alpha got m-", parts
+        assert error.body == {"message": "alpha says 503", "code": 503}, repr(error)
+        assert len(list(filter(None, parts))) == 3, parts
+        raw = ask(client("CUT"), "cut-error", stream=True, api=api, raw=True).http_response.read()
+        assert raw.endswith(b'data: {"error": {"message": "alpha says 503", "code": 503}}\n\n'), raw[-500:]
 
 
-@case("APIConnectionError: a response cut in its body")
+for api, stream in itertools.product(APIS, (False, True)):
+    what = f"{api}, {'stream' if stream else 'JSON'}"
+
+    @case(f"{what}: InternalServerError with the provider's message for an error inside a 200")
+    def _(api=api, stream=stream):
+        for model, code, status in (("alone", 503, 503), ("alone-by-name", "overloaded", 502)):
+            error = raises(openai.InternalServerError, lambda: ask(client("ERROR"), "hello", model, api=api, stream=stream))
+            assert error.status_code == status and error.body == {"message": f"alpha says {code}", "code": code}, repr(error)
+
+    @case(f"{what}: another provider serves after an error inside a 200")
+    def _(api=api, stream=stream):
+        for model in ("first", "late"):
+            raw = ask(client("ERROR"), "hello", model, api=api, stream=stream, raw=True)
+            assert (raw.headers["x-zap-backend"], raw.headers["x-zap-attempts"]) == ("beta", "2"), raw.headers
+            answer = raw.parse()
+            if stream:
+                text = "".join(map(text_of, answer))
+            else:
+                text = answer.choices[0].message.content if api == "chat" else answer.output_text
+            assert text == "beta got big: hello", text
+
+
+@case("InternalServerError: a short response cut in its body")
 def _():
-    error = raises(openai.APIConnectionError, lambda: ask(client("SHORT"), "short"))
+    error = raises(openai.InternalServerError, lambda: ask(client("SHORT"), "short:1000"))
+    assert error.status_code == 502, error.body
+
+
+@case("APIConnectionError: a long response cut in its body")
+def _():
+    error = raises(openai.APIConnectionError, lambda: ask(client("SHORT"), "short:100000"))
     assert not isinstance(error, openai.APITimeoutError)
 
 
