@@ -6,6 +6,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::lies::Ask;
+use crate::provider::GIVES_UP;
+
 /// The time limit of a chat.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -38,6 +41,11 @@ impl Answer {
     /// Whether this is an interrupted stream with a `stream_interrupted` error event.
     pub(crate) fn is_cut_with_error(&self) -> bool {
         !self.whole && memchr::memmem::find(&self.body, b"stream_interrupted").is_some()
+    }
+
+    /// Whether the provider has ended this stream with an error of its own, to which Zap adds nothing.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.is_good() && self.body.ends_with(format!("{GIVES_UP}\"}}}}\n\n").as_bytes())
     }
 
     pub(crate) fn text(&self) -> String {
@@ -84,6 +92,18 @@ impl Client {
     pub(crate) async fn chat(&mut self, user: &str) -> Result<Answer, String> {
         self.start(user).await.map_err(|e| e.to_string())?;
         match tokio::time::timeout(TIMEOUT, self.answer()).await {
+            Ok(answer) => answer,
+            Err(_) => Err("no response in time".into()),
+        }
+    }
+
+    /// Sends a request for `model` with the members `more`, each with a comma in front, and reads the response.
+    pub(crate) async fn ask(&mut self, ask: Ask, model: &str, more: &str) -> Result<Answer, String> {
+        let body = ask.body(model);
+        let body = format!("{}{more}}}", &body[..body.len() - 1]);
+        let (path, length) = (ask.path(), body.len());
+        let text = format!("POST {path} HTTP/1.1\r\nhost: zap\r\ncontent-length: {length}\r\n\r\n{body}");
+        match tokio::time::timeout(TIMEOUT, self.raw(&text)).await {
             Ok(answer) => answer,
             Err(_) => Err("no response in time".into()),
         }

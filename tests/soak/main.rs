@@ -4,10 +4,14 @@
 //! providers that fail, and reloads for N seconds (default 60). Then it checks memory, open files, gauges and
 //! unexpected responses, and exits with 1 if a check fails.
 //!
-//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys` prints one figure of
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N]` prints one figure of
 //! tests/README.md and exits with 1 if its target is missed; `-- figures` prints all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A run that cannot continue must panic.
+
+#[path = "../gateway/support/lies.rs"]
+#[allow(dead_code)] // The gateway's tests use the rest.
+mod lies;
 
 mod load;
 
@@ -16,6 +20,10 @@ mod mixed;
 mod provider;
 
 mod scenes;
+
+mod streams;
+
+mod truth;
 
 mod zap;
 
@@ -48,6 +56,8 @@ fn main() -> ExitCode {
         "keys" => scenes::keys(),
         "silent" => threads.block_on(scenes::silent()),
         "series" => threads.block_on(scenes::series()),
+        "streams" => threads.block_on(streams::run(secs)),
+        "truth" => threads.block_on(truth::run()),
         "figures" => threads.block_on(async {
             let mut fine = scenes::leave().await;
             fine &= scenes::kill().await;
@@ -57,6 +67,8 @@ fn main() -> ExitCode {
             fine &= scenes::silent().await;
             fine &= scenes::series().await;
             fine &= scenes::keys();
+            fine &= truth::run().await;
+            fine &= streams::run(60).await;
             fine & scenes::hold(number("--secs", 300)).await
         }),
         other => panic!("unknown scene {other:?}"),

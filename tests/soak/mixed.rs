@@ -27,6 +27,7 @@ struct Tally {
     plain: Cell<u64>,
     streams: Cell<u64>,
     cut: Cell<u64>,
+    given_up: Cell<u64>,
     disconnected: Cell<u64>,
     unexpected: RefCell<Vec<String>>,
     over: Cell<bool>,
@@ -116,6 +117,8 @@ async fn stream(client: &mut Client, tally: &Tally) {
         Ok(answer) if answer.is_done() => tally.streams.set(tally.streams.get() + 1),
         // The shaky provider cuts some of its streams.
         Ok(answer) if answer.is_cut_with_error() => tally.cut.set(tally.cut.get() + 1),
+        // It ends others with an error event of its own.
+        Ok(answer) if answer.is_given_up() => tally.given_up.set(tally.given_up.get() + 1),
         Ok(answer) => tally.add_unexpected(answer.text()),
         Err(e) => tally.add_unexpected(format!("stream: {e}")),
     }
@@ -150,6 +153,12 @@ async fn report(
         "disconnected and cut",
         format!("{} disconnected, {} cut with an error", tally.disconnected.get(), tally.cut.get()),
         true,
+    );
+    let rescued = zap.metric("zap_prelude_failovers_total", "").await;
+    check(
+        "lies",
+        format!("{rescued} rescued before content, {} given up after it", tally.given_up.get()),
+        rescued > 0.0 && tally.given_up.get() > 0,
     );
     let unexpected = tally.unexpected.take();
     check("unexpected", unexpected.len().to_string(), unexpected.is_empty());

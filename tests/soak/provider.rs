@@ -1,5 +1,6 @@
-//! Providers that do what a request's `user` says: `plain`, `wait` (no response), or `stream:N:MS` (N events, MS ms
-//! apart). A given share of their requests may fail.
+//! Providers that do what a request's `user` says: `plain`, `wait` (no response), `stream:N:MS` (N events, MS ms apart),
+//! or `talk:N:MS`, the same in the shape of the endpoint, with a pause before the content. A given share of their requests
+//! may fail.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
@@ -10,6 +11,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
+use crate::lies::{Ask, End, Lie};
+
+/// The message of an error event that a provider sends amid a stream.
+pub(crate) const GIVES_UP: &str = "the provider gives up";
+
 /// A provider in its own process; killed when dropped.
 pub(crate) struct Process {
     child: Child,
@@ -18,7 +24,7 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts a provider on `port` (0 for any free one). `fail` percent of its requests are picked to fail: a stream
-    /// may be cut, and half of the time the request fails before its response begins.
+    /// may break amid its content, and half of the time the request fails before the content.
     pub(crate) fn start(port: u16, fail: u64) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["provider", "--port", &port.to_string(), "--fail", &fail.to_string()]);
@@ -72,19 +78,36 @@ pub(crate) async fn serve(listener: TcpListener, fail: u64, events: Arc<Events>)
 async fn connection(mut stream: TcpStream, fail: u64, events: &Events) {
     stream.set_nodelay(true).unwrap();
     let mut buf = Vec::new();
-    while let Some(user) = request(&mut stream, &mut buf).await {
-        let failing = fastrand::u64(..100) < fail && user != "health";
-        if user != "health" {
+    while let Some(request) = read_request(&mut stream, &mut buf).await {
+        let failing = fastrand::u64(..100) < fail && !request.is_check;
+        if !request.is_check {
             events.received.notify_one();
         }
-        if !answer(&mut stream, &user, failing, events).await {
+        if !answer(&mut stream, &request, failing, events).await {
             return;
         }
     }
 }
 
-/// Reads one request; returns its `user`, or `health` for a GET.
-async fn request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> Option<String> {
+/// A request as a provider gets it.
+pub(crate) struct Request {
+    pub ask: Ask,
+    /// The value of `x-request-id`.
+    pub id: String,
+    /// Whether this is a health check.
+    pub is_check: bool,
+    pub body: String,
+}
+
+impl Request {
+    /// What the provider has to do.
+    fn user(&self) -> &str {
+        let user = self.body.split("\"user\":\"").nth(1).and_then(|t| t.split('"').next());
+        user.unwrap_or("plain")
+    }
+}
+
+pub(crate) async fn read_request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> Option<Request> {
     loop {
         if let Some(end) = memchr::memmem::find(buf, b"\r\n\r\n") {
             let head = String::from_utf8_lossy(&buf[..end]).to_lowercase();
@@ -92,10 +115,11 @@ async fn request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> Option<String> {
             let whole = end + 4 + length.unwrap_or(0usize);
             if buf.len() >= whole {
                 let body = String::from_utf8_lossy(&buf[end + 4..whole]).into_owned();
-                let health = head.starts_with("get");
                 buf.drain(..whole);
-                let user = body.split("\"user\":\"").nth(1).and_then(|t| t.split('"').next());
-                return Some(if health { "health" } else { user.unwrap_or("plain") }.to_owned());
+                let ask = Ask::of(head.split(' ').nth(1)?, body.as_bytes());
+                let id = head.split("x-request-id: ").nth(1).and_then(|t| t.lines().next());
+                let id = id.unwrap_or_default().to_owned();
+                return Some(Request { ask, id, is_check: head.starts_with("get"), body });
             }
         }
         if stream.read_buf(buf).await.ok()? == 0 {
@@ -105,13 +129,17 @@ async fn request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> Option<String> {
 }
 
 /// Sends the response; returns `false` if the connection must be closed.
-async fn answer(stream: &mut TcpStream, user: &str, failing: bool, events: &Events) -> bool {
+async fn answer(stream: &mut TcpStream, request: &Request, failing: bool, events: &Events) -> bool {
+    let user = request.user();
     if failing && fastrand::bool() {
-        return match fastrand::u8(..3) {
-            0 => false,
-            1 => plain(stream, "500 X", "", "{\"error\":\"random failure\"}").await,
-            _ => plain(stream, "429 X", "retry-after-ms: 20\r\n", "{}").await,
+        let lies = request.ask.lies().count();
+        return match fastrand::usize(..lies + 1) {
+            0 => plain(stream, "429 X", "retry-after-ms: 20\r\n", "{}").await,
+            n => tell(stream, request.ask.lies().nth(n - 1).unwrap()).await,
         };
+    }
+    if let Some(script) = user.strip_prefix("talk:") {
+        return talk(stream, request.ask, script).await;
     }
     if user == "wait" {
         wait_closed(stream).await;
@@ -121,16 +149,13 @@ async fn answer(stream: &mut TcpStream, user: &str, failing: bool, events: &Even
     let Some(stream_of) = user.strip_prefix("stream:") else {
         return plain(stream, "200 OK", "", "{\"choices\":[{\"message\":{\"content\":\"hi\"}}]}").await;
     };
-    let (count, pause) = stream_of.split_once(':').unwrap();
-    let count: u32 = count.parse().unwrap();
-    let pause = Duration::from_millis(pause.parse().unwrap());
-    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
-    if stream.write_all(head.as_bytes()).await.is_err() {
+    let (count, pause) = script(stream_of);
+    if stream.write_all(STREAM_HEAD).await.is_err() {
         return false;
     }
     for i in 0..count {
         if failing && i > count / 2 {
-            return false;
+            return break_off(stream).await;
         }
         if stream.write_all(b"18\r\ndata: {\"content\":\"hi\"}\n\n\r\n").await.is_err() {
             events.disconnected.notify_one();
@@ -143,6 +168,60 @@ async fn answer(stream: &mut TcpStream, user: &str, failing: bool, events: &Even
         }
     }
     stream.write_all(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n").await.is_ok()
+}
+
+const STREAM_HEAD: &[u8] =
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+
+/// The number of events and the pause of `N:MS`.
+fn script(text: &str) -> (u32, Duration) {
+    let (count, pause) = text.split_once(':').unwrap();
+    (count.parse().unwrap(), Duration::from_millis(pause.parse().unwrap()))
+}
+
+/// Breaks a stream amid its content: a cut, a cut within an event, or an error event and a clean end.
+async fn break_off(stream: &mut TcpStream) -> bool {
+    let error = format!("data: {{\"error\":{{\"message\":\"{GIVES_UP}\"}}}}\n\n");
+    match fastrand::u8(..3) {
+        0 => false,
+        1 => {
+            chunk(stream, "data: {\"content\":\"h").await;
+            false
+        }
+        _ => chunk(stream, &error).await && stream.write_all(b"0\r\n\r\n").await.is_ok(),
+    }
+}
+
+async fn chunk(stream: &mut TcpStream, data: &str) -> bool {
+    stream.write_all(format!("{:x}\r\n{data}\r\n", data.len()).as_bytes()).await.is_ok()
+}
+
+/// Sends a lie; returns `false` if the connection must be closed.
+pub(crate) async fn tell(stream: &mut TcpStream, lie: &Lie) -> bool {
+    let is_sent = stream.write_all(&lie.bytes()).await.is_ok();
+    match lie.end {
+        End::Keep => return is_sent,
+        End::Close => {}
+        End::Reset => socket2::SockRef::from(&*stream).set_linger(Some(Duration::ZERO)).unwrap(),
+        End::Stall => wait_closed(stream).await,
+    }
+    false
+}
+
+/// Sends a stream in the shape of the endpoint, with a pause before the content and behind each event of it.
+async fn talk(stream: &mut TcpStream, ask: Ask, text: &str) -> bool {
+    let ((count, pause), (before, content, behind)) = (script(text), ask.parts());
+    if stream.write_all(STREAM_HEAD).await.is_err() || !chunk(stream, &before).await {
+        return false;
+    }
+    for i in 0..=count {
+        if tokio::time::timeout(pause, wait_closed(stream)).await.is_ok()
+            || i < count && !chunk(stream, content).await
+        {
+            return false;
+        }
+    }
+    chunk(stream, &behind).await && stream.write_all(b"0\r\n\r\n").await.is_ok()
 }
 
 async fn plain(stream: &mut TcpStream, status: &str, headers: &str, body: &str) -> bool {

@@ -14,7 +14,7 @@ use crate::load::{Client, percentile};
 use crate::provider::{self, Events, Process};
 use crate::zap::{Zap, config};
 
-fn check(what: &str, good: bool) -> bool {
+pub(crate) fn check(what: &str, good: bool) -> bool {
     println!("{what}: {}", if good { "met" } else { "MISSED" });
     good
 }
