@@ -1,21 +1,12 @@
 //! The error event that Zap puts at the end of a stream that it cuts, in the format of the endpoint.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::code::Code;
 use crate::protocol::responses::StreamState;
 
 /// Returns the error event with this code. `seen` is the state of a `/v1/responses` stream; `None` for other streams.
 pub(crate) fn error_event(code: Code, seen: Option<&StreamState>, request_id: &str) -> String {
-    let error = error(code);
-    match seen {
-        None => format!("data: {}\n\n", json!({ "error": error })),
-        Some(seen) => seen.failed(request_id, &error),
-    }
-}
-
-/// The OpenAI error object.
-fn error(code: Code) -> Value {
     let (message, kind) = match code {
         Code::Draining => (
             "The gateway is shutting down; the response is incomplete. Send the request again.",
@@ -23,11 +14,22 @@ fn error(code: Code) -> Value {
         ),
         _ => ("The stream was cut before its end; the response is incomplete.", "upstream_error"),
     };
-    json!({ "message": message, "type": kind, "param": null, "code": code.text() })
+    let code = code.text();
+    match seen {
+        // In OpenAI's order. No text needs an escape.
+        None => format!(
+            "data: {{\"error\":{{\"message\":\"{message}\",\"type\":\"{kind}\",\"param\":null,\"code\":\"{code}\"}}}}\n\n"
+        ),
+        Some(seen) => {
+            seen.failed(request_id, &json!({ "message": message, "type": kind, "param": null, "code": code }))
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     #[test]
