@@ -38,9 +38,10 @@ impl Answer {
         self.is_good() && self.body.ends_with(b"data: [DONE]\n\n")
     }
 
-    /// Whether this is an interrupted stream with a `stream_interrupted` error event.
+    /// Whether this is a stream that Zap has cut with an error event: because its provider failed, or because Zap stops.
     pub(crate) fn is_cut_with_error(&self) -> bool {
-        !self.whole && memchr::memmem::find(&self.body, b"stream_interrupted").is_some()
+        let has = |code: &[u8]| memchr::memmem::find(&self.body, code).is_some();
+        !self.whole && (has(b"\"stream_interrupted\"") || has(b"\"draining\""))
     }
 
     /// Whether the provider has ended this stream with an error of its own, to which Zap adds nothing.
