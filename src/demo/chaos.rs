@@ -42,7 +42,7 @@ const PACE: Duration = Duration::from_millis(20);
 /// A response header that names the failure. A client that sees it has got a response of chaos.
 const X_MOCK_FAILURE: HeaderName = HeaderName::from_static("x-mock-failure");
 
-/// One way to fail.
+/// A failure that the provider plays.
 enum Failure {
     /// The connection closes before a response head.
     Close,

@@ -6,7 +6,7 @@ use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{Class, classify};
 use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd};
 
-/// What a stream says, by a naive reading of the whole text.
+/// The result of a naive reader that has the whole text.
 #[derive(Debug, PartialEq)]
 struct Said {
     has_content: bool,

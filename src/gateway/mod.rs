@@ -332,6 +332,16 @@ impl Gateway {
         }
     }
 
+    /// Records that a response failed after it had begun to go out. An error response has been judged by its status.
+    pub(crate) fn record_broken(&self, in_flight: &InFlight, record: &mut RequestRecord, fault: Fault) {
+        let upstream = in_flight.upstream();
+        self.record_failure(upstream, &fault);
+        if record.status < 400 {
+            self.strike(upstream, in_flight.key(), record.model_name(), &fault);
+        }
+        record.failed.push((upstream.clone(), fault));
+    }
+
     /// Counts a success of a backend and of its pair. `model`: its name, for the log.
     pub(crate) fn record_success(&self, in_flight: &InFlight, model: &str) {
         let (now, upstream) = (clock::now(), in_flight.upstream());

@@ -234,17 +234,15 @@ impl Attempts<'_> {
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
         if status < 300
             && let Some(wait) = rate_limits::wait_after_success(&head.headers, SystemTime::now)
-            && !wait.span.is_zero()
+            && !wait.is_zero()
         {
             self.cool_down(asked.in_flight, wait);
         }
-        let is_alive = matches!(status, 429 | 503 | 529)
-            && (status != 429 || stated_wait(head, text).is_none())
-            && upstream.state.breaker.pairs.has_just_succeeded(asked.in_flight.key(), clock::now());
+        let is_alive = is_alive(asked, status, (head, text));
         let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key, is_alive }) else {
             return None;
         };
-        self.mark(asked, (head, text), failure.mark);
+        self.mark(asked, (status, head, text), failure);
         let mut fault = Fault::status(failure.code, status);
         if failure.mark == Some(Mark::BadKey)
             && let Some(message) = text.and_then(error_message)
@@ -265,14 +263,16 @@ impl Attempts<'_> {
         dispatch: &mut Dispatch,
     ) -> Option<Failure> {
         let upstream = asked.in_flight.upstream();
-        let is_alive =
-            || upstream.state.breaker.pairs.has_just_succeeded(asked.in_flight.key(), clock::now());
         let unfit = match is_inside {
-            true => Unfit::Error { status, own_key: upstream.conf.api_key.is_some(), is_alive: is_alive() },
+            true => Unfit::Error {
+                status,
+                own_key: upstream.conf.api_key.is_some(),
+                is_alive: is_alive(asked, status, (head, Some(text))),
+            },
             false => Unfit::OtherModel(status),
         };
         let Verdict::Failed(failure) = dispatch.on(Event::Unfit(unfit)) else { return None };
-        self.mark(asked, (head, Some(text)), failure.mark);
+        self.mark(asked, (status, head, Some(text)), failure);
         let fault = match is_inside {
             true => Fault::new(failure.code, format!("HTTP {status} inside a {}", head.status.as_u16())),
             false => Fault::status(failure.code, status),
@@ -282,25 +282,29 @@ impl Attempts<'_> {
     }
 
     /// Cools down or closes the target of a failed try, as its response asks for it.
-    fn mark(&mut self, asked: &Asked<'_>, (head, text): (&Parts, Option<&[u8]>), mark: Option<Mark>) {
+    fn mark(
+        &mut self,
+        asked: &Asked<'_>,
+        (status, head, text): (u16, &Parts, Option<&[u8]>),
+        failure: Failure,
+    ) {
         let (in_flight, now) = (asked.in_flight, clock::now());
         let pairs = &in_flight.upstream().state.breaker.pairs;
-        match mark {
-            Some(Mark::BadKey) => self.close_for_bad_key(in_flight.upstream(), head.status.as_u16()),
+        match failure.mark {
+            Some(Mark::BadKey) => self.close_for_bad_key(in_flight.upstream(), status),
             Some(Mark::Limited) => match stated_wait(head, text) {
                 Some(Wait { span, pace }) => {
                     pairs.limited(in_flight.key(), (clock::nanos(span), pace.map(clock::nanos)), now);
                 }
-                None => self.cool_down(in_flight, Wait::of(DEFAULT_COOLING)),
+                None => self.cool_down(in_flight, DEFAULT_COOLING),
             },
             Some(Mark::Busy) => drop(pairs.busy(in_flight.key(), now)),
             None => {}
         }
-        if mark != Some(Mark::Limited)
-            && (head.status.is_server_error() || matches!(head.status.as_u16(), 408 | 498 | 600..))
+        if failure.code == Code::UpstreamError
             && let Some(wait) = rate_limits::retry_after(&head.headers, SystemTime::now)
         {
-            self.cool_down(in_flight, Wait::of(wait));
+            self.cool_down(in_flight, wait);
         }
     }
 
@@ -312,10 +316,10 @@ impl Attempts<'_> {
     }
 
     /// Cools a pair down.
-    fn cool_down(&self, in_flight: &InFlight, wait: Wait) {
+    fn cool_down(&self, in_flight: &InFlight, span: Duration) {
         let now = clock::now();
         let pairs = &in_flight.upstream().state.breaker.pairs;
-        pairs.cool(in_flight.key(), now + clock::nanos(wait.span), wait.pace.map(clock::nanos), now);
+        pairs.cool(in_flight.key(), now + clock::nanos(span), now);
     }
 
     /// Closes a backend for a while because it refuses its key, unless a request there has succeeded lately: then the key
@@ -397,4 +401,13 @@ fn redacted(upstream: &Upstream, message: &str) -> String {
 fn stated_wait(head: &Parts, text: Option<&[u8]>) -> Option<Wait> {
     let delay = text.and_then(rate_limits::retry_delay).map(Wait::of);
     delay.or_else(|| rate_limits::stated_wait(&head.headers, SystemTime::now))
+}
+
+/// Whether the target of a try has served another request a moment ago, so that a status that names no wait means that it
+/// has no room now.
+fn is_alive(asked: &Asked<'_>, status: u16, (head, text): (&Parts, Option<&[u8]>)) -> bool {
+    let pairs = &asked.in_flight.upstream().state.breaker.pairs;
+    matches!(status, 429 | 503 | 529)
+        && (status != 429 || stated_wait(head, text).is_none())
+        && pairs.has_just_succeeded(asked.in_flight.key(), clock::now())
 }

@@ -39,7 +39,7 @@ const MAX_ERROR_WAIT: Nanos = SECOND;
 
 /// The beginning of a response that is an answer.
 pub(super) struct Opening {
-    /// What has been read of the body; `None` if nothing.
+    /// The beginning of the body; `None` if nothing has been read.
     pub(super) first: Option<Bytes>,
     /// The events of a readable stream, which have seen `first`.
     pub(super) events: Option<Box<EventStream>>,
@@ -96,7 +96,7 @@ impl From<Problem> for Unopened {
     }
 }
 
-/// What a wait for a backend needs of the request.
+/// The parts of a request that a wait for a backend uses.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) gateway: &'a Gateway,
@@ -383,7 +383,7 @@ impl BodyStart<'_> {
     }
 }
 
-/// What is held back of a stream: whole events.
+/// The whole events of a stream that are held back.
 struct Held {
     parts: SmallVec<[Bytes; 2]>,
     length: usize,

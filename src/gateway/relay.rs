@@ -36,7 +36,7 @@ use crate::upstream::link::Link;
 /// How long a body may go on after its terminal event.
 const MAX_TRAILER: Nanos = SECOND;
 
-/// What a client hears of a stream that would be silent for too long: a comment (WHATWG HTML, section 9.2).
+/// The comment that Zap sends in a silent stream (WHATWG HTML, section 9.2).
 const PING: Bytes = Bytes::from_static(b": ping\n\n");
 
 /// The body of a relayed response.
@@ -51,7 +51,7 @@ pub(crate) struct RelayBody {
     redactor: Option<Box<Redactor>>,
     kind: BodyKind,
     silence: Silence,
-    /// What an error event of `/v1/responses` needs.
+    /// The state for an error event of `/v1/responses`.
     seen: Option<Box<StreamState>>,
     state: RelayState,
 }
@@ -140,10 +140,7 @@ impl RelayBody {
                 Poll::Ready(Some(Err(fault))) => return self.interrupt(End::UpstreamError, fault),
                 Poll::Ready(None) => return self.end_of_body(),
                 Poll::Pending if self.is_trailing() => return Poll::Pending,
-                Poll::Pending => match self.wait() {
-                    Some(polled) => return polled,
-                    None => return Poll::Pending,
-                },
+                Poll::Pending => return self.wait(),
             }
         }
     }
@@ -213,14 +210,14 @@ impl RelayBody {
     }
 
     /// The backend has sent nothing now: ends its silence if it has lasted too long, or the client's.
-    fn wait(&mut self) -> Option<Polled> {
+    fn wait(&mut self) -> Polled {
         let has_timed_out = self.exchange.take_timeout();
         let is_nudged = self.events.is_some() && self.exchange.take_nudge();
         if !has_timed_out && !is_nudged {
-            return None;
+            return Poll::Pending;
         }
         if self.gateway.is_cut() {
-            return Some(self.shut_down());
+            return self.shut_down();
         }
         let now = self.exchange.coarse_now();
         let lasted = match self.silence.too_long(now) {
@@ -228,7 +225,7 @@ impl RelayBody {
             lasted => lasted,
         };
         if let Some(lasted) = lasted {
-            return Some(self.interrupt(End::Timeout, Fault::timed_out("stream", lasted)));
+            return self.interrupt(End::Timeout, Fault::timed_out("stream", lasted));
         }
         // The client reads, so the deadline of its side starts again.
         self.exchange.progress();
@@ -237,13 +234,13 @@ impl RelayBody {
             && self.kind.can_take_event
             && self.events.as_ref().is_some_and(|events| events.is_between_events());
         if !is_nudged || !may_ping {
-            return None;
+            return Poll::Pending;
         }
         self.exchange.hand_over(PING.len());
         if let Some(guards) = &mut self.guards {
             guards.record.bytes += PING.len() as u64;
         }
-        Some(Poll::Ready(Some(Ok(PING))))
+        Poll::Ready(Some(Ok(PING)))
     }
 
     /// The stream has sent its terminal event: the backend is done with the request, and its result is known.
@@ -255,25 +252,19 @@ impl RelayBody {
         guards.slot = None;
         let Some(in_flight) = guards.in_flight.take() else { return };
         match end {
-            StreamEnd::Complete if self.events.as_ref().is_none_or(|events| events.has_content()) => {
+            StreamEnd::Complete => {
                 guards.record.end = End::Complete;
-                self.gateway.record_success(&in_flight, guards.record.model_name());
+                if self.events.as_ref().is_some_and(|events| events.has_content()) {
+                    self.gateway.record_success(&in_flight, guards.record.model_name());
+                } else {
+                    let fault = Fault::new(Code::UpstreamEmpty, "a stream without content");
+                    self.gateway.record_broken(&in_flight, &mut guards.record, fault);
+                }
             }
-            failed => {
-                let (end, fault) = match failed {
-                    StreamEnd::Complete => {
-                        (End::Complete, Fault::new(Code::UpstreamEmpty, "a stream without content"))
-                    }
-                    StreamEnd::Error => (
-                        End::UpstreamErrorEvent,
-                        Fault::new(Code::UpstreamErrorEvent, "an error event within the stream"),
-                    ),
-                };
-                guards.record.end = end;
-                let model = guards.record.model_name();
-                self.gateway.record_failure(in_flight.upstream(), &fault);
-                self.gateway.strike(in_flight.upstream(), in_flight.key(), model, &fault);
-                guards.record.failed.push((in_flight.upstream().clone(), fault));
+            StreamEnd::Error => {
+                guards.record.end = End::UpstreamErrorEvent;
+                let fault = Fault::new(Code::UpstreamErrorEvent, "an error event within the stream");
+                self.gateway.record_broken(&in_flight, &mut guards.record, fault);
             }
         }
     }
@@ -345,13 +336,7 @@ impl RelayBody {
                     _ if self.kind.is_stream => Code::StreamInterrupted,
                     _ => Code::UpstreamError,
                 };
-                // An error response has been judged by its status already.
-                let (upstream, fault) = (in_flight.upstream(), Fault { kind, ..fault });
-                self.gateway.record_failure(upstream, &fault);
-                if guards.record.status < 400 {
-                    self.gateway.strike(upstream, in_flight.key(), guards.record.model_name(), &fault);
-                }
-                guards.record.failed.push((upstream.clone(), fault));
+                self.gateway.record_broken(&in_flight, &mut guards.record, Fault { kind, ..fault });
             }
             event = self.error_event(&guards.record);
         }
@@ -408,7 +393,7 @@ impl http_body::Body for RelayBody {
             Some(guards) if !self.kind.is_whole => guards.lease.link.remaining(),
             _ => SizeHint::with_exact(0),
         };
-        // What is held back comes before what remains.
+        // The held bytes go out before the rest.
         let held = self.events.as_ref().map_or(0, |events| events.held() as u64);
         match (&self.redactor, rest.exact()) {
             (None, Some(rest)) => {

@@ -386,8 +386,8 @@ mod tests {
     #[test]
     fn a_backend_cools_down_for_one_model_and_serves_another() {
         let b = Breaker::new();
-        b.pairs.cool(1, 100, None, 0);
-        b.pairs.cool(2, 200, None, 0);
+        b.pairs.cool(1, 100, 0);
+        b.pairs.cool(2, 200, 0);
         assert_eq!((b.status_for(|| 1, 50), b.status_for(|| 3, 50)), (Status::Cooling(100), Status::Healthy));
         assert_eq!(
             (b.status(50), b.status(150), b.is_up(50)),

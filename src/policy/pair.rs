@@ -119,6 +119,8 @@ struct Pair {
     succeeded: Nanos,
     /// The last result of any kind.
     used: Nanos,
+    /// The last time that bytes of an answer came, as far as it is known.
+    heard: Nanos,
     /// Failures in a row.
     strikes: u32,
     /// Cooldowns in a row because the pair was busy.
@@ -190,19 +192,21 @@ impl Gate {
 impl Pairs {
     /// Returns the state of the pair with this key. `key` is called only if a pair of the backend is closed.
     pub(crate) fn status(&self, key: impl FnOnce() -> u64, now: Nanos) -> Status {
-        if self.closed.load(Ordering::Acquire) == 0 {
-            return Status::Healthy;
-        }
-        self.all.lock().get(&key()).map_or(Status::Healthy, |pair| pair.gate.status(now))
+        self.gate(key).status(now)
     }
 
     /// Returns the state of the pair with this key for requests in panic mode: an ejected pair that cools down is
     /// [`Status::Cooling`].
     pub(crate) fn status_in_panic(&self, key: impl FnOnce() -> u64, now: Nanos) -> Status {
+        self.gate(key).status_in_panic(now)
+    }
+
+    /// The gate of the pair with this key. `key` is called only if a pair of the backend is closed.
+    fn gate(&self, key: impl FnOnce() -> u64) -> Gate {
         if self.closed.load(Ordering::Acquire) == 0 {
-            return Status::Healthy;
+            return Gate::Open;
         }
-        self.all.lock().get(&key()).map_or(Status::Healthy, |pair| pair.gate.status_in_panic(now))
+        self.all.lock().get(&key()).map_or(Gate::Open, |pair| pair.gate)
     }
 
     /// Returns when the last cooldown of any pair ends; `None` if none cools down.
@@ -228,9 +232,7 @@ impl Pairs {
         let Some(pair) = all.get_mut(&key) else { return true };
         match pair.gate.passed(now, panic) {
             Some(gate) => {
-                if gate == Gate::Open && pair.gate != Gate::Open {
-                    self.closed.fetch_sub(1, Ordering::Release);
-                }
+                recount(&self.closed, pair.gate != Gate::Open, gate != Gate::Open);
                 pair.gate = gate;
                 true
             }
@@ -241,7 +243,7 @@ impl Pairs {
     /// Reports a request that succeeded. Returns the change, and whether more requests may go than before.
     pub(crate) fn success(&self, key: u64, now: Nanos) -> (Option<PairChange>, bool) {
         self.update(key, now, |pair| {
-            (pair.succeeded, pair.strikes, pair.busy) = (now.max(1), 0, 0);
+            (pair.succeeded, pair.heard, pair.strikes, pair.busy) = (now.max(1), now, 0, 0);
             let before = pair.gate;
             pair.gate = match before {
                 Gate::Reopening { free, next, pace: None } if free + 2 < ALL => {
@@ -291,12 +293,12 @@ impl Pairs {
 
     /// Reports that bytes of an answer flow.
     pub(crate) fn hear(&self, key: u64, now: Nanos) {
-        self.update(key, now, |_| ());
+        self.update(key, now, |pair| pair.heard = now);
     }
 
-    /// Whether the pair has had a result, or bytes of an answer, since then.
+    /// Whether bytes of an answer have come since then.
     pub(crate) fn was_heard_since(&self, key: u64, since: Nanos) -> bool {
-        self.all.lock().get(&key).is_some_and(|pair| pair.used >= since)
+        self.all.lock().get(&key).is_some_and(|pair| pair.heard >= since)
     }
 
     /// Reports a client that gave up after a while without the head of a response. Returns whether so many have done so in
@@ -311,23 +313,28 @@ impl Pairs {
     /// Reports the head of a response: the pair is not silent.
     pub(crate) fn answered(&self, key: u64, now: Nanos) {
         if self.doubted.load(Ordering::Relaxed) > 0 {
-            self.update(key, now, |pair| (pair.gave_up, pair.is_suspect) = (0, false));
+            self.update(key, now, |pair| {
+                (pair.heard, pair.gave_up, pair.is_suspect) = (now, 0, false);
+            });
         }
     }
 
-    /// Starts a cooldown until `until`. The later of two ends counts. `pace`: the time for each request after it, if the
-    /// provider has told it.
-    pub(crate) fn cool(&self, key: u64, until: Nanos, pace: Option<Nanos>, now: Nanos) {
-        self.update(key, now, |pair| pair.cool(until, pace));
+    /// Starts a cooldown until `until`, because a response asks for it. The later of two ends counts.
+    pub(crate) fn cool(&self, key: u64, until: Nanos, now: Nanos) {
+        self.update(key, now, |pair| {
+            pair.heard = now;
+            pair.cool(until, None);
+        });
     }
 
-    /// Starts a cooldown of `span` after a 429 that states it. A pair that names next to no time, again and again, cools down
-    /// for longer each time until it serves a request.
+    /// Starts a cooldown of `span` after a 429 that states it. `pace`: the time for each request after it, if the provider
+    /// has told it. A pair that names next to no time, again and again, cools down for longer each time until it serves a
+    /// request.
     pub(crate) fn limited(&self, key: u64, (span, pace): (Nanos, Option<Nanos>), now: Nanos) {
         self.update(key, now, |pair| {
-            let floor = if span < SECOND { pair.busy_span() } else { 0 };
-            pair.note_busy(now);
-            pair.cool(now + span.max(floor), pace);
+            pair.heard = now;
+            let floor = pair.next_busy_span(now);
+            pair.cool(now + if span < SECOND { span.max(floor) } else { span }, pace);
         });
     }
 
@@ -336,9 +343,9 @@ impl Pairs {
     pub(crate) fn busy(&self, key: u64, now: Nanos) -> bool {
         self.update(key, now, |pair| {
             let is_busy = pair.succeeded > 0 && pair.succeeded + RECENT > now;
+            pair.heard = now;
             if is_busy {
-                let span = pair.busy_span();
-                pair.note_busy(now);
+                let span = pair.next_busy_span(now);
                 pair.cool(now + span, None);
             }
             is_busy
@@ -352,10 +359,7 @@ impl Pairs {
 
     /// Since when the pair is ejected; `None` if it is not. `key` is called only if a pair of the backend is closed.
     pub(crate) fn ejected_since(&self, key: impl FnOnce() -> u64) -> Option<Nanos> {
-        if self.closed.load(Ordering::Acquire) == 0 {
-            return None;
-        }
-        match self.all.lock().get(&key())?.gate {
+        match self.gate(key) {
             Gate::Ejected { since, .. } => Some(since),
             _ => None,
         }
@@ -378,37 +382,38 @@ impl Pairs {
             && let Some(oldest) = all.iter().min_by_key(|(_, pair)| pair.used).map(|(key, _)| *key)
             && let Some(dropped) = all.remove(&oldest)
         {
-            self.closed.fetch_sub(usize::from(dropped.gate != Gate::Open), Ordering::Release);
-            self.doubted.fetch_sub(usize::from(dropped.is_in_doubt()), Ordering::Relaxed);
+            recount(&self.closed, dropped.gate != Gate::Open, false);
+            recount(&self.doubted, dropped.is_in_doubt(), false);
         }
         let pair = all.entry(key).or_default();
         pair.used = now;
-        let (was_open, was_in_doubt) = (pair.gate == Gate::Open, pair.is_in_doubt());
+        let (was_closed, was_in_doubt) = (pair.gate != Gate::Open, pair.is_in_doubt());
         let result = change(pair);
-        match (was_in_doubt, pair.is_in_doubt()) {
-            (false, true) => drop(self.doubted.fetch_add(1, Ordering::Relaxed)),
-            (true, false) => drop(self.doubted.fetch_sub(1, Ordering::Relaxed)),
-            _ => {}
-        }
-        match (was_open, pair.gate == Gate::Open) {
-            (true, false) => drop(self.closed.fetch_add(1, Ordering::Release)),
-            (false, true) => drop(self.closed.fetch_sub(1, Ordering::Release)),
-            _ => {}
-        }
+        recount(&self.closed, was_closed, pair.gate != Gate::Open);
+        recount(&self.doubted, was_in_doubt, pair.is_in_doubt());
         result
     }
 }
 
-impl Pair {
-    fn busy_span(&self) -> Nanos {
-        FIRST_BUSY.saturating_mul(1 << self.busy.min(16)).min(MAX_BUSY)
-    }
+/// Changes the number of pairs that count when one of them changes. The lock of the table is held.
+fn recount(counter: &AtomicUsize, was_counted: bool, is_counted: bool) {
+    match (was_counted, is_counted) {
+        (false, true) => counter.fetch_add(1, Ordering::Release),
+        (true, false) => counter.fetch_sub(1, Ordering::Release),
+        _ => return,
+    };
+}
 
-    /// Counts a request that found no room. Many may be refused at once: they count once.
-    fn note_busy(&mut self, now: Nanos) {
-        if !matches!(self.gate, Gate::Cooling { until, .. } if until > now) {
-            self.busy = self.busy.saturating_add(1);
+impl Pair {
+    /// The cooldown for a request that found no room. Many may be refused at once: they count once, so it is 0 while the
+    /// pair cools down already.
+    fn next_busy_span(&mut self, now: Nanos) -> Nanos {
+        if matches!(self.gate, Gate::Cooling { until, .. } if until > now) {
+            return 0;
         }
+        let span = FIRST_BUSY.saturating_mul(1 << self.busy.min(16)).min(MAX_BUSY);
+        self.busy = self.busy.saturating_add(1);
+        span
     }
 
     fn is_in_doubt(&self) -> bool {
@@ -488,7 +493,7 @@ mod tests {
     fn a_pair_that_is_ejected_cools_down_too_even_in_panic_mode() {
         for cools_first in [true, false] {
             let pairs = Pairs::default();
-            let cool = || pairs.cool(A, 5 * SECOND, None, 1);
+            let cool = || pairs.cool(A, 5 * SECOND, 1);
             let eject = || assert_eq!(pairs.strike(A, 1, 1), Some(PairChange::Down));
             if cools_first {
                 cool();
@@ -531,8 +536,8 @@ mod tests {
     #[test]
     fn after_a_cooldown_each_success_lets_twice_as_many_go() {
         let pairs = Pairs::default();
-        pairs.cool(A, 100, None, 1);
-        pairs.cool(A, 50, None, 1);
+        pairs.cool(A, 100, 1);
+        pairs.cool(A, 50, 1);
         assert_eq!((status(&pairs, 99), status(&pairs, 100)), (Status::Cooling(100), Status::Healthy));
         let admitted = |now| (0..100).take_while(|_| enter(&pairs, now)).count();
         let mut waves = Vec::new();
@@ -545,7 +550,7 @@ mod tests {
         }
         assert_eq!(waves[..5], [1, 2, 4, 8, 16]);
         assert_eq!(waves[5], 100, "then all may go");
-        pairs.cool(A, 200, None, 110);
+        pairs.cool(A, 200, 110);
         assert_eq!((admitted(200), admitted(201)), (1, 0));
         assert_eq!(admitted(200 + PATIENCE), 1, "one more goes if the first does not end");
     }
@@ -553,16 +558,16 @@ mod tests {
     #[test]
     fn a_pace_that_the_provider_tells_is_kept() {
         let pairs = Pairs::default();
-        pairs.cool(A, 100, Some(10), 1);
+        pairs.limited(A, (SECOND, Some(10)), 0);
         let mut admitted = 0;
-        for now in 100..150 {
+        for now in SECOND..SECOND + 50 {
             if enter(&pairs, now) {
                 admitted += 1;
                 pairs.success(A, now);
             }
         }
         assert_eq!(admitted, 5);
-        pairs.success(A, 200);
+        pairs.success(A, SECOND + 100);
         assert_eq!(pairs.closed.load(Ordering::Acquire), 0, "nobody waits any more");
     }
 
@@ -590,7 +595,7 @@ mod tests {
     fn a_pace_ends_when_no_request_has_come_for_a_whole_unit() {
         for pace in [10, PATIENCE] {
             let pairs = Pairs::default();
-            pairs.cool(A, 100, Some(pace), 1);
+            pairs.limited(A, (SECOND, Some(pace)), 0);
             let serves = |now| {
                 let enters = enter(&pairs, now);
                 if enters {
@@ -599,11 +604,43 @@ mod tests {
                 }
                 enters
             };
-            assert!(serves(100) && !serves(100 + pace - 1) && serves(100 + pace), "one each unit");
-            assert!(!serves(100 + pace), "{pace}");
-            let late = 100 + 3 * pace;
+            assert!(serves(SECOND) && !serves(SECOND + pace - 1) && serves(SECOND + pace), "one each unit");
+            assert!(!serves(SECOND + pace), "{pace}");
+            let late = SECOND + 3 * pace;
             assert!((0..50).all(|_| serves(late)), "nobody waits any more");
             assert_eq!((pairs.closed.load(Ordering::Acquire), pairs.cools_until(late)), (0, None));
+        }
+    }
+
+    #[test]
+    fn requests_that_are_refused_at_once_count_once() {
+        let pairs = Pairs::default();
+        pairs.success(A, SECOND);
+        (0..50).for_each(|_| assert!(pairs.busy(A, SECOND)));
+        assert_eq!(status(&pairs, SECOND), Status::Cooling(SECOND + 100 * MILLI));
+        let pairs = Pairs::default();
+        (0..50).for_each(|_| pairs.limited(A, (0, None), SECOND));
+        assert_eq!(status(&pairs, SECOND), Status::Cooling(SECOND + 100 * MILLI));
+    }
+
+    #[test]
+    fn a_client_that_gives_up_or_a_strike_is_no_sign_of_life() {
+        let pairs = Pairs::default();
+        pairs.gave_up(A, 5);
+        pairs.suspect(A, 5);
+        pairs.strike(A, 3, 5);
+        assert!(!pairs.was_heard_since(A, 1));
+        for (now, hear) in [
+            (6, (|p, now| p.hear(A, now)) as fn(&Pairs, Nanos)),
+            (7, |p, now| p.answered(A, now)),
+            (8, |p, now| {
+                p.success(A, now);
+            }),
+            (9, |p, now| p.cool(A, 20, now)),
+        ] {
+            assert!(!pairs.was_heard_since(A, now));
+            hear(&pairs, now);
+            assert!(pairs.was_heard_since(A, now));
         }
     }
 
@@ -626,7 +663,7 @@ mod tests {
     #[test]
     fn the_number_of_pairs_is_bounded() {
         let pairs = Pairs::default();
-        (0..10_000).for_each(|key| pairs.cool(key, 1_000_000, None, key));
+        (0..10_000).for_each(|key| pairs.cool(key, 1_000_000, key));
         assert_eq!(pairs.all.lock().len(), MAX_PAIRS);
         assert_eq!(pairs.closed.load(Ordering::Acquire), MAX_PAIRS);
         assert_eq!(pairs.cools_until(5), Some(1_000_000));

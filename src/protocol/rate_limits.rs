@@ -46,8 +46,8 @@ pub(crate) fn stated_wait(headers: &HeaderMap, wall: impl Fn() -> SystemTime) ->
 }
 
 /// The wait after a successful response: for its empty buckets, at most [`MAX_AFTER_SUCCESS`].
-pub(crate) fn wait_after_success(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wait> {
-    empty_bucket(headers, wall).map(|wait| Wait::of(wait.span.min(MAX_AFTER_SUCCESS)))
+pub(crate) fn wait_after_success(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Duration> {
+    empty_bucket(headers, wall).map(|wait| wait.span.min(MAX_AFTER_SUCCESS))
 }
 
 /// The wait that the JSON body of a 429 states: `retryDelay` of `google.rpc.RetryInfo` in the details of the error, such as
@@ -350,7 +350,7 @@ mod tests {
             Some(Duration::from_secs(86_340)),
             "an invalid value says nothing"
         );
-        assert_eq!(wait_after_success(&headers(&empty), wall), Some(Wait::of(MAX_AFTER_SUCCESS)));
+        assert_eq!(wait_after_success(&headers(&empty), wall), Some(MAX_AFTER_SUCCESS));
         let not_read = headers(&[("retry-after", "1")]);
         assert_eq!(wait_after_success(&not_read, wall), None, "a success has no Retry-After");
     }

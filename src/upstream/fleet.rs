@@ -458,7 +458,6 @@ mod tests {
             snapshot.backends[0].state.breaker.pairs.cool(
                 cooling.key(Some("two")),
                 now + Nanos::MAX / 2,
-                None,
                 now,
             );
             let (mut held, mut picks) = (Vec::new(), [0; 3]);
