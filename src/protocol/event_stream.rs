@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use bytes::Bytes;
 use memchr::memmem::Finder;
-use memchr::{memchr, memrchr2};
+use memchr::{memchr2, memrchr2};
 
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{Class, classify, error_body};
@@ -92,7 +92,7 @@ impl EventStream {
                 self.read(&data);
                 return data;
             }
-            self.hold(&data[end..]);
+            self.partial = data[end..].to_vec();
             self.read(&data[..end]);
             return self.released(data.slice(..end));
         }
@@ -162,10 +162,6 @@ impl EventStream {
     /// Whether what has gone out ends with an event.
     pub(crate) fn is_between_events(&self) -> bool {
         self.oversized.is_none()
-    }
-
-    fn hold(&mut self, data: &[u8]) {
-        self.partial = data.to_vec();
     }
 
     /// Adds the unfinished event to `out` if it is too long to be held.
@@ -251,8 +247,8 @@ impl EventStream {
                 let is_told = |at: usize| !has_no_reason(&events[at..]);
                 let finish = if self.is_finished { None } else { find(&FINISH, events, is_told) };
                 // Most chunks are one event with an object for data.
-                let is_one_object =
-                    events.starts_with(b"data: {") && memchr(b'\n', events) >= Some(events.len() - 2);
+                let line_end = memchr2(b'\n', b'\r', events);
+                let is_one_object = events.starts_with(b"data: {") && line_end >= Some(events.len() - 2);
                 [finish, if is_one_object { None } else { DONE.find(events) }]
             }
             StreamFormat::Responses => [COMPLETE.find(events), FAILED.find(events)],
@@ -397,6 +393,7 @@ mod tests {
             (&[ROLE, ERROR], false, Some(Error), false),
             (&[TEXT, ERROR, DONE], true, Some(Error), false),
             (&[TEXT, "event: error\ndata: x\n\n"], true, Some(Error), false),
+            (&[TEXT, "data: {}\r\rdata: [DONE]\n\n"], true, Some(Complete), true),
             (&["\u{FEFF}data: [DONE]\n\n"], false, Some(Complete), true),
             (&["\n\r\n", TEXT, "data: [DONE]\r\r"], true, Some(Complete), true),
         ] {
