@@ -116,7 +116,8 @@ pub(crate) trait Fleet {
     fn is_waiting(&self) -> bool;
 }
 
-/// Picks an available target that is not in `skip`, rather one that is not suspect. Only the first try of a request advances the rotation.
+/// Picks an available target that is not in `skip`, rather one that is not suspect. Only the first try of a request
+/// advances the rotation.
 pub(crate) fn pick(fleet: &impl Fleet, is_first: bool, skip: impl Fn(TargetId) -> bool) -> Option<TargetId> {
     let eligible = |id: TargetId| !skip(id) && fleet.check(id).is_ok();
     if let Some(backend) = fleet.granted() {

@@ -1,7 +1,8 @@
 //! The cause of a failure is in the event, in `/status` and in the log line.
 
 use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -188,4 +189,20 @@ fn the_line_of_a_stream_that_ends_badly_tells_why() {
         assert_eq!(line["attempts"], serde_json::json!([attempt]), "{line}");
         assert_eq!((&line["status"], &line["end"]), (&200.into(), &end.into()), "{line}");
     }
+}
+
+#[test]
+fn the_first_check_after_a_start_or_a_reload_tells_at_once_that_it_failed() {
+    let checks = Arc::new(AtomicUsize::new(0));
+    let seen = checks.clone();
+    let a = respond(move |is_check| {
+        seen.fetch_add(usize::from(is_check), Ordering::SeqCst);
+        "HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n"
+    });
+    let zap = start(&url(a), "", 1_000);
+    let line = "the first check of backend a failed: health check: HTTP 503 to GET /health";
+    assert!(zap.line("health_check").ends_with(line));
+    crate::faults::wait_until("a third check", || checks.load(Ordering::SeqCst) >= 3);
+    let told = zap.log.lock().unwrap().iter().filter(|logged| logged.ends_with(line)).count();
+    assert_eq!(told, 1, "later checks are counted, not told");
 }

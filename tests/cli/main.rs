@@ -247,6 +247,24 @@ fn check_warns_of_a_world_readable_file_with_keys() {
 }
 
 #[test]
+fn check_warns_of_https_without_any_root_certificate() {
+    for (url, more, warned) in [
+        ("https://localhost:1", "", true),
+        ("http://localhost:1", "", false),
+        ("https://localhost:1", "ca_file = \"/dev/null\"\n", false),
+    ] {
+        let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n{more}");
+        let file = File::new("roots", &text);
+        let mut command = zap();
+        command.args(["check", "--config", file.path()]);
+        command.env("SSL_CERT_FILE", "/dev/null").env("SSL_CERT_DIR", "/dev/null");
+        let output = command.output().unwrap();
+        let has_warned = stderr(&output).contains("warning: the system has no root certificates");
+        assert_eq!(has_warned, warned, "{url} {more}: {}", stderr(&output));
+    }
+}
+
+#[test]
 fn a_port_in_use_exits_with_1() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();

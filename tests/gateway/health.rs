@@ -1,6 +1,7 @@
 //! Health checks, ejection, and what is done if all backends are ejected.
 
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
@@ -391,4 +392,48 @@ fn a_provider_that_comes_back_gets_requests_again() {
         After::Keep
     });
     eventually("backend a serves a request", || zap.chat(CHAT).text() == "a");
+}
+
+#[test]
+fn a_backend_whose_checks_are_refused_is_asked_last_and_serves() {
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let breaks = is_broken.clone();
+    let a = Provider::named("a");
+    let b = Provider::start(move |_, stream| {
+        reply(stream, if breaks.load(Ordering::SeqCst) { 500 } else { 200 }, "", b"b");
+        After::Keep
+    });
+    a.set_health(401);
+    let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1\n";
+    let zap = Zap::with(settings, &[a.backend("a", "api_key = \"sk-CANARY\""), b.backend("b", "")]);
+    eventually("the checks of a are refused", || state(&zap, 0) == "misconfigured");
+    (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    b.set_health(503);
+    eventually("b is ejected", || state(&zap, 1) == "ejected");
+    assert_eq!(zap.chat(CHAT).text(), "b", "in panic mode the ejected one is asked first");
+    is_broken.store(true, Ordering::SeqCst);
+    let answer = zap.chat(CHAT);
+    assert_eq!((answer.text(), answer.header("x-zap-attempts")), ("a", Some("2")));
+}
+
+#[test]
+fn the_state_of_a_configured_model_is_in_metrics_and_status() {
+    let a = Provider::start(|seen, stream| {
+        let is_broken = String::from_utf8_lossy(&seen.body).contains("broken");
+        reply(stream, if is_broken { 500 } else { 200 }, "", b"a");
+        After::Keep
+    });
+    let b = Provider::named("b");
+    let models = "models = [\"good\", \"broken\"]\n";
+    let settings = "[health]\ninterval_secs = 600\nfailure_threshold = 1\n";
+    let zap =
+        Zap::with(settings, &[a.backend("a", models), b.backend("b", &format!("{models}priority = 1"))]);
+    for model in ["broken", "good"] {
+        assert_eq!(zap.chat(format!("{{\"messages\":[],\"model\":\"{model}\"}}")).status, 200);
+    }
+    let up = |b: &str, model: &str| zap.metric(&format!("zap_model_up{{backend=\"{b}\",model=\"{model}\"}}"));
+    assert_eq!([up("a", "good"), up("a", "broken"), up("b", "broken")], [1.0, 0.0, 1.0]);
+    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0, "another model serves");
+    let models = zap.client().get("/status").json()["backends"][0]["models"].clone();
+    assert_eq!(models, serde_json::json!({ "good": "healthy", "broken": "ejected" }));
 }
