@@ -64,6 +64,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
 use crate::telemetry::Recorder;
 use crate::telemetry::record::{Arrival, RequestRecord};
+use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, Snapshot};
@@ -342,9 +343,9 @@ impl Gateway {
         record.failed.push((upstream.clone(), fault));
     }
 
-    /// Counts a success of a backend and of its pair. `model`: its name, for the log.
-    pub(crate) fn record_success(&self, in_flight: &InFlight, model: &str) {
-        let (now, upstream) = (clock::now(), in_flight.upstream());
+    /// Counts a success of a backend and of its pair at `now`. `model`: its name, for the log.
+    pub(crate) fn record_success(&self, in_flight: &InFlight, model: &str, now: Nanos) {
+        let upstream = in_flight.upstream();
         upstream.state.breaker.success(now);
         let (change, lets_more_go) = upstream.state.breaker.pairs.success(in_flight.key(), now);
         if let Some(change) = change {

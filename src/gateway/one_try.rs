@@ -2,6 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Context;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -187,13 +188,12 @@ impl Attempts<'_> {
         };
         let mut sending = pin!(send(source, in_flight.upstream(), request, on_step));
         loop {
-            let result =
-                place.wait(deadline, (in_flight, Some(dispatch)), |cx| sending.as_mut().poll(cx)).await;
-            let has_timed_out = matches!(result, Err(Problem::Stopped(Stopped::Elapsed)));
-            // No other target may be left by now: then the time limit of the request alone counts.
-            let is_over = clock::now() >= deadline || place.gateway.is_cut();
-            if !has_timed_out || is_over || place.claim_next(dispatch) {
-                return result;
+            let sent = |cx: &mut Context<'_>| sending.as_mut().poll(cx);
+            match place.wait(deadline, (in_flight, Some(dispatch)), sent).await {
+                // No other target is left by now: the time limit of the request alone counts.
+                Err(Problem::Stopped(Stopped::Elapsed))
+                    if clock::now() < deadline && !place.gateway.is_cut() && !place.claim_next(dispatch) => {}
+                result => return result,
             }
         }
     }

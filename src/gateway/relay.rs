@@ -255,7 +255,7 @@ impl RelayBody {
             StreamEnd::Complete => {
                 guards.record.end = End::Complete;
                 if self.events.as_ref().is_some_and(|events| events.has_content()) {
-                    self.gateway.record_success(&in_flight, guards.record.model_name());
+                    self.gateway.record_success(&in_flight, guards.record.model_name(), clock::now());
                 } else {
                     let fault = Fault::new(Code::UpstreamEmpty, "a stream without content");
                     self.gateway.record_broken(&in_flight, &mut guards.record, fault);
@@ -306,7 +306,7 @@ impl RelayBody {
             // A 4xx shows only that the request is wrong, and an empty body is a response only for status 204 and 304.
             let RequestRecord { status, bytes, .. } = *guards.record;
             if status < 400 && (bytes > 0 || matches!(status, 204 | 304)) {
-                self.gateway.record_success(in_flight, guards.record.model_name());
+                self.gateway.record_success(in_flight, guards.record.model_name(), now);
             }
         }
         self.gateway.pool().park(guards.lease, now);

@@ -54,7 +54,7 @@ impl Gateway {
         let Delivery { response, slot, clocks } = delivery;
         let OpenedResponse { mut head, about, lease, in_flight, first, events, is_whole, .. } = response;
         let upstream = in_flight.upstream().clone();
-        let ResponseFacts { id, is_events, is_encoded, has_length, .. } = about;
+        let ResponseFacts { has_id, is_events, is_encoded, has_length, .. } = about;
         let kind = BodyKind {
             is_stream: is_events,
             can_take_event: is_events && !is_encoded && !has_length,
@@ -62,6 +62,7 @@ impl Gateway {
             version: context.version,
         };
         let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
+        let id = if has_id { headers::upstream_request_id(&head.headers) } else { None };
         record.upstream_request_id =
             id.filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())));
         let secret = key.filter(|_| head.status.as_u16() >= 400);

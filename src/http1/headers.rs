@@ -25,9 +25,8 @@ pub(crate) const X_UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-
 /// The facts about a response that Zap needs from its headers.
 #[derive(Debug, Default)]
 pub(crate) struct ResponseFacts {
-    /// The provider's id for the request: `x-request-id`, else `request-id`, if it is 1 to 128 visible ASCII
-    /// characters.
-    pub id: Option<HeaderValue>,
+    /// The response has a request id of the provider, valid or not.
+    pub has_id: bool,
     /// The body is an event stream (`text/event-stream`), whether or not the client asked for one.
     pub is_events: bool,
     /// The body is JSON, or its type is not told.
@@ -55,8 +54,7 @@ impl ResponseFacts {
             "content-encoding" => self.is_encoded |= encodes(value),
             "content-length" => self.has_length = true,
             "content-type" => (self.is_events, self.is_json) = (is_events(value), is_json(value)),
-            "x-request-id" => self.id = Some(value.clone()),
-            "request-id" if self.id.is_none() => self.id = Some(value.clone()),
+            "request-id" | "x-request-id" => self.has_id = true,
             other => return other.starts_with("access-control-"),
         }
         false
@@ -134,8 +132,13 @@ pub(crate) fn to_client(upstream: &mut HeaderMap) -> ResponseFacts {
     if !removed.is_empty() {
         remove(upstream, removed);
     }
-    about.id = about.id.filter(is_id);
     about
+}
+
+/// Returns the provider's id for the request: `x-request-id`, else `request-id`, if it is 1 to 128 visible ASCII
+/// characters.
+pub(crate) fn upstream_request_id(headers: &HeaderMap) -> Option<HeaderValue> {
+    headers.get(X_REQUEST_ID).or_else(|| headers.get("request-id")).filter(|id| is_id(id)).cloned()
 }
 
 /// Removes the headers in `removed`, and those that `Connection` nominates, except `content-length` and `content-type`.
@@ -454,9 +457,14 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(X_REQUEST_ID, HeaderValue::from_str(&"x".repeat(129)).unwrap());
         assert_eq!(request_id(&headers), None);
-        assert_eq!(to_client(&mut map(&[("request-id", "b"), ("x-request-id", "a")])).id.unwrap(), "a");
-        assert_eq!(to_client(&mut map(&[("request-id", "b")])).id.unwrap(), "b");
-        assert_eq!(to_client(&mut map(&[("request-id", "b c")])).id, None);
+        let id = |lines: &[(&'static str, &'static str)]| {
+            let mut headers = map(lines);
+            assert!(to_client(&mut headers).has_id);
+            upstream_request_id(&headers)
+        };
+        assert_eq!(id(&[("request-id", "b"), ("x-request-id", "a")]).unwrap(), "a");
+        assert_eq!(id(&[("request-id", "b")]).unwrap(), "b");
+        assert_eq!(id(&[("request-id", "b c")]), None);
         assert_eq!(new_request_id(0x1f), "f1000000000000000000000000000000");
     }
 

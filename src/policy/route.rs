@@ -7,7 +7,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use xxhash_rust::xxh64::xxh64;
 
@@ -402,7 +401,7 @@ fn sent_under(backend: &Serves, stem: &str) -> Option<Sent> {
 
 /// A hash of a model's name, the key of its cool-down.
 pub(crate) fn model_key(name: &str) -> u64 {
-    BuildHasherDefault::<DefaultHasher>::default().hash_one(name)
+    xxh64(name.as_bytes(), 0)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -55,10 +56,13 @@ impl Hasher for IdHasher {
     }
 }
 
-/// A connection, in use or idle. Dropping the lease closes the connection.
-pub(crate) struct Lease {
+/// A connection, in use or idle. Dropping the lease closes the connection. Boxed, since it is moved often.
+pub(crate) struct Lease(Box<Connection>);
+
+/// A connection and what the pool knows of it.
+pub(crate) struct Connection {
     /// The connection.
-    pub link: Box<Http1>,
+    pub link: Http1,
     gauge: ConnectionGauge,
     opened_at: Nanos,
     parked_at: Nanos,
@@ -98,7 +102,21 @@ impl Drop for ConnectionGauge {
     }
 }
 
-impl Lease {
+impl Deref for Lease {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.0
+    }
+}
+
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Connection {
+        &mut self.0
+    }
+}
+
+impl Connection {
     fn is_fresh(&self, now: Nanos) -> bool {
         self.parked_at + MAX_IDLE > now && self.opened_at + MAX_AGE > now
     }
@@ -112,12 +130,8 @@ impl Pool {
 
     /// Creates the lease of a new connection to `upstream`. The connection counts as in use.
     pub(crate) fn lease(&self, link: Http1, upstream: Arc<Upstream>, now: Nanos) -> Lease {
-        Lease {
-            link: Box::new(link),
-            gauge: ConnectionGauge::new(upstream, self),
-            opened_at: now,
-            parked_at: now,
-        }
+        let gauge = ConnectionGauge::new(upstream, self);
+        Lease(Box::new(Connection { link, gauge, opened_at: now, parked_at: now }))
     }
 
     /// Closes idle connections, the oldest first, until a new connection is within the limit.
