@@ -15,6 +15,7 @@ use tokio::time::sleep;
 use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
+use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::gateway::backend_queue::{BackendQueues, Wait, latest_opening, refusal};
 use crate::gateway::intake::ChatRequest;
@@ -119,6 +120,10 @@ pub(crate) struct Attempts<'a> {
     pub blamed: SmallVec<[u64; 2]>,
     /// Why the response of the last try was no answer.
     pub no_answer: Option<NoAnswer>,
+    /// What is decided about the tries.
+    pub dispatch: Dispatch,
+    /// Whether the failed targets have been blamed.
+    pub is_settled: bool,
 }
 
 impl Attempts<'_> {
@@ -127,7 +132,6 @@ impl Attempts<'_> {
     /// # Errors
     /// The error to send to the client if there is none.
     pub(crate) async fn run(mut self, slot: Permit) -> Result<Delivery, GatewayError> {
-        let mut dispatch = Dispatch::new(self.rules());
         let (mut slot, mut kept, mut queues) = (Some(slot), None, BackendQueues::default());
         let mut now = clock::now();
         self.gateway.shared().budget.offer(now);
@@ -135,35 +139,35 @@ impl Attempts<'_> {
             if self.record.waited > 0 {
                 self.refresh();
             }
-            let mut step = self.decide(now, &mut dispatch, &queues);
+            let mut step = self.decide(now, &queues);
             // Register for reopened backends, then decide again: a backend may have reopened before the registration.
             let gateway = self.gateway;
             let reopened = matches!(step, Do::Wait(_)).then(|| gateway.shared().reopened.notified());
             if reopened.is_some() {
                 queues.granted = None;
-                step = self.decide(now, &mut dispatch, &queues);
+                step = self.decide(now, &queues);
             }
-            self.record_passed(now, dispatch.tried(), &step);
+            self.record_passed(now, &step);
             match step {
                 Do::Try { target, panic } => {
                     let Some(in_flight) = self.enter((now, panic), target, &mut queues) else {
-                        dispatch.missed();
+                        self.dispatch.missed();
                         continue;
                     };
                     self.count_try(panic);
-                    let result = self.try_one(target, in_flight, &mut dispatch).await;
+                    let result = self.try_one(target, in_flight).await;
                     // The time since the wait began is not Zap's own.
                     self.record.waited += self.wait_began.map_or(0, |began| clock::now() - began);
                     match result {
                         Ok(response) => {
                             self.discard(kept);
-                            self.settle(&dispatch, response.head.status.as_u16() < 400);
+                            self.settle(response.head.status.as_u16() < 400);
                             let clocks = self.clocks(response.opened);
                             return Ok(Delivery { response, slot, clocks });
                         }
                         Err(newer) => {
                             if is_sdk_retry(self.headers) {
-                                dispatch.forbid_rounds();
+                                self.dispatch.forbid_rounds();
                             }
                             if newer.is_some() {
                                 self.discard(std::mem::replace(&mut kept, newer));
@@ -185,11 +189,11 @@ impl Attempts<'_> {
                         (Ok(again), still_kept) => (slot, kept) = (Some(again), still_kept),
                         // The response that came says more than that the wait was too long.
                         (Err(_), Some(kept)) if !self.gateway.is_cut() => {
-                            self.settle(&dispatch, false);
+                            self.settle(false);
                             return Ok(self.deliver_kept(*kept, None));
                         }
                         (Err(error), _) => {
-                            self.settle(&dispatch, false);
+                            self.settle(false);
                             return Err(error);
                         }
                     }
@@ -197,13 +201,13 @@ impl Attempts<'_> {
                 Do::Backoff { until } => self.back_off(now, until).await,
                 Do::Deliver => match (kept.take(), slot.take()) {
                     (Some(kept), slot) => {
-                        self.settle(&dispatch, false);
+                        self.settle(false);
                         return Ok(self.deliver_kept(*kept, slot));
                     }
                     _ => return Err(GatewayError::Internal),
                 },
                 Do::Refuse(why) => {
-                    self.settle(&dispatch, false);
+                    self.settle(false);
                     return Err(self.to_error(why, now));
                 }
             }
@@ -212,9 +216,10 @@ impl Attempts<'_> {
     }
 
     /// Blames the targets that have failed, now that the request has ended. `was_served`: a target has served it.
-    fn settle(&self, dispatch: &Dispatch, was_served: bool) {
-        if !self.record.failed.is_empty() && !self.gateway.is_cut() {
-            dispatch.blamed(was_served).for_each(|target| self.strike(target));
+    fn settle(&mut self, was_served: bool) {
+        let is_settled = std::mem::replace(&mut self.is_settled, true);
+        if !is_settled && !self.record.failed.is_empty() && !self.gateway.is_cut() {
+            self.dispatch.blamed(was_served).for_each(|target| self.strike(target));
         }
     }
 
@@ -225,18 +230,6 @@ impl Attempts<'_> {
         let fault = self.record.failed.iter().rev().find(|(failed, _)| failed.state.id == upstream.state.id);
         if let Some((_, fault)) = fault {
             self.gateway.strike(upstream, target.key(self.ask.model), self.record.model_name(), fault);
-        }
-    }
-
-    fn rules(&self) -> Rules {
-        let config = &self.snapshot.config;
-        let retry = &config.retry;
-        Rules {
-            max_retries: retry.max_retries,
-            base_delay: retry.base_delay,
-            max_delay: retry.max_delay,
-            wait_until: latest_opening(self.deadline, &config.queue),
-            deadline: self.deadline,
         }
     }
 
@@ -260,7 +253,7 @@ impl Attempts<'_> {
         }
     }
 
-    fn decide(&self, now: Nanos, dispatch: &mut Dispatch, queues: &BackendQueues) -> Do {
+    fn decide(&mut self, now: Nanos, queues: &BackendQueues) -> Do {
         let view = View {
             snapshot: &self.snapshot,
             ask: &self.ask,
@@ -269,7 +262,7 @@ impl Attempts<'_> {
             granted: queues.granted.as_ref().map(|(backend, _)| *backend),
             is_waiting: queues.is_waiting(),
         };
-        dispatch.next(now, &view, &self.gateway.shared().budget, || self.gateway.random())
+        self.dispatch.next(now, &view, &self.gateway.shared().budget, || self.gateway.random())
     }
 
     /// Takes a permit and a unit of the quota at the target's backend, and leaves all queues. Returns `None` if another
@@ -307,7 +300,7 @@ impl Attempts<'_> {
     }
 
     /// Records for the log which targets were passed over.
-    fn record_passed(&mut self, now: Nanos, tried: &[TargetId], step: &Do) {
+    fn record_passed(&mut self, now: Nanos, step: &Do) {
         if !self.record.is_logged {
             return;
         }
@@ -315,7 +308,7 @@ impl Attempts<'_> {
             Do::Try { target, .. } => Some(*target),
             _ => None,
         };
-        for (upstream, why) in self.snapshot.passed(now, &self.ask, tried, chosen) {
+        for (upstream, why) in self.snapshot.passed(now, &self.ask, self.dispatch.tried(), chosen) {
             self.record.pass_over(upstream, why, now);
         }
     }
@@ -380,6 +373,26 @@ impl Attempts<'_> {
             _ => None,
         };
         (0..self.snapshot.route(&self.ask).targets.len()).filter_map(opens).min().unwrap_or(SECOND)
+    }
+}
+
+/// A client may leave between two tries: then nobody has served the request.
+impl Drop for Attempts<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.settle(false);
+        }
+    }
+}
+
+/// The rules for the tries of a request with this deadline.
+pub(super) fn rules(config: &Config, deadline: Nanos) -> Rules {
+    Rules {
+        max_retries: config.retry.max_retries,
+        base_delay: config.retry.base_delay,
+        max_delay: config.retry.max_delay,
+        wait_until: latest_opening(deadline, &config.queue),
+        deadline,
     }
 }
 

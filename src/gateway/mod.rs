@@ -60,6 +60,7 @@ use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
 use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
+use crate::policy::dispatch::Dispatch;
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
 use crate::telemetry::Recorder;
@@ -246,6 +247,8 @@ impl Gateway {
                 headers: &head.headers,
                 chat: &chat,
                 ask,
+                dispatch: Dispatch::new(attempt::rules(&generation.config, deadline)),
+                is_settled: false,
                 snapshot: generation,
                 record: &mut record,
                 deadline,

@@ -19,10 +19,10 @@ use crate::http1::headers;
 use crate::http1::headers::ResponseFacts;
 use crate::json::patch::{slices, splices};
 use crate::policy::breaker::Change;
-use crate::policy::dispatch::{Dispatch, Event, Failure, Mark, Unfit, Verdict};
+use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
-use crate::protocol::event_class::error_message;
+use crate::protocol::event_class::{error_message, is_request_too_large};
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
 use crate::protocol::redact::Redactor;
@@ -56,7 +56,6 @@ impl Attempts<'_> {
         &mut self,
         target: TargetId,
         in_flight: InFlight,
-        dispatch: &mut Dispatch,
     ) -> Result<OpenedResponse, FailedTry> {
         self.record.tries += 1;
         self.record.phase = Phase::Waiting;
@@ -65,16 +64,16 @@ impl Attempts<'_> {
         let mut asked = Asked { target, in_flight: &in_flight, sent: 0 };
         self.exchange.nudge_at(self.exchange.coarse_now() + SILENT);
         let unanswered = Unanswered::new(self.gateway, &in_flight, self.ask.model);
-        let mut response = self.send_request(&mut asked, dispatch, true).await;
+        let mut response = self.send_request(&mut asked, true).await;
         if matches!(response, Err(Problem::Send(SendError::Stale))) && !self.gateway.is_cut() {
-            response = self.send_request(&mut asked, dispatch, false).await;
+            response = self.send_request(&mut asked, false).await;
         }
         unanswered.end();
         let sent = asked.sent;
         let UpstreamResponse { head, lease } = match response {
             Ok(response) if !self.gateway.is_cut() => response,
-            Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight, dispatch)),
-            Err(problem) => return Err(self.fail(problem, &in_flight, dispatch)),
+            Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight)),
+            Err(problem) => return Err(self.fail(problem, &in_flight)),
         };
         in_flight.answered(self.exchange.coarse_now());
         let (about, opened) = (ResponseFacts::default(), self.exchange.coarse_now());
@@ -90,30 +89,30 @@ impl Attempts<'_> {
         };
         let OpenedResponse { head, about, lease, in_flight, .. } = &mut opened;
         let asked = Asked { target, in_flight, sent };
-        let text = self.error_text(head, lease, (&asked, dispatch)).await;
-        let failure = self.judge(&asked, head, text.as_deref(), dispatch);
+        let text = self.error_text(head, lease, &asked).await;
+        let failure = self.judge(&asked, head, text.as_deref());
         *about = headers::to_client(&mut head.headers);
         if let Some(failure) = failure {
             opened.first = text;
             return Err(failure.keep.then(|| self.keep(opened)));
         }
-        let (status, body, is_whole) = match self.open(head, about, lease, (&asked, dispatch)).await {
+        let (status, body, is_whole) = match self.open(head, about, lease, &asked).await {
             Ok(Opening { first, events }) => {
                 (opened.first, opened.events) = (first, events);
                 return Ok(opened);
             }
-            Err(Unopened::Failed(problem)) => return Err(self.fail(problem, &opened.in_flight, dispatch)),
+            Err(Unopened::Failed(problem)) => return Err(self.fail(problem, &opened.in_flight)),
             Err(Unopened::Error { status, body, is_whole }) => (status, body, is_whole),
         };
         let reason = if about.is_events { NoAnswer::ErrorEvent } else { NoAnswer::JsonError };
         self.no_answer = is_whole.then_some(reason);
-        let failure = self.judge_body(&asked, head, (status, &body, is_whole), dispatch);
+        let failure = self.judge_body(&asked, head, (status, &body, is_whole));
         opened.replace_body(body, is_whole.then_some(status));
         Err(failure.filter(|failure| failure.keep).map(|_| self.keep(opened)))
     }
 
     /// Reports a try without a response to the dispatcher.
-    fn fail(&mut self, problem: Problem, in_flight: &InFlight, dispatch: &mut Dispatch) -> FailedTry {
+    fn fail(&mut self, problem: Problem, in_flight: &InFlight) -> FailedTry {
         let (event, fault) = match problem {
             _ if self.gateway.is_cut() => (Event::Cut, Fault::cut()),
             Problem::Stopped(Stopped::Ejected) => {
@@ -133,7 +132,7 @@ impl Attempts<'_> {
             Problem::Send(SendError::Exhausted(fault)) => (Event::Exhausted, fault),
             Problem::Send(SendError::Stale) => (Event::Broke(Code::UpstreamUnreachable), Fault::closed()),
         };
-        if let Verdict::Failed(failure) = dispatch.on(event) {
+        if let Verdict::Failed(failure) = self.dispatch.on(event) {
             let fault = Fault { kind: failure.code, ..fault };
             self.record_failure(in_flight.upstream(), fault, failure.blames_backend);
         }
@@ -152,7 +151,6 @@ impl Attempts<'_> {
     async fn send_request(
         &mut self,
         asked: &mut Asked<'_>,
-        dispatch: &Dispatch,
         reuse: bool,
     ) -> Result<UpstreamResponse, Problem> {
         let request = self.wire_request(asked.target, asked.in_flight.upstream());
@@ -163,10 +161,11 @@ impl Attempts<'_> {
             exchange: self.exchange,
             snapshot: &self.snapshot,
             ask: &self.ask,
+            dispatch: &self.dispatch,
         };
         let limit = clock::nanos(self.snapshot.config.timeouts.first_byte);
         let first_byte = match self.record.stream {
-            true if limit > 0 && place.has_next(dispatch) => Some(limit),
+            true if limit > 0 && place.has_next() => Some(limit),
             // The time counts for the first token.
             true => Some(Nanos::MAX / 2),
             false => None,
@@ -189,10 +188,10 @@ impl Attempts<'_> {
         let mut sending = pin!(send(source, in_flight.upstream(), request, on_step));
         loop {
             let sent = |cx: &mut Context<'_>| sending.as_mut().poll(cx);
-            match place.wait(deadline, (in_flight, Some(dispatch)), sent).await {
+            match place.wait(deadline, (in_flight, true), sent).await {
                 // No other target is left by now: the time limit of the request alone counts.
                 Err(Problem::Stopped(Stopped::Elapsed))
-                    if clock::now() < deadline && !place.gateway.is_cut() && !place.claim_next(dispatch) => {}
+                    if clock::now() < deadline && !place.gateway.is_cut() && !place.claim_next() => {}
                 result => return result,
             }
         }
@@ -223,13 +222,7 @@ impl Attempts<'_> {
 
     /// Judges a response by its status, and cools down or closes the target if the response asks for it. Returns the
     /// failure if the response must not be delivered.
-    fn judge(
-        &mut self,
-        asked: &Asked<'_>,
-        head: &Parts,
-        text: Option<&[u8]>,
-        dispatch: &mut Dispatch,
-    ) -> Option<Failure> {
+    fn judge(&mut self, asked: &Asked<'_>, head: &Parts, text: Option<&[u8]>) -> Option<Failure> {
         let upstream = asked.in_flight.upstream();
         let (status, own_key) = (head.status.as_u16(), upstream.conf.api_key.is_some());
         if status < 300
@@ -238,10 +231,11 @@ impl Attempts<'_> {
         {
             self.cool_down(asked.in_flight, wait);
         }
-        let is_alive = is_alive(asked, status, (head, text));
-        let Verdict::Failed(failure) = dispatch.on(Event::Head { status, own_key, is_alive }) else {
-            return None;
+        let event = match status == 429 && text.is_some_and(is_request_too_large) {
+            true => Event::Unfit(Unfit::OtherModel(status)),
+            false => Event::Head { status, own_key, is_alive: is_alive(asked, status, (head, text)) },
         };
+        let Verdict::Failed(failure) = self.dispatch.on(event) else { return None };
         self.mark(asked, (status, head, text), failure);
         let mut fault = Fault::status(failure.code, status);
         if failure.mark == Some(Mark::BadKey)
@@ -260,7 +254,6 @@ impl Attempts<'_> {
         asked: &Asked<'_>,
         head: &Parts,
         (status, text, is_inside): (u16, &[u8], bool),
-        dispatch: &mut Dispatch,
     ) -> Option<Failure> {
         let upstream = asked.in_flight.upstream();
         let unfit = match is_inside {
@@ -271,7 +264,7 @@ impl Attempts<'_> {
             },
             false => Unfit::OtherModel(status),
         };
-        let Verdict::Failed(failure) = dispatch.on(Event::Unfit(unfit)) else { return None };
+        let Verdict::Failed(failure) = self.dispatch.on(Event::Unfit(unfit)) else { return None };
         self.mark(asked, (status, head, Some(text)), failure);
         let fault = match is_inside {
             true => Fault::new(failure.code, format!("HTTP {status} inside a {}", head.status.as_u16())),

@@ -103,33 +103,34 @@ pub(super) struct Place<'a> {
     pub(super) exchange: &'a Exchange,
     pub(super) snapshot: &'a Generation,
     pub(super) ask: &'a Ask<'a>,
+    pub(super) dispatch: &'a Dispatch,
 }
 
 impl Place<'_> {
     /// Whether another target is left if the present try fails.
-    pub(super) fn has_next(&self, dispatch: &Dispatch) -> bool {
+    pub(super) fn has_next(&self) -> bool {
         let now = clock::now();
-        dispatch.has_next(now, &self.view(now), &self.gateway.shared().budget)
+        self.dispatch.has_next(now, &self.view(now), &self.gateway.shared().budget)
     }
 
     /// Takes the right to another try, because the present one is about to be given up. Returns `false` if none is left.
-    pub(super) fn claim_next(&self, dispatch: &Dispatch) -> bool {
+    pub(super) fn claim_next(&self) -> bool {
         let now = clock::now();
-        dispatch.claim_next(now, &self.view(now), &self.gateway.shared().budget)
+        self.dispatch.claim_next(now, &self.view(now), &self.gateway.shared().budget)
     }
 
     fn view(&self, now: Nanos) -> View<'_> {
         View { snapshot: self.snapshot, ask: self.ask, now, ticket: None, granted: None, is_waiting: false }
     }
 
-    /// Waits for `work` until `at`, or, with `dispatch`, until the target is ejected and another one is left.
+    /// Waits for `work` until `at`, or, if `may_move`, until the target is ejected and another one is left.
     ///
     /// # Errors
     /// Returns the error of `work`, or why the wait ended without its result.
     pub(super) async fn wait<T, E>(
         &self,
         at: Nanos,
-        (in_flight, dispatch): (&InFlight, Option<&Dispatch>),
+        (in_flight, may_move): (&InFlight, bool),
         mut work: impl FnMut(&mut Context<'_>) -> Poll<Result<T, E>>,
     ) -> Result<T, Problem>
     where
@@ -145,7 +146,7 @@ impl Place<'_> {
                 if self.exchange.take_nudge() {
                     in_flight.note_silence(clock::now());
                 }
-                match dispatch.is_some_and(|dispatch| in_flight.is_ejected() && self.claim_next(dispatch)) {
+                match may_move && in_flight.is_ejected() && self.claim_next() {
                     true => Poll::Ready(Err(Problem::Stopped(Stopped::Ejected))),
                     false => Poll::Pending,
                 }
@@ -156,18 +157,15 @@ impl Place<'_> {
 }
 
 impl Attempts<'_> {
-    fn body<'b>(
-        &'b self,
-        lease: &'b mut Lease,
-        (asked, dispatch): (&'b Asked<'b>, &'b Dispatch),
-    ) -> BodyStart<'b> {
+    fn body<'b>(&'b self, lease: &'b mut Lease, asked: &'b Asked<'b>) -> BodyStart<'b> {
         let place = Place {
             gateway: self.gateway,
             exchange: self.exchange,
             snapshot: &self.snapshot,
             ask: &self.ask,
+            dispatch: &self.dispatch,
         };
-        BodyStart { place, lease, asked, dispatch, deadline: self.deadline, may_move: true }
+        BodyStart { place, lease, asked, deadline: self.deadline, may_move: true }
     }
 
     /// Reads the body of an error that may say how long to wait, or why the key is refused. `None` if the status does not
@@ -176,7 +174,7 @@ impl Attempts<'_> {
         &self,
         head: &Parts,
         lease: &mut Lease,
-        (asked, dispatch): (&Asked<'_>, &Dispatch),
+        asked: &Asked<'_>,
     ) -> Option<Bytes> {
         let is_wanted = match head.status.as_u16() {
             429 => rate_limits::retry_after(&head.headers, SystemTime::now).is_none(),
@@ -186,7 +184,7 @@ impl Attempts<'_> {
         if !is_wanted {
             return None;
         }
-        let mut body = self.body(lease, (asked, dispatch));
+        let mut body = self.body(lease, asked);
         body.deadline = body.deadline.min(clock::now() + MAX_ERROR_WAIT);
         let first = body.frame(body.deadline).await.ok()??;
         Some(body.whole(first.clone()).await.map_or(first, |(text, _)| text))
@@ -201,9 +199,9 @@ impl Attempts<'_> {
         head: &Parts,
         about: &mut ResponseFacts,
         lease: &mut Lease,
-        (asked, dispatch): (&Asked<'_>, &Dispatch),
+        asked: &Asked<'_>,
     ) -> Result<Opening, Unopened> {
-        let mut body = self.body(lease, (asked, dispatch));
+        let mut body = self.body(lease, asked);
         let status = head.status.as_u16();
         let is_success = status < 300;
         let format = self.ask.endpoint.api().map(|api| api.stream);
@@ -229,7 +227,7 @@ impl Attempts<'_> {
         let is_answer = |first| Ok(Opening { first: Some(first), events: None });
         match is_success {
             true if about.is_json && !about.is_encoded && begins_object(&first) => {}
-            false if matches!(status, 400 | 404 | 422) && body.place.has_next(dispatch) => {}
+            false if matches!(status, 400 | 404 | 422) && body.place.has_next() => {}
             _ => return is_answer(first),
         }
         let (text, is_whole) = body.whole(first).await?;
@@ -261,7 +259,6 @@ struct BodyStart<'a> {
     place: Place<'a>,
     lease: &'a mut Lease,
     asked: &'a Asked<'a>,
-    dispatch: &'a Dispatch,
     /// The deadline of the request.
     deadline: Nanos,
     /// Whether the request goes to another target if this one is ejected: not while an answer is on its way.
@@ -281,8 +278,7 @@ impl BodyStart<'_> {
             Poll::Ready(None) => Poll::Ready(Ok(None)),
             Poll::Pending => Poll::Pending,
         };
-        let dispatch = Some(self.dispatch).filter(|_| self.may_move);
-        self.place.wait(at, (self.asked.in_flight, dispatch), frame).await
+        self.place.wait(at, (self.asked.in_flight, self.may_move), frame).await
     }
 
     /// Reads the rest of a short body. Returns also whether that is the whole body: it is not if the body is long, or
@@ -321,7 +317,7 @@ impl BodyStart<'_> {
             let first = first.map(|data| events.push(data));
             return Ok(Opening { first, events: Some(events) });
         }
-        let mut has_next = self.place.has_next(self.dispatch);
+        let mut has_next = self.place.has_next();
         let opened = clock::now();
         let no_limit = |span: Nanos| if span == 0 { Nanos::MAX } else { span };
         let token_limit = no_limit(clock::nanos(config.timeouts.first_token));
@@ -346,7 +342,7 @@ impl BodyStart<'_> {
                 }
                 Err(Problem::Stopped(Stopped::Elapsed)) => {
                     let now = clock::now();
-                    let is_late = now >= token_by && self.place.claim_next(self.dispatch);
+                    let is_late = now >= token_by && self.place.claim_next();
                     if is_late || now >= self.deadline {
                         let waited = Duration::from_nanos(now - self.asked.sent);
                         let fault = Fault::timed_out("first token", waited);

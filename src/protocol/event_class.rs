@@ -261,9 +261,39 @@ pub(crate) fn needs_other_model(body: &[u8]) -> bool {
         .any(|kind| kind.as_str().is_some_and(|kind| KINDS.contains(&kind)))
 }
 
+/// Whether the body of a 429 says that the request alone is over the limit: no wait helps, and the target has room for
+/// others. OpenAI and Groq say it in the message, beside the code of any other rate limit.
+pub(crate) fn is_request_too_large(body: &[u8]) -> bool {
+    const CODES: [&str; 2] = ["request_too_large", "request_too_large_for_limit"];
+    let Ok(json) = serde_json::from_slice::<Value>(body) else { return false };
+    let error = if json["error"].is_object() { &json["error"] } else { &json };
+    let says = |text: &str| text.to_ascii_lowercase().starts_with("request too large");
+    error["message"].as_str().is_some_and(says)
+        || [&error["code"], &error["type"]]
+            .iter()
+            .any(|kind| kind.as_str().is_some_and(|kind| CODES.contains(&kind)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_request_that_is_too_large_for_a_limit_is_known_by_its_error() {
+        for (body, want) in [
+            (
+                r#"{"error":{"message":"Request too large for gpt-4 on tokens per min (TPM): Limit 10000, Requested 12000.","type":"tokens","code":"rate_limit_exceeded"}}"#,
+                true,
+            ),
+            (r#"{"error":{"code":"request_too_large_for_limit"}}"#, true),
+            (r#"{"type":"request_too_large","message":"m"}"#, true),
+            (r#"{"error":{"message":"Rate limit reached for gpt-4","code":"rate_limit_exceeded"}}"#, false),
+            (r#"{"error":"Request too large"}"#, false),
+            ("Request too large", false),
+        ] {
+            assert_eq!(is_request_too_large(body.as_bytes()), want, "{body}");
+        }
+    }
 
     #[test]
     fn classifies_every_row_of_the_table() {

@@ -271,12 +271,16 @@ fn with_the_defaults_a_provider_that_lies_is_ejected_and_no_request_fails() {
 }
 
 /// What providers answer to a poisonous request.
-const POISON: [(&str, u16); 4] = [("flagged", 403), ("unpaid", 402), ("crashing", 500), ("unknown", 501)];
+const POISON: [(&str, u16); 5] =
+    [("flagged", 403), ("unpaid", 402), ("crashing", 500), ("unknown", 501), ("oversized", 429)];
+
+/// The error to a poisonous request. OpenAI answers 429 to a request that alone is over the limit.
+const POISON_ERROR: &[u8] = br#"{"error":{"message":"Request too large for gpt-4 on tokens per min (TPM): Limit 10000, Requested 12000.","type":"tokens","param":null,"code":"rate_limit_exceeded"}}"#;
 
 fn picky() -> Provider {
     Provider::start(|seen, stream| {
         match POISON.iter().find(|(word, _)| has(seen, word)) {
-            Some((_, status)) => reply(stream, *status, "", b"{\"error\":{\"message\":\"not that\"}}"),
+            Some((_, status)) => reply(stream, *status, "", POISON_ERROR),
             None => return serve(seen, stream),
         }
         After::Keep
@@ -424,12 +428,12 @@ fn a_stream_that_ends_badly_after_content_reaches_no_second_provider() {
 }
 
 #[test]
-fn a_request_that_all_refuse_for_its_size_delays_others_once() {
+fn a_request_that_all_refuse_without_a_reason_delays_others_once() {
     let oversized = Ask::ALL[0].body("m").replace("hi", "oversized");
     let picky = || {
         Provider::start(|seen, stream| {
             if has(seen, "oversized") {
-                reply(stream, 429, "", b"{\"error\":{\"message\":\"request too large\"}}");
+                reply(stream, 429, "", b"{\"error\":{\"message\":\"no\"}}");
                 return After::Keep;
             }
             serve(seen, stream)

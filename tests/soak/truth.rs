@@ -53,7 +53,9 @@ async fn serve(listener: TcpListener, script: Arc<Script>) {
                         stream.write_all(&request.ask.answer_bytes()).await.is_ok()
                     }
                     Reply::Refusal(status) => {
-                        let text = format!("HTTP/1.1 {status} X\r\ncontent-length: 2\r\n\r\n{{}}");
+                        let length = POISON_ERROR.len();
+                        let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {length}\r\n\r\n");
+                        let text = head + POISON_ERROR;
                         stream.write_all(text.as_bytes()).await.is_ok()
                     }
                 };
@@ -203,7 +205,11 @@ async fn lies() -> bool {
 }
 
 /// The statuses that every provider answers to a poisonous request.
-const POISON: [u16; 4] = [403, 402, 500, 501];
+const POISON: [u16; 5] = [403, 402, 500, 501, 429];
+
+/// The error to a poisonous request. OpenAI answers 429 to a request that alone is over the limit.
+const POISON_ERROR: &str =
+    r#"{"error":{"message":"Request too large for gpt-4","type":"tokens","code":"rate_limit_exceeded"}}"#;
 
 /// One percent of poisonous requests changes nothing for the others: no failure, no other time, no other backend.
 async fn poison() -> bool {
