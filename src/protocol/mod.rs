@@ -16,4 +16,6 @@ pub(crate) mod rate_limits;
 
 pub(crate) mod redact;
 
+pub(crate) mod usage;
+
 pub(crate) use self::endpoint::Endpoint;
