@@ -3,8 +3,10 @@
 use bytes::Bytes;
 
 use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::event_class::{Class, classify};
-use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd};
+use crate::protocol::event_class::{Class, read_event};
+use crate::protocol::event_shape::null_usage;
+use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd, end_of_event};
+use crate::protocol::usage::Usage;
 
 /// The result of a naive reader that has the whole text.
 #[derive(Debug, PartialEq)]
@@ -13,29 +15,34 @@ struct Said {
     end: Option<StreamEnd>,
     is_whole: bool,
     early_error: Option<u16>,
+    usage: Option<Usage>,
 }
 
 /// Fuzzes [`EventStream`]: any chunking passes the same bytes and gives the verdict of a naive reading, line by line. The
-/// first byte chooses the endpoint, the next seven the lengths of the chunks; the rest is the stream.
+/// first byte chooses the endpoint, and whether Zap has asked for the token counts; the next seven choose the lengths of the
+/// chunks; the rest is the stream.
 pub fn events(data: &[u8]) {
     let Some((header, text)) = data.split_at_checked(8) else { return };
     let format = [StreamFormat::Done, StreamFormat::Plain, StreamFormat::Responses][header[0] as usize % 3];
     if text.len() > MAX_HELD {
         return;
     }
-    let mut stream = EventStream::new(format);
+    let hides = header[0] & 128 != 0;
+    let mut stream = EventStream::new(format, hides);
     let (mut rest, mut out, mut lengths) = (text, Vec::new(), header[1..].iter().cycle());
     while !rest.is_empty() {
         let length = lengths.next().map_or(1, |n| 1 + *n as usize);
         let (piece, more) = rest.split_at(length.min(rest.len()));
         out.extend_from_slice(&stream.push(Bytes::copy_from_slice(piece)));
-        assert!(text.starts_with(&out), "what goes out is what came");
-        assert_eq!(out.len() + stream.held(), text.len() - more.len(), "the rest is held back");
-        assert!(out.is_empty() || out.ends_with(b"\n") || out.ends_with(b"\r"));
+        if !hides {
+            assert!(text.starts_with(&out), "what goes out is what came");
+            assert_eq!(out.len() + stream.held(), text.len() - more.len(), "the rest is held back");
+            assert!(out.is_empty() || out.ends_with(b"\n") || out.ends_with(b"\r"));
+        }
         rest = more;
     }
     out.extend_from_slice(&stream.finish());
-    assert_eq!(out, text);
+    assert_eq!(out, if hides { without_usage(format, text) } else { text.to_vec() });
     let early_error = stream.take_early_error();
     if let Some(error) = &early_error {
         assert!(
@@ -48,6 +55,7 @@ pub fn events(data: &[u8]) {
         end: stream.end(),
         is_whole: stream.is_whole(),
         early_error: early_error.map(|error| error.status),
+        usage: stream.usage(),
     };
     assert_eq!(said, naive(format, text));
 }
@@ -70,12 +78,14 @@ fn naive(format: StreamFormat, text: &[u8]) -> Said {
     }
     lines.push(line);
     let (mut said, mut is_finished) =
-        (Said { has_content: false, end: None, is_whole: false, early_error: None }, false);
+        (Said { has_content: false, end: None, is_whole: false, early_error: None, usage: None }, false);
     for event in lines.split(|line| line.is_empty()).filter(|event| !event.is_empty()) {
         if said.end.is_some() {
             break;
         }
-        match classify(format, &event.join(&b'\n')) {
+        let event = read_event(format, &event.join(&b'\n'));
+        said.usage = event.usage.or(said.usage);
+        match event.class {
             Class::Prelude | Class::Usage => {}
             Class::Content => said.has_content = true,
             Class::Finish => (said.has_content, is_finished) = (true, true),
@@ -93,4 +103,35 @@ fn naive(format: StreamFormat, text: &[u8]) -> Said {
         || said.end == Some(StreamEnd::Complete)
         || is_finished && format == StreamFormat::Done;
     said
+}
+
+/// The stream without the token counts that Zap has asked for: read event by event, each with a parser.
+fn without_usage(format: StreamFormat, text: &[u8]) -> Vec<u8> {
+    let (mut out, mut at, mut is_over) = (Vec::new(), 0, false);
+    if text.starts_with(b"\xEF\xBB\xBF") {
+        at = 3;
+        out.extend_from_slice(&text[..3]);
+    }
+    while at < text.len() {
+        let start = at + text[at..].iter().take_while(|b| matches!(b, b'\n' | b'\r')).count();
+        out.extend_from_slice(&text[at..start]);
+        let end = end_of_event(text, start).unwrap_or(text.len());
+        let event = &text[start..end];
+        at = end;
+        if event.is_empty() || is_over {
+            out.extend_from_slice(event);
+            continue;
+        }
+        let class = read_event(format, event).class;
+        is_over = matches!(class, Class::Terminal | Class::Error(_));
+        match (class, null_usage(event)) {
+            (Class::Usage, _) => {}
+            (_, Some(cut)) => {
+                out.extend_from_slice(&event[..cut.start]);
+                out.extend_from_slice(&event[cut.end..]);
+            }
+            (_, None) => out.extend_from_slice(event),
+        }
+    }
+    out
 }

@@ -207,7 +207,7 @@ impl Attempts<'_> {
         let format = self.ask.endpoint.api().map(|api| api.stream);
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
-                Some(format) => body.stream(Box::new(EventStream::new(format)), None).await,
+                Some(format) => body.stream(Box::new(EventStream::new(format, false)), None).await,
                 None => Ok(Opening { first: None, events: None }),
             };
         }
@@ -222,7 +222,7 @@ impl Attempts<'_> {
             && let Some(format) = format
         {
             about.is_events = true;
-            return body.stream(Box::new(EventStream::new(format)), Some(first)).await;
+            return body.stream(Box::new(EventStream::new(format, false)), Some(first)).await;
         }
         let is_answer = |first| Ok(Opening { first: Some(first), events: None });
         match is_success {

@@ -1,7 +1,7 @@
 //! Classifies the events of a stream (WHATWG HTML, section 9.2): what one event means for the try that it belongs to.
 //!
 //! A pure function of the endpoint's [`StreamFormat`] and the bytes of one event. An event that is not understood is
-//! content: it is never held back. A JSON key is known by its plain spelling, without escapes.
+//! content: it is never held back.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -11,6 +11,8 @@ use memchr::{memchr, memchr2, memrchr};
 use serde_json::Value;
 
 use crate::protocol::endpoint::StreamFormat;
+use crate::protocol::event_shape::text_length;
+use crate::protocol::usage::Usage;
 
 /// The status of an error inside a stream or a body that names none.
 const DEFAULT_STATUS: u16 = 502;
@@ -35,32 +37,44 @@ pub(crate) enum Class {
     Usage,
 }
 
-/// Classifies one event. `event` is the event with or without its final empty line.
-pub(crate) fn classify(format: StreamFormat, event: &[u8]) -> Class {
+/// What one event says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Said {
+    /// What the event means.
+    pub class: Class,
+    /// The token counts in it.
+    pub usage: Option<Usage>,
+    /// The length of the text of the model in it, in bytes.
+    pub text: u64,
+    /// Whether its data is JSON.
+    pub is_json: bool,
+}
+
+impl Said {
+    fn no_json(class: Class) -> Self {
+        Said { class, usage: None, text: 0, is_json: false }
+    }
+}
+
+/// Classifies one event, and reads its token counts. `event` is the event with or without its final empty line.
+pub(crate) fn read_event(format: StreamFormat, event: &[u8]) -> Said {
     let fields = Fields::of(event);
-    let Some(data) = fields.data else { return Class::Prelude };
+    let Some(data) = fields.data else { return Said::no_json(Class::Prelude) };
     if format == StreamFormat::Done && data.trim_ascii() == b"[DONE]" {
-        return Class::Terminal;
+        return Said::no_json(Class::Terminal);
     }
     let Ok(json) = serde_json::from_slice::<Value>(&data) else {
-        return if fields.name == b"error" { Class::Error(DEFAULT_STATUS) } else { Class::Content };
+        let is_error = fields.name == b"error";
+        return Said::no_json(if is_error { Class::Error(DEFAULT_STATUS) } else { Class::Content });
     };
-    let spells = |word: &str| find(event, word.as_bytes()).is_some();
-    if fields.name == b"error" || has_error(&json) && ERROR_KEY.find(event).is_some() {
-        return Class::Error(error_status(&json));
-    }
     let class = match format {
+        _ if fields.name == b"error" || has_error(&json) => Class::Error(error_status(&json)),
         StreamFormat::Done => of_chunk(&json),
         StreamFormat::Plain => Class::Content,
         StreamFormat::Responses => of_response_event(fields.name, &json),
     };
-    let is_spelled = match class {
-        Class::Error(_) => spells(".failed") || spells("\"error\""),
-        Class::Finish => spells("finish_reason"),
-        Class::Terminal => spells("omplete"),
-        Class::Content | Class::Prelude | Class::Usage => true,
-    };
-    if is_spelled { class } else { Class::Content }
+    let usage = if format == StreamFormat::Responses { &json["response"]["usage"] } else { &json["usage"] };
+    Said { class, usage: Usage::of_json(usage), text: text_length(format, &json), is_json: true }
 }
 
 /// The fields of an event that Zap reads.
@@ -364,8 +378,9 @@ mod tests {
             (Plain, ": ping", Class::Prelude),
         ];
         for (format, event, want) in rows {
-            assert_eq!(classify(format, event.as_bytes()), want, "{format:?} {event}");
-            assert_eq!(classify(format, format!("{event}\n\n").as_bytes()), want, "{format:?} {event}");
+            assert_eq!(read_event(format, event.as_bytes()).class, want, "{format:?} {event}");
+            let whole = format!("{event}\n\n");
+            assert_eq!(read_event(format, whole.as_bytes()).class, want, "{format:?} {event}");
         }
     }
 

@@ -4,17 +4,22 @@
 //! an event of Zap's own may follow at any time. What was pushed goes out unchanged and in order. The verdict does not
 //! depend on the chunking.
 //!
-//! A provider sends most events of a stream in chunks of whole events, and most of them say only that they are content.
-//! Therefore, once there is content, only events with a telling word are parsed.
+//! The token counts of the answer are read, and the length of its text. Once there is content, an event of a
+//! [shape](crate::protocol::event_shape) that is known is not parsed.
 
+use std::ops::Range;
 use std::sync::LazyLock;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use memchr::memmem::Finder;
-use memchr::{memchr2, memrchr2};
+use memchr::memrchr2;
+use smallvec::SmallVec;
 
+use crate::protocol::body_usage::BodyUsage;
 use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::event_class::{Class, classify, error_body};
+use crate::protocol::event_class::{Class, error_body, read_event};
+use crate::protocol::event_shape::{Shape, null_usage};
+use crate::protocol::usage::Usage;
 
 /// Longest unfinished event that is held back, in bytes. A longer one goes out in pieces.
 pub(crate) const MAX_HELD: usize = 64 * 1024;
@@ -22,14 +27,16 @@ pub(crate) const MAX_HELD: usize = 64 * 1024;
 /// Bytes of an event that must be known to find its end across two chunks.
 const LOOK_BACK: usize = 2;
 
+/// Bytes of an event that is too long to be held, in which a word across two chunks is found.
+const OVERSIZED_LOOK_BACK: usize = 64;
+
 /// U+FEFF, which may begin a stream.
 const BOM: &[u8] = b"\xEF\xBB\xBF";
 
-static ERROR: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("error"));
-static DONE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("[DONE]"));
-static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("finish_reason"));
-static COMPLETE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("omplete"));
-static FAILED: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(".failed"));
+static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"finish_reason\""));
+
+/// Parts of the stream that must not go out.
+type Cuts = SmallVec<[Range<usize>; 4]>;
 
 /// How a stream has ended, by its own word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +62,15 @@ pub(crate) struct EventStream {
     format: StreamFormat,
     /// The unfinished event, or its last bytes if it is too long to be held.
     partial: Vec<u8>,
-    /// The class of an unfinished event that is too long to be held.
-    oversized: Option<Class>,
+    /// An unfinished event that is too long to be held.
+    oversized: Option<Oversized>,
+    shape: Shape,
+    /// Whether Zap has asked for the token counts, so that they must not go out.
+    hides_usage: bool,
+    /// Whether a line feed that follows must not go out, since it belongs to an event that did not.
+    hides_feed: bool,
+    usage: Option<Usage>,
+    text: u64,
     is_begun: bool,
     has_events: bool,
     has_content: bool,
@@ -65,13 +79,25 @@ pub(crate) struct EventStream {
     early_error: Option<EarlyError>,
 }
 
+/// An event that goes out in pieces.
+#[derive(Debug)]
+struct Oversized {
+    class: Class,
+    usage: BodyUsage,
+}
+
 impl EventStream {
-    /// Starts a stream.
-    pub(crate) fn new(format: StreamFormat) -> Self {
+    /// Starts a stream. `hides_usage`: Zap has asked for the token counts, so they do not go out.
+    pub(crate) fn new(format: StreamFormat, hides_usage: bool) -> Self {
         EventStream {
             format,
             partial: Vec::new(),
             oversized: None,
+            shape: Shape::default(),
+            hides_usage,
+            hides_feed: false,
+            usage: None,
+            text: 0,
             is_begun: false,
             has_events: false,
             has_content: false,
@@ -81,7 +107,8 @@ impl EventStream {
         }
     }
 
-    /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event.
+    /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the token
+    /// counts that Zap has asked for.
     pub(crate) fn push(&mut self, data: Bytes) -> Bytes {
         if self.oversized.is_some() {
             return self.push_oversized(data);
@@ -89,12 +116,11 @@ impl EventStream {
         if self.partial.is_empty() {
             let end = end_of_last_event(&data, 0);
             if end == data.len() {
-                self.read(&data);
-                return data;
+                return self.pass(data);
             }
             self.partial = data[end..].to_vec();
-            self.read(&data[..end]);
-            return self.released(data.slice(..end));
+            let whole = self.pass(data.slice(..end));
+            return self.released(whole);
         }
         let from = self.partial.len().saturating_sub(LOOK_BACK);
         self.partial.extend_from_slice(&data);
@@ -104,24 +130,33 @@ impl EventStream {
         }
         let rest = self.partial.split_off(end);
         let whole = std::mem::replace(&mut self.partial, rest);
-        self.read(&whole);
-        self.released(whole.into())
+        let whole = self.pass(whole.into());
+        self.released(whole)
     }
 
     /// Ends the stream at the end of its body. Returns the bytes that were held back. They count as an event.
     pub(crate) fn finish(&mut self) -> Bytes {
-        match self.oversized.take() {
-            Some(class) => {
-                self.partial.clear();
-                self.note(class, b"");
-                Bytes::new()
-            }
-            None => {
-                let rest = std::mem::take(&mut self.partial);
-                self.read(&rest);
-                rest.into()
-            }
+        if self.oversized.is_some() {
+            self.end_oversized(b"");
+            return Bytes::new();
         }
+        let rest = std::mem::take(&mut self.partial);
+        self.pass(rest.into())
+    }
+
+    /// The token counts that have come last.
+    pub(crate) fn usage(&self) -> Option<Usage> {
+        self.usage
+    }
+
+    /// The length of the answer's text so far, in bytes as they are spelled in JSON.
+    pub(crate) fn text(&self) -> u64 {
+        self.text
+    }
+
+    /// Whether parts of the stream do not go out.
+    pub(crate) fn hides_usage(&self) -> bool {
+        self.hides_usage
     }
 
     /// Whether a whole event has come. A comment is none.
@@ -169,53 +204,118 @@ impl EventStream {
         if self.partial.len() <= MAX_HELD {
             return out;
         }
-        self.oversized = Some(classify_beginning(self.format, &self.partial));
-        let keep = self.partial[self.partial.len() - LOOK_BACK..].to_vec();
-        let rest = std::mem::replace(&mut self.partial, keep);
-        [&out[..], &rest].concat().into()
+        let class = classify_beginning(self.format, &self.partial);
+        self.oversized = Some(Oversized { class, usage: BodyUsage::new() });
+        let beginning = std::mem::take(&mut self.partial);
+        self.read_oversized(&beginning);
+        [&out[..], &beginning].concat().into()
     }
 
     /// Passes an event on that is too long to be held, up to its end.
     fn push_oversized(&mut self, data: Bytes) -> Bytes {
-        let known = self.partial.len();
-        self.partial.extend_from_slice(&data);
-        let Some(end) = end_of_event(&self.partial, known.saturating_sub(LOOK_BACK)) else {
-            self.partial.drain(..self.partial.len() - LOOK_BACK);
+        let known = self.partial.len().min(LOOK_BACK);
+        let joined = [&self.partial[self.partial.len() - known..], &data].concat();
+        let Some(end) = end_of_event(&joined, 0) else {
+            self.read_oversized(&data);
             return data;
         };
-        self.partial.clear();
-        if let Some(class) = self.oversized.take() {
-            self.note(class, b"");
-        }
         // An end that the former chunk had begun may lie before this one.
         let end = end.saturating_sub(known);
+        self.end_oversized(&data[..end]);
         let rest = self.push(data.slice(end..));
         match rest.is_empty() {
             true => data.slice(..end),
-            false if self.partial.is_empty() => data,
+            false if self.partial.is_empty() && !self.hides_usage => data,
             false => [&data[..end], &rest].concat().into(),
         }
     }
 
-    /// Reads whole events.
-    fn read(&mut self, mut events: &[u8]) {
-        if !events.is_empty() && !std::mem::replace(&mut self.is_begun, true) {
-            events = events.strip_prefix(BOM).unwrap_or(events);
+    /// Reads a part of an event that is too long to be held.
+    fn read_oversized(&mut self, data: &[u8]) {
+        let Some(oversized) = &mut self.oversized else { return };
+        oversized.usage.push(data);
+        self.text += data.len() as u64;
+        self.partial.extend_from_slice(data);
+        self.is_finished |= self.format == StreamFormat::Done && has_reason(&self.partial);
+        let keep = self.partial.len().saturating_sub(OVERSIZED_LOOK_BACK);
+        self.partial.drain(..keep);
+        self.partial.shrink_to(2 * OVERSIZED_LOOK_BACK);
+    }
+
+    /// Reads the last part of an event that is too long to be held.
+    fn end_oversized(&mut self, data: &[u8]) {
+        self.read_oversized(data);
+        self.partial = Vec::new();
+        let Some(Oversized { class, usage }) = self.oversized.take() else { return };
+        self.usage = usage.finish().or(self.usage);
+        self.note(class, b"");
+    }
+
+    /// Reads whole events. Returns what may go out of them.
+    fn pass(&mut self, events: Bytes) -> Bytes {
+        let cuts = self.read(&events);
+        if cuts.is_empty() {
+            return events;
         }
-        while !events.is_empty() && self.end.is_none() {
-            let (start, end) = if self.has_content {
-                let Some(at) = self.next_telling(events) else { return };
-                (end_of_last_event(&events[..at], 0), end_of_event(events, at))
-            } else {
-                let start = events.iter().position(|b| !is_line_end(*b)).unwrap_or(events.len());
-                (start, end_of_event(events, start))
+        let mut out = BytesMut::with_capacity(events.len());
+        let mut from = 0;
+        for cut in cuts {
+            out.extend_from_slice(&events[from..cut.start]);
+            from = cut.end;
+        }
+        out.extend_from_slice(&events[from..]);
+        out.freeze()
+    }
+
+    /// Reads whole events. Returns the parts that must not go out.
+    fn read(&mut self, events: &[u8]) -> Cuts {
+        let (mut at, mut cuts) = (0, Cuts::new());
+        if events.is_empty() {
+            return cuts;
+        }
+        if !std::mem::replace(&mut self.is_begun, true) && events.starts_with(BOM) {
+            at = BOM.len();
+        }
+        if std::mem::take(&mut self.hides_feed) && events.starts_with(b"\n") {
+            cuts.push(0..1);
+            at = 1;
+        }
+        while at < events.len() && self.end.is_none() {
+            let rest = &events[at..];
+            let (start, end, cut) = match self.shape.find(rest).filter(|_| self.has_content) {
+                Some(known) => {
+                    self.text += known.text;
+                    (0, known.length, known.cut)
+                }
+                None => {
+                    let start = rest.iter().position(|b| !is_line_end(*b)).unwrap_or(rest.len());
+                    let end = end_of_event(rest, start).unwrap_or(rest.len());
+                    (start, end, if start < end { self.parse(&rest[start..end]) } else { None })
+                }
             };
-            let end = end.unwrap_or(events.len());
-            if start < end {
-                self.note(classify(self.format, &events[start..end]), &events[start..end]);
-            }
-            events = &events[end..];
+            cuts.extend(cut.map(|cut| at + start + cut.start..at + start + cut.end));
+            at += end;
         }
+        // The line feed of the last line end may still come.
+        self.hides_feed = events.ends_with(b"\r") && cuts.last().is_some_and(|cut| cut.end == events.len());
+        cuts
+    }
+
+    /// Reads an event with a parser. Returns the part of it that must not go out.
+    fn parse(&mut self, event: &[u8]) -> Option<Range<usize>> {
+        let said = read_event(self.format, event);
+        self.usage = said.usage.or(self.usage);
+        self.text += said.text;
+        let cut = match said.class {
+            _ if !self.hides_usage => None,
+            Class::Usage => Some(0..event.len()),
+            _ => null_usage(event),
+        };
+        self.note(said.class, event);
+        if said.class == Class::Content && said.usage.is_none() && said.is_json {
+            self.shape.learn(self.format, event, said.text, cut.clone());
+        }
+        cut
     }
 
     fn note(&mut self, class: Class, event: &[u8]) {
@@ -237,24 +337,6 @@ impl EventStream {
             }
         }
     }
-
-    /// The position of the first word in `events` that may make its event more than content.
-    fn next_telling(&self, events: &[u8]) -> Option<usize> {
-        let error = find(&ERROR, events, |at| is_error_word(events, at));
-        let others = match self.format {
-            StreamFormat::Plain => [None, None],
-            StreamFormat::Done => {
-                let is_told = |at: usize| !has_no_reason(&events[at..]);
-                let finish = if self.is_finished { None } else { find(&FINISH, events, is_told) };
-                // Most chunks are one event with an object for data.
-                let line_end = memchr2(b'\n', b'\r', events);
-                let is_one_object = events.starts_with(b"data: {") && line_end >= Some(events.len() - 2);
-                [finish, if is_one_object { None } else { DONE.find(events) }]
-            }
-            StreamFormat::Responses => [COMPLETE.find(events), FAILED.find(events)],
-        };
-        error.into_iter().chain(others.into_iter().flatten()).min()
-    }
 }
 
 /// Whether an event has data, so that it is more than a comment.
@@ -268,32 +350,14 @@ pub(crate) fn is_event_stream(beginning: &[u8]) -> bool {
     [&b"data:"[..], b"event:", b"id:", b"retry:", b":"].iter().any(|field| text.starts_with(field))
 }
 
-/// The first position of a word for which `is_told` is true.
-fn find(word: &Finder<'_>, text: &[u8], is_told: impl Fn(usize) -> bool) -> Option<usize> {
-    let mut from = 0;
-    loop {
-        let at = from + word.find(&text[from..])?;
-        if is_told(at) {
-            return Some(at);
-        }
-        from = at + 1;
-    }
-}
-
-/// Whether the word `error` at this position may be a key or the name of an event.
-fn is_error_word(text: &[u8], at: usize) -> bool {
-    match (text[..at].last(), text.get(at + b"error".len())) {
-        (Some(b'"'), Some(b'"')) => true,
-        (Some(b':' | b' '), after) => after.is_none_or(|b| is_line_end(*b)),
-        _ => false,
-    }
-}
-
-/// Whether `finish_reason` at the beginning of this text is a key without a reason: null, or an empty text.
-fn has_no_reason(text: &[u8]) -> bool {
-    let rest = text[b"finish_reason".len()..].strip_prefix(b"\"").map(<[u8]>::trim_ascii_start);
-    let value = rest.and_then(|rest| rest.strip_prefix(b":")).map(<[u8]>::trim_ascii_start);
-    value.is_some_and(|value| value.starts_with(b"null") || value.starts_with(b"\"\""))
+/// Whether a text has the key `finish_reason` with a reason: neither null nor an empty text.
+fn has_reason(text: &[u8]) -> bool {
+    FINISH.find_iter(text).any(|at| {
+        let rest = text[at + FINISH.needle().len()..].trim_ascii_start().strip_prefix(b":");
+        let value = rest.map(<[u8]>::trim_ascii_start).unwrap_or_default();
+        // A value at the end of what is known is read again with the next piece.
+        value.len() >= b"null".len() && !value.starts_with(b"null") && !value.starts_with(b"\"\"")
+    })
 }
 
 /// Classifies an event by its beginning, since it is too long to be held.
@@ -317,7 +381,7 @@ fn classify_beginning(format: StreamFormat, beginning: &[u8]) -> Class {
             &kind[..memchr::memchr(b'"', kind).unwrap_or(0)]
         }
     };
-    classify(format, &[b"event: ", name, b"\ndata: {}"].concat())
+    read_event(format, &[b"event: ", name, b"\ndata: {}"].concat()).class
 }
 
 fn is_line_end(b: u8) -> bool {
@@ -334,7 +398,7 @@ fn ends_event(text: &[u8], at: usize) -> bool {
 }
 
 /// The end of the first event that ends at or after `from`; `None` if none ends.
-fn end_of_event(text: &[u8], from: usize) -> Option<usize> {
+pub(crate) fn end_of_event(text: &[u8], from: usize) -> Option<usize> {
     let mut ends = memchr::memchr2_iter(b'\n', b'\r', &text[from..]).map(|at| from + at);
     let at = ends.find(|at| ends_event(text, *at))?;
     // A line feed behind a carriage return belongs to the same line end.
@@ -363,7 +427,7 @@ mod tests {
 
     /// What a stream says, and what went out before its end.
     fn run(format: StreamFormat, pieces: &[&str]) -> (EventStream, String) {
-        let mut stream = EventStream::new(format);
+        let mut stream = EventStream::new(format, false);
         let mut out = Vec::new();
         for piece in pieces {
             out.extend_from_slice(&stream.push(Bytes::copy_from_slice(piece.as_bytes())));
@@ -437,6 +501,122 @@ mod tests {
             assert_eq!((stream.end(), stream.has_content(), stream.held()), (end, true, 3), "{name}");
             assert!(stream.partial.capacity() < 100, "the long event is not kept");
         }
+    }
+
+    /// A stream of an answer in chunks of random shapes, and the same stream as a provider sends it that was asked for the
+    /// token counts.
+    fn random_streams(rng: &mut fastrand::Rng) -> (String, String) {
+        let (mut plain, mut asked) = (String::new(), String::new());
+        let end = ["\n\n", "\r\n\r\n", "\r\r"][rng.usize(..3)];
+        let (space, place) = (["", " "][rng.usize(..2)], rng.usize(..3));
+        let varies = [rng.bool(), rng.bool()];
+        for i in 0..rng.usize(..30) {
+            let text: String = (0..rng.usize(..8))
+                .map(|_| ["a", "\\\"", "é", "\\n", "{", "usage", "\\\\"][rng.usize(..7)])
+                .collect();
+            let delta = match rng.usize(..12) {
+                0 => "{}".to_owned(),
+                1 => format!(
+                    "{{\"tool_calls\":[{{\"index\":{},\"function\":{{\"arguments\":\"{text}\"}}}}]}}",
+                    rng.u8(..3)
+                ),
+                _ => format!("{{\"content\":\"{text}\"}}"),
+            };
+            let id = if varies[0] { i } else { 0 };
+            let more = if varies[1] {
+                format!(",\"obfuscation\":\"{}\"", "x".repeat(rng.usize(..9)))
+            } else {
+                String::new()
+            };
+            let finish = if rng.u8(..20) == 0 { "\"stop\"" } else { "null" };
+            let parts = [
+                format!("\"id\":\"c{id}\",\"created\":{}", 1000 + i),
+                format!("\"choices\":{space}[{{\"delta\":{delta},\"finish_reason\":{finish}}}]"),
+                format!("\"model\":\"m\"{more}"),
+            ];
+            plain += &format!("data: {{{}}}{end}", parts.join(","));
+            let null = format!("\"usage\":{space}null");
+            let mut asked_parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+            asked_parts.insert(place, &null);
+            asked += &format!("data: {{{}}}{end}", asked_parts.join(","));
+        }
+        asked += &format!(
+            "data: {{\"id\":\"c\",\"choices\":[],\"usage\":{{\"prompt_tokens\":3,\"completion_tokens\":4}}}}{end}"
+        );
+        for text in [&mut plain, &mut asked] {
+            *text += &format!("data: [DONE]{end}");
+        }
+        (plain, asked)
+    }
+
+    fn pieces(rng: &mut fastrand::Rng, text: &str) -> Vec<Bytes> {
+        let (mut rest, mut pieces) = (text.as_bytes(), Vec::new());
+        let most = [1, 20, 300, 5000][rng.usize(..4)];
+        while !rest.is_empty() {
+            let (piece, more) = rest.split_at(rng.usize(1..=most).min(rest.len()));
+            pieces.push(Bytes::copy_from_slice(piece));
+            rest = more;
+        }
+        pieces
+    }
+
+    #[test]
+    fn the_client_gets_the_same_bytes_whether_or_not_zap_asks_for_the_token_counts() {
+        let mut rng = fastrand::Rng::with_seed(17);
+        for round in 0..10_000 {
+            let (plain, asked) = random_streams(&mut rng);
+            let said = |text: &str, hides: bool, rng: &mut fastrand::Rng| {
+                let mut stream = EventStream::new(StreamFormat::Done, hides);
+                let mut out: Vec<u8> =
+                    pieces(rng, text).into_iter().flat_map(|piece| stream.push(piece)).collect();
+                out.extend_from_slice(&stream.finish());
+                let verdict = (stream.has_content(), stream.end(), stream.is_whole(), stream.text());
+                (String::from_utf8(out).unwrap(), verdict, stream.usage())
+            };
+            let (out, verdict, usage) = said(&asked, true, &mut rng);
+            assert_eq!(out, plain, "round {round}: {asked}");
+            assert_eq!(usage.map(|usage| (usage.input, usage.output)), Some((3, 4)));
+            assert_eq!(said(&plain, false, &mut rng), (plain.clone(), verdict, None), "round {round}");
+            assert_eq!(said(&asked, false, &mut rng), (asked, verdict, usage), "round {round}");
+        }
+    }
+
+    #[test]
+    fn an_event_of_a_known_shape_counts_its_text_and_any_other_is_parsed() {
+        let event = |text: &str| {
+            format!("data: {{\"n\":1,\"choices\":[{{\"delta\":{{\"content\":\"{text}\"}}}}]}}\n\n")
+        };
+        let (stream, _) =
+            run(StreamFormat::Done, &[&event("one"), &event("three"), &event("a\\\"b"), &event("")]);
+        assert_eq!(stream.text(), 3 + 5 + 3);
+        let mut shape = stream.shape;
+        let known = event("four").into_bytes();
+        assert_eq!(shape.find(&known).map(|found| (found.length, found.text)), Some((known.len(), 4)));
+        for other in [
+            event("x").replace("\"n\":1", "\"n\":2"),
+            event("x").replace("}]", ",\"finish_reason\":\"stop\"}]"),
+            event("a\nb"),
+            event("x\",\"y\":\""),
+            event("x").trim_end().to_owned(),
+            STOP.to_owned(),
+        ] {
+            assert_eq!(shape.find(other.as_bytes()), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn an_event_that_is_too_long_to_be_held_keeps_its_reason_and_its_token_counts() {
+        let text = "y".repeat(2 * MAX_HELD);
+        let long = format!(
+            "data: {{\"choices\":[{{\"message\":{{\"content\":\"{text}\"}},\"finish_reason\":\"stop\"}}]}}\n\n"
+        );
+        for cut in 0..40 {
+            let (head, tail) = long.split_at(long.len() - cut);
+            let (mut stream, out) = run(StreamFormat::Done, &[head, tail]);
+            assert_eq!((out.len() + stream.finish().len(), stream.is_whole()), (long.len(), true), "{cut}");
+        }
+        let (stream, _) = run(StreamFormat::Done, &[&long.replace("\"stop\"", "null")]);
+        assert!(!stream.is_whole());
     }
 
     #[test]

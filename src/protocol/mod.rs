@@ -2,9 +2,13 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub(crate) mod body_usage;
+
 pub(crate) mod endpoint;
 
 pub(crate) mod event_class;
+
+pub(crate) mod event_shape;
 
 pub(crate) mod event_stream;
 
