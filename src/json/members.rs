@@ -213,6 +213,8 @@ pub struct Fields {
     pub model: Model,
     /// Type of `stream`.
     pub stream: ValueKind,
+    /// Offset just past the value of `stream`; 0 without it.
+    pub stream_end: u64,
     /// Type of `messages`.
     pub messages: ValueKind,
     /// Offset just past the opening brace.

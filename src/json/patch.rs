@@ -130,6 +130,19 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
     }
 }
 
+/// Adds a splice to splices that are in the order of the body. It comes before one at the same place.
+pub fn with_splice(
+    splices: impl Iterator<Item = Splice>,
+    extra: Option<Splice>,
+) -> impl Iterator<Item = Splice> {
+    let (mut splices, mut extra) = (splices.peekable(), extra);
+    std::iter::from_fn(move || match (&extra, splices.peek()) {
+        (Some(extra_splice), Some(next)) if next.at < extra_splice.at => splices.next(),
+        (Some(_), _) => extra.take(),
+        (None, _) => splices.next(),
+    })
+}
+
 /// Applies the splices to the chunks and returns the slices to send, in order. The splices must be in order and must
 /// not overlap. No bytes are copied, and no slice is empty.
 pub fn slices(chunks: &[Bytes], mut splices: impl Iterator<Item = Splice>) -> Slices {

@@ -13,6 +13,7 @@ use serde_json::Value;
 use smallvec::SmallVec;
 
 use crate::protocol::endpoint::StreamFormat;
+use crate::protocol::null_member::{find_null, string_length};
 
 /// Longest event whose shape is kept, in bytes.
 const MAX_EVENT: usize = 4096;
@@ -199,50 +200,7 @@ impl<'e> Walk<'e> {
 /// Where the top-level member `usage` stands in an event whose data is JSON, with its comma, if its value is null; `None` if
 /// there is no such member.
 pub(crate) fn null_usage(event: &[u8]) -> Option<Range<usize>> {
-    let (mut at, mut depth, mut comma) = (data_start(event)?, 0u32, None);
-    loop {
-        match event.get(at)? {
-            b'{' | b'[' => depth += 1,
-            b'}' | b']' => depth = depth.saturating_sub(1),
-            b',' if depth == 1 => comma = Some(at),
-            b'"' => {
-                let (start, (length, _)) = (at, string_length(&event[at + 1..])?);
-                at += length + 1;
-                if depth == 1 && event[start + 1..].starts_with(b"usage\"") {
-                    let skip =
-                        |at: usize| at + event[at..].iter().take_while(|b| b.is_ascii_whitespace()).count();
-                    let colon = skip(at + 1);
-                    let value = skip(colon + 1);
-                    if event.get(colon) == Some(&b':') && event[value..].starts_with(b"null") {
-                        let end = value + b"null".len();
-                        let next = skip(end);
-                        // Without a member before it, the comma behind it goes.
-                        return Some(match comma {
-                            Some(comma) => comma..end,
-                            None if event.get(next) == Some(&b',') => start..next + 1,
-                            None => start..end,
-                        });
-                    }
-                }
-            }
-            _ => {}
-        }
-        at += 1;
-    }
-}
-
-/// The length of a string up to its closing quote, as it is spelled, and the number of escapes in it; `None` if it has no
-/// end, or a control character.
-fn string_length(text: &[u8]) -> Option<(usize, usize)> {
-    let (mut at, mut escapes) = (0, 0);
-    loop {
-        match text.get(at)? {
-            b'"' => return Some((at, escapes)),
-            b'\\' => (at, escapes) = (at + 2, escapes + 1),
-            0..0x20 => return None,
-            _ => at += 1,
-        }
-    }
+    Some(find_null(event, data_start(event)?, b"usage")?.member)
 }
 
 fn digits(text: &[u8]) -> usize {

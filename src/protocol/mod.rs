@@ -20,6 +20,10 @@ pub(crate) mod rate_limits;
 
 pub(crate) mod redact;
 
+pub(crate) mod null_member;
+
 pub(crate) mod usage;
+
+pub(crate) mod usage_request;
 
 pub(crate) use self::endpoint::Endpoint;

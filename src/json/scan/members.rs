@@ -112,7 +112,8 @@ impl Scanner<'_> {
             Some(Member::PromptCacheKey) => self.fields.affinity.cache_key = text.then_some(span),
             Some(Member::User) => self.fields.affinity.user = text.then_some(span),
             Some(Member::Messages) if self.opening != Opening::Off => self.opening_ends(end),
-            Some(Member::Droppable(_) | Member::Messages | Member::Model | Member::Stream) | None => {}
+            Some(Member::Stream) => self.fields.stream_end = end,
+            Some(Member::Droppable(_) | Member::Messages | Member::Model) | None => {}
         }
         if let Some(name) = self.droppable.take() {
             let nth = self.fields.members - 1;
