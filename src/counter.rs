@@ -40,6 +40,22 @@ pub(crate) const OVERHEAD: &[Nanos] = &[
     100 * MILLI,
 ];
 
+/// Histogram bounds for the time of one output token: 1 ms to 1 s.
+pub(crate) const PER_TOKEN: &[Nanos] = &[
+    MILLI,
+    5 * MILLI / 2,
+    5 * MILLI,
+    10 * MILLI,
+    15 * MILLI,
+    20 * MILLI,
+    30 * MILLI,
+    50 * MILLI,
+    100 * MILLI,
+    250 * MILLI,
+    500 * MILLI,
+    SECOND,
+];
+
 /// A number that one thread changes and any thread may read.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);

@@ -28,9 +28,11 @@ use crate::policy::choose::{Closed, Fleet};
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
 use crate::policy::pair::Entry;
 use crate::policy::queue::Permit;
+use crate::policy::ratio::Lengths;
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::policy::route::TargetId;
 use crate::protocol::event_stream::EventStream;
+use crate::telemetry::meter::{Meter, OTHER_MODEL};
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
@@ -162,6 +164,7 @@ impl Attempts<'_> {
                         Ok(response) => {
                             self.discard(kept);
                             self.settle(response.head.status.as_u16() < 400);
+                            self.start_meter(target, &response);
                             let clocks = self.clocks(response.opened);
                             return Ok(Delivery { response, slot, clocks });
                         }
@@ -231,6 +234,30 @@ impl Attempts<'_> {
         if let Some((_, fault)) = fault {
             self.gateway.strike(upstream, target.key(self.ask.model), self.record.model_name(), fault);
         }
+    }
+
+    /// Starts to count the tokens of an answer.
+    fn start_meter(&mut self, target: TargetId, response: &OpenedResponse) {
+        let target = &self.snapshot.route(&self.ask).targets[target];
+        let upstream = self.snapshot.upstream(target);
+        let is_success = response.head.status.is_success();
+        let Some(api) = self.ask.endpoint.api().filter(|_| is_success && upstream.is_metered()) else {
+            return;
+        };
+        let model = target.model(self.record.model.as_ref());
+        let known = |name: &str| self.snapshot.table().known_name(name).cloned();
+        // A request without a model is counted under the backend's default model.
+        let label = self.record.model.as_deref().or(model.as_deref()).and_then(known);
+        let has_content = response.events.as_ref().is_some_and(|events| events.has_content());
+        self.record.meter = Some(Meter {
+            key: response.in_flight.key(),
+            label: label.unwrap_or_else(|| OTHER_MODEL.clone()),
+            model,
+            metering: api.metering,
+            lengths: Lengths { asked: self.chat.fields.length, text: 0 },
+            usage: None,
+            first_content: has_content.then(clock::now),
+        });
     }
 
     /// The limits of time of a response whose head came at `begun`.

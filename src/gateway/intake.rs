@@ -172,6 +172,11 @@ impl ChatRequest {
         Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + max_bytes as u64)))
     }
 
+    /// Copies a range of the body.
+    pub(crate) fn copy(&self, span: Range<u64>) -> Vec<u8> {
+        self.bytes(span).collect::<Vec<_>>().concat()
+    }
+
     /// Returns the bytes of a range of the body, in parts.
     fn bytes(&self, span: Range<u64>) -> impl Iterator<Item = &[u8]> {
         let mut start = 0u64;

@@ -6,6 +6,7 @@ use std::task::Context;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use http::StatusCode;
 use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
@@ -17,15 +18,17 @@ use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
 use crate::http1::headers::ResponseFacts;
-use crate::json::patch::{slices, splices};
+use crate::json::patch::{Splice, slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
+use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{error_message, is_request_too_large};
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
 use crate::protocol::redact::Redactor;
+use crate::protocol::usage_request::{STREAM_OPTIONS, ask_for_usage};
 use crate::telemetry::phase::Phase;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
@@ -61,7 +64,8 @@ impl Attempts<'_> {
         self.record.phase = Phase::Waiting;
         failpoint::hit("try", &self.record.request_id);
         self.wait_began = None;
-        let mut asked = Asked { target, in_flight: &in_flight, sent: 0 };
+        let asks = self.asks_for_usage(&in_flight);
+        let mut asked = Asked { target, in_flight: &in_flight, asks, sent: 0 };
         self.exchange.nudge_at(self.exchange.coarse_now() + SILENT);
         let unanswered = Unanswered::new(self.gateway, &in_flight, self.ask.model);
         let mut response = self.send_request(&mut asked, true).await;
@@ -69,7 +73,16 @@ impl Attempts<'_> {
             response = self.send_request(&mut asked, false).await;
         }
         unanswered.end();
-        let sent = asked.sent;
+        // Some providers refuse to be asked for the token counts.
+        if asked.asks && matches!(&response, Ok(response) if response.head.status == StatusCode::BAD_REQUEST)
+        {
+            asked.asks = false;
+            response = self.send_request(&mut asked, true).await;
+            if matches!(&response, Ok(response) if response.head.status != StatusCode::BAD_REQUEST) {
+                in_flight.upstream().state.ratios.set_passive(in_flight.key());
+            }
+        }
+        let Asked { sent, asks, .. } = asked;
         let UpstreamResponse { head, lease } = match response {
             Ok(response) if !self.gateway.is_cut() => response,
             Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight)),
@@ -88,7 +101,7 @@ impl Attempts<'_> {
             opened,
         };
         let OpenedResponse { head, about, lease, in_flight, .. } = &mut opened;
-        let asked = Asked { target, in_flight, sent };
+        let asked = Asked { target, in_flight, asks, sent };
         let text = self.error_text(head, lease, &asked).await;
         let failure = self.judge(&asked, head, text.as_deref());
         *about = headers::to_client(&mut head.headers);
@@ -153,7 +166,7 @@ impl Attempts<'_> {
         asked: &mut Asked<'_>,
         reuse: bool,
     ) -> Result<UpstreamResponse, Problem> {
-        let request = self.wire_request(asked.target, asked.in_flight.upstream());
+        let request = self.wire_request(asked);
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };
         let place = Place {
@@ -199,7 +212,8 @@ impl Attempts<'_> {
 
     /// Builds the request to `upstream`: a new head, and the body with the target's model and without the members that
     /// the backend does not accept.
-    fn wire_request(&self, target: TargetId, upstream: &Upstream) -> WireRequest {
+    fn wire_request(&self, asked: &Asked<'_>) -> WireRequest {
+        let upstream = asked.in_flight.upstream();
         let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
         head.extend_from_slice(begin);
@@ -209,15 +223,37 @@ impl Attempts<'_> {
             }
         });
         write_header(&mut head, &headers::X_REQUEST_ID, self.record.request_id.as_bytes());
-        let target = &self.snapshot.route(&self.ask).targets[target];
+        let target = &self.snapshot.route(&self.ask).targets[asked.target];
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
-        let body = slices(&self.chat.chunks, splices);
+        let body = match asked.asks {
+            true => slices(&self.chat.chunks, with_splice(splices, self.usage_splice())),
+            false => slices(&self.chat.chunks, splices),
+        };
         let length: usize = body.iter().map(Bytes::len).sum();
         write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
         head.extend_from_slice(b"\r\n");
         WireRequest { head, body }
+    }
+
+    /// Whether the request to this backend asks for the token counts of its stream.
+    fn asks_for_usage(&self, in_flight: &InFlight) -> bool {
+        let upstream = in_flight.upstream();
+        self.record.stream
+            && self.ask.endpoint.api().is_some_and(|api| api.stream == StreamFormat::Done)
+            && upstream.asks_for_usage()
+            && !upstream.state.ratios.is_passive(in_flight.key())
+            && self.usage_splice().is_some()
+    }
+
+    /// The splice that asks for the token counts; `None` if the client has decided itself.
+    fn usage_splice(&self) -> Option<Splice> {
+        let fields = &self.chat.fields;
+        let index = self.snapshot.watch().droppable.iter().position(|name| **name == *STREAM_OPTIONS);
+        let options = fields.droppable.iter().find(|member| Some(member.name) == index);
+        let options = options.map(|member| (member.span.start, self.chat.copy(member.span.clone())));
+        ask_for_usage(fields.stream_end, options.as_ref().map(|(start, bytes)| (*start, &bytes[..])))
     }
 
     /// Judges a response by its status, and cools down or closes the target if the response asks for it. Returns the

@@ -51,6 +51,8 @@ pub(super) struct Asked<'f> {
     pub(super) target: TargetId,
     /// The request at the backend.
     pub(super) in_flight: &'f InFlight,
+    /// Whether the request asks for the token counts.
+    pub(super) asks: bool,
     /// When the request was sent; the time of the try's begin until then.
     pub(super) sent: Nanos,
 }
@@ -207,7 +209,7 @@ impl Attempts<'_> {
         let format = self.ask.endpoint.api().map(|api| api.stream);
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
-                Some(format) => body.stream(Box::new(EventStream::new(format, false)), None).await,
+                Some(format) => body.stream(Box::new(EventStream::new(format, asked.asks)), None).await,
                 None => Ok(Opening { first: None, events: None }),
             };
         }
@@ -222,7 +224,7 @@ impl Attempts<'_> {
             && let Some(format) = format
         {
             about.is_events = true;
-            return body.stream(Box::new(EventStream::new(format, false)), Some(first)).await;
+            return body.stream(Box::new(EventStream::new(format, asked.asks)), Some(first)).await;
         }
         let is_answer = |first| Ok(Opening { first: Some(first), events: None });
         match is_success {

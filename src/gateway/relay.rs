@@ -23,10 +23,12 @@ use crate::gateway::Gateway;
 use crate::gateway::failpoint;
 use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
 use crate::gateway::silence::Silence;
+use crate::protocol::body_usage::BodyUsage;
 use crate::protocol::error_event::error_event;
 use crate::protocol::event_stream::{EventStream, StreamEnd};
 use crate::protocol::redact::Redactor;
 use crate::protocol::responses::StreamState;
+use crate::protocol::usage::{Usage, answer_text};
 use crate::telemetry::metrics::Side;
 use crate::telemetry::record::{End, RequestRecord};
 use crate::time::{Nanos, SECOND};
@@ -51,6 +53,8 @@ pub(crate) struct RelayBody {
     redactor: Option<Box<Redactor>>,
     kind: BodyKind,
     silence: Silence,
+    /// Reads the token counts of a JSON body that is not there as a whole.
+    usage: Option<Box<BodyUsage>>,
     /// The state for an error event of `/v1/responses`.
     seen: Option<Box<StreamState>>,
     state: RelayState,
@@ -85,12 +89,13 @@ impl RelayBody {
         exchange: Exchange,
         input: RelayInput,
     ) -> Self {
-        let RelayInput { first, events, is_responses, redactor, kind, clocks } = input;
+        let RelayInput { first, events, is_responses, has_usage, redactor, kind, clocks } = input;
         let mut relay = RelayBody {
             first,
             seen: (events.is_some() && is_responses).then(Box::default),
             events,
             redactor,
+            usage: None,
             kind,
             silence: Silence::new(clocks, exchange.coarse_now()),
             state: RelayState::Streaming,
@@ -98,12 +103,48 @@ impl RelayBody {
             gateway,
             exchange,
         };
+        if has_usage {
+            relay.read_usage();
+        }
         if relay.events.is_some() {
             relay.exchange.nudge_at(relay.silence.first());
         } else if relay.first.is_none() && relay.redactor.is_none() && relay.is_upstream_done() {
             relay.finish();
         }
         relay
+    }
+
+    /// Reads the token counts of a JSON body: at once if it is there as a whole, else as it passes.
+    fn read_usage(&mut self) {
+        let is_whole = self.is_upstream_done();
+        let Some(meter) = self.guards.as_mut().and_then(|guards| guards.record.meter.as_mut()) else {
+            return;
+        };
+        match &self.first {
+            Some(body) if is_whole => {
+                meter.usage = Usage::of_body(body);
+                if meter.usage.is_none() {
+                    meter.lengths.text = answer_text(body);
+                }
+            }
+            beginning => {
+                let mut usage = Box::new(BodyUsage::new());
+                usage.push(beginning.as_deref().unwrap_or_default());
+                self.usage = Some(usage);
+            }
+        }
+    }
+
+    /// Counts what the answer used, as far as it has come.
+    fn settle_usage(&mut self) {
+        let Some(record) = self.guards.as_mut().map(|guards| &mut guards.record) else { return };
+        let Some(meter) = &mut record.meter else { return };
+        if let Some(events) = &self.events {
+            (meter.usage, meter.lengths.text) = (events.usage(), events.text());
+        } else if let Some(usage) = self.usage.take() {
+            (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);
+        }
+        record.settle();
     }
 
     /// Polls for the next frame.
@@ -158,6 +199,11 @@ impl RelayBody {
                 in_flight.upstream().state.breaker.pairs.hear(in_flight.key(), now);
             }
         }
+        if let Some(usage) = &mut self.usage
+            && is_new
+        {
+            usage.push(&data);
+        }
         match (&mut self.redactor, &mut self.events) {
             (Some(redactor), _) => redactor.push(&data),
             (None, Some(events)) if is_new => events.push(data),
@@ -177,6 +223,12 @@ impl RelayBody {
             guards.record.bytes += data.len() as u64;
         }
         if let Some(events) = &self.events {
+            if events.has_content()
+                && let Some(meter) = self.guards.as_mut().and_then(|guards| guards.record.meter.as_mut())
+                && meter.first_content.is_none()
+            {
+                meter.first_content = Some(clock::now());
+            }
             let is_held = events.held() > 0;
             match events.end() {
                 Some(end) if self.state == RelayState::Streaming => self.settle(end),
@@ -248,6 +300,7 @@ impl RelayBody {
         let until = self.exchange.coarse_now() + MAX_TRAILER;
         self.state = RelayState::Trailing(until);
         self.exchange.nudge_at(until);
+        self.settle_usage();
         let Some(guards) = &mut self.guards else { return };
         guards.slot = None;
         let Some(in_flight) = guards.in_flight.take() else { return };
@@ -299,6 +352,7 @@ impl RelayBody {
     /// Ends the relay at the end of the body, and parks the upstream connection.
     fn finish(&mut self) {
         self.state = RelayState::Ended;
+        self.settle_usage();
         let Some(mut guards) = self.guards.take() else { return };
         let now = clock::now();
         if let Some(in_flight) = &guards.in_flight {
@@ -325,6 +379,7 @@ impl RelayBody {
         // A client that has stopped reading gets one more idle timeout to read the rest.
         self.exchange.progress();
         let mut event = None;
+        self.settle_usage();
         if let Some(mut guards) = self.guards.take() {
             guards.record.end = end;
             if self.kind.is_stream {
@@ -390,6 +445,7 @@ impl http_body::Body for RelayBody {
 
     fn size_hint(&self) -> SizeHint {
         let rest = match &self.guards {
+            _ if self.events.as_ref().is_some_and(|events| events.hides_usage()) => SizeHint::default(),
             Some(guards) if !self.kind.is_whole => guards.lease.link.remaining(),
             _ => SizeHint::with_exact(0),
         };
@@ -409,6 +465,9 @@ impl Drop for RelayBody {
         if std::thread::panicking() {
             // A panic cuts the response: a body without a length must not look complete.
             self.exchange.reset_on_close();
+        } else {
+            // The client has left.
+            self.settle_usage();
         }
     }
 }

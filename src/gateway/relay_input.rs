@@ -44,6 +44,8 @@ pub(crate) struct RelayInput {
     pub events: Option<Box<EventStream>>,
     /// Whether the stream needs a [`StreamState`](crate::protocol::responses::StreamState) for an error event.
     pub is_responses: bool,
+    /// Whether the body is JSON with token counts to read.
+    pub has_usage: bool,
     /// Redacts the backend's key in error responses. Boxed, since it is large and rarely present.
     pub redactor: Option<Box<Redactor>>,
     /// The kind of the body.

@@ -26,6 +26,8 @@ pub(crate) mod breaker;
 
 pub(crate) mod pair;
 
+pub(crate) mod ratio;
+
 pub(crate) mod retry;
 
 pub(crate) mod quota;

@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use xxhash_rust::xxh64::xxh64;
 
@@ -126,7 +127,7 @@ pub(crate) enum Sent {
         /// A hash of the name, the same in every process.
         identity: u64,
         /// The name.
-        name: Box<str>,
+        name: Arc<str>,
     },
     /// The client's name with its first `cut` bytes replaced by `stem`.
     Rest {
@@ -157,7 +158,7 @@ pub(crate) struct Listed {
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     routes: Vec<Route>,
-    exact: HashMap<Box<str>, RouteId>,
+    exact: HashMap<Arc<str>, RouteId>,
     prefixes: HashMap<Box<[u8]>, RouteId>,
     /// The lengths of `prefixes`, longest first.
     lengths: Vec<usize>,
@@ -198,6 +199,15 @@ impl Target {
             Sent::AsIs => asked.map_or(0, model_key),
             Sent::Fixed { key, .. } => *key,
             Sent::Rest { .. } => model_key(&self.rest(asked)),
+        }
+    }
+
+    /// Returns the name that this target gets for `asked`; `None` if it gets none.
+    pub(crate) fn model(&self, asked: Option<&Arc<str>>) -> Option<Arc<str>> {
+        match &self.sent {
+            Sent::AsIs => asked.cloned(),
+            Sent::Fixed { name, .. } => Some(name.clone()),
+            Sent::Rest { .. } => Some(self.rest(asked.map(|name| &**name)).into()),
         }
     }
 
@@ -303,6 +313,11 @@ impl Table {
         nearest(name, self.listed.iter().map(|l| &*l.name).filter(|name| may(name)), 3)
     }
 
+    /// Returns `name` as the configuration knows it; `None` if it does not.
+    pub(crate) fn known_name(&self, name: &str) -> Option<&Arc<str>> {
+        self.exact.get_key_value(name).map(|(name, _)| name)
+    }
+
     /// The models that the configuration names, by backend.
     pub(crate) fn models(&self) -> &[ConfiguredModel] {
         &self.models
@@ -314,7 +329,7 @@ impl Table {
             let model = |target: &Target| ConfiguredModel {
                 backend: target.backend,
                 name: match &target.sent {
-                    Sent::Fixed { name, .. } => name.clone(),
+                    Sent::Fixed { name, .. } => (&**name).into(),
                     Sent::AsIs => public.into(),
                     Sent::Rest { .. } => target.rest(Some(public)).into(),
                 },

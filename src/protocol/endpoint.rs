@@ -71,6 +71,19 @@ pub(crate) struct Api {
     pub(crate) needs_messages: bool,
     /// The format of the endpoint's streams.
     pub(crate) stream: StreamFormat,
+    /// What can be known of an answer's tokens.
+    pub(crate) metering: Metering,
+}
+
+/// What can be known of the tokens of an answer whose provider does not tell them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Metering {
+    /// Input and output, by the text of the request and of the answer.
+    Full,
+    /// The input. The answer has no text.
+    Input,
+    /// Nothing.
+    Told,
 }
 
 /// How an event stream signals its end, and the format of an error that Zap adds to it.
@@ -94,6 +107,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             has_default_model: true,
             needs_messages: true,
             stream: StreamFormat::Done,
+            metering: Metering::Full,
         }),
     },
     Row {
@@ -105,17 +119,23 @@ const TABLE: [Row; Endpoint::COUNT] = [
             has_default_model: true,
             needs_messages: false,
             stream: StreamFormat::Done,
+            metering: Metering::Full,
         }),
     },
-    Row::plain(Endpoint::Embeddings, "embeddings", &["/v1/embeddings"], "/embeddings"),
+    Row::plain(Endpoint::Embeddings, "embeddings", &["/v1/embeddings"], ("/embeddings", Metering::Input)),
     Row::page(Endpoint::Health, "health", &["/health"], Page::Health),
-    Row::plain(Endpoint::Images, "images", &["/v1/images/generations"], "/images/generations"),
+    Row::plain(
+        Endpoint::Images,
+        "images",
+        &["/v1/images/generations"],
+        ("/images/generations", Metering::Told),
+    ),
     Row::page(Endpoint::Metrics, "metrics", &["/metrics"], Page::Metrics),
     Row::page(Endpoint::Models, "models", &["/v1/models", "/v1/models/*"], Page::Models),
-    Row::plain(Endpoint::Moderations, "moderations", &["/v1/moderations"], "/moderations"),
+    Row::plain(Endpoint::Moderations, "moderations", &["/v1/moderations"], ("/moderations", Metering::Told)),
     Row { endpoint: Endpoint::Other, name: "other", paths: &[], served: ServedBy::Nobody },
     Row::page(Endpoint::Ready, "ready", &["/ready"], Page::Ready),
-    Row::plain(Endpoint::Rerank, "rerank", &["/v1/rerank"], "/rerank"),
+    Row::plain(Endpoint::Rerank, "rerank", &["/v1/rerank"], ("/rerank", Metering::Input)),
     Row {
         endpoint: Endpoint::Responses,
         name: "responses",
@@ -125,9 +145,10 @@ const TABLE: [Row; Endpoint::COUNT] = [
             has_default_model: true,
             needs_messages: false,
             stream: StreamFormat::Responses,
+            metering: Metering::Full,
         }),
     },
-    Row::plain(Endpoint::Speech, "speech", &["/v1/audio/speech"], "/audio/speech"),
+    Row::plain(Endpoint::Speech, "speech", &["/v1/audio/speech"], ("/audio/speech", Metering::Told)),
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
 ];
 
@@ -137,9 +158,15 @@ impl Row {
         endpoint: Endpoint,
         name: &'static str,
         paths: &'static [&'static str],
-        tail: &'static str,
+        (tail, metering): (&'static str, Metering),
     ) -> Self {
-        let api = Api { tail, has_default_model: false, needs_messages: false, stream: StreamFormat::Plain };
+        let api = Api {
+            tail,
+            has_default_model: false,
+            needs_messages: false,
+            stream: StreamFormat::Plain,
+            metering,
+        };
         Row { endpoint, name, paths, served: ServedBy::Backends(api) }
     }
 

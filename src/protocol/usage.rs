@@ -49,3 +49,20 @@ impl Usage {
         })
     }
 }
+
+/// The length of the text of the model in the body of an answer, in bytes; 0 if it is not JSON.
+pub(crate) fn answer_text(body: &[u8]) -> u64 {
+    fn sum(json: &Value, is_text: bool) -> u64 {
+        const TEXTS: [&str; 7] =
+            ["arguments", "content", "reasoning", "reasoning_content", "refusal", "text", "thinking"];
+        match json {
+            Value::String(text) if is_text => text.len() as u64,
+            Value::Array(list) => list.iter().map(|value| sum(value, is_text)).sum(),
+            Value::Object(members) => {
+                members.iter().map(|(key, value)| sum(value, TEXTS.contains(&key.as_str()))).sum()
+            }
+            _ => 0,
+        }
+    }
+    serde_json::from_slice(body).map_or(0, |json| sum(&json, false))
+}

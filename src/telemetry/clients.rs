@@ -8,18 +8,43 @@ use subtle::ConstantTimeEq;
 
 use crate::config::{ClientKey, Config};
 use crate::counter::Counter;
+use crate::upstream::token_counters::TokenCount;
 
 /// All client keys. If empty, every client is admitted.
 #[derive(Debug)]
 pub(crate) struct Clients(Box<[Arc<Client>]>);
+
+/// The counts of one worker for a client.
+#[derive(Debug, Default)]
+pub(crate) struct ClientLane {
+    /// Requests.
+    pub requests: Counter,
+    /// Input, cached, output and reasoning tokens.
+    pub tokens: [Counter; TokenCount::KINDS.len()],
+    /// What the answers cost, in nano-USD.
+    pub cost: Counter,
+}
+
+impl ClientLane {
+    /// The count of all answers.
+    pub(crate) fn spent(&self) -> TokenCount {
+        TokenCount { tokens: std::array::from_fn(|i| self.tokens[i].get()), cost: self.cost.get() }
+    }
+
+    /// Adds the count of an answer.
+    pub(crate) fn spend(&self, count: &TokenCount) {
+        self.tokens.iter().zip(count.tokens).for_each(|(counter, n)| counter.add(n));
+        self.cost.add(count.cost);
+    }
+}
 
 /// A client key.
 #[derive(Debug)]
 pub(crate) struct Client {
     /// The configuration of the key.
     pub conf: ClientKey,
-    /// Number of requests with this key, one counter per worker.
-    pub lanes: Arc<[CachePadded<Counter>]>,
+    /// The counts of the key, one lane per worker.
+    pub lanes: Arc<[CachePadded<ClientLane>]>,
 }
 
 impl Clients {

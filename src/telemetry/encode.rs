@@ -30,6 +30,12 @@ impl Encoder {
         self.out.push('\n');
     }
 
+    /// Writes one sample with a value in billionths, without rounding.
+    pub(crate) fn billionths(&mut self, name: &str, labels: &[Label<'_>], value: u64) {
+        self.series(name, "", labels, None);
+        let _ = writeln!(self.out, "{}.{:09}", value / 1_000_000_000, value % 1_000_000_000);
+    }
+
     /// Writes one sample with a fractional value.
     pub fn fraction(&mut self, name: &str, labels: &[Label<'_>], value: f64) {
         self.series(name, "", labels, None);

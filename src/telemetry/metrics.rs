@@ -14,9 +14,11 @@ use crate::policy::breaker::Status;
 use crate::policy::route::ConfiguredModel;
 use crate::protocol::Endpoint;
 use crate::telemetry::Telemetry;
-use crate::telemetry::clients::Clients;
+use crate::telemetry::clients::{ClientLane, Clients};
 use crate::telemetry::encode::Encoder;
 use crate::telemetry::phase::Phase;
+use crate::telemetry::token_metrics;
+use crate::telemetry::token_metrics::tokens_of_client;
 use crate::upstream::Upstream;
 use crate::upstream::counters::{BackendLane, NoAnswer, ResponseCounters, STATUSES};
 
@@ -44,6 +46,8 @@ pub(crate) struct Lane {
     disconnects: [Counter; Phase::ALL.len()],
     /// Requests sent to a backend although every candidate was ejected (panic).
     pub panic_picks: Counter,
+    /// The counts of requests without a client key.
+    pub anonymous: ClientLane,
 }
 
 impl Default for Lane {
@@ -57,6 +61,7 @@ impl Default for Lane {
             interrupted: Default::default(),
             disconnects: Default::default(),
             panic_picks: Counter::default(),
+            anonymous: ClientLane::default(),
         }
     }
 }
@@ -137,6 +142,8 @@ pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
     clients(&mut e, scrape.clients);
     backends(&mut e, scrape.backends);
     models(&mut e, scrape);
+    let anonymous = tokens_of_client(scrape.telemetry.lanes.iter().map(|lane| &lane.anonymous));
+    token_metrics::encode(&mut e, scrape.backends, scrape.clients, anonymous);
     process(&mut e);
     e.finish()
 }
@@ -271,7 +278,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
 fn clients(e: &mut Encoder, clients: &Clients) {
     e.family("zap_client_requests_total", "counter", "Requests by the client key that sent them.");
     for client in clients.iter() {
-        let n = sum(&client.lanes, |lane| lane.get());
+        let n = sum(&client.lanes, |lane| lane.requests.get());
         e.sample("zap_client_requests_total", &[("client", &client.conf.name)], n);
     }
 }

@@ -6,11 +6,15 @@ pub(crate) mod phase;
 
 pub(crate) mod metrics;
 
+pub(crate) mod token_metrics;
+
 pub(crate) mod encode;
 
 pub(crate) mod log;
 
 pub(crate) mod clients;
+
+pub(crate) mod meter;
 
 use std::cell::RefCell;
 use std::rc::Rc;

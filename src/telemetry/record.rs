@@ -15,15 +15,18 @@ use crate::code::Code;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::protocol::Endpoint;
+use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
 use crate::telemetry::clients::Client;
 use crate::telemetry::log::push_json;
+use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
 use crate::telemetry::phase::Phase;
 use crate::time::{MILLI, Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Passed;
+use crate::upstream::token_counters::TokenCount;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +141,10 @@ pub(crate) struct RequestRecord {
     pub first_byte: Option<Nanos>,
     /// Body bytes sent to the client.
     pub bytes: u64,
+    /// The meter of the answer; `None` if its tokens are not counted, or were counted.
+    pub meter: Option<Meter>,
+    /// What the answer used.
+    pub used: Option<Used>,
     /// The phase that the request is in.
     pub phase: Phase,
     /// How the request ended, as far as known.
@@ -176,6 +183,8 @@ impl RequestRecord {
             waited: 0,
             first_byte: None,
             bytes: 0,
+            meter: None,
+            used: None,
             phase: Phase::Body,
             end: End::ClientGone,
             is_suppressed: false,
@@ -217,6 +226,20 @@ impl RequestRecord {
             lane.count_response(self.endpoint, self.status);
             *self.recorder.panicked.borrow_mut() = Some((self.request_id.clone(), self.tries));
         }
+    }
+
+    /// Counts what the answer used. Called before the last byte goes to the client, so that its next request sees it.
+    pub(crate) fn settle(&mut self) {
+        let (Some(meter), Some(backend)) = (self.meter.take(), &self.backend) else { return };
+        let worker = self.recorder.worker;
+        let times = (self.started, clock::now());
+        let Some(used) = meter.settle(backend, &backend.lanes[worker], times) else { return };
+        let count = TokenCount::new(&used.usage, used.cost);
+        match &self.caller {
+            Caller::Known(client) => client.lanes[worker].spend(&count),
+            Caller::Anonymous | Caller::Unknown(_) => self.recorder.lane().anonymous.spend(&count),
+        }
+        self.used = Some(used);
     }
 
     /// Adds a wait in a queue.
@@ -294,9 +317,11 @@ impl RequestRecord {
             }
             out.push(']');
         }
+        out.push(']');
+        self.push_used(&mut out);
         let _ = write!(
             out,
-            "],\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
+            ",\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
             ms(self.queued.unwrap_or(0)),
             ms(self.first_byte.unwrap_or(total)),
             ms(total),
@@ -305,6 +330,33 @@ impl RequestRecord {
         );
         out
     }
+
+    /// Appends what the answer used.
+    fn push_used(&self, out: &mut String) {
+        out.push_str(",\"upstream_model\":");
+        push_json_or_null(out, self.used.as_ref().and_then(|used| used.model.as_deref()));
+        let Some(Used { usage, is_estimate, cost, first_content, .. }) = &self.used else {
+            return out.push_str(",\"tokens\":null,\"cost_usd\":null,\"ttft_ms\":null");
+        };
+        let Usage { input, cached, output, reasoning, .. } = usage;
+        let source = if *is_estimate { "estimate" } else { "provider" };
+        let _ = write!(
+            out,
+            ",\"tokens\":{{\"input\":{input},\"cached\":{cached},\"output\":{output},\"reasoning\":{reasoning},\"source\":\"{source}\"}},\"cost_usd\":{},\"ttft_ms\":",
+            usd(*cost)
+        );
+        match first_content {
+            Some(first) => {
+                let _ = write!(out, "{:.3}", first.saturating_sub(self.started) as f64 / MILLI as f64);
+            }
+            None => out.push_str("null"),
+        }
+    }
+}
+
+/// A number of nano-USD in USD, without rounding.
+pub(crate) fn usd(nano: u64) -> String {
+    format!("{}.{:09}", nano / 1_000_000_000, nano % 1_000_000_000)
 }
 
 /// Truncates a text from outside to at most 256 bytes.
@@ -341,6 +393,7 @@ impl Drop for RequestRecord {
         if std::thread::panicking() {
             self.record_panic();
         }
+        self.settle();
         let total = clock::now() - self.started;
         let lane = self.recorder.lane();
         if self.status == 0 {
@@ -358,7 +411,7 @@ impl Drop for RequestRecord {
             lane.queue_wait.record(queued);
         }
         if let Caller::Known(client) = &self.caller {
-            client.lanes[self.recorder.worker].add(1);
+            client.lanes[self.recorder.worker].requests.add(1);
         }
         lane.record_duration(self.endpoint, total);
         let log = &self.recorder.telemetry.log;

@@ -3,8 +3,9 @@
 use std::sync::OnceLock;
 
 use crate::code::Code;
-use crate::counter::{Counter, Histogram, REQUEST};
+use crate::counter::{Counter, Histogram, PER_TOKEN, REQUEST};
 use crate::protocol::Endpoint;
+use crate::upstream::token_counters::TokenCounters;
 
 /// Why a response with a good status was no answer, so that another target was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,14 @@ pub(crate) struct BackendLane {
     pub responses: ResponseCounters,
     /// Time from a request's arrival to the head of its response.
     pub first_byte: Histogram,
+    /// Time from a streamed request's arrival to the first content of its response.
+    pub first_token: Histogram,
+    /// Mean time between the output tokens of a streamed response.
+    pub per_output_token: Histogram,
+    /// The token counts of the responses, by model.
+    pub tokens: TokenCounters,
+    /// Responses whose token counts were estimated.
+    pub usage_missing: Counter,
     /// Retries, by the code of the failure that caused the retry.
     pub retries: [Counter; Code::ALL.len()],
     /// Failed tries, by the code of the failure.
@@ -52,6 +61,10 @@ impl Default for BackendLane {
         BackendLane {
             responses: ResponseCounters::default(),
             first_byte: Histogram::new(REQUEST),
+            first_token: Histogram::new(REQUEST),
+            per_output_token: Histogram::new(PER_TOKEN),
+            tokens: TokenCounters::default(),
+            usage_missing: Counter::default(),
             retries: std::array::from_fn(|_| Counter::default()),
             errors: std::array::from_fn(|_| Counter::default()),
             prelude_failovers: Default::default(),

@@ -22,6 +22,8 @@ mod rotation;
 
 pub(crate) mod counters;
 
+pub(crate) mod token_counters;
+
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -41,7 +43,9 @@ use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
 use crate::policy::queue::{Admission, Admitted, QueueFull};
 use crate::policy::quota::{Quota, QuotaTicket};
+use crate::policy::ratio::Ratios;
 use crate::protocol::Endpoint;
+use crate::protocol::usage::Usage;
 use crate::time::Nanos;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
@@ -106,6 +110,8 @@ pub(crate) struct BackendState {
     pub id: u64,
     /// Health, cooldowns and a refused key.
     pub breaker: Breaker,
+    /// Tokens per byte, by pair.
+    pub ratios: Ratios,
     /// Recent failures, for the strategy `least_loaded`.
     pub penalty: Penalty,
     /// Notified when a request has left the queue of the quota, or the limit has changed.
@@ -121,6 +127,7 @@ impl BackendState {
         BackendState {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             breaker: Breaker::new(),
+            ratios: Ratios::default(),
             penalty: Penalty::default(),
             quota_changed: Notify::new(),
             heard: AtomicU64::new(0),
@@ -218,6 +225,21 @@ impl Upstream {
             quota.set_limit(limit, now);
             self.state.quota_changed.notify_waiters();
         }
+    }
+
+    /// Whether the tokens of the backend's answers are counted.
+    pub(crate) fn is_metered(&self) -> bool {
+        true
+    }
+
+    /// Whether streamed requests ask for the token counts.
+    pub(crate) fn asks_for_usage(&self) -> bool {
+        false
+    }
+
+    /// What an answer cost, in nano-USD.
+    pub(crate) fn cost(&self, _model: Option<&str>, _usage: &Usage) -> u64 {
+        0
     }
 
     /// The name in labels, headers and logs.

@@ -1,0 +1,160 @@
+//! Running figures of each pair, a backend and a model: tokens per byte, and tokens of an answer.
+//!
+//! They estimate what an answer used whose provider does not say, and what a request will use. The table is bounded.
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use crate::policy::pair::KeyHasher;
+use crate::policy::sync::Mutex;
+use crate::protocol::usage::Usage;
+
+/// Most pairs of one backend. Beyond it, no further pairs are learnt.
+const MAX_PAIRS: usize = 1024;
+
+/// Answers after which the older half counts half.
+const MAX_ANSWERS: u64 = 128;
+
+/// Tokens of an answer of a pair without answers.
+const DEFAULT_OUTPUT: u64 = 512;
+
+/// Bytes of a token of a pair without answers.
+const DEFAULT_BYTES: u64 = 4;
+
+/// The lengths of a request and of its answer, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lengths {
+    /// The body of the request.
+    pub asked: u64,
+    /// The text of the answer.
+    pub text: u64,
+}
+
+/// The running figures of the pairs of one backend.
+#[derive(Debug, Default)]
+pub(crate) struct Ratios(Mutex<HashMap<u64, Ratio, BuildHasherDefault<KeyHasher>>>);
+
+/// Sums over the last answers of one pair.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ratio {
+    answers: u64,
+    asked: u64,
+    input: u64,
+    text: u64,
+    /// Output tokens of answers with text.
+    told: u64,
+    output: u64,
+    /// Whether requests must not ask for the token counts.
+    is_passive: bool,
+}
+
+impl Ratios {
+    /// Learns from an answer whose provider has told the token counts.
+    pub(crate) fn learn(&self, key: u64, lengths: Lengths, usage: &Usage) {
+        let mut all = self.0.lock();
+        if all.len() >= MAX_PAIRS && !all.contains_key(&key) {
+            return;
+        }
+        let ratio = all.entry(key).or_default();
+        if ratio.answers >= MAX_ANSWERS {
+            for sum in [
+                &mut ratio.answers,
+                &mut ratio.asked,
+                &mut ratio.input,
+                &mut ratio.text,
+                &mut ratio.told,
+                &mut ratio.output,
+            ] {
+                *sum /= 2;
+            }
+        }
+        let add = |sum: &mut u64, n: u64| *sum = sum.saturating_add(n);
+        add(&mut ratio.answers, 1);
+        add(&mut ratio.asked, lengths.asked);
+        add(&mut ratio.input, usage.input);
+        add(&mut ratio.output, usage.output);
+        if lengths.text > 0 {
+            add(&mut ratio.text, lengths.text);
+            // Reasoning that is not shown has no text.
+            add(&mut ratio.told, usage.output);
+        }
+    }
+
+    /// Estimates the token counts of an answer, or of a request without one.
+    pub(crate) fn estimate(&self, key: u64, lengths: Lengths) -> Usage {
+        let ratio = self.ratio(key);
+        let tokens = |bytes: u64, of: u64, per: u64| match per {
+            0 => bytes.div_ceil(DEFAULT_BYTES),
+            per => {
+                let tokens = u128::from(bytes) * u128::from(of);
+                u64::try_from(tokens.div_ceil(u128::from(per))).unwrap_or(u64::MAX)
+            }
+        };
+        Usage {
+            input: tokens(lengths.asked, ratio.input, ratio.asked),
+            output: tokens(lengths.text, ratio.told, ratio.text),
+            ..Usage::default()
+        }
+    }
+
+    /// The mean number of output tokens of an answer.
+    pub(crate) fn mean_output(&self, key: u64) -> u64 {
+        let Ratio { answers, output, .. } = self.ratio(key);
+        if answers == 0 { DEFAULT_OUTPUT } else { output.div_ceil(answers) }
+    }
+
+    /// Whether requests to the pair must not ask for the token counts.
+    pub(crate) fn is_passive(&self, key: u64) -> bool {
+        self.ratio(key).is_passive
+    }
+
+    /// Records that the pair refuses requests that ask for the token counts.
+    pub(crate) fn set_passive(&self, key: u64) {
+        let mut all = self.0.lock();
+        if all.len() < MAX_PAIRS || all.contains_key(&key) {
+            all.entry(key).or_default().is_passive = true;
+        }
+    }
+
+    fn ratio(&self, key: u64) -> Ratio {
+        self.0.lock().get(&key).copied().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(input: u64, output: u64) -> Usage {
+        Usage { input, output, ..Usage::default() }
+    }
+
+    #[test]
+    fn estimates_by_the_answers_of_the_pair() {
+        let ratios = Ratios::default();
+        assert_eq!(ratios.estimate(1, Lengths { asked: 9, text: 4 }), usage(3, 1));
+        assert_eq!(ratios.mean_output(1), 512);
+        ratios.learn(1, Lengths { asked: 300, text: 100 }, &usage(100, 50));
+        ratios.learn(1, Lengths { asked: 100, text: 0 }, &usage(100, 10));
+        assert_eq!(ratios.estimate(1, Lengths { asked: 10, text: 10 }), usage(5, 5));
+        assert_eq!((ratios.mean_output(1), ratios.mean_output(2)), (30, 512));
+        for _ in 0..10 * MAX_ANSWERS {
+            ratios.learn(1, Lengths { asked: 100, text: 100 }, &usage(10, 20));
+        }
+        assert_eq!(ratios.estimate(1, Lengths { asked: 1000, text: 1000 }), usage(100, 200));
+        ratios.learn(1, Lengths { asked: u64::MAX, text: u64::MAX }, &usage(u64::MAX, u64::MAX));
+        ratios.learn(1, Lengths { asked: u64::MAX, text: u64::MAX }, &usage(u64::MAX, u64::MAX));
+        assert!(ratios.estimate(1, Lengths { asked: u64::MAX, text: 0 }).input > 0);
+    }
+
+    #[test]
+    fn the_table_is_bounded() {
+        let ratios = Ratios::default();
+        for key in 0..2 * MAX_PAIRS as u64 {
+            ratios.learn(key, Lengths { asked: 4, text: 4 }, &usage(4, 4));
+            ratios.set_passive(key);
+        }
+        assert_eq!(ratios.0.lock().len(), MAX_PAIRS);
+        assert!(ratios.is_passive(0) && !ratios.is_passive(2 * MAX_PAIRS as u64 - 1));
+    }
+}

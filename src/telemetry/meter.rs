@@ -1,0 +1,83 @@
+//! What the answer to one request used: told by its provider, or estimated.
+
+use std::sync::{Arc, LazyLock};
+
+use crate::policy::ratio::Lengths;
+use crate::protocol::endpoint::Metering;
+use crate::protocol::usage::Usage;
+use crate::time::Nanos;
+use crate::upstream::Upstream;
+use crate::upstream::counters::BackendLane;
+use crate::upstream::token_counters::TokenCount;
+
+/// The label of models that the configuration does not name.
+pub(crate) static OTHER_MODEL: LazyLock<Arc<str>> = LazyLock::new(|| "other".into());
+
+/// The meter of an answer that is being delivered.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    /// The key of the model that the backend was sent.
+    pub key: u64,
+    /// The model as a label: the name that was asked for if the configuration knows it, else [`OTHER_MODEL`].
+    pub label: Arc<str>,
+    /// The model that the backend was sent.
+    pub model: Option<Arc<str>>,
+    /// What can be known of the answer's tokens.
+    pub metering: Metering,
+    /// The lengths of the request and of the answer so far.
+    pub lengths: Lengths,
+    /// The token counts that the provider has told.
+    pub usage: Option<Usage>,
+    /// When the first content came; only of a stream.
+    pub first_content: Option<Nanos>,
+}
+
+/// What an answer used.
+#[derive(Clone, Debug)]
+pub(crate) struct Used {
+    /// The token counts.
+    pub usage: Usage,
+    /// Whether they are an estimate.
+    pub is_estimate: bool,
+    /// The cost in nano-USD.
+    pub cost: u64,
+    /// The model that the backend was sent.
+    pub model: Option<Arc<str>>,
+    /// When the first content came; only of a stream.
+    pub first_content: Option<Nanos>,
+}
+
+impl Meter {
+    /// Ends the metering at `now`, and counts what the answer used at its backend. `started`: when the request arrived.
+    /// `None` if nothing is known of it.
+    pub(crate) fn settle(
+        self,
+        upstream: &Upstream,
+        lane: &BackendLane,
+        (started, now): (Nanos, Nanos),
+    ) -> Option<Used> {
+        let Meter { key, label, model, metering, lengths, usage, first_content } = self;
+        let ratios = &upstream.state.ratios;
+        let (usage, is_estimate) = match (usage, metering) {
+            (Some(usage), _) => {
+                ratios.learn(key, lengths, &usage);
+                (usage, false)
+            }
+            (None, Metering::Told) => return None,
+            (None, Metering::Input) => (ratios.estimate(key, Lengths { text: 0, ..lengths }), true),
+            (None, Metering::Full) => (ratios.estimate(key, lengths), true),
+        };
+        let cost = upstream.cost(model.as_deref(), &usage);
+        lane.tokens.add(&label, &TokenCount::new(&usage, cost));
+        if is_estimate {
+            lane.usage_missing.add(1);
+        }
+        if let Some(first) = first_content {
+            lane.first_token.record(first.saturating_sub(started));
+            if usage.output > 1 {
+                lane.per_output_token.record(now.saturating_sub(first) / (usage.output - 1));
+            }
+        }
+        Some(Used { usage, is_estimate, cost, model, first_content })
+    }
+}

@@ -1,0 +1,97 @@
+//! The metrics of tokens and money.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::counter::{PER_TOKEN, REQUEST, Total};
+use crate::telemetry::clients::{ClientLane, Clients};
+use crate::telemetry::encode::Encoder;
+use crate::upstream::Upstream;
+use crate::upstream::token_counters::TokenCount;
+
+/// The label of requests without a client key.
+const ANONYMOUS: &str = "anonymous";
+
+/// The token counts of all workers for one backend, by model.
+pub(crate) fn tokens_of(upstream: &Upstream) -> BTreeMap<Arc<str>, TokenCount> {
+    let mut totals = BTreeMap::new();
+    upstream.lanes.iter().for_each(|lane| lane.tokens.add_to(&mut totals));
+    totals
+}
+
+/// The token count of all workers for one client.
+pub(crate) fn tokens_of_client<'l>(lanes: impl Iterator<Item = &'l ClientLane>) -> TokenCount {
+    let mut total = TokenCount::default();
+    lanes.for_each(|lane| total.add(&lane.spent()));
+    total
+}
+
+/// Writes the metrics of tokens and money. `anonymous`: the count of requests without a client key.
+pub(super) fn encode(e: &mut Encoder, backends: &[Arc<Upstream>], clients: &Clients, anonymous: TokenCount) {
+    of_backends(e, backends);
+    of_clients(e, clients, anonymous);
+}
+
+fn of_backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
+    let totals: Vec<_> = backends.iter().map(|b| (b.name(), tokens_of(b))).collect();
+    let by_model = || totals.iter().flat_map(|(b, models)| models.iter().map(|(model, n)| (*b, &**model, n)));
+    e.family(
+        "zap_tokens_total",
+        "counter",
+        "Tokens of the responses of a backend by model, as the provider counted them or as estimated; cached is part of input, reasoning of output.",
+    );
+    for (backend, model, count) in by_model() {
+        for (kind, n) in TokenCount::KINDS.into_iter().zip(count.tokens) {
+            e.sample("zap_tokens_total", &[("backend", backend), ("model", model), ("type", kind)], n);
+        }
+    }
+    e.family("zap_cost_usd_total", "counter", "Cost of the responses of a backend by model, by its prices.");
+    for (backend, model, count) in by_model() {
+        e.billionths("zap_cost_usd_total", &[("backend", backend), ("model", model)], count.cost);
+    }
+    e.family(
+        "zap_usage_missing_total",
+        "counter",
+        "Responses whose tokens were estimated, since the provider did not tell them.",
+    );
+    for b in backends {
+        let n = b.lanes.iter().map(|lane| lane.usage_missing.get()).sum();
+        e.sample("zap_usage_missing_total", &[("backend", b.name())], n);
+    }
+    e.family(
+        "zap_time_to_first_token_seconds",
+        "histogram",
+        "Time from a streamed request's arrival to the first content of its response.",
+    );
+    for b in backends {
+        let total = Total::of(REQUEST, b.lanes.iter().map(|lane| &lane.first_token));
+        e.histogram("zap_time_to_first_token_seconds", &[("backend", b.name())], &total);
+    }
+    e.family(
+        "zap_time_per_output_token_seconds",
+        "histogram",
+        "Mean time between two output tokens of a streamed response.",
+    );
+    for b in backends {
+        let total = Total::of(PER_TOKEN, b.lanes.iter().map(|lane| &lane.per_output_token));
+        e.histogram("zap_time_per_output_token_seconds", &[("backend", b.name())], &total);
+    }
+}
+
+fn clients(e: &mut Encoder, scrape: &Scrape<'_>) {
+    let known = scrape
+        .clients
+        .iter()
+        .map(|client| (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane))));
+    let all: Vec<_> = known.chain([(ANONYMOUS, anonymous)]).collect();
+    e.family("zap_client_tokens_total", "counter", "Tokens of the responses to a client key.");
+    for (client, count) in &all {
+        for (kind, n) in TokenCount::KINDS.into_iter().zip(count.tokens) {
+            e.sample("zap_client_tokens_total", &[("client", client), ("type", kind)], n);
+        }
+    }
+    e.family("zap_client_cost_usd_total", "counter", "Cost of the responses to a client key.");
+    for (client, count) in &all {
+        e.billionths("zap_client_cost_usd_total", &[("client", client)], count.cost);
+    }
+}

@@ -1,0 +1,56 @@
+//! The token counters of one worker for one backend, by model.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::protocol::usage::Usage;
+
+/// The token counts of answers, and what they cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TokenCount {
+    /// Input, cached, output and reasoning tokens.
+    pub tokens: [u64; 4],
+    /// The cost in nano-USD.
+    pub cost: u64,
+}
+
+impl TokenCount {
+    /// The kinds of tokens, in the order of [`tokens`](Self::tokens).
+    pub(crate) const KINDS: [&str; 4] = ["input", "cached", "output", "reasoning"];
+
+    /// The count of one answer, which cost so many nano-USD.
+    pub(crate) fn new(usage: &Usage, cost: u64) -> Self {
+        TokenCount { tokens: [usage.input, usage.cached, usage.output, usage.reasoning], cost }
+    }
+
+    /// Adds another count.
+    pub(crate) fn add(&mut self, other: &TokenCount) {
+        self.tokens.iter_mut().zip(other.tokens).for_each(|(n, more)| *n = n.wrapping_add(more));
+        self.cost = self.cost.wrapping_add(other.cost);
+    }
+}
+
+/// The token counts of one worker for one backend, by model. The names come from the configuration. Only a scrape contends
+/// for the lock.
+#[derive(Debug, Default)]
+pub(crate) struct TokenCounters(Mutex<HashMap<Arc<str>, TokenCount>>);
+
+impl TokenCounters {
+    /// Adds the count of an answer of `model`.
+    pub(crate) fn add(&self, model: &Arc<str>, count: &TokenCount) {
+        let mut all = self.0.lock();
+        match all.get_mut(model) {
+            Some(known) => known.add(count),
+            None => drop(all.insert(model.clone(), *count)),
+        }
+    }
+
+    /// Adds all counts to `totals`.
+    pub(crate) fn add_to(&self, totals: &mut BTreeMap<Arc<str>, TokenCount>) {
+        for (model, count) in &*self.0.lock() {
+            totals.entry(model.clone()).or_default().add(count);
+        }
+    }
+}
