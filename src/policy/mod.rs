@@ -6,6 +6,8 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod use_order;
+
 pub(crate) mod limit;
 
 pub(crate) mod route;
