@@ -10,6 +10,8 @@ mod use_order;
 
 pub(crate) mod limit;
 
+pub(crate) mod token_window;
+
 pub(crate) mod route;
 
 pub(crate) mod near;
