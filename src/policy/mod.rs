@@ -12,6 +12,8 @@ pub(crate) mod limit;
 
 pub(crate) mod token_window;
 
+pub(crate) mod reservation;
+
 pub(crate) mod route;
 
 pub(crate) mod near;
