@@ -14,6 +14,8 @@ pub(crate) mod token_window;
 
 pub(crate) mod reservation;
 
+pub(crate) mod prices;
+
 pub(crate) mod route;
 
 pub(crate) mod near;
