@@ -16,6 +16,8 @@ pub(crate) mod reservation;
 
 pub(crate) mod prices;
 
+pub(crate) mod spend;
+
 pub(crate) mod route;
 
 pub(crate) mod near;
