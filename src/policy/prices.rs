@@ -1,0 +1,244 @@
+//! What an answer costs: prices by model, in integers.
+//!
+//! A price of USD per million tokens with at most six decimals is a whole number of pico-USD (10^-12 USD) a token. Costs
+//! are whole nano-USD (10^-9 USD), rounded half up once per answer; sums of costs are therefore exact.
+
+use std::collections::HashMap;
+
+use crate::protocol::usage::Usage;
+
+/// The largest amount that [`Price::of_f64`] accepts, in millionths: a `f64` holds six decimals of it exactly.
+const MAX_MICROS: f64 = 1e15;
+
+/// The prices of a model, in pico-USD a token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Price {
+    /// Of an input token that the provider's cache had no part in.
+    pub input: u64,
+    /// Of an input token that was read from the provider's cache.
+    pub cached: u64,
+    /// Of an input token that was written to the provider's cache.
+    pub cache_write: u64,
+    /// Of an output token.
+    pub output: u64,
+}
+
+impl Price {
+    /// Reads a decimal number such as `2.50`, exactly. Returns it in millionths: of USD per million tokens, that is
+    /// pico-USD a token. `None` if the text is no plain decimal number, has more than six decimals or is too large.
+    pub(crate) fn parse_usd(text: &str) -> Option<u64> {
+        let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+        let is_number = |digits: &str| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+        if !is_number(whole) || !is_number(fraction) || fraction.len() > 6 {
+            return None;
+        }
+        let scale = 10u64.pow(6 - fraction.len() as u32);
+        let micros = fraction.parse::<u64>().ok()? * scale;
+        whole.parse::<u64>().ok()?.checked_mul(1_000_000)?.checked_add(micros)
+    }
+
+    /// Converts a number as [`parse_usd`](Self::parse_usd) does. `None` if it is not the `f64` nearest to a decimal
+    /// number with at most six decimals, is negative, or is above 10^9.
+    pub(crate) fn of_f64(usd: f64) -> Option<u64> {
+        let micros = (usd * 1e6).round();
+        // The quotient is the `f64` nearest to the decimal number, as a parser would have read it.
+        ((0.0..=MAX_MICROS).contains(&micros) && micros / 1e6 == usd).then_some(micros as u64)
+    }
+
+    /// Returns the cost of an answer, in nano-USD, rounded half up; `u64::MAX` if it is larger.
+    pub(crate) fn cost(&self, usage: &Usage) -> u64 {
+        let cached = usage.cached.min(usage.input);
+        let written = usage.cache_write.min(usage.input - cached);
+        let parts = [
+            (usage.input - cached - written, self.input),
+            (cached, self.cached),
+            (written, self.cache_write),
+            (usage.output, self.output),
+        ];
+        let pico = parts
+            .iter()
+            .fold(0u128, |sum, (tokens, price)| sum.saturating_add(u128::from(*tokens) * u128::from(*price)));
+        u64::try_from(pico.saturating_add(500) / 1_000).unwrap_or(u64::MAX)
+    }
+}
+
+/// The prices of a backend, by model as sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PriceTable {
+    exact: HashMap<Box<str>, Price>,
+    /// The names with a trailing `*`, without it. Longest first.
+    prefixes: Vec<(Box<str>, Price)>,
+}
+
+impl PriceTable {
+    /// Creates a table from names. A trailing `*` stands for the rest of a name; `*` alone matches all models.
+    pub(crate) fn new<'a>(prices: impl IntoIterator<Item = (&'a str, Price)>) -> Self {
+        let mut table = PriceTable::default();
+        for (name, price) in prices {
+            match name.strip_suffix('*') {
+                Some(prefix) => table.prefixes.push((prefix.into(), price)),
+                None => drop(table.exact.insert(name.into(), price)),
+            }
+        }
+        table.prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
+        table
+    }
+
+    /// Returns the price of `model`: of its own name, else of the longest prefix that matches.
+    pub(crate) fn price(&self, model: &str) -> Option<&Price> {
+        let prefix = || self.prefixes.iter().find(|(prefix, _)| model.starts_with(&**prefix));
+        self.exact.get(model).or_else(|| prefix().map(|(_, price)| price))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn reads_decimal_text_exactly() {
+        for (text, want) in [
+            ("0", Some(0)),
+            ("2.50", Some(2_500_000)),
+            ("10.0", Some(10_000_000)),
+            ("15", Some(15_000_000)),
+            ("0.075", Some(75_000)),
+            ("0.000001", Some(1)),
+            ("007.1", Some(7_100_000)),
+            ("18446744073709.551615", Some(u64::MAX)),
+            ("18446744073709.551616", None),
+            ("99999999999999999999999", None),
+            ("0.0000001", None),
+            ("0.0000000", None),
+            ("", None),
+            (".", None),
+            (".5", None),
+            ("5.", None),
+            ("1.2.3", None),
+            ("-1", None),
+            ("+1", None),
+            ("1e3", None),
+            ("1_000", None),
+            (" 1", None),
+            ("1,5", None),
+            ("٣", None),
+            ("inf", None),
+        ] {
+            assert_eq!(Price::parse_usd(text), want, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn converts_only_numbers_with_six_decimals() {
+        for (usd, want) in [
+            (0.0, Some(0)),
+            (-0.0, Some(0)),
+            (2.5, Some(2_500_000)),
+            (0.1, Some(100_000)),
+            (0.000_001, Some(1)),
+            (0.1 + 0.2, None),
+            (0.000_000_1, None),
+            (1.234_567_8, None),
+            (1e9, Some(1_000_000_000_000_000)),
+            (1e9 + 1.0, None),
+            (-0.000_001, None),
+            (-1.0, None),
+            (f64::NAN, None),
+            (f64::INFINITY, None),
+        ] {
+            assert_eq!(Price::of_f64(usd), want, "{usd}");
+        }
+    }
+
+    const PRICE: Price =
+        Price { input: 2_500_000, cached: 1_250_000, cache_write: 3_125_000, output: 10_000_000 };
+
+    #[test]
+    fn each_kind_of_token_costs_its_own_price() {
+        let usage =
+            |input, cached, cache_write, output| Usage { input, cached, cache_write, output, reasoning: 0 };
+        for (tokens, want) in [
+            (usage(0, 0, 0, 0), 0),
+            (usage(1_000, 0, 0, 100), 2_500_000 + 1_000_000),
+            (usage(1_000, 400, 0, 0), 1_500_000 + 500_000),
+            (usage(1_000, 400, 100, 0), 1_250_000 + 500_000 + 312_500),
+            (usage(1, 0, 1, 0), 3_125),
+            (usage(10, 20, 5, 0), 12_500),
+            (usage(10, 5, 20, 0), 6_250 + 15_625),
+            (usage(u64::MAX, 0, 0, u64::MAX), u64::MAX),
+        ] {
+            assert_eq!(PRICE.cost(&tokens), want, "{tokens:?}");
+        }
+        let reasoning = Usage { output: 5, reasoning: 5, ..Usage::default() };
+        assert_eq!(PRICE.cost(&reasoning), 50_000, "reasoning tokens are output tokens");
+    }
+
+    #[test]
+    fn a_cost_is_rounded_half_up_once() {
+        let cost = |input, output| {
+            let price = Price { input: 250, output: 249, ..Price::default() };
+            price.cost(&Usage { input, output, ..Usage::default() })
+        };
+        for (input, output, want) in [(1, 0, 0), (2, 0, 1), (0, 2, 0), (1, 1, 0), (6, 0, 2), (5, 1, 1)] {
+            assert_eq!(cost(input, output), want, "{input} {output}");
+        }
+        let most = Price { input: u64::MAX, cached: u64::MAX, cache_write: u64::MAX, output: u64::MAX };
+        assert_eq!(most.cost(&Usage { input: u64::MAX, output: u64::MAX, ..Usage::default() }), u64::MAX);
+    }
+
+    #[test]
+    fn the_exact_name_wins_then_the_longest_prefix() {
+        let price = |input| Price { input, ..Price::default() };
+        let names = ["gpt-4o*", "*", "gpt-4o-mini", "gpt-4o-mini*", "gpt-*", "a*b"];
+        let table = PriceTable::new(names.into_iter().zip((1..).map(price)));
+        for (model, want) in [
+            ("gpt-4o", 1),
+            ("gpt-4o-2024-08-06", 1),
+            ("gpt-4o-mini", 3),
+            ("gpt-4o-mini-2", 4),
+            ("gpt-5", 5),
+            ("gpt", 2),
+            ("", 2),
+            ("a*b", 6),
+            ("axb", 2),
+        ] {
+            assert_eq!(table.price(model).map(|p| p.input), Some(want), "{model:?}");
+        }
+        assert_eq!(PriceTable::new([("gpt-4o", PRICE)]).price("gpt-4"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn text_and_number_agree(micros in 0u64..1_000_000_000_000_000, decimals in 0u32..=6) {
+            let scale = 10u64.pow(6 - decimals);
+            let micros = micros / scale * scale;
+            let (whole, fraction) = (micros / 1_000_000, format!("{:06}", micros % 1_000_000));
+            let fraction = &fraction[..decimals as usize];
+            let text = if decimals == 0 { whole.to_string() } else { format!("{whole}.{fraction}") };
+            prop_assert_eq!(Price::parse_usd(&text), Some(micros), "{}", text);
+            prop_assert_eq!(Price::of_f64(text.parse().unwrap()), Some(micros), "{}", text);
+        }
+
+        #[test]
+        fn text_never_panics_and_reads_as_it_is_written(text in "[0-9.]{0,26}|\\PC{0,8}") {
+            if let Some(micros) = Price::parse_usd(&text) {
+                let again = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
+                prop_assert_eq!(Price::parse_usd(&again), Some(micros));
+                prop_assert!((text.parse::<f64>().unwrap() - again.parse::<f64>().unwrap()).abs() <= f64::EPSILON * micros as f64);
+            }
+        }
+
+        #[test]
+        fn a_cost_is_within_half_a_nano_usd(input in 0u64..1 << 32, shares in (0u64..1 << 32, 0u64..1 << 32), output in 0u64..1 << 32) {
+            let usage = Usage { input, cached: shares.0, cache_write: shares.1, output, reasoning: 0 };
+            let price = Price { input: 7, cached: 3, cache_write: 11, output: 13 };
+            let cached = shares.0.min(input);
+            let written = shares.1.min(input - cached);
+            let pico = (input - cached - written) * 7 + cached * 3 + written * 11 + output * 13;
+            let (low, high) = (price.cost(&usage) * 1_000, pico + 500);
+            prop_assert!(low <= high && high < low + 1_000);
+        }
+    }
+}
