@@ -78,9 +78,8 @@ fn of_backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     }
 }
 
-fn clients(e: &mut Encoder, scrape: &Scrape<'_>) {
-    let known = scrape
-        .clients
+fn of_clients(e: &mut Encoder, clients: &Clients, anonymous: TokenCount) {
+    let known = clients
         .iter()
         .map(|client| (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane))));
     let all: Vec<_> = known.chain([(ANONYMOUS, anonymous)]).collect();
