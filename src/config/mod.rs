@@ -41,6 +41,7 @@ use ipnet::IpNet;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
 use crate::config::fault_sink::Sink;
+pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::policy::route::{Named, Pattern, Rule};
@@ -286,21 +287,6 @@ impl fmt::Debug for ClientKey {
     }
 }
 
-/// All faults of a configuration, in line order; never empty.
-///
-/// `Display` writes one fault per line: `FILE:LINE: what is wrong; what is allowed`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(Vec<String>);
-
-/// Why a configuration could not be loaded.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LoadError {
-    /// The file exists but cannot be read or has faults.
-    Invalid(Faults),
-    /// There is no file at this path.
-    Missing(PathBuf),
-}
-
 impl Config {
     /// Reads the file at `path`. Relative paths in it are relative to its
     /// directory; `${NAME}` comes from the environment of the process.
@@ -392,36 +378,6 @@ fn world_readable(path: &Path) -> bool {
 fn world_readable(_: &Path) -> bool {
     false
 }
-
-impl Faults {
-    /// The faults, one line each: `FILE:LINE: ...`.
-    pub fn lines(&self) -> &[String] {
-        &self.0
-    }
-
-    fn at_first_line(label: &str, what: &str) -> Self {
-        Self(vec![format!("{label}:1: the file {what}")])
-    }
-}
-
-impl fmt::Display for Faults {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("\n"))
-    }
-}
-
-impl std::error::Error for Faults {}
-
-impl fmt::Display for LoadError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Invalid(faults) => faults.fmt(f),
-            Self::Missing(path) => write!(f, "no configuration file at {}", path.display()),
-        }
-    }
-}
-
-impl std::error::Error for LoadError {}
 
 #[cfg(test)]
 mod tests;
