@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::config::Secret;
 use crate::config::expand::expand;
@@ -12,6 +12,7 @@ use crate::config::toml_reader::{Section, Text};
 
 pub(super) const IN_FLIGHT: Range<usize> = Range::new(1, 1_000_000);
 pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
+pub(super) const TOKENS_PER_MINUTE: Range<u64> = Range::new(1, 1_000_000_000_000);
 pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 /// Longest backend name, in bytes.
@@ -90,6 +91,26 @@ fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
             None
         }
     }
+}
+
+/// Reads `path` of `[ledger]`: a file that may not exist yet. Returns `None` if it is not set, or if it is not valid:
+/// then a fault is recorded.
+pub(super) fn ledger_path(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
+    let Text { value, line } = t.text("path")?;
+    let path = ctx.base.join(&value);
+    let found = match path.metadata() {
+        _ if value.is_empty() => "is empty".to_owned(),
+        _ if value.ends_with('/') => "is a directory".to_owned(),
+        Ok(found) if found.is_file() => return Some(path),
+        Ok(found) if found.is_dir() => "is a directory".to_owned(),
+        Ok(_) => "is not a regular file".to_owned(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Some(path),
+        // Only the kind is shown: the path could be a misplaced key.
+        Err(error) => format!("cannot be used ({})", error.kind()),
+    };
+    let allowed = "must be the path of a file, relative to the directory of the configuration";
+    t.fault(line, "path", &format!("{found}; {allowed}"));
+    None
 }
 
 /// Opens a regular file. Anything else is refused, since opening or reading it could block forever.

@@ -1,6 +1,23 @@
 //! The faults of a configuration file, each with its line.
 
 use std::cell::RefCell;
+use std::fmt;
+use std::path::PathBuf;
+
+/// All faults of a configuration, in line order; never empty.
+///
+/// `Display` writes one fault per line: `FILE:LINE: what is wrong; what is allowed`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(pub(super) Vec<String>);
+
+/// Why a configuration could not be loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LoadError {
+    /// The file exists but cannot be read or has faults.
+    Invalid(Faults),
+    /// There is no file at this path.
+    Missing(PathBuf),
+}
 
 /// Collects faults, each with its line.
 pub(super) struct Sink<'t> {
@@ -50,3 +67,33 @@ impl<'t> Sink<'t> {
         (line.max(1), before.map_or(0, |b| b.chars().count()) + 1)
     }
 }
+
+impl Faults {
+    /// The faults, one line each: `FILE:LINE: ...`.
+    pub fn lines(&self) -> &[String] {
+        &self.0
+    }
+
+    pub(super) fn at_first_line(label: &str, what: &str) -> Self {
+        Self(vec![format!("{label}:1: the file {what}")])
+    }
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for Faults {}
+
+impl fmt::Display for LoadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid(faults) => faults.fmt(f),
+            Self::Missing(path) => write!(f, "no configuration file at {}", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for LoadError {}

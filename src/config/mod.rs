@@ -8,18 +8,22 @@
 //! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys.
 //! - `suggest` guesses which known key an unknown key means.
-//! - `raw`, `backend`, `models` and `clients` name every key with its default and range.
+//! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
+//! - `charges` checks that what is limited by tokens or money can be read and priced.
 //! - `url` and `expand` each read one value.
 //! - `secret` keeps a key from being printed.
 //!
-//! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models` or `clients`.
+//! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or
+//! `money`.
 
 mod backend;
+mod charges;
 mod clients;
 mod common;
 mod expand;
 mod fault_sink;
 mod models;
+mod money;
 mod range;
 mod raw;
 mod secret;
@@ -41,6 +45,7 @@ use ipnet::IpNet;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
 use crate::config::fault_sink::Sink;
+pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::policy::route::{Named, Pattern, Rule};
@@ -77,6 +82,8 @@ pub struct Config {
     pub routes: Vec<Named>,
     /// `[[client_keys]]`: names and keys unique. If empty, every client is admitted.
     pub clients: Vec<ClientKey>,
+    /// `ledger.path`: the file that keeps what was used; the path is resolved. It may not exist yet. `None`: no ledger.
+    pub ledger: Option<PathBuf>,
     /// Settings that are allowed but unwise: one line each, without a newline.
     pub warnings: Vec<String>,
     /// The file that the configuration was read from, if any; a reload reads it again.
@@ -207,6 +214,8 @@ pub struct RateLimit {
     pub requests_per_minute: Option<u32>,
     /// The same per peer address; applies only if no client keys are configured.
     pub requests_per_minute_per_address: Option<u32>,
+    /// Tokens in any 60 s of a client key without its own limit, and of a credential if no client keys are configured.
+    pub tokens_per_minute: Option<u64>,
     /// Most client keys and addresses tracked at once.
     pub max_keys: usize,
 }
@@ -263,8 +272,48 @@ pub struct Backend {
     pub max_in_flight: Option<usize>,
     /// Quota of this backend: requests in any 60 s, at least 1.
     pub requests_per_minute: Option<u32>,
+    /// Quota of this backend: tokens in any 60 s, at least 1.
+    pub tokens_per_minute: Option<u64>,
+    /// How the usage of its answers is read; never [`UsageMode::Off`] where a limit or a budget needs it.
+    pub usage: UsageMode,
+    /// Prices by model as sent: (pattern, [input, cached, cache_write, output] in pico-USD a token). A pattern is a
+    /// name, or with a trailing `*` a prefix; no pattern is there twice.
+    pub prices: Vec<(String, [u64; 4])>,
+    /// Most that this backend may cost; every model that it may be sent has a price.
+    pub budget: Option<Budget>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
+}
+
+/// How the usage of a backend's answers is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UsageMode {
+    /// Read; a stream is asked for its usage where a limit, a budget or a price depends on it.
+    Auto,
+    /// Read; every stream is asked for its usage.
+    Inject,
+    /// Read; no request is changed.
+    Passive,
+    /// Not read.
+    Off,
+}
+
+/// A limit of what may be spent in a day or in a month.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// The limit in nano-USD, at least 1000.
+    pub nano_usd: u64,
+    /// The time that the limit is for.
+    pub per: Per,
+}
+
+/// The time after which a budget starts again at zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Per {
+    /// A day in UTC.
+    Day,
+    /// A month in UTC.
+    Month,
 }
 
 /// One `[[client_keys]]` entry.
@@ -276,6 +325,12 @@ pub struct ClientKey {
     pub digest: [u8; 32],
     /// Overrides `rate_limit.requests_per_minute`.
     pub requests_per_minute: Option<u32>,
+    /// Overrides `rate_limit.tokens_per_minute`: tokens in any 60 s, at least 1.
+    pub tokens_per_minute: Option<u64>,
+    /// Most requests of this client at once, at least 1.
+    pub max_in_flight: Option<usize>,
+    /// Most that this client may spend; every model that it may name has a price.
+    pub budget: Option<Budget>,
     /// The models that the client may name; `None`: all.
     pub models: Option<Vec<Pattern>>,
 }
@@ -284,21 +339,6 @@ impl fmt::Debug for ClientKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClientKey").field("name", &self.name).finish_non_exhaustive()
     }
-}
-
-/// All faults of a configuration, in line order; never empty.
-///
-/// `Display` writes one fault per line: `FILE:LINE: what is wrong; what is allowed`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(Vec<String>);
-
-/// Why a configuration could not be loaded.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LoadError {
-    /// The file exists but cannot be read or has faults.
-    Invalid(Faults),
-    /// There is no file at this path.
-    Missing(PathBuf),
 }
 
 impl Config {
@@ -392,36 +432,6 @@ fn world_readable(path: &Path) -> bool {
 fn world_readable(_: &Path) -> bool {
     false
 }
-
-impl Faults {
-    /// The faults, one line each: `FILE:LINE: ...`.
-    pub fn lines(&self) -> &[String] {
-        &self.0
-    }
-
-    fn at_first_line(label: &str, what: &str) -> Self {
-        Self(vec![format!("{label}:1: the file {what}")])
-    }
-}
-
-impl fmt::Display for Faults {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("\n"))
-    }
-}
-
-impl std::error::Error for Faults {}
-
-impl fmt::Display for LoadError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Invalid(faults) => faults.fmt(f),
-            Self::Missing(path) => write!(f, "no configuration file at {}", path.display()),
-        }
-    }
-}
-
-impl std::error::Error for LoadError {}
 
 #[cfg(test)]
 mod tests;

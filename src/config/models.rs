@@ -7,7 +7,7 @@ use crate::policy::near::nearest;
 use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
 
 /// The condition that a model name must meet, for messages; `more` is a further condition.
-fn must_be(more: &str) -> String {
+pub(super) fn must_be(more: &str) -> String {
     format!("must be 1 to {MAX_NAME} bytes without control characters{more}")
 }
 

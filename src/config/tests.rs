@@ -55,16 +55,22 @@ heartbeat_secs = 43
 [rate_limit]
 requests_per_minute = 18
 requests_per_minute_per_address = 24
+tokens_per_minute = 31
 max_keys = 19
 
 [log]
 requests = false
 events = "json"
 
+[ledger]
+path = "zap.db"
+
 [[client_keys]]
 name = "team"
 key = "sk-CANARY"
 requests_per_minute = 25
+tokens_per_minute = 29
+max_in_flight = 30
 models = ["smart", "gpt-*"]
 
 [[client_keys]]
@@ -94,6 +100,10 @@ models = { "z*" = "own/*", "a" = "b" }
 priority = 20
 max_in_flight = 21
 requests_per_minute = 22
+tokens_per_minute = 28
+usage = "inject"
+prices = { "own/*" = { input = 2.50, cached = 1.25, cache_write = 3, output = 10.0 }, "*" = { input = 1e-6, output = 0 } }
+budget = { usd = 0.5, per = "day" }
 
 [[backends]]
 url = "http://[::1]:${PORT}"
@@ -209,7 +219,8 @@ fn keys_that_are_not_set_have_their_defaults() {
     assert_eq!(c.timeouts.stream_idle, secs(120));
     assert_eq!((c.timeouts.first_byte, c.timeouts.first_token), (secs(60), secs(0)));
     assert_eq!((c.stream.hold, c.stream.heartbeat), (secs(10), secs(30)));
-    assert_eq!(c.rate_limit.requests_per_minute, None);
+    assert_eq!((c.rate_limit.requests_per_minute, c.rate_limit.tokens_per_minute), (None, None));
+    assert_eq!(c.ledger, None);
     assert_eq!(c.rate_limit.max_keys, 100_000);
     assert!(c.log.requests);
     assert_eq!(c.log.events, LogFormat::Text);
@@ -229,6 +240,10 @@ fn keys_that_are_not_set_have_their_defaults() {
         ca_file: None,
         max_in_flight: None,
         requests_per_minute: None,
+        tokens_per_minute: None,
+        usage: UsageMode::Auto,
+        prices: vec![],
+        budget: None,
         forward_authorization: false,
     };
     assert_eq!(c.backends, [backend]);
@@ -268,10 +283,14 @@ fn every_key_is_read() {
         c.clients[0].requests_per_minute.unwrap().into(),
         c.routes[0].targets[1].weight.unwrap().into(),
         c.routes[0].targets[1].priority.unwrap().into(),
+        c.backends[0].tokens_per_minute.unwrap(),
+        c.clients[0].tokens_per_minute.unwrap(),
+        c.clients[0].max_in_flight.unwrap() as u64,
+        c.rate_limit.tokens_per_minute.unwrap(),
     ];
     let expected = [
         3, 1024, 5, 0, 7, 0, 8, 9, 10, 11, 12, 13, 14, 0, 15, 15, 0, 16, 17, 18, 19, 1000, 20, 21, 22, 23,
-        24, 25, 26, 27,
+        24, 25, 26, 27, 28, 29, 30, 31,
     ];
     assert_eq!(numbers, expected);
     assert_eq!(
@@ -313,6 +332,18 @@ fn every_key_is_read() {
     assert_eq!(c.backends[1].url.authority, "[::1]:9000");
     assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
     assert!(c.backends[2].forward_authorization);
+    let modes: Vec<_> = c.backends.iter().map(|b| b.usage).collect();
+    assert_eq!(modes, [UsageMode::Inject, UsageMode::Auto, UsageMode::Auto]);
+    let prices = [
+        ("own/*".to_owned(), [2_500_000, 1_250_000, 3_000_000, 10_000_000]),
+        ("*".to_owned(), [1, 1, 1, 0]), //
+    ];
+    assert_eq!(c.backends[0].prices, prices);
+    assert_eq!(c.backends[0].budget, Some(Budget { nano_usd: 500_000_000, per: Per::Day }));
+    let other = &c.clients[1];
+    assert_eq!((other.tokens_per_minute, other.max_in_flight, other.budget), (None, None, None));
+    assert_eq!(c.ledger, Some(PathBuf::from("/nonexistent/zap.db")));
+    assert!(c.warnings.is_empty());
     assert!(!format!("{c:?}").contains("CANARY"));
 }
 
@@ -360,7 +391,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
             "\"sk-CANARY\" = 1",
             "1: unknown key at the top level; \
              must be one of `server`, `queue`, `load_balancer`, `health`, `retry`, `timeouts`, `stream`, `rate_limit`, \
-             `log`, `backends`, `models`, `client_keys`",
+             `log`, `ledger`, `backends`, `models`, `client_keys`",
         ),
         ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),
         (
@@ -466,6 +497,24 @@ config.toml:4: `client_keys.sha256` is set and `key` is set; must be only one of
             "[rate_limit]\nrequests_per_minute = 0",
             "2: `rate_limit.requests_per_minute` is 0; must be from 1 to 4294967295",
         ),
+        (
+            "[rate_limit]\ntokens_per_minute = 0",
+            "2: `rate_limit.tokens_per_minute` is 0; must be from 1 to 1000000000000",
+        ),
+        ("[ledger]\npath = 1", "2: `ledger.path` is an integer; must be a string"),
+        ("[ledger]\npaht = \"a\"", "2: unknown key `ledger.paht`; did you mean `path`?"),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\ntokens_per_minute = 1000000000001",
+            "4: `client_keys.tokens_per_minute` is 1000000000001; must be from 1 to 1000000000000",
+        ),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\nmax_in_flight = 0",
+            "4: `client_keys.max_in_flight` is 0; must be from 1 to 1000000",
+        ),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\nbudget = { usd = 5, per = \"week\" }",
+            "4: `client_keys.budget.per` is \"week\"; must be one of \"day\", \"month\"",
+        ),
         ("[log]\nrequests = 1", "2: `log.requests` is an integer; must be `true` or `false`"),
         ("[log]\nevents = \"xml\"", "2: `log.events` is \"xml\"; must be one of \"text\", \"json\""),
     ] {
@@ -490,6 +539,14 @@ fn faults_of_backends_name_the_line_and_never_show_a_secret() {
         ),
         ("priority = 1001", "`backends.priority` is 1001; must be from 0 to 1000".to_owned()),
         ("max_in_flight = 0", "`backends.max_in_flight` is 0; must be from 1 to 1000000".to_owned()),
+        (
+            "tokens_per_minute = 0",
+            "`backends.tokens_per_minute` is 0; must be from 1 to 1000000000000".to_owned(),
+        ),
+        (
+            "usage = \"on\"",
+            "`backends.usage` is \"on\"; must be one of \"auto\", \"inject\", \"passive\", \"off\"".to_owned(),
+        ),
         (
             "api_key = 7",
             "`backends.api_key` is an integer; must be a string or `{ file = \"path\" }`".to_owned(),
@@ -811,6 +868,30 @@ fn a_world_readable_key_causes_a_warning() {
         let config = Config::load(&path).unwrap();
         assert_eq!(config.warnings.len(), warnings, "{key} {mode:o}");
         assert!(!config.warnings.concat().contains("CANARY"));
+    }
+}
+
+#[test]
+fn the_path_of_the_ledger_is_relative_and_must_be_able_to_become_a_file() {
+    let directory = Directory::new("ledger");
+    directory.write("old.db", "");
+    let read = |path: &str| {
+        let text = format!("[ledger]\npath = \"{path}\"\n{BACKEND}");
+        Config::parse(&text, "f", &directory.0, &env).map_err(|faults| faults.to_string())
+    };
+    for path in ["new.db", "old.db", "sub/zap.db"] {
+        assert_eq!(read(path).unwrap().ledger, Some(directory.0.join(path)), "{path}");
+    }
+    for (path, what) in [
+        ("", "is empty"),
+        (".", "is a directory"),
+        ("sk-CANARY/", "is a directory"),
+        ("/dev/null", "is not a regular file"),
+        ("old.db/zap.db", "cannot be used (not a directory)"),
+    ] {
+        let allowed = "must be the path of a file, relative to the directory of the configuration";
+        let expected = format!("f:2: `ledger.path` {what}; {allowed}");
+        assert_eq!(read(path).unwrap_err(), expected, "{path}");
     }
 }
 

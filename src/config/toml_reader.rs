@@ -33,9 +33,9 @@ pub(super) struct Section<'s, 'i> {
 }
 
 /// The value of one key, removed from its table.
-struct Field<'i> {
-    value: DeValue<'i>,
-    line: usize,
+pub(super) struct Field<'i> {
+    pub(super) value: DeValue<'i>,
+    pub(super) line: usize,
 }
 
 /// Reads the text of `sink`. Returns `None` if the text is not TOML: then the syntax errors are recorded.
@@ -203,15 +203,28 @@ impl<'s, 'i> Section<'s, 'i> {
         key: &'static str,
         read: impl FnOnce(&mut Section<'s, '_>) -> R,
     ) -> R {
-        let (table, line) = match self.take(key) {
-            Some(Field { value: DeValue::Table(table), line }) => (table, line),
-            Some(Field { value, line }) => {
-                self.wrong_type(line, key, &value, "a table");
-                (DeTable::new(), line)
-            }
-            None => (DeTable::new(), self.line),
-        };
+        let (table, line) = self.table(key).unwrap_or((DeTable::new(), self.line));
         self.child(key, table, line, read)
+    }
+
+    /// Reads an optional table. Returns `None` if it is not set, or if it is not a table: then a fault is recorded.
+    pub(super) fn optional_section<R>(
+        &mut self,
+        key: &'static str,
+        read: impl FnOnce(&mut Section<'s, '_>) -> R,
+    ) -> Option<R> {
+        let (table, line) = self.table(key)?;
+        Some(self.child(key, table, line, read))
+    }
+
+    fn table(&mut self, key: &'static str) -> Option<(DeTable<'i>, usize)> {
+        match self.take(key)? {
+            Field { value: DeValue::Table(table), line } => Some((table, line)),
+            Field { value, line } => {
+                self.wrong_type(line, key, &value, "a table");
+                None
+            }
+        }
     }
 
     /// Reads an array of tables, in order. An element that is not a table is a fault and left out.
@@ -377,17 +390,17 @@ impl<'s, 'i> Section<'s, 'i> {
         result
     }
 
-    fn take(&mut self, key: &'static str) -> Option<Field<'i>> {
+    pub(super) fn take(&mut self, key: &'static str) -> Option<Field<'i>> {
         self.known.push(key);
         let (key, value) = self.table.remove_entry(key)?;
         Some(Field { value: value.into_inner(), line: self.sink.position(key.span().start).0 })
     }
 
-    fn missing(&self, key: &str, needed: &str) {
+    pub(super) fn missing(&self, key: &str, needed: &str) {
         self.fault(self.line, key, &format!("is missing; {needed} is required"));
     }
 
-    fn wrong_type(&self, line: usize, key: &str, found: &DeValue<'_>, needed: &str) {
+    pub(super) fn wrong_type(&self, line: usize, key: &str, found: &DeValue<'_>, needed: &str) {
         self.fault(line, key, &format!("is {}; must be {needed}", type_name(found)));
     }
 

@@ -182,7 +182,10 @@ fn read(before: &Snapshot) -> Result<Snapshot, String> {
         LoadError::Missing(path) => format!("there is no file at {}", path.display()),
         LoadError::Invalid(faults) => faults.to_string().replace('\n', "; "),
     })?;
-    let changed = config.server.changed_keys(&before.config.server);
+    let mut changed = config.server.changed_keys(&before.config.server);
+    if config.ledger != before.config.ledger {
+        changed.push("ledger.path");
+    }
     if !changed.is_empty() {
         config.warnings.push(format!(
             "{} changed; this needs a restart, until then the old values stay in effect",
@@ -190,6 +193,7 @@ fn read(before: &Snapshot) -> Result<Snapshot, String> {
         ));
     }
     config.server = Server::clone(&before.config.server);
+    config.ledger.clone_from(&before.config.ledger);
     prepare(config, Some(before))
 }
 

@@ -347,11 +347,12 @@ fn sighup_reloads_the_file_and_logs_the_result() {
     let mut zap = Running::start(&mut command);
     let chat = || ask(zap.address, "POST /chat HTTP/1.1", CHAT);
     assert!(chat().ends_with("ok"));
-    std::fs::write(&file.0, config(b, "drain_secs = 3").replace("port = 0", "port = 1")).unwrap();
+    let more = "drain_secs = 3\n[ledger]\npath = \"zap.db\"";
+    std::fs::write(&file.0, config(b, more).replace("port = 0", "port = 1")).unwrap();
     zap.signal("HUP");
     zap.line("the new configuration is in effect: 1 backends");
     let warning = zap.line("needs a restart");
-    assert!(warning.contains("server.port, server.drain_secs changed"), "{warning}");
+    assert!(warning.contains("server.port, server.drain_secs, ledger.path changed"), "{warning}");
     assert!(chat().ends_with("OK"));
     std::fs::write(&file.0, config(a, "[queue]\nmax_sise = 1")).unwrap();
     zap.signal("HUP");

@@ -112,8 +112,8 @@ fn the_manual_has_every_configuration_key_with_its_range() {
         let is_number = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
         if range.split(" to ").count() == 2 && range.split(" to ").all(is_number) {
             let last = key.rsplit('.').next().unwrap();
-            let faults = faults_of(&format!("{}{last} = 99999999999\n", leaves[key]));
-            assert!(faults.contains(&format!("is 99999999999; must be from {range}")), "{key}: {faults}");
+            let faults = faults_of(&format!("{}{last} = 9999999999999\n", leaves[key]));
+            assert!(faults.contains(&format!("is 9999999999999; must be from {range}")), "{key}: {faults}");
         }
     }
 }
