@@ -18,4 +18,6 @@ pub(crate) mod redact;
 
 pub(crate) mod usage;
 
+pub(crate) mod body_usage;
+
 pub(crate) use self::endpoint::Endpoint;
