@@ -18,7 +18,7 @@ use memchr::memmem::Finder;
 use memchr::{memchr, memchr2, memchr3};
 use serde_json::Value;
 
-use crate::protocol::usage::{Count, Usage, UsageParts};
+use crate::protocol::usage::{Count, Member, Usage, UsageParts};
 
 /// Longest `usage` that is read, in bytes.
 pub(crate) const MAX_VALUE: usize = 16 * 1024;
@@ -265,8 +265,8 @@ impl BodyUsage {
 /// providers usually write: it has an escape, an array, or an object within the details.
 fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
     let mut parts = UsageParts::default();
-    // Within a details object: its count and the count's key.
-    let mut details: Option<(Option<Count>, &[u8])> = None;
+    // Within an object of the usage: the count that it may have, and its key.
+    let mut details: Option<Option<(Count, &str)>> = None;
     let mut at = 1;
     loop {
         at = skip_space(text, at);
@@ -288,26 +288,31 @@ fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
             return None;
         }
         at = skip_space(text, at + 1);
-        let known = match details {
-            None => Count::of_key(key).or_else(|| Count::of_details(key).map(|(count, _)| count)),
-            Some((count, name)) => count.filter(|_| key == name),
+        let member = match details {
+            None => Member::of(key),
+            Some(details) => {
+                details.filter(|(_, name)| key == name.as_bytes()).map(|(count, _)| Member::Count(count))
+            }
         };
         let mut value = None;
         match text.get(at)? {
             b'0'..=b'9' => (value, at) = number(text, at)?,
             b'"' => at += string(text, at)?.len() + 2,
             b'{' if details.is_none() => {
-                details = Some(match Count::of_details(key) {
-                    Some((count, name)) => (Some(count), name.as_bytes()),
-                    None => (None, b""),
+                details = Some(match member {
+                    Some(Member::Details(count, name)) => Some((count, name)),
+                    _ => None,
                 });
                 at += 1;
             }
             b'{' | b'[' => return None,
             _ => at = end_of_scalar(text, at)?,
         }
-        if let Some(count) = known {
-            parts.set(count, value);
+        match member {
+            Some(Member::Count(count)) => parts.set(count, value),
+            // Details replace earlier ones, and a number is none.
+            Some(Member::Details(count, _)) => parts.set(count, None),
+            None => {}
         }
     }
     memchr(b'\\', &text[..at]).is_none().then_some((parts, at))
@@ -414,6 +419,7 @@ mod tests {
             r#"{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":5},"prompt_tokens_details":null}"#,
             r#"{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":5,"a":1},"prompt_tokens_details":{"a":{}}}"#,
             r#"{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":5,"cached_tokens":{}}}"#,
+            r#"{"prompt_tokens":9,"prompt_tokens_details":5,"completion_tokens_details":"a"}"#,
             r#"{"prompt_tokens":9,"details":{"cached_tokens":5,"prompt_tokens":3},"cached_tokens":4}"#,
             r#"{"prompt\u005ftokens":9,"a\"":"\\","completion_tokens":3}"#,
             r#"{"a\":1}":2,"prompt_tokens":9}"#,

@@ -69,29 +69,32 @@ impl Count {
         Count::CompletionReasoning,
         Count::OutputReasoning,
     ];
+}
 
-    /// The count with this key in the `usage` object.
-    pub(crate) fn of_key(key: &[u8]) -> Option<Count> {
-        Some(match key {
-            b"prompt_tokens" => Count::Prompt,
-            b"completion_tokens" => Count::Completion,
-            b"input_tokens" => Count::Input,
-            b"output_tokens" => Count::Output,
-            b"total_tokens" => Count::Total,
-            b"prompt_cache_hit_tokens" => Count::CacheHit,
-            b"cache_read_input_tokens" => Count::CacheRead,
-            b"cache_creation_input_tokens" => Count::CacheCreation,
-            _ => return None,
-        })
-    }
+/// A member of a `usage` object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Member {
+    Count(Count),
+    /// An object that may have this count, with this key.
+    Details(Count, &'static str),
+}
 
-    /// The count within the details object with this key, and the count's key there.
-    pub(crate) fn of_details(key: &[u8]) -> Option<(Count, &'static str)> {
+impl Member {
+    /// The member with this key; `None` if it says nothing of the counts.
+    pub(crate) fn of(key: &[u8]) -> Option<Member> {
         Some(match key {
-            b"prompt_tokens_details" => (Count::PromptCached, "cached_tokens"),
-            b"input_tokens_details" => (Count::InputCached, "cached_tokens"),
-            b"completion_tokens_details" => (Count::CompletionReasoning, "reasoning_tokens"),
-            b"output_tokens_details" => (Count::OutputReasoning, "reasoning_tokens"),
+            b"prompt_tokens" => Member::Count(Count::Prompt),
+            b"completion_tokens" => Member::Count(Count::Completion),
+            b"input_tokens" => Member::Count(Count::Input),
+            b"output_tokens" => Member::Count(Count::Output),
+            b"total_tokens" => Member::Count(Count::Total),
+            b"prompt_cache_hit_tokens" => Member::Count(Count::CacheHit),
+            b"cache_read_input_tokens" => Member::Count(Count::CacheRead),
+            b"cache_creation_input_tokens" => Member::Count(Count::CacheCreation),
+            b"prompt_tokens_details" => Member::Details(Count::PromptCached, "cached_tokens"),
+            b"input_tokens_details" => Member::Details(Count::InputCached, "cached_tokens"),
+            b"completion_tokens_details" => Member::Details(Count::CompletionReasoning, "reasoning_tokens"),
+            b"output_tokens_details" => Member::Details(Count::OutputReasoning, "reasoning_tokens"),
             _ => return None,
         })
     }
@@ -109,10 +112,10 @@ impl UsageParts {
     pub(crate) fn of_json(usage: &Value) -> UsageParts {
         let mut parts = UsageParts::default();
         for (key, value) in usage.as_object().into_iter().flatten() {
-            if let Some(count) = Count::of_key(key.as_bytes()) {
-                parts.set(count, value.as_u64());
-            } else if let Some((count, key)) = Count::of_details(key.as_bytes()) {
-                parts.set(count, value[key].as_u64());
+            match Member::of(key.as_bytes()) {
+                Some(Member::Count(count)) => parts.set(count, value.as_u64()),
+                Some(Member::Details(count, name)) => parts.set(count, value[name].as_u64()),
+                None => {}
             }
         }
         parts
