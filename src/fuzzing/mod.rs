@@ -8,6 +8,7 @@
 mod events;
 mod patch;
 mod response;
+mod usage;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use crate::config::Config;
 pub use crate::fuzzing::events::events;
 pub use crate::fuzzing::patch::patch;
 pub use crate::fuzzing::response::upstream_response;
+pub use crate::fuzzing::usage::usage;
 use crate::http1::{head, headers as header_policy};
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
@@ -457,5 +459,10 @@ mod tests {
     #[test]
     fn upstream_response_passes_on_its_seeds() {
         replay("upstream_response", upstream_response);
+    }
+
+    #[test]
+    fn usage_passes_on_its_seeds() {
+        replay("usage", usage);
     }
 }

@@ -2,8 +2,6 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-pub(crate) mod body_usage;
-
 pub(crate) mod endpoint;
 
 pub(crate) mod event_class;
@@ -20,10 +18,14 @@ pub(crate) mod rate_limits;
 
 pub(crate) mod redact;
 
+pub(crate) mod answer_text;
+
 pub(crate) mod null_member;
 
 pub(crate) mod usage;
 
 pub(crate) mod usage_request;
+
+pub(crate) mod body_usage;
 
 pub(crate) use self::endpoint::Endpoint;

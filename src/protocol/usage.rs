@@ -1,12 +1,21 @@
 //! Token counts, as providers report them.
+//!
+//! | dialect | input | cached input | output |
+//! |---|---|---|---|
+//! | OpenAI chat, completions, embeddings | `prompt_tokens` | `prompt_tokens_details.cached_tokens` | `completion_tokens` |
+//! | OpenAI responses, images | `input_tokens` | `input_tokens_details.cached_tokens` | `output_tokens` |
+//! | DeepSeek | `prompt_tokens` | `prompt_cache_hit_tokens` | `completion_tokens` |
+//! | Anthropic | `input_tokens` and both cache counts | `cache_read_input_tokens` | `output_tokens` |
+//! | rerank | `total_tokens` | | |
+//!
+//! A count is an integer from 0 to `u64::MAX`. Anything else in its place, such as `null`, `-1`, `1.0` or `"1"`, is
+//! ignored.
 
-use std::sync::LazyLock;
-
-use memchr::memchr2_iter;
-use memchr::memmem::Finder;
 use serde_json::Value;
 
 /// The token counts of one answer, in any dialect.
+///
+/// `cached + cache_write <= input` and `reasoning <= output`: a larger part is reduced to what the whole leaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     /// All input tokens.
@@ -22,82 +31,296 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    /// Reads a `usage` object; `None` if it has no token count.
+    /// Reads a `usage` object; `None` if it has neither an input, an output nor a total count.
     pub(crate) fn of_json(usage: &Value) -> Option<Usage> {
-        let number = |keys: &[&str]| keys.iter().find_map(|key| usage[*key].as_u64());
-        let detail =
-            |parents: [&str; 2], key: &str| parents.iter().find_map(|parent| usage[*parent][key].as_u64());
-        let (read, written) =
-            (number(&["cache_read_input_tokens"]), number(&["cache_creation_input_tokens"]));
-        let input = number(&["prompt_tokens", "input_tokens"]);
-        let output = number(&["completion_tokens", "output_tokens"]);
-        if input.is_none() && output.is_none() {
-            let total = number(&["total_tokens"])?;
-            return Some(Usage { input: total, ..Usage::default() });
-        }
-        let cached = detail(["prompt_tokens_details", "input_tokens_details"], "cached_tokens")
-            .or_else(|| number(&["prompt_cache_hit_tokens"]))
-            .or(read)
-            .unwrap_or(0);
-        // Anthropic's `input_tokens` leaves out what was read from the cache and what was written to it.
-        let beside = read.unwrap_or(0).saturating_add(written.unwrap_or(0));
-        let input = input.unwrap_or(0).saturating_add(beside);
-        let output = output.unwrap_or(0);
-        let reasoning = detail(["completion_tokens_details", "output_tokens_details"], "reasoning_tokens");
-        Some(Usage {
-            input,
-            cached: cached.min(input),
-            cache_write: written.unwrap_or(0),
-            output,
-            reasoning: reasoning.unwrap_or(0).min(output),
+        UsageParts::of_json(usage).usage()
+    }
+}
+
+/// A count that a `usage` object may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Count {
+    Prompt,
+    Completion,
+    Input,
+    Output,
+    Total,
+    CacheHit,
+    CacheRead,
+    CacheCreation,
+    PromptCached,
+    InputCached,
+    CompletionReasoning,
+    OutputReasoning,
+}
+
+impl Count {
+    const ALL: [Count; 12] = [
+        Count::Prompt,
+        Count::Completion,
+        Count::Input,
+        Count::Output,
+        Count::Total,
+        Count::CacheHit,
+        Count::CacheRead,
+        Count::CacheCreation,
+        Count::PromptCached,
+        Count::InputCached,
+        Count::CompletionReasoning,
+        Count::OutputReasoning,
+    ];
+}
+
+/// A member of a `usage` object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Member {
+    Count(Count),
+    /// An object that may have this count, with this key.
+    Details(Count, &'static str),
+}
+
+impl Member {
+    /// The member with this key; `None` if it says nothing of the counts.
+    pub(crate) fn of(key: &[u8]) -> Option<Member> {
+        Some(match key {
+            b"prompt_tokens" => Member::Count(Count::Prompt),
+            b"completion_tokens" => Member::Count(Count::Completion),
+            b"input_tokens" => Member::Count(Count::Input),
+            b"output_tokens" => Member::Count(Count::Output),
+            b"total_tokens" => Member::Count(Count::Total),
+            b"prompt_cache_hit_tokens" => Member::Count(Count::CacheHit),
+            b"cache_read_input_tokens" => Member::Count(Count::CacheRead),
+            b"cache_creation_input_tokens" => Member::Count(Count::CacheCreation),
+            b"prompt_tokens_details" => Member::Details(Count::PromptCached, "cached_tokens"),
+            b"input_tokens_details" => Member::Details(Count::InputCached, "cached_tokens"),
+            b"completion_tokens_details" => Member::Details(Count::CompletionReasoning, "reasoning_tokens"),
+            b"output_tokens_details" => Member::Details(Count::OutputReasoning, "reasoning_tokens"),
+            _ => return None,
         })
     }
 }
 
-/// The members of an answer that hold text of the model.
-static TEXTS: LazyLock<[Finder<'static>; 4]> = LazyLock::new(|| {
-    ["\"content\":", "\"reasoning_content\":", "\"text\":", "\"arguments\":"].map(Finder::new)
-});
+/// The counts of one `usage` object as they are written. Unlike a [`Usage`], they say which counts are present, so the
+/// parts of a stream's usage can be merged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct UsageParts {
+    counts: [Option<u64>; Count::ALL.len()],
+}
 
-/// The length of the text of the model in the body of an answer, in bytes as it is spelled: of all strings that are members
-/// with the usual names, wherever they stand.
-pub(crate) fn answer_text(body: &[u8]) -> u64 {
-    let length = |finder: &Finder<'_>, at: usize| {
-        let value = body[at + finder.needle().len()..].trim_ascii_start().strip_prefix(b"\"")?;
-        let mut ends = memchr2_iter(b'"', b'\\', value);
-        let mut escaped = None;
-        ends.find(|at| {
-            let is_escaped = escaped == Some(*at);
-            escaped = Some(at + 1).filter(|_| value[*at] == b'\\' && !is_escaped);
-            value[*at] == b'"' && !is_escaped
+impl UsageParts {
+    /// Reads a `usage` object. Any other value has no counts.
+    pub(crate) fn of_json(usage: &Value) -> UsageParts {
+        let mut parts = UsageParts::default();
+        for (key, value) in usage.as_object().into_iter().flatten() {
+            match Member::of(key.as_bytes()) {
+                Some(Member::Count(count)) => parts.set(count, value.as_u64()),
+                Some(Member::Details(count, name)) => parts.set(count, value[name].as_u64()),
+                None => {}
+            }
+        }
+        parts
+    }
+
+    /// Merges the usage of a later event of the same stream: each count that `later` has replaces the earlier one.
+    ///
+    /// In an Anthropic stream `message_start` has the input, `message_delta` the output so far and sometimes the input
+    /// again.
+    pub(crate) fn merged(self, later: UsageParts) -> UsageParts {
+        let mut merged = later;
+        for (count, earlier) in merged.counts.iter_mut().zip(self.counts) {
+            *count = count.or(earlier);
+        }
+        merged
+    }
+
+    /// The counts as a [`Usage`]; `None` if there is neither an input, an output nor a total count.
+    pub(crate) fn usage(&self) -> Option<Usage> {
+        let count = |count| self.get(count);
+        let output = count(Count::Completion).or(count(Count::Output));
+        let prompt = count(Count::Prompt);
+        let (read, written) = (count(Count::CacheRead), count(Count::CacheCreation));
+        let cached = count(Count::PromptCached)
+            .or(count(Count::InputCached))
+            .or(count(Count::CacheHit))
+            .or(read)
+            .unwrap_or(0);
+        let written = written.unwrap_or(0);
+        let input = match (prompt, count(Count::Input)) {
+            (None, None) if output.is_none() => {
+                return Some(Usage { input: count(Count::Total)?, ..Usage::default() });
+            }
+            (Some(prompt), _) => prompt,
+            // OpenAI's `input_tokens` has the cached tokens of its details.
+            (None, Some(input)) if count(Count::InputCached).is_some() => input,
+            // Anthropic's has not, nor those that are written to the cache. `prompt_tokens` has both: proxies that
+            // translate an Anthropic answer add them up and leave Anthropic's counts beside the sum.
+            (None, input) => input.unwrap_or(0).saturating_add(read.unwrap_or(0)).saturating_add(written),
+        };
+        let output = output.unwrap_or(0);
+        let reasoning = count(Count::CompletionReasoning).or(count(Count::OutputReasoning)).unwrap_or(0);
+        let cached = cached.min(input);
+        Some(Usage {
+            input,
+            cached,
+            cache_write: written.min(input - cached),
+            output,
+            reasoning: reasoning.min(output),
         })
-    };
-    let of_member =
-        |finder: &Finder<'_>| -> usize { finder.find_iter(body).filter_map(|at| length(finder, at)).sum() };
-    TEXTS.iter().map(of_member).sum::<usize>() as u64
+    }
+
+    /// Sets or clears a count.
+    pub(crate) fn set(&mut self, count: Count, value: Option<u64>) {
+        self.counts[count as usize] = value;
+    }
+
+    fn get(&self, count: Count) -> Option<u64> {
+        self.counts[count as usize]
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
+    fn usage(input: u64, cached: u64, cache_write: u64, output: u64, reasoning: u64) -> Option<Usage> {
+        Some(Usage { input, cached, cache_write, output, reasoning })
+    }
+
     #[test]
-    fn measures_the_text_of_an_answer() {
-        for (body, want) in [
-            (r#"{"choices":[{"message":{"role":"assistant","content":"four"}}]}"#, 4),
+    fn every_dialect_becomes_one_record() {
+        for (name, json, want) in [
             (
-                r#"{"choices":[{"message":{"content": "a\"b\\", "refusal":null}},{"message":{"content":"x"}}]}"#,
-                7,
+                "OpenAI chat",
+                json!({
+                    "prompt_tokens": 19, "completion_tokens": 10, "total_tokens": 29,
+                    "prompt_tokens_details": {"cached_tokens": 8, "audio_tokens": 0},
+                    "completion_tokens_details": {"reasoning_tokens": 4, "accepted_prediction_tokens": 0},
+                }),
+                usage(19, 8, 0, 10, 4),
             ),
-            (r#"{"output":[{"content":[{"type":"output_text","text":"abc"}]}]}"#, 3),
+            ("embeddings", json!({"prompt_tokens": 8, "total_tokens": 8}), usage(8, 0, 0, 0, 0)),
             (
-                r#"{"choices":[{"message":{"content":null,"tool_calls":[{"function":{"arguments":"{\"a\":1}"}}]}}]}"#,
-                9,
+                "OpenAI responses",
+                json!({
+                    "input_tokens": 36, "input_tokens_details": {"cached_tokens": 6},
+                    "output_tokens": 87, "output_tokens_details": {"reasoning_tokens": 80}, "total_tokens": 123,
+                }),
+                usage(36, 6, 0, 87, 80),
             ),
-            (r#"{"content":"no end"#, 0),
-            ("", 0),
+            (
+                "images",
+                json!({
+                    "total_tokens": 100, "input_tokens": 50, "output_tokens": 50,
+                    "input_tokens_details": {"text_tokens": 10, "image_tokens": 40},
+                }),
+                usage(50, 0, 0, 50, 0),
+            ),
+            (
+                "DeepSeek",
+                json!({
+                    "prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25,
+                    "prompt_cache_hit_tokens": 12, "prompt_cache_miss_tokens": 8,
+                }),
+                usage(20, 12, 0, 5, 0),
+            ),
+            (
+                "Anthropic",
+                json!({
+                    "input_tokens": 10, "cache_creation_input_tokens": 200, "cache_read_input_tokens": 3000,
+                    "cache_creation": {"ephemeral_5m_input_tokens": 200}, "output_tokens": 7,
+                    "service_tier": "standard",
+                }),
+                usage(3210, 3000, 200, 7, 0),
+            ),
+            (
+                "Anthropic without a cache",
+                json!({"input_tokens": 10, "output_tokens": 7}),
+                usage(10, 0, 0, 7, 0),
+            ),
+            (
+                "Anthropic behind a proxy that speaks chat",
+                json!({
+                    "prompt_tokens": 3210, "completion_tokens": 7, "input_tokens": 10,
+                    "cache_creation_input_tokens": 200, "cache_read_input_tokens": 3000,
+                }),
+                usage(3210, 3000, 200, 7, 0),
+            ),
+            (
+                "Anthropic behind a proxy that speaks responses",
+                json!({
+                    "input_tokens": 3210, "input_tokens_details": {"cached_tokens": 3000}, "output_tokens": 7,
+                    "cache_creation_input_tokens": 200, "cache_read_input_tokens": 3000,
+                }),
+                usage(3210, 3000, 200, 7, 0),
+            ),
+            ("rerank", json!({"total_tokens": 815}), usage(815, 0, 0, 0, 0)),
+            ("output only", json!({"completion_tokens": 3, "total_tokens": 9}), usage(0, 0, 0, 3, 0)),
         ] {
-            assert_eq!(answer_text(body.as_bytes()), want, "{body}");
+            assert_eq!(Usage::of_json(&json), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_count_is_ignored() {
+        for (json, want) in [
+            (
+                json!({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": null}),
+                usage(5, 0, 0, 2, 0),
+            ),
+            (
+                json!({"prompt_tokens": 5, "prompt_tokens_details": [1], "cached_tokens": 9}),
+                usage(5, 0, 0, 0, 0),
+            ),
+            (json!({"prompt_tokens": null, "input_tokens": 5}), usage(5, 0, 0, 0, 0)),
+            (json!({"prompt_tokens": -1, "completion_tokens": 2}), usage(0, 0, 0, 2, 0)),
+            (json!({"prompt_tokens": 1.0, "completion_tokens": "2"}), None),
+            (json!({"prompt_tokens": 1e30, "total_tokens": {}}), None),
+            (json!({"cache_read_input_tokens": 7}), None),
+            (json!({}), None),
+            (json!([1]), None),
+            (json!("prompt_tokens"), None),
+            (json!(null), None),
+        ] {
+            assert_eq!(Usage::of_json(&json), want, "{json}");
+        }
+    }
+
+    #[test]
+    fn huge_counts_saturate_and_a_part_is_at_most_the_whole() {
+        let max = u64::MAX;
+        for (json, want) in [
+            (
+                json!({"input_tokens": max, "cache_read_input_tokens": max, "cache_creation_input_tokens": max}),
+                usage(max, max, 0, 0, 0),
+            ),
+            (
+                json!({"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 9},
+                       "completion_tokens_details": {"reasoning_tokens": 9}}),
+                usage(3, 3, 0, 1, 1),
+            ),
+            (
+                json!({"prompt_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 9}),
+                usage(5, 3, 2, 0, 0),
+            ),
+        ] {
+            assert_eq!(Usage::of_json(&json), want, "{json}");
+        }
+    }
+
+    #[test]
+    fn the_later_of_two_counts_wins_if_it_is_present() {
+        let start = json!({"input_tokens": 10, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 2, "output_tokens": 1});
+        for (delta, want) in [
+            (json!({"output_tokens": 9}), usage(16, 4, 2, 9, 0)),
+            (json!({"output_tokens": 9, "input_tokens": 11}), usage(17, 4, 2, 9, 0)),
+            (json!({"output_tokens": 9, "cache_read_input_tokens": 0}), usage(12, 0, 2, 9, 0)),
+            (json!({"output_tokens": 0, "input_tokens": null}), usage(16, 4, 2, 0, 0)),
+            (json!(null), usage(16, 4, 2, 1, 0)),
+        ] {
+            let merged = UsageParts::of_json(&start).merged(UsageParts::of_json(&delta));
+            assert_eq!(merged.usage(), want, "{delta}");
         }
     }
 }
