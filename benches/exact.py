@@ -13,7 +13,10 @@ import lab
 BASELINE = os.path.join(lab.HERE, "exact.txt")
 FEW, MANY = 500, 2500
 TURNS = ",".join('{"role":"%s","content":"%s"}' % (("user", "assistant")[i % 2], lab.TURN) for i in range(7))
-ANSWER = b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 640 + b'"}}]}'
+ANSWER = (
+    b'{"choices":[{"message":{"role":"assistant","content":"' + b"x" * 640 + b'"}}],'
+    b'"usage":{"prompt_tokens":200,"completion_tokens":160,"total_tokens":360}}'
+)
 EVENT = b'data: {"choices":[{"delta":{"content":"' + b"x" * 170 + b'"}}]}\n\n'
 
 

@@ -51,6 +51,22 @@ pub(super) fn check(sink: &Sink<'_>, config: &Config, lines: &Lines) {
     }
 }
 
+impl Config {
+    /// How the tokens of a backend's answers are counted: [`UsageMode::Auto`] asks for them if a limit, a budget or a price
+    /// depends on them.
+    pub(crate) fn usage_of(&self, id: BackendId) -> UsageMode {
+        let backend = &self.backends[id];
+        let is_needed = || {
+            !backend.prices.is_empty() || !needs(backend, self, &ways(id, backend, &self.routes)).is_empty()
+        };
+        match backend.usage {
+            UsageMode::Auto if is_needed() => UsageMode::Inject,
+            UsageMode::Auto => UsageMode::Passive,
+            mode => mode,
+        }
+    }
+}
+
 /// Records a fault if `backend` has no price for one of the models `sent`.
 fn check_prices(sink: &Sink<'_>, line: usize, owner: &str, backend: &Backend, sent: Vec<Names>) {
     let has_price =

@@ -24,6 +24,11 @@ pub(crate) struct Price {
 }
 
 impl Price {
+    /// Creates a price from the prices of input, cached input, input written to the cache, and output.
+    pub(crate) fn of([input, cached, cache_write, output]: [u64; 4]) -> Self {
+        Price { input, cached, cache_write, output }
+    }
+
     /// Reads a decimal number such as `2.50`, exactly. Returns it in millionths: of USD per million tokens, that is
     /// pico-USD a token. `None` if the text is no plain decimal number, has more than six decimals or is too large.
     pub(crate) fn parse_usd(text: &str) -> Option<u64> {

@@ -326,11 +326,15 @@ fn string(text: &[u8], at: usize) -> Option<&[u8]> {
 
 /// Returns the number at `at`, if it is a count, and its end; `None` if `text` ends before it does.
 fn number(text: &[u8], at: usize) -> Option<(Option<u64>, usize)> {
-    let (mut count, mut end) = (Some(0_u64), at);
+    let (mut count, mut end) = (0_u64, at);
     while let b @ b'0'..=b'9' = text.get(end)? {
-        count = count.and_then(|n| n.checked_mul(10)?.checked_add(u64::from(b - b'0')));
+        count = count.wrapping_mul(10).wrapping_add(u64::from(b - b'0'));
         end += 1;
     }
+    // So many digits cannot wrap.
+    let fits = end - at <= 19
+        || std::str::from_utf8(&text[at..end]).is_ok_and(|digits| digits.parse::<u64>().is_ok());
+    let count = Some(count).filter(|_| fits);
     match text[end] {
         b'.' | b'e' | b'E' => Some((None, end_of_scalar(text, end)?)),
         _ => Some((count, end)),

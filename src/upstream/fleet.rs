@@ -17,6 +17,7 @@ use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
 use crate::policy::quota::QuotaTicket;
 use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
 use crate::protocol::Endpoint;
+use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
@@ -320,6 +321,9 @@ impl Routing {
         let table = Table::new(&config.backends.iter().map(serves).collect::<Vec<_>>(), &config.routes);
         let mut droppable: Vec<Box<str>> =
             config.backends.iter().flat_map(|b| b.drop_fields.iter().cloned()).collect();
+        if backends.iter().any(|b| b.asks_for_usage()) {
+            droppable.push(STREAM_OPTIONS.into());
+        }
         droppable.sort_unstable();
         droppable.dedup();
         let drops =
@@ -380,14 +384,11 @@ pub(crate) fn prepare(mut config: Config, before: Option<&Snapshot>) -> Result<S
     let backends: Result<Vec<_>, String> = config
         .backends
         .iter()
-        .map(|b| {
-            let upstream = Upstream::new(
-                b.clone(),
-                config.server.workers,
-                &roots,
-                config.queue.max_size,
-                known(&b.name),
-            );
+        .enumerate()
+        .map(|(id, b)| {
+            let conf = config::Backend { usage: config.usage_of(id), ..b.clone() };
+            let upstream =
+                Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known(&b.name));
             upstream.map(Arc::new)
         })
         .collect();

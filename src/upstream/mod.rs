@@ -37,15 +37,18 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::config;
 use crate::config::HEALTH_PATH;
+use crate::config::UsageMode;
 use crate::http1::headers::X_REQUEST_ID;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
+use crate::policy::prices::{Price, PriceTable};
 use crate::policy::queue::{Admission, Admitted, QueueFull};
 use crate::policy::quota::{Quota, QuotaTicket};
 use crate::policy::ratio::Ratios;
 use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
+use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
@@ -83,6 +86,8 @@ pub(crate) struct Upstream {
     /// The limit `max_in_flight`, and the queue in front of it.
     admission: Option<Arc<Admission>>,
     quota: Option<Arc<Quota>>,
+    prices: PriceTable,
+    asks_for_usage: bool,
 }
 
 /// The start of a request head, with the backend's key in it.
@@ -211,6 +216,8 @@ impl Upstream {
             connector,
             admission,
             quota,
+            prices: PriceTable::new(conf.prices.iter().map(|(model, price)| (&**model, Price::of(*price)))),
+            asks_for_usage: asks_for_usage(&conf),
             conf,
         })
     }
@@ -229,17 +236,17 @@ impl Upstream {
 
     /// Whether the tokens of the backend's answers are counted.
     pub(crate) fn is_metered(&self) -> bool {
-        true
+        self.conf.usage != UsageMode::Off
     }
 
     /// Whether streamed requests ask for the token counts.
     pub(crate) fn asks_for_usage(&self) -> bool {
-        false
+        self.asks_for_usage
     }
 
-    /// What an answer cost, in nano-USD.
-    pub(crate) fn cost(&self, _model: Option<&str>, _usage: &Usage) -> u64 {
-        0
+    /// What an answer of `model`, the name that the backend was sent, cost in nano-USD.
+    pub(crate) fn cost(&self, model: Option<&str>, usage: &Usage) -> u64 {
+        model.and_then(|model| self.prices.price(model)).map_or(0, |price| price.cost(usage))
     }
 
     /// The name in labels, headers and logs.
@@ -382,6 +389,12 @@ impl Upstream {
     pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Fault)> {
         self.state.last_error.lock().clone()
     }
+}
+
+/// Whether streamed requests to a backend ask for the token counts: something depends on them, and the member that asks is
+/// not dropped.
+fn asks_for_usage(conf: &config::Backend) -> bool {
+    conf.usage == UsageMode::Inject && !conf.drop_fields.iter().any(|field| **field == *STREAM_OPTIONS)
 }
 
 /// Whether both are the same account at the same provider. If so, the state and the connections of one are valid for

@@ -1,6 +1,6 @@
 //! The token counters of one worker for one backend, by model.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -33,17 +33,22 @@ impl TokenCount {
 }
 
 /// The token counts of one worker for one backend, by model. The names come from the configuration. Only a scrape contends
-/// for the lock.
+/// for the lock. The models that are used most come first.
 #[derive(Debug, Default)]
-pub(crate) struct TokenCounters(Mutex<HashMap<Arc<str>, TokenCount>>);
+pub(crate) struct TokenCounters(Mutex<Vec<(Arc<str>, TokenCount)>>);
 
 impl TokenCounters {
     /// Adds the count of an answer of `model`.
     pub(crate) fn add(&self, model: &Arc<str>, count: &TokenCount) {
         let mut all = self.0.lock();
-        match all.get_mut(model) {
-            Some(known) => known.add(count),
-            None => drop(all.insert(model.clone(), *count)),
+        let same = all.iter().position(|(known, _)| Arc::ptr_eq(known, model));
+        // After a reload the same name is another allocation.
+        match same.or_else(|| all.iter().position(|(known, _)| known == model)) {
+            Some(at) => {
+                all[at].1.add(count);
+                all.swap(at, at.saturating_sub(1));
+            }
+            None => all.push((model.clone(), *count)),
         }
     }
 
