@@ -194,7 +194,7 @@ impl NaiveScan {
                         fields.affinity.opening = Some(offsets.start..span.start as u64 + opening(value));
                     }
                 }
-                Some(Member::Stream) => fields.stream = kind,
+                Some(Member::Stream) => (fields.stream, fields.stream_end) = (kind, span.end as u64),
                 Some(Member::PromptCacheKey) => fields.affinity.cache_key = mark(),
                 Some(Member::User) => fields.affinity.user = mark(),
                 Some(Member::Model) => {

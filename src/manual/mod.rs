@@ -260,6 +260,7 @@ mod tests {
             ("backends.health_path", word(&b.health_path)),
             ("backends.chat_path", word(&b.chat_path)),
             ("backends.priority", b.priority.to_string()),
+            ("backends.usage", word(&b.usage)),
             ("backends.forward_authorization", b.forward_authorization.to_string()),
         ];
         let plain = |text: &str| text.replace(['`', '_', '"'], "").to_lowercase();
