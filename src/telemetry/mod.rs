@@ -12,6 +12,8 @@ pub(crate) mod log;
 
 pub(crate) mod clients;
 
+pub(crate) mod ledger;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
