@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::time::{Nanos, SECOND};
+use crate::time::{Day, Nanos, SECOND};
 
 static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 
@@ -80,17 +80,9 @@ pub(crate) async fn within<F: Future>(limit: Duration, work: F) -> Result<F::Out
 /// Formats a wall-clock time as RFC 3339 in UTC with milliseconds: `2026-11-24T03:20:22.123Z`.
 pub(crate) fn timestamp(wall: SystemTime) -> String {
     let since = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let (days, rest) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Converts days to a civil date: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
-    let z = days + 719_468;
-    let (era, doe) = (z / 146_097, z % 146_097);
-    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
-    let year = yoe + era * 400 + u64::from(month <= 2);
+    let rest = since.as_secs() % 86_400;
     let (h, m, s, ms) = (rest / 3600, rest / 60 % 60, rest % 60, since.subsec_millis());
-    format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}.{ms:03}Z")
+    format!("{}T{h:02}:{m:02}:{s:02}.{ms:03}Z", Day::of(wall))
 }
 
 #[cfg(test)]

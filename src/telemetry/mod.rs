@@ -16,6 +16,8 @@ pub(crate) mod clients;
 
 pub(crate) mod meter;
 
+pub(crate) mod ledger;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
