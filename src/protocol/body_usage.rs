@@ -31,12 +31,33 @@ const KEY_REST: &[u8] = b"usage\"";
 static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
 impl Usage {
-    /// Reads the top-level `usage` of a whole JSON body, as [`BodyUsage`] does.
+    /// Reads the top-level `usage` of a JSON body, as [`BodyUsage`] does. The body must be whole: of one that is cut, the
+    /// usage of an object within it may be returned.
     pub(crate) fn of_body(body: &[u8]) -> Option<Usage> {
-        let mut reader = BodyUsage::new();
-        reader.push(body);
-        reader.finish()
+        usual(body).unwrap_or_else(|| {
+            let mut reader = BodyUsage::new();
+            reader.push(body);
+            reader.finish()
+        })
     }
+}
+
+/// Reads a whole body in which the only `usage` is as providers usually write it, and the only brace behind it ends the
+/// body. `None` if the body is another one.
+fn usual(body: &[u8]) -> Option<Option<Usage>> {
+    if body.first() != Some(&b'{') {
+        return None;
+    }
+    let Some(found) = FIND_KEY.find(body) else { return Some(None) };
+    let colon = skip_space(body, found + KEY.len());
+    if body[found - 1] == b'\\' || body.get(colon) != Some(&b':') {
+        return None;
+    }
+    let rest = &body[skip_space(body, colon + 1)..];
+    let (parts, length) = plain_parts(&rest[..rest.len().min(MAX_VALUE)])?;
+    let rest = rest[length..].trim_ascii_end();
+    let is_usual = memchr2(b'{', b'}', rest)? + 1 == rest.len() && FIND_KEY.find(rest).is_none();
+    is_usual.then(|| parts.usage())
 }
 
 /// Reads the `usage` of one body. [`push`](BodyUsage::push) the chunks in order, then [`finish`](BodyUsage::finish).
@@ -261,12 +282,15 @@ impl BodyUsage {
     }
 }
 
-/// Reads the object at the start of `text`, and returns its length too. `None` if the object is not whole, or is none that
+/// Reads the object at the start of `text`, if there is one, and returns its length too. `None` if the object is not whole, or is none that
 /// providers usually write: it has an escape, an array, or an object within the details.
 fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
     let mut parts = UsageParts::default();
-    // Within an object of the usage: the count that it may have, and its key.
-    let mut details: Option<Option<(Count, &str)>> = None;
+    // Within an object of the usage: the count that it may have.
+    let mut details: Option<Option<Count>> = None;
+    if text.first() != Some(&b'{') {
+        return None;
+    }
     let mut at = 1;
     loop {
         at = skip_space(text, at);
@@ -290,9 +314,7 @@ fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
         at = skip_space(text, at + 1);
         let member = match details {
             None => Member::of(key),
-            Some(details) => {
-                details.filter(|(_, name)| key == name.as_bytes()).map(|(count, _)| Member::Count(count))
-            }
+            Some(count) => count.filter(|count| key == count.key().as_bytes()).map(Member::Count),
         };
         let mut value = None;
         match text.get(at)? {
@@ -300,7 +322,7 @@ fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
             b'"' => at += string(text, at)?.len() + 2,
             b'{' if details.is_none() => {
                 details = Some(match member {
-                    Some(Member::Details(count, name)) => Some((count, name)),
+                    Some(Member::Details(count)) => Some(count),
                     _ => None,
                 });
                 at += 1;
@@ -311,7 +333,7 @@ fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
         match member {
             Some(Member::Count(count)) => parts.set(count, value),
             // Details replace earlier ones, and a number is none.
-            Some(Member::Details(count, _)) => parts.set(count, None),
+            Some(Member::Details(count)) => parts.set(count, None),
             None => {}
         }
     }
@@ -319,21 +341,37 @@ fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
 }
 
 /// Returns the text of the string without escapes at `at`; `None` if there is none, or not the whole of it.
+#[inline(always)]
 fn string(text: &[u8], at: usize) -> Option<&[u8]> {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
     let text = text.get(at..)?.strip_prefix(b"\"")?;
-    memchr(b'"', text).map(|end| &text[..end])
+    let mut end = 0;
+    // Most strings are so short that a call of `memchr` takes longer.
+    while let Some(word) = text[end..].first_chunk() {
+        // The lowest bit that is set belongs to the first quote.
+        let other = u64::from_le_bytes(*word) ^ (ONES * u64::from(b'"'));
+        let quotes = other.wrapping_sub(ONES) & !other & (ONES << 7);
+        if quotes != 0 {
+            return Some(&text[..end + quotes.trailing_zeros() as usize / 8]);
+        }
+        end += 8;
+    }
+    text[end..].iter().position(|b| *b == b'"').map(|length| &text[..end + length])
 }
 
-/// Returns the number at `at`, if it is a count, and its end; `None` if `text` ends before it does.
+/// Returns the number at `at`, if it is a count, and its end; `None` if `text` ends before it does, or there are so many
+/// digits that the count may be too large.
+#[inline(always)]
 fn number(text: &[u8], at: usize) -> Option<(Option<u64>, usize)> {
-    let (mut count, mut end) = (Some(0_u64), at);
-    while let b @ b'0'..=b'9' = text.get(end)? {
-        count = count.and_then(|n| n.checked_mul(10)?.checked_add(u64::from(b - b'0')));
+    let (mut count, mut end) = (0_u64, at);
+    loop {
+        match text.get(end)? {
+            b @ b'0'..=b'9' => count = count.wrapping_mul(10).wrapping_add(u64::from(b - b'0')),
+            b'.' | b'e' | b'E' => return Some((None, end_of_scalar(text, end)?)),
+            _ if end - at > 19 => return None,
+            _ => return Some((Some(count), end)),
+        }
         end += 1;
-    }
-    match text[end] {
-        b'.' | b'e' | b'E' => Some((None, end_of_scalar(text, end)?)),
-        _ => Some((count, end)),
     }
 }
 
@@ -346,7 +384,10 @@ fn end_of_scalar(text: &[u8], at: usize) -> Option<usize> {
 /// Returns the index, from `at` on, of the first byte that is no white space.
 #[inline(always)]
 fn skip_space(text: &[u8], mut at: usize) -> usize {
-    while let Some(b' ' | b'\t' | b'\r' | b'\n') = text.get(at) {
+    while let Some(b) = text.get(at)
+        && *b <= b' '
+        && matches!(b, b' ' | b'\t' | b'\r' | b'\n')
+    {
         at += 1;
     }
     at
@@ -360,7 +401,12 @@ mod tests {
 
     /// The usage of `body`, which must be the same for any chunking.
     fn of(body: &str) -> Option<Usage> {
-        let whole = Usage::of_body(body.as_bytes());
+        let mut reader = BodyUsage::new();
+        reader.push(body.as_bytes());
+        let whole = reader.finish();
+        if serde_json::from_str::<Value>(body).is_ok() {
+            assert_eq!(Usage::of_body(body.as_bytes()), whole, "{body}");
+        }
         for length in 1..body.len().min(40) {
             let mut reader = BodyUsage::new();
             body.as_bytes().chunks(length).for_each(|chunk| reader.push(chunk));
