@@ -15,7 +15,7 @@
 use std::sync::LazyLock;
 
 use memchr::memmem::Finder;
-use memchr::{memchr, memchr2, memchr3};
+use memchr::{memchr2, memchr3};
 use serde_json::Value;
 
 use crate::protocol::usage::{Count, Member, Usage, UsageParts};
@@ -28,15 +28,42 @@ const KEY: &[u8] = b"\"usage\"";
 /// What a string must begin with, behind its first quote, to be the key.
 const KEY_REST: &[u8] = b"usage\"";
 
+/// The end of a body that usually has its `usage`, in bytes.
+const USUAL_TAIL: usize = 640;
+
 static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
 impl Usage {
-    /// Reads the top-level `usage` of a whole JSON body, as [`BodyUsage`] does.
+    /// Reads the top-level `usage` of a JSON body, as [`BodyUsage`] does. The body must be whole: of one that is cut, the
+    /// usage of an object within it may be returned.
     pub(crate) fn of_body(body: &[u8]) -> Option<Usage> {
-        let mut reader = BodyUsage::new();
-        reader.push(body);
-        reader.finish()
+        usual(body).unwrap_or_else(|| {
+            let mut reader = BodyUsage::new();
+            reader.push(body);
+            reader.finish()
+        })
     }
+}
+
+/// Reads a whole body in which the only brace behind a `usage` ends the body, so that this is the last `usage` of the top
+/// level. `None` if the body is another one, or its usage is not written as providers usually do.
+fn usual(body: &[u8]) -> Option<Option<Usage>> {
+    if body.first() != Some(&b'{') {
+        return None;
+    }
+    let tail = body.len().saturating_sub(USUAL_TAIL);
+    let in_tail = FIND_KEY.find(&body[tail..]).map(|found| tail + found);
+    let Some(found) = in_tail.or_else(|| FIND_KEY.find(body)) else { return Some(None) };
+    let colon = skip_space(body, found + KEY.len());
+    if body[found - 1] == b'\\' || body.get(colon) != Some(&b':') {
+        return None;
+    }
+    let rest = &body[skip_space(body, colon + 1)..];
+    let (parts, length) = plain_parts(&rest[..rest.len().min(MAX_VALUE)])?;
+    let rest = rest[length..].trim_ascii_end();
+    let is_last =
+        rest == b"}" || memchr2(b'{', b'}', rest)? + 1 == rest.len() && FIND_KEY.find(rest).is_none();
+    is_last.then(|| parts.usage())
 }
 
 /// Reads the `usage` of one body. [`push`](BodyUsage::push) the chunks in order, then [`finish`](BodyUsage::finish).
@@ -261,96 +288,163 @@ impl BodyUsage {
     }
 }
 
-/// Reads the object at the start of `text`, and returns its length too. `None` if the object is not whole, or is none that
-/// providers usually write: it has an escape, an array, or an object within the details.
+/// Reads the object at the start of `text`, if there is one, and returns its length too. `None` if the object is not
+/// whole, or is none that providers usually write: it has an escape, an array, or an object within the details.
 fn plain_parts(text: &[u8]) -> Option<(UsageParts, usize)> {
-    let mut parts = UsageParts::default();
-    // Within an object of the usage: the count that it may have, and its key.
-    let mut details: Option<Option<(Count, &str)>> = None;
-    let mut at = 1;
+    if *text.first()? != b'{' {
+        return None;
+    }
+    let (mut parts, mut at) = (UsageParts::default(), 1);
     loop {
-        at = skip_space(text, at);
-        match text.get(at)? {
-            b',' => at = skip_space(text, at + 1),
-            b'}' => {
-                at += 1;
-                if details.take().is_none() {
-                    break;
-                }
-                continue;
-            }
-            _ => {}
-        }
-        let key = string(text, at)?;
-        at = skip_space(text, at + key.len() + 2);
-        if text.get(at) != Some(&b':') {
-            // `}` after the last member, or no JSON.
-            return None;
-        }
-        at = skip_space(text, at + 1);
-        let member = match details {
-            None => Member::of(key),
-            Some(details) => {
-                details.filter(|(_, name)| key == name.as_bytes()).map(|(count, _)| Member::Count(count))
+        let key = match next(text, at)? {
+            Next::Key(start) => start,
+            Next::End(end) => return Some((parts, end)),
+        };
+        let (member, value_start) = member(text, key)?;
+        let (value, end) = match text.get(value_start)? {
+            b'{' => plain_details(text, value_start, member)?,
+            _ => {
+                let (value, end) = scalar(text, value_start)?;
+                (value.filter(|_| matches!(member, Some(Member::Count(_)))), end)
             }
         };
-        let mut value = None;
-        match text.get(at)? {
-            b'0'..=b'9' => (value, at) = number(text, at)?,
-            b'"' => at += string(text, at)?.len() + 2,
-            b'{' if details.is_none() => {
-                details = Some(match member {
-                    Some(Member::Details(count, name)) => Some((count, name)),
-                    _ => None,
-                });
-                at += 1;
-            }
-            b'{' | b'[' => return None,
-            _ => at = end_of_scalar(text, at)?,
-        }
-        match member {
-            Some(Member::Count(count)) => parts.set(count, value),
-            // Details replace earlier ones, and a number is none.
-            Some(Member::Details(count, _)) => parts.set(count, None),
-            None => {}
+        at = end;
+        // The last of several values counts, even if it is no number.
+        if let Some(Member::Count(count) | Member::Details(count)) = member {
+            parts.set(count, value);
         }
     }
-    memchr(b'\\', &text[..at]).is_none().then_some((parts, at))
 }
 
-/// Returns the text of the string without escapes at `at`; `None` if there is none, or not the whole of it.
-fn string(text: &[u8], at: usize) -> Option<&[u8]> {
-    let text = text.get(at..)?.strip_prefix(b"\"")?;
-    memchr(b'"', text).map(|end| &text[..end])
+/// Reads the object at `at`, which is the value of `member`. Returns the count that the object has for it, and its end.
+fn plain_details(text: &[u8], at: usize, member: Option<Member>) -> Option<(Option<u64>, usize)> {
+    let wanted = match member {
+        Some(Member::Details(count)) => Some(count.key().as_bytes()),
+        _ => None,
+    };
+    let (mut count, mut at) = (None, at + 1);
+    loop {
+        let start = match next(text, at)? {
+            Next::Key(start) => start,
+            Next::End(end) => return Some((count, end)),
+        };
+        let key = string(&text[start..])?;
+        let (value, end) = scalar(text, value_start(text, start + key.len() + 1)?)?;
+        at = end;
+        if Some(key) == wanted {
+            count = value;
+        }
+    }
 }
 
-/// Returns the number at `at`, if it is a count, and its end; `None` if `text` ends before it does.
-fn number(text: &[u8], at: usize) -> Option<(Option<u64>, usize)> {
+/// What comes next in an object.
+enum Next {
+    /// A member, whose key begins here, behind its quote.
+    Key(usize),
+    /// The brace that ends the object, before this index.
+    End(usize),
+}
+
+/// Returns what comes after a brace, or after a value that ends at `at`.
+#[inline(always)]
+fn next(text: &[u8], mut at: usize) -> Option<Next> {
+    loop {
+        match text.get(at)? {
+            b'"' => return Some(Next::Key(at + 1)),
+            b'}' => return Some(Next::End(at + 1)),
+            b',' | b' ' | b'\t' | b'\r' | b'\n' => at += 1,
+            _ => return None,
+        }
+    }
+}
+
+/// Returns the member with the key at `at`, behind its quote, and the index of the member's value. The commonest keys are
+/// compared without a search for their end.
+#[inline(always)]
+fn member(text: &[u8], at: usize) -> Option<(Option<Member>, usize)> {
+    let rest = text.get(at..)?;
+    let is = |key: &[u8]| rest.starts_with(key);
+    let (count, length) = match rest.first()? {
+        b'p' if is(b"prompt_tokens\"") => (Count::Prompt, 13),
+        b'c' if is(b"completion_tokens\"") => (Count::Completion, 17),
+        b't' if is(b"total_tokens\"") => (Count::Total, 12),
+        b'i' if is(b"input_tokens\"") => (Count::Input, 12),
+        b'o' if is(b"output_tokens\"") => (Count::Output, 13),
+        _ => {
+            let key = string(rest)?;
+            return Some((Member::of(key), value_start(text, at + key.len() + 1)?));
+        }
+    };
+    Some((Some(Member::Count(count)), value_start(text, at + length + 1)?))
+}
+
+/// Returns the index of the value that follows a key, whose closing quote is before `at`.
+#[inline(always)]
+fn value_start(text: &[u8], at: usize) -> Option<usize> {
+    let colon = skip_space(text, at);
+    (*text.get(colon)? == b':').then(|| skip_space(text, colon + 1))
+}
+
+/// Returns the string at the start of `text`, behind its first quote; `None` if it has an escape or does not end.
+#[inline(always)]
+fn string(text: &[u8]) -> Option<&[u8]> {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    // The lowest bit that is set belongs to the first byte that is `b`.
+    let bytes = |word: u64, b: u8| {
+        let other = word ^ (ONES * u64::from(b));
+        other.wrapping_sub(ONES) & !other & (ONES << 7)
+    };
+    let mut at = 0;
+    // Most strings are so short that a call of `memchr2` takes longer.
+    let end = loop {
+        let Some(word) = text.get(at..)?.first_chunk() else {
+            break at + text[at..].iter().position(|b| matches!(b, b'"' | b'\\'))?;
+        };
+        let word = u64::from_le_bytes(*word);
+        match bytes(word, b'"') | bytes(word, b'\\') {
+            0 => at += 8,
+            found => break at + found.trailing_zeros() as usize / 8,
+        }
+    };
+    (text[end] == b'"').then(|| &text[..end])
+}
+
+/// Returns the value at `at`, if it is a count, and its end. `None` if the value is an array or an object, is not whole, or
+/// has so many digits that it may be too large.
+#[inline(always)]
+fn scalar(text: &[u8], at: usize) -> Option<(Option<u64>, usize)> {
     let (mut count, mut end) = (0_u64, at);
-    while let b @ b'0'..=b'9' = text.get(end)? {
-        count = count.wrapping_mul(10).wrapping_add(u64::from(b - b'0'));
+    loop {
+        let b = *text.get(end)?;
+        let digit = b.wrapping_sub(b'0');
+        if digit > 9 {
+            break;
+        }
+        count = count.wrapping_mul(10).wrapping_add(u64::from(digit));
         end += 1;
     }
-    // So many digits cannot wrap.
-    let fits = end - at <= 19
-        || std::str::from_utf8(&text[at..end]).is_ok_and(|digits| digits.parse::<u64>().is_ok());
-    let count = Some(count).filter(|_| fits);
     match text[end] {
-        b'.' | b'e' | b'E' => Some((None, end_of_scalar(text, end)?)),
-        _ => Some((count, end)),
+        b',' | b'}' | b' ' | b'\t' | b'\r' | b'\n' if (1..20).contains(&(end - at)) => {
+            Some((Some(count), end))
+        }
+        b'"' => Some((None, end + 2 + string(&text[end + 1..])?.len())),
+        b'[' | b'{' => None,
+        // A fraction, an exponent, a sign, or a word.
+        _ => {
+            let is_end = |b: &u8| matches!(b, b',' | b'}' | b' ' | b'\t' | b'\r' | b'\n');
+            let length = text[end..].iter().position(is_end)?;
+            if length == 0 { None } else { Some((None, end + length)) }
+        }
     }
-}
-
-/// Returns the end of the number or word at `at`; `None` if `text` ends before it does.
-fn end_of_scalar(text: &[u8], at: usize) -> Option<usize> {
-    let is_end = |b: &u8| matches!(b, b',' | b'}' | b' ' | b'\t' | b'\r' | b'\n');
-    text.get(at..)?.iter().position(is_end).map(|length| at + length)
 }
 
 /// Returns the index, from `at` on, of the first byte that is no white space.
 #[inline(always)]
 fn skip_space(text: &[u8], mut at: usize) -> usize {
-    while let Some(b' ' | b'\t' | b'\r' | b'\n') = text.get(at) {
+    while let Some(b) = text.get(at)
+        && *b <= b' '
+        && matches!(b, b' ' | b'\t' | b'\r' | b'\n')
+    {
         at += 1;
     }
     at
@@ -364,7 +458,12 @@ mod tests {
 
     /// The usage of `body`, which must be the same for any chunking.
     fn of(body: &str) -> Option<Usage> {
-        let whole = Usage::of_body(body.as_bytes());
+        let mut reader = BodyUsage::new();
+        reader.push(body.as_bytes());
+        let whole = reader.finish();
+        if serde_json::from_str::<Value>(body).is_ok() {
+            assert_eq!(Usage::of_body(body.as_bytes()), whole, "{body}");
+        }
         for length in 1..body.len().min(40) {
             let mut reader = BodyUsage::new();
             body.as_bytes().chunks(length).for_each(|chunk| reader.push(chunk));
@@ -452,6 +551,28 @@ mod tests {
             for cut in 1..text.len() {
                 assert_eq!(plain_parts(&text.as_bytes()[..cut]), None, "{}", &text[..cut]);
             }
+        }
+    }
+
+    #[test]
+    fn a_long_body_is_usually_read_from_its_end() {
+        let text = "a".repeat(USUAL_TAIL);
+        for (body, is_usual, want) in [
+            (format!(r#"{{"a":"{text}","usage":{{"prompt_tokens":1}},"b":["}}"]}}"#), false, Some(1)),
+            (format!(r#"{{"a":"{text}","usage":{{"prompt_tokens":1}},"b":["c"]}} "#), true, Some(1)),
+            (format!(r#"{{"usage":{{"prompt_tokens":1}},"b":["{text}"]}}"#), true, Some(1)),
+            (
+                format!(r#"{{"usage":{{"prompt_tokens":1}},"b":"{text}","c":"\"usage\":{{}}"}}"#),
+                false,
+                Some(1),
+            ),
+            (format!(r#"{{"usage":{{"prompt_tokens":1}},"b":"{text}","usage":null}}"#), false, None),
+            (format!(r#"{{"usage":{{"prompt_tokens":1}},"b":"{text}","c":["usage"]}}"#), false, Some(1)),
+            (format!(r#"{{"b":"{text}","c":{{"usage":{{"prompt_tokens":1}}}}}}"#), false, None),
+            (format!(r#"{{"b":"{text}"}}"#), true, None),
+        ] {
+            assert_eq!(of(&body), want.and_then(input), "{body}");
+            assert_eq!(usual(body.as_bytes()).is_some(), is_usual, "{body}");
         }
     }
 

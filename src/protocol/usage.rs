@@ -69,14 +69,31 @@ impl Count {
         Count::CompletionReasoning,
         Count::OutputReasoning,
     ];
+
+    /// The key of the count in its object.
+    #[inline]
+    pub(crate) fn key(self) -> &'static str {
+        match self {
+            Count::Prompt => "prompt_tokens",
+            Count::Completion => "completion_tokens",
+            Count::Input => "input_tokens",
+            Count::Output => "output_tokens",
+            Count::Total => "total_tokens",
+            Count::CacheHit => "prompt_cache_hit_tokens",
+            Count::CacheRead => "cache_read_input_tokens",
+            Count::CacheCreation => "cache_creation_input_tokens",
+            Count::PromptCached | Count::InputCached => "cached_tokens",
+            Count::CompletionReasoning | Count::OutputReasoning => "reasoning_tokens",
+        }
+    }
 }
 
 /// A member of a `usage` object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Member {
     Count(Count),
-    /// An object that may have this count, with this key.
-    Details(Count, &'static str),
+    /// An object that may have this count.
+    Details(Count),
 }
 
 impl Member {
@@ -91,10 +108,10 @@ impl Member {
             b"prompt_cache_hit_tokens" => Member::Count(Count::CacheHit),
             b"cache_read_input_tokens" => Member::Count(Count::CacheRead),
             b"cache_creation_input_tokens" => Member::Count(Count::CacheCreation),
-            b"prompt_tokens_details" => Member::Details(Count::PromptCached, "cached_tokens"),
-            b"input_tokens_details" => Member::Details(Count::InputCached, "cached_tokens"),
-            b"completion_tokens_details" => Member::Details(Count::CompletionReasoning, "reasoning_tokens"),
-            b"output_tokens_details" => Member::Details(Count::OutputReasoning, "reasoning_tokens"),
+            b"prompt_tokens_details" => Member::Details(Count::PromptCached),
+            b"input_tokens_details" => Member::Details(Count::InputCached),
+            b"completion_tokens_details" => Member::Details(Count::CompletionReasoning),
+            b"output_tokens_details" => Member::Details(Count::OutputReasoning),
             _ => return None,
         })
     }
@@ -114,7 +131,7 @@ impl UsageParts {
         for (key, value) in usage.as_object().into_iter().flatten() {
             match Member::of(key.as_bytes()) {
                 Some(Member::Count(count)) => parts.set(count, value.as_u64()),
-                Some(Member::Details(count, name)) => parts.set(count, value[name].as_u64()),
+                Some(Member::Details(count)) => parts.set(count, value[count.key()].as_u64()),
                 None => {}
             }
         }
