@@ -18,6 +18,8 @@ pub(crate) mod redact;
 
 pub(crate) mod usage;
 
+mod plain_usage;
+
 pub(crate) mod body_usage;
 
 pub(crate) use self::endpoint::Endpoint;
