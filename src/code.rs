@@ -41,6 +41,7 @@ codes! {
     InvalidApiKey "invalid_api_key",
     InvalidJson "invalid_json",
     InvalidType "invalid_type",
+    LedgerUnavailable "ledger_unavailable",
     MethodNotAllowed "method_not_allowed",
     MissingMessages "missing_messages",
     MissingModel "missing_model",

@@ -107,6 +107,8 @@ use tokio::sync::mpsc::Receiver;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::drain::Order;
+use crate::telemetry::ledger::Ledger;
+use crate::telemetry::ledger::writer::Writer;
 use crate::telemetry::log::Log;
 
 /// Why [`run`] ended early.
@@ -116,6 +118,14 @@ pub enum RunError {
     Config(String),
     /// The listener or a thread failed.
     Io(io::Error),
+}
+
+/// Opens the ledger of the configuration. The writer is there if the ledger has a file.
+fn open_ledger(config: &Config, log: &Log) -> Result<(Arc<Ledger>, Option<Writer>), String> {
+    let Some(path) = &config.ledger else { return Ok((Ledger::in_memory(), None)) };
+    let log = log.clone();
+    let events = move |level: &str, event: &str, text: &str| log.event(level, event, text);
+    Ledger::open(path, Box::new(events)).map(|(ledger, writer)| (ledger, Some(writer)))
 }
 
 /// Serves `config` on `listener` until told to stop; `log` is the way to stderr. `Ok(true)`: nothing was cut.
@@ -129,7 +139,10 @@ pub fn run(
     orders: Receiver<Order>,
 ) -> Result<bool, RunError> {
     clock::now();
-    let shared = Arc::new(Shared::new(config, log.clone()).map_err(RunError::Config)?);
+    let (ledger, writer) = open_ledger(&config, &log).map_err(RunError::Config)?;
+    let shared = Shared::with_ledger(config, log.clone(), ledger).map_err(RunError::Config)?;
+    let shared = Arc::new(shared);
+    let writer = writer.map(Writer::start).transpose().map_err(RunError::Io)?;
     for warning in &shared.current.load().config.warnings {
         log.event("warn", "config", warning);
     }
@@ -139,6 +152,9 @@ pub fn run(
     let runtime = runtime.map_err(RunError::Io)?;
     let whole = runtime.block_on(server::serve(shared, listener, orders)).map_err(RunError::Io);
     runtime.shutdown_background();
+    if let Some(writer) = writer {
+        writer.stop();
+    }
     // It may hold a way to the log.
     drop(std::panic::take_hook());
     log.flush();

@@ -1,10 +1,12 @@
-//! The endpoints that Zap serves itself: `/health`, `/ready`, `/metrics`, `/status`, `/v1/models`.
+//! The endpoints that Zap serves itself: `/health`, `/ready`, `/metrics`, `/status`, `/usage`, `/v1/models`.
 
 use std::sync::{Arc, Weak};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::StatusCode;
 use serde_json::json;
+use tokio::task::spawn_blocking;
 
 use crate::client::respond::text;
 use crate::clock;
@@ -17,12 +19,17 @@ use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::route::{Listed, MAX_NAME};
-use crate::telemetry::clients::Client;
+use crate::telemetry::clients::{ANONYMOUS, Client};
+use crate::telemetry::ledger::report::{ReportError, UsageQuery};
+use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::metrics::Scrape;
+use crate::telemetry::record::usd;
+use crate::telemetry::token_metrics::{tokens_of, tokens_of_client};
 use crate::telemetry::{encode, metrics};
-use crate::time::{Nanos, SECOND};
+use crate::time::{Day, Nanos, SECOND};
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
+use crate::upstream::token_counters::TokenCount;
 
 /// `/health`: the process is alive.
 pub(crate) fn health() -> ClientResponse {
@@ -61,17 +68,65 @@ pub(crate) fn status(shared: &Shared) -> ClientResponse {
     text(StatusCode::OK, "application/json", shared.pages.text(CachedPage::Status, || encode_status(shared)))
 }
 
+/// `GET /usage`: what clients have used. `may_report`: the worker has not made too many reports in this second.
+///
+/// # Errors
+/// The query is not valid, or the ledger cannot be read now.
+pub(crate) async fn usage(
+    shared: &Shared,
+    query: Option<&str>,
+    may_report: bool,
+) -> Result<ClientResponse, GatewayError> {
+    let query = UsageQuery::parse(query, Day::of(SystemTime::now())).map_err(GatewayError::BadQuery)?;
+    if !may_report {
+        return Err(GatewayError::LedgerUnavailable("too many reports are asked for".into()));
+    }
+    let ledger = shared.telemetry.ledger.clone();
+    let report = spawn_blocking(move || ledger.report(query).map(|report| report.encode())).await;
+    match report.map_err(|_| GatewayError::Internal)? {
+        Ok((content_type, body)) => Ok(text(StatusCode::OK, content_type, body.into())),
+        Err(ReportError::TooLarge(why)) => Err(GatewayError::BadQuery(why)),
+        Err(ReportError::Unavailable(why)) => Err(GatewayError::LedgerUnavailable(why.into())),
+    }
+}
+
 fn encode_status(shared: &Shared) -> Bytes {
     let snapshot = shared.current.load();
-    let backends: Vec<_> = (0..snapshot.backends.len()).map(|id| backend(&snapshot, id)).collect();
+    let spent = |payer| shared.telemetry.ledger.spent(payer, Day::of(SystemTime::now()));
+    let backends: Vec<_> = (0..snapshot.backends.len())
+        .map(|id| {
+            let mut status = backend(&snapshot, id);
+            let upstream = &snapshot.backends[id];
+            let mut total = TokenCount::default();
+            tokens_of(upstream).values().for_each(|count| total.add(count));
+            status["used"] = used(&total, spent(Payer::Backend(upstream.name())));
+            status
+        })
+        .collect();
+    let anonymous = tokens_of_client(shared.telemetry.lanes.iter().map(|lane| &lane.anonymous));
+    let known = snapshot.clients.iter().map(|client| {
+        (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane)))
+    });
+    let clients: Vec<_> = known
+        .chain([(ANONYMOUS, anonymous)])
+        .map(|(name, total)| json!({ "name": name, "used": used(&total, spent(Payer::Client(name))) }))
+        .collect();
     let status = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "draining": shared.is_stopping(),
         "in_flight": shared.admission.in_flight(),
         "queue_depth": shared.admission.depth(),
         "backends": backends,
+        "clients": clients,
     });
     status.to_string().into()
+}
+
+/// The tokens since the start of the process, and what was spent in this day and month.
+fn used(total: &TokenCount, spent: Spent) -> serde_json::Value {
+    let tokens: serde_json::Map<_, _> =
+        TokenCount::KINDS.iter().zip(total.tokens).map(|(kind, n)| ((*kind).to_owned(), n.into())).collect();
+    json!({ "tokens": tokens, "spent_today_usd": usd(spent.day), "spent_this_month_usd": usd(spent.month) })
 }
 
 fn backend(snapshot: &Snapshot, id: BackendId) -> serde_json::Value {

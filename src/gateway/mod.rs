@@ -76,6 +76,9 @@ use crate::upstream::pool::Pool;
 /// model.
 const MAX_SEARCHES: u64 = 50;
 
+/// Reports of usage that a worker may make in a second: each reads a file.
+const MAX_REPORTS: u64 = 20;
+
 /// The path of the list of models.
 const MODELS: &str = "/v1/models";
 
@@ -98,6 +101,8 @@ pub(crate) struct Gateway {
     refused_heads: RefCell<Allowance>,
     /// Searches for similar model names in this second.
     searches: RefCell<Allowance>,
+    /// Reports of usage in this second.
+    reports: RefCell<Allowance>,
     lists: RefCell<ModelLists>,
 }
 
@@ -124,6 +129,7 @@ impl Gateway {
             last_limit: RefCell::new((0, headers::number(0))),
             refused_heads: RefCell::default(),
             searches: RefCell::default(),
+            reports: RefCell::default(),
             lists: RefCell::default(),
         })
     }
@@ -159,6 +165,13 @@ impl Gateway {
             ServedBy::Backends(_) if wants_websocket(head) => {
                 self.refuse(&GatewayError::UpgradeRequired, record, &context)
             }
+            ServedBy::Zap(Page::Usage) if matches!(head.method, Method::GET | Method::HEAD) => {
+                let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
+                match endpoints::usage(self.shared(), head.uri.query(), may_report).await {
+                    Ok(response) => self.finish(response, record, &context),
+                    Err(error) => self.refuse(&error, record, &context),
+                }
+            }
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
                 match self.page(*page, path, &record, &generation) {
                     Ok(response) => self.finish(response, record, &context),
@@ -185,6 +198,8 @@ impl Gateway {
             Page::Models => return self.models(path, record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Status => endpoints::status(self.shared()),
+            // Served by `respond`, since it reads a file.
+            Page::Usage => return Err(GatewayError::Internal),
         })
     }
 

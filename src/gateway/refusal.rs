@@ -53,6 +53,10 @@ pub(crate) enum GatewayError {
     QueueFull,
     /// The deadline passed while the request waited in a queue.
     QueueTimeout,
+    /// The query of a page is not valid; why.
+    BadQuery(String),
+    /// The ledger cannot be read now; why.
+    LedgerUnavailable(Cow<'static, str>),
     /// The client has reached its rate limit; the time until the next request may pass.
     RateLimited(Nanos),
     /// The body stalled, or the deadline passed before it was complete.
@@ -304,6 +308,16 @@ impl GatewayError {
                     Code::QueueTimeout,
                     "The request waited in the queue until its deadline; it was not sent to a backend."
                         .into(),
+                ),
+            ),
+            E::BadQuery(why) => row(StatusCode::BAD_REQUEST, INVALID, Code::BadRequest, why.clone()),
+            E::LedgerUnavailable(why) => after(
+                &SECOND,
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::LedgerUnavailable,
+                    format!("The usage cannot be read now: {why}; try again in 1 s."),
                 ),
             ),
             E::RateLimited(wait) => after(

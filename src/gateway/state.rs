@@ -20,6 +20,7 @@ use crate::policy::retry::Budget;
 use crate::protocol::Endpoint;
 use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
+use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
@@ -78,13 +79,21 @@ impl Shared {
     /// # Errors
     /// Returns a message for the operator if the URL or the certificates of a backend are invalid.
     pub fn new(config: Config, log: Log) -> Result<Self, String> {
+        Self::with_ledger(config, log, Ledger::in_memory())
+    }
+
+    /// Creates the state for `config`, with a ledger that is open already.
+    ///
+    /// # Errors
+    /// Returns a message for the operator if the URL or the certificates of a backend are invalid.
+    pub(crate) fn with_ledger(config: Config, log: Log, ledger: Arc<Ledger>) -> Result<Self, String> {
         let snapshot = prepare(config, None)?;
         let config = &snapshot.config;
         Ok(Shared {
             limiter: Limiter::new(config.rate_limit.max_keys),
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
-            telemetry: Telemetry::new(config.server.workers, log, config.log.requests),
+            telemetry: Telemetry::new(config.server.workers, (log, config.log.requests), ledger),
             pages: Pages::default(),
             fleet_changed: Notify::new(),
             reopened: Notify::new(),

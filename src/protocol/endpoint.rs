@@ -24,6 +24,7 @@ pub(crate) enum Endpoint {
     Responses,
     Speech,
     Status,
+    Usage,
 }
 
 /// The properties of an endpoint.
@@ -58,6 +59,7 @@ pub(crate) enum Page {
     Models,
     Ready,
     Status,
+    Usage,
 }
 
 /// The requests and responses of an endpoint that backends serve.
@@ -150,6 +152,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
     },
     Row::plain(Endpoint::Speech, "speech", &["/v1/audio/speech"], ("/audio/speech", Metering::Told)),
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
+    Row::page(Endpoint::Usage, "usage", &["/usage"], Page::Usage),
 ];
 
 impl Row {
@@ -193,7 +196,7 @@ impl Row {
 impl Endpoint {
     /// Number of endpoints. This is a literal because array types use it: a constant computed from the table would make
     /// the optimizing compiler fail with an evaluation cycle.
-    pub(crate) const COUNT: usize = 14;
+    pub(crate) const COUNT: usize = 15;
 
     /// All endpoints, in the order of their discriminants.
     pub(crate) const ALL: [Endpoint; Endpoint::COUNT] = {

@@ -39,6 +39,8 @@ pub(crate) struct Used {
     pub usage: Usage,
     /// Whether they are an estimate.
     pub is_estimate: bool,
+    /// The model as a label.
+    pub label: Arc<str>,
     /// The cost in nano-USD.
     pub cost: u64,
     /// The model that the backend was sent.
@@ -78,6 +80,6 @@ impl Meter {
                 lane.per_output_token.record(now.saturating_sub(first) / (usage.output - 1));
             }
         }
-        Some(Used { usage, is_estimate, cost, model, first_content })
+        Some(Used { usage, is_estimate, label, cost, model, first_content })
     }
 }

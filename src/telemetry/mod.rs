@@ -27,6 +27,7 @@ use crossbeam_utils::CachePadded;
 use http::HeaderValue;
 
 use crate::config;
+use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::{Lane, Reloads};
 
@@ -39,17 +40,20 @@ pub(crate) struct Telemetry {
     pub reloads: Reloads,
     /// The log.
     pub log: Log,
+    /// What clients have used, by day.
+    pub ledger: Arc<Ledger>,
     /// Whether each request gets a log line.
     log_requests: AtomicBool,
 }
 
 impl Telemetry {
     /// Creates the telemetry with all counts at 0.
-    pub(crate) fn new(workers: usize, log: Log, log_requests: bool) -> Arc<Self> {
+    pub(crate) fn new(workers: usize, (log, log_requests): (Log, bool), ledger: Arc<Ledger>) -> Arc<Self> {
         Arc::new(Telemetry {
             lanes: (0..workers).map(|_| CachePadded::default()).collect(),
             reloads: Reloads::default(),
             log,
+            ledger,
             log_requests: AtomicBool::new(log_requests),
         })
     }

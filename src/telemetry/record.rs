@@ -18,11 +18,13 @@ use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
 use crate::telemetry::clients::Client;
+use crate::telemetry::clients::ANONYMOUS;
+use crate::telemetry::ledger::table::{Amounts, Labels};
 use crate::telemetry::log::push_json;
 use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
 use crate::telemetry::phase::Phase;
-use crate::time::{MILLI, Nanos, SECOND};
+use crate::time::{Day, MILLI, Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Passed;
@@ -235,10 +237,19 @@ impl RequestRecord {
         let times = (self.started, clock::now());
         let Some(used) = meter.settle(backend, &backend.lanes[worker], times) else { return };
         let count = TokenCount::new(&used.usage, used.cost);
-        match &self.caller {
-            Caller::Known(client) => client.lanes[worker].spend(&count),
-            Caller::Anonymous | Caller::Unknown(_) => self.recorder.lane().anonymous.spend(&count),
-        }
+        let client = match &self.caller {
+            Caller::Known(client) => {
+                client.lanes[worker].spend(&count);
+                &client.conf.name
+            }
+            Caller::Anonymous | Caller::Unknown(_) => {
+                self.recorder.lane().anonymous.spend(&count);
+                ANONYMOUS
+            }
+        };
+        let labels = Labels { client, backend: backend.name(), model: &used.label };
+        let amounts = Amounts::of_request(used.usage, used.is_estimate, used.cost);
+        self.recorder.telemetry.ledger.add(Day::of(SystemTime::now()), labels, amounts);
         self.used = Some(used);
     }
 

@@ -4,13 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::counter::{PER_TOKEN, REQUEST, Total};
-use crate::telemetry::clients::{ClientLane, Clients};
+use crate::telemetry::clients::{ANONYMOUS, ClientLane, Clients};
 use crate::telemetry::encode::Encoder;
 use crate::upstream::Upstream;
 use crate::upstream::token_counters::TokenCount;
-
-/// The label of requests without a client key.
-const ANONYMOUS: &str = "anonymous";
 
 /// The token counts of all workers for one backend, by model.
 pub(crate) fn tokens_of(upstream: &Upstream) -> BTreeMap<Arc<str>, TokenCount> {

@@ -14,7 +14,7 @@ mod file;
 
 mod open;
 
-mod writer;
+pub(crate) mod writer;
 
 use std::path::Path;
 use std::sync::Arc;
