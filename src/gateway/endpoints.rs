@@ -104,9 +104,10 @@ fn encode_status(shared: &Shared) -> Bytes {
         })
         .collect();
     let anonymous = tokens_of_client(shared.telemetry.lanes.iter().map(|lane| &lane.anonymous));
-    let known = snapshot.clients.iter().map(|client| {
-        (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane)))
-    });
+    let known = snapshot
+        .clients
+        .iter()
+        .map(|client| (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane))));
     let clients: Vec<_> = known
         .chain([(ANONYMOUS, anonymous)])
         .map(|(name, total)| json!({ "name": name, "used": used(&total, spent(Payer::Client(name))) }))

@@ -24,11 +24,9 @@ pub(crate) mod null_member;
 
 pub(crate) mod usage;
 
-<<<<<<< HEAD
 pub(crate) mod usage_request;
-=======
+
 mod plain_usage;
->>>>>>> t-usage
 
 pub(crate) mod body_usage;
 

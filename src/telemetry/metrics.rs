@@ -243,7 +243,11 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         "Log lines dropped: stderr was full or closed, or a burst of invalid heads arrived.",
         telemetry.log.dropped(),
     );
-    e.family("zap_ledger_errors_total", "counter", "Times that the ledger's file could not be read or written.");
+    e.family(
+        "zap_ledger_errors_total",
+        "counter",
+        "Times that the ledger's file could not be read or written.",
+    );
     e.sample("zap_ledger_errors_total", &[], telemetry.ledger.errors());
     e.family("zap_queue_wait_seconds", "histogram", "Time in the queue, for requests that were queued.");
     e.histogram("zap_queue_wait_seconds", &[], &Total::of(REQUEST, lanes.iter().map(|l| &l.queue_wait)));
