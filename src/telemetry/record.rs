@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use http::{HeaderValue, Method};
+use xxhash_rust::xxh64::xxh64;
 
 use crate::clock;
 use crate::code::Code;
@@ -249,7 +250,10 @@ impl RequestRecord {
         };
         let labels = Labels { client, backend: backend.name(), model: &used.label };
         let amounts = Amounts::of_request(used.usage, used.is_estimate, used.cost);
-        self.recorder.telemetry.ledger.add(Day::of(SystemTime::now()), labels, amounts);
+        // The backend and the model have hashes of their own; the client's tells the rest apart.
+        let key = backend.identity ^ xxh64(used.label.as_bytes(), xxh64(client.as_bytes(), 1));
+        let today = Day::of(SystemTime::now());
+        self.recorder.telemetry.ledger.add(worker, today, (key, labels), amounts);
         self.used = Some(used);
     }
 

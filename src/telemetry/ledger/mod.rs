@@ -14,6 +14,8 @@ mod file;
 
 mod open;
 
+mod shard;
+
 pub(crate) mod writer;
 
 use std::path::Path;
@@ -21,15 +23,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 use rusqlite::{Connection, Transaction};
 
 use crate::telemetry::ledger::file::File;
 use crate::telemetry::ledger::report::{Report, ReportError, UsageQuery};
+use crate::telemetry::ledger::shard::Shard;
 use crate::telemetry::ledger::sums::{Payer, Spent, Sums};
 use crate::telemetry::ledger::table::{Amounts, Labels, Table};
 use crate::telemetry::ledger::writer::{Events, Writer};
 use crate::time::Day;
+
+/// Number of shards. Workers with the same remainder share one.
+const SHARDS: usize = 16;
 
 /// Days that a ledger without a file keeps.
 const KEPT_DAYS: u32 = 400;
@@ -40,6 +47,8 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The ledger, shared by all workers.
 #[derive(Debug)]
 pub(crate) struct Ledger {
+    /// What the workers have added lately, so that they do not wait for each other.
+    shards: [CachePadded<Mutex<Shard>>; SHARDS],
     state: Mutex<State>,
     /// `None`: the ledger has no file.
     reading: Option<Reading>,
@@ -69,7 +78,11 @@ struct Reading {
 impl Ledger {
     /// A ledger without a file: it knows what this process has seen, of at most 400 days.
     pub(crate) fn in_memory() -> Arc<Ledger> {
-        Arc::new(Ledger { state: Mutex::default(), reading: None, errors: AtomicU64::new(0) })
+        Arc::new(Self::new(None))
+    }
+
+    fn new(reading: Option<Reading>) -> Self {
+        Ledger { shards: Default::default(), state: Mutex::default(), reading, errors: AtomicU64::new(0) }
     }
 
     /// Opens the ledger in the file at `path`. A missing file is created; its directory must exist. `events` gets the
@@ -82,27 +95,45 @@ impl Ledger {
         let fault = |e| format!("cannot read the ledger {}: {e}", path.display());
         let connection = Mutex::new(Some(file.reader().map_err(fault)?));
         let reading = Some(Reading { connection, commit: Mutex::new(()) });
-        let ledger = Arc::new(Ledger { state: Mutex::default(), reading, errors: AtomicU64::new(0) });
+        let ledger = Arc::new(Self::new(reading));
         let mut writer = Writer::new(ledger.clone(), file, path, events);
         writer.read_sums().map_err(|e| format!("cannot read the ledger {}: {e}", path.display()))?;
         Ok((ledger, writer))
     }
 
-    /// Adds what a request used; `day` is the day of its end. Never waits for the disk.
-    pub(crate) fn add(&self, day: Day, labels: Labels<'_>, amounts: Amounts) {
-        let mut state = self.state.lock();
-        if self.reading.is_none() && !state.pending.has(day) {
-            let first = day.minus(KEPT_DAYS - 1);
-            state.pending.drop_before(first);
-            state.sums.drop_before(first);
+    /// Adds what a request of a worker used; `day` is the day of its end, `key` a hash of the labels. Never waits for the
+    /// disk.
+    pub(crate) fn add(&self, worker: usize, day: Day, (key, labels): (u64, Labels<'_>), amounts: Amounts) {
+        let mut shard = self.shards[worker % SHARDS].lock();
+        if !shard.add(day, (key, labels), amounts) {
+            self.collect(&mut shard);
+            shard.add(day, (key, labels), amounts);
         }
-        state.pending.add(day, labels, amounts);
-        state.sums.add(day, labels, amounts.cost_nano_usd);
+    }
+
+    /// Takes what the workers have added since the last call.
+    fn collect_all(&self) {
+        self.shards.iter().for_each(|shard| self.collect(&mut shard.lock()));
+    }
+
+    fn collect(&self, shard: &mut Shard) {
+        let rows = shard.take();
+        let mut state = self.state.lock();
+        for (day, labels, amounts) in rows.all() {
+            if self.reading.is_none() && !state.pending.has(day) {
+                let first = day.minus(KEPT_DAYS - 1);
+                state.pending.drop_before(first);
+                state.sums.drop_before(first);
+            }
+            state.pending.add(day, labels, amounts);
+            state.sums.add(day, labels, amounts.cost_nano_usd);
+        }
     }
 
     /// What `payer` has spent on the day `today` and in its month: by all processes in the file, as of the last second,
     /// and by this process up to the last [`Ledger::add`]. Never waits for the disk.
     pub(crate) fn spent(&self, payer: Payer<'_>, today: Day) -> Spent {
+        self.collect_all();
         self.state.lock().sums.spent(payer, today)
     }
 
@@ -119,6 +150,7 @@ impl Ledger {
     pub(crate) fn report(&self, query: UsageQuery) -> Result<Report, ReportError> {
         let mut groups = Report::new(query);
         let Some(Reading { connection, commit }) = &self.reading else {
+            self.collect_all();
             let rows = self.state.lock().pending.clone();
             return groups.add_table(&rows).map(|()| groups);
         };
@@ -126,6 +158,7 @@ impl Ledger {
         let mut connection = connection.try_lock_for(REPORT_TIMEOUT).ok_or_else(busy)?;
         let connection = connection.as_mut().ok_or_else(busy)?;
         let snapshot = commit.try_lock_for(REPORT_TIMEOUT).ok_or_else(busy)?;
+        self.collect_all();
         let transaction = file::begin_read(connection)?;
         let (pending, writing) = {
             let state = self.state.lock();
@@ -139,6 +172,7 @@ impl Ledger {
 
     /// Hands the pending rows to the writer.
     fn begin_batch(&self) -> Table {
+        self.collect_all();
         let mut state = self.state.lock();
         state.writing = std::mem::take(&mut state.pending);
         state.writing.clone()
@@ -167,6 +201,7 @@ impl Ledger {
 
     /// Number of rows that are not in the file.
     fn unwritten(&self) -> usize {
+        self.collect_all();
         let state = self.state.lock();
         state.pending.len() + state.writing.len()
     }

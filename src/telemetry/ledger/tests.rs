@@ -80,8 +80,8 @@ fn amounts_add_up_in_memory_in_the_file_and_after_a_restart() {
     let (ledger, mut writer, seen) = open(&folder.file());
     let memory = Ledger::in_memory();
     for (n, labels) in [(1, A), (2, A), (3, B)] {
-        ledger.add(today, labels, cost(n));
-        memory.add(today, labels, cost(n));
+        add(&ledger, today, labels, cost(n));
+        add(&memory, today, labels, cost(n));
         if n == 1 {
             writer.write(today);
         }
@@ -99,7 +99,7 @@ fn amounts_add_up_in_memory_in_the_file_and_after_a_restart() {
     assert_eq!(totals(&folder.file()), (3, 6));
     let (ledger, mut writer, _) = open(&folder.file());
     assert_eq!(rows(&ledger), want);
-    ledger.add(today, A, cost(10));
+    add(&ledger, today, A, cost(10));
     writer.write(today);
     assert_eq!(totals(&folder.file()), (4, 16));
     assert!(seen.lock().is_empty(), "{seen:?}");
@@ -140,19 +140,19 @@ fn spent_follows_the_days_and_the_months() {
             }
         };
         let (a, x) = (Payer::Client("a"), Payer::Backend("x"));
-        ledger.add(october, A, cost(1));
+        add(&ledger, october, A, cost(1));
         assert_eq!(spent(a, october), (1, 1));
         assert_eq!(spent(a, first), (0, 0), "a new month begins without an action");
         write(october);
-        ledger.add(first, A, cost(20));
+        add(&ledger, first, A, cost(20));
         // A request that ended before midnight is added after one that ended later.
-        ledger.add(october, B, cost(300));
+        add(&ledger, october, B, cost(300));
         for _ in 0..2 {
             assert_eq!(spent(x, october), (301, 301));
             assert_eq!(spent(x, first), (20, 20));
             write(first);
         }
-        ledger.add(second, B, cost(4_000));
+        add(&ledger, second, B, cost(4_000));
         for _ in 0..2 {
             assert_eq!(spent(x, second), (4_000, 4_020));
             assert_eq!(spent(Payer::Client("b"), second), (4_000, 4_000));
@@ -172,7 +172,7 @@ fn spent_follows_the_days_and_the_months() {
 fn a_restart_knows_what_is_spent_today() {
     let (folder, today) = (Folder::new(), Day::of(SystemTime::now()));
     let (ledger, writer, _) = open(&folder.file());
-    ledger.add(today, A, cost(7));
+    add(&ledger, today, A, cost(7));
     writer.finish(Duration::from_secs(1));
     let (ledger, _writer, _) = open(&folder.file());
     assert_eq!(ledger.spent(Payer::Client("a"), today), Spent { day: 7, month: 7 });
@@ -182,7 +182,7 @@ fn a_restart_knows_what_is_spent_today() {
 fn a_ledger_without_a_file_keeps_400_days() {
     let (ledger, last) = (Ledger::in_memory(), day("2030-01-01"));
     for age in (0..1000).rev() {
-        ledger.add(last.minus(age), A, cost(1));
+        add(&ledger, last.minus(age), A, cost(1));
     }
     let rows = rows(&ledger);
     assert_eq!(rows.len(), 400);
@@ -197,8 +197,8 @@ fn two_processes_on_one_file_add_up_and_see_each_other() {
     let (first, mut first_writer, _) = open(&folder.file());
     let (second, mut second_writer, _) = open(&folder.file());
     for round in 1..=20 {
-        first.add(today, A, cost(1));
-        second.add(today, A, cost(100));
+        add(&first, today, A, cost(1));
+        add(&second, today, A, cost(100));
         // Both know their own costs at once, and those of the other after a second.
         first_writer.write(today);
         second_writer.write(today);
@@ -224,7 +224,7 @@ fn reports_under_load_are_exact() {
                 for n in 0..20_000_u64 {
                     let labels = if n % 2 == 0 { A } else { B };
                     begun.fetch_add(1, Ordering::SeqCst);
-                    ledger.add(today, labels, cost(1));
+                    add(&ledger, today, labels, cost(1));
                     ended.fetch_add(1, Ordering::SeqCst);
                     if n % 100 == 0 {
                         std::thread::sleep(Duration::from_millis(1));
@@ -267,7 +267,7 @@ fn a_locked_file_loses_nothing() {
     let lock = Connection::open(folder.file()).unwrap();
     lock.execute_batch("BEGIN EXCLUSIVE").unwrap();
     for round in 1..=3 {
-        ledger.add(today, A, cost(1));
+        add(&ledger, today, A, cost(1));
         let since = Instant::now();
         writer.write(today);
         assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
@@ -301,7 +301,7 @@ fn a_full_disk_loses_nothing() {
     limit(&writer, 4);
     for n in 0..1000_u64 {
         let labels = Labels { client: &format!("client-{}", n % 500), ..A };
-        ledger.add(today, labels, cost(n));
+        add(&ledger, today, labels, cost(n));
         if n % 250 == 249 {
             writer.write(today);
         }
@@ -331,7 +331,7 @@ fn a_file_that_is_moved_or_deleted_is_not_written_to() {
     let (ledger, mut writer, seen) = open(&folder.file());
     let aside = folder.0.join("aside");
     fs::rename(folder.file(), &aside).unwrap();
-    ledger.add(today, A, cost(1));
+    add(&ledger, today, A, cost(1));
     writer.write(today);
     fs::write(folder.file(), "").unwrap();
     writer.write(today);
@@ -349,7 +349,7 @@ fn the_thread_writes_what_is_pending_when_it_stops() {
     let (folder, today) = (Folder::new(), Day::of(SystemTime::now()));
     let (ledger, writer, seen) = open(&folder.file());
     let handle = writer.start().unwrap();
-    ledger.add(today, A, cost(1));
+    add(&ledger, today, A, cost(1));
     let since = Instant::now();
     handle.stop();
     assert!(since.elapsed() < Duration::from_secs(1));
@@ -365,7 +365,7 @@ fn a_lock_that_stays_cannot_hold_up_the_end() {
     let (ledger, writer, seen) = open(&folder.file());
     let lock = Connection::open(folder.file()).unwrap();
     lock.execute_batch("BEGIN IMMEDIATE").unwrap();
-    ledger.add(today, A, cost(1));
+    add(&ledger, today, A, cost(1));
     let since = Instant::now();
     writer.finish(Duration::from_millis(80));
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
@@ -378,7 +378,7 @@ fn a_copy_of_the_files_of_a_crash_has_all_that_was_committed() {
     let (folder, today) = (Folder::new(), day("2026-11-25"));
     let (ledger, mut writer, _) = open(&folder.file());
     for n in 1..=50 {
-        ledger.add(today, Labels { client: &n.to_string(), ..A }, cost(1));
+        add(&ledger, today, Labels { client: &n.to_string(), ..A }, cost(1));
         writer.write(today);
         let copy = Folder::new();
         for suffix in ["", "-wal"] {
@@ -405,7 +405,7 @@ fn child_that_writes_until_it_is_killed() {
     let (ledger, mut writer, _) = open(Path::new(&path));
     let today = day("2026-11-25");
     for n in 1.. {
-        ledger.add(today, Labels { client: &(n % 97).to_string(), ..A }, cost(1));
+        add(&ledger, today, Labels { client: &(n % 97).to_string(), ..A }, cost(1));
         writer.write(today);
         println!("\nwritten {n}");
     }
@@ -462,7 +462,7 @@ fn a_file_that_is_no_ledger_is_refused_and_stays_as_it_is() {
         let (ledger, writer, _) = open(&path);
         for n in 0..2000 {
             let labels = Labels { client: &format!("client-{n}"), ..A };
-            ledger.add(day("2026-11-25"), labels, cost(1));
+            add(&ledger, day("2026-11-25"), labels, cost(1));
         }
         writer.finish(Duration::from_secs(1));
         fs::read(&path).unwrap()
@@ -511,7 +511,7 @@ fn a_file_that_is_no_ledger_is_refused_and_stays_as_it_is() {
 fn a_damaged_file_with_a_log_stays_as_it_is() {
     let (folder, copy) = (Folder::new(), Folder::new());
     let (ledger, mut writer, _) = open(&folder.file());
-    ledger.add(day("2026-11-25"), A, cost(1));
+    add(&ledger, day("2026-11-25"), A, cost(1));
     writer.write(day("2026-11-25"));
     let log = fs::read(folder.0.join("zap.db-wal")).unwrap();
     let mut file = fs::read(folder.file()).unwrap();
@@ -565,7 +565,7 @@ fn a_sum_out_of_range_stays_at_the_largest_integer() {
     let (folder, today) = (Folder::new(), day("2026-11-25"));
     let (ledger, mut writer, seen) = open(&folder.file());
     for _ in 0..3 {
-        ledger.add(today, A, cost(u64::MAX));
+        add(&ledger, today, A, cost(u64::MAX));
         writer.write(today);
     }
     assert_eq!(rows(&ledger), ["2026-11-25,a,x,m,3,0,90,30,60,15,9223372036.854775807"]);
@@ -580,4 +580,13 @@ fn a_usage_becomes_amounts() {
     let want =
         Amounts { requests: 1, estimated: 1, input: 9, cached: 4, output: 7, reasoning: 3, cost_nano_usd: 5 };
     assert_eq!(Amounts::of_request(usage, true, 5), want);
+}
+
+/// Adds as a worker does.
+fn add(ledger: &Ledger, day: Day, labels: Labels<'_>, amounts: Amounts) {
+    let key = std::hash::BuildHasher::hash_one(
+        &std::hash::BuildHasherDefault::<std::hash::DefaultHasher>::default(),
+        labels,
+    );
+    ledger.add(key as usize, day, (key, labels), amounts);
 }
