@@ -245,13 +245,17 @@ impl Attempts<'_> {
             return;
         };
         let model = target.model(self.record.model.as_ref());
-        let known = |name: &str| self.snapshot.table().known_name(name).cloned();
-        // A request without a model is counted under the backend's default model.
-        let label = self.record.model.as_deref().or(model.as_deref()).and_then(known);
+        let table = self.snapshot.table();
+        let label = match (table.name_of(self.ask.route), &self.record.model) {
+            (Some(name), _) => Some(name),
+            // A request without a model is counted under the backend's default model.
+            (None, None) => model.as_deref().and_then(|name| table.known_name(name)),
+            (None, Some(_)) => None,
+        };
         let has_content = response.events.as_ref().is_some_and(|events| events.has_content());
         self.record.meter = Some(Meter {
             key: response.in_flight.key(),
-            label: label.unwrap_or_else(|| OTHER_MODEL.clone()),
+            label: label.unwrap_or(&OTHER_MODEL).clone(),
             model,
             metering: api.metering,
             lengths: Lengths { asked: self.chat.fields.length, text: 0 },

@@ -164,6 +164,8 @@ pub(crate) struct Listed {
 pub(crate) struct Table {
     routes: Vec<Route>,
     exact: HashMap<Arc<str>, RouteId>,
+    /// The names of `exact`, by route.
+    names: Vec<Option<Arc<str>>>,
     prefixes: HashMap<Box<[u8]>, RouteId>,
     /// The lengths of `prefixes`, longest first.
     lengths: Vec<usize>,
@@ -278,6 +280,10 @@ impl Table {
             (None, None) => Some(Sent::AsIs),
             (None, Some(_)) => None,
         });
+        table.names = vec![None; table.routes.len()];
+        for (name, id) in &table.exact {
+            table.names[*id] = Some(name.clone());
+        }
         table
     }
 
@@ -321,6 +327,11 @@ impl Table {
     /// Returns `name` as the configuration knows it; `None` if it does not.
     pub(crate) fn known_name(&self, name: &str) -> Option<&Arc<str>> {
         self.exact.get_key_value(name).map(|(name, _)| name)
+    }
+
+    /// Returns the name of a route for one name; `None` for any other route.
+    pub(crate) fn name_of(&self, id: RouteId) -> Option<&Arc<str>> {
+        self.names.get(id)?.as_ref()
     }
 
     /// The models that the configuration names, by backend.

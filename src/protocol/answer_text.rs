@@ -7,11 +7,11 @@ use memchr::memmem::Finder;
 
 /// The members of an answer that hold text of the model.
 static TEXTS: LazyLock<[Finder<'static>; 4]> = LazyLock::new(|| {
-    ["\"content\":", "\"reasoning_content\":", "\"text\":", "\"arguments\":"].map(Finder::new)
+    ["\"content\":", "\"text\":", "\"arguments\":", "\"reasoning_content\":"].map(Finder::new)
 });
 
 /// The length of the text of the model in the body of an answer, in bytes as it is spelled: of all strings that are members
-/// with the usual names, wherever they stand.
+/// with the first of the usual names that has text, wherever they stand.
 pub(crate) fn answer_text(body: &[u8]) -> u64 {
     let length = |finder: &Finder<'_>, at: usize| {
         let value = body[at + finder.needle().len()..].trim_ascii_start().strip_prefix(b"\"")?;
@@ -25,7 +25,8 @@ pub(crate) fn answer_text(body: &[u8]) -> u64 {
     };
     let of_member =
         |finder: &Finder<'_>| -> usize { finder.find_iter(body).filter_map(|at| length(finder, at)).sum() };
-    TEXTS.iter().map(of_member).sum::<usize>() as u64
+    // Most answers have one of them only.
+    TEXTS.iter().map(of_member).find(|length| *length > 0).unwrap_or(0) as u64
 }
 
 #[cfg(test)]
