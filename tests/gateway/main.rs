@@ -36,6 +36,7 @@ mod health;
 
 mod json_suite;
 
+mod ledger;
 mod limit;
 
 mod models;
