@@ -54,4 +54,6 @@ mod streams;
 
 mod tls;
 
+mod tokens;
+
 mod truth;
