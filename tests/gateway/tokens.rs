@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -808,6 +808,31 @@ fn the_usage_of_a_response_that_is_incomplete_or_failed_is_counted() {
     for line in zap.lines(2) {
         assert_eq!(logged(&line), provider([10, 2, 3, 1]), "{line}");
     }
+}
+
+#[test]
+fn the_second_question_survives_an_idle_connection_that_closes() {
+    let gate = Gate::default();
+    let (held, is_first) = (gate.clone(), AtomicBool::new(true));
+    let a = Provider::start(move |seen, stream| {
+        if has(&seen.body, "warm") {
+            held.pass();
+        } else if !has(&seen.body, "stream_options") && is_first.swap(false, Ordering::SeqCst) {
+            // The connection has been idle for too long.
+            return After::Close;
+        }
+        refuses_options(seen, stream)
+    });
+    let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "usage = \"inject\"")]);
+    let mut clients = [zap.client(), zap.client(), zap.client()];
+    let body = ALL[0].body("m", ",\"user\":\"warm\"");
+    clients.iter_mut().for_each(|client| client.post("/chat", "", &body));
+    eventually("three connections are open", || gate.waiting() == 3);
+    gate.open(3);
+    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    let answer = clients[0].chat("", ALL[1].body("m", ""));
+    assert_eq!((answer.status, answer.text()), (200, &*ALL[1].answer("one", false, None)));
+    assert_eq!(answer.header("x-zap-attempts"), Some("1"));
 }
 
 #[test]
