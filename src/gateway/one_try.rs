@@ -75,7 +75,8 @@ impl Attempts<'_> {
         {
             asked.asks = false;
             response = self.send_request(&mut asked).await;
-            if matches!(&response, Ok(response) if response.head.status != StatusCode::BAD_REQUEST) {
+            // Any other failure leaves open which part of the request was refused.
+            if matches!(&response, Ok(response) if response.head.status.is_success()) {
                 in_flight.upstream().state.ratios.set_passive(in_flight.key());
             }
         }

@@ -771,7 +771,7 @@ fn a_bad_request_of_the_client_does_not_end_the_question() {
     });
     let zap = Zap::with_log("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
     let mut client = zap.client();
-    for (broken, status) in [("broken, always 400", 400)] {
+    for (broken, status) in [("broken, always 400", 400), ("broken", 422)] {
         let before = a.count();
         let answer = client.chat("", ALL[1].body("m", &format!(",\"user\":\"{broken}\"")));
         assert_eq!((answer.status, answer.text()), (status, "{\"error\":{\"message\":\"broken\"}}"));
@@ -781,7 +781,7 @@ fn a_bad_request_of_the_client_does_not_end_the_question() {
         assert!(bodies(&a).pop().unwrap().contains(ASKS), "{broken}");
     }
     let told = provider([10, 0, 3, 0]);
-    assert_eq!(zap.lines(2).iter().map(logged).collect::<Vec<_>>(), [None, told]);
+    assert_eq!(zap.lines(4).iter().map(logged).collect::<Vec<_>>(), [None, told.clone(), None, told]);
 }
 
 #[test]
