@@ -1048,7 +1048,7 @@ fn an_estimate_follows_the_ratio_of_the_answers_before() {
         let n = seen.header("x-request-id").unwrap().strip_prefix("n-").unwrap().parse::<usize>().unwrap();
         "some words ".repeat(5 + n % 40)
     };
-    for ask in [ALL[1], ALL[3], ALL[5]] {
+    for ask in [ALL[1], ALL[3], ALL[5], ALL[0], ALL[4]] {
         let a = Provider::start(move |seen, stream| {
             let text = text_of(seen);
             let counts = Some(told(seen, &text)).filter(|_| !has(&seen.body, "silent"));
