@@ -68,17 +68,15 @@ impl Attempts<'_> {
         let mut asked = Asked { target, in_flight: &in_flight, asks, sent: 0 };
         self.exchange.nudge_at(self.exchange.coarse_now() + SILENT);
         let unanswered = Unanswered::new(self.gateway, &in_flight, self.ask.model);
-        let mut response = self.send_request(&mut asked, true).await;
-        if matches!(response, Err(Problem::Send(SendError::Stale))) && !self.gateway.is_cut() {
-            response = self.send_request(&mut asked, false).await;
-        }
+        let mut response = self.send_request(&mut asked).await;
         unanswered.end();
         // Some providers refuse to be asked for the token counts.
         if asked.asks && matches!(&response, Ok(response) if response.head.status == StatusCode::BAD_REQUEST)
         {
             asked.asks = false;
-            response = self.send_request(&mut asked, true).await;
-            if matches!(&response, Ok(response) if response.head.status != StatusCode::BAD_REQUEST) {
+            response = self.send_request(&mut asked).await;
+            // Any other failure leaves open which part of the request was refused.
+            if matches!(&response, Ok(response) if response.head.status.is_success()) {
                 in_flight.upstream().state.ratios.set_passive(in_flight.key());
             }
         }
@@ -159,13 +157,20 @@ impl Attempts<'_> {
         Box::new(KeptResponse { response, number: self.record.tries })
     }
 
+    /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle connection
+    /// was closed.
+    async fn send_request(&mut self, asked: &mut Asked<'_>) -> Result<UpstreamResponse, Problem> {
+        match self.send_once(asked, true).await {
+            Err(Problem::Send(SendError::Stale)) if !self.gateway.is_cut() => {
+                self.send_once(asked, false).await
+            }
+            result => result,
+        }
+    }
+
     /// Sends the request and waits for the head of the response. Uses an idle connection if there is one and `reuse` is
     /// set. Sets [`Self::wait_began`] unless a former call in this try has set it.
-    async fn send_request(
-        &mut self,
-        asked: &mut Asked<'_>,
-        reuse: bool,
-    ) -> Result<UpstreamResponse, Problem> {
+    async fn send_once(&mut self, asked: &mut Asked<'_>, reuse: bool) -> Result<UpstreamResponse, Problem> {
         let request = self.wire_request(asked);
         let source =
             Source { pool: self.gateway.pool(), reuse, limit: self.snapshot.config.timeouts.connect };

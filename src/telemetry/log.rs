@@ -1,7 +1,7 @@
-//! Log lines on stderr. A bounded channel leads to a writer thread, so a request never waits for stderr.
+//! Log lines, on stderr. A bounded channel leads to a writer thread, so a request never waits for stderr.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -30,13 +30,20 @@ pub struct Log {
 }
 
 impl Log {
-    /// Starts the writer thread.
+    /// Starts the writer thread, which writes to stderr.
     pub fn start(format: LogFormat) -> Self {
+        Self::to(format, std::io::stderr())
+    }
+
+    /// Starts the writer thread, which writes to `out`.
+    pub fn to(format: LogFormat, out: impl io::Write + Send + 'static) -> Self {
         let (lines, receiver) = sync_channel(BACKLOG);
         let dropped = Arc::new(AtomicU64::new(0));
         let counter = dropped.clone();
-        let writer =
-            std::thread::Builder::new().name("zap-log".into()).spawn(move || write(&receiver, &counter)).ok();
+        let writer = std::thread::Builder::new()
+            .name("zap-log".into())
+            .spawn(move || write(&receiver, &counter, out))
+            .ok();
         let json = Arc::new(AtomicBool::new(format == LogFormat::Json));
         Log { lines: Some(lines), dropped, json, writer: Arc::new(Mutex::new(writer)) }
     }
@@ -102,7 +109,7 @@ impl Log {
     }
 }
 
-fn write(lines: &Receiver<String>, dropped: &AtomicU64) {
+fn write(lines: &Receiver<String>, dropped: &AtomicU64, mut out: impl io::Write) {
     let mut batch = String::new();
     while let Ok(first) = lines.recv() {
         batch.clear();
@@ -115,7 +122,7 @@ fn write(lines: &Receiver<String>, dropped: &AtomicU64) {
                 break;
             }
         }
-        if std::io::stderr().write_all(batch.as_bytes()).is_err() {
+        if out.write_all(batch.as_bytes()).is_err() {
             dropped.fetch_add(n, Ordering::Relaxed);
         }
     }

@@ -55,4 +55,6 @@ mod streams;
 
 mod tls;
 
+mod tokens;
+
 mod truth;

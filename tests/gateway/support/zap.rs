@@ -1,14 +1,15 @@
 //! Zap inside the test process.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::mpsc::Sender;
-use zap::internals::Log;
-use zap::internals::{Config, Faults, LoadError};
+use zap::internals::{Config, Faults, LoadError, Log, LogFormat};
 use zap::internals::{Order, orders};
 
 use super::{Client, Response, eventually, within};
@@ -18,12 +19,35 @@ pub(crate) struct Zap {
     pub address: SocketAddr,
     orders: Sender<Order>,
     thread: Option<JoinHandle<bool>>,
+    lines: Lines,
+}
+
+/// What Zap has logged, if the test reads it.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Zap {
     /// Starts Zap with a configuration text. The defaults are two workers and no request log.
     pub(crate) fn start(text: &str) -> Self {
-        Self::run(Config::parse(text, "test", Path::new(""), &|_| None), text)
+        Self::run(Config::parse(text, "test", Path::new(""), &|_| None), text, None)
+    }
+
+    /// Starts Zap with these settings and `[[backends]]`, and with a request log for [`lines`](Self::lines).
+    pub(crate) fn with_log(settings: &str, backends: &[String]) -> Self {
+        let text = format!("{settings}\n[log]\nrequests = true\n{}", backends.concat());
+        let config = Config::parse(&text, "test", Path::new(""), &|_| None);
+        Self::run(config, &text, Some(Lines::default()))
     }
 
     /// Starts Zap with a file of these settings and `[[backends]]`, so that it can be [reloaded](Self::reload).
@@ -33,10 +57,10 @@ impl Zap {
             LoadError::Invalid(faults) => faults,
             LoadError::Missing(path) => panic!("no file at {}", path.display()),
         });
-        Self::run(config, &text)
+        Self::run(config, &text, None)
     }
 
-    fn run(config: Result<Config, Faults>, text: &str) -> Self {
+    fn run(config: Result<Config, Faults>, text: &str, lines: Option<Lines>) -> Self {
         let mut config = config.unwrap_or_else(|faults| panic!("{faults}"));
         if !text.contains("workers") {
             config.server.workers = 2;
@@ -47,9 +71,12 @@ impl Zap {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (orders, receiver) = orders();
-        let log = Log::start(config.log.events);
+        let log = match &lines {
+            Some(lines) => Log::to(LogFormat::Json, lines.clone()),
+            None => Log::start(config.log.events),
+        };
         let thread = std::thread::spawn(move || zap::run(config, log, listener, receiver).unwrap());
-        Zap { address, orders, thread: Some(thread) }
+        Zap { address, orders, thread: Some(thread), lines: lines.unwrap_or_default() }
     }
 
     /// Starts Zap with these settings and `[[backends]]`.
@@ -99,6 +126,30 @@ impl Zap {
     pub(crate) fn metric(&self, series: &str) -> f64 {
         let all = self.metrics();
         *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
+    }
+
+    /// Waits until `count` requests to `/v1` or `/chat` are logged. Returns their lines, in order.
+    pub(crate) fn lines(&self, count: usize) -> Vec<serde_json::Value> {
+        let mut lines = Vec::new();
+        eventually("the requests are logged", || {
+            let logged = String::from_utf8(self.lines.0.lock().unwrap().clone()).unwrap();
+            // The last line may be incomplete.
+            let whole = &logged[..logged.rfind('\n').map_or(0, |at| at + 1)];
+            let served = whole
+                .lines()
+                .filter(|line| line.contains(",\"path\":\"/v1/") || line.contains(",\"path\":\"/chat"));
+            lines = served.map(|line| serde_json::from_str(line).unwrap()).collect();
+            lines.len() >= count
+        });
+        assert_eq!(lines.len(), count);
+        lines
+    }
+
+    /// The sample of `series` as it is written; `None` if there is no such series.
+    pub(crate) fn sample(&self, series: &str) -> Option<String> {
+        let page = self.client().get("/metrics");
+        let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned);
+        page.text().lines().find_map(value)
     }
 
     /// Waits until no slot, queue entry, backend permit or upstream connection is in use; panics after a second.

@@ -1,0 +1,1077 @@
+//! Tokens and money: what providers tell is counted exactly, what they do not tell is estimated, and Zap's own question for
+//! the token counts of a stream is invisible to the client.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use serde_json::Value;
+
+use crate::support::provider::{After, Gate, Seen, chunk, end_chunks, reply, start_events, wait_closed};
+use crate::support::{Client, Provider, Response, Zap, eventually};
+
+/// Input, cached, output and reasoning tokens.
+type Counts = [u64; 4];
+
+const KINDS: [&str; 4] = ["input", "cached", "output", "reasoning"];
+
+const JSON: &str = "content-type: application/json\r\n";
+
+const EVENTS: &str = "content-type: text/event-stream\r\n";
+
+/// The member that asks for the token counts.
+const ASKS: &str = "\"stream_options\":{\"include_usage\":true}";
+
+const DONE: &str = "data: [DONE]\n\n";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Api {
+    Chat,
+    Completions,
+    Responses,
+    Embeddings,
+    Rerank,
+    Images,
+}
+
+/// An endpoint, and whether its answer is streamed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ask {
+    api: Api,
+    is_stream: bool,
+}
+
+const fn ask(api: Api, is_stream: bool) -> Ask {
+    Ask { api, is_stream }
+}
+
+const STREAMS: [Ask; 3] = [ask(Api::Chat, true), ask(Api::Completions, true), ask(Api::Responses, true)];
+
+/// All answers. An image comes last: without token counts nothing is known of it.
+const ALL: [Ask; 9] = [
+    ask(Api::Chat, false),
+    STREAMS[0],
+    ask(Api::Completions, false),
+    STREAMS[1],
+    ask(Api::Responses, false),
+    STREAMS[2],
+    ask(Api::Embeddings, false),
+    ask(Api::Rerank, false),
+    ask(Api::Images, false),
+];
+
+impl Ask {
+    /// Recognizes a request that a provider got.
+    fn of(seen: &Seen) -> Ask {
+        let path = seen.line.split(' ').nth(1).unwrap();
+        let of_path = |ask: &&Ask| path == ask.path();
+        let api = ALL.iter().find(of_path).unwrap().api;
+        ask(api, ["\"stream\":true", "\"stream\" : true"].iter().any(|member| has(&seen.body, member)))
+    }
+
+    fn path(self) -> &'static str {
+        match self.api {
+            Api::Chat => "/v1/chat/completions",
+            Api::Completions => "/v1/completions",
+            Api::Responses => "/v1/responses",
+            Api::Embeddings => "/v1/embeddings",
+            Api::Rerank => "/v1/rerank",
+            Api::Images => "/v1/images/generations",
+        }
+    }
+
+    /// Whether the client decides whether it gets the token counts.
+    fn has_options(self) -> bool {
+        self.is_stream && self.api != Api::Responses
+    }
+
+    /// The body of a request for `model`, with the members `more`, which begin with a comma.
+    fn body(self, model: &str, more: &str) -> String {
+        let stream = self.is_stream;
+        let content = match self.api {
+            Api::Chat => r#""messages":[{"role":"user","content":"hi"}]"#,
+            Api::Completions | Api::Images => r#""prompt":"hi""#,
+            Api::Responses | Api::Embeddings => r#""input":"hi""#,
+            Api::Rerank => r#""query":"hi","documents":["a"]"#,
+        };
+        format!("{{\"model\":\"{model}\",\"stream\":{stream},{content}{more}}}")
+    }
+
+    /// The counts that an answer of this kind can tell.
+    fn told(self, [input, cached, output, reasoning]: Counts) -> Counts {
+        match self.api {
+            Api::Embeddings | Api::Rerank => [input, 0, 0, 0],
+            Api::Images => [input, 0, output, 0],
+            Api::Chat | Api::Completions | Api::Responses => [input, cached, output, reasoning],
+        }
+    }
+
+    fn usage(self, [input, cached, output, reasoning]: Counts) -> String {
+        let total = input + output;
+        match self.api {
+            Api::Chat | Api::Completions => format!(
+                "{{\"prompt_tokens\":{input},\"completion_tokens\":{output},\"total_tokens\":{total},\"prompt_tokens_details\":{{\"cached_tokens\":{cached}}},\"completion_tokens_details\":{{\"reasoning_tokens\":{reasoning}}}}}"
+            ),
+            Api::Responses => format!(
+                "{{\"input_tokens\":{input},\"input_tokens_details\":{{\"cached_tokens\":{cached}}},\"output_tokens\":{output},\"output_tokens_details\":{{\"reasoning_tokens\":{reasoning}}},\"total_tokens\":{total}}}"
+            ),
+            Api::Embeddings => format!("{{\"prompt_tokens\":{input},\"total_tokens\":{input}}}"),
+            Api::Rerank => format!("{{\"total_tokens\":{input}}}"),
+            Api::Images => {
+                format!("{{\"input_tokens\":{input},\"output_tokens\":{output},\"total_tokens\":{total}}}")
+            }
+        }
+    }
+
+    /// An answer that is not streamed.
+    fn json(self, text: &str, counts: Option<Counts>) -> String {
+        let usage = counts.map(|counts| format!(",\"usage\":{}", self.usage(counts))).unwrap_or_default();
+        let content = match self.api {
+            Api::Chat => format!(
+                "\"choices\":[{{\"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":\"{text}\"}},\"finish_reason\":\"stop\"}}]"
+            ),
+            Api::Completions => {
+                format!("\"choices\":[{{\"text\":\"{text}\",\"index\":0,\"finish_reason\":\"stop\"}}]")
+            }
+            Api::Responses => format!(
+                "\"output\":[{{\"type\":\"message\",\"content\":[{{\"type\":\"output_text\",\"text\":\"{text}\"}}]}}]"
+            ),
+            Api::Embeddings => "\"data\":[{\"embedding\":[0.5]}]".to_owned(),
+            Api::Rerank => "\"results\":[{\"index\":0,\"relevance_score\":0.5}]".to_owned(),
+            Api::Images => "\"data\":[{\"b64_json\":\"AAAA\"}]".to_owned(),
+        };
+        format!("{{\"id\":\"x\",{content}{usage}}}")
+    }
+
+    /// The events of a streamed answer, up to its last content and behind it. `asked`: a chunk without token counts says
+    /// so, as OpenAI's do.
+    fn events(self, text: &str, asked: bool, counts: Option<Counts>) -> (String, String) {
+        let null = if asked { ",\"usage\":null" } else { "" };
+        let usage = counts.map(|counts| self.usage(counts));
+        let words = || text.split_inclusive(' ');
+        if self.api == Api::Responses {
+            let usage = usage.map(|usage| format!(",\"usage\":{usage}")).unwrap_or_default();
+            let event = |kind: &str, more: &str| {
+                format!("event: response.{kind}\ndata: {{\"type\":\"response.{kind}\"{more}}}\n\n")
+            };
+            let delta = |word: &str| event("output_text.delta", &format!(",\"delta\":\"{word}\""));
+            let begin = event("created", ",\"response\":{\"id\":\"r\",\"usage\":null}");
+            let response = format!(",\"response\":{{\"id\":\"r\",\"status\":\"completed\"{usage}}}");
+            return (begin + &words().map(delta).collect::<String>(), event("completed", &response));
+        }
+        let event = |choice: &str, finish: &str| {
+            format!(
+                "data: {{\"id\":\"x\",\"choices\":[{{\"index\":0,{choice},\"finish_reason\":{finish}}}]{null}}}\n\n"
+            )
+        };
+        let word = |word: &str| match self.api {
+            Api::Chat => event(&format!("\"delta\":{{\"content\":\"{word}\"}}"), "null"),
+            _ => event(&format!("\"text\":\"{word}\""), "null"),
+        };
+        let (begin, end) = match self.api {
+            Api::Chat => {
+                (event("\"delta\":{\"role\":\"assistant\",\"content\":\"\"}", "null"), "\"delta\":{}")
+            }
+            _ => (word(""), "\"text\":\"\""),
+        };
+        let usage = usage.map(|usage| format!("data: {{\"id\":\"x\",\"choices\":[],\"usage\":{usage}}}\n\n"));
+        let behind = [event(end, "\"stop\""), usage.unwrap_or_default(), DONE.to_owned()].concat();
+        (begin + &words().map(word).collect::<String>(), behind)
+    }
+
+    /// The body of an answer. `asked`: the receiver has asked for the token counts of a stream.
+    fn answer(self, text: &str, asked: bool, counts: Option<Counts>) -> String {
+        match self.is_stream {
+            false => self.json(text, counts),
+            true => {
+                let asked = self.has_options() && asked;
+                let counts = counts.filter(|_| asked || !self.has_options());
+                let (content, behind) = self.events(text, asked, counts);
+                content + &behind
+            }
+        }
+    }
+}
+
+fn has(body: &[u8], what: &str) -> bool {
+    memchr::memmem::find(body, what.as_bytes()).is_some()
+}
+
+/// Answers as a provider does that gives the token counts of a stream only if asked.
+fn serve(seen: &Seen, stream: &mut TcpStream, text: &str, counts: Option<Counts>) -> After {
+    let ask = Ask::of(seen);
+    let answer = ask.answer(text, has(&seen.body, "\"include_usage\":true"), counts);
+    if !ask.is_stream {
+        reply(stream, 200, JSON, answer.as_bytes());
+        return After::Keep;
+    }
+    start_events(stream);
+    for event in answer.split_inclusive("\n\n") {
+        chunk(stream, event);
+    }
+    end_chunks(stream);
+    After::Keep
+}
+
+/// A provider that answers each request with `text` and these counts.
+fn teller(text: &'static str, counts: Option<Counts>) -> Provider {
+    Provider::start(move |seen, stream| serve(seen, stream, text, counts))
+}
+
+fn send(client: &mut Client, ask: Ask, body: &str) -> Response {
+    client.post(ask.path(), "", body);
+    client.response()
+}
+
+/// The samples of `zap_tokens_total` of a backend and a model; zeros if there are none.
+fn tokens(metrics: &HashMap<String, f64>, backend: &str, model: &str) -> Counts {
+    let series =
+        |kind| format!("zap_tokens_total{{backend=\"{backend}\",model=\"{model}\",type=\"{kind}\"}}");
+    KINDS.map(|kind| metrics.get(&series(kind)).map_or(0, |n| *n as u64))
+}
+
+fn client_tokens(metrics: &HashMap<String, f64>, client: &str) -> Counts {
+    KINDS.map(|kind| {
+        metrics[&format!("zap_client_tokens_total{{client=\"{client}\",type=\"{kind}\"}}")] as u64
+    })
+}
+
+/// The tokens of a log line; `None` if it has none.
+fn logged(line: &Value) -> Option<(Counts, String)> {
+    let tokens = &line["tokens"];
+    let source = tokens["source"].as_str()?.to_owned();
+    Some((KINDS.map(|kind| tokens[kind].as_u64().unwrap()), source))
+}
+
+fn add(sum: &mut Counts, counts: Counts) {
+    sum.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
+}
+
+fn provider(counts: Counts) -> Option<(Counts, String)> {
+    Some((counts, "provider".to_owned()))
+}
+
+#[test]
+fn the_usage_of_every_dialect_is_counted_and_logged() {
+    let counts = [1000, 400, 77, 30];
+    let a = teller("four words are enough", Some(counts));
+    let names: Vec<_> = (0..ALL.len()).map(|i| format!("\"m{i}\" = \"own-{i}\"")).collect();
+    let more = format!(
+        "models = {{ {} }}\nprices = {{ \"own-*\" = {{ input = 1, cached = 0.5, output = 2 }} }}",
+        names.join(", ")
+    );
+    let zap = Zap::with_log("", &[a.backend("a", &more)]);
+    let mut client = zap.client();
+    for (i, ask) in ALL.into_iter().enumerate() {
+        let answer = send(&mut client, ask, &ask.body(&format!("m{i}"), ""));
+        assert_eq!((answer.status, answer.whole), (200, true), "{ask:?}");
+        assert_eq!(answer.text(), ask.answer("four words are enough", false, Some(counts)), "{ask:?}");
+    }
+    let (metrics, lines) = (zap.metrics(), zap.lines(ALL.len()));
+    let mut all = Counts::default();
+    for (i, (ask, line)) in ALL.into_iter().zip(&lines).enumerate() {
+        let told = ask.told(counts);
+        add(&mut all, told);
+        assert_eq!(tokens(&metrics, "a", &format!("m{i}")), told, "{ask:?}");
+        assert_eq!(logged(line), provider(told), "{ask:?}");
+        assert_eq!(line["upstream_model"], format!("own-{i}"), "{ask:?}");
+        assert_eq!(line["ttft_ms"].is_number(), ask.is_stream, "{ask:?}: {line}");
+        // Thousandths of a thousandth of a dollar.
+        let [input, cached, output, _] = told;
+        let micro = (input - cached) as f64 + cached as f64 / 2.0 + 2.0 * output as f64;
+        assert_eq!(line["cost_usd"].as_f64(), Some(micro / 1e6), "{ask:?}");
+    }
+    assert_eq!(client_tokens(&metrics, "anonymous"), all);
+    assert_eq!(metrics["zap_usage_missing_total{backend=\"a\"}"], 0.0);
+    assert_eq!(metrics["zap_time_to_first_token_seconds_count{backend=\"a\"}"], 3.0);
+    assert_eq!(metrics["zap_time_per_output_token_seconds_count{backend=\"a\"}"], 3.0);
+}
+
+/// What becomes of a request of the mixed load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// The whole answer with its token counts.
+    Told,
+    /// The same, after another provider has failed before content.
+    Moved,
+    /// The whole answer without token counts.
+    Untold,
+    /// The provider cuts the stream after content.
+    Cut,
+    /// The client leaves after content.
+    Left,
+    /// The client leaves before the head of the answer.
+    Gone,
+    /// The provider refuses the request.
+    Refused,
+}
+
+/// Request `i` of the mixed load.
+struct Mixed {
+    i: usize,
+    fate: Fate,
+    ask: Ask,
+    /// Whether the client itself asks for the token counts.
+    asks: bool,
+    counts: Counts,
+    text: String,
+}
+
+impl Mixed {
+    fn new(i: usize) -> Self {
+        use Fate::{Cut, Gone, Left, Moved, Refused, Told, Untold};
+        let fate = [
+            Told, Told, Untold, Told, Moved, Told, Cut, Told, Moved, Left, Told, Refused, Untold, Told, Gone,
+            Told,
+        ][i % 16];
+        let turn = i / 16;
+        let ask = match fate {
+            Cut | Left => STREAMS[turn % 3],
+            Untold => ALL[turn % 8],
+            _ => ALL[turn % 9],
+        };
+        let n = i as u64;
+        let (input, output) = (20 + n % 997, 1 + n % 311);
+        let counts = [input, n % 20, output, n % output];
+        Mixed { i, fate, ask, asks: turn.is_multiple_of(2), counts, text: "word ".repeat(1 + i % 7) }
+    }
+
+    /// The request that a provider got.
+    fn of(seen: &Seen) -> Self {
+        let id = seen.header("x-request-id").unwrap();
+        Self::new(id.strip_prefix("mixed-").unwrap().parse().unwrap())
+    }
+
+    fn model(&self) -> &'static str {
+        match self.fate {
+            Fate::Told => "told",
+            Fate::Moved => "moved",
+            Fate::Untold | Fate::Cut | Fate::Left => "guessed",
+            Fate::Gone | Fate::Refused => "nothing",
+        }
+    }
+
+    fn body(&self) -> String {
+        let options = if self.asks && self.ask.has_options() { format!(",{ASKS}") } else { String::new() };
+        self.ask.body(self.model(), &options)
+    }
+
+    /// Sends the request with `client`, and checks the answer. `arrived`: the requests that the provider has got.
+    fn run(&self, client: &mut Client, arrived: &Mutex<Vec<usize>>) -> Option<Response> {
+        let Mixed { i, fate, ask, .. } = self;
+        client.post(ask.path(), &format!("x-request-id: mixed-{i}\r\n"), self.body());
+        if *fate == Fate::Gone {
+            eventually("the provider has the request", || arrived.lock().unwrap().contains(i));
+            return None;
+        }
+        let mut answer = client.head();
+        if *fate == Fate::Left {
+            let content = client.chunk().unwrap();
+            assert!(!content.is_empty(), "{i}");
+            return None;
+        }
+        client.body(&mut answer);
+        let text = String::from_utf8_lossy(&answer.body);
+        match fate {
+            Fate::Refused => assert_eq!(answer.status, 400, "{i}: {text}"),
+            Fate::Cut => assert!(text.contains("word"), "{i}: {text}"),
+            _ => {
+                assert_eq!((answer.status, answer.whole), (200, true), "{i} {ask:?}: {text}");
+                let counts = Some(self.counts).filter(|_| *fate != Fate::Untold);
+                assert_eq!(text, ask.answer(&self.text, self.asks, counts), "{i}");
+            }
+        }
+        Some(answer).filter(|answer| answer.whole && answer.header("connection") != Some("close"))
+    }
+
+    /// What a good provider does.
+    fn serve(&self, seen: &Seen, stream: &mut TcpStream, arrived: &Mutex<Vec<usize>>) -> After {
+        match self.fate {
+            Fate::Told | Fate::Moved => serve(seen, stream, &self.text, Some(self.counts)),
+            Fate::Untold => serve(seen, stream, &self.text, None),
+            Fate::Refused => {
+                reply(stream, 400, JSON, b"{\"error\":{\"message\":\"no\"},\"usage\":{\"prompt_tokens\":9}}");
+                After::Keep
+            }
+            Fate::Gone => {
+                arrived.lock().unwrap().push(self.i);
+                wait_closed(stream);
+                After::Close
+            }
+            Fate::Cut | Fate::Left => {
+                start_events(stream);
+                chunk(stream, &self.ask.events(&self.text, true, None).0);
+                if self.fate == Fate::Left {
+                    wait_closed(stream);
+                }
+                After::Close
+            }
+        }
+    }
+
+    /// What a provider does that fails before content, though it tells token counts.
+    fn fail(&self, stream: &mut TcpStream) -> After {
+        match (self.i / 32 % 4, self.ask) {
+            (0, Ask { api: Api::Chat, is_stream: true }) => {
+                let usage = self.ask.usage(self.counts);
+                reply(
+                    stream,
+                    200,
+                    EVENTS,
+                    format!("data: {{\"choices\":[],\"usage\":{usage}}}\n\n{DONE}").as_bytes(),
+                );
+            }
+            (0, _) => return After::Close,
+            (1, _) => reply(stream, 500, JSON, b"{\"error\":{},\"usage\":{\"prompt_tokens\":9}}"),
+            (2, _) => {
+                reply(stream, 200, JSON, b"{\"error\":{\"message\":\"no\"},\"usage\":{\"prompt_tokens\":9}}");
+            }
+            _ => {
+                let head = format!("HTTP/1.1 200 OK\r\n{JSON}content-length: 99\r\n\r\n{{\"id\"");
+                let _ = stream.write_all(head.as_bytes());
+                return After::Close;
+            }
+        }
+        After::Keep
+    }
+}
+
+#[test]
+fn the_sum_of_a_mixed_load_is_what_the_providers_told_and_all_else_is_an_estimate_or_free() {
+    const REQUESTS: usize = 5000;
+    let arrived = Arc::new(Mutex::new(Vec::new()));
+    let theirs = arrived.clone();
+    let good = Provider::start(move |seen, stream| Mixed::of(seen).serve(seen, stream, &theirs));
+    let bad = Provider::start(|seen, stream| Mixed::of(seen).fail(stream));
+    let zap = Zap::with_log(
+        "[health]\nfailure_threshold = 1000\ninterval_secs = 600\n[retry]\nbudget_percent = 100\nbase_delay_ms = 1\n",
+        &[
+            bad.backend("bad", "usage = \"inject\"\nmodels = [\"moved\"]"),
+            good.backend(
+                "good",
+                "usage = \"inject\"\npriority = 1\nmodels = [\"told\", \"guessed\", \"moved\", \"nothing\"]",
+            ),
+        ],
+    );
+    let next = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let mut client = zap.client();
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= REQUESTS {
+                        break;
+                    }
+                    if Mixed::new(i).run(&mut client, &arrived).is_none() {
+                        client = zap.client();
+                    }
+                }
+            });
+        }
+    });
+    let (mut told, mut moved, mut guessed, mut estimates) =
+        (Counts::default(), Counts::default(), Counts::default(), 0);
+    for line in zap.lines(REQUESTS) {
+        let id = line["request_id"].as_str().unwrap();
+        let mixed = Mixed::new(id.strip_prefix("mixed-").unwrap().parse().unwrap());
+        let counts = mixed.ask.told(mixed.counts);
+        match mixed.model() {
+            "told" | "moved" => {
+                assert_eq!(logged(&line), provider(counts), "{line}");
+                add(if mixed.fate == Fate::Told { &mut told } else { &mut moved }, counts);
+            }
+            "guessed" => {
+                let (counts, source) = logged(&line).unwrap();
+                assert_eq!(source, "estimate", "{line}");
+                let has_text = !matches!(mixed.ask.api, Api::Embeddings | Api::Rerank);
+                assert_eq!((counts[0] > 0, counts[2] > 0), (true, has_text), "{line}");
+                add(&mut guessed, counts);
+                estimates += 1;
+            }
+            _ => assert_eq!((logged(&line), &line["cost_usd"]), (None, &Value::Null), "{line}"),
+        }
+    }
+    let metrics = zap.metrics();
+    assert_eq!(tokens(&metrics, "good", "told"), told);
+    assert_eq!(tokens(&metrics, "good", "moved"), moved);
+    assert_eq!(tokens(&metrics, "good", "guessed"), guessed);
+    assert_eq!(metrics["zap_usage_missing_total{backend=\"good\"}"], f64::from(estimates));
+    assert!(estimates > REQUESTS as i32 / 5);
+    // Nothing else is counted: neither a failed try, nor an error, nor a request without an answer.
+    let sum = |name: &str| -> f64 {
+        metrics.iter().filter(|(series, _)| series.starts_with(name)).map(|(_, n)| *n).sum()
+    };
+    let all: u64 = [told, moved, guessed].into_iter().flatten().sum();
+    assert_eq!(sum("zap_tokens_total{"), all as f64);
+    assert_eq!(sum("zap_client_tokens_total{"), all as f64);
+    assert_eq!(metrics["zap_usage_missing_total{backend=\"bad\"}"], 0.0);
+    assert!(bad.count() >= REQUESTS / 8, "{} requests were rescued", bad.count());
+    zap.wait_until_idle();
+}
+
+#[test]
+fn an_answer_is_counted_before_its_last_byte_goes_out() {
+    let counts = [10, 0, 3, 0];
+    let a = Provider::start(move |seen, stream| {
+        if has(&seen.body, "no end") {
+            // A stream that ends with its body.
+            let (content, behind) = Ask::of(seen).events("some", true, Some(counts));
+            start_events(stream);
+            chunk(stream, &content);
+            chunk(stream, behind.strip_suffix(DONE).unwrap());
+            end_chunks(stream);
+            return After::Keep;
+        }
+        serve(seen, stream, "some", Some(counts))
+    });
+    let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
+    let (mut client, mut sum) = (zap.client(), Counts::default());
+    // Few scrapes: a page that is asked for too often is cached.
+    for round in 0..4 {
+        for (ask, more) in [(ALL[0], ""), (ALL[1], ""), (ALL[5], ""), (ALL[1], ",\"user\":\"no end\"")] {
+            let answer = send(&mut client, ask, &ask.body("m", more));
+            assert!(answer.whole);
+            add(&mut sum, counts);
+            assert_eq!(tokens(&zap.metrics(), "a", "m"), sum, "{round} {ask:?} {more}");
+        }
+    }
+}
+
+#[test]
+fn an_answer_is_counted_when_its_terminal_event_is_out_although_the_body_goes_on() {
+    let (counts, gate) = ([10, 0, 3, 0], Gate::default());
+    let held = gate.clone();
+    let a = Provider::start(move |seen, stream| {
+        start_events(stream);
+        chunk(stream, &Ask::of(seen).answer("some", true, Some(counts)));
+        held.pass();
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    client.post(ALL[1].path(), "", ALL[1].body("m", &format!(",{ASKS}")));
+    let mut answer = client.head();
+    while !answer.body.ends_with(DONE.as_bytes()) {
+        answer.body.extend(client.chunk().unwrap());
+    }
+    assert_eq!(tokens(&zap.metrics(), "a", "m"), counts);
+    gate.open(1);
+    zap.wait_until_idle();
+}
+
+/// The bodies of the chats that a provider got.
+fn bodies(provider: &Provider) -> Vec<String> {
+    provider.seen().into_iter().map(|seen| String::from_utf8(seen.body).unwrap()).collect()
+}
+
+#[test]
+fn a_stream_is_asked_for_its_token_counts_and_the_client_sees_nothing_of_it() {
+    let counts = [10, 0, 3, 0];
+    let chat = ALL[1];
+    let (plain, asked) = (chat.answer("one two", false, None), chat.answer("one two", true, Some(counts)));
+    let ask = |options: &str| {
+        format!("{{\"model\":\"m\",\"stream\":true{options},\"messages\":[],\"x\":[1.0, \"\\u00e9\"]}}")
+    };
+    let asks = format!(",{ASKS}");
+    let is_true = " , \"stream_options\" : {\"include_usage\": true, \"b\":1e400}";
+    let is_false = ",\"stream_options\":{\"include_usage\":false}";
+    for (more, is_asked) in [
+        ("usage = \"inject\"", true),
+        ("prices = { \"*\" = { input = 1, output = 1 } }", true),
+        ("usage = \"passive\"\nprices = { \"*\" = { input = 1, output = 1 } }", false),
+        ("usage = \"off\"", false),
+        ("", false),
+    ] {
+        let a = teller("one two", Some(counts));
+        let zap = Zap::with("", &[a.backend("a", more)]);
+        let mut client = zap.client();
+        for (options, want) in [
+            ("", &*asks),
+            (",\"stream_options\":{}", &*asks),
+            (",\"stream_options\":null", &*asks),
+            (",\"stream_options\":{\"include_usage\":null}", &*asks),
+            (
+                ",\"stream_options\":{ \"include_obfuscation\":false,\"b\":\t1.0}",
+                ",\"stream_options\":{\"include_usage\":true, \"include_obfuscation\":false,\"b\":\t1.0}",
+            ),
+            (is_true, is_true),
+            (is_false, is_false),
+        ] {
+            let answer = client.chat("", ask(options));
+            let sent = bodies(&a).pop().unwrap();
+            assert_eq!(sent, ask(if is_asked { want } else { options }), "{more} {options}");
+            assert!(options == is_true || serde_json::from_str::<Value>(&sent).is_ok(), "{sent}");
+            // The provider does not understand another spelling of the question.
+            assert_eq!((answer.text(), answer.whole), (&*plain, true), "{more} {options}");
+        }
+        // The client's own question.
+        let answer = client.chat("", ask(&asks));
+        assert_eq!((answer.text(), bodies(&a).pop().unwrap()), (&*asked, ask(&asks)), "{more}");
+    }
+}
+
+#[test]
+fn the_question_goes_into_patched_bodies_and_only_into_streams_of_chats_and_completions() {
+    let a = teller("one", Some([10, 0, 3, 0]));
+    let more = "usage = \"inject\"\ndefault_model = \"d\"\ndrop_fields = [\"user\", \"x\"]";
+    let zap = Zap::with("", &[a.backend("a", more)]);
+    let mut client = zap.client();
+    for (body, want) in [
+        (
+            "{\"stream\":true,\"messages\":[]}",
+            format!("{{\"model\":\"d\",\"stream\":true,{ASKS},\"messages\":[]}}"),
+        ),
+        (
+            "{\"x\":1,\"stream\":true,\"user\":\"u\",\"messages\":[]}",
+            format!("{{\"model\":\"d\",\"stream\":true,{ASKS},\"messages\":[]}}"),
+        ),
+        (
+            "{\"messages\":[],\"model\":\"m\",\"x\":{},\"stream\" : true }",
+            format!("{{\"messages\":[],\"model\":\"m\",\"stream\" : true,{ASKS} }}"),
+        ),
+        (
+            "{\"stream_options\":{},\"messages\":[],\"user\":1,\"model\":\"m\",\"stream\":true,\"x\":1}",
+            format!("{{{ASKS},\"messages\":[],\"model\":\"m\",\"stream\":true}}"),
+        ),
+    ] {
+        let answer = client.chat("", body);
+        assert_eq!(answer.text(), ALL[1].answer("one", false, None), "{body}");
+        let sent = bodies(&a).pop().unwrap();
+        assert_eq!(sent, want, "{body}");
+        assert!(serde_json::from_str::<Value>(&sent).is_ok(), "{sent}");
+    }
+    for ask in ALL {
+        send(&mut client, ask, &ask.body("m", ""));
+        assert_eq!(bodies(&a).pop().unwrap().contains(ASKS), ask.has_options(), "{ask:?}");
+    }
+    // A stream that is not asked for: `stream` is false or null, or the word stands deeper.
+    for body in ["\"stream\":null", "\"stream\":false", "\"metadata\":{\"stream\":true}"] {
+        let body = format!("{{\"model\":\"m\",\"messages\":[],{body}}}");
+        client.chat("", &body);
+        assert_eq!(bodies(&a).pop().unwrap(), body);
+    }
+}
+
+#[test]
+fn a_field_that_is_dropped_is_not_added() {
+    let a = teller("one", Some([10, 0, 3, 0]));
+    let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"\ndrop_fields = [\"stream_options\"]")]);
+    for options in ["", ",\"stream_options\":null", ",\"stream_options\":{\"include_usage\":true}"] {
+        let answer = zap.chat(format!("{{\"model\":\"m\",\"stream\":true{options},\"messages\":[]}}"));
+        assert_eq!(answer.text(), ALL[1].answer("one", false, None));
+        assert_eq!(bodies(&a).pop().unwrap(), "{\"model\":\"m\",\"stream\":true,\"messages\":[]}");
+    }
+    assert_eq!(zap.metric("zap_usage_missing_total{backend=\"a\"}"), 3.0);
+}
+
+#[test]
+fn only_what_zap_has_asked_for_is_taken_out() {
+    // Some providers tell the counts so far beside the choices.
+    let beside = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"finish_reason\":null}],\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":1}}\n\n";
+    let quoted = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\",\\\"usage\\\":null\"},\"finish_reason\":null,\"usage\":null}]}\n\n";
+    let usage = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":2}}\n\n";
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        for event in [": hello\n\n", beside, quoted, usage, DONE] {
+            chunk(stream, event);
+        }
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
+    let answer = zap.chat(ALL[1].body("m", ""));
+    assert_eq!(answer.text(), [": hello\n\n", beside, quoted, DONE].concat());
+    assert_eq!(tokens(&zap.metrics(), "a", "m"), [7, 0, 2, 0]);
+    let answer = zap.chat(ALL[1].body("m", &format!(",{ASKS}")));
+    assert_eq!(answer.text(), [": hello\n\n", beside, quoted, usage, DONE].concat());
+}
+
+#[test]
+fn a_stream_with_a_length_and_an_http_1_0_client_end_right_without_the_token_counts() {
+    let counts = [10, 0, 3, 0];
+    let chat = ALL[1];
+    for has_length in [true, false] {
+        let a = Provider::start(move |seen, stream| {
+            match has_length {
+                true => {
+                    let asked = has(&seen.body, ASKS);
+                    reply(stream, 200, EVENTS, chat.answer("one two", asked, Some(counts)).as_bytes());
+                }
+                false => return serve(seen, stream, "one two", Some(counts)),
+            }
+            After::Keep
+        });
+        let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
+        let (body, plain) = (chat.body("m", ""), chat.answer("one two", false, None));
+        let mut client = zap.client();
+        // The connection can be used again.
+        for _ in 0..3 {
+            let answer = client.chat("", &body);
+            assert_eq!((answer.header("content-length"), answer.text()), (None, &*plain));
+            assert!(answer.whole);
+        }
+        let mut client = zap.client();
+        client.send(format!("POST /chat HTTP/1.0\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+        let (answer, is_clean) = client.rest();
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, answer) = answer.split_once("\r\n\r\n").unwrap();
+        assert_eq!((answer, is_clean), (&*plain, true), "{head}");
+        assert!(!head.to_ascii_lowercase().contains("content-length"), "{head}");
+        assert_eq!(tokens(&zap.metrics(), "a", "m"), counts.map(|n| 4 * n));
+        zap.wait_until_idle();
+    }
+}
+
+/// Answers 400 to `stream_options`, as old servers do.
+fn refuses_options(seen: &Seen, stream: &mut TcpStream) -> After {
+    if has(&seen.body, "stream_options") || has(&seen.body, "broken") {
+        reply(stream, 400, JSON, b"{\"error\":{\"message\":\"unknown field\"}}");
+        return After::Keep;
+    }
+    serve(seen, stream, "one", None)
+}
+
+#[test]
+fn a_provider_that_refuses_the_question_is_asked_once_more_without_it_and_never_again() {
+    let a = Provider::start(refuses_options);
+    let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\", \"n\"]")]);
+    let mut client = zap.client();
+    for model in ["m", "n"] {
+        let before = a.count();
+        for _ in 0..3 {
+            let answer = client.chat("", ALL[1].body(model, ""));
+            assert_eq!((answer.status, answer.text()), (200, &*ALL[1].answer("one", false, None)));
+            assert_eq!(answer.header("x-zap-attempts"), Some("1"));
+        }
+        let asked: Vec<_> = bodies(&a)[before..].iter().map(|body| body.contains(ASKS)).collect();
+        assert_eq!(asked, [true, false, false, false], "{model}: each model for itself");
+    }
+    // The client's own question is the client's own fault.
+    let before = a.count();
+    let answer = client.chat("", ALL[1].body("m", &format!(",{ASKS}")));
+    assert_eq!((answer.status, a.count()), (400, before + 1));
+    assert_eq!(zap.metric("zap_usage_missing_total{backend=\"a\"}"), 6.0);
+}
+
+#[test]
+fn a_bad_request_of_the_client_does_not_end_the_question() {
+    let a = Provider::start(|seen, stream| {
+        if !has(&seen.body, "broken") {
+            return serve(seen, stream, "one", Some([10, 0, 3, 0]));
+        }
+        // The second answer says nothing about the question either.
+        let status = if has(&seen.body, "always 400") || has(&seen.body, ASKS) { 400 } else { 422 };
+        reply(stream, status, JSON, b"{\"error\":{\"message\":\"broken\"}}");
+        After::Keep
+    });
+    let zap = Zap::with_log("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
+    let mut client = zap.client();
+    for (broken, status) in [("broken, always 400", 400), ("broken", 422)] {
+        let before = a.count();
+        let answer = client.chat("", ALL[1].body("m", &format!(",\"user\":\"{broken}\"")));
+        assert_eq!((answer.status, answer.text()), (status, "{\"error\":{\"message\":\"broken\"}}"));
+        assert_eq!(a.count(), before + 2);
+        let answer = client.chat("", ALL[1].body("m", ""));
+        assert_eq!(answer.text(), ALL[1].answer("one", false, None));
+        assert!(bodies(&a).pop().unwrap().contains(ASKS), "{broken}");
+    }
+    let told = provider([10, 0, 3, 0]);
+    assert_eq!(zap.lines(4).iter().map(logged).collect::<Vec<_>>(), [None, told.clone(), None, told]);
+}
+
+#[test]
+fn the_usage_of_a_response_that_is_incomplete_or_failed_is_counted() {
+    let a = Provider::start(|seen, stream| {
+        let (ask, counts) = (Ask::of(seen), [10, 2, 3, 1]);
+        let answer = ask.answer("one two", false, Some(counts));
+        let end = if has(&seen.body, "failed") { "failed" } else { "incomplete" };
+        reply(
+            stream,
+            200,
+            EVENTS,
+            answer.replace("response.completed", &format!("response.{end}")).as_bytes(),
+        );
+        After::Keep
+    });
+    let zap = Zap::with_log("", &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    for end in ["incomplete", "failed"] {
+        let answer = send(&mut client, ALL[5], &ALL[5].body("m", &format!(",\"user\":\"{end}\"")));
+        assert!(answer.whole && answer.text().contains(&format!("response.{end}")));
+    }
+    assert_eq!(tokens(&zap.metrics(), "a", "m"), [20, 4, 6, 2]);
+    for line in zap.lines(2) {
+        assert_eq!(logged(&line), provider([10, 2, 3, 1]), "{line}");
+    }
+}
+
+#[test]
+fn the_second_question_survives_an_idle_connection_that_closes() {
+    let gate = Gate::default();
+    let (held, is_first) = (gate.clone(), AtomicBool::new(true));
+    let a = Provider::start(move |seen, stream| {
+        if has(&seen.body, "warm") {
+            held.pass();
+        } else if !has(&seen.body, "stream_options") && is_first.swap(false, Ordering::SeqCst) {
+            // The connection has been idle for too long.
+            return After::Close;
+        }
+        refuses_options(seen, stream)
+    });
+    let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "usage = \"inject\"")]);
+    let mut clients = [zap.client(), zap.client(), zap.client()];
+    let body = ALL[0].body("m", ",\"user\":\"warm\"");
+    clients.iter_mut().for_each(|client| client.post("/chat", "", &body));
+    eventually("three connections are open", || gate.waiting() == 3);
+    gate.open(3);
+    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    let answer = clients[0].chat("", ALL[1].body("m", ""));
+    assert_eq!((answer.status, answer.text()), (200, &*ALL[1].answer("one", false, None)));
+    assert_eq!(answer.header("x-zap-attempts"), Some("1"));
+}
+
+#[test]
+fn a_backend_whose_usage_is_off_counts_nothing() {
+    let a = teller("one", Some([10, 2, 3, 1]));
+    let zap = Zap::with_log("", &[a.backend("a", "usage = \"off\"\nmodels = [\"m\"]")]);
+    let mut client = zap.client();
+    for ask in ALL {
+        assert_eq!(send(&mut client, ask, &ask.body("m", "")).status, 200);
+    }
+    let metrics = zap.metrics();
+    assert!(!metrics.keys().any(|series| series.starts_with("zap_tokens_total{")));
+    assert_eq!(client_tokens(&metrics, "anonymous"), Counts::default());
+    assert_eq!(metrics["zap_usage_missing_total{backend=\"a\"}"], 0.0);
+    assert_eq!(metrics["zap_time_to_first_token_seconds_count{backend=\"a\"}"], 0.0);
+    for line in zap.lines(ALL.len()) {
+        for key in ["tokens", "cost_usd", "ttft_ms"] {
+            assert_eq!(line[key], Value::Null, "{key}: {line}");
+        }
+    }
+}
+
+/// Nano-USD as they are written.
+fn usd(nano: u64) -> String {
+    format!("{}.{:09}", nano / 1_000_000_000, nano % 1_000_000_000)
+}
+
+#[test]
+fn a_cost_is_exact_to_the_nano_dollar_by_exact_names_and_by_patterns() {
+    let a = Provider::start(|seen, stream| {
+        let n = Mixed::of(seen).i as u64;
+        serve(seen, stream, "one", Some([1000 + n, n, 17 * n, n]))
+    });
+    let more = "models = [\"m\", \"m-mini\", \"n-1\", \"free\"]\nprices = { \"m\" = { input = 2.5, cached = 1.25, output = 10 }, \
+        \"m*\" = { input = 0.15, output = 0.6 }, \"n*\" = { input = 0.000001, cached = 0.000003, output = 1 }, \
+        \"n\" = { input = 900, output = 900 } }";
+    let keys = "[[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\n[[client_keys]]\nname = \"idle\"\nkey = \"zk-idle\"\n";
+    let zap = Zap::with_log(keys, &[a.backend("a", more)]);
+    let (mut client, mut sums, mut costs) = (zap.client(), HashMap::<&str, u64>::new(), Vec::new());
+    let mut all = Counts::default();
+    for n in 0..60u64 {
+        let ask = ALL[n as usize % 6];
+        // Input, cached and output, in pico-USD a token.
+        let (model, prices) = [
+            ("m", [2_500_000, 1_250_000, 10_000_000]),
+            ("m-mini", [150_000, 150_000, 600_000]),
+            ("n-1", [1, 3, 1_000_000]),
+            ("free", [0, 0, 0]),
+        ][n as usize % 4];
+        let headers = format!("authorization: Bearer zk-team\r\nx-request-id: mixed-{n}\r\n");
+        client.post(ask.path(), &headers, ask.body(model, ""));
+        assert_eq!(client.response().status, 200);
+        let parts = [1000, n, 17 * n].into_iter().zip(prices);
+        let pico: u64 = parts.map(|(tokens, price)| tokens * price).sum();
+        let nano = (pico + 500) / 1000;
+        *sums.entry(model).or_default() += nano;
+        costs.push(usd(nano));
+        add(&mut all, [1000 + n, n, 17 * n, n]);
+    }
+    for (model, nano) in &sums {
+        let series = format!("zap_cost_usd_total{{backend=\"a\",model=\"{model}\"}}");
+        assert_eq!(zap.sample(&series), Some(usd(*nano)), "{model}");
+    }
+    let of_client = |client: &str| zap.sample(&format!("zap_client_cost_usd_total{{client=\"{client}\"}}"));
+    assert_eq!(of_client("team"), Some(usd(sums.values().sum())));
+    assert_eq!(of_client("idle"), Some(usd(0)));
+    let metrics = zap.metrics();
+    assert_eq!(client_tokens(&metrics, "team"), all);
+    assert_eq!(client_tokens(&metrics, "idle"), Counts::default());
+    assert_eq!(client_tokens(&metrics, "anonymous"), Counts::default());
+    for (line, cost) in zap.lines(costs.len()).iter().zip(&costs) {
+        assert_eq!(line["cost_usd"].as_f64(), cost.parse().ok(), "{line}");
+    }
+}
+
+#[test]
+fn without_client_keys_all_tokens_are_those_of_anonymous() {
+    let a = teller("one", Some([10, 2, 3, 1]));
+    let zap = Zap::with("", &[a.backend("a", "prices = { \"*\" = { input = 1, output = 1 } }")]);
+    for headers in ["", "authorization: Bearer one\r\n", "authorization: Bearer two\r\n"] {
+        assert_eq!(zap.client().chat(headers, ALL[0].body("m", "")).status, 200);
+    }
+    assert_eq!(client_tokens(&zap.metrics(), "anonymous"), [30, 6, 9, 3]);
+    assert_eq!(zap.sample("zap_client_cost_usd_total{client=\"anonymous\"}"), Some(usd(39_000)));
+}
+
+#[test]
+fn the_usage_of_a_long_answer_in_pieces_is_counted_wherever_it_stands() {
+    let numbers = "0.0123456789,".repeat(20_000);
+    let data = format!(
+        "\"data\":[{{\"embedding\":[{numbers}0],\"note\":\"\\\"usage\\\":{{\\\"prompt_tokens\\\":5}}\"}}]"
+    );
+    let usage = "\"usage\" : { \"prompt_tokens\":4321,\"total_tokens\":4321 }";
+    let first = format!("{{{usage},{data}}}");
+    let last = format!("{{{data},{usage}}}");
+    let inside = format!("{{{data},\"meta\":{{{usage}}}}}");
+    for (answer, want) in [(first, Some(4321)), (last, Some(4321)), (inside, None)] {
+        let theirs = answer.clone();
+        let a = Provider::start(move |_, stream| {
+            let head = format!("HTTP/1.1 200 OK\r\n{JSON}transfer-encoding: chunked\r\n\r\n");
+            let _ = stream.write_all(head.as_bytes());
+            // The pieces cut keys and numbers apart.
+            let (long, short) = theirs.split_at(theirs.len() - 100);
+            long.as_bytes().chunks(7001).for_each(|piece| {
+                chunk(stream, std::str::from_utf8(piece).unwrap());
+            });
+            short.as_bytes().chunks(3).for_each(|piece| {
+                chunk(stream, std::str::from_utf8(piece).unwrap());
+            });
+            end_chunks(stream);
+            After::Keep
+        });
+        let zap = Zap::with_log("", &[a.backend("a", "models = [\"m\"]")]);
+        let ask = ALL[6];
+        let body = ask.body("m", "");
+        assert_eq!(send(&mut zap.client(), ask, &body).text(), answer);
+        let counts = tokens(&zap.metrics(), "a", "m");
+        let missing = zap.metric("zap_usage_missing_total{backend=\"a\"}");
+        let lines = zap.lines(1);
+        match want {
+            Some(input) => {
+                assert_eq!((counts, missing), ([input, 0, 0, 0], 0.0));
+                assert_eq!(logged(&lines[0]), provider(counts));
+            }
+            None => {
+                assert_eq!((counts, missing), ([body.len().div_ceil(4) as u64, 0, 0, 0], 1.0));
+                assert_eq!(logged(&lines[0]).unwrap().1, "estimate");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_usage_in_the_text_of_a_message_is_not_the_usage_of_the_answer() {
+    let text = r#"\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":5}"#;
+    let a = teller(text, Some([10, 0, 3, 0]));
+    let b = teller(text, None);
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]"), b.backend("b", "models = [\"n\"]")]);
+    let (mut client, mut sum, mut count) = (zap.client(), Counts::default(), 0.0);
+    for ask in ALL.into_iter().take(6) {
+        let options = if ask.has_options() { format!(",{ASKS}") } else { String::new() };
+        send(&mut client, ask, &ask.body("m", &options));
+        send(&mut client, ask, &ask.body("n", &options));
+        add(&mut sum, [10, 0, 3, 0]);
+        count += 1.0;
+    }
+    let metrics = zap.metrics();
+    assert_eq!(tokens(&metrics, "a", "m"), sum);
+    assert_eq!(metrics["zap_usage_missing_total{backend=\"b\"}"], count);
+}
+
+#[test]
+fn a_long_answer_that_is_cut_is_an_estimate() {
+    let a = Provider::start(|_, stream| {
+        let text = "x".repeat(100_000);
+        let head = format!("HTTP/1.1 200 OK\r\n{JSON}content-length: 200000\r\n\r\n");
+        let _ =
+            stream.write_all(format!("{head}{{\"choices\":[{{\"message\":{{\"content\":\"{text}").as_bytes());
+        After::Close
+    });
+    let zap = Zap::with_log("", &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    assert!(!client.chat("", ALL[0].body("m", "")).whole);
+    let (counts, source) = logged(&zap.lines(1)[0]).unwrap();
+    assert_eq!((source.as_str(), counts[2] / 1000), ("estimate", 25), "{counts:?}");
+    assert_eq!(tokens(&zap.metrics(), "a", "m"), counts);
+}
+
+#[test]
+fn a_model_is_labelled_by_a_name_of_the_configuration_or_as_other() {
+    let a = teller("one", Some([10, 2, 3, 1]));
+    let routes = "[models.route]\ntargets = [{ backend = \"a\", model = \"own\" }]\n";
+    let more =
+        "models = { \"listed\" = \"secret\", \"pattern-*\" = \"p-*\", \"d\" = \"d\" }\ndefault_model = \"d\"";
+    let b = teller("two", Some([20, 4, 6, 2]));
+    let zap = Zap::with_log(routes, &[a.backend("a", more), b.backend("b", "priority = 1")]);
+    let counts = [10, 2, 3, 1];
+    for (model, label) in
+        [("listed", "listed"), ("route", "route"), ("pattern-1", "other"), ("pattern-2", "other")]
+    {
+        let before = tokens(&zap.metrics(), "a", label);
+        assert_eq!(zap.chat(ALL[0].body(model, "")).status, 200);
+        let mut want = before;
+        add(&mut want, counts);
+        assert_eq!(tokens(&zap.metrics(), "a", label), want, "{model}");
+    }
+    assert_eq!(zap.chat("{\"messages\":[]}").status, 200);
+    assert_eq!(tokens(&zap.metrics(), "a", "d"), counts, "the default model");
+    assert_eq!(zap.chat(ALL[0].body("unheard-of", "")).header("x-zap-backend"), Some("b"));
+    let metrics = zap.metrics();
+    assert_eq!(tokens(&metrics, "b", "other"), [20, 4, 6, 2]);
+    let names = ["listed", "route", "other", "d"].map(|name| format!("model=\"{name}\""));
+    for series in metrics.keys().filter(|series| series.starts_with("zap_tokens_total")) {
+        assert!(names.iter().any(|name| series.contains(name)), "{series}");
+    }
+    // A default model is known without `models` too.
+    let other = Zap::with("", &[a.backend("a", "default_model = \"d\"")]);
+    assert_eq!(other.chat("{\"messages\":[]}").status, 200);
+    assert_eq!(other.chat(ALL[0].body("d", "")).status, 200);
+    assert_eq!(tokens(&other.metrics(), "a", "d"), counts.map(|n| 2 * n));
+    let own: Vec<_> = zap.lines(6).iter().map(|line| line["upstream_model"].clone()).collect();
+    assert_eq!(own, ["secret", "own", "p-1", "p-2", "d", "unheard-of"]);
+}
+
+#[test]
+fn an_estimate_follows_the_ratio_of_the_answers_before() {
+    // Three bytes of the client's request to a token, and five bytes of text to two tokens.
+    let told = |seen: &Seen, text: &str| {
+        let added = if has(&seen.body, ASKS) { ASKS.len() + 1 } else { 0 };
+        [(seen.body.len() - added) as u64 / 3, 0, text.len() as u64 * 2 / 5, 0]
+    };
+    let text_of = |seen: &Seen| {
+        let n = seen.header("x-request-id").unwrap().strip_prefix("n-").unwrap().parse::<usize>().unwrap();
+        "some words ".repeat(5 + n % 40)
+    };
+    for ask in [ALL[1], ALL[3], ALL[5], ALL[0], ALL[4]] {
+        let a = Provider::start(move |seen, stream| {
+            let text = text_of(seen);
+            let counts = Some(told(seen, &text)).filter(|_| !has(&seen.body, "silent"));
+            serve(seen, stream, &text, counts)
+        });
+        let zap = Zap::with_log("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
+        let mut client = zap.client();
+        for n in 0..60 {
+            let user = if n < 50 { "loud" } else { "silent" };
+            let body = ask.body("m", &format!(",\"user\":\"{user}{}\"", "x".repeat(n % 50 * 10)));
+            client.post(ask.path(), &format!("x-request-id: n-{n}\r\n"), body);
+            assert!(client.response().whole);
+        }
+        let (seen, lines) = (a.seen(), zap.lines(60));
+        assert_eq!(seen.len(), 60);
+        for (seen, line) in seen.iter().zip(&lines).skip(50) {
+            let (counts, source) = logged(line).unwrap();
+            assert_eq!(source, "estimate");
+            let want = told(seen, &text_of(seen));
+            for (kind, what) in [(0, "input"), (2, "output")] {
+                let ratio = counts[kind] as f64 / want[kind] as f64;
+                assert!((0.85..=1.15).contains(&ratio), "{ask:?} {what}: {counts:?}, should be {want:?}");
+            }
+        }
+    }
+}
