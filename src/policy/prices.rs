@@ -7,9 +7,6 @@ use std::collections::HashMap;
 
 use crate::protocol::usage::Usage;
 
-/// The largest amount that [`Price::of_f64`] accepts, in millionths: a `f64` holds six decimals of it exactly.
-const MAX_MICROS: f64 = 1e15;
-
 /// The prices of a model, in pico-USD a token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Price {
@@ -27,27 +24,6 @@ impl Price {
     /// Creates a price from the prices of input, cached input, input written to the cache, and output.
     pub(crate) fn of([input, cached, cache_write, output]: [u64; 4]) -> Self {
         Price { input, cached, cache_write, output }
-    }
-
-    /// Reads a decimal number such as `2.50`, exactly. Returns it in millionths: of USD per million tokens, that is
-    /// pico-USD a token. `None` if the text is no plain decimal number, has more than six decimals or is too large.
-    pub(crate) fn parse_usd(text: &str) -> Option<u64> {
-        let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
-        let is_number = |digits: &str| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-        if !is_number(whole) || !is_number(fraction) || fraction.len() > 6 {
-            return None;
-        }
-        let scale = 10u64.pow(6 - fraction.len() as u32);
-        let micros = fraction.parse::<u64>().ok()? * scale;
-        whole.parse::<u64>().ok()?.checked_mul(1_000_000)?.checked_add(micros)
-    }
-
-    /// Converts a number as [`parse_usd`](Self::parse_usd) does. `None` if it is not the `f64` nearest to a decimal
-    /// number with at most six decimals, is negative, or is above 10^9.
-    pub(crate) fn of_f64(usd: f64) -> Option<u64> {
-        let micros = (usd * 1e6).round();
-        // The quotient is the `f64` nearest to the decimal number, as a parser would have read it.
-        ((0.0..=MAX_MICROS).contains(&micros) && micros / 1e6 == usd).then_some(micros as u64)
     }
 
     /// Returns the cost of an answer, in nano-USD, rounded half up; `u64::MAX` if it is larger.
@@ -101,61 +77,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn reads_decimal_text_exactly() {
-        for (text, want) in [
-            ("0", Some(0)),
-            ("2.50", Some(2_500_000)),
-            ("10.0", Some(10_000_000)),
-            ("15", Some(15_000_000)),
-            ("0.075", Some(75_000)),
-            ("0.000001", Some(1)),
-            ("007.1", Some(7_100_000)),
-            ("18446744073709.551615", Some(u64::MAX)),
-            ("18446744073709.551616", None),
-            ("99999999999999999999999", None),
-            ("0.0000001", None),
-            ("0.0000000", None),
-            ("", None),
-            (".", None),
-            (".5", None),
-            ("5.", None),
-            ("1.2.3", None),
-            ("-1", None),
-            ("+1", None),
-            ("1e3", None),
-            ("1_000", None),
-            (" 1", None),
-            ("1,5", None),
-            ("٣", None),
-            ("inf", None),
-        ] {
-            assert_eq!(Price::parse_usd(text), want, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn converts_only_numbers_with_six_decimals() {
-        for (usd, want) in [
-            (0.0, Some(0)),
-            (-0.0, Some(0)),
-            (2.5, Some(2_500_000)),
-            (0.1, Some(100_000)),
-            (0.000_001, Some(1)),
-            (0.1 + 0.2, None),
-            (0.000_000_1, None),
-            (1.234_567_8, None),
-            (1e9, Some(1_000_000_000_000_000)),
-            (1e9 + 1.0, None),
-            (-0.000_001, None),
-            (-1.0, None),
-            (f64::NAN, None),
-            (f64::INFINITY, None),
-        ] {
-            assert_eq!(Price::of_f64(usd), want, "{usd}");
-        }
-    }
 
     const PRICE: Price =
         Price { input: 2_500_000, cached: 1_250_000, cache_write: 3_125_000, output: 10_000_000 };
@@ -215,26 +136,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn text_and_number_agree(micros in 0u64..1_000_000_000_000_000, decimals in 0u32..=6) {
-            let scale = 10u64.pow(6 - decimals);
-            let micros = micros / scale * scale;
-            let (whole, fraction) = (micros / 1_000_000, format!("{:06}", micros % 1_000_000));
-            let fraction = &fraction[..decimals as usize];
-            let text = if decimals == 0 { whole.to_string() } else { format!("{whole}.{fraction}") };
-            prop_assert_eq!(Price::parse_usd(&text), Some(micros), "{}", text);
-            prop_assert_eq!(Price::of_f64(text.parse().unwrap()), Some(micros), "{}", text);
-        }
-
-        #[test]
-        fn text_never_panics_and_reads_as_it_is_written(text in "[0-9.]{0,26}|\\PC{0,8}") {
-            if let Some(micros) = Price::parse_usd(&text) {
-                let again = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
-                prop_assert_eq!(Price::parse_usd(&again), Some(micros));
-                prop_assert!((text.parse::<f64>().unwrap() - again.parse::<f64>().unwrap()).abs() <= f64::EPSILON * micros as f64);
-            }
-        }
-
         #[test]
         fn a_cost_is_within_half_a_nano_usd(input in 0u64..1 << 32, shares in (0u64..1 << 32, 0u64..1 << 32), output in 0u64..1 << 32) {
             let usage = Usage { input, cached: shares.0, cache_write: shares.1, output, reasoning: 0 };

@@ -12,8 +12,6 @@ use loom::thread;
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::breaker::{Breaker, Change, Probe, Status, Thresholds};
 use crate::policy::queue::{Admission, Admitted, Permit, QueueFull};
-use crate::policy::reservation::BackendTokens;
-use crate::policy::spend::{Period, Refused, SpendLimit};
 
 /// Runs all interleavings with at most `preemptions` preemptions: most races need two (Musuvathi and Qadeer 2007).
 fn model(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {
@@ -189,93 +187,5 @@ fn up_and_down_changes_alternate_in_every_interleaving() {
         let downs = traffic.join().unwrap();
         let is_ejected = breaker.status(1) == Status::Ejected;
         assert_eq!(downs - ups, usize::from(is_ejected));
-    });
-}
-
-#[test]
-fn reserved_tokens_never_exceed_the_limit_and_none_are_leaked() {
-    model(3, || {
-        let tokens = BackendTokens::new(10);
-        let held = Arc::new(AtomicUsize::new(0));
-        // `held` is never more than what is reserved and used.
-        let run = |amount: usize, used: Option<u64>| {
-            let (tokens, held) = (tokens.clone(), held.clone());
-            move || {
-                let Some(reservation) = tokens.try_reserve(amount as u64, 1) else { return 0 };
-                assert!(held.fetch_add(amount, Ordering::SeqCst) + amount <= 10);
-                held.fetch_sub(amount - used.unwrap_or(0) as usize, Ordering::SeqCst);
-                match used {
-                    Some(used) => assert_eq!(reservation.settle(used, 2), 0),
-                    None => drop(reservation),
-                }
-                used.unwrap_or(0)
-            }
-        };
-        let settles = thread::spawn(run(6, Some(5)));
-        let refunds = thread::spawn(run(5, None));
-        let used = run(4, Some(4))() + settles.join().unwrap() + refunds.join().unwrap();
-        assert_eq!(tokens.opens_at(3, 10 - used), Some(3), "all that was not used is free");
-        assert!(tokens.try_reserve(10 - used, 3).is_some());
-    });
-}
-
-#[test]
-fn the_number_of_free_tokens_is_that_of_the_last_change() {
-    model(3, || {
-        let tokens = BackendTokens::new(10);
-        let refunded = tokens.try_reserve(6, 1).expect("there is room");
-        let theirs = tokens.clone();
-        let reserves = thread::spawn(move || theirs.try_reserve(4, 1).expect("there is room"));
-        drop(refunded);
-        let held = reserves.join().unwrap();
-        assert_eq!((tokens.opens_at(2, 6), tokens.opens_at(2, 7)), (Some(2), None));
-        let theirs = tokens.clone();
-        let limits = thread::spawn(move || theirs.set_limit(5));
-        drop(held);
-        limits.join().unwrap();
-        let whole = tokens.try_reserve(10, 2).expect("the whole limit is free");
-        assert_eq!((tokens.opens_at(2, 1), whole.settle(10, 2)), (None, 5));
-    });
-}
-
-#[test]
-fn a_budget_is_never_exceeded_and_no_reservation_is_leaked() {
-    model(3, || {
-        let budget = SpendLimit::new(10, Period::Day);
-        let run = |amount: u64, spent: Option<u64>| {
-            let budget = budget.clone();
-            move || match (budget.reserve(amount, 1), spent) {
-                (Ok(reservation), Some(spent)) => {
-                    assert_eq!(reservation.settle(spent, 1), 0);
-                    assert!(budget.spent(1) <= 10);
-                    spent
-                }
-                (Ok(_refunded), None) => 0,
-                (Err(Refused::Reserved | Refused::Spent), _) => 0,
-            }
-        };
-        let settles = thread::spawn(run(6, Some(6)));
-        let refunds = thread::spawn(run(5, None));
-        let spent = run(5, Some(5))() + settles.join().unwrap() + refunds.join().unwrap();
-        assert!(spent <= 10, "6 and 5 cannot both pass");
-        assert_eq!((budget.spent(1), budget.left(1)), (spent, 10 - spent));
-    });
-}
-
-#[test]
-fn a_settlement_during_a_sync_with_the_ledger_counts_once() {
-    model(3, || {
-        let budget = SpendLimit::new(10, Period::Day);
-        budget.reserve(3, 1).expect("there is room").settle(3, 1);
-        let theirs = budget.clone();
-        // The ledger has written the first 3; another process has spent 2.
-        let syncs = thread::spawn(move || theirs.synced(5, 3, 1));
-        let other = budget.clone();
-        let settles = thread::spawn(move || other.reserve(4, 1).map(|r| r.settle(4, 1)));
-        let seen = budget.spent(1);
-        assert!([3, 5, 7, 9].contains(&seen), "{seen}");
-        syncs.join().unwrap();
-        settles.join().unwrap().expect("there is room in any order");
-        assert_eq!((budget.spent(1), budget.left(1)), (9, 1));
     });
 }

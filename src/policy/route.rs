@@ -43,11 +43,6 @@ impl Pattern {
         self.is_prefix
     }
 
-    /// The name, or the prefix without its `*`.
-    pub(crate) fn stem(&self) -> &str {
-        &self.stem
-    }
-
     /// Whether the pattern matches `name`.
     pub fn matches(&self, name: &str) -> bool {
         if self.is_prefix { name.starts_with(&*self.stem) } else { *self.stem == *name }
