@@ -28,11 +28,9 @@ use crate::policy::choose::{Closed, Fleet};
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
 use crate::policy::pair::Entry;
 use crate::policy::queue::Permit;
-use crate::policy::ratio::Lengths;
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::policy::route::TargetId;
 use crate::protocol::event_stream::EventStream;
-use crate::telemetry::meter::{Meter, OTHER_MODEL};
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
@@ -234,34 +232,6 @@ impl Attempts<'_> {
         if let Some((_, fault)) = fault {
             self.gateway.strike(upstream, target.key(self.ask.model), self.record.model_name(), fault);
         }
-    }
-
-    /// Starts to count the tokens of an answer.
-    fn start_meter(&mut self, target: TargetId, response: &OpenedResponse) {
-        let target = &self.snapshot.route(&self.ask).targets[target];
-        let upstream = self.snapshot.upstream(target);
-        let is_success = response.head.status.is_success();
-        let Some(api) = self.ask.endpoint.api().filter(|_| is_success && upstream.is_metered()) else {
-            return;
-        };
-        let model = target.model(self.record.model.as_ref());
-        let table = self.snapshot.table();
-        let label = match (table.name_of(self.ask.route), &self.record.model) {
-            (Some(name), _) => Some(name),
-            // A request without a model is counted under the backend's default model.
-            (None, None) => model.as_deref().and_then(|name| table.known_name(name)),
-            (None, Some(_)) => None,
-        };
-        let has_content = response.events.as_ref().is_some_and(|events| events.has_content());
-        self.record.meter = Some(Meter {
-            key: response.in_flight.key(),
-            label: label.unwrap_or(&OTHER_MODEL).clone(),
-            model,
-            metering: api.metering,
-            lengths: Lengths { asked: self.chat.fields.length, text: 0 },
-            usage: None,
-            first_content: has_content.then(clock::now),
-        });
     }
 
     /// The limits of time of a response whose head came at `begun`.

@@ -14,11 +14,15 @@ pub(crate) mod attempt;
 
 pub(crate) mod one_try;
 
+pub(crate) mod metering;
+
 pub(crate) mod opening;
 
 pub(crate) mod relay;
 
 mod relay_input;
+
+mod relay_usage;
 
 mod response;
 

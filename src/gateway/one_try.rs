@@ -18,17 +18,15 @@ use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
 use crate::http1::headers::ResponseFacts;
-use crate::json::patch::{Splice, slices, splices, with_splice};
+use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
-use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{error_message, is_request_too_large};
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
 use crate::protocol::redact::Redactor;
-use crate::protocol::usage_request::{STREAM_OPTIONS, ask_for_usage};
 use crate::telemetry::phase::Phase;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
@@ -240,25 +238,6 @@ impl Attempts<'_> {
         write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
         head.extend_from_slice(b"\r\n");
         WireRequest { head, body }
-    }
-
-    /// Whether the request to this backend asks for the token counts of its stream.
-    fn asks_for_usage(&self, in_flight: &InFlight) -> bool {
-        let upstream = in_flight.upstream();
-        self.record.stream
-            && self.ask.endpoint.api().is_some_and(|api| api.stream == StreamFormat::Done)
-            && upstream.asks_for_usage()
-            && !upstream.state.ratios.is_passive(in_flight.key())
-            && self.usage_splice().is_some()
-    }
-
-    /// The splice that asks for the token counts; `None` if the client has decided itself.
-    fn usage_splice(&self) -> Option<Splice> {
-        let fields = &self.chat.fields;
-        let index = self.snapshot.watch().droppable.iter().position(|name| **name == *STREAM_OPTIONS);
-        let options = fields.droppable.iter().find(|member| Some(member.name) == index);
-        let options = options.map(|member| (member.span.start, self.chat.copy(member.span.clone())));
-        ask_for_usage(fields.stream_end, options.as_ref().map(|(start, bytes)| (*start, &bytes[..])))
     }
 
     /// Judges a response by its status, and cools down or closes the target if the response asks for it. Returns the

@@ -22,15 +22,12 @@ use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::failpoint;
 use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
+use crate::gateway::relay_usage::{RelayUsage, note_content};
 use crate::gateway::silence::Silence;
-use crate::protocol::answer_text::answer_text;
-use crate::protocol::body_usage::BodyUsage;
-use crate::protocol::endpoint::Metering;
 use crate::protocol::error_event::error_event;
 use crate::protocol::event_stream::{EventStream, StreamEnd};
 use crate::protocol::redact::Redactor;
 use crate::protocol::responses::StreamState;
-use crate::protocol::usage::Usage;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::record::{End, RequestRecord};
 use crate::time::{Nanos, SECOND};
@@ -39,9 +36,6 @@ use crate::upstream::link::Link;
 
 /// How long a body may go on after its terminal event.
 const MAX_TRAILER: Nanos = SECOND;
-
-/// One in so many JSON answers with token counts has its text measured, to learn how long a token is.
-const TEXT_SAMPLE: u8 = 4;
 
 /// The comment that Zap sends in a silent stream (WHATWG HTML, section 9.2).
 const PING: Bytes = Bytes::from_static(b": ping\n\n");
@@ -59,7 +53,7 @@ pub(crate) struct RelayBody {
     kind: BodyKind,
     silence: Silence,
     /// Reads the token counts of a JSON body that is not there as a whole.
-    usage: Option<Box<BodyUsage>>,
+    usage: RelayUsage,
     /// The state for an error event of `/v1/responses`.
     seen: Option<Box<StreamState>>,
     state: RelayState,
@@ -100,7 +94,7 @@ impl RelayBody {
             seen: (events.is_some() && is_responses).then(Box::default),
             events,
             redactor,
-            usage: None,
+            usage: RelayUsage::default(),
             kind,
             silence: Silence::new(clocks, exchange.coarse_now()),
             state: RelayState::Streaming,
@@ -109,7 +103,7 @@ impl RelayBody {
             exchange,
         };
         if has_usage {
-            relay.read_usage();
+            relay.begin_usage();
         }
         if relay.events.is_some() {
             relay.exchange.nudge_at(relay.silence.first());
@@ -119,38 +113,18 @@ impl RelayBody {
         relay
     }
 
-    /// Reads the token counts of a JSON body: at once if it is there as a whole, else as it passes.
-    fn read_usage(&mut self) {
-        let is_whole = self.is_upstream_done();
-        let Some(meter) = self.guards.as_mut().and_then(|guards| guards.record.meter.as_mut()) else {
-            return;
-        };
-        match &self.first {
-            Some(body) if is_whole => {
-                meter.usage = Usage::of_body(body);
-                let is_sample = || self.gateway.rng.borrow_mut().u8(..TEXT_SAMPLE) == 0;
-                if meter.metering == Metering::Full && (meter.usage.is_none() || is_sample()) {
-                    meter.lengths.text = answer_text(body);
-                }
-            }
-            beginning => {
-                let mut usage = Box::new(BodyUsage::new());
-                usage.push(beginning.as_deref().unwrap_or_default());
-                self.usage = Some(usage);
-            }
-        }
+    fn begin_usage(&mut self) {
+        let (is_whole, first) = (self.is_upstream_done(), self.first.as_deref().unwrap_or_default());
+        let Some(guards) = &mut self.guards else { return };
+        let random = || self.gateway.random();
+        self.usage = RelayUsage::of_body(&mut guards.record, first, is_whole, random);
     }
 
     /// Counts what the answer used, as far as it has come.
     fn settle_usage(&mut self) {
-        let Some(record) = self.guards.as_mut().map(|guards| &mut guards.record) else { return };
-        let Some(meter) = &mut record.meter else { return };
-        if let Some(events) = &self.events {
-            (meter.usage, meter.lengths.text) = (events.usage(), events.text());
-        } else if let Some(usage) = self.usage.take() {
-            (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);
+        if let Some(guards) = &mut self.guards {
+            self.usage.settle(&mut guards.record, self.events.as_deref());
         }
-        record.settle();
     }
 
     /// Polls for the next frame.
@@ -205,10 +179,8 @@ impl RelayBody {
                 in_flight.upstream().state.breaker.pairs.hear(in_flight.key(), now);
             }
         }
-        if let Some(usage) = &mut self.usage
-            && is_new
-        {
-            usage.push(&data);
+        if is_new {
+            self.usage.push(&data);
         }
         match (&mut self.redactor, &mut self.events) {
             (Some(redactor), _) => redactor.push(&data),
@@ -229,11 +201,8 @@ impl RelayBody {
             guards.record.bytes += data.len() as u64;
         }
         if let Some(events) = &self.events {
-            if events.has_content()
-                && let Some(meter) = self.guards.as_mut().and_then(|guards| guards.record.meter.as_mut())
-                && meter.first_content.is_none()
-            {
-                meter.first_content = Some(clock::now());
+            if let Some(guards) = &mut self.guards {
+                note_content(&mut guards.record, events);
             }
             let is_held = events.held() > 0;
             match events.end() {
@@ -254,7 +223,7 @@ impl RelayBody {
         matches!(self.state, RelayState::Trailing(_))
     }
 
-    /// Whether the body of the backend is complete.
+    /// Whether the backend has sent all.
     fn is_upstream_done(&self) -> bool {
         self.kind.is_whole || self.guards.as_ref().is_some_and(|g| g.lease.link.is_end())
     }

@@ -131,7 +131,7 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
 }
 
 /// Adds a splice to splices that are in the order of the body. It comes before one at the same place.
-pub fn with_splice(
+pub(crate) fn with_splice(
     splices: impl Iterator<Item = Splice>,
     extra: Option<Splice>,
 ) -> impl Iterator<Item = Splice> {

@@ -1,6 +1,6 @@
-//! Running figures of each pair, a backend and a model: tokens per byte, and tokens of an answer.
+//! Running figures of each pair, a backend and a model: tokens per byte.
 //!
-//! They estimate what an answer used whose provider does not say, and what a request will use. The table is bounded.
+//! They estimate what an answer used whose provider does not say. The table is bounded.
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
@@ -14,9 +14,6 @@ const MAX_PAIRS: usize = 1024;
 
 /// Answers after which the older half counts half.
 const MAX_ANSWERS: u64 = 128;
-
-/// Tokens of an answer of a pair without answers.
-const DEFAULT_OUTPUT: u64 = 512;
 
 /// Bytes of a token of a pair without answers.
 const DEFAULT_BYTES: u64 = 4;
@@ -43,7 +40,6 @@ struct Ratio {
     text: u64,
     /// Output tokens of answers with text.
     told: u64,
-    output: u64,
     /// Whether requests must not ask for the token counts.
     is_passive: bool,
 }
@@ -57,14 +53,9 @@ impl Ratios {
         }
         let ratio = all.entry(key).or_default();
         if ratio.answers >= MAX_ANSWERS {
-            for sum in [
-                &mut ratio.answers,
-                &mut ratio.asked,
-                &mut ratio.input,
-                &mut ratio.text,
-                &mut ratio.told,
-                &mut ratio.output,
-            ] {
+            for sum in
+                [&mut ratio.answers, &mut ratio.asked, &mut ratio.input, &mut ratio.text, &mut ratio.told]
+            {
                 *sum /= 2;
             }
         }
@@ -72,7 +63,6 @@ impl Ratios {
         add(&mut ratio.answers, 1);
         add(&mut ratio.asked, lengths.asked);
         add(&mut ratio.input, usage.input);
-        add(&mut ratio.output, usage.output);
         if lengths.text > 0 {
             add(&mut ratio.text, lengths.text);
             // Reasoning that is not shown has no text.
@@ -95,12 +85,6 @@ impl Ratios {
             output: tokens(lengths.text, ratio.told, ratio.text),
             ..Usage::default()
         }
-    }
-
-    /// The mean number of output tokens of an answer.
-    pub(crate) fn mean_output(&self, key: u64) -> u64 {
-        let Ratio { answers, output, .. } = self.ratio(key);
-        if answers == 0 { DEFAULT_OUTPUT } else { output.div_ceil(answers) }
     }
 
     /// Whether requests to the pair must not ask for the token counts.
@@ -133,11 +117,9 @@ mod tests {
     fn estimates_by_the_answers_of_the_pair() {
         let ratios = Ratios::default();
         assert_eq!(ratios.estimate(1, Lengths { asked: 9, text: 4 }), usage(3, 1));
-        assert_eq!(ratios.mean_output(1), 512);
         ratios.learn(1, Lengths { asked: 300, text: 100 }, &usage(100, 50));
         ratios.learn(1, Lengths { asked: 100, text: 0 }, &usage(100, 10));
         assert_eq!(ratios.estimate(1, Lengths { asked: 10, text: 10 }), usage(5, 5));
-        assert_eq!((ratios.mean_output(1), ratios.mean_output(2)), (30, 512));
         for _ in 0..10 * MAX_ANSWERS {
             ratios.learn(1, Lengths { asked: 100, text: 100 }, &usage(10, 20));
         }

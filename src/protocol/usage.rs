@@ -117,8 +117,7 @@ impl Member {
     }
 }
 
-/// The counts of one `usage` object as they are written. Unlike a [`Usage`], they say which counts are present, so the
-/// parts of a stream's usage can be merged.
+/// The counts of one `usage` object as they are written. Unlike a [`Usage`], they say which counts are present.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct UsageParts {
     counts: [Option<u64>; Count::ALL.len()],
@@ -136,18 +135,6 @@ impl UsageParts {
             }
         }
         parts
-    }
-
-    /// Merges the usage of a later event of the same stream: each count that `later` has replaces the earlier one.
-    ///
-    /// In an Anthropic stream `message_start` has the input, `message_delta` the output so far and sometimes the input
-    /// again.
-    pub(crate) fn merged(self, later: UsageParts) -> UsageParts {
-        let mut merged = later;
-        for (count, earlier) in merged.counts.iter_mut().zip(self.counts) {
-            *count = count.or(earlier);
-        }
-        merged
     }
 
     /// The counts as a [`Usage`]; `None` if there is neither an input, an output nor a total count.
@@ -323,21 +310,6 @@ mod tests {
             ),
         ] {
             assert_eq!(Usage::of_json(&json), want, "{json}");
-        }
-    }
-
-    #[test]
-    fn the_later_of_two_counts_wins_if_it_is_present() {
-        let start = json!({"input_tokens": 10, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 2, "output_tokens": 1});
-        for (delta, want) in [
-            (json!({"output_tokens": 9}), usage(16, 4, 2, 9, 0)),
-            (json!({"output_tokens": 9, "input_tokens": 11}), usage(17, 4, 2, 9, 0)),
-            (json!({"output_tokens": 9, "cache_read_input_tokens": 0}), usage(12, 0, 2, 9, 0)),
-            (json!({"output_tokens": 0, "input_tokens": null}), usage(16, 4, 2, 0, 0)),
-            (json!(null), usage(16, 4, 2, 1, 0)),
-        ] {
-            let merged = UsageParts::of_json(&start).merged(UsageParts::of_json(&delta));
-            assert_eq!(merged.usage(), want, "{delta}");
         }
     }
 }

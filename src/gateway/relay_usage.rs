@@ -1,0 +1,67 @@
+//! Reads what an answer used while it is relayed.
+
+use crate::clock;
+use crate::protocol::answer_text::answer_text;
+use crate::protocol::body_usage::BodyUsage;
+use crate::protocol::endpoint::Metering;
+use crate::protocol::event_stream::EventStream;
+use crate::protocol::usage::Usage;
+use crate::telemetry::record::RequestRecord;
+
+/// One in so many JSON answers with token counts has its text measured, to learn how long a token is.
+const TEXT_SAMPLE: u64 = 4;
+
+/// Reads the token counts of a JSON body that is not there as a whole. A stream's are read with its events.
+#[derive(Debug, Default)]
+pub(super) struct RelayUsage(Option<Box<BodyUsage>>);
+
+impl RelayUsage {
+    /// Begins with the first part of a JSON body. `is_whole`: nothing follows. `random` returns a random number.
+    pub(super) fn of_body(
+        record: &mut RequestRecord,
+        first: &[u8],
+        is_whole: bool,
+        random: impl FnOnce() -> u64,
+    ) -> Self {
+        let Some(meter) = &mut record.meter else { return RelayUsage(None) };
+        if !is_whole {
+            let mut usage = Box::new(BodyUsage::new());
+            usage.push(first);
+            return RelayUsage(Some(usage));
+        }
+        meter.usage = Usage::of_body(first);
+        if meter.metering == Metering::Full && (meter.usage.is_none() || random().is_multiple_of(TEXT_SAMPLE))
+        {
+            meter.lengths.text = answer_text(first);
+        }
+        RelayUsage(None)
+    }
+
+    /// Reads the next part of a JSON body.
+    pub(super) fn push(&mut self, data: &[u8]) {
+        if let Some(usage) = &mut self.0 {
+            usage.push(data);
+        }
+    }
+
+    /// Counts what the answer used, as far as it has come.
+    pub(super) fn settle(&mut self, record: &mut RequestRecord, events: Option<&EventStream>) {
+        let Some(meter) = &mut record.meter else { return };
+        if let Some(events) = events {
+            (meter.usage, meter.lengths.text) = (events.usage(), events.text());
+        } else if let Some(usage) = self.0.take() {
+            (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);
+        }
+        record.settle();
+    }
+}
+
+/// Notes when the first content of a stream goes out.
+pub(super) fn note_content(record: &mut RequestRecord, events: &EventStream) {
+    if let Some(meter) = &mut record.meter
+        && meter.first_content.is_none()
+        && events.has_content()
+    {
+        meter.first_content = Some(clock::now());
+    }
+}
