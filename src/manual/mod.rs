@@ -16,7 +16,7 @@ pub(crate) struct Topic {
 }
 
 /// All pages, in reading order.
-pub(crate) const TOPICS: [Topic; 8] = [
+pub(crate) const TOPICS: [Topic; 9] = [
     Topic {
         name: "tour",
         summary: "every feature by hand: commands with their expected output",
@@ -38,6 +38,11 @@ pub(crate) const TOPICS: [Topic; 8] = [
         text: include_str!("errors.md"),
     },
     Topic { name: "metrics", summary: "every metric with its labels", text: include_str!("metrics.md") },
+    Topic {
+        name: "usage",
+        summary: "tokens and money: what is counted, estimates, prices, the ledger, GET /usage",
+        text: include_str!("usage.md"),
+    },
     Topic {
         name: "operations",
         summary: "signals, exit codes, reload, health, /status, log, security",
