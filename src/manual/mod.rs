@@ -39,14 +39,14 @@ pub(crate) const TOPICS: [Topic; 9] = [
     },
     Topic { name: "metrics", summary: "every metric with its labels", text: include_str!("metrics.md") },
     Topic {
-        name: "usage",
-        summary: "tokens and money: what is counted, estimates, prices, the ledger, GET /usage",
-        text: include_str!("usage.md"),
-    },
-    Topic {
         name: "operations",
         summary: "signals, exit codes, reload, health, /status, log, security",
         text: include_str!("operations.md"),
+    },
+    Topic {
+        name: "usage",
+        summary: "tokens and money: what is counted, estimates, prices, the ledger, GET /usage",
+        text: include_str!("usage.md"),
     },
     Topic {
         name: "request",
