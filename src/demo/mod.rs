@@ -1,6 +1,7 @@
 //! `zap demo`: built-in mock providers, and a configuration that balances them.
 //!
-//! A good provider answers chat completions with a text that contains its name, at once or as a stream of tokens.
+//! A good provider answers chat completions with a text that contains its name, at once or as a stream of tokens, and
+//! tells the token counts as OpenAI does. Each provider has prices.
 //! [`chaos`] is a provider that fails; [`mock`] is the HTTP side of both.
 
 mod chaos;
@@ -38,32 +39,19 @@ impl Provider {
 
     async fn answer(self, chat: Value) -> Answer {
         let model = chat["model"].as_str().unwrap_or("mock");
+        let words = self.words();
+        let usage = usage(&chat, words.len());
         if chat["stream"] == json!(true) {
-            return Ok(event_response(Events::new(self.events(model), self.pace, false)));
+            let asked = (chat["stream_options"]["include_usage"] == json!(true)).then_some(usage);
+            return Ok(event_response(Events::new(events(model, words, asked), self.pace, false)));
         }
         tokio::time::sleep(self.pace).await;
-        let words = self.words();
         let answer = json!({
             "id": "chatcmpl-mock", "object": "chat.completion", "created": 1_700_000_000, "model": model,
             "choices": [{"index": 0, "message": {"role": "assistant", "content": words.concat()}, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 1, "completion_tokens": words.len(), "total_tokens": words.len() + 1},
+            "usage": usage,
         });
         Ok(json_response(StatusCode::OK, answer.to_string()))
-    }
-
-    fn events(&self, model: &str) -> Vec<Bytes> {
-        let chunk = |delta: Value, finish: Value| {
-            let chunk = json!({
-                "id": "chatcmpl-mock", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model,
-                "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
-            });
-            Bytes::from(format!("data: {chunk}\n\n"))
-        };
-        let mut events = vec![chunk(json!({"role": "assistant", "content": ""}), Value::Null)];
-        events.extend(self.words().into_iter().map(|w| chunk(json!({"content": w}), Value::Null)));
-        events.push(chunk(json!({}), json!("stop")));
-        events.push(Bytes::from_static(b"data: [DONE]\n\n"));
-        events
     }
 
     fn words(&self) -> Vec<String> {
@@ -75,10 +63,39 @@ impl Provider {
     }
 }
 
-/// The table of a backend. `name` also names the backend's model.
-fn backend(name: &str, address: SocketAddr, weight: u32) -> String {
+/// The token counts of an answer: four bytes of the messages are a token, and each word of the answer.
+fn usage(chat: &Value, words: usize) -> Value {
+    let prompt = chat["messages"].to_string().len().div_ceil(4);
+    json!({"prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words})
+}
+
+/// The events of a stream. With `usage`, all chunks have the member: the last one with the counts, the others with null.
+fn events(model: &str, words: Vec<String>, usage: Option<Value>) -> Vec<Bytes> {
+    let chunk = |choices: Value, counts: &Value| {
+        let mut chunk = json!({
+            "id": "chatcmpl-mock", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": model,
+            "choices": choices,
+        });
+        if usage.is_some() {
+            chunk["usage"] = counts.clone();
+        }
+        Bytes::from(format!("data: {chunk}\n\n"))
+    };
+    let part = |delta: Value, finish: Value| {
+        chunk(json!([{"index": 0, "delta": delta, "finish_reason": finish}]), &Value::Null)
+    };
+    let mut events = vec![part(json!({"role": "assistant", "content": ""}), Value::Null)];
+    events.extend(words.into_iter().map(|word| part(json!({"content": word}), Value::Null)));
+    events.push(part(json!({}), json!("stop")));
+    events.extend(usage.iter().map(|counts| chunk(json!([]), counts)));
+    events.push(Bytes::from_static(b"data: [DONE]\n\n"));
+    events
+}
+
+/// The table of a backend. `name` also names the backend's model; `prices` are those of all its models.
+fn backend(name: &str, address: SocketAddr, weight: u32, prices: &str) -> String {
     format!(
-        "\n[[backends]]\nname = \"{name}\"\nurl = \"http://{address}\"\nweight = {weight}\ndefault_model = \"mock-{name}\"\n"
+        "\n[[backends]]\nname = \"{name}\"\nurl = \"http://{address}\"\nweight = {weight}\ndefault_model = \"mock-{name}\"\nprices = {{ \"*\" = {{ {prices} }} }}\n"
     )
 }
 
@@ -96,10 +113,10 @@ pub(crate) fn start(port: u16, is_chaos: bool) -> io::Result<(Config, String)> {
     let mut text = format!("[server]\nhost = \"127.0.0.1\"\nport = {port}\n");
     if is_chaos {
         text.push_str(chaos::SETTINGS);
-        text.push_str(&backend("chaos", chaos::start(chaos::STALL)?, 1));
+        text.push_str(&backend("chaos", chaos::start(chaos::STALL)?, 1, "input = 1, output = 1"));
     }
-    text.push_str(&backend("alpha", alpha, weight));
-    text.push_str(&backend("beta", beta, 1));
+    text.push_str(&backend("alpha", alpha, weight, "input = 0.50, cached = 0.25, output = 1.50"));
+    text.push_str(&backend("beta", beta, 1, "input = 0.10, output = 0.40"));
     let config = Config::parse(&text, "demo", Path::new(""), &|_| None).map_err(io::Error::other)?;
     Ok((config, if is_chaos { chaos::introduction(port) } else { introduction(port) }))
 }
@@ -111,6 +128,7 @@ fn introduction(port: u16) -> String {
          \x20 curl -sN http://127.0.0.1:{port}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -s http://127.0.0.1:{port}/status\n\
          \x20 curl -s http://127.0.0.1:{port}/metrics\n\n\
+         Tokens and spend are zap_tokens_total and zap_cost_usd_total in /metrics, tokens and cost_usd in the log below.\n\
          Press Ctrl-C to stop.\n\n"
     )
 }

@@ -16,7 +16,7 @@ pub(crate) struct Topic {
 }
 
 /// All pages, in reading order.
-pub(crate) const TOPICS: [Topic; 8] = [
+pub(crate) const TOPICS: [Topic; 9] = [
     Topic {
         name: "tour",
         summary: "every feature by hand: commands with their expected output",
@@ -42,6 +42,11 @@ pub(crate) const TOPICS: [Topic; 8] = [
         name: "operations",
         summary: "signals, exit codes, reload, health, /status, log, security",
         text: include_str!("operations.md"),
+    },
+    Topic {
+        name: "usage",
+        summary: "tokens and money: what is counted, estimates, prices, the ledger, GET /usage",
+        text: include_str!("usage.md"),
     },
     Topic {
         name: "request",

@@ -301,6 +301,31 @@ fn the_demo_balances_two_to_one_streams_and_exits_on_a_signal() {
 }
 
 #[test]
+fn the_demo_counts_tokens_and_cost() {
+    let mut command = zap();
+    let demo = Running::start(command.args(["demo", "--port", "0"]).stdout(Stdio::null()));
+    let answer = ask(demo.address, "POST /v1/chat/completions HTTP/1.1", CHAT);
+    assert!(answer.contains("\"completion_tokens\":17"), "{answer}");
+    let stream = ask(demo.address, "POST /chat HTTP/1.1", "{\"stream\":true,\"messages\":[]}");
+    assert!(stream.contains("data: [DONE]") && !stream.contains("usage"), "{stream}");
+    let metrics = ask(demo.address, "GET /metrics HTTP/1.1", "");
+    let value = |series: &str| -> f64 {
+        let sample = metrics.lines().find_map(|line| line.strip_prefix(series));
+        sample.unwrap_or_else(|| panic!("no {series} in {metrics}")).trim().parse().unwrap()
+    };
+    for backend in ["alpha", "beta"] {
+        let labels = format!("backend=\"{backend}\",model=\"mock-{backend}\"");
+        assert!(value(&format!("zap_tokens_total{{{labels},type=\"input\"}}")) > 0.0);
+        assert_eq!(value(&format!("zap_tokens_total{{{labels},type=\"output\"}}")), 17.0);
+        assert!(value(&format!("zap_cost_usd_total{{{labels}}}")) > 0.0);
+        assert_eq!(value(&format!("zap_usage_missing_total{{backend=\"{backend}\"}}")), 0.0);
+    }
+    let asked = "{\"stream\":true,\"stream_options\":{\"include_usage\":true},\"messages\":[]}";
+    let stream = ask(demo.address, "POST /chat HTTP/1.1", asked);
+    assert!(stream.contains("\"usage\":null") && stream.contains("\"completion_tokens\":17"), "{stream}");
+}
+
+#[test]
 fn sigterm_drains_and_a_second_one_cuts() {
     let slow = provider(OK, Duration::from_millis(600));
     let mut zap = Running::with(&config(slow, ""));
