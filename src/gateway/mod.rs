@@ -44,7 +44,7 @@ use arc_swap::Guard;
 use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::request::Parts;
-use http::{Method, Response};
+use http::{Method, Response, Uri};
 use smallvec::SmallVec;
 
 use crate::client::body::Body;
@@ -169,15 +169,8 @@ impl Gateway {
             ServedBy::Backends(_) if wants_websocket(head) => {
                 self.refuse(&GatewayError::UpgradeRequired, record, &context)
             }
-            ServedBy::Zap(Page::Usage) if matches!(head.method, Method::GET | Method::HEAD) => {
-                let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
-                match endpoints::usage(self.shared(), head.uri.query(), may_report).await {
-                    Ok(response) => self.finish(response, record, &context),
-                    Err(error) => self.refuse(&error, record, &context),
-                }
-            }
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
-                match self.page(*page, path, &record, &generation) {
+                match self.page(*page, &head.uri, &record, &generation).await {
                     Ok(response) => self.finish(response, record, &context),
                     Err(error) => self.refuse(&error, record, &context),
                 }
@@ -189,21 +182,23 @@ impl Gateway {
         }
     }
 
-    fn page(
+    async fn page(
         &self,
         page: Page,
-        path: &str,
+        uri: &Uri,
         record: &RequestRecord,
         generation: &Generation,
     ) -> Result<ClientResponse, GatewayError> {
         Ok(match page {
             Page::Health => endpoints::health(),
             Page::Metrics => endpoints::metrics(self.shared()),
-            Page::Models => return self.models(path, record, generation),
+            Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Status => endpoints::status(self.shared()),
-            // Served by `respond`, since it reads a file.
-            Page::Usage => return Err(GatewayError::Internal),
+            Page::Usage => {
+                let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
+                return endpoints::usage(self.shared(), uri.query(), may_report).await;
+            }
         })
     }
 
