@@ -78,15 +78,19 @@ pub(crate) async fn usage(
     may_report: bool,
 ) -> Result<ClientResponse, GatewayError> {
     let query = UsageQuery::parse(query, Day::of(SystemTime::now())).map_err(GatewayError::BadQuery)?;
+    let unavailable = |why: &str| {
+        let text = format!("The usage cannot be read now: {why}; try again in 1 s.");
+        GatewayError::LedgerUnavailable(text.into())
+    };
     if !may_report {
-        return Err(GatewayError::LedgerUnavailable("too many reports are asked for".into()));
+        return Err(unavailable("too many reports are asked for"));
     }
     let ledger = shared.telemetry.ledger.clone();
     let report = spawn_blocking(move || ledger.report(query).map(|report| report.encode())).await;
     match report.map_err(|_| GatewayError::Internal)? {
         Ok((content_type, body)) => Ok(text(StatusCode::OK, content_type, body.into())),
         Err(ReportError::TooLarge(why)) => Err(GatewayError::BadQuery(why)),
-        Err(ReportError::Unavailable(why)) => Err(GatewayError::LedgerUnavailable(why.into())),
+        Err(ReportError::Unavailable(why)) => Err(unavailable(&why)),
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) enum GatewayError {
     QueueTimeout,
     /// The query of a page is not valid; why.
     BadQuery(String),
-    /// The ledger cannot be read now; why.
+    /// The ledger cannot be read now; the message.
     LedgerUnavailable(Cow<'static, str>),
     /// The client has reached its rate limit; the time until the next request may pass.
     RateLimited(Nanos),
@@ -311,14 +311,9 @@ impl GatewayError {
                 ),
             ),
             E::BadQuery(why) => row(StatusCode::BAD_REQUEST, INVALID, Code::BadRequest, why.clone()),
-            E::LedgerUnavailable(why) => after(
+            E::LedgerUnavailable(text) => after(
                 &SECOND,
-                row(
-                    StatusCode::SERVICE_UNAVAILABLE,
-                    SERVER,
-                    Code::LedgerUnavailable,
-                    format!("The usage cannot be read now: {why}; try again in 1 s."),
-                ),
+                row(StatusCode::SERVICE_UNAVAILABLE, SERVER, Code::LedgerUnavailable, text.to_string()),
             ),
             E::RateLimited(wait) => after(
                 wait,

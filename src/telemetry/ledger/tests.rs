@@ -140,19 +140,19 @@ fn spent_follows_the_days_and_the_months() {
             }
         };
         let (a, x) = (Payer::Client("a"), Payer::Backend("x"));
-        add(&ledger, october, A, cost(1));
+        add(ledger, october, A, cost(1));
         assert_eq!(spent(a, october), (1, 1));
         assert_eq!(spent(a, first), (0, 0), "a new month begins without an action");
         write(october);
-        add(&ledger, first, A, cost(20));
+        add(ledger, first, A, cost(20));
         // A request that ended before midnight is added after one that ended later.
-        add(&ledger, october, B, cost(300));
+        add(ledger, october, B, cost(300));
         for _ in 0..2 {
             assert_eq!(spent(x, october), (301, 301));
             assert_eq!(spent(x, first), (20, 20));
             write(first);
         }
-        add(&ledger, second, B, cost(4_000));
+        add(ledger, second, B, cost(4_000));
         for _ in 0..2 {
             assert_eq!(spent(x, second), (4_000, 4_020));
             assert_eq!(spent(Payer::Client("b"), second), (4_000, 4_000));
