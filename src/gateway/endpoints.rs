@@ -77,7 +77,8 @@ pub(crate) async fn usage(
     query: Option<&str>,
     may_report: bool,
 ) -> Result<ClientResponse, GatewayError> {
-    let query = UsageQuery::parse(query, Day::of(SystemTime::now())).map_err(GatewayError::BadQuery)?;
+    let bad = |why: String| GatewayError::BadQuery(format!("The query is not valid: {why}."));
+    let query = UsageQuery::parse(query, Day::of(SystemTime::now())).map_err(bad)?;
     let unavailable = |why: &str| {
         let text = format!("The usage cannot be read now: {why}; try again in 1 s.");
         GatewayError::LedgerUnavailable(text.into())
@@ -89,7 +90,7 @@ pub(crate) async fn usage(
     let report = spawn_blocking(move || ledger.report(query).map(|report| report.encode())).await;
     match report.map_err(|_| GatewayError::Internal)? {
         Ok((content_type, body)) => Ok(text(StatusCode::OK, content_type, body.into())),
-        Err(ReportError::TooLarge(why)) => Err(GatewayError::BadQuery(why)),
+        Err(ReportError::TooLarge(why)) => Err(bad(why)),
         Err(ReportError::Unavailable(why)) => Err(unavailable(&why)),
     }
 }

@@ -469,6 +469,8 @@ mod tests {
             (E::InvalidApiKey, 401, AUTHENTICATION, "invalid_api_key", None, None, false),
             (E::InvalidJson(7), 400, INVALID, "invalid_json", None, None, false),
             (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
+            (E::BadQuery("The query is wrong.".into()), 400, INVALID, "bad_request", None, None, false),
+            (E::LedgerUnavailable("Not now.".into()), 503, SERVER, "ledger_unavailable", None, Some("1"), false),
             (E::MethodNotAllowed("POST"), 405, INVALID, "method_not_allowed", None, None, false),
             (E::MissingMessages, 400, INVALID, "missing_messages", Some("messages"), None, false),
             (E::MissingModel, 400, INVALID, "missing_model", Some("model"), None, false),

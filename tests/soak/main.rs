@@ -4,7 +4,7 @@
 //! providers that fail, and reloads for N seconds (default 60). Then it checks memory, open files, gauges and
 //! unexpected responses, and exits with 1 if a check fails.
 //!
-//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N]` prints one figure of
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N] | ledger [--kills N]` prints one figure of
 //! tests/README.md and exits with 1 if its target is missed; `-- figures` prints all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A run that cannot continue must panic.
@@ -12,6 +12,8 @@
 #[path = "../gateway/support/lies.rs"]
 #[allow(dead_code)] // The gateway's tests use the rest.
 mod lies;
+
+mod ledger;
 
 mod load;
 
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
             true
         }
         "mixed" => threads.block_on(mixed::run(secs)),
+        "ledger" => threads.block_on(ledger::run(number("--kills", 20))),
         "leave" => threads.block_on(scenes::leave()),
         "kill" => threads.block_on(scenes::kill()),
         "reload" => threads.block_on(scenes::reload()),
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
             fine &= scenes::series().await;
             fine &= scenes::keys();
             fine &= truth::run().await;
+            fine &= ledger::run(100).await;
             fine &= streams::run(60).await;
             fine & scenes::hold(number("--secs", 300)).await
         }),
