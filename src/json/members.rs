@@ -37,6 +37,23 @@ pub struct Watch {
     pub droppable: Vec<Box<str>>,
 }
 
+impl Watch {
+    /// Whether `key` may differ from a droppable member's only in case. This check of the first byte is cheap.
+    #[inline]
+    pub(super) fn may_be_droppable(&self, key: &[u8]) -> bool {
+        let may_be = |name: &str| match (key.first(), name.as_bytes().first()) {
+            (Some(x), Some(y)) => may_be_equal(*x, *y),
+            _ => false,
+        };
+        self.droppable.iter().any(|name| may_be(name))
+    }
+}
+
+/// Whether two bytes are equal but for case, or belong to characters that may be.
+fn may_be_equal(a: u8, b: u8) -> bool {
+    a.eq_ignore_ascii_case(&b) || a >= 0x80 || b >= 0x80
+}
+
 /// Looks for no further members.
 pub(super) static WATCH_NONE: Watch = Watch { affinity: false, droppable: Vec::new() };
 
@@ -119,9 +136,8 @@ const READ: [(&str, Member, bool); 5] = [
 /// characters that Go's `encoding/json` folds to ASCII when it looks for a field of a struct.
 pub(crate) fn same_but_for_case(a: &[u8], b: &[u8]) -> bool {
     // Most keys already differ in their first byte.
-    let may_be = |a: u8, b: u8| a.eq_ignore_ascii_case(&b) || a >= 0x80 || b >= 0x80;
     match (a.first(), b.first()) {
-        (Some(x), Some(y)) if may_be(*x, *y) => folded(a).eq(folded(b)),
+        (Some(x), Some(y)) if may_be_equal(*x, *y) => folded(a).eq(folded(b)),
         _ => false,
     }
 }

@@ -168,7 +168,7 @@ impl Scanner<'_> {
         self.droppable = self.watch.droppable.iter().position(|name| name.as_bytes() == text);
         match self.member {
             Some(member) => self.note_member(member)?,
-            None if Member::may_be_variant(text) || !self.watch.droppable.is_empty() => {
+            None if Member::may_be_variant(text) || self.watch.may_be_droppable(text) => {
                 self.check_case(text)?
             }
             None => {}
