@@ -9,6 +9,9 @@ use crate::config::common::{Context, REQUESTS_PER_MINUTE, name, secret};
 use crate::config::models::pattern;
 use crate::config::toml_reader::{Section, Text};
 
+/// The name of requests without a client key.
+pub(crate) const ANONYMOUS: &str = "anonymous";
+
 /// Reads the client keys. Returns them, and whether the text itself contains a key.
 pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<ClientKey>, bool) {
     let read = root.sections("client_keys", |t| client(t, ctx));
@@ -35,7 +38,12 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<(ClientKey, usiz
     if t.line_of("name").is_none() {
         t.fault(line, "name", "is missing; a string is required");
     }
+    let name_line = t.line_of("name");
     let name = name(t);
+    if name.as_ref().is_some_and(|name| name.value == ANONYMOUS) {
+        let what = "is \"anonymous\", the name of requests without a key; must be another name";
+        t.fault(name_line.unwrap_or(line), "name", what);
+    }
     let hash_line = t.line_of("sha256");
     let (key, inline) = secret(t, "key", ctx);
     let hash = t.text("sha256").and_then(|Text { value, line }| {

@@ -42,6 +42,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
+pub(crate) use crate::config::clients::ANONYMOUS;
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::secret::Secret;

@@ -465,6 +465,10 @@ config.toml:2: unknown key `models.<name>.target`; did you mean `targets`?",
         ),
         ("[[client_keys]]\nkey = \"sk-CANARY\"", "1: `client_keys.name` is missing; a string is required"),
         (
+            "[[client_keys]]\nname = \"anonymous\"\nkey = \"sk-CANARY\"",
+            "2: `client_keys.name` is \"anonymous\", the name of requests without a key; must be another name",
+        ),
+        (
             "[[client_keys]]\nname = \"a\"",
             "1: `client_keys.key` is missing; either `key` or `sha256` is required",
         ),

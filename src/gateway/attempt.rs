@@ -377,11 +377,12 @@ impl Attempts<'_> {
     }
 }
 
-/// A client may leave between two tries: then nobody has served the request.
+/// A client may leave during a later try: then only the targets without any answer are to blame, since the others might
+/// have answered the same.
 impl Drop for Attempts<'_> {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
-            self.settle(false);
+        if !self.is_settled && !std::thread::panicking() && !self.gateway.is_cut() {
+            self.dispatch.silent().for_each(|target| self.strike(target));
         }
     }
 }

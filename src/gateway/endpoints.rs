@@ -1,7 +1,7 @@
 //! The endpoints that Zap serves itself: `/health`, `/ready`, `/metrics`, `/status`, `/usage`, `/v1/models`.
 
 use std::sync::{Arc, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -10,6 +10,8 @@ use tokio::task::spawn_blocking;
 
 use crate::client::respond::text;
 use crate::clock;
+use crate::clock::within;
+use crate::config::ANONYMOUS;
 use crate::config::Config;
 use crate::gateway::ClientResponse;
 use crate::gateway::pages::CachedPage;
@@ -19,7 +21,7 @@ use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::route::{Listed, MAX_NAME};
-use crate::telemetry::clients::{ANONYMOUS, Client};
+use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
 use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::metrics::Scrape;
@@ -68,6 +70,9 @@ pub(crate) fn status(shared: &Shared) -> ClientResponse {
     text(StatusCode::OK, "application/json", shared.pages.text(CachedPage::Status, || encode_status(shared)))
 }
 
+/// Longest time for a report of usage.
+const MAX_REPORT: Duration = Duration::from_secs(5);
+
 /// `GET /usage`: what clients have used. `may_report`: the worker has not made too many reports in this second.
 ///
 /// # Errors
@@ -87,7 +92,9 @@ pub(crate) async fn usage(
         return Err(unavailable("too many reports are asked for"));
     }
     let ledger = shared.telemetry.ledger.clone();
-    let report = spawn_blocking(move || ledger.report(query).map(|report| report.encode())).await;
+    let report = spawn_blocking(move || ledger.report(query).map(|report| report.encode()));
+    // A disk that hangs must not keep the client, or the drain, waiting.
+    let report = within(MAX_REPORT, report).await.map_err(|_| unavailable("the file does not answer"))?;
     match report.map_err(|_| GatewayError::Internal)? {
         Ok((content_type, body)) => Ok(text(StatusCode::OK, content_type, body.into())),
         Err(ReportError::TooLarge(why)) => Err(bad(why)),

@@ -4,12 +4,15 @@
 use crate::clock;
 use crate::gateway::attempt::{Attempts, OpenedResponse};
 use crate::json::patch::Splice;
-use crate::policy::ratio::Lengths;
+use crate::policy::ratio::{Asking, Lengths};
 use crate::policy::route::TargetId;
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::usage_request::{STREAM_OPTIONS, ask_for_usage};
 use crate::telemetry::meter::{Meter, OTHER_MODEL};
 use crate::upstream::in_flight::InFlight;
+
+/// Longest `stream_options` that is read, in bytes. A longer one is left alone.
+const MAX_OPTIONS: u64 = 1024;
 
 impl Attempts<'_> {
     /// Whether the request to this backend asks for the token counts of its stream.
@@ -18,7 +21,7 @@ impl Attempts<'_> {
         self.record.stream
             && self.ask.endpoint.api().is_some_and(|api| api.stream == StreamFormat::Done)
             && upstream.asks_for_usage()
-            && !upstream.state.ratios.is_passive(in_flight.key())
+            && upstream.state.ratios.asking(in_flight.key()) != Asking::Refused
             && self.usage_splice().is_some()
     }
 
@@ -27,6 +30,9 @@ impl Attempts<'_> {
         let fields = &self.chat.fields;
         let index = self.snapshot.watch().droppable.iter().position(|name| **name == *STREAM_OPTIONS);
         let options = fields.droppable.iter().find(|member| Some(member.name) == index);
+        if options.is_some_and(|member| member.span.end - member.span.start > MAX_OPTIONS) {
+            return None;
+        }
         let options = options.map(|member| (member.span.start, self.chat.copy(member.span.clone())));
         ask_for_usage(fields.stream_end, options.as_ref().map(|(start, bytes)| (*start, &bytes[..])))
     }

@@ -6,7 +6,6 @@ use std::task::Context;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::StatusCode;
 use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
@@ -21,6 +20,7 @@ use crate::http1::headers::ResponseFacts;
 use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
+use crate::policy::ratio::Asking;
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
 use crate::protocol::event_class::{error_message, is_request_too_large};
@@ -69,13 +69,18 @@ impl Attempts<'_> {
         let mut response = self.send_request(&mut asked).await;
         unanswered.end();
         // Some providers refuse to be asked for the token counts.
-        if asked.asks && matches!(&response, Ok(response) if response.head.status == StatusCode::BAD_REQUEST)
-        {
+        let status = response.as_ref().map_or(0, |response| response.head.status.as_u16());
+        let (ratios, key) = (&in_flight.upstream().state.ratios, in_flight.key());
+        if asked.asks && status < 300 && status > 0 {
+            ratios.set_asking(key, Asking::Accepted);
+        } else if asked.asks && matches!(status, 400 | 422) && ratios.asking(key) == Asking::Unknown {
             asked.asks = false;
+            // A server with a single connection must not wait for the end of the first response.
+            drop(response);
             response = self.send_request(&mut asked).await;
             // Any other failure leaves open which part of the request was refused.
             if matches!(&response, Ok(response) if response.head.status.is_success()) {
-                in_flight.upstream().state.ratios.set_passive(in_flight.key());
+                ratios.set_asking(key, Asking::Refused);
             }
         }
         let Asked { sent, asks, .. } = asked;

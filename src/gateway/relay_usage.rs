@@ -13,7 +13,15 @@ const TEXT_SAMPLE: u64 = 4;
 
 /// Reads the token counts of a JSON body that is not there as a whole. A stream's are read with its events.
 #[derive(Debug, Default)]
-pub(super) struct RelayUsage(Option<Box<BodyUsage>>);
+pub(super) enum RelayUsage {
+    /// The body is read as it passes.
+    Passing(Box<BodyUsage>),
+    /// The body cannot be read: it is no JSON, or it is compressed.
+    #[default]
+    Unread,
+    /// The body was there as a whole.
+    Whole,
+}
 
 impl RelayUsage {
     /// Begins with the first part of a JSON body. `is_whole`: nothing follows. `random` returns a random number.
@@ -23,23 +31,23 @@ impl RelayUsage {
         is_whole: bool,
         random: impl FnOnce() -> u64,
     ) -> Self {
-        let Some(meter) = &mut record.meter else { return RelayUsage(None) };
+        let Some(meter) = &mut record.meter else { return RelayUsage::Unread };
         if !is_whole {
             let mut usage = Box::new(BodyUsage::new());
             usage.push(first);
-            return RelayUsage(Some(usage));
+            return RelayUsage::Passing(usage);
         }
         meter.usage = Usage::of_body(first);
         if meter.metering == Metering::Full && (meter.usage.is_none() || random().is_multiple_of(TEXT_SAMPLE))
         {
             meter.lengths.text = answer_text(first);
         }
-        RelayUsage(None)
+        RelayUsage::Whole
     }
 
     /// Reads the next part of a JSON body.
     pub(super) fn push(&mut self, data: &[u8]) {
-        if let Some(usage) = &mut self.0 {
+        if let RelayUsage::Passing(usage) = self {
             usage.push(data);
         }
     }
@@ -47,10 +55,13 @@ impl RelayUsage {
     /// Counts what the answer used, as far as it has come.
     pub(super) fn settle(&mut self, record: &mut RequestRecord, events: Option<&EventStream>) {
         let Some(meter) = &mut record.meter else { return };
-        if let Some(events) = events {
-            (meter.usage, meter.lengths.text) = (events.usage(), events.text());
-        } else if let Some(usage) = self.0.take() {
-            (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);
+        match (events, std::mem::take(self)) {
+            (Some(events), _) => (meter.usage, meter.lengths.text) = (events.usage(), events.text()),
+            (None, RelayUsage::Passing(usage)) => {
+                (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);
+            }
+            (None, RelayUsage::Unread) => meter.lengths.text = record.bytes,
+            (None, RelayUsage::Whole) => {}
         }
         record.settle();
     }

@@ -27,6 +27,18 @@ pub(crate) struct Lengths {
     pub text: u64,
 }
 
+/// Whether a pair accepts requests that ask for the token counts of a stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Asking {
+    /// Such a request has succeeded.
+    Accepted,
+    /// Such a request was refused, and succeeded without asking.
+    Refused,
+    /// None has succeeded yet.
+    #[default]
+    Unknown,
+}
+
 /// The running figures of the pairs of one backend.
 #[derive(Debug, Default)]
 pub(crate) struct Ratios(Mutex<HashMap<u64, Ratio, BuildHasherDefault<KeyHasher>>>);
@@ -40,8 +52,7 @@ struct Ratio {
     text: u64,
     /// Output tokens of answers with text.
     told: u64,
-    /// Whether requests must not ask for the token counts.
-    is_passive: bool,
+    asking: Asking,
 }
 
 impl Ratios {
@@ -87,16 +98,16 @@ impl Ratios {
         }
     }
 
-    /// Whether requests to the pair must not ask for the token counts.
-    pub(crate) fn is_passive(&self, key: u64) -> bool {
-        self.ratio(key).is_passive
+    /// Whether the pair accepts requests that ask for the token counts.
+    pub(crate) fn asking(&self, key: u64) -> Asking {
+        self.ratio(key).asking
     }
 
-    /// Records that the pair refuses requests that ask for the token counts.
-    pub(crate) fn set_passive(&self, key: u64) {
+    /// Records whether the pair accepts requests that ask for the token counts.
+    pub(crate) fn set_asking(&self, key: u64, asking: Asking) {
         let mut all = self.0.lock();
         if all.len() < MAX_PAIRS || all.contains_key(&key) {
-            all.entry(key).or_default().is_passive = true;
+            all.entry(key).or_default().asking = asking;
         }
     }
 
@@ -138,9 +149,10 @@ mod tests {
         let ratios = Ratios::default();
         for key in 0..2 * MAX_PAIRS as u64 {
             ratios.learn(key, Lengths { asked: 4, text: 4 }, &usage(4, 4));
-            ratios.set_passive(key);
+            ratios.set_asking(key, Asking::Refused);
         }
         assert_eq!(ratios.0.lock().len(), MAX_PAIRS);
-        assert!(ratios.is_passive(0) && !ratios.is_passive(2 * MAX_PAIRS as u64 - 1));
+        assert_eq!(ratios.asking(0), Asking::Refused);
+        assert_eq!(ratios.asking(2 * MAX_PAIRS as u64 - 1), Asking::Unknown);
     }
 }

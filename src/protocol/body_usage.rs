@@ -70,6 +70,8 @@ fn usual(body: &[u8]) -> Option<Option<Usage>> {
 /// Reads the `usage` of one body. [`push`](BodyUsage::push) the chunks in order, then [`finish`](BodyUsage::finish).
 #[derive(Debug)]
 pub(crate) struct BodyUsage {
+    /// The number of objects that the usage is in.
+    objects: i64,
     state: State,
     /// Whether a candidate was found: a key that may be at the top level.
     has_candidate: bool,
@@ -108,7 +110,14 @@ enum State {
 impl BodyUsage {
     /// Starts a body.
     pub(crate) fn new() -> Self {
+        Self::at_depth(1)
+    }
+
+    /// Starts a body whose `usage` is in so many objects: 1 is the top level, 2 a member of it. No object above may have a
+    /// `usage`.
+    pub(crate) fn at_depth(objects: i64) -> Self {
         BodyUsage {
+            objects,
             state: State::Start,
             has_candidate: false,
             depth: 0,
@@ -149,11 +158,11 @@ impl BodyUsage {
         self.last = data.last().copied().unwrap_or(self.last);
     }
 
-    /// Ends the body. Returns the usage of its top level.
+    /// Ends the body. Returns the usage at the depth that was asked for.
     pub(crate) fn finish(self) -> Option<Usage> {
-        // Only the object that has the candidate was closed after it.
-        let is_top_level = self.has_candidate && self.state == State::Outside && self.depth == -1;
-        self.usage.filter(|_| is_top_level)
+        // Only the objects that have the candidate were closed after it.
+        let is_at_depth = self.has_candidate && self.state == State::Outside && self.depth == -self.objects;
+        self.usage.filter(|_| is_at_depth)
     }
 
     /// Looks for the brace that begins the body.
@@ -192,7 +201,7 @@ impl BodyUsage {
 
     /// Looks for the next brace or string after the first candidate.
     fn outside(&mut self, data: &[u8], mut at: usize, value_start: usize) -> usize {
-        if self.depth < 0 && self.usage.is_some() {
+        if self.depth <= -self.objects && self.usage.is_some() {
             at = skip_space(data, at);
             if at == data.len() {
                 return at;

@@ -205,9 +205,14 @@ impl EventStream {
             return out;
         }
         let class = classify_beginning(self.format, &self.partial);
-        self.oversized = Some(Oversized { class, usage: BodyUsage::new() });
+        // A response stands within its event.
+        let objects = if self.format == StreamFormat::Responses { 2 } else { 1 };
+        self.oversized = Some(Oversized { class, usage: BodyUsage::at_depth(objects) });
         let beginning = std::mem::take(&mut self.partial);
-        self.read_oversized(&beginning);
+        // The reader begins at the object of the data.
+        let object = memchr::memmem::find(&beginning, b"data:").unwrap_or(0);
+        let object = memchr::memchr(b'{', &beginning[object..]).map_or(beginning.len(), |at| object + at);
+        self.read_oversized(&beginning[object..]);
         [&out[..], &beginning].concat().into()
     }
 
@@ -234,7 +239,10 @@ impl EventStream {
     fn read_oversized(&mut self, data: &[u8]) {
         let Some(oversized) = &mut self.oversized else { return };
         oversized.usage.push(data);
-        self.text += data.len() as u64;
+        // Such an event of `/v1/responses` repeats the whole answer.
+        if self.format == StreamFormat::Done {
+            self.text += data.len() as u64;
+        }
         self.partial.extend_from_slice(data);
         self.is_finished |= self.format == StreamFormat::Done && has_reason(&self.partial);
         let keep = self.partial.len().saturating_sub(OVERSIZED_LOOK_BACK);
@@ -280,9 +288,11 @@ impl EventStream {
             cuts.push(0..1);
             at = 1;
         }
-        while at < events.len() && self.end.is_none() {
+        // Behind an error, only what Zap has asked for is still looked for.
+        while at < events.len() && (self.end.is_none() || self.hides_usage) {
             let rest = &events[at..];
-            let (start, end, cut) = match self.shape.find(rest).filter(|_| self.has_content) {
+            let known = self.shape.find(rest).filter(|_| self.has_content && self.end.is_none());
+            let (start, end, cut) = match known {
                 Some(known) => {
                     self.text += known.text;
                     (0, known.length, known.cut)
@@ -305,6 +315,9 @@ impl EventStream {
     fn parse(&mut self, event: &[u8]) -> Option<Range<usize>> {
         let said = read_event(self.format, event);
         self.usage = said.usage.or(self.usage);
+        if self.end.is_some() {
+            return (said.class == Class::Usage).then_some(0..event.len());
+        }
         self.text += said.text;
         let cut = match said.class {
             _ if !self.hides_usage => None,
@@ -617,6 +630,21 @@ mod tests {
         }
         let (stream, _) = run(StreamFormat::Done, &[&long.replace("\"stop\"", "null")]);
         assert!(!stream.is_whole());
+        let told = "\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":9}";
+        let chat = long.replace("]}\n\n", &format!("],{told}}}\n\n"));
+        let image = format!("event: x\ndata: {{\"b64_json\":\"{text}\",{told}}}\n\n");
+        let response = format!(
+            "event: response.completed\ndata: {{\"type\":\"response.completed\",\"response\":{{\"instructions\":\"{text}\",{told},\"x\":{{}}}},\"y\":1}}\n\n"
+        );
+        for (format, event) in
+            [(StreamFormat::Done, chat), (StreamFormat::Plain, image), (StreamFormat::Responses, response)]
+        {
+            for cut in [1, 10, 60, 100, MAX_HELD + 10] {
+                let (head, tail) = event.split_at(event.len() - cut);
+                let usage = run(format, &[head, tail]).0.usage();
+                assert_eq!(usage.map(|usage| (usage.input, usage.output)), Some((7, 9)), "{format:?} {cut}");
+            }
+        }
     }
 
     #[test]

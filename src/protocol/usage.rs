@@ -8,7 +8,7 @@
 //! | Anthropic | `input_tokens` and both cache counts | `cache_read_input_tokens` | `output_tokens` |
 //! | rerank | `total_tokens` | | |
 //!
-//! A count is an integer from 0 to `u64::MAX`. Anything else in its place, such as `null`, `-1`, `1.0` or `"1"`, is
+//! A count is an integer from 0 to 2^40. Anything else in its place, such as `null`, `-1`, `1.0` or `"1"`, is
 //! ignored.
 
 use serde_json::Value;
@@ -36,6 +36,9 @@ impl Usage {
         UsageParts::of_json(usage).usage()
     }
 }
+
+/// Largest count that is believed. Providers have sent negative numbers as huge ones.
+const MAX_COUNT: u64 = 1 << 40;
 
 /// A count that a `usage` object may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +181,7 @@ impl UsageParts {
     }
 
     fn get(&self, count: Count) -> Option<u64> {
-        self.counts[count as usize]
+        self.counts[count as usize].filter(|count| *count <= MAX_COUNT)
     }
 }
 
@@ -292,13 +295,15 @@ mod tests {
     }
 
     #[test]
-    fn huge_counts_saturate_and_a_part_is_at_most_the_whole() {
+    fn a_count_that_cannot_be_is_ignored_and_a_part_is_at_most_the_whole() {
         let max = u64::MAX;
         for (json, want) in [
             (
                 json!({"input_tokens": max, "cache_read_input_tokens": max, "cache_creation_input_tokens": max}),
-                usage(max, max, 0, 0, 0),
+                None,
             ),
+            (json!({"prompt_tokens": 7, "completion_tokens": MAX_COUNT + 1}), usage(7, 0, 0, 0, 0)),
+            (json!({"prompt_tokens": MAX_COUNT}), usage(MAX_COUNT, 0, 0, 0, 0)),
             (
                 json!({"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 9},
                        "completion_tokens_details": {"reasoning_tokens": 9}}),

@@ -10,9 +10,6 @@ use crate::config::{ClientKey, Config};
 use crate::counter::Counter;
 use crate::upstream::token_counters::TokenCount;
 
-/// The name of requests without a client key.
-pub(crate) const ANONYMOUS: &str = "anonymous";
-
 /// All client keys. If empty, every client is admitted.
 #[derive(Debug)]
 pub(crate) struct Clients(Box<[Arc<Client>]>);

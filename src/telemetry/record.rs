@@ -12,12 +12,12 @@ use http::{HeaderValue, Method};
 
 use crate::clock;
 use crate::code::Code;
+use crate::config::ANONYMOUS;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
-use crate::telemetry::clients::ANONYMOUS;
 use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::table::{Amounts, Labels};
 use crate::telemetry::log::push_json;

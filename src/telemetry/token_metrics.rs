@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::config::ANONYMOUS;
 use crate::counter::{PER_TOKEN, REQUEST, Total};
-use crate::telemetry::clients::{ANONYMOUS, ClientLane, Clients};
+use crate::telemetry::clients::{ClientLane, Clients};
 use crate::telemetry::encode::Encoder;
 use crate::upstream::Upstream;
 use crate::upstream::token_counters::TokenCount;

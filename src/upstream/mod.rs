@@ -246,7 +246,8 @@ impl Upstream {
 
     /// What an answer of `model`, the name that the backend was sent, cost in nano-USD.
     pub(crate) fn cost(&self, model: Option<&str>, usage: &Usage) -> u64 {
-        model.and_then(|model| self.prices.price(model)).map_or(0, |price| price.cost(usage))
+        // A request may go out without a model; the price of all models counts for it too.
+        self.prices.price(model.unwrap_or_default()).map_or(0, |price| price.cost(usage))
     }
 
     /// The name in labels, headers and logs.

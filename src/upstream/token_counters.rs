@@ -27,8 +27,8 @@ impl TokenCount {
 
     /// Adds another count.
     pub(crate) fn add(&mut self, other: &TokenCount) {
-        self.tokens.iter_mut().zip(other.tokens).for_each(|(n, more)| *n = n.wrapping_add(more));
-        self.cost = self.cost.wrapping_add(other.cost);
+        self.tokens.iter_mut().zip(other.tokens).for_each(|(n, more)| *n = n.saturating_add(more));
+        self.cost = self.cost.saturating_add(other.cost);
     }
 }
 

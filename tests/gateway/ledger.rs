@@ -128,3 +128,12 @@ fn usage_is_grouped_as_asked_and_a_wrong_query_says_why() {
     other.post("/usage", "", "{}");
     assert_eq!(other.response().status, 405);
 }
+
+#[test]
+fn a_request_without_a_model_has_the_price_of_all_models() {
+    let a = provider();
+    let zap = Zap::with("", &[a.backend("a", "prices = { \"*\" = { input = 1, output = 1 } }")]);
+    assert_eq!(zap.chat(r#"{"messages":[]}"#).status, 200);
+    let cost = zap.metric("zap_cost_usd_total{backend=\"a\",model=\"other\"}");
+    assert_eq!(format!("{cost:.9}"), "0.000013000");
+}

@@ -727,10 +727,10 @@ fn a_stream_with_a_length_and_an_http_1_0_client_end_right_without_the_token_cou
     }
 }
 
-/// Answers 400 to `stream_options`, as old servers do.
-fn refuses_options(seen: &Seen, stream: &mut TcpStream) -> After {
+/// Refuses `stream_options`, as old servers do.
+fn refuses_options(seen: &Seen, stream: &mut TcpStream, status: u16) -> After {
     if has(&seen.body, "stream_options") || has(&seen.body, "broken") {
-        reply(stream, 400, JSON, b"{\"error\":{\"message\":\"unknown field\"}}");
+        reply(stream, status, JSON, b"{\"error\":{\"message\":\"unknown field\"}}");
         return After::Keep;
     }
     serve(seen, stream, "one", None)
@@ -738,7 +738,13 @@ fn refuses_options(seen: &Seen, stream: &mut TcpStream) -> After {
 
 #[test]
 fn a_provider_that_refuses_the_question_is_asked_once_more_without_it_and_never_again() {
-    let a = Provider::start(refuses_options);
+    for status in [400, 422] {
+        refuses_the_question(status);
+    }
+}
+
+fn refuses_the_question(status: u16) {
+    let a = Provider::start(move |seen, stream| refuses_options(seen, stream, status));
     let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\", \"n\"]")]);
     let mut client = zap.client();
     for model in ["m", "n"] {
@@ -754,7 +760,7 @@ fn a_provider_that_refuses_the_question_is_asked_once_more_without_it_and_never_
     // The client's own question is the client's own fault.
     let before = a.count();
     let answer = client.chat("", ALL[1].body("m", &format!(",{ASKS}")));
-    assert_eq!((answer.status, a.count()), (400, before + 1));
+    assert_eq!((answer.status, a.count()), (status, before + 1));
     assert_eq!(zap.metric("zap_usage_missing_total{backend=\"a\"}"), 6.0);
 }
 
@@ -769,19 +775,23 @@ fn a_bad_request_of_the_client_does_not_end_the_question() {
         reply(stream, status, JSON, b"{\"error\":{\"message\":\"broken\"}}");
         After::Keep
     });
-    let zap = Zap::with_log("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\"]")]);
+    let zap = Zap::with_log("", &[a.backend("a", "usage = \"inject\"\nmodels = [\"m\", \"n\"]")]);
     let mut client = zap.client();
-    for (broken, status) in [("broken, always 400", 400), ("broken", 422)] {
+    for (model, broken, status) in [("m", "broken, always 400", 400), ("n", "broken", 422)] {
         let before = a.count();
-        let answer = client.chat("", ALL[1].body("m", &format!(",\"user\":\"{broken}\"")));
+        let answer = client.chat("", ALL[1].body(model, &format!(",\"user\":\"{broken}\"")));
         assert_eq!((answer.status, answer.text()), (status, "{\"error\":{\"message\":\"broken\"}}"));
         assert_eq!(a.count(), before + 2);
-        let answer = client.chat("", ALL[1].body("m", ""));
+        let answer = client.chat("", ALL[1].body(model, ""));
         assert_eq!(answer.text(), ALL[1].answer("one", false, None));
         assert!(bodies(&a).pop().unwrap().contains(ASKS), "{broken}");
     }
     let told = provider([10, 0, 3, 0]);
     assert_eq!(zap.lines(4).iter().map(logged).collect::<Vec<_>>(), [None, told.clone(), None, told]);
+    // A pair that has answered such a request is not asked again without the question.
+    let before = a.count();
+    assert_eq!(client.chat("", ALL[1].body("m", ",\"user\":\"broken\"")).status, 400);
+    assert_eq!(a.count(), before + 1);
 }
 
 #[test]
@@ -821,7 +831,7 @@ fn the_second_question_survives_an_idle_connection_that_closes() {
             // The connection has been idle for too long.
             return After::Close;
         }
-        refuses_options(seen, stream)
+        refuses_options(seen, stream, 400)
     });
     let zap = Zap::with("[server]\nworkers = 1", &[a.backend("a", "usage = \"inject\"")]);
     let mut clients = [zap.client(), zap.client(), zap.client()];

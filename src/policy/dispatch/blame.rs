@@ -36,6 +36,11 @@ impl Answers {
         self.0.retain(|(id, _)| *id != target);
     }
 
+    /// The targets that gave no answer at all. That is not due to the request, whatever others would have answered.
+    pub(crate) fn silent(&self) -> impl Iterator<Item = TargetId> {
+        self.0.iter().filter(|(_, answer)| *answer == Answer::None).map(|(id, _)| *id)
+    }
+
     /// The targets that are to blame now that the request has ended. `was_served`: another target has served it. If
     /// nobody has, and all that answered gave the same status or one of them a 4xx, the request is to blame.
     pub(crate) fn blamed(&self, was_served: bool) -> impl Iterator<Item = TargetId> {

@@ -237,6 +237,11 @@ impl Dispatch {
         self.answers.blamed(was_served)
     }
 
+    /// The targets to blame if the client has left, so that nobody knows what the others would have answered.
+    pub(crate) fn silent(&self) -> impl Iterator<Item = TargetId> {
+        self.answers.silent()
+    }
+
     /// Allows one try only for each target: the client retries by itself.
     pub(crate) fn forbid_rounds(&mut self) {
         self.is_single_round = true;

@@ -90,9 +90,9 @@ impl File {
     fn check_identity(&self) -> Result<(), String> {
         match fs::metadata(&self.path) {
             Ok(metadata) if identity(&metadata) == self.identity => Ok(()),
-            Ok(_) => Err("another file has taken its place; move it back or restart Zap".into()),
+            Ok(_) => Err("another file has taken its place; move the first one back, since a restart loses what is not yet written".into()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                Err("the file was moved or deleted; move it back or restart Zap".into())
+                Err("the file was moved or deleted; move it back, since a restart loses what is not yet written".into())
             }
             Err(e) => Err(e.to_string()),
         }

@@ -106,18 +106,22 @@ impl Ledger {
     pub(crate) fn add(&self, worker: usize, day: Day, (key, labels): (u64, Labels<'_>), amounts: Amounts) {
         let mut shard = self.shards[worker % SHARDS].lock();
         if !shard.add(day, (key, labels), amounts) {
-            self.collect(&mut shard);
+            let rows = shard.take();
+            self.collect(rows);
             shard.add(day, (key, labels), amounts);
         }
     }
 
     /// Takes what the workers have added since the last call.
     fn collect_all(&self) {
-        self.shards.iter().for_each(|shard| self.collect(&mut shard.lock()));
+        self.shards.iter().for_each(|shard| {
+            // The worker need not wait until the rows are added.
+            let rows = shard.lock().take();
+            self.collect(rows);
+        });
     }
 
-    fn collect(&self, shard: &mut Shard) {
-        let rows = shard.take();
+    fn collect(&self, rows: Table) {
         let mut state = self.state.lock();
         for (day, labels, amounts) in rows.all() {
             if self.reading.is_none() && !state.pending.has(day) {
@@ -159,13 +163,16 @@ impl Ledger {
         let connection = connection.as_mut().ok_or_else(busy)?;
         let snapshot = commit.try_lock_for(REPORT_TIMEOUT).ok_or_else(busy)?;
         self.collect_all();
-        let transaction = file::begin_read(connection)?;
+        let transaction = file::begin_read(connection).inspect_err(|_| self.count_error())?;
         let (pending, writing) = {
             let state = self.state.lock();
             (state.pending.clone(), state.writing.clone())
         };
         drop(snapshot);
-        groups.add_file(&transaction)?;
+        groups.add_file(&transaction).inspect_err(|e| match e {
+            ReportError::Unavailable(_) => self.count_error(),
+            ReportError::TooLarge(_) => {}
+        })?;
         groups.add_table(&writing)?;
         groups.add_table(&pending).map(|()| groups)
     }
@@ -196,6 +203,10 @@ impl Ledger {
         let mut state = self.state.lock();
         let batch = std::mem::take(&mut state.writing);
         state.pending.merge(batch);
+        self.count_error();
+    }
+
+    fn count_error(&self) {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 

@@ -341,7 +341,12 @@ fn a_file_that_is_moved_or_deleted_is_not_written_to() {
     assert_eq!(totals(&folder.file()), (1, 1));
     let seen = seen.lock();
     assert_eq!(seen.len(), 2, "{seen:?}");
-    assert!(seen[0].contains("the file was moved or deleted; move it back or restart Zap"), "{seen:?}");
+    assert!(
+        seen[0].contains(
+            "the file was moved or deleted; move it back, since a restart loses what is not yet written"
+        ),
+        "{seen:?}"
+    );
 }
 
 #[test]
