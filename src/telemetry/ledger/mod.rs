@@ -49,6 +49,8 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Ledger {
     /// What the workers have added lately, so that they do not wait for each other.
     shards: [CachePadded<Mutex<Shard>>; SHARDS],
+    /// Held while the shards are emptied. Taken before any other lock here but those of [`Reading`].
+    collecting: Mutex<()>,
     state: Mutex<State>,
     /// `None`: the ledger has no file.
     reading: Option<Reading>,
@@ -82,7 +84,13 @@ impl Ledger {
     }
 
     fn new(reading: Option<Reading>) -> Self {
-        Ledger { shards: Default::default(), state: Mutex::default(), reading, errors: AtomicU64::new(0) }
+        Ledger {
+            shards: Default::default(),
+            collecting: Mutex::default(),
+            state: Mutex::default(),
+            reading,
+            errors: AtomicU64::new(0),
+        }
     }
 
     /// Opens the ledger in the file at `path`. A missing file is created; its directory must exist. `events` gets the
@@ -104,16 +112,19 @@ impl Ledger {
     /// Adds what a request of a worker used; `day` is the day of its end, `key` a hash of the labels. Never waits for the
     /// disk.
     pub(crate) fn add(&self, worker: usize, day: Day, (key, labels): (u64, Labels<'_>), amounts: Amounts) {
-        let mut shard = self.shards[worker % SHARDS].lock();
-        if !shard.add(day, (key, labels), amounts) {
-            let rows = shard.take();
-            self.collect(rows);
-            shard.add(day, (key, labels), amounts);
+        if !self.shards[worker % SHARDS].lock().add(day, (key, labels), amounts) {
+            let mut row = Table::default();
+            row.add(day, labels, amounts);
+            self.collect(row);
+            // The shard begins with the new day.
+            self.collect_all();
         }
     }
 
     /// Takes what the workers have added since the last call.
     fn collect_all(&self) {
+        // Whoever collects at the same time waits, so that no row is in neither place.
+        let _collecting = self.collecting.lock();
         self.shards.iter().for_each(|shard| {
             // The worker need not wait until the rows are added.
             let rows = shard.lock().take();
