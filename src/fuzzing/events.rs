@@ -57,10 +57,10 @@ pub fn events(data: &[u8]) {
         early_error: early_error.map(|error| error.status),
         usage: stream.usage(),
     };
-    assert_eq!(said, naive(format, text));
+    assert_eq!(said, naive(format, text, hides));
 }
 
-fn naive(format: StreamFormat, text: &[u8]) -> Said {
+fn naive(format: StreamFormat, text: &[u8], hides: bool) -> Said {
     let text = text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text);
     let (mut lines, mut line, mut feed_of_pair) = (Vec::new(), Vec::new(), false);
     for b in text {
@@ -80,11 +80,14 @@ fn naive(format: StreamFormat, text: &[u8]) -> Said {
     let (mut said, mut is_finished) =
         (Said { has_content: false, end: None, is_whole: false, early_error: None, usage: None }, false);
     for event in lines.split(|line| line.is_empty()).filter(|event| !event.is_empty()) {
-        if said.end.is_some() {
+        if said.end.is_some() && !hides {
             break;
         }
         let event = read_event(format, &event.join(&b'\n'));
         said.usage = event.usage.or(said.usage);
+        if said.end.is_some() {
+            continue;
+        }
         match event.class {
             Class::Prelude | Class::Usage => {}
             Class::Content => said.has_content = true,
@@ -118,11 +121,17 @@ fn without_usage(format: StreamFormat, text: &[u8]) -> Vec<u8> {
         let end = end_of_event(text, start).unwrap_or(text.len());
         let event = &text[start..end];
         at = end;
-        if event.is_empty() || is_over {
-            out.extend_from_slice(event);
+        if event.is_empty() {
             continue;
         }
         let class = read_event(format, event).class;
+        if is_over {
+            // Behind the end, only events with token counts and nothing else are taken out.
+            if class != Class::Usage {
+                out.extend_from_slice(event);
+            }
+            continue;
+        }
         is_over = matches!(class, Class::Terminal | Class::Error(_));
         match (class, null_usage(event)) {
             (Class::Usage, _) => {}
