@@ -120,7 +120,7 @@ pub(crate) struct Attempts<'a> {
     pub blamed: SmallVec<[u64; 2]>,
     /// Why the response of the last try was no answer.
     pub no_answer: Option<NoAnswer>,
-    /// What is decided about the tries.
+    /// The decisions about the tries.
     pub dispatch: Dispatch,
     /// Whether the failed targets have been blamed.
     pub is_settled: bool,
@@ -218,8 +218,8 @@ impl Attempts<'_> {
 
     /// Blames the targets that have failed, now that the request has ended. `was_served`: a target has served it.
     fn settle(&mut self, was_served: bool) {
-        let is_settled = std::mem::replace(&mut self.is_settled, true);
-        if !is_settled && !self.record.failed.is_empty() && !self.gateway.is_cut() {
+        self.is_settled = true;
+        if !self.record.failed.is_empty() && !self.gateway.is_cut() {
             self.dispatch.blamed(was_served).for_each(|target| self.strike(target));
         }
     }

@@ -11,7 +11,6 @@ use tokio::task::spawn_blocking;
 use crate::client::respond::text;
 use crate::clock;
 use crate::clock::within;
-use crate::config::ANONYMOUS;
 use crate::config::Config;
 use crate::gateway::ClientResponse;
 use crate::gateway::pages::CachedPage;
@@ -20,13 +19,13 @@ use crate::gateway::state::Shared;
 use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
+use crate::policy::prices::usd;
 use crate::policy::route::{Listed, MAX_NAME};
 use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
 use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::metrics::Scrape;
-use crate::telemetry::record::usd;
-use crate::telemetry::token_metrics::{tokens_of, tokens_of_client};
+use crate::telemetry::token_metrics::{tokens_by_client, tokens_of};
 use crate::telemetry::{encode, metrics};
 use crate::time::{Day, Nanos, SECOND};
 use crate::upstream::fault::Fault;
@@ -109,19 +108,12 @@ fn encode_status(shared: &Shared) -> Bytes {
         .map(|id| {
             let mut status = backend(&snapshot, id);
             let upstream = &snapshot.backends[id];
-            let mut total = TokenCount::default();
-            tokens_of(upstream).values().for_each(|count| total.add(count));
+            let total = TokenCount::sum(tokens_of(upstream).into_values());
             status["used"] = used(&total, spent(Payer::Backend(upstream.name())));
             status
         })
         .collect();
-    let anonymous = tokens_of_client(shared.telemetry.lanes.iter().map(|lane| &lane.anonymous));
-    let known = snapshot
-        .clients
-        .iter()
-        .map(|client| (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane))));
-    let clients: Vec<_> = known
-        .chain([(ANONYMOUS, anonymous)])
+    let clients: Vec<_> = tokens_by_client(&snapshot.clients, shared.telemetry.anonymous())
         .map(|(name, total)| json!({ "name": name, "used": used(&total, spent(Payer::Client(name))) }))
         .collect();
     let status = json!({

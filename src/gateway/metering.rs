@@ -1,5 +1,5 @@
-//! What the gateway does so that the tokens of an answer are counted: it asks the provider for them, and starts the meter of
-//! the answer.
+//! Token counting, as far as it concerns the tries: asks a provider for the token counts of a stream, and starts the meter
+//! of an answer.
 
 use crate::clock;
 use crate::gateway::attempt::{Attempts, OpenedResponse};

@@ -8,7 +8,7 @@ use crate::protocol::event_stream::EventStream;
 use crate::protocol::usage::Usage;
 use crate::telemetry::record::RequestRecord;
 
-/// One in so many JSON answers with token counts has its text measured, to learn how long a token is.
+/// Zap measures the text of one in this many JSON answers with token counts, to learn the length of a token.
 const TEXT_SAMPLE: u64 = 4;
 
 /// Reads the token counts of a JSON body that is not there as a whole. A stream's are read with its events.

@@ -54,15 +54,15 @@ impl Gateway {
         let Delivery { response, slot, clocks } = delivery;
         let OpenedResponse { mut head, about, lease, in_flight, first, events, is_whole, .. } = response;
         let upstream = in_flight.upstream().clone();
-        let ResponseFacts { has_id, is_events, is_json, is_encoded, mut has_length } = about;
-        if events.as_ref().is_some_and(|events| events.hides_usage()) && has_length {
-            // The client gets less than the backend sends.
+        let ResponseFacts { has_id, is_events, is_json, is_encoded, has_length } = about;
+        // Where Zap takes something out, the client gets less than the backend sends.
+        let is_cut = events.as_ref().is_some_and(|events| events.hides_usage());
+        if is_cut {
             head.headers.remove(CONTENT_LENGTH);
-            has_length = false;
         }
         let kind = BodyKind {
             is_stream: is_events,
-            can_take_event: is_events && !is_encoded && !has_length,
+            can_take_event: is_events && !is_encoded && (is_cut || !has_length),
             is_whole,
             version: context.version,
         };
@@ -89,10 +89,9 @@ impl Gateway {
         record.responded(head.status.as_u16());
         context.exchange.begin_response(clocks.idle);
         let is_responses = record.endpoint == Endpoint::Responses;
-        let record_has_meter = record.meter.is_some();
+        let has_usage = record.meter.is_some() && is_json && !is_encoded && events.is_none();
         let guards = RequestGuards { lease, in_flight: Some(in_flight), slot, record };
         let redactor = redactor.map(Box::new);
-        let has_usage = record_has_meter && is_json && !is_encoded && events.is_none();
         let input = RelayInput { first, events, is_responses, has_usage, redactor, kind, clocks };
         let relay = RelayBody::new(guards, self.clone(), context.exchange.clone(), input);
         let mut response = Response::new(Body::stream(relay).on(context.exchange));

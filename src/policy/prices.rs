@@ -1,4 +1,4 @@
-//! What an answer costs: prices by model, in integers.
+//! Prices by model, and the cost of an answer, in integers.
 //!
 //! A price of USD per million tokens with at most six decimals is a whole number of pico-USD (10^-12 USD) a token. Costs
 //! are whole nano-USD (10^-9 USD), rounded half up once per answer; sums of costs are therefore exact.
@@ -41,6 +41,11 @@ impl Price {
             .fold(0u128, |sum, (tokens, price)| sum.saturating_add(u128::from(*tokens) * u128::from(*price)));
         u64::try_from(pico.saturating_add(500) / 1_000).unwrap_or(u64::MAX)
     }
+}
+
+/// Writes nano-USD in USD, with all digits.
+pub(crate) fn usd(nano: u64) -> String {
+    format!("{}.{:09}", nano / 1_000_000_000, nano % 1_000_000_000)
 }
 
 /// The prices of a backend, by model as sent.

@@ -30,11 +30,11 @@ pub(crate) struct Lengths {
 /// Whether a pair accepts requests that ask for the token counts of a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Asking {
-    /// Such a request has succeeded.
+    /// A request that asks has succeeded.
     Accepted,
-    /// Such a request was refused, and succeeded without asking.
+    /// A request that asks was refused. The same request succeeded without the question.
     Refused,
-    /// None has succeeded yet.
+    /// No request that asks has succeeded yet.
     #[default]
     Unknown,
 }

@@ -26,7 +26,7 @@ pub(crate) const MAX_VALUE: usize = 16 * 1024;
 
 const KEY: &[u8] = b"\"usage\"";
 
-/// What a string must begin with, behind its first quote, to be the key.
+/// [`KEY`] without its first quote.
 const KEY_REST: &[u8] = b"usage\"";
 
 /// The end of a body that usually has its `usage`, in bytes.

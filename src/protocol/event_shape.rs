@@ -13,7 +13,7 @@ use serde_json::Value;
 use smallvec::SmallVec;
 
 use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::null_member::{find_null, string_length};
+use crate::protocol::null_member::{find_null, measure_string};
 
 /// Longest event whose shape is kept, in bytes.
 const MAX_EVENT: usize = 4096;
@@ -25,7 +25,7 @@ const MAX_DEPTH: usize = 16;
 const MAX_MISSES: u8 = 32;
 
 /// The strings and numbers of an event.
-pub(crate) type Leaves = SmallVec<[Leaf; 20]>;
+type Leaves = SmallVec<[Leaf; 20]>;
 
 /// Whether the value of a member may differ between two events, besides the text.
 fn may_vary(key: &[u8]) -> bool {
@@ -61,7 +61,7 @@ fn is_text(key: &[u8]) -> bool {
 
 /// A string or a number in an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Leaf {
+struct Leaf {
     /// Where it begins in the event: behind the quote of a string.
     start: u32,
     /// Where it ends, without the quote.
@@ -79,7 +79,7 @@ impl Leaf {
 
 /// The strings and numbers of an event, in their order; empty if the event has not exactly one line of data, or is nested
 /// too deeply. The data is valid JSON.
-pub(crate) fn leaves(format: StreamFormat, event: &[u8]) -> Leaves {
+fn leaves(format: StreamFormat, event: &[u8]) -> Leaves {
     let Some(start) = data_start(event).filter(|_| event.len() < u32::MAX as usize) else {
         return Leaves::new();
     };
@@ -168,7 +168,7 @@ impl<'e> Walk<'e> {
                 b',' => expects_key = self.path.last().is_some_and(|level| level.is_object),
                 b'"' => {
                     let start = self.at;
-                    let Some((length, _)) = string_length(&self.event[start..]) else {
+                    let Some((length, _)) = measure_string(&self.event[start..]) else {
                         return self.leaves.clear();
                     };
                     self.at = start + length + 1;
@@ -212,8 +212,8 @@ fn measure(leaf: &Leaf, text: &[u8]) -> Option<(usize, u64)> {
     if leaf.is_number {
         return Some((digits(text), 0)).filter(|(length, _)| *length > 0);
     }
-    let (length, escapes) = string_length(text)?;
-    Some((length, if leaf.is_text { (length - escapes) as u64 } else { 0 }))
+    let (length, decoded) = measure_string(text)?;
+    Some((length, if leaf.is_text { decoded as u64 } else { 0 }))
 }
 
 /// An event of a known shape.

@@ -149,7 +149,7 @@ impl EventStream {
         self.usage
     }
 
-    /// The length of the answer's text so far, in bytes as they are spelled in JSON.
+    /// The length of the answer's text so far, in bytes.
     pub(crate) fn text(&self) -> u64 {
         self.text
     }
@@ -291,7 +291,8 @@ impl EventStream {
         // Behind an error, only what Zap has asked for is still looked for.
         while at < events.len() && (self.end.is_none() || self.hides_usage) {
             let rest = &events[at..];
-            let known = self.shape.find(rest).filter(|_| self.has_content && self.end.is_none());
+            let may_be_known = self.has_content && self.end.is_none();
+            let known = if may_be_known { self.shape.find(rest) } else { None };
             let (start, end, cut) = match known {
                 Some(known) => {
                     self.text += known.text;

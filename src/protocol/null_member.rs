@@ -1,4 +1,4 @@
-//! Finds a member of a JSON object whose value is null.
+//! Finds a member of a JSON object whose value is null, and measures strings.
 
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ pub(crate) fn find_null(text: &[u8], from: usize, name: &[u8]) -> Option<NullMem
             b'}' | b']' => depth = depth.saturating_sub(1),
             b',' if depth == 1 => comma = Some(at),
             b'"' => {
-                let (start, length) = (at, string_length(&text[at + 1..])?.0);
+                let (start, length) = (at, measure_string(&text[at + 1..])?.0);
                 at += length + 1;
                 let colon = skip_space(at + 1);
                 if depth == 1 && &text[start + 1..at] == name && text.get(colon) == Some(&b':') {
@@ -47,17 +47,32 @@ pub(crate) fn find_null(text: &[u8], from: usize, name: &[u8]) -> Option<NullMem
     }
 }
 
-/// The length of a string up to its closing quote, as it is spelled, and the number of escapes in it; `None` if it has no
-/// end, or a control character.
-pub(crate) fn string_length(text: &[u8]) -> Option<(usize, usize)> {
-    let (mut at, mut escapes) = (0, 0);
+/// The length of a string up to its closing quote, as it is spelled and as it is decoded to UTF-8, in bytes; `None` if it has
+/// no end, or a control character. The escapes are valid.
+pub(crate) fn measure_string(text: &[u8]) -> Option<(usize, usize)> {
+    let (mut at, mut saved) = (0, 0);
     loop {
         match text.get(at)? {
-            b'"' => return Some((at, escapes)),
-            b'\\' => (at, escapes) = (at + 2, escapes + 1),
+            b'"' => return Some((at, at - saved)),
+            b'\\' => {
+                let (spelled, decoded) = measure_escape(&text[at + 1..]);
+                (at, saved) = (at + spelled, saved + spelled - decoded);
+            }
             0..0x20 => return None,
             _ => at += 1,
         }
+    }
+}
+
+/// The length of an escape, whose text behind the backslash is given, and that of its character in UTF-8. A surrogate is
+/// half of a character of four bytes.
+fn measure_escape(text: &[u8]) -> (usize, usize) {
+    match text {
+        [b'u', b'0', b'0', b'0'..=b'7', ..] => (6, 1),
+        [b'u', b'0', b'0'..=b'7', ..] => (6, 2),
+        [b'u', b'd' | b'D', b'8'..=b'9' | b'a'..=b'f' | b'A'..=b'F', ..] => (6, 2),
+        [b'u', ..] => (6, 3),
+        _ => (2, 1),
     }
 }
 
@@ -90,6 +105,25 @@ mod tests {
                 [&text[..found.member.start], &text[found.member.end..]].concat()
             });
             assert_eq!(left.as_deref(), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_string_is_measured_as_json_decodes_it() {
+        for text in [
+            "",
+            "plain",
+            "é中😀",
+            r#"a\"b\\\n\/"#,
+            r"\u0041\u007f\u0080\u00e9\u07ff\u0800\u4f60\ud7ff\uE000\uffff",
+            r"\ud83d\ude00\uD83D\uDE00",
+        ] {
+            let spelled = format!("{text}\"rest");
+            let decoded: String = serde_json::from_str(&format!("\"{text}\"")).unwrap();
+            assert_eq!(measure_string(spelled.as_bytes()), Some((text.len(), decoded.len())), "{text}");
+        }
+        for text in ["no end", "a\nb\"", "\\\"", "\\", "\\u00"] {
+            assert_eq!(measure_string(text.as_bytes()), None, "{text}");
         }
     }
 }

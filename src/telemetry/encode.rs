@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::counter::Total;
+use crate::policy::prices::usd;
 use crate::time::SECOND;
 
 /// `Content-Type` of the format.
@@ -30,10 +31,10 @@ impl Encoder {
         self.out.push('\n');
     }
 
-    /// Writes one sample with a value in billionths, without rounding.
-    pub(crate) fn billionths(&mut self, name: &str, labels: &[Label<'_>], value: u64) {
+    /// Writes one sample in USD; `value` is in nano-USD.
+    pub(crate) fn money(&mut self, name: &str, labels: &[Label<'_>], value: u64) {
         self.series(name, "", labels, None);
-        let _ = writeln!(self.out, "{}.{:09}", value / 1_000_000_000, value % 1_000_000_000);
+        self.put(&[&usd(value), "\n"]);
     }
 
     /// Writes one sample with a fractional value.

@@ -18,7 +18,6 @@ use crate::telemetry::clients::{ClientLane, Clients};
 use crate::telemetry::encode::Encoder;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::token_metrics;
-use crate::telemetry::token_metrics::tokens_of_client;
 use crate::upstream::Upstream;
 use crate::upstream::counters::{BackendLane, NoAnswer, ResponseCounters, STATUSES};
 
@@ -142,8 +141,7 @@ pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
     clients(&mut e, scrape.clients);
     backends(&mut e, scrape.backends);
     models(&mut e, scrape);
-    let anonymous = tokens_of_client(scrape.telemetry.lanes.iter().map(|lane| &lane.anonymous));
-    token_metrics::encode(&mut e, scrape.backends, scrape.clients, anonymous);
+    token_metrics::encode(&mut e, scrape.backends, scrape.clients, scrape.telemetry.anonymous());
     process(&mut e);
     e.finish()
 }

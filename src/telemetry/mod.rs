@@ -30,6 +30,7 @@ use crate::config;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::{Lane, Reloads};
+use crate::upstream::token_counters::TokenCount;
 
 /// The telemetry that all workers share.
 #[derive(Debug)]
@@ -56,6 +57,11 @@ impl Telemetry {
             ledger,
             log_requests: AtomicBool::new(log_requests),
         })
+    }
+
+    /// The token count of requests without a client key.
+    pub(crate) fn anonymous(&self) -> TokenCount {
+        TokenCount::sum(self.lanes.iter().map(|lane| lane.anonymous.spent()))
     }
 
     /// Applies a new configuration.

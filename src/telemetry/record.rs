@@ -15,6 +15,7 @@ use crate::code::Code;
 use crate::config::ANONYMOUS;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
+use crate::policy::prices::usd;
 use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
@@ -368,11 +369,6 @@ impl RequestRecord {
             None => out.push_str("null"),
         }
     }
-}
-
-/// A number of nano-USD in USD, without rounding.
-pub(crate) fn usd(nano: u64) -> String {
-    format!("{}.{:09}", nano / 1_000_000_000, nano % 1_000_000_000)
 }
 
 /// Truncates a text from outside to at most 256 bytes.

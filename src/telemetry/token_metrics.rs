@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::config::ANONYMOUS;
-use crate::counter::{PER_TOKEN, REQUEST, Total};
-use crate::telemetry::clients::{ClientLane, Clients};
+use crate::counter::{Histogram, PER_TOKEN, REQUEST, Total};
+use crate::telemetry::clients::Clients;
 use crate::telemetry::encode::Encoder;
 use crate::upstream::Upstream;
+use crate::upstream::counters::BackendLane;
 use crate::upstream::token_counters::TokenCount;
 
 /// The token counts of all workers for one backend, by model.
@@ -17,16 +18,22 @@ pub(crate) fn tokens_of(upstream: &Upstream) -> BTreeMap<Arc<str>, TokenCount> {
     totals
 }
 
-/// The token count of all workers for one client.
-pub(crate) fn tokens_of_client<'l>(lanes: impl Iterator<Item = &'l ClientLane>) -> TokenCount {
-    let mut total = TokenCount::default();
-    lanes.for_each(|lane| total.add(&lane.spent()));
-    total
+/// The token counts of all clients by name; `anonymous` is that of requests without a client key.
+pub(crate) fn tokens_by_client(
+    clients: &Clients,
+    anonymous: TokenCount,
+) -> impl Iterator<Item = (&str, TokenCount)> {
+    let known = clients.iter().map(|client| {
+        let count = TokenCount::sum(client.lanes.iter().map(|lane| lane.spent()));
+        (&*client.conf.name, count)
+    });
+    known.chain([(ANONYMOUS, anonymous)])
 }
 
 /// Writes the metrics of tokens and money. `anonymous`: the count of requests without a client key.
 pub(super) fn encode(e: &mut Encoder, backends: &[Arc<Upstream>], clients: &Clients, anonymous: TokenCount) {
     of_backends(e, backends);
+    times(e, backends);
     of_clients(e, clients, anonymous);
 }
 
@@ -45,7 +52,7 @@ fn of_backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     }
     e.family("zap_cost_usd_total", "counter", "Cost of the responses of a backend by model, by its prices.");
     for (backend, model, count) in by_model() {
-        e.billionths("zap_cost_usd_total", &[("backend", backend), ("model", model)], count.cost);
+        e.money("zap_cost_usd_total", &[("backend", backend), ("model", model)], count.cost);
     }
     e.family(
         "zap_usage_missing_total",
@@ -56,31 +63,32 @@ fn of_backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
         let n = b.lanes.iter().map(|lane| lane.usage_missing.get()).sum();
         e.sample("zap_usage_missing_total", &[("backend", b.name())], n);
     }
-    e.family(
+}
+
+fn times(e: &mut Encoder, backends: &[Arc<Upstream>]) {
+    let mut family = |name, help, bounds, histogram: fn(&BackendLane) -> &Histogram| {
+        e.family(name, "histogram", help);
+        for b in backends {
+            let total = Total::of(bounds, b.lanes.iter().map(|lane| histogram(lane)));
+            e.histogram(name, &[("backend", b.name())], &total);
+        }
+    };
+    family(
         "zap_time_to_first_token_seconds",
-        "histogram",
         "Time from a streamed request's arrival to the first content of its response.",
+        REQUEST,
+        |lane| &lane.first_token,
     );
-    for b in backends {
-        let total = Total::of(REQUEST, b.lanes.iter().map(|lane| &lane.first_token));
-        e.histogram("zap_time_to_first_token_seconds", &[("backend", b.name())], &total);
-    }
-    e.family(
+    family(
         "zap_time_per_output_token_seconds",
-        "histogram",
         "Mean time between two output tokens of a streamed response.",
+        PER_TOKEN,
+        |lane| &lane.per_output_token,
     );
-    for b in backends {
-        let total = Total::of(PER_TOKEN, b.lanes.iter().map(|lane| &lane.per_output_token));
-        e.histogram("zap_time_per_output_token_seconds", &[("backend", b.name())], &total);
-    }
 }
 
 fn of_clients(e: &mut Encoder, clients: &Clients, anonymous: TokenCount) {
-    let known = clients
-        .iter()
-        .map(|client| (&*client.conf.name, tokens_of_client(client.lanes.iter().map(|lane| &**lane))));
-    let all: Vec<_> = known.chain([(ANONYMOUS, anonymous)]).collect();
+    let all: Vec<_> = tokens_by_client(clients, anonymous).collect();
     e.family("zap_client_tokens_total", "counter", "Tokens of the responses to a client key.");
     for (client, count) in &all {
         for (kind, n) in TokenCount::KINDS.into_iter().zip(count.tokens) {
@@ -89,6 +97,6 @@ fn of_clients(e: &mut Encoder, clients: &Clients, anonymous: TokenCount) {
     }
     e.family("zap_client_cost_usd_total", "counter", "Cost of the responses to a client key.");
     for (client, count) in &all {
-        e.billionths("zap_client_cost_usd_total", &[("client", client)], count.cost);
+        e.money("zap_client_cost_usd_total", &[("client", client)], count.cost);
     }
 }

@@ -25,6 +25,13 @@ impl TokenCount {
         TokenCount { tokens: [usage.input, usage.cached, usage.output, usage.reasoning], cost }
     }
 
+    /// The sum of counts.
+    pub(crate) fn sum(counts: impl Iterator<Item = TokenCount>) -> Self {
+        let mut total = TokenCount::default();
+        counts.for_each(|count| total.add(&count));
+        total
+    }
+
     /// Adds another count.
     pub(crate) fn add(&mut self, other: &TokenCount) {
         self.tokens.iter_mut().zip(other.tokens).for_each(|(n, more)| *n = n.saturating_add(more));

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 
 use rusqlite::Connection;
 
+use crate::policy::prices::usd;
 use crate::telemetry::ledger::file::visit;
 use crate::telemetry::ledger::table::{Amounts, Labels, Table};
 use crate::telemetry::log::push_json;
@@ -283,11 +284,6 @@ impl Report {
 /// Names and values of all columns but the cost.
 fn counts(amounts: &Amounts) -> impl Iterator<Item = (&'static str, u64)> {
     Amounts::COLUMNS.into_iter().zip(amounts.columns()).take(Amounts::COLUMNS.len() - 1)
-}
-
-/// Nano-USD as USD with all digits.
-fn usd(nano: u64) -> String {
-    format!("{}.{:09}", nano / 1_000_000_000, nano % 1_000_000_000)
 }
 
 /// Appends a field of CSV: RFC 4180, section 2, rules 5 to 7.
