@@ -174,7 +174,7 @@ impl ChatRequest {
 
     /// Copies a range of the body.
     pub(crate) fn copy(&self, span: Range<u64>) -> Vec<u8> {
-        self.bytes(span).collect::<Vec<_>>().concat()
+        self.bytes(span).flatten().copied().collect()
     }
 
     /// Returns the bytes of a range of the body, in parts.

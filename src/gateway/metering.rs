@@ -1,8 +1,11 @@
 //! Token counting, as far as it concerns the tries: asks a provider for the token counts of a stream, and starts the meter
 //! of an answer.
 
+use http::StatusCode;
+
 use crate::clock;
 use crate::gateway::attempt::{Attempts, OpenedResponse};
+use crate::gateway::opening::{Asked, Problem};
 use crate::json::patch::Splice;
 use crate::policy::ratio::{Asking, Lengths};
 use crate::policy::route::TargetId;
@@ -10,31 +13,58 @@ use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::usage_request::{STREAM_OPTIONS, ask_for_usage};
 use crate::telemetry::meter::{Meter, OTHER_MODEL};
 use crate::upstream::in_flight::InFlight;
+use crate::upstream::send::UpstreamResponse;
 
 /// Longest `stream_options` that is read, in bytes. A longer one is left alone.
 const MAX_OPTIONS: u64 = 1024;
 
 impl Attempts<'_> {
-    /// Whether the request to this backend asks for the token counts of its stream.
-    pub(super) fn asks_for_usage(&self, in_flight: &InFlight) -> bool {
-        let upstream = in_flight.upstream();
-        self.record.stream
-            && self.ask.endpoint.api().is_some_and(|api| api.stream == StreamFormat::Done)
+    /// The splice that asks the backend for the token counts of a stream; `None` if Zap does not ask, or the client has
+    /// decided itself.
+    pub(super) fn usage_splice(&self, in_flight: &InFlight) -> Option<Splice> {
+        let (upstream, fields) = (in_flight.upstream(), &self.chat.fields);
+        let can_ask = self.record.stream
             && upstream.asks_for_usage()
-            && upstream.state.ratios.asking(in_flight.key()) != Asking::Refused
-            && self.usage_splice().is_some()
-    }
-
-    /// The splice that asks for the token counts; `None` if the client has decided itself.
-    pub(super) fn usage_splice(&self) -> Option<Splice> {
-        let fields = &self.chat.fields;
-        let index = self.snapshot.watch().droppable.iter().position(|name| **name == *STREAM_OPTIONS);
-        let options = fields.droppable.iter().find(|member| Some(member.name) == index);
-        if options.is_some_and(|member| member.span.end - member.span.start > MAX_OPTIONS) {
+            && self.ask.endpoint.api().is_some_and(|api| api.stream == StreamFormat::Done);
+        if !can_ask || upstream.state.ratios.asking(in_flight.key()) == Asking::Refused {
             return None;
         }
-        let options = options.map(|member| (member.span.start, self.chat.copy(member.span.clone())));
-        ask_for_usage(fields.stream_end, options.as_ref().map(|(start, bytes)| (*start, &bytes[..])))
+        let index = self.snapshot.watch().droppable.iter().position(|name| **name == *STREAM_OPTIONS);
+        let Some(member) = fields.droppable.iter().find(|member| Some(member.name) == index) else {
+            return ask_for_usage(fields.stream_end, None);
+        };
+        if member.span.end - member.span.start > MAX_OPTIONS {
+            return None;
+        }
+        let options = self.chat.copy(member.span.clone());
+        ask_for_usage(fields.stream_end, Some((member.span.start, &options)))
+    }
+
+    /// Sends a request that asks for the token counts. Some providers refuse it for that: as long as none has succeeded at
+    /// this pair, the request is sent once more without the question.
+    pub(super) async fn send_asking(&mut self, asked: &mut Asked<'_>) -> Result<UpstreamResponse, Problem> {
+        let (ratios, key) = (&asked.in_flight.upstream().state.ratios, asked.in_flight.key());
+        let response = self.send_request(asked).await?;
+        if ratios.asking(key) != Asking::Unknown {
+            return Ok(response);
+        }
+        match response.head.status {
+            status if status.is_success() => ratios.set_asking(key, Asking::Accepted),
+            // The provider has received the first request, so that the second one is one of its quota too.
+            StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY if asked.in_flight.take_again() => {
+                // A server with a single connection must not wait for the end of the first response.
+                drop(response);
+                asked.usage = None;
+                let response = self.send_request(asked).await?;
+                // Any other failure leaves open which part of the request was refused.
+                if response.head.status.is_success() {
+                    ratios.set_asking(key, Asking::Refused);
+                }
+                return Ok(response);
+            }
+            _ => {}
+        }
+        Ok(response)
     }
 
     /// Starts to count the tokens of an answer.

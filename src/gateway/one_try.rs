@@ -20,7 +20,6 @@ use crate::http1::headers::ResponseFacts;
 use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
-use crate::policy::ratio::Asking;
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
 use crate::protocol::event_class::{error_message, is_request_too_large};
@@ -62,28 +61,16 @@ impl Attempts<'_> {
         self.record.phase = Phase::Waiting;
         failpoint::hit("try", &self.record.request_id);
         self.wait_began = None;
-        let asks = self.asks_for_usage(&in_flight);
-        let mut asked = Asked { target, in_flight: &in_flight, asks, sent: 0 };
+        let usage = self.usage_splice(&in_flight);
+        let mut asked = Asked { target, in_flight: &in_flight, usage, sent: 0 };
         self.exchange.nudge_at(self.exchange.coarse_now() + SILENT);
         let unanswered = Unanswered::new(self.gateway, &in_flight, self.ask.model);
-        let mut response = self.send_request(&mut asked).await;
+        let response = match asked.usage {
+            Some(_) => self.send_asking(&mut asked).await,
+            None => self.send_request(&mut asked).await,
+        };
         unanswered.end();
-        // Some providers refuse to be asked for the token counts.
-        let status = response.as_ref().map_or(0, |response| response.head.status.as_u16());
-        let (ratios, key) = (&in_flight.upstream().state.ratios, in_flight.key());
-        if asked.asks && status < 300 && status > 0 {
-            ratios.set_asking(key, Asking::Accepted);
-        } else if asked.asks && matches!(status, 400 | 422) && ratios.asking(key) == Asking::Unknown {
-            asked.asks = false;
-            // A server with a single connection must not wait for the end of the first response.
-            drop(response);
-            response = self.send_request(&mut asked).await;
-            // Any other failure leaves open which part of the request was refused.
-            if matches!(&response, Ok(response) if response.head.status.is_success()) {
-                ratios.set_asking(key, Asking::Refused);
-            }
-        }
-        let Asked { sent, asks, .. } = asked;
+        let Asked { sent, usage, .. } = asked;
         let UpstreamResponse { head, lease } = match response {
             Ok(response) if !self.gateway.is_cut() => response,
             Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight)),
@@ -102,7 +89,7 @@ impl Attempts<'_> {
             opened,
         };
         let OpenedResponse { head, about, lease, in_flight, .. } = &mut opened;
-        let asked = Asked { target, in_flight, asks, sent };
+        let asked = Asked { target, in_flight, usage, sent };
         let text = self.error_text(head, lease, &asked).await;
         let failure = self.judge(&asked, head, text.as_deref());
         *about = headers::to_client(&mut head.headers);
@@ -162,7 +149,7 @@ impl Attempts<'_> {
 
     /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle connection
     /// was closed.
-    async fn send_request(&mut self, asked: &mut Asked<'_>) -> Result<UpstreamResponse, Problem> {
+    pub(super) async fn send_request(&mut self, asked: &mut Asked<'_>) -> Result<UpstreamResponse, Problem> {
         match self.send_once(asked, true).await {
             Err(Problem::Send(SendError::Stale)) if !self.gateway.is_cut() => {
                 self.send_once(asked, false).await
@@ -235,9 +222,9 @@ impl Attempts<'_> {
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
-        let body = match asked.asks {
-            true => slices(&self.chat.chunks, with_splice(splices, self.usage_splice())),
-            false => slices(&self.chat.chunks, splices),
+        let body = match &asked.usage {
+            Some(usage) => slices(&self.chat.chunks, with_splice(splices, usage.clone())),
+            None => slices(&self.chat.chunks, splices),
         };
         let length: usize = body.iter().map(Bytes::len).sum();
         write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());

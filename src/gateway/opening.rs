@@ -18,6 +18,7 @@ use crate::gateway::Gateway;
 use crate::gateway::attempt::Attempts;
 use crate::gateway::state::Generation;
 use crate::http1::headers::ResponseFacts;
+use crate::json::patch::Splice;
 use crate::policy::dispatch::{Dispatch, Unfit};
 use crate::policy::route::TargetId;
 use crate::protocol::event_class::{BodyClass, classify_body, needs_other_model};
@@ -51,8 +52,8 @@ pub(super) struct Asked<'f> {
     pub(super) target: TargetId,
     /// The request at the backend.
     pub(super) in_flight: &'f InFlight,
-    /// Whether the request asks for the token counts.
-    pub(super) asks: bool,
+    /// The splice that asks for the token counts; `None` if the request does not ask.
+    pub(super) usage: Option<Splice>,
     /// When the request was sent; the time of the try's begin until then.
     pub(super) sent: Nanos,
 }
@@ -209,7 +210,9 @@ impl Attempts<'_> {
         let format = self.ask.endpoint.api().map(|api| api.stream);
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
-                Some(format) => body.stream(Box::new(EventStream::new(format, asked.asks)), None).await,
+                Some(format) => {
+                    body.stream(Box::new(EventStream::new(format, asked.usage.is_some())), None).await
+                }
                 None => Ok(Opening { first: None, events: None }),
             };
         }
@@ -224,7 +227,7 @@ impl Attempts<'_> {
             && let Some(format) = format
         {
             about.is_events = true;
-            return body.stream(Box::new(EventStream::new(format, asked.asks)), Some(first)).await;
+            return body.stream(Box::new(EventStream::new(format, asked.usage.is_some())), Some(first)).await;
         }
         let is_answer = |first| Ok(Opening { first: Some(first), events: None });
         match is_success {

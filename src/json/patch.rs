@@ -133,9 +133,9 @@ fn model_splice(fields: &Fields, model: &ModelText, is_only: bool) -> Option<Spl
 /// Adds a splice to splices that are in the order of the body. It comes before one at the same place.
 pub(crate) fn with_splice(
     splices: impl Iterator<Item = Splice>,
-    extra: Option<Splice>,
+    extra: Splice,
 ) -> impl Iterator<Item = Splice> {
-    let (mut splices, mut extra) = (splices.peekable(), extra);
+    let (mut splices, mut extra) = (splices.peekable(), Some(extra));
     std::iter::from_fn(move || match (&extra, splices.peek()) {
         (Some(extra_splice), Some(next)) if next.at < extra_splice.at => splices.next(),
         (Some(_), _) => extra.take(),

@@ -114,6 +114,15 @@ impl InFlight {
         self.permit = None;
     }
 
+    /// Takes another unit of the quota, for a second request that the provider gets on behalf of this one. Returns `false`
+    /// if there is none.
+    pub(crate) fn take_again(&self) -> bool {
+        let Some(quota) = &self.upstream.quota else { return true };
+        let stamp = quota.take(clock::now(), None);
+        self.stamp.set(stamp.unwrap_or(self.stamp.get()));
+        stamp.is_some()
+    }
+
     /// Reports that the request is sent: the provider counts it from now on.
     pub(crate) fn sent(&self) {
         if let Some(quota) = &self.upstream.quota {

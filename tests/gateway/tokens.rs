@@ -765,6 +765,19 @@ fn refuses_the_question(status: u16) {
 }
 
 #[test]
+fn the_second_request_counts_towards_the_quota_of_the_provider() {
+    for (quota, status) in [(1, 400), (2, 200)] {
+        let a = Provider::start(|seen, stream| refuses_options(seen, stream, 400));
+        let more = format!("usage = \"inject\"\nmodels = [\"m\"]\nrequests_per_minute = {quota}");
+        let zap = Zap::with("[queue]\nmax_wait_secs = 1\n", &[a.backend("a", &more)]);
+        assert_eq!(zap.chat(ALL[1].body("m", "")).status, status, "a quota of {quota}");
+        assert_eq!(a.count(), quota);
+        let refused = zap.chat(ALL[0].body("m", ""));
+        assert_eq!((refused.status, &*refused.code(), a.count()), (429, "upstream_rate_limited", quota));
+    }
+}
+
+#[test]
 fn a_bad_request_of_the_client_does_not_end_the_question() {
     let a = Provider::start(|seen, stream| {
         if !has(&seen.body, "broken") {
