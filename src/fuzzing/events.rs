@@ -4,8 +4,9 @@ use bytes::Bytes;
 
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{Class, read_event};
+use crate::protocol::event_lines::end_of_event;
 use crate::protocol::event_shape::null_usage;
-use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd, end_of_event};
+use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd};
 use crate::protocol::usage::Usage;
 
 /// The result of a naive reader that has the whole text.

@@ -8,32 +8,22 @@
 //! [shape](crate::protocol::event_shape) that is known is not parsed.
 
 use std::ops::Range;
-use std::sync::LazyLock;
 
 use bytes::{Bytes, BytesMut};
-use memchr::memmem::Finder;
-use memchr::memrchr2;
 use smallvec::SmallVec;
 
-use crate::protocol::body_usage::BodyUsage;
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{Class, error_body, read_event};
+use crate::protocol::event_lines::{LOOK_BACK, end_of_event, end_of_last_event, is_line_end};
 use crate::protocol::event_shape::{Shape, null_usage};
+use crate::protocol::oversized_event::OversizedEvent;
 use crate::protocol::usage::Usage;
 
 /// Longest unfinished event that is held back, in bytes. A longer one goes out in pieces.
 pub(crate) const MAX_HELD: usize = 64 * 1024;
 
-/// Bytes of an event that must be known to find its end across two chunks.
-const LOOK_BACK: usize = 2;
-
-/// Bytes of an event that is too long to be held, in which a word across two chunks is found.
-const OVERSIZED_LOOK_BACK: usize = 64;
-
 /// U+FEFF, which may begin a stream.
 const BOM: &[u8] = b"\xEF\xBB\xBF";
-
-static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"finish_reason\""));
 
 /// Parts of the stream that must not go out.
 type Cuts = SmallVec<[Range<usize>; 4]>;
@@ -60,10 +50,10 @@ pub(crate) struct EarlyError {
 #[derive(Debug)]
 pub(crate) struct EventStream {
     format: StreamFormat,
-    /// The unfinished event, or its last bytes if it is too long to be held.
+    /// The unfinished event.
     partial: Vec<u8>,
     /// An unfinished event that is too long to be held.
-    oversized: Option<Oversized>,
+    oversized: Option<OversizedEvent>,
     shape: Shape,
     /// Whether Zap has asked for the token counts, so that they must not go out.
     hides_usage: bool,
@@ -77,13 +67,6 @@ pub(crate) struct EventStream {
     is_finished: bool,
     end: Option<StreamEnd>,
     early_error: Option<EarlyError>,
-}
-
-/// An event that goes out in pieces.
-#[derive(Debug)]
-struct Oversized {
-    class: Class,
-    usage: BodyUsage,
 }
 
 impl EventStream {
@@ -136,10 +119,7 @@ impl EventStream {
 
     /// Ends the stream at the end of its body. Returns the bytes that were held back. They count as an event.
     pub(crate) fn finish(&mut self) -> Bytes {
-        if self.oversized.is_some() {
-            self.end_oversized(b"");
-            return Bytes::new();
-        }
+        self.end_oversized();
         let rest = std::mem::take(&mut self.partial);
         self.pass(rest.into())
     }
@@ -151,7 +131,7 @@ impl EventStream {
 
     /// The length of the answer's text so far, in bytes.
     pub(crate) fn text(&self) -> u64 {
-        self.text
+        self.text + self.oversized.as_ref().map_or(0, |event| event.text())
     }
 
     /// Whether parts of the stream do not go out.
@@ -191,7 +171,7 @@ impl EventStream {
 
     /// Bytes that are held back.
     pub(crate) fn held(&self) -> usize {
-        if self.oversized.is_some() { 0 } else { self.partial.len() }
+        self.partial.len()
     }
 
     /// Whether what has gone out ends with an event.
@@ -204,29 +184,15 @@ impl EventStream {
         if self.partial.len() <= MAX_HELD {
             return out;
         }
-        let class = classify_beginning(self.format, &self.partial);
-        // A response stands within its event.
-        let objects = if self.format == StreamFormat::Responses { 2 } else { 1 };
-        self.oversized = Some(Oversized { class, usage: BodyUsage::at_depth(objects) });
         let beginning = std::mem::take(&mut self.partial);
-        // The reader begins at the object of the data.
-        let object = memchr::memmem::find(&beginning, b"data:").unwrap_or(0);
-        let object = memchr::memchr(b'{', &beginning[object..]).map_or(beginning.len(), |at| object + at);
-        self.read_oversized(&beginning[object..]);
+        self.oversized = Some(OversizedEvent::new(self.format, &beginning));
         [&out[..], &beginning].concat().into()
     }
 
     /// Passes an event on that is too long to be held, up to its end.
     fn push_oversized(&mut self, data: Bytes) -> Bytes {
-        let known = self.partial.len().min(LOOK_BACK);
-        let joined = [&self.partial[self.partial.len() - known..], &data].concat();
-        let Some(end) = end_of_event(&joined, 0) else {
-            self.read_oversized(&data);
-            return data;
-        };
-        // An end that the former chunk had begun may lie before this one.
-        let end = end.saturating_sub(known);
-        self.end_oversized(&data[..end]);
+        let Some(end) = self.oversized.as_mut().and_then(|event| event.push(&data)) else { return data };
+        self.end_oversized();
         let rest = self.push(data.slice(end..));
         match rest.is_empty() {
             true => data.slice(..end),
@@ -235,27 +201,11 @@ impl EventStream {
         }
     }
 
-    /// Reads a part of an event that is too long to be held.
-    fn read_oversized(&mut self, data: &[u8]) {
-        let Some(oversized) = &mut self.oversized else { return };
-        oversized.usage.push(data);
-        // Such an event of `/v1/responses` repeats the whole answer.
-        if self.format == StreamFormat::Done {
-            self.text += data.len() as u64;
-        }
-        self.partial.extend_from_slice(data);
-        self.is_finished |= self.format == StreamFormat::Done && has_reason(&self.partial);
-        let keep = self.partial.len().saturating_sub(OVERSIZED_LOOK_BACK);
-        self.partial.drain(..keep);
-        self.partial.shrink_to(2 * OVERSIZED_LOOK_BACK);
-    }
-
-    /// Reads the last part of an event that is too long to be held.
-    fn end_oversized(&mut self, data: &[u8]) {
-        self.read_oversized(data);
-        self.partial = Vec::new();
-        let Some(Oversized { class, usage }) = self.oversized.take() else { return };
-        self.usage = usage.finish().or(self.usage);
+    fn end_oversized(&mut self) {
+        let Some(event) = self.oversized.take() else { return };
+        self.text += event.text();
+        let (class, usage) = event.finish();
+        self.usage = usage.or(self.usage);
         self.note(class, b"");
     }
 
@@ -362,77 +312,6 @@ fn has_data(event: &[u8]) -> bool {
 pub(crate) fn is_event_stream(beginning: &[u8]) -> bool {
     let text = beginning.strip_prefix(BOM).unwrap_or(beginning);
     [&b"data:"[..], b"event:", b"id:", b"retry:", b":"].iter().any(|field| text.starts_with(field))
-}
-
-/// Whether a text has the key `finish_reason` with a reason: neither null nor an empty text.
-fn has_reason(text: &[u8]) -> bool {
-    FINISH.find_iter(text).any(|at| {
-        let rest = text[at + FINISH.needle().len()..].trim_ascii_start().strip_prefix(b":");
-        let value = rest.map(<[u8]>::trim_ascii_start).unwrap_or_default();
-        // A value at the end of what is known is read again with the next piece.
-        value.len() >= b"null".len() && !value.starts_with(b"null") && !value.starts_with(b"\"\"")
-    })
-}
-
-/// Classifies an event by its beginning, since it is too long to be held.
-fn classify_beginning(format: StreamFormat, beginning: &[u8]) -> Class {
-    if format != StreamFormat::Responses {
-        return Class::Content;
-    }
-    // The type stands at the beginning: as the name of the event, or as the first member of its data.
-    let line_end = |text: &[u8]| text.iter().position(|b| is_line_end(*b)).unwrap_or(text.len());
-    let begins = beginning.iter().position(|b| !is_line_end(*b)).unwrap_or(0);
-    let line = &beginning[begins..];
-    let line = &line[..line_end(line)];
-    let name = match line.strip_prefix(b"event:") {
-        Some(name) => name.trim_ascii(),
-        None => {
-            let kind = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii_start);
-            let kind = kind.and_then(|data| data.strip_prefix(b"{")).map(<[u8]>::trim_ascii_start);
-            let kind = kind.and_then(|data| data.strip_prefix(b"\"type\"")).map(<[u8]>::trim_ascii_start);
-            let kind = kind.and_then(|data| data.strip_prefix(b":")).map(<[u8]>::trim_ascii_start);
-            let kind = kind.and_then(|data| data.strip_prefix(b"\"")).unwrap_or_default();
-            &kind[..memchr::memchr(b'"', kind).unwrap_or(0)]
-        }
-    };
-    read_event(format, &[b"event: ", name, b"\ndata: {}"].concat()).class
-}
-
-fn is_line_end(b: u8) -> bool {
-    matches!(b, b'\n' | b'\r')
-}
-
-/// Whether an event ends with the line end at `at`: the line before it is empty. `\r\n` is one line end.
-fn ends_event(text: &[u8], at: usize) -> bool {
-    let before = match text[at] {
-        b'\n' if text[..at].last() == Some(&b'\r') => &text[..at - 1],
-        _ => &text[..at],
-    };
-    before.last().is_some_and(|b| is_line_end(*b))
-}
-
-/// The end of the first event that ends at or after `from`; `None` if none ends.
-pub(crate) fn end_of_event(text: &[u8], from: usize) -> Option<usize> {
-    let mut ends = memchr::memchr2_iter(b'\n', b'\r', &text[from..]).map(|at| from + at);
-    let at = ends.find(|at| ends_event(text, *at))?;
-    // A line feed behind a carriage return belongs to the same line end.
-    let has_feed = text[at] == b'\r' && text.get(at + 1) == Some(&b'\n');
-    Some(at + 1 + usize::from(has_feed))
-}
-
-/// The end of the last event that ends at or after `from`; 0 if none ends.
-fn end_of_last_event(text: &[u8], from: usize) -> usize {
-    if text[from..].ends_with(b"\n\n") {
-        return text.len();
-    }
-    let mut end = text.len();
-    while let Some(at) = memrchr2(b'\n', b'\r', &text[from..end]).map(|at| from + at) {
-        if ends_event(text, at) {
-            return at + 1;
-        }
-        end = at;
-    }
-    0
 }
 
 #[cfg(test)]

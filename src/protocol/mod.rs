@@ -6,7 +6,11 @@ pub(crate) mod endpoint;
 
 pub(crate) mod event_class;
 
+pub(crate) mod event_lines;
+
 pub(crate) mod event_shape;
+
+pub(crate) mod oversized_event;
 
 pub(crate) mod event_stream;
 
