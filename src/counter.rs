@@ -77,6 +77,43 @@ impl Counter {
     }
 }
 
+/// The length of one step of [`Recent`].
+const STEP: Nanos = 5 * SECOND;
+
+/// Steps that [`Recent::last_minute`] adds up: the present one and those before it.
+const STEPS: u64 = 12;
+
+/// A count over the last minute. The thread that owns it writes, any thread reads.
+#[derive(Debug, Default)]
+pub(crate) struct Recent([Step; STEPS as usize]);
+
+#[derive(Debug, Default)]
+struct Step {
+    /// The number of the step since the start of the process.
+    number: AtomicU64,
+    count: Counter,
+}
+
+impl Recent {
+    /// Adds `n` at `now`. Only the owning thread may call this.
+    pub(crate) fn add(&self, now: Nanos, n: u64) {
+        let number = now / STEP;
+        let step = &self.0[(number % STEPS) as usize];
+        if step.number.load(Ordering::Relaxed) != number {
+            step.count.sub(step.count.get());
+            step.number.store(number, Ordering::Relaxed);
+        }
+        step.count.add(n);
+    }
+
+    /// The count of the last 55 to 60 s before `now`.
+    pub(crate) fn last_minute(&self, now: Nanos) -> u64 {
+        let present = now / STEP;
+        let is_recent = |step: &&Step| step.number.load(Ordering::Relaxed) + STEPS > present;
+        self.0.iter().filter(is_recent).map(|step| step.count.get()).sum()
+    }
+}
+
 /// Counts of values by bucket; the last bucket has no upper bound.
 #[derive(Debug)]
 pub struct Histogram {
@@ -137,6 +174,17 @@ impl Total {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_recent_count_forgets_what_is_older_than_a_minute() {
+        let recent = Recent::default();
+        (0..120).for_each(|second| recent.add(second * SECOND, 1));
+        for (now, want) in [(119, 60), (120, 55), (124, 55), (150, 25), (175, 0), (10_000, 0)] {
+            assert_eq!(recent.last_minute(now * SECOND), want, "{now}");
+        }
+        recent.add(10_000 * SECOND, 7);
+        assert_eq!(recent.last_minute(10_001 * SECOND), 7);
+    }
 
     #[test]
     fn bounds_are_inclusive_and_counts_are_cumulative() {

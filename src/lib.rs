@@ -9,9 +9,10 @@
 //! 2. [`client`] is the client's side of a connection: limits of time, one request after the other ([`client::exchange`]),
 //!    the response body. It knows no policy.
 //! 3. [`gateway`] handles one request: [`protocol::endpoint`] names the endpoint, [`gateway::caller`] the client;
-//!    [`gateway::intake`] reads the body; [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries;
-//!    [`gateway::opening`] reads of a response what decides whether it is an answer; [`gateway::backend_queue`] waits for
-//!    a busy backend; [`gateway::relay`] passes the response on. A refusal is a row of [`gateway::refusal`].
+//!    [`gateway::intake`] reads the body; [`gateway::reserve`] reserves the tokens and the money that it may use;
+//!    [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries; [`gateway::opening`] reads of a response
+//!    what decides whether it is an answer; [`gateway::backend_queue`] waits for a busy backend; [`gateway::relay`] passes
+//!    the response on. A refusal is a row of [`gateway::refusal`].
 //! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response, an
 //!    error; and who is to blame for a failure. [`policy::choose`] picks the target. [`policy::breaker`] knows which
 //!    backends may get requests, [`policy::pair`] which of their models; the limiter, the admission queue and the retry
@@ -33,6 +34,8 @@
 //! - *a new endpoint*: a variant and a row in [`protocol::endpoint`];
 //! - *a header that is dropped*: [`http1::headers`], in both directions; *a header that Zap adds to a response, or
 //!   redacts there*: `gateway/response.rs`;
+//! - *a limit of requests*: [`policy::limit`]; *of tokens*: [`policy::token_window`]; *of money*: [`policy::spend`]; *of a
+//!   backend*: [`policy::quota`];
 //! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
 //! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].
 //!
@@ -142,7 +145,9 @@ pub fn run(
     let (ledger, writer) = open_ledger(&config, &log).map_err(RunError::Config)?;
     let shared = Shared::with_ledger(config, log.clone(), ledger).map_err(RunError::Config)?;
     let shared = Arc::new(shared);
-    let writer = writer.map(Writer::start).transpose().map_err(RunError::Io)?;
+    let budgets = shared.clone();
+    let start = |writer: Writer| writer.start(move || budgets.sync_budgets());
+    let writer = writer.map(start).transpose().map_err(RunError::Io)?;
     for warning in &shared.current.load().config.warnings {
         log.event("warn", "config", warning);
     }

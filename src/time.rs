@@ -75,6 +75,11 @@ impl Day {
         Day(self.first_of_month().0.saturating_add(31)).first_of_month()
     }
 
+    /// The next day.
+    pub(crate) fn next(self) -> Day {
+        Day(self.0.saturating_add(1))
+    }
+
     /// The day that is `days` before this day, or 1970-01-01.
     pub(crate) fn minus(self, days: u32) -> Day {
         Day(self.0.saturating_sub(days))
@@ -103,6 +108,7 @@ mod tests {
             assert_eq!(first.to_string(), format!("{}01", &text[..8]));
             let next = Day(number).first_of_next_month();
             assert!(next > Day(number) && next.minus(1).first_of_month() == first, "{text}: {next}");
+            assert_eq!(Day(number).next().minus(1), Day(number));
             before = text;
         }
         assert_eq!(Day(20_782).to_string(), "2026-11-25");

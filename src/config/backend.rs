@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use http::{HeaderName, HeaderValue};
 
+use crate::config::charges::BackendLines;
 use crate::config::common::{
-    Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, WEIGHT, expanded, is_name_char, name,
-    open_regular, secret, unreadable,
+    Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, WEIGHT, expanded,
+    is_name_char, name, open_regular, secret, unreadable,
 };
 use crate::config::models::{model_name, rules};
-use crate::config::money::prices;
+use crate::config::money::{budget, prices};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::url::is_path;
 use crate::config::{Backend, BaseUrl, UsageMode};
@@ -51,11 +52,21 @@ const RESERVED_HEADERS: [&str; 16] = [
 struct Unnamed {
     name: Option<Text>,
     backend: Backend,
+    lines: BackendLines,
     inline_key: bool,
 }
 
-/// Reads the backends. Returns them, and whether the text itself contains a backend's key.
-pub(super) fn backends(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<Backend>, bool) {
+/// All backends.
+pub(super) struct ReadBackends {
+    pub(super) backends: Vec<Backend>,
+    /// By index of the backend.
+    pub(super) lines: Vec<BackendLines>,
+    /// Whether the text itself contains a backend's key.
+    pub(super) inline_key: bool,
+}
+
+/// Reads the backends.
+pub(super) fn backends(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadBackends {
     let sink = root.sink();
     let line = root.line_of("backends");
     let faults = sink.count();
@@ -78,17 +89,17 @@ pub(super) fn backends(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<Ba
         }
     }
     let mut taken: HashSet<String> = lines.into_keys().map(str::to_owned).collect();
-    let backends = read
+    let (backends, lines) = read
         .into_iter()
-        .map(|Unnamed { name, backend, .. }| {
+        .map(|Unnamed { name, backend, lines, .. }| {
             let name = match name {
                 Some(name) => name.value,
                 None => free_name(&backend.url.host, &mut taken),
             };
-            Backend { name, ..backend }
+            (Backend { name, ..backend }, lines)
         })
-        .collect();
-    (backends, inline_key)
+        .unzip();
+    ReadBackends { backends, lines, inline_key }
 }
 
 /// Makes a name from `host` that is not in `taken`, and adds it there.
@@ -123,8 +134,12 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let ca_file = ca_file(t, ctx);
     let max_in_flight = t.optional("max_in_flight", IN_FLIGHT);
     let requests_per_minute = t.optional("requests_per_minute", REQUESTS_PER_MINUTE);
+    let tokens_per_minute = t.optional("tokens_per_minute", TOKENS_PER_MINUTE);
+    let line_of = |key: &str| t.line_of(key).unwrap_or(t.line());
+    let lines = BackendLines { usage: line_of("usage"), budget: line_of("budget") };
     let usage = t.choice("usage", UsageMode::Auto, &USAGE_MODES);
     let prices = prices(t);
+    let budget = budget(t);
     let forward_line = t.line_of("forward_authorization");
     let forward_authorization = t.boolean("forward_authorization", false);
     if forward_authorization && inline_key.is_some() {
@@ -133,6 +148,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     }
     Some(Unnamed {
         name,
+        lines,
         inline_key: inline_key.unwrap_or(false),
         backend: Backend {
             name: String::new(),
@@ -150,8 +166,10 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             ca_file,
             max_in_flight,
             requests_per_minute,
+            tokens_per_minute,
             usage,
             prices,
+            budget,
             forward_authorization,
         },
     })

@@ -5,19 +5,38 @@ use std::collections::HashMap;
 use ring::digest::{SHA256, digest};
 
 use crate::config::ClientKey;
-use crate::config::common::{Context, REQUESTS_PER_MINUTE, name, secret};
+use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name, secret};
 use crate::config::models::pattern;
+use crate::config::money::budget;
 use crate::config::toml_reader::{Section, Text};
 
 /// The name of requests without a client key.
 pub(crate) const ANONYMOUS: &str = "anonymous";
 
-/// Reads the client keys. Returns them, and whether the text itself contains a key.
-pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<ClientKey>, bool) {
+/// A client key and its place in the file.
+struct ReadClient {
+    client: ClientKey,
+    /// The line of its table.
+    line: usize,
+    budget_line: usize,
+    inline_key: bool,
+}
+
+/// All client keys.
+pub(super) struct ReadClients {
+    pub(super) clients: Vec<ClientKey>,
+    /// The line of `budget`, by index of the client.
+    pub(super) budget_lines: Vec<usize>,
+    /// Whether the text itself contains a key.
+    pub(super) inline_key: bool,
+}
+
+/// Reads the client keys.
+pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadClients {
     let read = root.sections("client_keys", |t| client(t, ctx));
-    let read: Vec<(ClientKey, usize, bool)> = read.into_iter().flatten().flatten().collect();
+    let read: Vec<ReadClient> = read.into_iter().flatten().flatten().collect();
     let (mut names, mut digests) = (HashMap::new(), HashMap::new());
-    for (client, line, _) in &read {
+    for ReadClient { client, line, .. } in &read {
         if let Some(first) = names.insert(client.name.as_str(), line) {
             let what = "each entry must have its own name";
             root.sink().fault(*line, format!("`client_keys.name` repeats the name at line {first}; {what}"));
@@ -27,13 +46,13 @@ pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> (Vec<Cli
             root.sink().fault(*line, format!("`client_keys` repeats the key at line {first}; {what}"));
         }
     }
-    let inline = read.iter().any(|(_, _, inline)| *inline);
-    (read.into_iter().map(|(client, ..)| client).collect(), inline)
+    let inline_key = read.iter().any(|read| read.inline_key);
+    let (clients, budget_lines) = read.into_iter().map(|read| (read.client, read.budget_line)).unzip();
+    ReadClients { clients, budget_lines, inline_key }
 }
 
-/// Reads one client key. Returns the client, the line of its table, and whether the text itself contains the key.
-/// Returns `None` if a required entry is missing or not valid: then a fault is recorded.
-fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<(ClientKey, usize, bool)> {
+/// Reads one client key. Returns `None` if a required entry is missing or not valid: then a fault is recorded.
+fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
     let line = t.line();
     if t.line_of("name").is_none() {
         t.fault(line, "name", "is missing; a string is required");
@@ -61,11 +80,23 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<(ClientKey, usiz
         _ => {}
     }
     let requests_per_minute = t.optional("requests_per_minute", REQUESTS_PER_MINUTE);
+    let tokens_per_minute = t.optional("tokens_per_minute", TOKENS_PER_MINUTE);
+    let max_in_flight = t.optional("max_in_flight", IN_FLIGHT);
+    let budget_line = t.line_of("budget").unwrap_or(line);
+    let budget = budget(t);
     let models = t.texts("models").map(|texts| texts.iter().filter_map(|text| pattern(t, text)).collect());
     let key_digest = key.and_then(|key| digest(&SHA256, key.expose().as_bytes()).as_ref().try_into().ok());
     let digest = key_digest.or(hash)?;
-    let client = ClientKey { name: name?.value, digest, requests_per_minute, models };
-    Some((client, line, inline == Some(true)))
+    let client = ClientKey {
+        name: name?.value,
+        digest,
+        requests_per_minute,
+        tokens_per_minute,
+        max_in_flight,
+        budget,
+        models,
+    };
+    Some(ReadClient { client, line, budget_line, inline_key: inline == Some(true) })
 }
 
 fn parse_hex(text: &str) -> Option<[u8; 32]> {

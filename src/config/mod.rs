@@ -9,6 +9,7 @@
 //! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys.
 //! - `suggest` guesses which known key an unknown key means.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
+//! - `charges` checks that what is limited by tokens or money can be read and priced.
 //! - `url` and `expand` each read one value.
 //! - `secret` keeps a key from being printed.
 //!
@@ -16,6 +17,7 @@
 //! `money`.
 
 mod backend;
+mod charges;
 mod clients;
 mod common;
 mod expand;
@@ -47,8 +49,8 @@ use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
-use crate::policy::balance::BackendId;
 use crate::policy::route::{Named, Pattern, Rule};
+use crate::policy::spend::Period;
 
 /// Largest configuration file, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -214,6 +216,8 @@ pub struct RateLimit {
     pub requests_per_minute: Option<u32>,
     /// The same per peer address; applies only if no client keys are configured.
     pub requests_per_minute_per_address: Option<u32>,
+    /// Tokens in any 60 s of a client key without its own limit, and of a credential if no client keys are configured.
+    pub tokens_per_minute: Option<u64>,
     /// Most client keys and addresses tracked at once.
     pub max_keys: usize,
 }
@@ -270,11 +274,15 @@ pub struct Backend {
     pub max_in_flight: Option<usize>,
     /// Quota of this backend: requests in any 60 s, at least 1.
     pub requests_per_minute: Option<u32>,
-    /// How the usage of its answers is read.
+    /// Quota of this backend: tokens in any 60 s, at least 1.
+    pub tokens_per_minute: Option<u64>,
+    /// How the usage of its answers is read; never [`UsageMode::Off`] where a limit or a budget needs it.
     pub usage: UsageMode,
     /// Prices by model as sent: (pattern, [input, cached, cache_write, output] in pico-USD a token). A pattern is a
     /// name, or with a trailing `*` a prefix; no pattern is there twice.
     pub prices: Vec<(String, [u64; 4])>,
+    /// Most that this backend may cost; every model that it may be sent has a price.
+    pub budget: Option<Budget>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
 }
@@ -282,7 +290,7 @@ pub struct Backend {
 /// How the usage of a backend's answers is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UsageMode {
-    /// Read; a stream is asked for its usage if the backend has prices.
+    /// Read; a stream is asked for its usage where a limit, a budget or a price depends on it.
     Auto,
     /// Read; every stream is asked for its usage.
     Inject,
@@ -290,6 +298,15 @@ pub enum UsageMode {
     Passive,
     /// Not read.
     Off,
+}
+
+/// A limit of what may be spent in a day or in a month.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// The limit in nano-USD, at least 1000.
+    pub nano_usd: u64,
+    /// The time that the limit is for.
+    pub per: Period,
 }
 
 /// One `[[client_keys]]` entry.
@@ -301,6 +318,12 @@ pub struct ClientKey {
     pub digest: [u8; 32],
     /// Overrides `rate_limit.requests_per_minute`.
     pub requests_per_minute: Option<u32>,
+    /// Overrides `rate_limit.tokens_per_minute`: tokens in any 60 s, at least 1.
+    pub tokens_per_minute: Option<u64>,
+    /// Most requests of this client at once, at least 1.
+    pub max_in_flight: Option<usize>,
+    /// Most that this client may spend; every model that it may name has a price.
+    pub budget: Option<Budget>,
     /// The models that the client may name; `None`: all.
     pub models: Option<Vec<Pattern>>,
 }
@@ -366,16 +389,6 @@ impl Config {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, Faults> {
         read(text, label, base, env).map(|read| read.config)
-    }
-
-    /// How the usage of a backend's answers is read; never [`UsageMode::Auto`].
-    pub(crate) fn usage_of(&self, id: BackendId) -> UsageMode {
-        let backend = &self.backends[id];
-        match backend.usage {
-            UsageMode::Auto if !backend.prices.is_empty() => UsageMode::Inject,
-            UsageMode::Auto => UsageMode::Passive,
-            mode => mode,
-        }
     }
 }
 

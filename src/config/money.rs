@@ -1,17 +1,23 @@
-//! Prices: amounts of USD with at most six decimals, kept as integers.
+//! Prices and budgets: amounts of USD with at most six decimals, kept as integers.
 
 use toml::de::DeValue;
 
+use crate::config::Budget;
 use crate::config::models::must_be;
 use crate::config::range::Range;
 use crate::config::toml_reader::{Field, Section};
 use crate::policy::route::Pattern;
+use crate::policy::spend::Period;
 
 /// Millionths of an amount's unit.
 const ONE: u64 = 1_000_000;
 const DECIMALS: usize = 6;
 /// USD per million tokens. A millionth of it is one pico-USD a token.
 const PRICE: Range<u64> = Range::new(0, 1_000_000 * ONE);
+/// USD of a budget, more than 0.
+const USD: Range<u64> = Range::new(1, 1_000_000_000 * ONE);
+/// Nano-USD in a millionth of a USD.
+const NANO: u64 = 1000;
 /// Longest number that a message shows, in bytes.
 const MAX_SHOWN: usize = 40;
 
@@ -30,6 +36,19 @@ pub(super) fn prices(t: &mut Section<'_, '_>) -> Vec<(String, [u64; 4])> {
         Some((name.value, [input, cached.unwrap_or(input), cache_write.unwrap_or(input), output]))
     });
     read.into_iter().flatten().collect()
+}
+
+/// Reads `budget`. Returns `None` if it is not set, or if it is not valid: then a fault is recorded.
+pub(super) fn budget(t: &mut Section<'_, '_>) -> Option<Budget> {
+    let read = t.optional_section("budget", |t| {
+        let usd = required_amount(t, "usd", USD);
+        if t.line_of("per").is_none() {
+            t.missing("per", "\"day\" or \"month\"");
+        }
+        let per = t.choice("per", Period::Month, &[("day", Period::Day), ("month", Period::Month)]);
+        Some(Budget { nano_usd: usd? * NANO, per })
+    });
+    read.flatten()
 }
 
 /// Reads a required number. If it is missing or not valid, records a fault and returns `None`.
@@ -98,6 +117,7 @@ mod tests {
 
     const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";
     const AMOUNT: &str = "must be from 0 to 1000000, with at most six decimals";
+    const USD_AMOUNT: &str = "must be from 0.000001 to 1000000000, with at most six decimals";
 
     fn parse(text: &str) -> Result<Config, String> {
         Config::parse(text, "f", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
@@ -179,6 +199,66 @@ mod tests {
     }
 
     #[test]
+    fn budgets_are_read_and_their_faults_name_the_line() {
+        let price = "prices = { \"*\" = { input = 1, output = 1 } }";
+        for (text, nano_usd, per) in [
+            ("usd = 50, per = \"day\"", 50_000_000_000, Period::Day),
+            ("usd = 0.01, per = \"month\"", 10_000_000, Period::Month),
+            ("usd = 0.000001, per = \"day\"", 1000, Period::Day),
+            ("usd = 1_000_000_000, per = \"day\"", 1_000_000_000_000_000_000, Period::Day),
+        ] {
+            let text = format!("budget = {{ {text} }}");
+            let expected = Some(Budget { nano_usd, per });
+            assert_eq!(backend(&format!("{text}\n{price}")).unwrap().budget, expected, "{text}");
+            let client = format!("{BACKEND}{price}\n[[client_keys]]\nname = \"t\"\nkey = \"k\"\n{text}\n");
+            assert_eq!(parse(&client).unwrap().clients[0].budget, expected, "{text}");
+        }
+        for (text, expected) in [
+            ("{ usd = 0, per = \"day\" }", format!("`backends.budget.usd` is 0; {USD_AMOUNT}")),
+            (
+                "{ usd = 1000000000.5, per = \"day\" }",
+                format!("`backends.budget.usd` is 1000000000.5; {USD_AMOUNT}"),
+            ),
+            (
+                "{ usd = 0.0000001, per = \"day\" }",
+                format!("`backends.budget.usd` is 0.0000001; {USD_AMOUNT}"),
+            ),
+            (
+                "{ per = \"day\" }",
+                "`backends.budget.usd` is missing; a number from 0.000001 to 1000000000 is required"
+                    .to_owned(),
+            ),
+            ("{ usd = 1 }", "`backends.budget.per` is missing; \"day\" or \"month\" is required".to_owned()),
+            (
+                "{ usd = 1, per = \"year\" }",
+                "`backends.budget.per` is \"year\"; must be one of \"day\", \"month\"".to_owned(),
+            ),
+            ("50", "`backends.budget` is an integer; must be a table".to_owned()),
+        ] {
+            let read = backend(&format!("budget = {text}\n{price}"));
+            assert_eq!(read.unwrap_err(), format!("f:4: {expected}"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_budget_without_a_ledger_causes_one_warning() {
+        let price = "prices = { \"*\" = { input = 1, output = 1 } }";
+        let budget = "budget = { usd = 1, per = \"day\" }";
+        let client = format!("[[client_keys]]\nname = \"t\"\nkey = \"k\"\n{budget}\n");
+        let ledger = "[ledger]\npath = \"none-of-this-name.db\"\n";
+        let warning = "a budget starts at zero at each start without a `[ledger]`; set `ledger.path`";
+        for (text, expected) in [
+            (format!("{BACKEND}{price}\n"), vec![]),
+            (format!("{BACKEND}{price}\n{budget}\n"), vec![warning]),
+            (format!("{BACKEND}{price}\n{client}"), vec![warning]),
+            (format!("{BACKEND}{price}\n{budget}\n{client}"), vec![warning]),
+            (format!("{ledger}{BACKEND}{price}\n{budget}\n{client}"), vec![]),
+        ] {
+            assert_eq!(parse(&text).unwrap().warnings, expected, "{text}");
+        }
+    }
+
+    #[test]
     fn decimal_numbers_are_read_exactly() {
         for (text, expected) in [
             ("0", Some(0)),
@@ -208,7 +288,7 @@ mod tests {
     #[test]
     fn every_amount_survives_the_float_between_text_and_integer() {
         for _ in 0..100_000 {
-            let amount = fastrand::u64(0..=PRICE.max >> fastrand::u32(0..50));
+            let amount = fastrand::u64(0..=USD.max >> fastrand::u32(0..50));
             let float: f64 = shown(amount).parse().unwrap();
             assert_eq!(millionths(&float.to_string()), Some(amount));
         }

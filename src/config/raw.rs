@@ -8,12 +8,15 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, ledger_path};
+use crate::config::backend::ReadBackends;
+use crate::config::charges::Lines;
+use crate::config::clients::ReadClients;
+use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, ledger_path};
 use crate::config::range::{Number, Range};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::{
     Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream, Timeouts,
-    backend, clients, models,
+    backend, charges, clients, models,
 };
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -54,6 +57,8 @@ const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
 
 const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
+
+const NO_LEDGER: &str = "a budget starts at zero at each start without a `[ledger]`; set `ledger.path`";
 
 /// A configuration; valid only if its sink has no fault.
 pub(super) struct ReadConfig {
@@ -99,6 +104,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     let rate_limit = root.section("rate_limit", |t| RateLimit {
         requests_per_minute: t.optional("requests_per_minute", REQUESTS_PER_MINUTE),
         requests_per_minute_per_address: t.optional("requests_per_minute_per_address", REQUESTS_PER_MINUTE),
+        tokens_per_minute: t.optional("tokens_per_minute", TOKENS_PER_MINUTE),
         max_keys: t.number("max_keys", MAX_KEYS),
     });
     let log = root.section("log", |t| LogSettings {
@@ -110,10 +116,10 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     });
     let ledger = root.section("ledger", |t| ledger_path(t, ctx));
     let faults = root.sink().count();
-    let (backends, inline_backend_key) = backend::backends(root, ctx);
+    let ReadBackends { backends, lines, inline_key: inline_backend_key } = backend::backends(root, ctx);
     let routes = models::named_routes(root, &backends, root.sink().count() == faults);
-    let (clients, inline_client_key) = clients::clients(root, ctx);
-    let config = Config {
+    let ReadClients { clients, budget_lines, inline_key: inline_client_key } = clients::clients(root, ctx);
+    let mut config = Config {
         server,
         queue,
         strategy,
@@ -131,6 +137,14 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         warnings: Vec::new(),
         file: None,
     };
+    if root.sink().count() == faults {
+        charges::check(root.sink(), &config, &Lines { backends: lines, client_budgets: budget_lines });
+    }
+    let has_budget =
+        config.backends.iter().map(|b| &b.budget).chain(config.clients.iter().map(|c| &c.budget));
+    if config.ledger.is_none() && has_budget.flatten().next().is_some() {
+        config.warnings.push(NO_LEDGER.to_owned());
+    }
     ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
 }
 

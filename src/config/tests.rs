@@ -55,6 +55,7 @@ heartbeat_secs = 43
 [rate_limit]
 requests_per_minute = 18
 requests_per_minute_per_address = 24
+tokens_per_minute = 31
 max_keys = 19
 
 [log]
@@ -68,6 +69,8 @@ path = "zap.db"
 name = "team"
 key = "sk-CANARY"
 requests_per_minute = 25
+tokens_per_minute = 29
+max_in_flight = 30
 models = ["smart", "gpt-*"]
 
 [[client_keys]]
@@ -97,8 +100,10 @@ models = { "z*" = "own/*", "a" = "b" }
 priority = 20
 max_in_flight = 21
 requests_per_minute = 22
+tokens_per_minute = 28
 usage = "inject"
 prices = { "own/*" = { input = 2.50, cached = 1.25, cache_write = 3, output = 10.0 }, "*" = { input = 1e-6, output = 0 } }
+budget = { usd = 0.5, per = "day" }
 
 [[backends]]
 url = "http://[::1]:${PORT}"
@@ -214,7 +219,7 @@ fn keys_that_are_not_set_have_their_defaults() {
     assert_eq!(c.timeouts.stream_idle, secs(120));
     assert_eq!((c.timeouts.first_byte, c.timeouts.first_token), (secs(60), secs(0)));
     assert_eq!((c.stream.hold, c.stream.heartbeat), (secs(10), secs(30)));
-    assert_eq!(c.rate_limit.requests_per_minute, None);
+    assert_eq!((c.rate_limit.requests_per_minute, c.rate_limit.tokens_per_minute), (None, None));
     assert_eq!(c.ledger, None);
     assert_eq!(c.rate_limit.max_keys, 100_000);
     assert!(c.log.requests);
@@ -235,8 +240,10 @@ fn keys_that_are_not_set_have_their_defaults() {
         ca_file: None,
         max_in_flight: None,
         requests_per_minute: None,
+        tokens_per_minute: None,
         usage: UsageMode::Auto,
         prices: vec![],
+        budget: None,
         forward_authorization: false,
     };
     assert_eq!(c.backends, [backend]);
@@ -276,10 +283,14 @@ fn every_key_is_read() {
         c.clients[0].requests_per_minute.unwrap().into(),
         c.routes[0].targets[1].weight.unwrap().into(),
         c.routes[0].targets[1].priority.unwrap().into(),
+        c.backends[0].tokens_per_minute.unwrap(),
+        c.clients[0].tokens_per_minute.unwrap(),
+        c.clients[0].max_in_flight.unwrap() as u64,
+        c.rate_limit.tokens_per_minute.unwrap(),
     ];
     let expected = [
         3, 1024, 5, 0, 7, 0, 8, 9, 10, 11, 12, 13, 14, 0, 15, 15, 0, 16, 17, 18, 19, 1000, 20, 21, 22, 23,
-        24, 25, 26, 27,
+        24, 25, 26, 27, 28, 29, 30, 31,
     ];
     assert_eq!(numbers, expected);
     assert_eq!(
@@ -328,23 +339,12 @@ fn every_key_is_read() {
         ("*".to_owned(), [1, 1, 1, 0]), //
     ];
     assert_eq!(c.backends[0].prices, prices);
+    assert_eq!(c.backends[0].budget, Some(Budget { nano_usd: 500_000_000, per: Period::Day }));
+    let other = &c.clients[1];
+    assert_eq!((other.tokens_per_minute, other.max_in_flight, other.budget), (None, None, None));
     assert_eq!(c.ledger, Some(PathBuf::from("/nonexistent/zap.db")));
     assert!(c.warnings.is_empty());
     assert!(!format!("{c:?}").contains("CANARY"));
-}
-
-#[test]
-fn streams_are_asked_for_their_usage_if_the_backend_has_prices() {
-    let price = "prices.\"*\" = { input = 1, output = 1 }";
-    for (keys, expected) in [
-        ("", UsageMode::Passive),
-        (price, UsageMode::Inject),
-        ("usage = \"inject\"", UsageMode::Inject),
-        (&format!("usage = \"passive\"\n{price}"), UsageMode::Passive),
-        (&format!("usage = \"off\"\n{price}"), UsageMode::Off),
-    ] {
-        assert_eq!(parse(&format!("{BACKEND}{keys}\n")).unwrap().usage_of(0), expected, "{keys}");
-    }
 }
 
 /// Each text is put before a valid backend; the second element holds all its faults.
@@ -501,8 +501,24 @@ config.toml:4: `client_keys.sha256` is set and `key` is set; must be only one of
             "[rate_limit]\nrequests_per_minute = 0",
             "2: `rate_limit.requests_per_minute` is 0; must be from 1 to 4294967295",
         ),
+        (
+            "[rate_limit]\ntokens_per_minute = 0",
+            "2: `rate_limit.tokens_per_minute` is 0; must be from 1 to 1000000000000",
+        ),
         ("[ledger]\npath = 1", "2: `ledger.path` is an integer; must be a string"),
         ("[ledger]\npaht = \"a\"", "2: unknown key `ledger.paht`; did you mean `path`?"),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\ntokens_per_minute = 1000000000001",
+            "4: `client_keys.tokens_per_minute` is 1000000000001; must be from 1 to 1000000000000",
+        ),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\nmax_in_flight = 0",
+            "4: `client_keys.max_in_flight` is 0; must be from 1 to 1000000",
+        ),
+        (
+            "[[client_keys]]\nname = \"a\"\nkey = \"x\"\nbudget = { usd = 5, per = \"week\" }",
+            "4: `client_keys.budget.per` is \"week\"; must be one of \"day\", \"month\"",
+        ),
         ("[log]\nrequests = 1", "2: `log.requests` is an integer; must be `true` or `false`"),
         ("[log]\nevents = \"xml\"", "2: `log.events` is \"xml\"; must be one of \"text\", \"json\""),
     ] {
@@ -527,6 +543,10 @@ fn faults_of_backends_name_the_line_and_never_show_a_secret() {
         ),
         ("priority = 1001", "`backends.priority` is 1001; must be from 0 to 1000".to_owned()),
         ("max_in_flight = 0", "`backends.max_in_flight` is 0; must be from 1 to 1000000".to_owned()),
+        (
+            "tokens_per_minute = 0",
+            "`backends.tokens_per_minute` is 0; must be from 1 to 1000000000000".to_owned(),
+        ),
         (
             "usage = \"on\"",
             "`backends.usage` is \"on\"; must be one of \"auto\", \"inject\", \"passive\", \"off\"".to_owned(),

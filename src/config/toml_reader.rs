@@ -203,15 +203,28 @@ impl<'s, 'i> Section<'s, 'i> {
         key: &'static str,
         read: impl FnOnce(&mut Section<'s, '_>) -> R,
     ) -> R {
-        let (table, line) = match self.take(key) {
-            Some(Field { value: DeValue::Table(table), line }) => (table, line),
-            Some(Field { value, line }) => {
-                self.wrong_type(line, key, &value, "a table");
-                (DeTable::new(), line)
-            }
-            None => (DeTable::new(), self.line),
-        };
+        let (table, line) = self.table(key).unwrap_or((DeTable::new(), self.line));
         self.child(key, table, line, read)
+    }
+
+    /// Reads an optional table. Returns `None` if it is not set, or if it is not a table: then a fault is recorded.
+    pub(super) fn optional_section<R>(
+        &mut self,
+        key: &'static str,
+        read: impl FnOnce(&mut Section<'s, '_>) -> R,
+    ) -> Option<R> {
+        let (table, line) = self.table(key)?;
+        Some(self.child(key, table, line, read))
+    }
+
+    fn table(&mut self, key: &'static str) -> Option<(DeTable<'i>, usize)> {
+        match self.take(key)? {
+            Field { value: DeValue::Table(table), line } => Some((table, line)),
+            Field { value, line } => {
+                self.wrong_type(line, key, &value, "a table");
+                None
+            }
+        }
     }
 
     /// Reads an array of tables, in order. An element that is not a table is a fault and left out.

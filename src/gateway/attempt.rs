@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::gateway::backend_queue::{BackendQueues, Wait, latest_opening, refusal};
 use crate::gateway::intake::ChatRequest;
+use crate::gateway::limit_error::LimitError;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::silence::StreamClocks;
 use crate::gateway::state::Generation;
@@ -26,17 +27,17 @@ use crate::http1::headers::ResponseFacts;
 use crate::policy::breaker::Status;
 use crate::policy::choose::{Closed, Fleet};
 use crate::policy::dispatch::{Dispatch, Do, Refusal, Rules};
-use crate::policy::pair::Entry;
 use crate::policy::queue::Permit;
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::policy::route::TargetId;
+use crate::policy::spend::Refused;
 use crate::protocol::event_stream::EventStream;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::counters::NoAnswer;
 use crate::upstream::fault::Fault;
-use crate::upstream::fleet::{Ask, View};
+use crate::upstream::fleet::{Ask, Snapshot, View};
 use crate::upstream::in_flight::InFlight;
 use crate::upstream::link::Link;
 use crate::upstream::pool::Lease;
@@ -159,10 +160,10 @@ impl Attempts<'_> {
                     // The time since the wait began is not Zap's own.
                     self.record.waited += self.wait_began.map_or(0, |began| clock::now() - began);
                     match result {
-                        Ok(response) => {
+                        Ok(mut response) => {
                             self.discard(kept);
                             self.settle(response.head.status.as_u16() < 400);
-                            self.start_meter(target, &response);
+                            self.start_meter(target, &mut response);
                             let clocks = self.clocks(response.opened);
                             return Ok(Delivery { response, slot, clocks });
                         }
@@ -178,8 +179,8 @@ impl Attempts<'_> {
                 }
                 Do::Wait(busy) => {
                     drop(slot.take());
-                    let wait =
-                        Wait { snapshot: &self.snapshot, busy: &busy, deadline: self.deadline, reopened };
+                    let (snapshot, ask, deadline) = (&*self.snapshot, &self.ask, self.deadline);
+                    let wait = Wait { snapshot, ask, busy: &busy, deadline, reopened };
                     let waited = match queues.wait(self.gateway, self.exchange, self.record, wait).await {
                         Ok(()) => {
                             queues.readmit(self.gateway, self.exchange, self.record, self.deadline).await
@@ -255,14 +256,7 @@ impl Attempts<'_> {
     }
 
     fn decide(&mut self, now: Nanos, queues: &BackendQueues) -> Do {
-        let view = View {
-            snapshot: &self.snapshot,
-            ask: &self.ask,
-            now,
-            ticket: queues.ticket(),
-            granted: queues.granted.as_ref().map(|(backend, _)| *backend),
-            is_waiting: queues.is_waiting(),
-        };
+        let view = view(&self.snapshot, &self.ask, now, queues);
         self.dispatch.next(now, &view, &self.gateway.shared().budget, || self.gateway.random())
     }
 
@@ -274,13 +268,13 @@ impl Attempts<'_> {
         target: TargetId,
         queues: &mut BackendQueues,
     ) -> Option<InFlight> {
-        let target = &self.snapshot.route(&self.ask).targets[target];
-        let backend = target.backend;
+        let backend = self.snapshot.route(&self.ask).targets[target].backend;
         let upstream = &self.snapshot.backends[backend];
-        let entry = Entry { key: target.key(self.ask.model), now, panic };
-        let in_flight = match queues.granted.take_if(|(granted, _)| *granted == backend) {
-            Some((_, permit)) => upstream.enter_with(Some(permit), entry, queues.ticket()),
-            None => upstream.enter(entry, queues.ticket()),
+        let permit = queues.granted.take_if(|(granted, _)| *granted == backend);
+        let candidate = view(&self.snapshot, &self.ask, now, queues).candidate(target);
+        let in_flight = match permit {
+            Some((_, permit)) => upstream.enter_with(Some(permit), &candidate, panic),
+            None => upstream.enter(&candidate, panic),
         }?;
         queues.leave(backend);
         Some(in_flight)
@@ -310,7 +304,7 @@ impl Attempts<'_> {
             _ => None,
         };
         for (upstream, why) in self.snapshot.passed(now, &self.ask, self.dispatch.tried(), chosen) {
-            self.record.pass_over(upstream, why, now);
+            self.record.passed.note(upstream, why, now);
         }
     }
 
@@ -357,14 +351,8 @@ impl Attempts<'_> {
     /// none.
     fn time_to_reopen(&self) -> Nanos {
         let now = clock::now();
-        let view = View {
-            snapshot: &self.snapshot,
-            ask: &self.ask,
-            now,
-            ticket: None,
-            granted: None,
-            is_waiting: false,
-        };
+        let queues = BackendQueues::default();
+        let view = view(&self.snapshot, &self.ask, now, &queues);
         let check = |id| match view.check(id) {
             Err(Closed::Out(Status::Ejected)) => view.check_ejected(id),
             result => result,
@@ -384,6 +372,18 @@ impl Drop for Attempts<'_> {
         if !self.is_settled && !std::thread::panicking() && !self.gateway.is_cut() {
             self.dispatch.silent().for_each(|target| self.strike(target));
         }
+    }
+}
+
+/// The targets at `now`, as a request sees them.
+fn view<'a>(snapshot: &'a Snapshot, ask: &'a Ask<'a>, now: Nanos, queues: &'a BackendQueues) -> View<'a> {
+    View {
+        snapshot,
+        ask,
+        now,
+        tickets: queues.quotas(),
+        granted: queues.granted.as_ref().map(|(backend, _)| *backend),
+        is_waiting: queues.is_waiting(),
     }
 }
 
@@ -422,6 +422,8 @@ impl Attempts<'_> {
     fn to_error(&self, why: Refusal, now: Nanos) -> GatewayError {
         match why {
             Refusal::Busy(busy) => refusal(&busy, now),
+            Refusal::Budget(Refused::Spent) => GatewayError::Limited(LimitError::BackendBudgetsSpent),
+            Refusal::Budget(Refused::Reserved) => GatewayError::Limited(LimitError::BudgetReserved),
             Refusal::KeysRefused => GatewayError::UpstreamAuth(self.key_fault()),
             Refusal::NoBackend => GatewayError::NoBackend,
             Refusal::Failed(code) => match code {

@@ -22,18 +22,18 @@ use crate::gateway::refusal::GatewayError;
 use crate::policy::balance::BackendId;
 use crate::policy::dispatch::Busy;
 use crate::policy::queue::{Admitted, BackendWait, Permit, QueueFull, Ticket};
-use crate::policy::quota::{LEEWAY, QuotaTicket};
+use crate::policy::quota::LEEWAY;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::Nanos;
-use crate::upstream::fleet::Snapshot;
-use crate::upstream::in_flight::QuotaWait;
+use crate::upstream::fleet::{Ask, Snapshot};
+use crate::upstream::in_flight::{Candidate, QuotaWait};
 
 /// The places of a request in the queues before busy backends. Dropping the value leaves all queues.
 #[derive(Default)]
 pub(crate) struct BackendQueues {
-    /// The place before a quota.
-    quota: Option<(BackendId, QuotaWait)>,
+    /// The places before quotas.
+    quotas: Vec<(BackendId, QuotaWait)>,
     /// The places before full backends.
     tickets: Vec<(BackendId, Ticket)>,
     /// A permit of a backend that was full.
@@ -46,6 +46,8 @@ pub(crate) struct BackendQueues {
 pub(crate) struct Wait<'a> {
     /// The fleet.
     pub snapshot: &'a Snapshot,
+    /// The request.
+    pub ask: &'a Ask<'a>,
     /// The busy targets.
     pub busy: &'a Busy,
     /// The end of the wait for a full backend.
@@ -62,15 +64,23 @@ enum Woken {
     Opened,
 }
 
+/// When a busy target opens.
+struct Opening {
+    /// The first known time.
+    at: Option<Nanos>,
+    /// Whether one may open at a time that nobody knows.
+    is_open_ended: bool,
+}
+
 impl BackendQueues {
-    /// The ticket of a quota, if the request waits for one.
-    pub(crate) fn ticket(&self) -> Option<&QuotaTicket> {
-        self.quota.as_ref().and_then(|(_, wait)| wait.ticket())
+    /// The places before quotas.
+    pub(crate) fn quotas(&self) -> &[(BackendId, QuotaWait)] {
+        &self.quotas
     }
 
     /// Whether the request waits for busy targets.
     pub(crate) fn is_waiting(&self) -> bool {
-        self.counted.is_some() || self.quota.is_some() || !self.tickets.is_empty()
+        self.counted.is_some() || !self.quotas.is_empty() || !self.tickets.is_empty()
     }
 
     /// Takes a slot of the gateway after a wait. If a slot is free, the request stays in the count of waiting ones.
@@ -94,16 +104,16 @@ impl BackendQueues {
 
     /// Leaves all queues because the backend has taken the request.
     pub(crate) fn leave(&mut self, backend: BackendId) {
-        if let Some((_, wait)) = self.quota.take_if(|(id, _)| *id == backend) {
-            wait.served();
+        if let Some(at) = self.quotas.iter().position(|(id, _)| *id == backend) {
+            self.quotas.swap_remove(at).1.served();
         }
         *self = BackendQueues::default();
     }
 
-    /// Waits, without a slot, until a busy target may have reopened: at the known time of a quota or a cooldown, when a
-    /// full backend grants a permit, or when any backend reopens. The request keeps its places until it
-    /// [leaves](Self::leave). A full backend is waited for until the deadline; a quota or a cooldown must end within
-    /// `queue.max_wait`.
+    /// Waits, without a slot, until a busy target may have reopened: at the known time of a quota, a cooldown or a trial,
+    /// when a full backend grants a permit, when reserved tokens are freed, or when any backend reopens. The request keeps
+    /// its places until it [leaves](Self::leave). A full backend and reserved tokens are waited for until the deadline; a
+    /// quota or a cooldown must end within `queue.max_wait`.
     ///
     /// # Errors
     /// Returns an error at once if no target opens in time or too many requests wait; else
@@ -115,40 +125,41 @@ impl BackendQueues {
         record: &mut RequestRecord,
         wait: Wait<'_>,
     ) -> Result<(), GatewayError> {
-        let Wait { snapshot, busy, deadline, reopened } = wait;
+        let Wait { snapshot, ask, busy, deadline, reopened } = wait;
         let mut reopened = pin!(reopened);
         let since = clock::now();
         let latest = latest_opening(deadline, &snapshot.config.queue);
-        let in_time = |at: &Nanos| *at <= latest;
-        let first = busy.opens.filter(|(at, ..)| in_time(at));
-        if let (None, Some((at, ..)), true) = (first, busy.opens, busy.full.is_empty()) {
+        let in_time = |at: Nanos| at <= latest;
+        if let Some((at, ..)) = busy.opens
+            && !in_time(at)
+            && !busy.is_open_ended()
+        {
             return Err(too_late(at, since));
         }
         if self.counted.is_none() {
             self.counted = Some(gateway.shared().admission.wait_for_backend()?);
         }
         record.phase = Phase::Queued;
-        self.join(snapshot, busy, first);
+        self.join(snapshot, ask, busy, latest);
         let result = loop {
-            let quota_changed =
-                self.quota.as_ref().map(|(id, _)| &snapshot.backends[*id].state.quota_changed);
-            let mut quota_changed = pin!(quota_changed.map(|notify| notify.notified()));
-            if let Some(notified) = quota_changed.as_mut().as_pin_mut() {
-                notified.enable();
+            // Register before the look: a quota that changes after the look then ends the wait.
+            let changed = self.quotas.iter().map(|(id, _)| &snapshot.backends[*id].state.quota_changed);
+            let mut changed: Vec<_> = changed.map(|notify| Box::pin(notify.notified())).collect();
+            for notified in &mut changed {
+                notified.as_mut().enable();
             }
             let now = clock::now();
-            let at = match &self.quota {
-                // If the backend is full too, the request needs a permit first.
-                Some((id, wait)) if !busy.full.contains(id) => Some(wait.opens_at(now)),
-                _ => first.map(|(at, ..)| at),
-            };
+            let Opening { at, is_open_ended } = self.opening(busy, now);
             match at {
                 _ if self.granted.is_some() => break Ok(()),
-                None if self.tickets.is_empty() => break Err(GatewayError::QueueFull),
-                Some(at) if self.tickets.is_empty() && !in_time(&at) => break Err(too_late(at, now)),
-                _ => {}
+                _ if is_open_ended => {}
+                None => break Err(GatewayError::QueueFull),
+                Some(at) if !in_time(at) => break Err(too_late(at, now)),
+                Some(_) => {}
             }
-            let mut opened = pin!(at.filter(in_time).map(|at| sleep(time_until(at, now))));
+            // A request that waits anyway tries an ejected target as soon as one may be tried.
+            let wake = at.into_iter().chain(busy.trial.filter(|_| is_open_ended)).min();
+            let mut opened = pin!(wake.map(|at| sleep(time_until(at, now))));
             let (tickets, granted) = (&mut self.tickets, &mut self.granted);
             let woken = poll_fn(|cx| {
                 *granted = poll_tickets(tickets, cx);
@@ -158,7 +169,7 @@ impl BackendQueues {
                 {
                     return Poll::Ready(Woken::Opened);
                 }
-                if is_ready(quota_changed.as_mut().as_pin_mut(), cx) {
+                if changed.iter_mut().any(|notified| notified.as_mut().poll(cx).is_ready()) {
                     return Poll::Ready(Woken::QuotaChanged);
                 }
                 Poll::Pending
@@ -173,9 +184,30 @@ impl BackendQueues {
         result
     }
 
-    /// Joins the queues of the full backends, and the queue of the quota that opens `first`. Keeps a place that the
-    /// request has already.
-    fn join(&mut self, snapshot: &Snapshot, busy: &Busy, first: Option<(Nanos, BackendId, bool)>) {
+    /// When the first target may open, as far as is known at `now`.
+    fn opening(&self, busy: &Busy, now: Nanos) -> Opening {
+        // A full backend needs a permit first.
+        let is_full = |id: &BackendId| busy.full.contains(id);
+        let (mut at, mut is_open_ended) = (None::<Nanos>, !self.tickets.is_empty());
+        let mut note = |opens: Nanos| at = Some(at.map_or(opens, |at| at.min(opens)));
+        for (_, wait) in self.quotas.iter().filter(|(id, _)| !is_full(id)) {
+            match wait.opens_at(now) {
+                Some(opens) => note(opens),
+                None => {
+                    is_open_ended = true;
+                    wait.opens_for_sure(now).into_iter().for_each(&mut note);
+                }
+            }
+        }
+        let has_place = |id: &BackendId| self.quotas.iter().any(|(known, _)| known == id);
+        let other = busy.opens.filter(|(_, id, by_quota)| !by_quota || is_full(id) || !has_place(id));
+        other.into_iter().for_each(|(opens, ..)| note(opens));
+        Opening { at, is_open_ended }
+    }
+
+    /// Joins the queues of the full backends, of the quotas with reserved tokens, and of the quota that opens first if it
+    /// opens before `latest`. Keeps a place that the request has already.
+    fn join(&mut self, snapshot: &Snapshot, ask: &Ask<'_>, busy: &Busy, latest: Nanos) {
         self.tickets.retain(|(id, _)| busy.full.contains(id));
         for id in &busy.full {
             if self.tickets.iter().any(|(known, _)| known == id) {
@@ -188,11 +220,19 @@ impl BackendQueues {
                 Ok(None) | Err(QueueFull) => {}
             }
         }
+        let first = busy.opens.filter(|(at, _, by_quota)| *by_quota && *at <= latest).map(|(_, id, _)| id);
+        let is_wanted = |id: &BackendId| first == Some(*id) || busy.reserved.contains(id);
         // A request that is first at a quota keeps this place while the backend is full.
-        let kept = self.quota.as_ref().map(|(id, _)| *id).filter(|id| busy.full.contains(id));
-        let quota = first.filter(|(_, _, by_quota)| *by_quota).map(|(_, id, _)| id).or(kept);
-        if self.quota.as_ref().map(|(id, _)| *id) != quota {
-            self.quota = quota.and_then(|id| Some((id, QuotaWait::new(&snapshot.backends[id])?)));
+        self.quotas.retain(|(id, _)| is_wanted(id) || busy.full.contains(id));
+        for id in first.iter().chain(&busy.reserved) {
+            let target = snapshot.route(ask).targets.iter().find(|target| target.backend == *id);
+            if self.quotas.iter().any(|(known, _)| known == id) {
+                continue;
+            }
+            let target = target.map(|target| (target, ask.model));
+            let candidate = Candidate { target, demand: &ask.demand, now: clock::now(), ticket: None };
+            let wait = QuotaWait::new(&snapshot.backends[*id], &candidate);
+            self.quotas.extend(wait.map(|wait| (*id, wait)));
         }
     }
 }
@@ -207,7 +247,7 @@ pub(crate) fn latest_opening(deadline: Nanos, queue: &Queue) -> Nanos {
 /// The error for a request that does not wait for `busy` targets.
 pub(crate) fn refusal(busy: &Busy, now: Nanos) -> GatewayError {
     match busy.opens {
-        Some((at, ..)) if busy.full.is_empty() => too_late(at, now),
+        Some((at, ..)) if !busy.is_open_ended() => too_late(at, now),
         _ => GatewayError::QueueFull,
     }
 }

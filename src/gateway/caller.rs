@@ -5,11 +5,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use http::HeaderMap;
+use smallvec::SmallVec;
 
+use crate::clock;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
-use crate::policy::limit::Decision;
+use crate::policy::limit::{Decision, Place};
 use crate::telemetry::clients::{Client, Clients};
 use crate::telemetry::record::{Caller, RequestRecord};
 
@@ -46,44 +48,71 @@ pub(crate) fn identify(
     known.cloned().map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
 }
 
-/// Checks the request against the limits of its client and its address, and counts it. Returns `None` if no limit
-/// applies, else the stricter decision. `peer`: the peer address of the connection.
+/// Gives back the places of a request in the windows of requests, since Zap has refused it later on and it is not to blame.
+/// Returns the decision to report; `None` if it had no place.
+pub(crate) fn refund(shared: &Shared, record: &mut RequestRecord) -> Option<Decision> {
+    let limiter = &shared.limiter;
+    let refunded = record.places.drain(..).map(|Place { key, limit, stamp }| {
+        limiter.refund(key, stamp);
+        limiter.look(key, limit, clock::now())
+    });
+    strictest(refunded)
+}
+
+/// The decision to report: a refusal, then the one that leaves the least.
+fn strictest(decisions: impl Iterator<Item = Decision>) -> Option<Decision> {
+    decisions.min_by_key(|d| (d.admitted, d.remaining, Reverse(d.reset)))
+}
+
+/// The key of the client's limits.
+pub(crate) fn limit_key(shared: &Shared, caller: &Caller) -> u64 {
+    match caller {
+        Caller::Anonymous => shared.keyed_hash(LimitKey::Anonymous),
+        Caller::Known(client) => shared.keyed_hash(LimitKey::Named(&client.conf.name)),
+        Caller::Unknown(key) => *key,
+    }
+}
+
+/// Checks the request against the limits of requests of its client and its address, and counts it. A refused request
+/// counts against neither. Returns the stricter decision; `None` if no limit applies. `peer`: the peer address of the
+/// connection.
 pub(crate) fn check_limits(
     shared: &Shared,
     generation: &Generation,
     headers: &HeaderMap,
     peer: IpAddr,
-    record: &RequestRecord,
+    record: &mut RequestRecord,
 ) -> Option<Decision> {
     let limits = &generation.config.rate_limit;
     let now = record.started;
-    let (client_key, client_limit) = match &record.caller {
-        Caller::Anonymous => (shared.keyed_hash(LimitKey::Anonymous), limits.requests_per_minute),
-        Caller::Known(client) => {
-            let limit = client.conf.requests_per_minute.or(limits.requests_per_minute);
-            (shared.keyed_hash(LimitKey::Named(&client.conf.name)), limit)
-        }
-        Caller::Unknown(key) => (*key, limits.requests_per_minute),
-    };
+    let own = known_client(&record.caller).and_then(|client| client.conf.requests_per_minute);
+    let client_limit = own.or(limits.requests_per_minute);
     let address_limit = limits.requests_per_minute_per_address.filter(|_| generation.clients.is_open());
     let address = address_limit.map(|limit| {
         let proxies = &generation.config.server.trusted_proxies;
         let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
         (shared.keyed_hash(LimitKey::Address(headers::client_address(headers, peer, trusted))), limit)
     });
-    let by_address = address.map(|(key, limit)| shared.limiter.check_stamped(key, limit, now));
-    let by_client = client_limit.map(|limit| match by_address {
-        // A refused request counts against neither limit. Both are checked, to report the one that opens later.
-        Some((refused, _)) if !refused.admitted => shared.limiter.look(client_key, limit, now),
-        _ => shared.limiter.check(client_key, limit, now),
-    });
-    if let (Some((key, _)), Some((Decision { admitted: true, .. }, stamp))) = (address, by_address)
-        && by_client.is_some_and(|d| !d.admitted)
-    {
-        shared.limiter.refund(key, stamp);
+    let client = client_limit.map(|limit| (limit_key(shared, &record.caller), limit));
+    let (mut decisions, mut is_refused) = (SmallVec::<[Decision; 2]>::new(), false);
+    // Both are checked, to report the one that opens later.
+    for (key, limit) in address.into_iter().chain(client) {
+        let decision = if is_refused {
+            shared.limiter.look(key, limit, now)
+        } else {
+            let (decision, stamp) = shared.limiter.check_stamped(key, limit, now);
+            if decision.admitted {
+                record.places.push(Place { key, limit, stamp });
+            }
+            decision
+        };
+        is_refused |= !decision.admitted;
+        decisions.push(decision);
     }
-    let both = [by_address.map(|(decision, _)| decision), by_client];
-    both.into_iter().flatten().min_by_key(|d| (d.admitted, d.remaining, Reverse(d.reset)))
+    if is_refused {
+        record.places.drain(..).for_each(|place| shared.limiter.refund(place.key, place.stamp));
+    }
+    strictest(decisions.into_iter())
 }
 
 /// Returns the client if it has a configured key.

@@ -9,28 +9,20 @@ use serde_json::json;
 use tokio::task::spawn_blocking;
 
 use crate::client::respond::text;
-use crate::clock;
 use crate::clock::within;
 use crate::config::Config;
 use crate::gateway::ClientResponse;
 use crate::gateway::pages::CachedPage;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::Shared;
-use crate::policy::balance::BackendId;
-use crate::policy::breaker::Status;
-use crate::policy::choose::Closed;
-use crate::policy::prices::usd;
+use crate::gateway::status;
 use crate::policy::route::{Listed, MAX_NAME};
 use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
-use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::metrics::Scrape;
-use crate::telemetry::token_metrics::{tokens_by_client, tokens_of};
 use crate::telemetry::{encode, metrics};
-use crate::time::{Day, Nanos, SECOND};
-use crate::upstream::fault::Fault;
+use crate::time::Day;
 use crate::upstream::fleet::Snapshot;
-use crate::upstream::token_counters::TokenCount;
 
 /// `/health`: the process is alive.
 pub(crate) fn health() -> ClientResponse {
@@ -66,7 +58,7 @@ fn scrape(shared: &Shared) -> Bytes {
 
 /// `/status`: the backends and their states.
 pub(crate) fn status(shared: &Shared) -> ClientResponse {
-    text(StatusCode::OK, "application/json", shared.pages.text(CachedPage::Status, || encode_status(shared)))
+    text(StatusCode::OK, "application/json", shared.pages.text(CachedPage::Status, || status::encode(shared)))
 }
 
 /// Longest time for a report of usage.
@@ -99,92 +91,6 @@ pub(crate) async fn usage(
         Err(ReportError::TooLarge(why)) => Err(bad(why)),
         Err(ReportError::Unavailable(why)) => Err(unavailable(&why)),
     }
-}
-
-fn encode_status(shared: &Shared) -> Bytes {
-    let snapshot = shared.current.load();
-    let spent = |payer| shared.telemetry.ledger.spent(payer, Day::of(SystemTime::now()));
-    let backends: Vec<_> = (0..snapshot.backends.len())
-        .map(|id| {
-            let mut status = backend(&snapshot, id);
-            let upstream = &snapshot.backends[id];
-            let total = TokenCount::sum(tokens_of(upstream).into_values());
-            status["used"] = used(&total, spent(Payer::Backend(upstream.name())));
-            status
-        })
-        .collect();
-    let clients: Vec<_> = tokens_by_client(&snapshot.clients, shared.telemetry.anonymous())
-        .map(|(name, total)| json!({ "name": name, "used": used(&total, spent(Payer::Client(name))) }))
-        .collect();
-    let status = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "draining": shared.is_stopping(),
-        "in_flight": shared.admission.in_flight(),
-        "queue_depth": shared.admission.depth(),
-        "backends": backends,
-        "clients": clients,
-    });
-    status.to_string().into()
-}
-
-/// The tokens since the start of the process, and what was spent in this day and month.
-fn used(total: &TokenCount, spent: Spent) -> serde_json::Value {
-    let tokens: serde_json::Map<_, _> =
-        TokenCount::KINDS.iter().zip(total.tokens).map(|(kind, n)| ((*kind).to_owned(), n.into())).collect();
-    json!({ "tokens": tokens, "spent_today_usd": usd(spent.day), "spent_this_month_usd": usd(spent.month) })
-}
-
-fn backend(snapshot: &Snapshot, id: BackendId) -> serde_json::Value {
-    let (b, now) = (&snapshot.backends[id], clock::now());
-    let status = b.state.breaker.status(now);
-    let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
-    let cooling = match status {
-        Status::Cooling(until) => Some(until),
-        _ => None,
-    };
-    let closed = b.closed(now);
-    let quota = match closed {
-        Some(Closed::Quota(until)) => Some(secs_to(until)),
-        _ => None,
-    };
-    // The words match those that the log gives for candidates that were passed over.
-    let state = match (b.conf.weight, status, closed) {
-        (0, ..) => "drained",
-        (_, Status::Misconfigured, _) => "misconfigured",
-        (_, Status::Unauthorized, _) => "unauthorized",
-        (_, Status::Ejected, _) => "ejected",
-        (_, Status::Cooling(_), _) => "cooling",
-        (_, _, Some(Closed::Full)) => "full",
-        (_, _, Some(Closed::Quota(_))) => "quota",
-        _ => "healthy",
-    };
-    let models = snapshot.table().models().iter().filter(|model| model.backend == id);
-    let models: serde_json::Map<_, _> = models
-        .map(|model| {
-            let state = match b.state.breaker.status_for(|| model.key, now) {
-                Status::Healthy => "healthy",
-                Status::Cooling(_) => "cooling",
-                Status::Ejected => "ejected",
-                Status::Misconfigured => "misconfigured",
-                Status::Unauthorized => "unauthorized",
-            };
-            (model.name.to_string(), state.into())
-        })
-        .collect();
-    json!({
-        "name": b.name(),
-        "state": state,
-        "weight": b.conf.weight,
-        "priority": b.conf.priority,
-        "in_flight": b.in_flight(),
-        "cooling_secs": cooling.map(secs_to),
-        "cooling_until": cooling.map(|until| clock::timestamp(clock::wall(until))),
-        "quota_opens_secs": quota,
-        "models": models,
-        "last_error": b.last_error().map(|(at, Fault { kind, cause })| {
-            json!({ "code": kind.text(), "cause": cause, "at": clock::timestamp(at) })
-        }),
-    })
 }
 
 /// Lists of models that a worker caches.

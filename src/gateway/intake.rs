@@ -19,6 +19,7 @@ use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
 use crate::protocol::endpoint::Api;
+use crate::protocol::request_limits::text_length;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
 
@@ -170,6 +171,11 @@ impl ChatRequest {
         }
         let Range { start, end } = opening.clone()?;
         Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + max_bytes as u64)))
+    }
+
+    /// The length of the body's text in bytes, for estimates of its tokens.
+    pub(crate) fn text_length(&self) -> u64 {
+        text_length(self.fields.length, self.chunks.iter().map(|chunk| &chunk[..]))
     }
 
     /// Copies a range of the body.

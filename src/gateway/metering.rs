@@ -68,7 +68,7 @@ impl Attempts<'_> {
     }
 
     /// Starts to count the tokens of an answer.
-    pub(super) fn start_meter(&mut self, target: TargetId, response: &OpenedResponse) {
+    pub(super) fn start_meter(&mut self, target: TargetId, response: &mut OpenedResponse) {
         let target = &self.snapshot.route(&self.ask).targets[target];
         let upstream = self.snapshot.upstream(target);
         let is_success = response.head.status.is_success();
@@ -89,9 +89,10 @@ impl Attempts<'_> {
             label: label.unwrap_or(&OTHER_MODEL).clone(),
             model,
             metering: api.metering,
-            lengths: Lengths { asked: self.chat.fields.length, text: 0 },
+            lengths: Lengths { asked: self.chat.text_length(), text: 0 },
             usage: None,
             first_content: has_content.then(clock::now),
+            reservation: response.in_flight.take_reservation(),
         });
     }
 }

@@ -4,6 +4,8 @@ pub(crate) mod endpoints;
 
 pub(crate) mod caller;
 
+pub(crate) mod reserve;
+
 pub(crate) mod intake;
 
 pub(crate) mod admit;
@@ -11,6 +13,8 @@ pub(crate) mod admit;
 pub(crate) mod backend_queue;
 
 pub(crate) mod attempt;
+
+mod blame;
 
 pub(crate) mod one_try;
 
@@ -30,11 +34,17 @@ mod silence;
 
 pub mod failpoint;
 
+mod error_row;
+
+mod limit_error;
+
 pub(crate) mod refusal;
 
 pub(crate) mod state;
 
 pub(crate) mod pages;
+
+mod status;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -52,28 +62,26 @@ use crate::client::exchange::Exchange;
 use crate::client::load::{Upload, WorkerState};
 use crate::client::serve::Service;
 use crate::clock;
-use crate::code::Code;
 use crate::config::{Server, Strategy};
 use crate::gateway::attempt::Attempts;
 use crate::gateway::endpoints::ModelLists;
 use crate::gateway::intake::{BodyReader, ChatRequest};
+use crate::gateway::limit_error::LimitError;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::relay::RelayBody;
+use crate::gateway::reserve::Reserve;
 use crate::gateway::response::ResponseContext;
 use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
 use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
 use crate::policy::dispatch::Dispatch;
+use crate::policy::ratio::Demand;
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
 use crate::telemetry::Recorder;
 use crate::telemetry::record::{Arrival, RequestRecord};
-use crate::time::Nanos;
-use crate::upstream::Upstream;
-use crate::upstream::fault::Fault;
 use crate::upstream::fleet::{Ask, Snapshot};
-use crate::upstream::in_flight::InFlight;
 use crate::upstream::pool::Pool;
 
 /// Searches for similar model names that a worker may run in a second. Any client can cause one by naming an unknown
@@ -130,7 +138,7 @@ impl Gateway {
             load,
             server,
             rng: RefCell::default(),
-            last_limit: RefCell::new((0, headers::number(0))),
+            last_limit: RefCell::new((0, headers::number(0u32))),
             refused_heads: RefCell::default(),
             searches: RefCell::default(),
             reports: RefCell::default(),
@@ -154,7 +162,7 @@ impl Gateway {
         let method = Some(&head.method);
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
-        let context = ResponseContext { exchange, version: head.version, decision: None };
+        let context = ResponseContext { exchange, version: head.version, decision: None, tokens: None };
         let generation = self.shared().current.load_full();
         if is_guarded(path) {
             match caller::identify(self.shared(), &generation.clients, &head.headers) {
@@ -237,10 +245,11 @@ impl Gateway {
             if self.shared().is_draining() {
                 return Err(GatewayError::Draining);
             }
+            let peer = exchange.peer();
             context.decision =
-                caller::check_limits(self.shared(), &generation, &head.headers, exchange.peer(), &record);
+                caller::check_limits(self.shared(), &generation, &head.headers, peer, &mut record);
             if let Some(refused) = context.decision.filter(|d| !d.admitted) {
-                return Err(GatewayError::RateLimited(refused.reset));
+                return Err(GatewayError::Limited(LimitError::Requests(refused.reset)));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let reader = BodyReader { gateway: self, exchange, watch: generation.watch() };
@@ -252,7 +261,13 @@ impl Gateway {
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
             }
-            let ask = self.ask(&generation, &head.headers, &chat, &record)?;
+            let demand = reserve::demand(&generation, api, &chat);
+            let ask = Ask { demand, ..self.ask(&generation, &head.headers, &chat, &record)? };
+            if generation.limits_clients() {
+                let reserve = Reserve { gateway: self, exchange, snapshot: &generation, ask: &ask, deadline };
+                // Boxed, so that a request without such a limit does not carry the room for it.
+                context.tokens = Box::pin(reserve.run(&mut record)).await?;
+            }
             let slot = admit::admit(self, exchange, &mut record, deadline).await?;
             drop(upload);
             let attempts = Attempts {
@@ -277,9 +292,14 @@ impl Gateway {
             Ok(delivery) => self.deliver(delivery, record, &context),
             // The client disconnected while it sent its body: the record counts it as gone, not as refused.
             Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => error.response(false),
-            // The drain cut this request, whatever phase it was in.
-            Err(_) if self.is_cut() => self.refuse(&GatewayError::Draining, record, &context),
-            Err(error) => self.refuse(&error, record, &context),
+            Err(error) => {
+                // The drain cut this request, whatever phase it was in.
+                let error = if self.is_cut() { GatewayError::Draining } else { error };
+                if error.is_no_fault_of_the_client() {
+                    context.decision = caller::refund(self.shared(), &mut record).or(context.decision);
+                }
+                self.refuse(&error, record, &context)
+            }
         }
     }
 
@@ -320,56 +340,7 @@ impl Gateway {
         } else {
             None
         };
-        Ok(Ask { endpoint: record.endpoint, route, model, affinity })
-    }
-
-    /// Records a failed try or a cut response.
-    pub(crate) fn record_failure(&self, upstream: &Upstream, fault: &Fault) {
-        if fault.kind != Code::UpstreamRedirect {
-            upstream.lanes[self.recorder.worker].failed(fault.kind);
-        }
-        upstream.note_error(fault);
-    }
-
-    /// Counts a failure of the transport against the backend as a whole.
-    pub(crate) fn blame_backend(&self, upstream: &Upstream, fault: &Fault) {
-        let now = clock::now();
-        upstream.state.penalty.add(now);
-        if let Some(change) = upstream.state.breaker.failure(self.current().thresholds(), now) {
-            self.shared().announce(upstream, change, &format!("request: {fault}"));
-        }
-    }
-
-    /// Counts a strike against a pair: the backend and the model with this key. `model`: its name, for the log.
-    pub(crate) fn strike(&self, upstream: &Upstream, key: u64, model: &str, fault: &Fault) {
-        let now = clock::now();
-        upstream.state.penalty.add(now);
-        let threshold = self.current().thresholds().failures;
-        if let Some(change) = upstream.state.breaker.pairs.strike(key, threshold, now) {
-            self.shared().announce_pair(upstream, model, change, &format!("request: {fault}"));
-        }
-    }
-
-    /// Records that a response failed after it had begun to go out. An error response has been judged by its status.
-    pub(crate) fn record_broken(&self, in_flight: &InFlight, record: &mut RequestRecord, fault: Fault) {
-        let upstream = in_flight.upstream();
-        self.record_failure(upstream, &fault);
-        if record.status < 400 {
-            self.strike(upstream, in_flight.key(), record.model_name(), &fault);
-        }
-        record.failed.push((upstream.clone(), fault));
-    }
-
-    /// Counts a success of a backend and of its pair at `now`. `model`: its name, for the log.
-    pub(crate) fn record_success(&self, in_flight: &InFlight, model: &str, now: Nanos) {
-        let upstream = in_flight.upstream();
-        upstream.state.breaker.success(now);
-        let (change, lets_more_go) = upstream.state.breaker.pairs.success(in_flight.key(), now);
-        if let Some(change) = change {
-            self.shared().announce_pair(upstream, model, change, "");
-        } else if lets_more_go {
-            self.shared().reopened.notify_waiters();
-        }
+        Ok(Ask { endpoint: record.endpoint, route, model, affinity, demand: Demand::default() })
     }
 
     /// The state that all workers share.

@@ -143,7 +143,7 @@ impl Attempts<'_> {
     /// Keeps a response in case no later try has a better one.
     fn keep(&mut self, mut response: OpenedResponse) -> Box<KeptResponse> {
         // The next try may need a permit of the same backend.
-        response.in_flight.release_permit();
+        response.in_flight.release();
         Box::new(KeptResponse { response, number: self.record.tries })
     }
 

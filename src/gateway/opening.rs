@@ -123,7 +123,7 @@ impl Place<'_> {
     }
 
     fn view(&self, now: Nanos) -> View<'_> {
-        View { snapshot: self.snapshot, ask: self.ask, now, ticket: None, granted: None, is_waiting: false }
+        View { snapshot: self.snapshot, ask: self.ask, now, tickets: &[], granted: None, is_waiting: false }
     }
 
     /// Waits for `work` until `at`, or, if `may_move`, until the target is ejected and another one is left.

@@ -10,6 +10,8 @@ use smallvec::SmallVec;
 use crate::client::respond::{self, ErrorBody};
 use crate::code::Code;
 use crate::gateway::ClientResponse;
+use crate::gateway::error_row::{ErrorRow, LIMIT};
+use crate::gateway::limit_error::LimitError;
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::time::{Nanos, SECOND};
 
@@ -35,6 +37,8 @@ pub(crate) enum GatewayError {
     InvalidApiKey,
     /// The body is not one JSON object; the offset of the error, in bytes.
     InvalidJson(u64),
+    /// A limit refuses the request.
+    Limited(LimitError),
     /// A top-level key differs only in case from the key of a member that Zap reads; the key, and the member.
     KeyCase(Box<str>, Box<str>),
     /// A member has the wrong type; its key, and the type that it must have.
@@ -57,8 +61,6 @@ pub(crate) enum GatewayError {
     BadQuery(String),
     /// The ledger cannot be read now; the message.
     LedgerUnavailable(Cow<'static, str>),
-    /// The client has reached its rate limit; the time until the next request may pass.
-    RateLimited(Nanos),
     /// The body stalled, or the deadline passed before it was complete.
     RequestTimeout,
     /// The body is larger than the limit; the limit, in bytes.
@@ -87,20 +89,8 @@ pub(crate) enum GatewayError {
     UpstreamUnreachable,
 }
 
-/// One row of the table: the response to an error.
-#[derive(Debug)]
-struct ErrorRow {
-    status: StatusCode,
-    kind: &'static str,
-    code: Code,
-    message: String,
-    retry_after: Option<Nanos>,
-    close: bool,
-}
-
 const AUTHENTICATION: &str = "authentication_error";
 const INVALID: &str = "invalid_request_error";
-const LIMIT: &str = "rate_limit_error";
 const SERVER: &str = "server_error";
 const UPSTREAM: &str = "upstream_error";
 
@@ -147,11 +137,17 @@ impl GatewayError {
         let is_final = matches!(
             self,
             GatewayError::NoBackend | GatewayError::UpstreamAuth(_) | GatewayError::UpstreamRedirect
-        );
+        ) || matches!(self, GatewayError::Limited(limit) if limit.is_final());
         if is_budget_spent && row.status.is_server_error() || is_final {
             headers.push((X_SHOULD_RETRY, HeaderValue::from_static("false")));
         }
         headers
+    }
+
+    /// Whether the request could have been served: then it does not count against the limit of requests.
+    pub(crate) fn is_no_fault_of_the_client(&self) -> bool {
+        let is_of_limit = matches!(self, GatewayError::Limited(LimitError::Requests(_)));
+        !is_of_limit && (self.status().is_server_error() || self.status() == StatusCode::TOO_MANY_REQUESTS)
     }
 
     fn param(&self) -> Option<&str> {
@@ -167,16 +163,9 @@ impl GatewayError {
 
     fn row(&self) -> ErrorRow {
         use GatewayError as E;
-        let row = |status, kind, code, message: String| ErrorRow {
-            status,
-            kind,
-            code,
-            message,
-            retry_after: None,
-            close: false,
-        };
+        let row = ErrorRow::new;
         let closing = |row: ErrorRow| ErrorRow { close: true, ..row };
-        let after = |wait: &Nanos, row: ErrorRow| ErrorRow { retry_after: Some(*wait), ..row };
+        let after = |wait: &Nanos, row: ErrorRow| row.after(*wait);
         match self {
             E::BadRequest(why) => closing(row(
                 StatusCode::BAD_REQUEST,
@@ -246,6 +235,7 @@ impl GatewayError {
                     "The key \"{key}\" differs from \"{member}\" only in case, and some providers treat both as the same key; send only \"{member}\"."
                 ),
             ),
+            E::Limited(limit) => limit.row(),
             E::MethodNotAllowed(allow) => row(
                 StatusCode::METHOD_NOT_ALLOWED,
                 INVALID,
@@ -314,18 +304,6 @@ impl GatewayError {
             E::LedgerUnavailable(text) => after(
                 &SECOND,
                 row(StatusCode::SERVICE_UNAVAILABLE, SERVER, Code::LedgerUnavailable, text.to_string()),
-            ),
-            E::RateLimited(wait) => after(
-                wait,
-                row(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    LIMIT,
-                    Code::RateLimitExceeded,
-                    format!(
-                        "The limit of requests per minute is reached; try again in {} s.",
-                        retry_after_secs(*wait)
-                    ),
-                ),
             ),
             E::RequestTimeout => closing(row(
                 StatusCode::REQUEST_TIMEOUT,
@@ -450,12 +428,19 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::policy::spend::Period;
+    use crate::policy::token_window::TokenDecision;
     use crate::protocol::error_event::error_event;
     use crate::protocol::responses::StreamState;
+    use crate::time::Day;
 
     #[test]
     fn every_error_has_the_response_of_the_table() {
         use GatewayError as E;
+        use LimitError as L;
+        let tokens = TokenDecision { limit: 9, remaining: 0, reset: 0, opens_in: Some(8 * SECOND) };
+        let opens = Day::parse("2026-12-01").unwrap();
+        let budget_spent = L::BudgetSpent { limit: 2_500_000_000, per: Period::Month, opens };
         #[rustfmt::skip]
         let table = [
             // error, status, type, code, param, retry-after, closes
@@ -479,7 +464,13 @@ mod tests {
             (E::NoBackend, 503, SERVER, "no_backend", None, Some("59"), false),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
-            (E::RateLimited(2 * SECOND + 1), 429, LIMIT, "rate_limit_exceeded", None, Some("3"), false),
+            (E::Limited(L::BackendBudgetsSpent), 429, "insufficient_quota", "insufficient_quota", None, Some("59"), false),
+            (E::Limited(L::BudgetReserved), 429, LIMIT, "rate_limit_exceeded", None, Some("1"), false),
+            (E::Limited(budget_spent), 429, "insufficient_quota", "insufficient_quota", None, Some("59"), false),
+            (E::Limited(L::Requests(2 * SECOND + 1)), 429, LIMIT, "rate_limit_exceeded", None, Some("3"), false),
+            (E::Limited(L::Tokens(tokens)), 429, LIMIT, "rate_limit_exceeded", None, Some("8"), false),
+            (E::Limited(L::Tokens(TokenDecision { opens_in: None, ..tokens })), 429, LIMIT, "rate_limit_exceeded", None, Some("1"), false),
+            (E::Limited(L::TooLarge { tokens: 9, limit: 8 }), 429, LIMIT, "request_too_large_for_limit", None, None, false),
             (E::RequestTimeout, 408, INVALID, "request_timeout", None, None, true),
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
@@ -512,7 +503,9 @@ mod tests {
             assert_eq!(header("upgrade").as_deref(), (status == 426).then_some("HTTP/1.1"));
             assert_eq!(header("www-authenticate").as_deref(), (status == 401).then_some("Bearer"));
             assert_eq!(header("allow").as_deref(), (status == 405).then_some("POST"));
-            assert_eq!(header("x-should-retry").as_deref(), (status >= 500).then_some("false"));
+            let is_final =
+                status >= 500 || ["insufficient_quota", "request_too_large_for_limit"].contains(&code);
+            assert_eq!(header("x-should-retry").as_deref(), is_final.then_some("false"));
             let mut body = response.into_body();
             let frame = poll_ready(body.frame()).unwrap().unwrap().into_data().unwrap();
             let json: serde_json::Value = serde_json::from_slice(&frame).unwrap();
@@ -537,6 +530,17 @@ mod tests {
         for (n, text) in [(42, "42"), (429, "0x1ad"), (14_290, "0x37d2"), (4_294_967_296, "0x100000000")] {
             assert_eq!(format_number(n), text);
         }
+    }
+
+    #[test]
+    fn a_spent_budget_says_when_it_opens() {
+        let opens = Day::parse("2026-12-01").unwrap();
+        let spent = LimitError::BudgetSpent { limit: 2_500_000_000, per: Period::Month, opens };
+        let message = GatewayError::Limited(spent).row().message;
+        assert!(
+            message.contains("2.5 USD a month") && message.contains("on 2026-12-01 at 00:00 UTC"),
+            "{message}"
+        );
     }
 
     fn poll_ready<F: Future + Unpin>(mut future: F) -> F::Output {

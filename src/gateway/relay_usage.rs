@@ -54,7 +54,7 @@ impl RelayUsage {
 
     /// Counts what the answer used, as far as it has come.
     pub(super) fn settle(&mut self, record: &mut RequestRecord, events: Option<&EventStream>) {
-        let Some(meter) = &mut record.meter else { return };
+        let Some(meter) = &mut record.meter else { return record.settle() };
         match (events, std::mem::take(self)) {
             (Some(events), _) => (meter.usage, meter.lengths.text) = (events.usage(), events.text()),
             (None, RelayUsage::Passing(usage)) => {

@@ -18,6 +18,7 @@ use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
 use crate::gateway::{ClientResponse, Gateway};
 use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
+use crate::policy::token_window::TokenDecision;
 use crate::protocol::Endpoint;
 use crate::protocol::redact::{Redactor, holds_key};
 use crate::telemetry::record::{Arrival, End, RequestRecord};
@@ -28,6 +29,9 @@ const X_ZAP_BACKEND: HeaderName = HeaderName::from_static("x-zap-backend");
 const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit-requests");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining-requests");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset-requests");
+const LIMIT_TOKENS: HeaderName = HeaderName::from_static("x-ratelimit-limit-tokens");
+const REMAINING_TOKENS: HeaderName = HeaderName::from_static("x-ratelimit-remaining-tokens");
+const RESET_TOKENS: HeaderName = HeaderName::from_static("x-ratelimit-reset-tokens");
 
 /// Log lines that a worker writes in a second for invalid request heads: a client that sends noise must not fill the
 /// log.
@@ -39,8 +43,10 @@ pub(super) struct ResponseContext<'a> {
     pub(super) exchange: &'a Exchange,
     /// The HTTP version of the request.
     pub(super) version: Version,
-    /// The decision of the rate limiter, if a limit applies.
+    /// The decision of the rate limiter, if a limit of requests applies.
     pub(super) decision: Option<Decision>,
+    /// The state of the client's limit of tokens, if there is one.
+    pub(super) tokens: Option<TokenDecision>,
 }
 
 impl Gateway {
@@ -134,6 +140,11 @@ impl Gateway {
             headers.insert(REMAINING, headers::number(d.remaining));
             headers.insert(RESET, headers::reset(d.reset));
         }
+        if let Some(d) = context.tokens {
+            headers.insert(LIMIT_TOKENS, headers::number(d.limit));
+            headers.insert(REMAINING_TOKENS, headers::number(d.remaining));
+            headers.insert(RESET_TOKENS, headers::reset(d.reset));
+        }
         if context.exchange.must_close() || self.shared().is_stopping() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -200,7 +211,7 @@ impl Gateway {
         };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         record.is_suppressed = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
-        let context = ResponseContext { exchange, version: Version::HTTP_11, decision: None };
+        let context = ResponseContext { exchange, version: Version::HTTP_11, decision: None, tokens: None };
         self.refuse(&GatewayError::BadRequest(why), record, &context)
     }
 }

@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, Hash, RandomState};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
@@ -14,15 +15,19 @@ use crate::gateway::pages::Pages;
 use crate::policy::breaker::Change;
 use crate::policy::choose;
 use crate::policy::limit::Limiter;
-use crate::policy::pair::{Entry, PairChange};
+use crate::policy::pair::PairChange;
 use crate::policy::queue::Admission;
+use crate::policy::ratio::Demand;
 use crate::policy::retry::Budget;
+use crate::policy::spend::{Period, SpendLimit};
+use crate::policy::token_window::TokenWindow;
 use crate::protocol::Endpoint;
 use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
 use crate::telemetry::ledger::Ledger;
+use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::log::Log;
-use crate::time::Nanos;
+use crate::time::{Day, Nanos};
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
 
@@ -48,8 +53,10 @@ impl Deref for Generation {
 pub struct Shared {
     /// The current generation. A request uses the one that was current when it arrived.
     pub(crate) current: ArcSwap<Generation>,
-    /// The rate limits of the clients.
+    /// The limits of requests of the clients.
     pub(crate) limiter: Limiter,
+    /// The limits of tokens of the clients.
+    pub(crate) tokens: Arc<Limiter<TokenWindow>>,
     /// The slots, and the queue in front of them.
     pub(crate) admission: Arc<Admission>,
     /// The retry budget: a share of the requests.
@@ -89,8 +96,9 @@ impl Shared {
     pub(crate) fn with_ledger(config: Config, log: Log, ledger: Arc<Ledger>) -> Result<Self, String> {
         let snapshot = prepare(config, None)?;
         let config = &snapshot.config;
-        Ok(Shared {
+        let shared = Shared {
             limiter: Limiter::new(config.rate_limit.max_keys),
+            tokens: Arc::new(Limiter::new(config.rate_limit.max_keys)),
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
             telemetry: Telemetry::new(config.server.workers, (log, config.log.requests), ledger),
@@ -107,7 +115,9 @@ impl Shared {
                 clients: Arc::new(Clients::new(config, None)),
                 fleet: snapshot,
             }),
-        })
+        };
+        shared.sync_budgets();
+        Ok(shared)
     }
 
     /// Replaces the fleet after a reload. [`prepare`] must have made `next` from the current snapshot. Requests in
@@ -115,6 +125,7 @@ impl Shared {
     pub(crate) fn replace(&self, next: Snapshot) {
         let config = &next.config;
         self.limiter.set_max_keys(config.rate_limit.max_keys);
+        self.tokens.set_max_keys(config.rate_limit.max_keys);
         self.admission.resize(config.queue.max_in_flight, config.queue.max_size);
         self.budget.set_percent(config.retry.budget_percent);
         self.telemetry.configure(&config.log);
@@ -122,7 +133,31 @@ impl Shared {
         let now = clock::now();
         next.backends.iter().for_each(|b| b.apply(config.queue.max_size, now));
         self.current.store(Arc::new(Generation { fleet: next, clients }));
+        self.sync_budgets();
         self.reloaded.notify_waiters();
+    }
+
+    /// Drops the limits of clients above `rate_limit.max_keys`. This may take long.
+    pub(crate) fn shrink(&self) {
+        self.limiter.shrink();
+        self.tokens.shrink();
+    }
+
+    /// Makes the budgets take what the ledger knows: what was spent before this process, and by others.
+    pub(crate) fn sync_budgets(&self) {
+        let (current, today) = (self.current.load(), Day::of(SystemTime::now()));
+        let sync = |budget: Option<&Arc<SpendLimit>>, payer| {
+            let Some(budget) = budget else { return };
+            budget.sync(today, || {
+                let Spent { day, month } = self.telemetry.ledger.spent(payer, today);
+                match budget.period() {
+                    Period::Day => day,
+                    Period::Month => month,
+                }
+            });
+        };
+        current.clients.iter().for_each(|c| sync(c.budget.as_ref(), Payer::Client(&c.conf.name)));
+        current.backends.iter().for_each(|b| sync(b.budget(), Payer::Backend(b.name())));
     }
 
     /// Logs a change of a backend's state with its `cause`, and requests a rebuild of the schedule.
@@ -183,14 +218,13 @@ impl Shared {
     pub fn pick_once(&self, model: &str, affinity: u64, now: Nanos) -> bool {
         let snapshot = self.current.load();
         let Some(route) = snapshot.table().find(Some(model), true) else { return false };
-        let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity: Some(affinity) };
+        let (affinity, demand) = (Some(affinity), Demand::default());
+        let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity, demand };
         let view =
-            View { snapshot: &snapshot, ask: &ask, now, ticket: None, granted: None, is_waiting: false };
-        let picked = choose::pick(&view, true, |_| false);
-        let target = picked.map(|id| &snapshot.route(&ask).targets[id]);
-        target
-            .and_then(|target| snapshot.upstream(target).enter(Entry { now, ..Entry::default() }, None))
-            .is_some()
+            View { snapshot: &snapshot, ask: &ask, now, tickets: &[], granted: None, is_waiting: false };
+        let Some(picked) = choose::pick(&view, true, |_| false) else { return false };
+        let upstream = snapshot.upstream(&snapshot.route(&ask).targets[picked]);
+        upstream.enter(&view.candidate(picked), false).is_some()
     }
 
     /// Whether Zap has been told to stop: `/ready` fails, and connections close after their response.

@@ -255,9 +255,10 @@ pub(crate) fn new_request_id(random: u128) -> HeaderValue {
 }
 
 /// Writes a number as a header value. The most common values need no allocation.
-pub(crate) fn number(n: u32) -> HeaderValue {
+pub(crate) fn number(n: impl Into<u64>) -> HeaderValue {
     const COMMON: [&str; 4] = ["0", "1", "2", "3"];
-    match COMMON.get(n as usize) {
+    let n = n.into();
+    match usize::try_from(n).ok().and_then(|n| COMMON.get(n)) {
         Some(text) => HeaderValue::from_static(text),
         None => HeaderValue::from_str(itoa::Buffer::new().format(n)).unwrap_or(HeaderValue::from_static("0")),
     }

@@ -16,7 +16,7 @@ pub(crate) struct Topic {
 }
 
 /// All pages, in reading order.
-pub(crate) const TOPICS: [Topic; 9] = [
+pub(crate) const TOPICS: [Topic; 10] = [
     Topic {
         name: "tour",
         summary: "every feature by hand: commands with their expected output",
@@ -47,6 +47,11 @@ pub(crate) const TOPICS: [Topic; 9] = [
         name: "usage",
         summary: "tokens and money: what is counted, estimates, prices, the ledger, GET /usage",
         text: include_str!("usage.md"),
+    },
+    Topic {
+        name: "limits",
+        summary: "limits by tokens, by money and by requests at once: reservations, budgets, what is refused",
+        text: include_str!("limits.md"),
     },
     Topic {
         name: "request",

@@ -6,6 +6,7 @@
 use crate::policy::balance::{BackendId, Cursor, Schedule, Turns, load};
 use crate::policy::breaker::Status;
 use crate::policy::route::TargetId;
+use crate::policy::spend::Refused;
 use crate::time::Nanos;
 
 /// How a target is chosen among the eligible ones.
@@ -28,8 +29,14 @@ pub(crate) enum Closed {
     Full,
     /// The backend is ejected, or it refuses Zap's key.
     Out(Status),
+    /// The backend's budget does not pay for this request.
+    Budget(Refused),
+    /// The request may use more tokens than the backend's quota has.
+    TooLarge,
     /// The quota has room for this request at this time.
     Quota(Nanos),
+    /// The quota has no room for this request because of what other requests have reserved. Nothing says when that ends.
+    Reserved,
 }
 
 /// The load of a target.
@@ -105,6 +112,9 @@ pub(crate) trait Fleet {
     /// # Errors
     /// Returns the reason if the target cannot; [`Closed::Out`] if the target is not ejected.
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed>;
+
+    /// When an ejected target may be tried; `None` if it is not ejected, or if nothing says when.
+    fn trial(&self, target: TargetId) -> Option<Nanos>;
 
     /// Whether a target has been silent for long, so that others are preferred.
     fn is_suspect(&self, target: TargetId) -> bool;

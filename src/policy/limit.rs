@@ -3,8 +3,9 @@
 //! A window is the log of the last admissions, so at most N requests pass in any 60 s, in any interleaving of threads:
 //! the decision for a key is one step under the lock of its map shard. Beyond `max_keys`, the limiter evicts the key
 //! whose last use is the oldest over all shards. Keys that were idle for a whole window are evicted earlier, up to two
-//! for each new key, because an empty window is the same as none. A key is a 64-bit hash; the limiter knows neither
-//! clients nor credentials.
+//! for each new key, because an empty window is the same as none. A key whose window is in use is not evicted. A key is a
+//! 64-bit hash; the limiter knows neither clients nor credentials. The same map serves windows of requests and
+//! [windows of tokens](crate::policy::token_window).
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -12,8 +13,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
 use dashmap::DashMap;
-use parking_lot::Mutex;
 
+use crate::policy::use_order::{NONE, Node, Shard};
 use crate::time::{Nanos, SECOND};
 
 /// The length of the window.
@@ -26,8 +27,6 @@ const MAX_LOG: usize = 65_536;
 const GRANULE: Nanos = WINDOW / MAX_LOG as u64;
 
 const ORDER_SHARDS: usize = 64;
-/// No node.
-const NONE: u32 = u32::MAX;
 
 /// The limiter's decision on one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,9 +41,26 @@ pub struct Decision {
     pub reset: Nanos,
 }
 
+/// The place of an admitted request in the window of a key, by which it can be [taken back](Limiter::refund).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// The key.
+    pub key: u64,
+    /// The limit under which the request was admitted.
+    pub limit: u32,
+    /// The stamp of the admission.
+    pub stamp: Nanos,
+}
+
+/// A window that a [`Limiter`] tracks for each key.
+pub trait KeyWindow: Default {
+    /// Whether the window must be kept although its key was idle for a whole [`WINDOW`].
+    fn is_in_use(&self) -> bool;
+}
+
 /// The log of one key's admissions in the last [`WINDOW`].
 #[derive(Debug, Default)]
-pub(crate) struct Window {
+pub struct Window {
     /// Newest last. `count` is the sum of all `n`.
     log: VecDeque<Admissions>,
     count: u32,
@@ -157,10 +173,16 @@ impl Window {
     }
 }
 
+impl KeyWindow for Window {
+    fn is_in_use(&self) -> bool {
+        false
+    }
+}
+
 /// The windows of all keys.
 #[derive(Debug)]
-pub struct Limiter {
-    map: DashMap<u64, Tracked, BuildHasherDefault<Identity>>,
+pub struct Limiter<W = Window> {
+    map: DashMap<u64, Tracked<W>, BuildHasherDefault<Identity>>,
     order: Box<[CachePadded<Shard>]>,
     len: AtomicUsize,
     next_sequence: CachePadded<AtomicU64>,
@@ -168,47 +190,18 @@ pub struct Limiter {
 }
 
 #[derive(Debug)]
-struct Tracked {
-    window: Window,
+struct Tracked<W> {
+    window: W,
     /// The key's node in its order shard.
     node: u32,
 }
 
-/// The keys of one shard in the order of their last use.
-#[derive(Debug)]
-struct Shard {
-    order: Mutex<UseOrder>,
-    /// Sequence number of the oldest key's last use; `u64::MAX` if the shard has no key.
-    oldest: AtomicU64,
-}
-
-#[derive(Debug)]
-struct UseOrder {
-    /// A doubly linked list in a slab: `head` is the oldest key, `free` is a list of unused nodes, linked by `next`.
-    nodes: Vec<Node>,
-    head: u32,
-    tail: u32,
-    free: u32,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Node {
-    key: u64,
-    sequence: u64,
-    used: Nanos,
-    prev: u32,
-    next: u32,
-}
-
-impl Limiter {
+impl<W: KeyWindow> Limiter<W> {
     /// Creates a limiter that tracks at most `max_keys` keys (at least 1).
     pub fn new(max_keys: usize) -> Self {
-        let shard = || {
-            CachePadded::new(Shard { order: Mutex::new(UseOrder::new()), oldest: AtomicU64::new(u64::MAX) })
-        };
         Limiter {
             map: DashMap::default(),
-            order: (0..ORDER_SHARDS).map(|_| shard()).collect(),
+            order: (0..ORDER_SHARDS).map(|_| CachePadded::new(Shard::new())).collect(),
             len: AtomicUsize::new(0),
             next_sequence: CachePadded::new(AtomicU64::new(0)),
             max_keys: AtomicUsize::new(max_keys.max(1)),
@@ -225,24 +218,28 @@ impl Limiter {
         while self.keys() > self.max_keys.load(Ordering::Relaxed) && self.evict_oldest() {}
     }
 
-    /// Decides on one request of `key` at `now` under `limit` (at least 1), as one atomic step.
-    pub fn check(&self, key: u64, limit: u32, now: Nanos) -> Decision {
-        self.check_stamped(key, limit, now).0
+    /// Evicts up to two of the oldest keys if there are too many: keys in use may have been in the way of earlier
+    /// evictions.
+    pub(crate) fn trim(&self) {
+        for _ in 0..2 {
+            if self.keys() > self.max_keys.load(Ordering::Relaxed) {
+                self.evict_oldest();
+            }
+        }
     }
 
-    /// Decides like [`check`](Self::check), and also returns the stamp of the admission, by which it can be
-    /// [taken back](Self::refund).
-    pub fn check_stamped(&self, key: u64, limit: u32, now: Nanos) -> (Decision, Nanos) {
+    /// Changes the window of `key` at `now`, as one atomic step. Tracks the key if it is new.
+    pub(crate) fn update<T>(&self, key: u64, now: Nanos, change: impl FnOnce(&mut W) -> T) -> T {
         let shard = self.shard(key);
         let mut is_new = false;
-        let decision = {
+        let result = {
             let mut slot = self.map.entry(key).or_insert_with(|| {
                 is_new = true;
-                Tracked { window: Window::default(), node: NONE }
+                Tracked { window: W::default(), node: NONE }
             });
             let sequence = self.next_sequence.fetch_add(1, Ordering::Relaxed);
             slot.node = shard.touch(slot.node, key, sequence, now);
-            slot.window.check_late(limit, now, 0)
+            change(&mut slot.window)
         };
         if is_new && self.len.fetch_add(1, Ordering::Relaxed) >= self.max_keys.load(Ordering::Relaxed) {
             self.evict_oldest();
@@ -251,24 +248,23 @@ impl Limiter {
             self.reap(shard, now);
             self.reap(shard, now);
         }
-        decision
+        result
     }
 
-    /// Decides like [`check`](Self::check), but admits nothing. The call counts as a use of the key.
-    pub fn look(&self, key: u64, limit: u32, now: Nanos) -> Decision {
-        let Some(mut slot) = self.map.get_mut(&key) else {
-            return Decision { admitted: true, limit, remaining: limit, reset: 0 };
-        };
-        let sequence = self.next_sequence.fetch_add(1, Ordering::Relaxed);
-        slot.node = self.shard(key).touch(slot.node, key, sequence, now);
-        slot.window.look(limit, now)
-    }
-
-    /// Takes back the admission with this stamp, for a request of `key` that was refused later on.
-    pub fn refund(&self, key: u64, stamp: Nanos) {
-        if let Some(mut slot) = self.map.get_mut(&key) {
-            slot.window.refund(stamp);
+    /// Changes the window of `key`, as one atomic step; `None` if the key is not tracked. With a time, the change counts
+    /// as a use of the key.
+    pub(crate) fn update_known<T>(
+        &self,
+        key: u64,
+        now: Option<Nanos>,
+        change: impl FnOnce(&mut W) -> T,
+    ) -> Option<T> {
+        let mut slot = self.map.get_mut(&key)?;
+        if let Some(now) = now {
+            let sequence = self.next_sequence.fetch_add(1, Ordering::Relaxed);
+            slot.node = self.shard(key).touch(slot.node, key, sequence, now);
         }
+        Some(change(&mut slot.window))
     }
 
     /// Returns the number of tracked keys.
@@ -283,10 +279,10 @@ impl Limiter {
     /// Evicts the key whose last use is the oldest over all shards; `false` if none could be evicted.
     fn evict_oldest(&self) -> bool {
         for _ in 0..ORDER_SHARDS {
-            let Some(shard) = self.order.iter().min_by_key(|s| s.oldest.load(Ordering::Acquire)) else {
+            let Some(shard) = self.order.iter().min_by_key(|s| s.oldest_sequence()) else {
                 return false;
             };
-            let Some(node) = shard.order.lock().oldest() else { return false };
+            let Some(node) = shard.oldest() else { return false };
             if self.remove(shard, node) {
                 return true;
             }
@@ -296,18 +292,24 @@ impl Limiter {
 
     /// Evicts the shard's oldest key if it was idle for a whole window.
     fn reap(&self, shard: &Shard, now: Nanos) {
-        let oldest = shard.order.lock().oldest();
-        if let Some(node) = oldest
+        if let Some(node) = shard.oldest()
             && node.used + WINDOW <= now
         {
             self.remove(shard, node);
         }
     }
 
-    /// Removes a key unless it was used since `seen` was read. Takes the map's lock first, as `check` does.
+    /// Removes a key unless it was used since `seen` was read. A key in use becomes the most recently used instead.
+    /// Takes the map's lock first, as `update` does.
     fn remove(&self, shard: &Shard, seen: Node) -> bool {
-        let removed =
-            self.map.remove_if(&seen.key, |_, slot| shard.unlink(slot.node, seen.sequence)).is_some();
+        let unlink = |_: &u64, slot: &Tracked<W>| {
+            if slot.window.is_in_use() {
+                shard.renew(slot.node, seen, self.next_sequence.fetch_add(1, Ordering::Relaxed));
+                return false;
+            }
+            shard.unlink(slot.node, seen.sequence)
+        };
+        let removed = self.map.remove_if(&seen.key, unlink).is_some();
         if removed {
             self.len.fetch_sub(1, Ordering::Relaxed);
         }
@@ -315,79 +317,27 @@ impl Limiter {
     }
 }
 
-impl Shard {
-    /// Makes `key` the most recently used; returns its node.
-    fn touch(&self, node: u32, key: u64, sequence: u64, used: Nanos) -> u32 {
-        let mut order = self.order.lock();
-        let node = if node == NONE { order.allocate() } else { order.detach(node) };
-        order.nodes[node as usize] = Node { key, sequence, used, prev: NONE, next: NONE };
-        order.append(node);
-        self.publish(&order);
-        node
+impl Limiter {
+    /// Decides on one request of `key` at `now` under `limit` (at least 1), as one atomic step.
+    pub fn check(&self, key: u64, limit: u32, now: Nanos) -> Decision {
+        self.check_stamped(key, limit, now).0
     }
 
-    /// Frees `node` if its last use is still `sequence`.
-    fn unlink(&self, node: u32, sequence: u64) -> bool {
-        let mut order = self.order.lock();
-        let same = order.nodes.get(node as usize).is_some_and(|n| n.sequence == sequence);
-        if same {
-            order.detach(node);
-            order.release(node);
-            self.publish(&order);
-        }
-        same
+    /// Decides like [`check`](Self::check), and also returns the stamp of the admission, by which it can be
+    /// [taken back](Self::refund).
+    pub fn check_stamped(&self, key: u64, limit: u32, now: Nanos) -> (Decision, Nanos) {
+        self.update(key, now, |window| window.check_late(limit, now, 0))
     }
 
-    fn publish(&self, order: &UseOrder) {
-        self.oldest.store(order.oldest().map_or(u64::MAX, |n| n.sequence), Ordering::Release);
-    }
-}
-
-impl UseOrder {
-    fn new() -> Self {
-        UseOrder { nodes: Vec::new(), head: NONE, tail: NONE, free: NONE }
+    /// Decides like [`check`](Self::check), but admits nothing. The call counts as a use of the key.
+    pub fn look(&self, key: u64, limit: u32, now: Nanos) -> Decision {
+        let free = Decision { admitted: true, limit, remaining: limit, reset: 0 };
+        self.update_known(key, Some(now), |window| window.look(limit, now)).unwrap_or(free)
     }
 
-    fn oldest(&self) -> Option<Node> {
-        self.nodes.get(self.head as usize).copied()
-    }
-
-    fn allocate(&mut self) -> u32 {
-        if self.free != NONE {
-            let node = self.free;
-            self.free = self.nodes[node as usize].next;
-            return node;
-        }
-        self.nodes.push(Node { key: 0, sequence: 0, used: 0, prev: NONE, next: NONE });
-        (self.nodes.len() - 1) as u32
-    }
-
-    fn release(&mut self, node: u32) {
-        self.nodes[node as usize].next = self.free;
-        self.nodes[node as usize].sequence = u64::MAX;
-        self.free = node;
-    }
-
-    fn detach(&mut self, node: u32) -> u32 {
-        let Node { prev, next, .. } = self.nodes[node as usize];
-        match self.nodes.get_mut(prev as usize) {
-            Some(n) => n.next = next,
-            None => self.head = next,
-        }
-        match self.nodes.get_mut(next as usize) {
-            Some(n) => n.prev = prev,
-            None => self.tail = prev,
-        }
-        node
-    }
-
-    fn append(&mut self, node: u32) {
-        let tail = std::mem::replace(&mut self.tail, node);
-        self.nodes[node as usize].prev = tail;
-        match self.nodes.get_mut(tail as usize) {
-            Some(n) => n.next = node,
-            None => self.head = node,
-        }
+    /// Takes back the admission with this stamp, for a request of `key` that was refused later on.
+    pub fn refund(&self, key: u64, stamp: Nanos) {
+        self.update_known(key, None, |window| window.refund(stamp));
     }
 }
 

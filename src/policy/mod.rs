@@ -6,9 +6,17 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod use_order;
+
 pub(crate) mod limit;
 
+pub(crate) mod token_window;
+
+pub(crate) mod reservation;
+
 pub(crate) mod prices;
+
+pub(crate) mod spend;
 
 pub(crate) mod route;
 

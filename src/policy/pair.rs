@@ -195,6 +195,14 @@ impl Pairs {
         self.gate(key).status(now)
     }
 
+    /// Returns when the ejected pair with this key may be tried; `None` if it is not ejected.
+    pub(crate) fn trial_at(&self, key: impl FnOnce() -> u64) -> Option<Nanos> {
+        match self.gate(key) {
+            Gate::Ejected { trial, .. } => Some(trial),
+            _ => None,
+        }
+    }
+
     /// Returns the state of the pair with this key for requests in panic mode: an ejected pair that cools down is
     /// [`Status::Cooling`].
     pub(crate) fn status_in_panic(&self, key: impl FnOnce() -> u64, now: Nanos) -> Status {

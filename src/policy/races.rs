@@ -12,6 +12,9 @@ use loom::thread;
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::breaker::{Breaker, Change, Probe, Status, Thresholds};
 use crate::policy::queue::{Admission, Admitted, Permit, QueueFull};
+use crate::policy::quota::{Quota, QuotaLimits};
+use crate::policy::spend::{Period, Refused, SpendLimit};
+use crate::time::Day;
 
 /// Runs all interleavings with at most `preemptions` preemptions: most races need two (Musuvathi and Qadeer 2007).
 fn model(preemptions: usize, run: impl Fn() + Send + Sync + 'static) {
@@ -187,5 +190,107 @@ fn up_and_down_changes_alternate_in_every_interleaving() {
         let downs = traffic.join().unwrap();
         let is_ejected = breaker.status(1) == Status::Ejected;
         assert_eq!(downs - ups, usize::from(is_ejected));
+    });
+}
+
+/// A quota of 10 tokens, or of another number.
+fn limits(tokens: u64) -> QuotaLimits {
+    QuotaLimits { requests: None, tokens: Some(tokens) }
+}
+
+#[test]
+fn reserved_tokens_never_exceed_the_limit_and_none_are_leaked() {
+    model(3, || {
+        let quota = Quota::new(limits(10)).expect("it has a limit");
+        let held = Arc::new(AtomicUsize::new(0));
+        // `held` is never more than what is reserved and used.
+        let run = |amount: usize, used: Option<u64>| {
+            let (quota, held) = (quota.clone(), held.clone());
+            move || {
+                let Some(hold) = quota.take(1, amount as u64, None) else { return 0 };
+                assert!(held.fetch_add(amount, Ordering::SeqCst) + amount <= 10);
+                held.fetch_sub(amount - used.unwrap_or(0) as usize, Ordering::SeqCst);
+                match used {
+                    Some(used) => hold.settle(used, 2),
+                    None => drop(hold),
+                }
+                used.unwrap_or(0)
+            }
+        };
+        let settles = thread::spawn(run(6, Some(5)));
+        let refunds = thread::spawn(run(5, None));
+        let used = run(4, Some(4))() + settles.join().unwrap() + refunds.join().unwrap();
+        assert_eq!(quota.opens_at(3, 10 - used, None), Some(0), "all that was not used is free");
+        assert!(quota.take(3, 10 - used, None).is_some());
+    });
+}
+
+#[test]
+fn the_number_of_free_tokens_is_that_of_the_last_change() {
+    model(3, || {
+        let quota = Quota::new(limits(10)).expect("it has a limit");
+        let refunded = quota.take(1, 6, None).expect("there is room");
+        let theirs = quota.clone();
+        let reserves = thread::spawn(move || {
+            let hold = theirs.take(1, 4, None).expect("there is room");
+            hold.settle(4, 1);
+        });
+        drop(refunded);
+        reserves.join().unwrap();
+        assert_eq!(quota.opens_at(2, 6, None), Some(0));
+        assert!(quota.opens_at(2, 7, None).is_some_and(|at| at > 2));
+        let theirs = quota.clone();
+        let lowers = thread::spawn(move || theirs.set_limits(limits(5), 2));
+        let held = quota.take(2, 1, None);
+        lowers.join().unwrap();
+        drop(held);
+        assert!(quota.opens_at(2, 2, None).is_some_and(|at| at > 2), "one of five is left");
+        assert_eq!(quota.opens_at(2, 1, None), Some(0));
+    });
+}
+
+#[test]
+fn a_budget_is_never_exceeded_and_no_reservation_is_leaked() {
+    model(3, || {
+        let today = Day::parse("2026-11-25").expect("it is a day");
+        let budget = SpendLimit::new(10, Period::Day, today);
+        let run = |amount: u64, spent: Option<u64>| {
+            let budget = budget.clone();
+            move || match (budget.reserve(amount, today), spent) {
+                (Ok(reservation), Some(spent)) => {
+                    assert_eq!(reservation.settle(spent, today), 0);
+                    assert!(budget.spent(today) <= 10);
+                    spent
+                }
+                (Ok(_refunded), None) => 0,
+                (Err(Refused::Reserved | Refused::Spent), _) => 0,
+            }
+        };
+        let settles = thread::spawn(run(6, Some(6)));
+        let refunds = thread::spawn(run(5, None));
+        let spent = run(5, Some(5))() + settles.join().unwrap() + refunds.join().unwrap();
+        assert!(spent <= 10, "6 and 5 cannot both pass");
+        assert_eq!((budget.spent(today), budget.left(today)), (spent, 10 - spent));
+    });
+}
+
+#[test]
+fn a_settlement_during_a_sync_with_the_ledger_is_not_lost() {
+    model(3, || {
+        let today = Day::parse("2026-11-25").expect("it is a day");
+        let budget = SpendLimit::new(20, Period::Day, today);
+        // Another process has spent 2. A request is added to the ledger before it is settled.
+        let ledger = Arc::new(AtomicUsize::new(2));
+        let theirs = (budget.clone(), ledger.clone());
+        let syncs = thread::spawn(move || theirs.0.sync(today, || theirs.1.load(Ordering::SeqCst) as u64));
+        let reservation = budget.reserve(4, today).expect("there is room");
+        ledger.fetch_add(4, Ordering::SeqCst);
+        let _ = reservation.settle(4, today);
+        assert!(budget.spent(today) >= 4);
+        syncs.join().unwrap();
+        let spent = budget.spent(today);
+        assert!((6..=10).contains(&spent), "{spent}: at most once too often");
+        budget.sync(today, || ledger.load(Ordering::SeqCst) as u64);
+        assert_eq!((budget.spent(today), budget.left(today)), (6, 14));
     });
 }

@@ -1,6 +1,6 @@
-//! Running figures of each pair, a backend and a model: tokens per byte.
+//! Running figures of each pair, a backend and a model: tokens per byte, and tokens per answer.
 //!
-//! They estimate what an answer used whose provider does not say. The table is bounded.
+//! They estimate what a request will use, and what an answer used whose provider does not say. The table is bounded.
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
@@ -18,6 +18,9 @@ const MAX_ANSWERS: u64 = 128;
 /// Bytes of a token of a pair without answers.
 const DEFAULT_BYTES: u64 = 4;
 
+/// Output tokens of an answer of a pair without answers.
+const DEFAULT_OUTPUT: u64 = 512;
+
 /// The lengths of a request and of its answer, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lengths {
@@ -25,6 +28,27 @@ pub(crate) struct Lengths {
     pub asked: u64,
     /// The text of the answer.
     pub text: u64,
+}
+
+/// What a request may use, as far as it says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Demand {
+    /// The body, in bytes.
+    pub asked: u64,
+    /// The output tokens of the answer.
+    pub output: Output,
+}
+
+/// The output tokens that a request may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// At most so many.
+    AtMost(u64),
+    /// The endpoint has no output tokens.
+    #[default]
+    None,
+    /// The request does not say.
+    Unstated,
 }
 
 /// Whether a pair accepts requests that ask for the token counts of a stream.
@@ -49,6 +73,7 @@ struct Ratio {
     answers: u64,
     asked: u64,
     input: u64,
+    output: u64,
     text: u64,
     /// Output tokens of answers with text.
     told: u64,
@@ -64,9 +89,8 @@ impl Ratios {
         }
         let ratio = all.entry(key).or_default();
         if ratio.answers >= MAX_ANSWERS {
-            for sum in
-                [&mut ratio.answers, &mut ratio.asked, &mut ratio.input, &mut ratio.text, &mut ratio.told]
-            {
+            let Ratio { answers, asked, input, output, text, told, .. } = ratio;
+            for sum in [answers, asked, input, output, text, told] {
                 *sum /= 2;
             }
         }
@@ -74,6 +98,7 @@ impl Ratios {
         add(&mut ratio.answers, 1);
         add(&mut ratio.asked, lengths.asked);
         add(&mut ratio.input, usage.input);
+        add(&mut ratio.output, usage.output);
         if lengths.text > 0 {
             add(&mut ratio.text, lengths.text);
             // Reasoning that is not shown has no text.
@@ -84,18 +109,20 @@ impl Ratios {
     /// Estimates the token counts of an answer, or of a request without one.
     pub(crate) fn estimate(&self, key: u64, lengths: Lengths) -> Usage {
         let ratio = self.ratio(key);
-        let tokens = |bytes: u64, of: u64, per: u64| match per {
-            0 => bytes.div_ceil(DEFAULT_BYTES),
-            per => {
-                let tokens = u128::from(bytes) * u128::from(of);
-                u64::try_from(tokens.div_ceil(u128::from(per))).unwrap_or(u64::MAX)
-            }
+        let output = scaled(lengths.text, ratio.told, ratio.text);
+        Usage { input: ratio.input_of(lengths.asked), output, ..Usage::default() }
+    }
+
+    /// Estimates the token counts of the answer to a request that has not been sent.
+    pub(crate) fn expect(&self, key: u64, demand: &Demand) -> Usage {
+        let ratio = self.ratio(key);
+        let output = match (demand.output, ratio.answers) {
+            (Output::None, _) => 0,
+            (Output::AtMost(most), _) => most,
+            (Output::Unstated, 0) => DEFAULT_OUTPUT,
+            (Output::Unstated, answers) => ratio.output.div_ceil(answers),
         };
-        Usage {
-            input: tokens(lengths.asked, ratio.input, ratio.asked),
-            output: tokens(lengths.text, ratio.told, ratio.text),
-            ..Usage::default()
-        }
+        Usage { input: ratio.input_of(demand.asked), output, ..Usage::default() }
     }
 
     /// Whether the pair accepts requests that ask for the token counts.
@@ -113,6 +140,23 @@ impl Ratios {
 
     fn ratio(&self, key: u64) -> Ratio {
         self.0.lock().get(&key).copied().unwrap_or_default()
+    }
+}
+
+impl Ratio {
+    fn input_of(&self, asked: u64) -> u64 {
+        scaled(asked, self.input, self.asked)
+    }
+}
+
+/// Converts bytes to tokens by the ratio of `tokens` to `per` bytes, rounded up.
+fn scaled(bytes: u64, tokens: u64, per: u64) -> u64 {
+    match per {
+        0 => bytes.div_ceil(DEFAULT_BYTES),
+        per => {
+            let tokens = u128::from(bytes) * u128::from(tokens);
+            u64::try_from(tokens.div_ceil(u128::from(per))).unwrap_or(u64::MAX)
+        }
     }
 }
 
@@ -142,6 +186,18 @@ mod tests {
         ratios.learn(1, Lengths { asked: u64::MAX, text: u64::MAX }, &usage(u64::MAX, u64::MAX));
         ratios.learn(1, Lengths { asked: u64::MAX, text: u64::MAX }, &usage(u64::MAX, u64::MAX));
         assert!(ratios.estimate(1, Lengths { asked: u64::MAX, text: 0 }).input > 0);
+    }
+
+    #[test]
+    fn expects_what_the_request_states_or_what_the_pair_answered_before() {
+        let ratios = Ratios::default();
+        let demand = |output| Demand { asked: 40, output };
+        assert_eq!(ratios.expect(1, &demand(Output::Unstated)), usage(10, DEFAULT_OUTPUT));
+        ratios.learn(1, Lengths { asked: 400, text: 90 }, &usage(200, 30));
+        ratios.learn(1, Lengths { asked: 400, text: 0 }, &usage(200, 31));
+        for (output, want) in [(Output::Unstated, 31), (Output::AtMost(7), 7), (Output::None, 0)] {
+            assert_eq!(ratios.expect(1, &demand(output)), usage(20, want), "{output:?}");
+        }
     }
 
     #[test]

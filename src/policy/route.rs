@@ -43,6 +43,11 @@ impl Pattern {
         self.is_prefix
     }
 
+    /// The name, or the prefix without its `*`.
+    pub(crate) fn stem(&self) -> &str {
+        &self.stem
+    }
+
     /// Whether the pattern matches `name`.
     pub fn matches(&self, name: &str) -> bool {
         if self.is_prefix { name.starts_with(&*self.stem) } else { *self.stem == *name }
@@ -204,12 +209,21 @@ impl Target {
         }
     }
 
-    /// Returns the name that this target gets for `asked`; `None` if it gets none.
+    /// [`name`](Self::name), shared.
     pub(crate) fn model(&self, asked: Option<&Arc<str>>) -> Option<Arc<str>> {
         match &self.sent {
             Sent::AsIs => asked.cloned(),
             Sent::Fixed { name, .. } => Some(name.clone()),
             Sent::Rest { .. } => Some(self.rest(asked.map(|name| &**name)).into()),
+        }
+    }
+
+    /// The name that this target gets for `asked`; `None` if it gets none.
+    pub(crate) fn name<'t>(&'t self, asked: Option<&'t str>) -> Option<Cow<'t, str>> {
+        match &self.sent {
+            Sent::AsIs => asked.map(Cow::Borrowed),
+            Sent::Fixed { name, .. } => Some(Cow::Borrowed(name)),
+            Sent::Rest { .. } => Some(self.rest(asked).into()),
         }
     }
 

@@ -30,6 +30,8 @@ pub(crate) mod usage;
 
 pub(crate) mod usage_request;
 
+pub(crate) mod request_limits;
+
 mod plain_usage;
 
 pub(crate) mod body_usage;

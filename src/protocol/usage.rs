@@ -35,6 +35,11 @@ impl Usage {
     pub(crate) fn of_json(usage: &Value) -> Option<Usage> {
         UsageParts::of_json(usage).usage()
     }
+
+    /// The input and the output tokens.
+    pub(crate) fn total(&self) -> u64 {
+        self.input.saturating_add(self.output)
+    }
 }
 
 /// Largest count that is believed. Providers have sent negative numbers as huge ones.

@@ -159,7 +159,7 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
             shared.replace(next);
             // The limiter may now track more keys than allowed; dropping them can take long.
             let shared_for_shrink = shared.clone();
-            drop(spawn_blocking(move || shared_for_shrink.limiter.shrink()));
+            drop(spawn_blocking(move || shared_for_shrink.shrink()));
             shared.telemetry.reloads.applied.fetch_add(1, Ordering::Relaxed);
             shared.telemetry.log.event(
                 "info",

@@ -1,13 +1,17 @@
 //! The configured client keys.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crossbeam_utils::CachePadded;
 use ring::digest::{SHA256, digest};
 use subtle::ConstantTimeEq;
 
-use crate::config::{ClientKey, Config};
-use crate::counter::Counter;
+use crate::config::{Budget, ClientKey, Config};
+use crate::counter::{Counter, Recent};
+use crate::policy::queue::Admission;
+use crate::policy::spend::SpendLimit;
+use crate::time::{Day, Nanos};
 use crate::upstream::token_counters::TokenCount;
 
 /// All client keys. If empty, every client is admitted.
@@ -23,16 +27,44 @@ pub(crate) struct ClientLane {
     pub tokens: [Counter; TokenCount::KINDS.len()],
     /// What the answers cost, in nano-USD.
     pub cost: Counter,
+    /// Tokens that answers used beyond what their requests had reserved.
+    pub overrun: Counter,
+    /// Input and output tokens of the last minute.
+    recent: Recent,
+}
+
+/// The counts of all workers for a client.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ClientTotal {
+    /// The tokens of all answers, and what they cost.
+    pub count: TokenCount,
+    /// Tokens that answers used beyond what their requests had reserved.
+    pub overrun: u64,
+    /// Input and output tokens of the last minute.
+    pub last_minute: u64,
+}
+
+impl ClientTotal {
+    /// Adds up lanes at `now`.
+    pub(crate) fn of<'l>(lanes: impl Iterator<Item = &'l ClientLane>, now: Nanos) -> Self {
+        lanes.fold(ClientTotal::default(), |mut total, lane| {
+            total.count.add(&lane.spent());
+            total.overrun += lane.overrun.get();
+            total.last_minute += lane.recent.last_minute(now);
+            total
+        })
+    }
 }
 
 impl ClientLane {
     /// The count of all answers.
-    pub(crate) fn spent(&self) -> TokenCount {
+    fn spent(&self) -> TokenCount {
         TokenCount { tokens: std::array::from_fn(|i| self.tokens[i].get()), cost: self.cost.get() }
     }
 
-    /// Adds the count of an answer.
-    pub(crate) fn spend(&self, count: &TokenCount) {
+    /// Adds the count of an answer that ended at `now`.
+    pub(crate) fn spend(&self, count: &TokenCount, now: Nanos) {
+        self.recent.add(now, count.total());
         self.tokens.iter().zip(count.tokens).for_each(|(counter, n)| counter.add(n));
         self.cost.add(count.cost);
     }
@@ -45,16 +77,34 @@ pub(crate) struct Client {
     pub conf: ClientKey,
     /// The counts of the key, one lane per worker.
     pub lanes: Arc<[CachePadded<ClientLane>]>,
+    /// The limit `max_in_flight`, and the queue in front of it.
+    pub admission: Option<Arc<Admission>>,
+    /// The budget.
+    pub budget: Option<Arc<SpendLimit>>,
 }
 
 impl Clients {
-    /// The client keys of `config`. A key with the same name in `before` hands on its counters.
+    /// The client keys of `config`. A key with the same name in `before` hands on its counters, and what it has spent. The
+    /// new limits apply at once.
     pub(crate) fn new(config: &Config, before: Option<&Clients>) -> Self {
-        let known = |name: &str| before?.iter().find(|c| c.conf.name == name).map(|c| c.lanes.clone());
         let client = |conf: &ClientKey| {
+            let known = before.and_then(|before| before.iter().find(|c| c.conf.name == conf.name));
             let fresh = || (0..config.server.workers).map(|_| CachePadded::default()).collect();
-            let lanes = known(&conf.name).unwrap_or_else(fresh);
-            Arc::new(Client { conf: conf.clone(), lanes })
+            let admission = conf.max_in_flight.map(|max| {
+                let known = known.and_then(|c| c.admission.clone());
+                known.unwrap_or_else(|| Admission::new(max, config.queue.max_size))
+            });
+            if let (Some(admission), Some(max)) = (&admission, conf.max_in_flight) {
+                admission.resize(max, config.queue.max_size);
+            }
+            let budget = conf.budget.map(|Budget { nano_usd, per }| {
+                let known = known.and_then(|c| c.budget.as_ref());
+                let budget = SpendLimit::renewed(known, nano_usd, per, Day::of(SystemTime::now()));
+                budget.set_limit(nano_usd);
+                budget
+            });
+            let lanes = known.map_or_else(fresh, |c| c.lanes.clone());
+            Arc::new(Client { conf: conf.clone(), lanes, admission, budget })
         };
         Clients(config.clients.iter().map(client).collect())
     }

@@ -8,6 +8,7 @@ use crate::protocol::usage::Usage;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::counters::BackendLane;
+use crate::upstream::in_flight::BackendReservation;
 use crate::upstream::token_counters::TokenCount;
 
 /// The label of models that the configuration does not name.
@@ -30,6 +31,8 @@ pub(crate) struct Meter {
     pub usage: Option<Usage>,
     /// When the first content came; only of a stream.
     pub first_content: Option<Nanos>,
+    /// What the request has reserved at its backend.
+    pub reservation: Option<Box<BackendReservation>>,
 }
 
 /// What an answer used.
@@ -51,14 +54,14 @@ pub(crate) struct Used {
 
 impl Meter {
     /// Ends the metering at `now`, and counts what the answer used at its backend. `started`: when the request arrived.
-    /// `None` if nothing is known of it.
+    /// Also returns the reservation, which is still open. `None` if nothing is known of the answer.
     pub(crate) fn settle(
         self,
         upstream: &Upstream,
         lane: &BackendLane,
         (started, now): (Nanos, Nanos),
-    ) -> Option<Used> {
-        let Meter { key, label, model, metering, lengths, usage, first_content } = self;
+    ) -> Option<(Used, Option<Box<BackendReservation>>)> {
+        let Meter { key, label, model, metering, lengths, usage, first_content, reservation } = self;
         let ratios = &upstream.state.ratios;
         let (usage, is_estimate) = match (usage, metering) {
             (Some(usage), _) => {
@@ -71,6 +74,7 @@ impl Meter {
         };
         let cost = upstream.cost(model.as_deref(), &usage);
         lane.tokens.add(&label, &TokenCount::new(&usage, cost));
+        lane.recent_tokens.add(now, usage.total());
         if is_estimate {
             lane.usage_missing.add(1);
         }
@@ -80,6 +84,6 @@ impl Meter {
                 lane.per_output_token.record(now.saturating_sub(first) / (usage.output - 1));
             }
         }
-        Some(Used { usage, is_estimate, label, cost, model, first_content })
+        Some((Used { usage, is_estimate, label, cost, model, first_content }, reservation))
     }
 }

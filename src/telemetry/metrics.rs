@@ -141,7 +141,10 @@ pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
     clients(&mut e, scrape.clients);
     backends(&mut e, scrape.backends);
     models(&mut e, scrape);
-    token_metrics::encode(&mut e, scrape.backends, scrape.clients, scrape.telemetry.anonymous());
+    let now = clock::now();
+    let anonymous = scrape.telemetry.anonymous(now);
+    let clients: Vec<_> = token_metrics::totals_by_client(scrape.clients, anonymous, now).collect();
+    token_metrics::encode(&mut e, scrape.backends, &clients);
     process(&mut e);
     e.finish()
 }

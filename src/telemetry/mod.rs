@@ -4,6 +4,8 @@ pub(crate) mod record;
 
 pub(crate) mod phase;
 
+pub(crate) mod passed_over;
+
 pub(crate) mod metrics;
 
 pub(crate) mod token_metrics;
@@ -27,10 +29,11 @@ use crossbeam_utils::CachePadded;
 use http::HeaderValue;
 
 use crate::config;
+use crate::telemetry::clients::ClientTotal;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::{Lane, Reloads};
-use crate::upstream::token_counters::TokenCount;
+use crate::time::Nanos;
 
 /// The telemetry that all workers share.
 #[derive(Debug)]
@@ -59,9 +62,9 @@ impl Telemetry {
         })
     }
 
-    /// The token count of requests without a client key.
-    pub(crate) fn anonymous(&self) -> TokenCount {
-        TokenCount::sum(self.lanes.iter().map(|lane| lane.anonymous.spent()))
+    /// The counts of requests without a client key, at `now`.
+    pub(crate) fn anonymous(&self, now: Nanos) -> ClientTotal {
+        ClientTotal::of(self.lanes.iter().map(|lane| &lane.anonymous), now)
     }
 
     /// Applies a new configuration.

@@ -1,6 +1,5 @@
 //! The record of one request: what the metrics and the log line need. Dropping the record reports it.
 
-use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -9,26 +8,27 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use http::{HeaderValue, Method};
+use smallvec::SmallVec;
 
 use crate::clock;
 use crate::code::Code;
 use crate::config::ANONYMOUS;
-use crate::policy::breaker::Status;
-use crate::policy::choose::Closed;
+use crate::policy::limit::Place;
 use crate::policy::prices::usd;
+use crate::policy::reservation::ClientReservation;
 use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
-use crate::telemetry::clients::Client;
+use crate::telemetry::clients::{Client, ClientLane};
 use crate::telemetry::ledger::table::{Amounts, Labels};
 use crate::telemetry::log::push_json;
 use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
+use crate::telemetry::passed_over::PassedOver;
 use crate::telemetry::phase::Phase;
-use crate::time::{Day, MILLI, Nanos, SECOND};
+use crate::time::{Day, MILLI, Nanos};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
-use crate::upstream::fleet::Passed;
 use crate::upstream::token_counters::TokenCount;
 
 /// How a request ended.
@@ -70,17 +70,6 @@ pub(crate) enum Caller {
     Known(Arc<Client>),
     /// A client with a credential that is not checked, since no client keys are configured: its keyed hash.
     Unknown(u64),
-}
-
-/// A candidate that was passed over.
-#[derive(Debug)]
-pub(crate) struct PassedOver {
-    backend: Arc<Upstream>,
-    why: Passed,
-    /// The time of the check.
-    at: Nanos,
-    /// The last fault of a backend that is out.
-    fault: Option<Fault>,
 }
 
 /// A request as it arrives.
@@ -135,7 +124,7 @@ pub(crate) struct RequestRecord {
     /// The backend and the cause of every failed try.
     pub failed: Vec<(Arc<Upstream>, Fault)>,
     /// Candidates that were passed over; kept only if requests are logged.
-    pub passed: Vec<PassedOver>,
+    pub passed: PassedOver,
     /// Time in the queue, if the request was queued.
     pub queued: Option<Nanos>,
     /// Time that is not Zap's own: waiting for the client's body, the queue, upstreams and backoff.
@@ -148,6 +137,10 @@ pub(crate) struct RequestRecord {
     pub meter: Option<Meter>,
     /// What the answer used.
     pub used: Option<Used>,
+    /// The places of the request in the windows of requests.
+    pub places: SmallVec<[Place; 2]>,
+    /// What the request holds of its client's limits.
+    pub reserved: Option<Box<ClientReservation>>,
     /// The phase that the request is in.
     pub phase: Phase,
     /// How the request ended, as far as known.
@@ -181,13 +174,15 @@ impl RequestRecord {
             backend: None,
             tries: 0,
             failed: Vec::new(),
-            passed: Vec::new(),
+            passed: PassedOver::default(),
             queued: None,
             waited: 0,
             first_byte: None,
             bytes: 0,
             meter: None,
             used: None,
+            places: SmallVec::new(),
+            reserved: None,
             phase: Phase::Body,
             end: End::ClientGone,
             is_suppressed: false,
@@ -204,20 +199,6 @@ impl RequestRecord {
         &self.recorder
     }
 
-    /// Records that a candidate was passed over at `now`; each candidate once per kind of reason.
-    pub(crate) fn pass_over(&mut self, backend: &Arc<Upstream>, why: Passed, now: Nanos) {
-        let kind = |why: &Passed| match why {
-            Passed::Closed(closed) => (std::mem::discriminant(why), Some(std::mem::discriminant(closed))),
-            Passed::Load | Passed::Tried => (std::mem::discriminant(why), None),
-        };
-        let is_known = |p: &PassedOver| p.backend.state.id == backend.state.id && kind(&p.why) == kind(&why);
-        if !self.passed.iter().any(is_known) {
-            let is_out = matches!(why, Passed::Closed(Closed::Out(_)));
-            let fault = if is_out { backend.last_error().map(|(_, fault)| fault) } else { None };
-            self.passed.push(PassedOver { backend: backend.clone(), why, at: now, fault });
-        }
-    }
-
     /// Records that a panic ends the request: the response is a 500, or is cut if it has begun.
     fn record_panic(&mut self) {
         let lane = self.recorder.lane();
@@ -231,32 +212,41 @@ impl RequestRecord {
         }
     }
 
-    /// Counts what the answer used. Called before the last byte goes to the client, so that its next request sees it.
+    /// Counts what the answer used, and ends the reservations. Called before the last byte goes to the client, so that its
+    /// next request sees it.
     pub(crate) fn settle(&mut self) {
+        // Without a count, dropping the reservations refunds them.
+        let reserved = self.reserved.take();
         let (Some(meter), Some(backend)) = (self.meter.take(), &self.backend) else { return };
         let worker = self.recorder.worker;
-        let times = (self.started, clock::now());
-        let Some(used) = meter.settle(backend, &backend.lanes[worker], times) else { return };
-        let count = TokenCount::new(&used.usage, used.cost);
-        let client = match &self.caller {
-            Caller::Known(client) => {
-                client.lanes[worker].spend(&count);
-                &client.conf.name
-            }
-            Caller::Anonymous | Caller::Unknown(_) => {
-                self.recorder.lane().anonymous.spend(&count);
-                ANONYMOUS
-            }
-        };
+        let now = clock::now();
+        let times = (self.started, now);
+        let Some((used, reservation)) = meter.settle(backend, &backend.lanes[worker], times) else { return };
+        let (lane, client) = self.client_lane();
+        lane.spend(&TokenCount::new(&used.usage, used.cost), now);
         let labels = Labels { client, backend: backend.name(), model: &used.label };
         let amounts = Amounts::of_request(used.usage, used.is_estimate, used.cost);
         // Where the names stand tells them apart while they are in use, and costs less than a hash of them.
         let key = backend.identity
             ^ (used.label.as_ptr().addr() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
             ^ (client.as_ptr().addr() as u64).rotate_left(32);
-        let today = Day::of(SystemTime::now());
-        self.recorder.telemetry.ledger.add(worker, today, (key, labels), amounts);
+        let times = (now, Day::of(SystemTime::now()));
+        self.recorder.telemetry.ledger.add(worker, times.1, (key, labels), amounts);
+        // The ledger comes first, as `SpendLimit::sync` expects.
+        let (tokens, cost) = (used.usage.total(), used.cost);
+        if let Some(reservation) = reservation {
+            reservation.settle(tokens, cost, times);
+        }
+        lane.overrun.add(reserved.map_or(0, |reserved| reserved.settle(tokens, cost, times)));
         self.used = Some(used);
+    }
+
+    /// The worker's counts for the client, and the client's name.
+    fn client_lane(&self) -> (&ClientLane, &str) {
+        match &self.caller {
+            Caller::Known(client) => (&client.lanes[self.recorder.worker], &client.conf.name),
+            Caller::Anonymous | Caller::Unknown(_) => (&self.recorder.lane().anonymous, ANONYMOUS),
+        }
     }
 
     /// Adds a wait in a queue.
@@ -324,16 +314,7 @@ impl RequestRecord {
             let _ = write!(out, ",\"{}\"]", self.status);
         }
         out.push_str("],\"passed\":[");
-        for (i, PassedOver { backend, why, at, fault }) in self.passed.iter().enumerate() {
-            out.push_str(if i == 0 { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"", reason(*why, *at));
-            if let Some(fault) = fault {
-                out.push(',');
-                push_json(&mut out, &fault.cause);
-            }
-            out.push(']');
-        }
+        self.passed.push_to(&mut out);
         out.push(']');
         self.push_used(&mut out);
         let _ = write!(
@@ -381,22 +362,6 @@ fn push_json_or_null(out: &mut String, text: Option<&str>) {
     match text {
         Some(text) => push_json(out, text),
         None => out.push_str("null"),
-    }
-}
-
-/// Why a candidate was passed over. For a cooling backend or a spent quota, with the time left at `now`.
-fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
-    let left =
-        |what, at: Nanos| format!("{what} {:.1}s", at.saturating_sub(now) as f64 / SECOND as f64).into();
-    match why {
-        Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
-        Passed::Closed(Closed::Full) => "full".into(),
-        Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),
-        Passed::Closed(Closed::Out(Status::Unauthorized)) => "unauthorized".into(),
-        Passed::Closed(Closed::Out(_)) => "ejected".into(),
-        Passed::Closed(Closed::Quota(until)) => left("quota", until),
-        Passed::Load => "load".into(),
-        Passed::Tried => "tried".into(),
     }
 }
 

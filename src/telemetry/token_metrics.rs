@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use crate::config::ANONYMOUS;
 use crate::counter::{Histogram, PER_TOKEN, REQUEST, Total};
-use crate::telemetry::clients::Clients;
+use crate::telemetry::clients::{Client, ClientTotal, Clients};
 use crate::telemetry::encode::Encoder;
+use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::counters::BackendLane;
 use crate::upstream::token_counters::TokenCount;
@@ -18,23 +19,22 @@ pub(crate) fn tokens_of(upstream: &Upstream) -> BTreeMap<Arc<str>, TokenCount> {
     totals
 }
 
-/// The token counts of all clients by name; `anonymous` is that of requests without a client key.
-pub(crate) fn tokens_by_client(
+/// The counts of all clients at `now`, by name; `anonymous` is that of requests without a client key.
+pub(crate) fn totals_by_client(
     clients: &Clients,
-    anonymous: TokenCount,
-) -> impl Iterator<Item = (&str, TokenCount)> {
-    let known = clients.iter().map(|client| {
-        let count = TokenCount::sum(client.lanes.iter().map(|lane| lane.spent()));
-        (&*client.conf.name, count)
-    });
+    anonymous: ClientTotal,
+    now: Nanos,
+) -> impl Iterator<Item = (&str, ClientTotal)> {
+    let total = move |client: &Arc<Client>| ClientTotal::of(client.lanes.iter().map(|lane| &**lane), now);
+    let known = clients.iter().map(move |client| (&*client.conf.name, total(client)));
     known.chain([(ANONYMOUS, anonymous)])
 }
 
-/// Writes the metrics of tokens and money. `anonymous`: the count of requests without a client key.
-pub(super) fn encode(e: &mut Encoder, backends: &[Arc<Upstream>], clients: &Clients, anonymous: TokenCount) {
+/// Writes the metrics of tokens and money. `clients`: the counts of all clients by name.
+pub(super) fn encode(e: &mut Encoder, backends: &[Arc<Upstream>], clients: &[(&str, ClientTotal)]) {
     of_backends(e, backends);
     times(e, backends);
-    of_clients(e, clients, anonymous);
+    of_clients(e, clients);
 }
 
 fn of_backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
@@ -87,16 +87,23 @@ fn times(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     );
 }
 
-fn of_clients(e: &mut Encoder, clients: &Clients, anonymous: TokenCount) {
-    let all: Vec<_> = tokens_by_client(clients, anonymous).collect();
+fn of_clients(e: &mut Encoder, all: &[(&str, ClientTotal)]) {
     e.family("zap_client_tokens_total", "counter", "Tokens of the responses to a client key.");
-    for (client, count) in &all {
+    for (client, ClientTotal { count, .. }) in all {
         for (kind, n) in TokenCount::KINDS.into_iter().zip(count.tokens) {
             e.sample("zap_client_tokens_total", &[("client", client), ("type", kind)], n);
         }
     }
     e.family("zap_client_cost_usd_total", "counter", "Cost of the responses to a client key.");
-    for (client, count) in &all {
-        e.money("zap_client_cost_usd_total", &[("client", client)], count.cost);
+    for (client, total) in all {
+        e.money("zap_client_cost_usd_total", &[("client", client)], total.count.cost);
+    }
+    e.family(
+        "zap_token_overrun_total",
+        "counter",
+        "Tokens that responses used beyond what the limit of tokens or the budget of a client key had reserved for them.",
+    );
+    for (client, total) in all {
+        e.sample("zap_token_overrun_total", &[("client", client)], total.overrun);
     }
 }

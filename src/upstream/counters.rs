@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use crate::code::Code;
-use crate::counter::{Counter, Histogram, PER_TOKEN, REQUEST};
+use crate::counter::{Counter, Histogram, PER_TOKEN, REQUEST, Recent};
 use crate::protocol::Endpoint;
 use crate::upstream::token_counters::TokenCounters;
 
@@ -42,6 +42,8 @@ pub(crate) struct BackendLane {
     pub per_output_token: Histogram,
     /// The token counts of the responses, by model.
     pub tokens: TokenCounters,
+    /// Input and output tokens of the last minute.
+    pub recent_tokens: Recent,
     /// Responses whose token counts were estimated.
     pub usage_missing: Counter,
     /// Retries, by the code of the failure that caused the retry.
@@ -64,6 +66,7 @@ impl Default for BackendLane {
             first_token: Histogram::new(REQUEST),
             per_output_token: Histogram::new(PER_TOKEN),
             tokens: TokenCounters::default(),
+            recent_tokens: Recent::default(),
             usage_missing: Counter::default(),
             retries: std::array::from_fn(|_| Counter::default()),
             errors: std::array::from_fn(|_| Counter::default()),

@@ -14,13 +14,15 @@ use crate::policy::balance::{BackendId, Cursor, Schedule, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
-use crate::policy::quota::QuotaTicket;
+use crate::policy::ratio::Demand;
 use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
 use crate::protocol::Endpoint;
+use crate::protocol::request_limits;
 use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
+use crate::upstream::in_flight::{Candidate, QuotaWait};
 use crate::upstream::rotation::{RotationSet, TargetSet};
 
 /// A load that is above that of every backend in use: such a target is asked last.
@@ -44,6 +46,10 @@ struct Routing {
     table: Table,
     /// The members of a request body that the scanner must find.
     watch: Watch,
+    /// Whether anything is limited by tokens or money.
+    limits_tokens: bool,
+    /// Whether a request may have to reserve something of its client's limits, or is too large for a backend's.
+    limits_clients: bool,
     /// `drops[backend][index]`: whether member `index` of `watch` is not sent to the backend.
     drops: Box<[Box<[bool]>]>,
     sets: Vec<TargetSet>,
@@ -67,6 +73,8 @@ pub(crate) struct Ask<'a> {
     pub model: Option<&'a str>,
     /// A hash of the prefix of the conversation.
     pub affinity: Option<u64>,
+    /// What the request may use.
+    pub demand: Demand,
 }
 
 /// The targets of one request at one moment, as [`choose`] and [`dispatch`](crate::policy::dispatch) see them.
@@ -77,8 +85,8 @@ pub(crate) struct View<'a> {
     pub ask: &'a Ask<'a>,
     /// The time.
     pub now: Nanos,
-    /// The request's place in the queue of a quota.
-    pub ticket: Option<&'a QuotaTicket>,
+    /// The request's places in the queues of quotas.
+    pub tickets: &'a [(BackendId, QuotaWait)],
     /// The backend whose permit the request has waited for and now holds.
     pub granted: Option<BackendId>,
     /// Whether the request has begun to wait for busy targets.
@@ -148,6 +156,16 @@ impl Snapshot {
         &self.routing.watch
     }
 
+    /// Whether anything is limited by tokens or money.
+    pub(crate) fn limits_tokens(&self) -> bool {
+        self.routing.limits_tokens
+    }
+
+    /// Whether a request may have to reserve something of its client's limits, or is too large for a backend's.
+    pub(crate) fn limits_clients(&self) -> bool {
+        self.routing.limits_clients
+    }
+
     /// Whether a backend does not accept a member, given by its index in [`watch`](Self::watch).
     pub(crate) fn drops(&self, backend: BackendId, member: usize) -> bool {
         self.routing.drops[backend][member]
@@ -174,7 +192,12 @@ impl Snapshot {
     /// Returns the reason if the target cannot.
     pub(crate) fn check(&self, now: Nanos, ask: &Ask<'_>, target: TargetId) -> Result<(), Closed> {
         let t = &self.route(ask).targets[target];
-        self.upstream(t).check(now, || t.key(ask.model), None)
+        self.upstream(t).check(&Candidate {
+            target: Some((t, ask.model)),
+            demand: &ask.demand,
+            now,
+            ticket: None,
+        })
     }
 
     /// The targets that were passed over for `chosen`: targets of the same or a lower priority value that cannot take the
@@ -226,13 +249,25 @@ impl Snapshot {
     }
 }
 
-impl View<'_> {
-    fn target(&self, id: TargetId) -> &Target {
+impl<'a> View<'a> {
+    fn target(&self, id: TargetId) -> &'a Target {
         &self.snapshot.route(self.ask).targets[id]
     }
 
-    fn upstream(&self, id: TargetId) -> &Arc<Upstream> {
+    fn upstream(&self, id: TargetId) -> &'a Arc<Upstream> {
         self.snapshot.upstream(self.target(id))
+    }
+
+    /// The request as a candidate for a target.
+    pub(crate) fn candidate(&self, id: TargetId) -> Candidate<'a> {
+        let target = self.target(id);
+        let ticket = self.tickets.iter().find(|(backend, _)| *backend == target.backend);
+        Candidate {
+            target: Some((target, self.ask.model)),
+            demand: &self.ask.demand,
+            now: self.now,
+            ticket: ticket.and_then(|(_, wait)| wait.ticket()),
+        }
     }
 }
 
@@ -283,16 +318,19 @@ impl Fleet for View<'_> {
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
         let t = self.target(target);
-        let (upstream, key) = (self.snapshot.upstream(t), || t.key(self.ask.model));
+        let (upstream, candidate) = (self.snapshot.upstream(t), self.candidate(target));
         match self.granted {
-            Some(backend) if backend == t.backend => upstream.check_with_permit(self.now, key, self.ticket),
-            _ => upstream.check(self.now, key, self.ticket),
+            Some(backend) if backend == t.backend => upstream.check_with_permit(&candidate),
+            _ => upstream.check(&candidate),
         }
     }
 
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed> {
-        let t = self.target(target);
-        self.snapshot.upstream(t).check_ejected(self.now, || t.key(self.ask.model), self.ticket)
+        self.upstream(target).check_ejected(&self.candidate(target))
+    }
+
+    fn trial(&self, target: TargetId) -> Option<Nanos> {
+        self.upstream(target).trial(&self.candidate(target))
     }
 
     fn is_suspect(&self, target: TargetId) -> bool {
@@ -324,6 +362,10 @@ impl Routing {
         if backends.iter().any(|b| b.asks_for_usage()) {
             droppable.push(STREAM_OPTIONS.into());
         }
+        let limits_tokens = config.limits_tokens();
+        if limits_tokens {
+            droppable.extend(request_limits::members().map(Into::into));
+        }
         droppable.sort_unstable();
         droppable.dedup();
         let drops =
@@ -346,7 +388,10 @@ impl Routing {
         let sets_of = |routing: &Routing, route: RouteId| {
             Some(routing.set_of.get(route)?.map(|set| routing.sets[set].clone()))
         };
-        let mut routing = Routing { table, watch, drops, sets, set_of, cursors: Vec::new() };
+        let limits_clients =
+            limits_tokens || config.clients.iter().any(|client| client.max_in_flight.is_some());
+        let mut routing =
+            Routing { table, watch, limits_tokens, limits_clients, drops, sets, set_of, cursors: Vec::new() };
         let cursors = |route: RouteId| {
             let counts = routing.set_of[route].map(|set| routing.sets[set].schedule_count());
             let known = before.filter(|b| sets_of(b, route) == sets_of(&routing, route));
@@ -400,7 +445,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::policy::pair::Entry;
 
     /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, where `big` has three times the weight of `small`,
     /// and to `b`.
@@ -426,11 +470,11 @@ mod tests {
 
     fn ask<'a>(snapshot: &Snapshot, model: &'a str, affinity: Option<u64>) -> Ask<'a> {
         let route = snapshot.table().find(Some(model), true).unwrap();
-        Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity }
+        Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity, demand: Demand::default() }
     }
 
     fn view<'a>(snapshot: &'a Snapshot, ask: &'a Ask<'a>) -> View<'a> {
-        View { snapshot, ask, now: clock::now(), ticket: None, granted: None, is_waiting: false }
+        View { snapshot, ask, now: clock::now(), tickets: &[], granted: None, is_waiting: false }
     }
 
     #[test]
@@ -465,13 +509,11 @@ mod tests {
             for n in 0..500 {
                 let hash = xxhash_rust::xxh64::xxh64(&[n as u8, (n >> 8) as u8], 0);
                 let two = ask(&snapshot, "two", Some(hash));
-                let target = choose::pick(&view(&snapshot, &two), true, |_| false).unwrap();
+                let view = view(&snapshot, &two);
+                let target = choose::pick(&view, true, |_| false).unwrap();
                 picks[target] += 1;
-                held.extend(
-                    snapshot
-                        .upstream(&snapshot.route(&two).targets[target])
-                        .enter(Entry { now, ..Entry::default() }, None),
-                );
+                let upstream = snapshot.upstream(&snapshot.route(&two).targets[target]);
+                held.extend(upstream.enter(&view.candidate(target), false));
             }
             assert_eq!(picks[0], 0, "{strategy}");
             assert!((90..=130).contains(&picks[1]), "a fifth: {picks:?} by {strategy}");

@@ -44,8 +44,9 @@ use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
 use crate::policy::prices::{Price, PriceTable};
 use crate::policy::queue::{Admission, Admitted, QueueFull};
-use crate::policy::quota::{Quota, QuotaTicket};
-use crate::policy::ratio::Ratios;
+use crate::policy::quota::{Quota, QuotaLimits};
+use crate::policy::ratio::{Demand, Ratios};
+use crate::policy::spend::SpendLimit;
 use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::protocol::usage_request::STREAM_OPTIONS;
@@ -53,6 +54,7 @@ use crate::time::Nanos;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
 use crate::upstream::fault::Fault;
+use crate::upstream::in_flight::{Candidate, today};
 use crate::upstream::link::write_header;
 
 /// Headers of a health check beside a backend's own.
@@ -86,6 +88,7 @@ pub(crate) struct Upstream {
     /// The limit `max_in_flight`, and the queue in front of it.
     admission: Option<Arc<Admission>>,
     quota: Option<Arc<Quota>>,
+    budget: Option<Arc<SpendLimit>>,
     prices: PriceTable,
     asks_for_usage: bool,
 }
@@ -201,9 +204,11 @@ impl Upstream {
         let admission = conf.max_in_flight.map(|max| {
             same.and_then(|b| b.admission.clone()).unwrap_or_else(|| Admission::new(max, waiters))
         });
-        let quota = conf
-            .requests_per_minute
-            .map(|limit| same.and_then(|b| b.quota.clone()).unwrap_or_else(|| Quota::new(limit)));
+        let limits = quota_limits(&conf);
+        let kept = same.and_then(|b| b.quota.clone()).filter(|_| limits != QuotaLimits::default());
+        let quota = kept.or_else(|| Quota::new(limits));
+        let spent = before.and_then(|b| b.budget.as_ref());
+        let budget = conf.budget.map(|b| SpendLimit::renewed(spent, b.nano_usd, b.per, today()));
         Ok(Upstream {
             state: same.map_or_else(|| Arc::new(BackendState::new()), |b| b.state.clone()),
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
@@ -216,6 +221,7 @@ impl Upstream {
             connector,
             admission,
             quota,
+            budget,
             prices: PriceTable::new(conf.prices.iter().map(|(model, price)| (&**model, Price::of(*price)))),
             asks_for_usage: asks_for_usage(&conf),
             conf,
@@ -228,9 +234,12 @@ impl Upstream {
         if let (Some(admission), Some(max)) = (&self.admission, self.conf.max_in_flight) {
             admission.resize(max, waiters);
         }
-        if let (Some(quota), Some(limit)) = (&self.quota, self.conf.requests_per_minute) {
-            quota.set_limit(limit, now);
+        if let Some(quota) = &self.quota {
+            quota.set_limits(quota_limits(&self.conf), now);
             self.state.quota_changed.notify_waiters();
+        }
+        if let (Some(limit), Some(budget)) = (&self.budget, self.conf.budget) {
+            limit.set_limit(budget.nano_usd);
         }
     }
 
@@ -248,6 +257,16 @@ impl Upstream {
     pub(crate) fn cost(&self, model: Option<&str>, usage: &Usage) -> u64 {
         // A request may go out without a model; the price of all models counts for it too.
         self.prices.price(model.unwrap_or_default()).map_or(0, |price| price.cost(usage))
+    }
+
+    /// The budget.
+    pub(crate) fn budget(&self) -> Option<&Arc<SpendLimit>> {
+        self.budget.as_ref()
+    }
+
+    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a limit.
+    pub(crate) fn tokens_left(&self, now: Nanos) -> Option<(u64, u64)> {
+        self.quota.as_ref()?.tokens_left(now)
     }
 
     /// The name in labels, headers and logs.
@@ -297,19 +316,12 @@ impl Upstream {
         self.head_start(Endpoint::Completions).is_some()
     }
 
-    /// Checks whether the backend can take a request at `now`. `key` computes the key of the model, under which it may
-    /// cool down; it is called only if a model of this backend does. `ticket` may belong to this backend's quota or to
-    /// another one.
+    /// Checks whether the backend can take a request.
     ///
     /// # Errors
     /// Returns the reason if the backend cannot.
-    pub(crate) fn check(
-        &self,
-        now: Nanos,
-        key: impl FnOnce() -> u64,
-        ticket: Option<&QuotaTicket>,
-    ) -> Result<(), Closed> {
-        self.check_with_permit(now, key, ticket)?;
+    pub(crate) fn check(&self, candidate: &Candidate<'_>) -> Result<(), Closed> {
+        self.check_with_permit(candidate)?;
         self.check_full()
     }
 
@@ -320,51 +332,42 @@ impl Upstream {
         }
     }
 
-    fn check_quota(&self, now: Nanos, ticket: Option<&QuotaTicket>) -> Result<(), Closed> {
-        match self.quota.as_ref().map_or(0, |quota| quota.opens_at(now, ticket)) {
-            at if at <= now => Ok(()),
-            at => Err(Closed::Quota(at)),
-        }
-    }
-
     /// Checks whether the backend, which is out as a whole or for this model, can take a request in panic mode.
     ///
     /// # Errors
     /// Returns the reason if the backend cannot; [`Closed::Out`] if it is not ejected.
-    pub(crate) fn check_ejected(
-        &self,
-        now: Nanos,
-        key: impl FnOnce() -> u64,
-        ticket: Option<&QuotaTicket>,
-    ) -> Result<(), Closed> {
-        let breaker = &self.state.breaker;
-        match (breaker.status_of_backend(now), breaker.pairs.status_in_panic(key, now)) {
+    pub(crate) fn check_ejected(&self, candidate: &Candidate<'_>) -> Result<(), Closed> {
+        let (breaker, now) = (&self.state.breaker, candidate.now);
+        let of_pair = breaker.pairs.status_in_panic(|| candidate.key(), now);
+        match (breaker.status_of_backend(now), of_pair) {
             (Status::Unauthorized, _) => return Err(Closed::Out(Status::Unauthorized)),
             (_, Status::Cooling(until)) => return Err(Closed::Cooling(until)),
             // Checks alone say that the key is wrong: requests ask such a backend last, rather than nobody.
             (Status::Ejected | Status::Misconfigured, _) | (Status::Healthy, Status::Ejected) => {}
             (other, _) => return Err(Closed::Out(other)),
         }
-        self.check_quota(now, ticket)?;
+        self.check_limits(candidate)?;
         self.check_full()
+    }
+
+    /// When the pair, which is ejected, may be tried; `None` if nothing says when.
+    pub(crate) fn trial(&self, candidate: &Candidate<'_>) -> Option<Nanos> {
+        let breaker = &self.state.breaker;
+        let is_up = breaker.status_of_backend(candidate.now) == Status::Healthy;
+        is_up.then(|| breaker.pairs.trial_at(|| candidate.key())).flatten()
     }
 
     /// [`check`](Self::check) for a request that already holds a permit.
     ///
     /// # Errors
     /// Returns the reason if the backend cannot take the request.
-    pub(crate) fn check_with_permit(
-        &self,
-        now: Nanos,
-        key: impl FnOnce() -> u64,
-        ticket: Option<&QuotaTicket>,
-    ) -> Result<(), Closed> {
-        match self.state.breaker.status_for(key, now) {
+    pub(crate) fn check_with_permit(&self, candidate: &Candidate<'_>) -> Result<(), Closed> {
+        match self.state.breaker.status_for(|| candidate.key(), candidate.now) {
             Status::Healthy => {}
             Status::Cooling(until) => return Err(Closed::Cooling(until)),
             out => return Err(Closed::Out(out)),
         }
-        self.check_quota(now, ticket)
+        self.check_limits(candidate)
     }
 
     /// Takes a permit, or joins the queue for one; `None` if the backend has no `max_in_flight`.
@@ -378,7 +381,8 @@ impl Upstream {
     /// The reason why the backend takes no request for any model at `now`. A cooldown is none, since it may concern a
     /// single model.
     pub(crate) fn closed(&self, now: Nanos) -> Option<Closed> {
-        self.check(now, || 0, None).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
+        let any = Candidate { target: None, demand: &Demand::default(), now, ticket: None };
+        self.check(&any).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
     }
 
     /// Records the fault of a failed try or health check for `/status`.
@@ -390,6 +394,10 @@ impl Upstream {
     pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Fault)> {
         self.state.last_error.lock().clone()
     }
+}
+
+fn quota_limits(conf: &config::Backend) -> QuotaLimits {
+    QuotaLimits { requests: conf.requests_per_minute, tokens: conf.tokens_per_minute }
 }
 
 /// Whether streamed requests to a backend ask for the token counts: something depends on them, and the member that asks is

@@ -25,6 +25,12 @@ impl TokenCount {
         TokenCount { tokens: [usage.input, usage.cached, usage.output, usage.reasoning], cost }
     }
 
+    /// The input and the output tokens.
+    pub(crate) fn total(&self) -> u64 {
+        let [input, _, output, _] = self.tokens;
+        input.saturating_add(output)
+    }
+
     /// The sum of counts.
     pub(crate) fn sum(counts: impl Iterator<Item = TokenCount>) -> Self {
         let mut total = TokenCount::default();

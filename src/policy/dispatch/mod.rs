@@ -22,6 +22,7 @@ pub(crate) use crate::policy::dispatch::survey::Busy;
 use crate::policy::dispatch::survey::Survey;
 use crate::policy::retry::{Budget, backoff};
 use crate::policy::route::TargetId;
+use crate::policy::spend::Refused;
 use crate::time::Nanos;
 
 /// How often one request comes back to targets that made it wait.
@@ -70,6 +71,8 @@ pub(crate) enum Do {
 pub(crate) enum Refusal {
     /// The usable targets are busy, and the request does not wait for them.
     Busy(Busy),
+    /// The budgets of the usable targets do not pay for the request.
+    Budget(Refused),
     /// The last try failed with this code, and no response is kept.
     Failed(Code),
     /// All targets refuse Zap's key.
@@ -123,6 +126,8 @@ enum Selection {
         busy: Busy,
         panic: bool,
     },
+    /// The budgets of all usable targets are spent or reserved.
+    Budget(Refused),
     KeysRefused,
     NoTarget,
     Target {
@@ -192,7 +197,10 @@ impl Dispatch {
             // The last answer says more than an error of Zap's own.
             Selection::Busy { busy, .. } if self.failed.is_some() && !self.opens_in_time(&busy) => self.end(),
             Selection::Busy { busy, .. } => Do::Wait(busy),
-            Selection::KeysRefused | Selection::NoTarget if self.failed.is_some() => self.end(),
+            Selection::Budget(_) | Selection::KeysRefused | Selection::NoTarget if self.failed.is_some() => {
+                self.end()
+            }
+            Selection::Budget(why) => Do::Refuse(Refusal::Budget(why)),
             Selection::KeysRefused => Do::Refuse(Refusal::KeysRefused),
             Selection::NoTarget => Do::Refuse(Refusal::NoBackend),
             Selection::Tried(busy) => self.next_round(now, fleet, budget, (busy, random())),
@@ -201,7 +209,7 @@ impl Dispatch {
 
     /// Whether the request waits for one of these busy targets after a failed try.
     fn opens_in_time(&self, busy: &Busy) -> bool {
-        !busy.full.is_empty() || busy.opens.is_some_and(|(at, ..)| at <= self.rules.wait_until)
+        busy.is_open_ended() || busy.opens.is_some_and(|(at, ..)| at <= self.rules.wait_until)
     }
 
     /// Whether all tries have been made, so that the request can only come back to a target.
@@ -347,7 +355,7 @@ impl Dispatch {
             self.missed = missed;
             return Selection::Target { target, panic: false };
         }
-        let Survey { busy, is_up, has_refused_key, has_ejected } = Survey::of(now, fleet, known);
+        let Survey { busy, is_up, has_refused_key, has_ejected, budget } = Survey::of(now, fleet, known);
         if has_ejected && !is_up {
             if let Some(target) = choose::in_panic(fleet, advances, skip) {
                 self.missed = missed;
@@ -366,11 +374,12 @@ impl Dispatch {
             self.missed = missed;
             return Selection::Target { target, panic: false };
         }
-        match () {
-            () if !is_first => Selection::Tried(busy),
-            () if !busy.is_empty() => Selection::Busy { busy, panic: false },
-            () if has_refused_key => Selection::KeysRefused,
-            () => Selection::NoTarget,
+        match budget {
+            _ if !is_first => Selection::Tried(busy),
+            _ if !busy.is_empty() => Selection::Busy { busy, panic: false },
+            Some(why) => Selection::Budget(why),
+            None if has_refused_key => Selection::KeysRefused,
+            None => Selection::NoTarget,
         }
     }
 

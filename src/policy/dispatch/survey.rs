@@ -4,6 +4,7 @@ use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::{Closed, Fleet};
 use crate::policy::route::TargetId;
+use crate::policy::spend::Refused;
 use crate::time::Nanos;
 
 /// Busy targets that a request may wait for.
@@ -13,6 +14,10 @@ pub(crate) struct Busy {
     pub opens: Option<(Nanos, BackendId, bool)>,
     /// Full backends, each listed once.
     pub full: Vec<BackendId>,
+    /// Backends whose quota is taken by what other requests have reserved, each listed once.
+    pub reserved: Vec<BackendId>,
+    /// When the first ejected target may be tried.
+    pub trial: Option<Nanos>,
 }
 
 /// Why no target is available.
@@ -25,6 +30,8 @@ pub(super) struct Survey {
     pub(super) has_refused_key: bool,
     /// Whether an untried target is ejected.
     pub(super) has_ejected: bool,
+    /// Why the budgets of untried targets do not pay for the request; rather that it waits for others' reservations.
+    pub(super) budget: Option<Refused>,
 }
 
 impl Survey {
@@ -36,10 +43,15 @@ impl Survey {
             match closed {
                 Err(Closed::Out(Status::Unauthorized)) => survey.has_refused_key = true,
                 Err(Closed::Out(_)) => survey.has_ejected |= !is_known,
+                Err(Closed::Budget(why)) if survey.budget != Some(Refused::Reserved) && !is_known => {
+                    survey.budget = Some(why);
+                }
+                Err(Closed::Budget(_) | Closed::TooLarge) => {}
                 _ => survey.is_up = true,
             }
             if !is_known {
                 survey.busy.note(now, fleet.backend(id), closed);
+                survey.busy.note_trial(fleet.trial(id));
             }
         }
         survey
@@ -56,7 +68,16 @@ impl Survey {
 
 impl Busy {
     pub(super) fn is_empty(&self) -> bool {
-        self.opens.is_none() && self.full.is_empty()
+        self.opens.is_none() && !self.is_open_ended()
+    }
+
+    /// Whether a backend may reopen at a time that nobody knows.
+    pub(crate) fn is_open_ended(&self) -> bool {
+        !self.full.is_empty() || !self.reserved.is_empty()
+    }
+
+    fn note_trial(&mut self, at: Option<Nanos>) {
+        self.trial = self.trial.into_iter().chain(at).min();
     }
 
     /// Adds the `result` of a check of `backend`.
@@ -65,7 +86,8 @@ impl Busy {
             Err(Closed::Cooling(at)) => self.opens(at, backend, false),
             Err(Closed::Quota(at)) => self.opens(at, backend, true),
             Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),
-            Err(Closed::Full | Closed::Out(_)) => {}
+            Err(Closed::Reserved) if !self.reserved.contains(&backend) => self.reserved.push(backend),
+            Err(Closed::Full | Closed::Reserved | Closed::Out(_) | Closed::Budget(_) | Closed::TooLarge) => {}
             // The backend has reopened since it was passed over.
             Ok(()) => self.opens(now, backend, false),
         }

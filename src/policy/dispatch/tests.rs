@@ -11,7 +11,9 @@ use crate::policy::choose::{Choice, Rotation, TargetLoad};
 use crate::time::{MILLI, SECOND};
 
 /// Targets, parsed from a text such as `a b*3 c/1 d!`. Marks after the name: `*N` weight, `/N` priority, `@b` a further
-/// model of backend `b`, `!` ejected, `?` key refused, `#` full, `~N` cooling for N s, `%N` quota used up for N s.
+/// model of backend `b`, `!` ejected, `!N` ejected until a trial after N s, `?` key refused, `#` full, `~N` cooling for
+/// N s, `%N` quota used up for N s, `%` quota reserved by others, `$` budget spent, `=` budget reserved by others, `>` quota
+/// too small.
 struct TableFleet {
     names: Vec<char>,
     backends: Vec<BackendId>,
@@ -23,11 +25,13 @@ struct TableFleet {
     granted: Option<BackendId>,
     is_waiting: bool,
     suspects: Vec<TargetId>,
+    trials: Vec<(TargetId, Nanos)>,
 }
 
 impl TableFleet {
     fn new(text: &str) -> Self {
         let (mut names, mut backends, mut closed, mut members) = (vec![], vec![], vec![], vec![]);
+        let mut trials = vec![];
         for word in text.split_whitespace() {
             let mut marks = word[1..].chars().peekable();
             let (mut weight, mut priority, mut state) = (1, 0, Ok(()));
@@ -46,11 +50,18 @@ impl TableFleet {
                         let of = marks.next().unwrap();
                         backend = backends[names.iter().position(|n| *n == of).unwrap()];
                     }
-                    '!' => state = Err(Closed::Out(Status::Ejected)),
+                    '!' => {
+                        state = Err(Closed::Out(Status::Ejected));
+                        trials.extend(digits.parse::<u64>().ok().map(|secs| (id, secs * SECOND)));
+                    }
                     '?' => state = Err(Closed::Out(Status::Unauthorized)),
                     '#' => state = Err(Closed::Full),
                     '~' => state = Err(Closed::Cooling(number() * SECOND)),
+                    '%' if digits.is_empty() => state = Err(Closed::Reserved),
                     '%' => state = Err(Closed::Quota(number() * SECOND)),
+                    '$' => state = Err(Closed::Budget(Refused::Spent)),
+                    '=' => state = Err(Closed::Budget(Refused::Reserved)),
+                    '>' => state = Err(Closed::TooLarge),
                     other => panic!("{other} in {word}"),
                 }
             }
@@ -72,6 +83,7 @@ impl TableFleet {
             granted: None,
             is_waiting: false,
             suspects: Vec::new(),
+            trials,
             closed: RefCell::new(closed),
             names,
             backends,
@@ -133,6 +145,10 @@ impl Fleet for TableFleet {
             Err(Closed::Out(out)) => Err(Closed::Out(out)),
             _ => Err(Closed::Out(Status::Healthy)),
         }
+    }
+
+    fn trial(&self, target: TargetId) -> Option<Nanos> {
+        self.trials.iter().find(|(id, _)| *id == target).map(|(_, at)| *at)
     }
 
     fn is_suspect(&self, target: TargetId) -> bool {
@@ -255,11 +271,14 @@ fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget)
                 now = until;
                 steps.push("backoff".into());
             }
-            Do::Wait(Busy { opens, full }) => {
+            Do::Wait(Busy { opens, full, reserved, trial }) => {
                 let opens = opens.map(|(at, id, by_quota)| {
                     format!("{id}@{}{}", at / SECOND, if by_quota { "q" } else { "" })
                 });
-                steps.push(format!("wait({} full {full:?})", opens.unwrap_or_default()));
+                let reserved =
+                    if reserved.is_empty() { "".into() } else { format!(" reserved {reserved:?}") };
+                let trial = trial.map_or("".into(), |at| format!(" trial {}", at / SECOND));
+                steps.push(format!("wait({} full {full:?}{reserved}{trial})", opens.unwrap_or_default()));
                 return (steps.join(" "), blamed(&dispatch, table, false));
             }
             Do::Deliver => {
@@ -270,6 +289,7 @@ fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget)
                 steps.push(match why {
                     Refusal::Busy(_) => "busy".into(),
                     Refusal::Failed(code) => code.text().into(),
+                    Refusal::Budget(why) => format!("budget {why:?}"),
                     Refusal::KeysRefused => "keys_refused".into(),
                     Refusal::NoBackend => "no_backend".into(),
                 });
@@ -291,6 +311,17 @@ fn every_fault_leads_to_the_expected_steps() {
     let rows = [
         // description, targets, results, steps
         ("-", "a", "a:200", "a200 ok"),
+        ("an ejected target may be tried before a full one is free", "a!1 b#", "", "wait( full [1] trial 1)"),
+        ("another has room", "a% b", "b:200", "b200 ok"),
+        ("all tokens are reserved", "a% b%", "", "wait( full [] reserved [0, 1])"),
+        ("one quota opens, one is reserved", "a%3 b%", "", "wait(0@3q full [] reserved [1])"),
+        ("a budget is spent, another target serves", "a$ b", "b:200", "b200 ok"),
+        ("all budgets are spent", "a$ b$", "", "budget Spent"),
+        ("one budget is reserved only", "a$ b= c$", "", "budget Reserved"),
+        ("a budget is spent, and the other target is ejected", "a$ b!", "b:200", "b200! ok"),
+        ("a budget is spent, and the other target cools", "a$ b~3", "", "wait(1@3 full [])"),
+        ("a budget is spent after a failed try", "a b$", "a:refused a:refused a:refused", "arefused backoff arefused backoff arefused upstream_unreachable"),
+        ("a quota is too small", "a> b", "b:200", "b200 ok"),
         ("U1 another target serves", "a b", "a:refused b:200", "arefused b200 ok"),
         ("U1 alone", "a", "a:refused", "arefused backoff arefused backoff arefused upstream_unreachable"),
         ("U3 silent, another target serves", "a b", "a:timeout b:200", "atimeout b200 ok"),

@@ -64,24 +64,25 @@ impl Writer {
         Writer { ledger, file, path: path.into(), events, failures: 0 }
     }
 
-    /// Starts the thread.
+    /// Starts the thread. It calls `synced` each second, after the ledger has read what other processes have written.
     ///
     /// # Errors
     /// The system has no room for a thread.
-    pub(crate) fn start(self) -> io::Result<WriterHandle> {
+    pub(crate) fn start(self, synced: impl Fn() + Send + 'static) -> io::Result<WriterHandle> {
         let (stop, orders) = channel();
         let (ending, ended) = channel();
         let run = move || {
-            self.run(&orders);
+            self.run(&orders, synced);
             drop::<Sender<()>>(ending);
         };
         thread::Builder::new().name("zap-ledger".into()).spawn(run)?;
         Ok(WriterHandle { stop, ended })
     }
 
-    fn run(mut self, orders: &Receiver<()>) {
+    fn run(mut self, orders: &Receiver<()>, synced: impl Fn()) {
         while orders.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
             self.write(today());
+            synced();
         }
         self.finish(LAST_TRIES);
     }
