@@ -210,7 +210,7 @@ fn references_in_the_manual_and_the_readme_exist() {
     let topics = String::from_utf8(topics.stdout).unwrap();
     let topics = topics.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
     let topics: Vec<&str> = topics.filter(|topic| *topic != "zap").collect();
-    assert_eq!(topics.len(), 9);
+    assert_eq!(topics.len(), 10);
     let texts = topics.iter().map(|topic| page(topic)).chain([readme]);
     for text in texts {
         for span in text.split('`').skip(1).step_by(2) {

@@ -35,6 +35,15 @@ targets = [{ backend = "alpha", model = "late-error:503" }, { backend = "beta", 
     "SHORT": (["alpha"], ""),
     "SLOW": (["alpha"], ""),
     "NGINX": (["alpha"], ""),  # ZAP_NGINX is the URL of an nginx in front of Zap
+    "MONEY": (["alpha"], """[[client_keys]]
+name = "few-tokens"
+key = "few-tokens-key"
+tokens_per_minute = 40
+[[client_keys]]
+name = "little-money"
+key = "little-money-key"
+budget = { usd = 0.1, per = "month" }
+"""),
     "ROUTES": (["alpha", "beta"], """[[client_keys]]
 name = "team"
 key = "team-key"
@@ -48,6 +57,7 @@ targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", mode
 }
 # Models that the backends of a case serve in addition to their default model.
 SERVES = {
+    "MONEY": {"alpha": 'prices = { "*" = { input = 1000, output = 10000 } }'},
     "ROUTES": {"alpha": 'models = ["meta/llama"]', "beta": 'models = { "meta/llama" = "llama-of-beta", other = "o" }'},
 }
 

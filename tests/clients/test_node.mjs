@@ -122,6 +122,26 @@ const cases = {
     assert.ok((await ask(client("LIMIT", { apiKey: "another" }), "hello")).choices);
   },
 
+  async "RateLimitError: the limit of tokens, with a true wait"() {
+    const zap = client("MONEY", { apiKey: "few-tokens-key" });
+    for (let n = 0; n < 5; n++) {
+      const { headers } = (await raw(zap, "hello", { max_tokens: 5 })).response;
+      assert.equal(headers.get("x-ratelimit-limit-tokens"), "40");
+    }
+    const error = await raises(OpenAI.RateLimitError, () => ask(zap, "hello", { max_tokens: 5 }));
+    assert.deepEqual([error.code, error.type], ["rate_limit_exceeded", "rate_limit_error"]);
+    checkRetryAfter(error.headers.get("retry-after"), 50, 60);
+  },
+
+  async "RateLimitError: a spent budget, which the SDK does not retry"() {
+    const zap = client("MONEY", { apiKey: "little-money-key", maxRetries: 3 });
+    assert.ok((await ask(zap, "hello", { max_tokens: 5 })).choices);
+    const error = await raises(OpenAI.RateLimitError, () => ask(zap, "hello", { max_tokens: 5 }));
+    assert.deepEqual([error.code, error.headers.get("x-should-retry")], ["insufficient_quota", "false"]);
+    const metrics = await (await fetch(env("ZAP_MONEY") + "/metrics")).text();
+    assert.match(metrics, /^zap_rejected_total{reason="insufficient_quota"} 1$/m, "the SDK has retried");
+  },
+
   async "RateLimitError: the upstream's error, once every backend cools down"() {
     let error = await raises(OpenAI.RateLimitError, () => ask(client("COOL"), "status:429"));
     assert.deepEqual([error.code, error.headers.get("x-zap-attempts")], ["mock_429", "2"]);

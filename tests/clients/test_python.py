@@ -1,5 +1,5 @@
 """Tests of the official Python SDK against Zap in front of mock providers; lab.py starts both."""
-import asyncio, collections, itertools, json, time
+import asyncio, collections, itertools, json, re, time
 import openai
 from cases import case, fetch, finish, mocks, total, zap_url
 
@@ -138,6 +138,32 @@ def _():
     assert error.code == "rate_limit_exceeded" and error.type == "rate_limit_error", error.body
     check_retry_after(error.response.headers.get("retry-after"), 1, 60)
     assert ask(client("LIMIT", key="another"), "hello").choices
+
+
+@case("RateLimitError: the limit of tokens, with a true wait")
+def _():
+    zap = client("MONEY", key="few-tokens-key")
+    for n in range(5):  # 3 and 5 tokens each
+        raw = ask(zap, "hello", max_tokens=5, raw=True)
+        assert raw.headers["x-ratelimit-limit-tokens"] == "40" and raw.headers["x-zap-attempts"] == "1", raw.headers
+    assert raw.headers["x-ratelimit-remaining-tokens"] == "0", raw.headers
+    error = raises(openai.RateLimitError, lambda: ask(zap, "hello", max_tokens=5))
+    assert error.code == "rate_limit_exceeded" and error.type == "rate_limit_error", error.body
+    check_retry_after(error.response.headers.get("retry-after"), 50, 60)
+    error = raises(openai.RateLimitError, lambda: ask(zap, "hello", max_tokens=50))
+    assert error.code == "request_too_large_for_limit" and "lower the maximum" in error.message, error.body
+
+
+@case("RateLimitError: a spent budget, which the SDK does not retry")
+def _():
+    rejected = lambda: re.search(r'zap_rejected_total{reason="insufficient_quota"} (\d+)', fetch(zap_url("MONEY") + "/metrics"))[1]
+    zap = client("MONEY", key="little-money-key", max_retries=3)
+    assert ask(zap, "hello", max_tokens=5).choices
+    began = time.monotonic()
+    error = raises(openai.RateLimitError, lambda: ask(zap, "hello", max_tokens=5))
+    assert error.code == "insufficient_quota" and error.type == "insufficient_quota", error.body
+    assert "opens again on" in error.message and error.response.headers["x-should-retry"] == "false", error.body
+    assert rejected() == "1" and time.monotonic() - began < 1.5, "the SDK has retried"
 
 
 @case("RateLimitError: the upstream's error, once every backend cools down")

@@ -255,3 +255,48 @@ fn a_full_backend_is_shown_as_full() {
         zap.client().get("/status").json()["backends"][0]["state"] == "healthy"
     });
 }
+
+/// Backend `a` answers its first request with `status` and `headers`, and then serves; `b` comes behind it and is full.
+fn wait_before_a_full_backend(status: u16, headers: &'static str, settings: &str) -> Duration {
+    let (gate, first) = (Gate::default(), std::sync::atomic::AtomicBool::new(true));
+    let a = Provider::start(move |_, stream| {
+        match first.swap(false, std::sync::atomic::Ordering::SeqCst) {
+            true => reply(stream, status, headers, b"{}"),
+            false => reply(stream, 200, "", b"a"),
+        }
+        After::Keep
+    });
+    let b = gated(&gate);
+    let zap = Zap::with(
+        &format!("[health]\nfailure_threshold = 1\n{settings}"),
+        &[a.backend("a", ""), b.backend("b", "priority = 1\nmax_in_flight = 1")],
+    );
+    let (mut holds, mut waits) = (zap.client(), zap.client());
+    holds.post("/chat", "", CHAT);
+    eventually("the first request is at b", || gate.waiting() == 1);
+    let began = Instant::now();
+    waits.post("/chat", "", CHAT);
+    let answer = waits.response();
+    assert_eq!((answer.status, answer.header("x-zap-backend")), (200, Some("a")));
+    let waited = began.elapsed();
+    gate.open(1);
+    assert_eq!(holds.response().status, 200);
+    zap.wait_until_idle();
+    waited
+}
+
+#[test]
+fn a_request_that_waits_for_a_full_backend_tries_an_ejected_one_when_it_may() {
+    let waited = wait_before_a_full_backend(500, "", "");
+    assert!(waited < Duration::from_secs(4), "{waited:?}");
+}
+
+#[test]
+fn a_request_that_waits_for_a_full_backend_takes_one_whose_cooldown_ends_after_max_wait() {
+    let waited = wait_before_a_full_backend(
+        429,
+        "retry-after: 3\r\n",
+        "[queue]\nmax_wait_secs = 1\ntimeout_secs = 20\n",
+    );
+    assert!((Duration::from_secs(2)..Duration::from_secs(6)).contains(&waited), "{waited:?}");
+}

@@ -2,6 +2,8 @@
 //! the token counts of a stream is invisible to the client.
 
 mod asking;
+mod budgets;
+mod limits;
 mod mixed;
 
 use std::collections::HashMap;

@@ -1,0 +1,397 @@
+//! Limits by tokens of clients and of backends, and requests at once of a client.
+
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::support::provider::wait_closed;
+
+/// Input tokens of each request: a body of 400 bytes, at four bytes a token.
+const INPUT: u64 = 100;
+
+/// A body of 400 bytes with these members. A request for `use-N` uses N output tokens.
+pub(super) fn body(used: u64, more: &str) -> String {
+    let head = format!("{{\"model\":\"m\",\"user\":\"use-{used}\"{more},\"messages\":[{{\"content\":\"");
+    let tail = "\"}]}";
+    let room = 4 * INPUT as usize - head.len() - tail.len();
+    format!("{head}{}{tail}", "a ".repeat(room / 2) + if room % 2 == 1 { "b" } else { "" })
+}
+
+fn max(tokens: u64) -> String {
+    format!(",\"max_tokens\":{tokens}")
+}
+
+/// The output tokens that a request is to use.
+pub(super) fn used(seen: &Seen) -> u64 {
+    let text = String::from_utf8_lossy(&seen.body);
+    let (_, rest) = text.split_once("use-").unwrap();
+    rest.split('"').next().unwrap().parse().unwrap()
+}
+
+/// Answers with 100 input tokens and as many output tokens as the request asks for.
+pub(super) fn answer(seen: &Seen, stream: &mut TcpStream) -> After {
+    serve(seen, stream, "some text", Some([INPUT, 0, used(seen), 0]))
+}
+
+fn keys(limits: &str) -> String {
+    format!(
+        "[[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\n{limits}\n[[client_keys]]\nname = \"other\"\nkey = \"zk-other\"\n"
+    )
+}
+
+pub(super) fn post(client: &mut Client, key: &str, body: &str) -> Response {
+    client.chat(&format!("authorization: Bearer {key}\r\n"), body)
+}
+
+/// Limit, remaining and reset of the tokens in a response.
+fn token_headers(response: &Response) -> [String; 3] {
+    ["limit", "remaining", "reset"]
+        .map(|what| response.header(&format!("x-ratelimit-{what}-tokens")).unwrap_or("none").to_owned())
+}
+
+/// What is left of a limit in `/status`.
+fn left(zap: &Zap, owners: &str, name: &str) -> u64 {
+    let status = zap.client().get("/status").json();
+    let owner = status[owners].as_array().unwrap().iter().find(|owner| owner["name"] == name).unwrap();
+    owner["tokens_per_minute"]["left"].as_u64().unwrap()
+}
+
+#[test]
+fn a_client_reserves_what_it_may_use_and_pays_what_it_used() {
+    let a = Provider::start(answer);
+    let zap = Zap::with(
+        &keys("requests_per_minute = 5\ntokens_per_minute = 1000"),
+        &[a.backend("a", "models = [\"m\"]")],
+    );
+    let mut client = zap.client();
+    let first = post(&mut client, "zk-team", &body(50, &max(400)));
+    assert_eq!(token_headers(&first)[..2], ["1000", "500"], "100 and 400 are reserved");
+    assert_eq!(left(&zap, "clients", "team"), 850, "100 and 50 are used");
+    let second = post(&mut client, "zk-team", &body(550, &max(750)));
+    assert_eq!((second.status, &token_headers(&second)[1][..]), (200, "0"));
+    assert_eq!(left(&zap, "clients", "team"), 200);
+    let refused = post(&mut client, "zk-team", &body(1, &max(101)));
+    assert_eq!((refused.status, refused.code().as_str()), (429, "rate_limit_exceeded"));
+    assert_eq!(refused.json()["error"]["type"], "rate_limit_error");
+    assert!(refused.text().contains("1000 tokens per minute"), "{}", refused.text());
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((55..=60).contains(&wait), "the first request's tokens expire 60 s after it: {wait}");
+    assert_eq!(refused.header("x-should-retry"), None);
+    assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("3"), "its place is given back");
+    let third = post(&mut client, "zk-team", &body(100, &max(100)));
+    assert_eq!((third.status, third.header("x-ratelimit-remaining-requests")), (200, Some("2")));
+    assert_eq!(left(&zap, "clients", "team"), 0);
+    let other = post(&mut client, "zk-other", &body(1, ""));
+    assert_eq!((other.status, token_headers(&other)[0].as_str()), (200, "none"), "it has no limit");
+    assert_eq!(a.count(), 4);
+    assert_eq!(zap.metric("zap_token_overrun_total{client=\"team\"}"), 0.0);
+}
+
+#[test]
+fn what_is_used_beyond_the_reservation_counts_and_is_reported() {
+    let a = Provider::start(answer);
+    let zap = Zap::with(&keys("tokens_per_minute = 1000"), &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    assert_eq!(post(&mut client, "zk-team", &body(700, &max(200))).status, 200);
+    assert_eq!(zap.metric("zap_token_overrun_total{client=\"team\"}"), 500.0);
+    assert_eq!(left(&zap, "clients", "team"), 200);
+    assert_eq!(post(&mut client, "zk-team", &body(1, &max(101))).status, 429);
+}
+
+#[test]
+fn without_a_maximum_the_mean_of_the_outputs_is_reserved_and_fits_into_an_empty_window() {
+    let a = Provider::start(answer);
+    let zap = Zap::with(&keys("tokens_per_minute = 1000"), &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    let first = post(&mut client, "zk-team", &body(30, ""));
+    assert_eq!(token_headers(&first)[1], "388", "100 and 512 are reserved");
+    let second = post(&mut client, "zk-team", &body(70, ""));
+    assert_eq!(token_headers(&second)[1], "740", "130 are used, 100 and 30 are reserved");
+    let third = post(&mut client, "zk-team", &body(1, ""));
+    assert_eq!(token_headers(&third)[1], "550", "130 and 170 are used, 100 and 50 are reserved");
+    let small = Zap::with(&keys("tokens_per_minute = 50"), &[a.backend("a", "models = [\"m\"]")]);
+    let first = post(&mut small.client(), "zk-team", &body(1, ""));
+    assert_eq!((first.status, token_headers(&first)[1].as_str()), (200, "0"), "the whole limit is reserved");
+    assert_eq!(post(&mut small.client(), "zk-team", &body(1, "")).status, 429);
+    assert_eq!(small.metric("zap_token_overrun_total{client=\"team\"}"), 51.0);
+}
+
+#[test]
+fn a_request_that_can_never_fit_is_refused_at_once_and_not_retried() {
+    let a = Provider::start(answer);
+    let b = Provider::start(answer);
+    let more = |limit: u64| format!("models = [\"m\"]\ntokens_per_minute = {limit}");
+    let zap = Zap::with(
+        &keys("tokens_per_minute = 1000"),
+        &[a.backend("a", &more(300)), b.backend("b", &more(600))],
+    );
+    for (key, members, limit) in [
+        ("zk-team", max(901), 1000),
+        ("zk-team", ",\"max_completion_tokens\":400,\"n\":3".to_owned(), 1000),
+        ("zk-other", max(501), 600),
+    ] {
+        let refused = post(&mut zap.client(), key, &body(1, &members));
+        assert_eq!(
+            (refused.status, refused.code().as_str()),
+            (429, "request_too_large_for_limit"),
+            "{members}"
+        );
+        assert_eq!(refused.header("x-should-retry"), Some("false"));
+        assert_eq!(refused.header("retry-after"), None);
+        assert!(refused.text().contains(&format!("{limit} tokens per minute")), "{}", refused.text());
+    }
+    for _ in 0..3 {
+        // It fits into b alone.
+        assert_eq!(post(&mut zap.client(), "zk-other", &body(1, &max(250))).status, 200);
+    }
+    assert_eq!((a.count(), b.count()), (0, 3));
+}
+
+#[test]
+fn an_answer_that_failed_costs_nothing_and_leaves_nothing_reserved() {
+    let a = Provider::start(|seen, stream| match used(seen) {
+        1 => {
+            reply(stream, 500, JSON, b"{\"error\":{\"message\":\"broken\"}}");
+            After::Keep
+        }
+        2 => After::Close,
+        3 => {
+            reply(stream, 400, JSON, b"{\"error\":{\"message\":\"no\"}}");
+            After::Keep
+        }
+        _ => {
+            // The client leaves before the head.
+            wait_closed(stream);
+            After::Close
+        }
+    });
+    let zap = Zap::with(
+        &format!("[retry]\nmax_retries = 0\n{}", keys("tokens_per_minute = 1000\nmax_in_flight = 2")),
+        &[a.backend("a", "models = [\"m\"]\ntokens_per_minute = 2000")],
+    );
+    for (fate, status) in [(1, 500), (2, 502), (3, 400)] {
+        assert_eq!(post(&mut zap.client(), "zk-team", &body(fate, &max(100))).status, status);
+    }
+    let mut client = zap.client();
+    client.post("/chat", "authorization: Bearer zk-team\r\n", body(4, &max(100)));
+    eventually("the request is at the backend", || a.count() == 4);
+    drop(client);
+    zap.wait_until_idle();
+    eventually("nothing is reserved", || {
+        left(&zap, "clients", "team") == 1000 && left(&zap, "backends", "a") == 2000
+    });
+    let status = zap.client().get("/status").json();
+    assert_eq!(status["clients"][0]["in_flight"], 0);
+}
+
+#[test]
+fn four_hundred_requests_at_once_never_have_more_than_the_limit() {
+    const LIMIT: u64 = 30_000;
+    /// Input and maximum of output of each request.
+    const MOST: u64 = INPUT + 200;
+    let sum = Arc::new(AtomicUsize::new(0));
+    let (at_work, most) = (sum.clone(), Arc::new(AtomicUsize::new(0)));
+    let seen_most = most.clone();
+    let a = Provider::start(move |seen, stream| {
+        // What is reserved here, and what was used before. The answer gives back what it does not use.
+        let now = at_work.fetch_add(MOST as usize, Ordering::SeqCst) + MOST as usize;
+        seen_most.fetch_max(now, Ordering::SeqCst);
+        thread::sleep(Duration::from_millis(used(seen) % 7));
+        at_work.fetch_sub((200 - used(seen)) as usize, Ordering::SeqCst);
+        answer(seen, stream)
+    });
+    let zap = Zap::with(
+        &format!("[server]\nworkers = 2\n{}", keys(&format!("tokens_per_minute = {LIMIT}"))),
+        &[a.backend("a", "models = [\"m\"]")],
+    );
+    let began = Instant::now();
+    let served: u64 = thread::scope(|s| {
+        let run = |i: u64| {
+            let zap = &zap;
+            move || {
+                let (mut client, mut mine) = (zap.client(), 0);
+                for round in 0..40 {
+                    let n = (i * 31 + round * 17) % 200;
+                    let response = post(&mut client, "zk-team", &body(n, &max(200)));
+                    match (response.status, response.header("retry-after")) {
+                        (200, _) => mine += INPUT + n,
+                        // Only reservations are in the way: try again.
+                        (429, Some("1")) => thread::sleep(Duration::from_millis(20)),
+                        (429, _) => break,
+                        other => panic!("{other:?}: {}", response.text()),
+                    }
+                }
+                mine
+            }
+        };
+        let threads: Vec<_> = (0..400).map(|i| s.spawn(run(i))).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).sum()
+    });
+    assert!(began.elapsed() < Duration::from_secs(50), "all of it is in one window");
+    assert!(most.load(Ordering::SeqCst) as u64 <= LIMIT, "{most:?}");
+    assert!((LIMIT * 97 / 100..=LIMIT).contains(&served), "{served}");
+    zap.wait_until_idle();
+    assert_eq!(left(&zap, "clients", "team"), LIMIT - served, "nothing is reserved any more");
+}
+
+#[test]
+fn in_open_mode_each_credential_has_its_own_limit_of_tokens() {
+    let a = Provider::start(answer);
+    let zap = Zap::with("[rate_limit]\ntokens_per_minute = 300", &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    for key in ["one", "two"] {
+        assert_eq!(post(&mut client, key, &body(100, &max(200))).status, 200, "{key}");
+        assert_eq!(post(&mut client, key, &body(1, &max(1))).status, 429, "{key}");
+    }
+    assert_eq!(client.chat("", body(1, &max(200))).status, 200, "no credential");
+}
+
+#[test]
+fn a_stream_under_a_limit_is_asked_for_its_tokens_and_the_client_does_not_see_them() {
+    let a = Provider::start(answer);
+    let zap = Zap::with(&keys("tokens_per_minute = 1000"), &[a.backend("a", "models = [\"m\"]")]);
+    let response = post(&mut zap.client(), "zk-team", &body(50, ",\"stream\":true,\"max_tokens\":60"));
+    assert!(response.whole && !response.text().contains("usage"), "{}", response.text());
+    assert!(has(&a.seen()[0].body, ASKS));
+    assert_eq!(left(&zap, "clients", "team"), 850, "before the client asks again");
+}
+
+#[test]
+fn a_limit_that_is_hidden_by_its_case_is_refused() {
+    let a = Provider::start(answer);
+    let zap = Zap::with(&keys("tokens_per_minute = 1000"), &[a.backend("a", "models = [\"m\"]")]);
+    for members in [",\"Max_Tokens\":5,\"max_tokens\":6", ",\"max_tokens\":1,\"max_tokens\":900"] {
+        let refused = post(&mut zap.client(), "zk-team", &body(1, members));
+        assert_eq!((refused.status, refused.code().as_str()), (400, "duplicate_key"), "{members}");
+    }
+}
+
+#[test]
+fn a_backend_gets_no_more_tokens_than_its_quota_and_others_take_the_rest() {
+    let (a, b) = (Provider::start(answer), Provider::start(answer));
+    let zap = Zap::with_log(
+        "",
+        &[
+            a.backend("a", "models = [\"m\"]\ntokens_per_minute = 500"),
+            b.backend("b", "models = [\"m\"]\npriority = 1"),
+        ],
+    );
+    let mut client = zap.client();
+    for _ in 0..3 {
+        assert_eq!(client.chat("", body(100, &max(150))).status, 200);
+    }
+    assert_eq!((a.count(), b.count()), (2, 1), "400 tokens are used, and the third request needs 250");
+    assert_eq!(client.chat("", body(0, &max(0))).header("x-zap-backend"), Some("a"), "100 tokens are left");
+    let lines = zap.lines(4);
+    let passed = lines[2]["passed"].to_string();
+    assert!(passed.contains("[\"a\",\"quota "), "{passed}");
+    let status = zap.client().get("/status").json();
+    assert_eq!(status["backends"][0]["tokens_per_minute"], serde_json::json!({ "limit": 500, "left": 0 }));
+    assert_eq!(status["backends"][0]["used"]["tokens_last_minute"], 500);
+}
+
+#[test]
+fn a_request_waits_for_reserved_tokens_and_is_woken_by_their_refund() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |seen, stream| {
+        if used(seen) < 10 {
+            held.pass();
+        }
+        answer(seen, stream)
+    });
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]\ntokens_per_minute = 1000")]);
+    let mut clients = [zap.client(), zap.client(), zap.client()];
+    clients[0].post("/chat", "", body(1, &max(800)));
+    eventually("900 tokens are reserved", || gate.waiting() == 1);
+    clients[1].post("/chat", "", body(50, &max(690)));
+    eventually("a large request waits", || zap.metric("zap_queue_depth") == 1.0);
+    clients[2].post("/chat", "", body(60, &max(100)));
+    eventually("a small one waits behind it", || zap.metric("zap_queue_depth") == 2.0);
+    gate.open(1);
+    for client in &mut clients {
+        assert_eq!(client.response().status, 200);
+    }
+    let order: Vec<u64> = a.seen().iter().map(used).collect();
+    assert_eq!(order, [1, 50, 60]);
+    zap.wait_until_idle();
+}
+
+#[test]
+fn waiting_requests_are_served_by_whichever_backend_frees_its_tokens() {
+    let gates = [Gate::default(), Gate::default()];
+    let provider = |gate: &Gate| {
+        let gate = gate.clone();
+        Provider::start(move |seen, stream| {
+            gate.pass();
+            answer(seen, stream)
+        })
+    };
+    let (a, b) = (provider(&gates[0]), provider(&gates[1]));
+    let more = "models = [\"m\"]\ntokens_per_minute = 1000";
+    let zap = Zap::with("", &[a.backend("a", more), b.backend("b", more)]);
+    let mut clients = [zap.client(), zap.client(), zap.client()];
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.post("/chat", "", body(i as u64, &max(700)));
+        eventually("the request is there", || {
+            (a.count() + b.count()) as f64 + zap.metric("zap_queue_depth") == (i + 1) as f64
+        });
+    }
+    gates[1].open(2);
+    eventually("the third request is at b", || b.count() == 2);
+    gates[0].open(1);
+    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    zap.wait_until_idle();
+}
+
+#[test]
+fn with_all_quotas_of_tokens_used_a_request_is_told_when_to_come_back() {
+    let a = Provider::start(answer);
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]\ntokens_per_minute = 300")]);
+    let mut client = zap.client();
+    assert_eq!(client.chat("", body(200, &max(200))).status, 200);
+    let refused = client.chat("", body(1, &max(1)));
+    assert_eq!((refused.status, refused.code().as_str()), (429, "upstream_rate_limited"));
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((55..=60).contains(&wait), "{wait}");
+}
+
+#[test]
+fn a_client_has_no_more_requests_at_once_than_its_limit() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |seen, stream| {
+        held.pass();
+        answer(seen, stream)
+    });
+    let zap = Zap::with(
+        &format!("[queue]\nmax_size = 2\n{}", keys("max_in_flight = 2\nrequests_per_minute = 100")),
+        &[a.backend("a", "models = [\"m\"]")],
+    );
+    let mut clients: Vec<Client> = (0..5).map(|_| zap.client()).collect();
+    for client in &mut clients[..4] {
+        client.post("/chat", "authorization: Bearer zk-team\r\n", body(1, ""));
+    }
+    eventually("two are served, two wait", || gate.waiting() == 2 && zap.metric("zap_queue_depth") == 2.0);
+    let refused = post(&mut clients[4], "zk-team", &body(1, ""));
+    assert_eq!((refused.status, refused.code().as_str()), (503, "queue_full"));
+    assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("96"), "its place is given back");
+    clients[4].post("/chat", "authorization: Bearer zk-other\r\n", body(1, ""));
+    eventually("another client does not wait", || gate.waiting() == 3);
+    gate.open(5);
+    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    zap.wait_until_idle();
+    assert_eq!(zap.metric("zap_queue_depth"), 0.0);
+}
+
+#[test]
+fn a_reload_applies_new_limits_and_keeps_what_is_used() {
+    let a = Provider::start(answer);
+    let file = crate::support::File::new();
+    let backend = |limit: u64| a.backend("a", &format!("models = [\"m\"]\ntokens_per_minute = {limit}"));
+    let zap = Zap::with_file(&file, &keys("tokens_per_minute = 1000"), &[backend(2000)]);
+    assert_eq!(post(&mut zap.client(), "zk-team", &body(400, &max(400))).status, 200);
+    file.write(&keys("tokens_per_minute = 700"), &[backend(600)]);
+    assert!(zap.reload());
+    assert_eq!((left(&zap, "clients", "team"), left(&zap, "backends", "a")), (200, 100));
+    assert_eq!(post(&mut zap.client(), "zk-team", &body(1, &max(101))).status, 429);
+}
