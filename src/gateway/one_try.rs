@@ -25,7 +25,6 @@ use crate::policy::route::TargetId;
 use crate::protocol::event_class::{error_message, is_request_too_large};
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
-use crate::protocol::redact::Redactor;
 use crate::telemetry::phase::Phase;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
@@ -251,9 +250,9 @@ impl Attempts<'_> {
         self.mark(asked, (status, head, text), failure);
         let mut fault = Fault::status(failure.code, status);
         if failure.mark == Some(Mark::BadKey)
-            && let Some(message) = text.and_then(error_message)
+            && let Some(message) = text.and_then(|text| error_message(text, upstream.key()))
         {
-            fault.cause = format!("HTTP {status}: {}", redacted(upstream, &message)).into();
+            fault.cause = format!("HTTP {status}: {message}").into();
         }
         self.record_failure(upstream, fault, failure.blames_backend);
         Some(failure)
@@ -392,14 +391,6 @@ impl Drop for Unanswered<'_> {
             self.gateway.strike(upstream, key, self.model, &fault);
         }
     }
-}
-
-/// A provider's message without the key that Zap sent.
-fn redacted(upstream: &Upstream, message: &str) -> String {
-    let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
-    let Some(mut redactor) = key.and_then(Redactor::new) else { return message.to_owned() };
-    let begin = redactor.push(message.as_bytes());
-    String::from_utf8_lossy(&[begin, redactor.finish()].concat()).into_owned()
 }
 
 /// The wait that a 429 states in its body or its headers.

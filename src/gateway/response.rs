@@ -72,7 +72,7 @@ impl Gateway {
             is_whole,
             version: context.version,
         };
-        let key = upstream.conf.api_key.as_ref().map(|key| key.expose());
+        let key = upstream.key();
         let id = if has_id { headers::upstream_request_id(&head.headers) } else { None };
         record.upstream_request_id =
             id.filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())));

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_shape::text_length;
+use crate::protocol::redact::Redactor;
 use crate::protocol::usage::Usage;
 
 /// The status of an error inside a stream or a body that names none.
@@ -246,11 +247,13 @@ pub(crate) fn classify_body(body: &[u8]) -> BodyClass {
 /// Longest message of a provider that is quoted, in bytes.
 const MAX_MESSAGE: usize = 200;
 
-/// The message of an error body, cut to a sensible length; `None` if it has none.
-pub(crate) fn error_message(body: &[u8]) -> Option<String> {
+/// The message of an error body without `key`, cut to a sensible length; `None` if it has none.
+pub(crate) fn error_message(body: &[u8], key: Option<&str>) -> Option<String> {
     let json: Value = serde_json::from_slice(body).ok()?;
     let error = &json["error"];
     let message = error["message"].as_str().or(error.as_str()).or(json["message"].as_str())?;
+    // Before the cut: the rest of a key that the cut divides would not be found.
+    let message = key.and_then(Redactor::new).map_or(message.into(), |redactor| redactor.text(message));
     let message = &message[..message.floor_char_boundary(MAX_MESSAGE)];
     Some(message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
 }
@@ -433,10 +436,20 @@ mod tests {
             (r#"{"error":{}}"#, None),
             ("bad key", None),
         ] {
-            assert_eq!(error_message(body.as_bytes()).as_deref(), want, "{body}");
+            assert_eq!(error_message(body.as_bytes(), None).as_deref(), want, "{body}");
         }
         let long = format!(r#"{{"error":"{}"}}"#, "é".repeat(500));
-        assert_eq!(error_message(long.as_bytes()).unwrap().len(), MAX_MESSAGE);
+        assert_eq!(error_message(long.as_bytes(), None).unwrap().len(), MAX_MESSAGE);
+    }
+
+    #[test]
+    fn a_key_across_the_cut_of_a_message_is_not_quoted() {
+        let key = "sk-CANARY-0123456789-abcdefghijklmnopqrstuv";
+        for padding in 0..=MAX_MESSAGE + 1 {
+            let body = format!(r#"{{"error":{{"message":"{} {key}, sk"}}}}"#, "x".repeat(padding));
+            let message = error_message(body.as_bytes(), Some(key)).unwrap();
+            assert!(!message.contains("sk-") && message.len() <= MAX_MESSAGE, "{message}");
+        }
     }
 
     #[test]

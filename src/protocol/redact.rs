@@ -3,6 +3,8 @@
 //! The key is found verbatim and in every JSON spelling (RFC 8259, section 7), with any chunking. Valid JSON stays
 //! valid: an escape is replaced as a whole, quotes stay, and digits outside a string become other digits.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 
 /// Shortest key that is redacted. A shorter key is a dummy (`1`, `null`); to replace it would only damage the response.
@@ -43,6 +45,12 @@ impl Redactor {
     pub(crate) fn push(&mut self, piece: &[u8]) -> Bytes {
         self.held.extend_from_slice(piece);
         self.pass(false)
+    }
+
+    /// Returns `text` without the key.
+    pub(crate) fn text(mut self, text: &str) -> Cow<'_, str> {
+        let begin = self.push(text.as_bytes());
+        String::from_utf8_lossy(&[begin, self.finish()].concat()).into_owned().into()
     }
 
     /// Ends the stream and returns the bytes held back.

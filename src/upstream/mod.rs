@@ -274,6 +274,11 @@ impl Upstream {
         &self.conf.name
     }
 
+    /// The key that Zap sends, if one is configured.
+    pub(crate) fn key(&self) -> Option<&str> {
+        self.conf.api_key.as_ref().map(|key| key.expose())
+    }
+
     /// The connector of health checks.
     pub(crate) fn check_connector(&self) -> &Connector {
         &self.check_connector

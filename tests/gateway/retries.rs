@@ -463,6 +463,39 @@ fn a_key_echoed_in_an_error_is_redacted() {
 }
 
 #[test]
+fn no_piece_of_a_key_is_quoted_wherever_the_message_of_a_401_is_cut() {
+    const KEY: &str = "sk-CANARY-0123456789-abcdefghijklmnopqrstuv";
+    let pieces: Vec<&str> = (0..=KEY.len() - 8).map(|at| &KEY[at..at + 8]).collect();
+    let padding = AtomicUsize::new(100);
+    let a = Provider::start(move |_, stream| {
+        let padding = "x".repeat(padding.fetch_add(1, Ordering::SeqCst));
+        let body = format!("{{\"error\":{{\"message\":\"{padding} {KEY}\"}}}}");
+        reply(stream, 401, "content-type: application/json\r\n", body.as_bytes());
+        After::Keep
+    });
+    // Each backend is closed by its 401, and asked once.
+    let zaps: Vec<Zap> = (0..10)
+        .map(|_| {
+            let more = format!("api_key = \"{KEY}\"\nmodels = [\"mNN\"]");
+            let one = |n: usize| a.backend(&format!("b{n}"), &more.replace("NN", &n.to_string()));
+            Zap::with("[health]\ninterval_secs = 600\n", &(0..10).map(one).collect::<Vec<_>>())
+        })
+        .collect();
+    for zap in &zaps {
+        for n in 0..10 {
+            let answer = zap.chat(format!("{{\"model\":\"m{n}\",\"messages\":[]}}"));
+            assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_auth_error"));
+            assert!(answer.text().contains("(HTTP 401: xxx"), "{}", answer.text());
+            let pages = ["/status", "/metrics"].map(|path| zap.client().get(path).text().to_owned());
+            for text in [answer.text()].into_iter().chain(pages.iter().map(String::as_str)) {
+                assert!(!pieces.iter().any(|piece| text.contains(piece)), "{text}");
+            }
+        }
+    }
+    assert_eq!(a.count(), 100);
+}
+
+#[test]
 fn a_dummy_key_is_not_redacted_from_errors() {
     for key in ["1", "x", "null", "jso", "1234567"] {
         let body = "{\"error\":{\"message\":\"xx jso 1234567\",\"code\":null,\"n\":1234567}}";
