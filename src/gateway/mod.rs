@@ -32,6 +32,8 @@ mod response;
 
 mod silence;
 
+mod wording;
+
 pub mod failpoint;
 
 mod error_row;

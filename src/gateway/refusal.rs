@@ -12,6 +12,7 @@ use crate::code::Code;
 use crate::gateway::ClientResponse;
 use crate::gateway::error_row::{ErrorRow, LIMIT};
 use crate::gateway::limit_error::LimitError;
+use crate::gateway::wording::{format_number, model_not_found, unless_misleading};
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::time::{Nanos, SECOND};
 
@@ -93,6 +94,9 @@ const AUTHENTICATION: &str = "authentication_error";
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
 const UPSTREAM: &str = "upstream_error";
+
+const KEY_REFUSED: &str =
+    "The provider refuses the gateway's key, not yours; the gateway's operator must check /status.";
 
 impl GatewayError {
     /// The code in the response and in `zap_rejected_total`.
@@ -192,7 +196,10 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::DuplicateKey,
-                format!("The key \"{key}\" occurs more than once at the top level; send it once."),
+                unless_misleading(
+                    format!("The key \"{key}\" occurs more than once at the top level; send it once."),
+                    "A key occurs more than once at the top level, see \"param\"; send it once.",
+                ),
             ),
             E::ExpectationFailed => closing(row(
                 StatusCode::EXPECTATION_FAILED,
@@ -231,8 +238,11 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::DuplicateKey,
-                format!(
-                    "The key \"{key}\" differs from \"{member}\" only in case, and some providers treat both as the same key; send only \"{member}\"."
+                unless_misleading(
+                    format!(
+                        "The key \"{key}\" differs from \"{member}\" only in case, and some providers treat both as the same key; send only \"{member}\"."
+                    ),
+                    "A key differs only in case from one that the gateway reads, see \"param\"; send only the latter.",
                 ),
             ),
             E::Limited(limit) => limit.row(),
@@ -259,17 +269,7 @@ impl GatewayError {
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::ModelNotFound,
-                match near.is_empty() {
-                    true => format!(
-                        "The model `{name}` is not served here, or not to this key. GET /v1/models lists what is."
-                    ),
-                    false => {
-                        let near = near.join("`, `");
-                        format!(
-                            "The model `{name}` is not served here, or not to this key; near it: `{near}`. GET /v1/models lists what is."
-                        )
-                    }
-                },
+                model_not_found(name, near),
             ),
             // Only a reload opens a backend.
             E::NoBackend => after(
@@ -300,10 +300,23 @@ impl GatewayError {
                         .into(),
                 ),
             ),
-            E::BadQuery(why) => row(StatusCode::BAD_REQUEST, INVALID, Code::BadRequest, why.clone()),
+            E::BadQuery(why) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::BadRequest,
+                unless_misleading(
+                    why.clone(),
+                    "The query is not valid: its parameters are from, to, by and format; see `zap help usage`.",
+                ),
+            ),
             E::LedgerUnavailable(text) => after(
                 &SECOND,
-                row(StatusCode::SERVICE_UNAVAILABLE, SERVER, Code::LedgerUnavailable, text.to_string()),
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::LedgerUnavailable,
+                    unless_misleading(text.to_string(), "The usage cannot be read now; try again in 1 s."),
+                ),
             ),
             E::RequestTimeout => closing(row(
                 StatusCode::REQUEST_TIMEOUT,
@@ -342,10 +355,13 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamAuthError,
-                match cause.is_empty() || is_misleading(cause) {
-                    true => "The provider refuses the gateway's key, not yours; the gateway's operator must check /status.".into(),
-                    false => format!(
-                        "The provider refuses the gateway's key, not yours ({cause}); the gateway's operator must check /status."
+                match &**cause {
+                    "" => KEY_REFUSED.into(),
+                    cause => unless_misleading(
+                        format!(
+                            "The provider refuses the gateway's key, not yours ({cause}); the gateway's operator must check /status."
+                        ),
+                        KEY_REFUSED,
                     ),
                 },
             ),
@@ -400,21 +416,6 @@ impl GatewayError {
     }
 }
 
-/// Frameworks take a message with these words for a rate limit or a prompt that is too long, whatever the status.
-fn is_misleading(message: &str) -> bool {
-    let message = message.to_lowercase();
-    ["too many requests", "rate limit", "quota", "429", "context length", "too long"]
-        .iter()
-        .any(|words| message.contains(words))
-}
-
-/// Formats a number for a message: in hexadecimal if its decimal digits contain `429`, which frameworks take for a rate
-/// limit in any text.
-fn format_number(n: u64) -> String {
-    let decimal = n.to_string();
-    if decimal.contains("429") { format!("{n:#x}") } else { decimal }
-}
-
 impl fmt::Display for GatewayError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.code().text())
@@ -428,6 +429,7 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::gateway::wording::is_misleading;
     use crate::policy::spend::Period;
     use crate::policy::token_window::TokenDecision;
     use crate::protocol::error_event::error_event;
@@ -452,6 +454,15 @@ mod tests {
             (E::ExpectationFailed, 417, INVALID, "expectation_failed", None, None, true),
             (E::Internal, 500, SERVER, "internal_error", None, None, true),
             (E::InvalidApiKey, 401, AUTHENTICATION, "invalid_api_key", None, None, false),
+            (E::DuplicateKey("quota".into()), 400, INVALID, "duplicate_key", Some("quota"), None, false),
+            (E::KeyCase("Quota".into(), "quota".into()), 400, INVALID, "duplicate_key", Some("Quota"), None, false),
+            (E::InvalidJson(1_321_429), 400, INVALID, "invalid_json", None, None, false),
+            (E::TooLarge(1_321_429), 413, INVALID, "request_too_large", None, None, true),
+            (E::BadQuery("`by` has \"429\"; must be day.".into()), 400, INVALID, "bad_request", None, None, false),
+            (E::LedgerUnavailable("Disk quota exceeded.".into()), 503, SERVER, "ledger_unavailable", None, Some("1"), false),
+            (E::ModelNotFound("gpt-429".into(), vec!["quota-x".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
+            (E::ModelNotFound("x".into(), vec!["quota-x".into(), "y".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
+            (E::UpstreamAuth("HTTP 401: rate-limit".into()), 502, UPSTREAM, "upstream_auth_error", None, None, false),
             (E::InvalidJson(7), 400, INVALID, "invalid_json", None, None, false),
             (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
             (E::BadQuery("The query is wrong.".into()), 400, INVALID, "bad_request", None, None, false),
@@ -488,6 +499,19 @@ mod tests {
             (E::UpstreamTls, 502, UPSTREAM, "upstream_tls_error", None, None, false),
             (E::UpstreamUnreachable, 502, UPSTREAM, "upstream_unreachable", None, None, false),
         ];
+        // Every reason for which a head is refused, as the sources spell it.
+        let sources = [
+            (include_str!("../http1/head.rs"), "HeadFault(\""),
+            (include_str!("caller.rs"), "BadRequest(\""),
+        ];
+        let reasons: Vec<_> = sources
+            .iter()
+            .flat_map(|(source, begin)| source.split(begin).skip(1))
+            .filter_map(|rest| rest.split_once('"'))
+            .map(|(why, _)| (E::BadRequest(why), 400, INVALID, "bad_request", None, None, true))
+            .collect();
+        assert!(reasons.len() > 16, "{reasons:?}");
+        let table: Vec<_> = table.into_iter().chain(reasons).collect();
         // Every code has a row here, except codes that only label metrics.
         for code in Code::ALL {
             assert!(code.is_label() || table.iter().any(|r| r.3 == code.text()), "no row for {code:?}");
@@ -526,9 +550,6 @@ mod tests {
             [GatewayError::NoBackend, GatewayError::UpstreamAuth("".into()), GatewayError::UpstreamRedirect]
         {
             assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");
-        }
-        for (n, text) in [(42, "42"), (429, "0x1ad"), (14_290, "0x37d2"), (4_294_967_296, "0x100000000")] {
-            assert_eq!(format_number(n), text);
         }
     }
 

@@ -119,10 +119,14 @@ fn usage_is_grouped_as_asked_and_a_wrong_query_says_why() {
         ("by=colour", "by"),
         ("format=xml", "format"),
         ("since=2026-11-01", "since"),
+        // SDK wrappers take a message with these words for a rate limit.
+        ("by=429", "from, to, by and format"),
+        ("quota=1", "from, to, by and format"),
     ] {
         let refused = client.get(&format!("/usage?{query}"));
         assert_eq!((refused.status, &*refused.code()), (400, "bad_request"), "{query}");
         assert!(refused.text().contains(why), "{query}: {}", refused.text());
+        assert!(!["429", "quota"].iter().any(|word| refused.text().contains(word)), "{}", refused.text());
     }
     let mut other = zap.client();
     other.post("/usage", "", "{}");
