@@ -21,6 +21,7 @@ use crate::http1::headers::ResponseFacts;
 use crate::json::patch::Splice;
 use crate::policy::dispatch::{Dispatch, Unfit};
 use crate::policy::route::TargetId;
+use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{BodyClass, classify_body, needs_other_model};
 use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd, is_event_stream};
 use crate::protocol::rate_limits;
@@ -56,6 +57,13 @@ pub(super) struct Asked<'f> {
     pub(super) usage: Option<Splice>,
     /// When the request was sent; the time of the try's begin until then.
     pub(super) sent: Nanos,
+}
+
+impl Asked<'_> {
+    /// The state of a stream of the target.
+    fn events(&self, format: StreamFormat) -> EventStream {
+        EventStream::new(format, self.usage.is_some()).without_key(self.in_flight.upstream().key())
+    }
 }
 
 /// Why a wait for the backend has ended without a result.
@@ -210,9 +218,7 @@ impl Attempts<'_> {
         let format = self.ask.endpoint.api().map(|api| api.stream);
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
-                Some(format) => {
-                    body.stream(Box::new(EventStream::new(format, asked.usage.is_some())), None).await
-                }
+                Some(format) => body.stream(Box::new(asked.events(format)), None).await,
                 None => Ok(Opening { first: None, events: None }),
             };
         }
@@ -227,7 +233,7 @@ impl Attempts<'_> {
             && let Some(format) = format
         {
             about.is_events = true;
-            return body.stream(Box::new(EventStream::new(format, asked.usage.is_some())), Some(first)).await;
+            return body.stream(Box::new(asked.events(format)), Some(first)).await;
         }
         let is_answer = |first| Ok(Opening { first: Some(first), events: None });
         match is_success {

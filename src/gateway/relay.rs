@@ -420,7 +420,7 @@ impl http_body::Body for RelayBody {
 
     fn size_hint(&self) -> SizeHint {
         let rest = match &self.guards {
-            _ if self.events.as_ref().is_some_and(|events| events.hides_usage()) => SizeHint::default(),
+            _ if self.events.as_ref().is_some_and(|events| events.may_change()) => SizeHint::default(),
             Some(guards) if !self.kind.is_whole => guards.lease.link.remaining(),
             _ => SizeHint::with_exact(0),
         };

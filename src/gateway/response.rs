@@ -20,6 +20,7 @@ use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
 use crate::policy::token_window::TokenDecision;
 use crate::protocol::Endpoint;
+use crate::protocol::event_class::mentions_error;
 use crate::protocol::redact::{Redactor, holds_key};
 use crate::telemetry::record::{Arrival, End, RequestRecord};
 
@@ -61,14 +62,14 @@ impl Gateway {
         let OpenedResponse { mut head, about, lease, in_flight, first, events, is_whole, .. } = response;
         let upstream = in_flight.upstream().clone();
         let ResponseFacts { has_id, is_events, is_json, is_encoded, has_length } = about;
-        // Where Zap takes something out, the client gets less than the backend sends.
-        let is_cut = events.as_ref().is_some_and(|events| events.hides_usage());
-        if is_cut {
+        // Where Zap takes something out, the client may get less than the backend sends.
+        let may_change = events.as_ref().is_some_and(|events| events.may_change());
+        if may_change {
             head.headers.remove(CONTENT_LENGTH);
         }
         let kind = BodyKind {
             is_stream: is_events,
-            can_take_event: is_events && !is_encoded && (is_cut || !has_length),
+            can_take_event: is_events && !is_encoded && (may_change || !has_length),
             is_whole,
             version: context.version,
         };
@@ -76,7 +77,12 @@ impl Gateway {
         let id = if has_id { headers::upstream_request_id(&head.headers) } else { None };
         record.upstream_request_id =
             id.filter(|id| key.is_none_or(|key| !holds_key(key.as_bytes(), id.as_bytes())));
-        let secret = key.filter(|_| head.status.as_u16() >= 400);
+        // An answer may have an error beside it. The errors of a stream are redacted one by one.
+        let has_key = |key: &str| {
+            let beginning = first.as_ref().filter(|_| events.is_none());
+            beginning.is_some_and(|body| mentions_error(body) && holds_key(key.as_bytes(), body))
+        };
+        let secret = key.filter(|key| head.status.as_u16() >= 400 || has_key(key));
         let redactor = secret.and_then(Redactor::new);
         if let Some(redactor) = &redactor {
             redact(&mut head.headers, redactor);

@@ -175,6 +175,11 @@ fn has_error(json: &Value) -> bool {
     json.get("error").is_some_and(|error| !error.is_null())
 }
 
+/// Whether a JSON text has the key `error` anywhere, with or without an error.
+pub(crate) fn mentions_error(text: &[u8]) -> bool {
+    ERROR_KEY.find(text).is_some()
+}
+
 /// The status that an error stands for: the `code` or `status` of its `error`, or its own.
 fn error_status(json: &Value) -> u16 {
     status_of(if has_error(json) { &json["error"] } else { json })

@@ -13,10 +13,11 @@ use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
 
 use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::event_class::{Class, error_body, read_event};
+use crate::protocol::event_class::{Class, Said, error_body, mentions_error, read_event};
 use crate::protocol::event_lines::{LOOK_BACK, end_of_event, end_of_last_event, is_line_end};
 use crate::protocol::event_shape::{Shape, null_usage};
 use crate::protocol::oversized_event::OversizedEvent;
+use crate::protocol::redact::Redactor;
 use crate::protocol::usage::Usage;
 
 /// Longest unfinished event that is held back, in bytes. A longer one goes out in pieces.
@@ -25,8 +26,21 @@ pub(crate) const MAX_HELD: usize = 64 * 1024;
 /// U+FEFF, which may begin a stream.
 const BOM: &[u8] = b"\xEF\xBB\xBF";
 
-/// Parts of the stream that must not go out.
-type Cuts = SmallVec<[Range<usize>; 4]>;
+/// A part of the stream that does not go out as it came.
+#[derive(Debug)]
+struct Edit {
+    at: Range<usize>,
+    /// What goes out in its place.
+    with: Bytes,
+}
+
+impl Edit {
+    fn cut(at: Range<usize>) -> Self {
+        Edit { at, with: Bytes::new() }
+    }
+}
+
+type Edits = SmallVec<[Edit; 4]>;
 
 /// How a stream has ended, by its own word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +71,9 @@ pub(crate) struct EventStream {
     shape: Shape,
     /// Whether Zap has asked for the token counts, so that they must not go out.
     hides_usage: bool,
+    /// Takes the backend's key out of errors, of what follows them, and of oversized events, which may be errors. Boxed,
+    /// since it is large and rarely used.
+    redactor: Option<Box<Redactor>>,
     /// Whether a line feed that follows must not go out, since it belongs to an event that did not.
     hides_feed: bool,
     usage: Option<Usage>,
@@ -78,6 +95,7 @@ impl EventStream {
             oversized: None,
             shape: Shape::default(),
             hides_usage,
+            redactor: None,
             hides_feed: false,
             usage: None,
             text: 0,
@@ -90,8 +108,14 @@ impl EventStream {
         }
     }
 
+    /// Takes `key` out of error events.
+    pub(crate) fn without_key(mut self, key: Option<&str>) -> Self {
+        self.redactor = key.and_then(Redactor::new).map(Box::new);
+        self
+    }
+
     /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the token
-    /// counts that Zap has asked for.
+    /// counts that Zap has asked for, and without the key in an error.
     pub(crate) fn push(&mut self, data: Bytes) -> Bytes {
         if self.oversized.is_some() {
             return self.push_oversized(data);
@@ -119,9 +143,9 @@ impl EventStream {
 
     /// Ends the stream at the end of its body. Returns the bytes that were held back. They count as an event.
     pub(crate) fn finish(&mut self) -> Bytes {
-        self.end_oversized();
+        let end = self.end_oversized();
         let rest = std::mem::take(&mut self.partial);
-        self.pass(rest.into())
+        joined(end, self.pass(rest.into()))
     }
 
     /// The token counts that have come last.
@@ -134,9 +158,9 @@ impl EventStream {
         self.text + self.oversized.as_ref().map_or(0, |event| event.text())
     }
 
-    /// Whether parts of the stream do not go out.
-    pub(crate) fn hides_usage(&self) -> bool {
-        self.hides_usage
+    /// Whether parts of the stream may go out otherwise than they came, so that its length may change.
+    pub(crate) fn may_change(&self) -> bool {
+        self.hides_usage || self.redactor.is_some()
     }
 
     /// Whether a whole event has come. A comment is none.
@@ -171,7 +195,7 @@ impl EventStream {
 
     /// Bytes that are held back.
     pub(crate) fn held(&self) -> usize {
-        self.partial.len()
+        self.partial.len() + self.redactor.as_ref().map_or(0, |redactor| redactor.held())
     }
 
     /// Whether what has gone out ends with an event.
@@ -186,67 +210,80 @@ impl EventStream {
         }
         let beginning = std::mem::take(&mut self.partial);
         self.oversized = Some(OversizedEvent::new(self.format, &beginning));
-        [&out[..], &beginning].concat().into()
+        joined(out, self.redacted(beginning.into()))
+    }
+
+    /// Returns what may go out of a part of an oversized event.
+    fn redacted(&mut self, part: Bytes) -> Bytes {
+        match &mut self.redactor {
+            Some(redactor) => redactor.push(&part),
+            None => part,
+        }
     }
 
     /// Passes an event on that is too long to be held, up to its end.
     fn push_oversized(&mut self, data: Bytes) -> Bytes {
-        let Some(end) = self.oversized.as_mut().and_then(|event| event.push(&data)) else { return data };
-        self.end_oversized();
+        let Some(end) = self.oversized.as_mut().and_then(|event| event.push(&data)) else {
+            return self.redacted(data);
+        };
+        let part = self.redacted(data.slice(..end));
+        let part = joined(part, self.end_oversized());
         let rest = self.push(data.slice(end..));
-        match rest.is_empty() {
-            true => data.slice(..end),
-            false if self.partial.is_empty() && !self.hides_usage => data,
-            false => [&data[..end], &rest].concat().into(),
+        match self.partial.is_empty() && !self.may_change() {
+            true => data,
+            false => joined(part, rest),
         }
     }
 
-    fn end_oversized(&mut self) {
-        let Some(event) = self.oversized.take() else { return };
+    /// Ends an oversized event. Returns its bytes that were held back.
+    fn end_oversized(&mut self) -> Bytes {
+        let Some(event) = self.oversized.take() else { return Bytes::new() };
         self.text += event.text();
         let (class, usage) = event.finish();
         self.usage = usage.or(self.usage);
         self.note(class, b"");
+        self.redactor.as_mut().map(|redactor| redactor.flush()).unwrap_or_default()
     }
 
     /// Reads whole events. Returns what may go out of them.
     fn pass(&mut self, events: Bytes) -> Bytes {
-        let cuts = self.read(&events);
-        if cuts.is_empty() {
+        let edits = self.read(&events);
+        if edits.is_empty() {
             return events;
         }
         let mut out = BytesMut::with_capacity(events.len());
         let mut from = 0;
-        for cut in cuts {
-            out.extend_from_slice(&events[from..cut.start]);
-            from = cut.end;
+        for Edit { at, with } in edits {
+            out.extend_from_slice(&events[from..at.start]);
+            out.extend_from_slice(&with);
+            from = at.end;
         }
         out.extend_from_slice(&events[from..]);
         out.freeze()
     }
 
-    /// Reads whole events. Returns the parts that must not go out.
-    fn read(&mut self, events: &[u8]) -> Cuts {
-        let (mut at, mut cuts) = (0, Cuts::new());
+    /// Reads whole events. Returns the parts that do not go out as they are.
+    fn read(&mut self, events: &[u8]) -> Edits {
+        let (mut at, mut edits) = (0, Edits::new());
         if events.is_empty() {
-            return cuts;
+            return edits;
         }
         if !std::mem::replace(&mut self.is_begun, true) && events.starts_with(BOM) {
             at = BOM.len();
         }
         if std::mem::take(&mut self.hides_feed) && events.starts_with(b"\n") {
-            cuts.push(0..1);
+            edits.push(Edit::cut(0..1));
             at = 1;
         }
-        // Behind an error, only what Zap has asked for is still looked for.
-        while at < events.len() && (self.end.is_none() || self.hides_usage) {
+        // Behind the end, only what must not go out is still looked for.
+        while at < events.len() && (self.end.is_none() || self.may_change()) {
             let rest = &events[at..];
             let may_be_known = self.has_content && self.end.is_none();
             let known = if may_be_known { self.shape.find(rest) } else { None };
-            let (start, end, cut) = match known {
+            let (start, end, edit) = match known {
                 Some(known) => {
                     self.text += known.text;
-                    (0, known.length, known.cut)
+                    (0, known.length, known.cut.map(Edit::cut))
                 }
                 None => {
                     let start = rest.iter().position(|b| !is_line_end(*b)).unwrap_or(rest.len());
@@ -254,32 +291,57 @@ impl EventStream {
                     (start, end, if start < end { self.parse(&rest[start..end]) } else { None })
                 }
             };
-            cuts.extend(cut.map(|cut| at + start + cut.start..at + start + cut.end));
+            let from = at + start;
+            edits.extend(edit.map(|edit| Edit { at: from + edit.at.start..from + edit.at.end, ..edit }));
             at += end;
         }
         // The line feed of the last line end may still come.
-        self.hides_feed = events.ends_with(b"\r") && cuts.last().is_some_and(|cut| cut.end == events.len());
-        cuts
+        self.hides_feed = events.ends_with(b"\r")
+            && edits.last().is_some_and(|edit| edit.at.end == events.len() && edit.with.is_empty());
+        edits
     }
 
-    /// Reads an event with a parser. Returns the part of it that must not go out.
-    fn parse(&mut self, event: &[u8]) -> Option<Range<usize>> {
+    /// Reads an event with a parser. Returns the part of it that does not go out as it is.
+    fn parse(&mut self, event: &[u8]) -> Option<Edit> {
         let said = read_event(self.format, event);
-        self.usage = said.usage.or(self.usage);
-        if self.end.is_some() {
-            return (said.class == Class::Usage).then_some(0..event.len());
+        let is_behind = self.end.is_some();
+        if !is_behind || self.hides_usage {
+            self.usage = said.usage.or(self.usage);
         }
-        self.text += said.text;
         let cut = match said.class {
             _ if !self.hides_usage => None,
             Class::Usage => Some(0..event.len()),
+            _ if is_behind => None,
             _ => null_usage(event),
         };
-        self.note(said.class, event);
-        if said.class == Class::Content && said.usage.is_none() && said.is_json {
-            self.shape.learn(self.format, event, said.text, cut.clone());
+        let redacted = self.without_key_in(event, &said, cut.clone());
+        if !is_behind {
+            self.text += said.text;
+            self.note(said.class, event);
+            // The constant parts of a shape are not looked at again: they must not hold the key.
+            let is_usual = said.class == Class::Content && said.usage.is_none() && said.is_json;
+            if is_usual && redacted.is_none() {
+                self.shape.learn(self.format, event, said.text, cut.clone());
+            }
         }
-        cut
+        redacted.or_else(|| cut.map(Edit::cut))
+    }
+
+    /// Returns an event without the key and without `cut`; `None` if the event is no error, or has no key in it.
+    fn without_key_in(&mut self, event: &[u8], said: &Said, cut: Option<Range<usize>>) -> Option<Edit> {
+        let redactor = self.redactor.as_mut()?;
+        // An error may also be text alone, or stand within a choice.
+        let may_be_error = self.end.is_some()
+            || !said.is_json
+            || matches!(said.class, Class::Error(_))
+            || mentions_error(event);
+        if !may_be_error || !redactor.is_in(event) {
+            return None;
+        }
+        let cut = cut.unwrap_or_default();
+        let parts = [&event[..cut.start], &event[cut.end..]].map(|part| redactor.push(part));
+        let with = [&parts[0][..], &parts[1], &redactor.flush()].concat().into();
+        Some(Edit { at: 0..event.len(), with })
     }
 
     fn note(&mut self, class: Class, event: &[u8]) {
@@ -303,6 +365,14 @@ impl EventStream {
     }
 }
 
+fn joined(first: Bytes, second: Bytes) -> Bytes {
+    match (first.is_empty(), second.is_empty()) {
+        (true, _) => second,
+        (_, true) => first,
+        _ => [first, second].concat().into(),
+    }
+}
+
 /// Whether an event has data, so that it is more than a comment.
 fn has_data(event: &[u8]) -> bool {
     event.split(|b| is_line_end(*b)).any(|line| line.starts_with(b"data"))
@@ -317,6 +387,57 @@ pub(crate) fn is_event_stream(beginning: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_key_is_in_no_error_of_a_stream_whatever_the_chunking() {
+        use StreamFormat::{Done, Plain, Responses};
+        const KEY: &str = "sk-CANARY/0123456789";
+        const CHUNK: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"sk-CANARY\"}}]}\n\n";
+        let long = "x".repeat(MAX_HELD);
+        let rows = [
+            (Done, r#"data: {"error":{"message":"bad KEY","code":401}}"#.to_owned(), "data: [DONE]\n\n"),
+            (Done, r#"data: {"error":"KEYKEY","choices":[{"delta":{"content":"x"}}]}"#.into(), ""),
+            (Done, r#"data: {"error":"bad","usage":null}"#.into(), "data: {\"error\":\"KEY\"}\n\ndata: KEY"),
+            (Done, r#"data: {"choices":[{"error":{"message":"KEY"},"finish_reason":"error"}]}"#.into(), ""),
+            (
+                Done,
+                r#"data: {"x":{"error":"KEY"}}"#.into(),
+                "data: {\"x\":{\"error\":\"KEY\"}}\n\ndata: {\"x\":{\"error\":\"KEY\"}}\n\n",
+            ),
+            (Done, "event: error\r\ndata: bad KEY\r\nid: KEY\r".into(), ""),
+            (Done, "data: bad KEY".into(), ": KEY\n\n"),
+            (Done, "data: [DONE]".into(), "data: {\"error\":{\"message\":\"KEY\"}}\n\n"),
+            (Done, format!("data: {{\"x\":\"{long}\",\"error\":\"bad KEY\"}}"), "data: {\"error\":\"KEY\"}"),
+            (Plain, r#"data: {"error":"bad KEY"}"#.into(), ""),
+            (Responses, r#"data: {"type":"error","message":"bad KEY"}"#.into(), ""),
+            (
+                Responses,
+                "event: response.failed\ndata: {\"response\":{\"error\":{\"message\":\"KEY\"}}}".into(),
+                "data: {\"error\":{\"message\":\"KEY\"}}\n\n",
+            ),
+            (Responses, format!("event: response.failed\ndata: {{\"x\":\"{long}\",\"error\":\"KEY\"}}"), ""),
+        ];
+        for (format, error, rest) in rows {
+            for key in [KEY, "sk-CANARY\\/01234567\\u00389"] {
+                let error = format!("{error}\n\n{rest}").replace("KEY", key);
+                let text = format!("{CHUNK}{CHUNK}{error}");
+                let want = format!("{CHUNK}{CHUNK}{}", error.replace(key, "***"));
+                let sizes: &[usize] =
+                    if text.len() < 1000 { &[1, 2, 3, 7, 50, 1000] } else { &[999, MAX_HELD, 100_000] };
+                for (size, hides) in sizes.iter().flat_map(|size| [(*size, false), (*size, true)]) {
+                    let mut stream = EventStream::new(format, hides).without_key(Some(KEY));
+                    let mut out = Vec::new();
+                    for piece in text.as_bytes().chunks(size) {
+                        out.extend_from_slice(&stream.push(Bytes::copy_from_slice(piece)));
+                    }
+                    out.extend_from_slice(&stream.finish());
+                    let want = if hides { want.replace(",\"usage\":null", "") } else { want.clone() };
+                    assert!(out == want.as_bytes(), "{size} {hides} {}", String::from_utf8_lossy(&out));
+                    assert_eq!(stream.held(), 0);
+                }
+            }
+        }
+    }
 
     /// What a stream says, and what went out before its end.
     fn run(format: StreamFormat, pieces: &[&str]) -> (EventStream, String) {

@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
+use memchr::{memchr2_iter, memchr3};
 
 /// Shortest key that is redacted. A shorter key is a dummy (`1`, `null`); to replace it would only damage the response.
 const MIN_KEY: usize = 8;
@@ -55,7 +56,19 @@ impl Redactor {
 
     /// Ends the stream and returns the bytes held back.
     pub(crate) fn finish(mut self) -> Bytes {
-        self.pass(true)
+        self.flush()
+    }
+
+    /// Ends a text and returns the bytes held back. Another text may follow.
+    pub(crate) fn flush(&mut self) -> Bytes {
+        let rest = self.pass(true);
+        self.in_string = false;
+        rest
+    }
+
+    /// Bytes that are held back.
+    pub(crate) fn held(&self) -> usize {
+        self.held.len()
     }
 
     /// Returns the bytes up to a possible beginning of the key. `end`: no more bytes will follow.
@@ -63,9 +76,13 @@ impl Redactor {
         let text = std::mem::take(&mut self.held);
         let mut out = Vec::with_capacity(text.len());
         let mut at = 0;
-        while at < text.len() {
+        loop {
+            // No key begins before one of these bytes, and no unit of more than one byte.
+            let plain = memchr3(self.key[0], b'\\', b'"', &text[at..]).unwrap_or(text.len() - at);
+            out.extend_from_slice(&text[at..at + plain]);
+            at += plain;
             let rest = &text[at..];
-            let Some(unit) = unit(rest, self.in_string, end) else { break };
+            let Some(unit) = unit(rest, self.in_string, end).filter(|_| !rest.is_empty()) else { break };
             match self.find(rest, unit, end) {
                 Match::Perhaps => break,
                 Match::No => {
@@ -122,8 +139,10 @@ impl Redactor {
 
 /// Whether a header's `value` contains `key`; false if the key is a dummy.
 pub(crate) fn holds_key(key: &[u8], value: &[u8]) -> bool {
-    let starts = value.len().checked_sub(key.len()).filter(|_| key.len() >= MIN_KEY);
-    starts.is_some_and(|last| (0..=last).any(|at| matches!(find_at(key, &value[at..]), Match::Key(_))))
+    if key.len() < MIN_KEY {
+        return false;
+    }
+    memchr2_iter(key[0], b'\\', value).any(|at| matches!(find_at(key, &value[at..]), Match::Key(_)))
 }
 
 /// Writes the replacement of a part of a key that has no quote.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use zap::internals::{Decision, Limiter, WINDOW};
 
-use crate::support::provider::{After, Gate, chunk, reply, start_events, wait_closed};
+use crate::support::lies::Ask;
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
 use crate::support::{CHAT, Client, Provider, Response, STREAM, Zap, eventually, within};
 
 const NO_PROBES: &str = "[health]\ninterval_secs = 600\n";
@@ -808,12 +809,35 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
     let a = Provider::start(|seen, stream| {
         let key = seen.header("authorization").unwrap_or_default();
         let body: serde_json::Value = serde_json::from_slice(&seen.body).unwrap();
-        match body["user"].as_str().unwrap() {
+        match body["model"].as_str().unwrap() {
             "cut" => {
                 start_events(stream);
                 chunk(stream, "data: one\n\n");
             }
             "gone" => {}
+            kind if kind.starts_with("events by ") => {
+                let ask = Ask::of(seen.line.split(' ').nth(1).unwrap(), &seen.body);
+                let (before, content, _) = ask.parts();
+                let error = format!("{{\"message\":\"bad {key}\",\"code\":\"bad\"}}");
+                let error = match ask.path() {
+                    "/v1/responses" => format!(
+                        "event: response.failed\ndata: {{\"type\":\"response.failed\",\"response\":{{\"error\":{error}}}}}\n\n"
+                    ),
+                    _ => format!("data: {{\"error\":{error}}}\n\n"),
+                };
+                start_events(stream);
+                let events = [&before, content, &error, &error].concat();
+                for piece in events.as_bytes().chunks(kind["events by ".len()..].parse().unwrap()) {
+                    chunk(stream, std::str::from_utf8(piece).unwrap());
+                }
+                end_chunks(stream);
+                return After::Keep;
+            }
+            "beside" => {
+                let body = format!("{{\"choices\":[{{\"index\":0}}],\"error\":{{\"message\":\"{key}\"}}}}");
+                reply(stream, 200, "content-type: application/json\r\n", body.as_bytes());
+                return After::Keep;
+            }
             "noise" => {
                 let _ = stream.write_all(format!("HTTP/9 {key}\r\n\r\n{key}").as_bytes());
             }
@@ -856,14 +880,28 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
         ("cut", 200),
         ("gone", 502),
         ("noise", 502),
+        ("beside", 200),
         ("401", 502),
     ] {
         // A model of its own, so that the cooldown of one fault does not concern the next.
-        let request = post(&format!("{{\"messages\":[],\"user\":\"{fault}\",\"model\":\"{fault}\"}}"));
+        let request = post(&format!("{{\"messages\":[],\"model\":\"{fault}\"}}"));
         answers.push((raw(&zap, &request.replacen("\r\n", "\r\nconnection: close\r\n", 1)), status));
         let seen = a.seen();
         let key = seen.last().unwrap().header("authorization");
         assert_eq!(key, Some("Bearer sk-CANARY-0123456789"), "{fault}");
+    }
+    // Another gateway, since the last fault has closed the backend.
+    let of_streams = Zap::with(settings, &[a.backend("a", "api_key = \"sk-CANARY-0123456789\"")]);
+    for (ask, size) in
+        Ask::ALL.iter().filter(|ask| ask.is_stream).flat_map(|ask| [(ask, 1), (ask, 9), (ask, 999)])
+    {
+        let mut client = of_streams.client();
+        client.post(ask.path(), "connection: close\r\n", ask.body(&format!("events by {size}")));
+        let answer = String::from_utf8_lossy(&client.rest().0).into_owned();
+        assert!(answer.contains("good"), "the error is behind content: {answer}");
+        let text: String = answer.split("\r\n").collect();
+        assert_eq!(text.matches("\"message\":\"bad Bearer ***\"").count(), 2, "{answer}");
+        answers.push((answer, 200));
     }
     for (answer, status) in &answers {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "not {status}: {answer}");
