@@ -24,14 +24,11 @@ pub(crate) mod opening;
 
 pub(crate) mod relay;
 
+mod held;
 mod relay_input;
-
 mod relay_usage;
-
 mod response;
-
 mod silence;
-
 mod wording;
 
 pub mod failpoint;

@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use http::response::Parts;
-use smallvec::SmallVec;
 
 use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::attempt::Attempts;
+use crate::gateway::held::Held;
 use crate::gateway::state::Generation;
 use crate::http1::headers::ResponseFacts;
 use crate::json::patch::Splice;
@@ -219,7 +219,11 @@ impl Attempts<'_> {
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
                 Some(format) => body.stream(Box::new(asked.events(format)), None).await,
-                None => Ok(Opening { first: None, events: None }),
+                // What Zap cannot read is an answer with its first byte.
+                None => match body.first_byte().await? {
+                    None if status != 204 => Err(empty()),
+                    first => Ok(Opening { first, events: None }),
+                },
             };
         }
         let Some(first) = body.frame(self.deadline).await? else {
@@ -263,6 +267,11 @@ fn begins_object(first: &[u8]) -> bool {
 
 fn empty() -> Unopened {
     Problem::Unfit(Unfit::Empty, Fault::new(Code::UpstreamEmpty, "a success without content")).into()
+}
+
+/// A limit of time where 0 is none.
+fn no_limit(span: Duration) -> Nanos {
+    if span.is_zero() { Nanos::MAX } else { clock::nanos(span) }
 }
 
 /// The beginning of a body.
@@ -315,6 +324,35 @@ impl BodyStart<'_> {
         }
     }
 
+    /// Reads the first frame of a stream that Zap cannot read; `None` at the end of the body.
+    async fn first_byte(&mut self) -> Result<Option<Bytes>, Problem> {
+        let mut token_by = self.token_by(self.place.has_next());
+        loop {
+            match self.frame(token_by.min(self.deadline)).await {
+                Err(Problem::Stopped(Stopped::Elapsed)) if !self.place.gateway.is_cut() => {
+                    let now = clock::now();
+                    if now >= self.deadline || self.place.claim_next() {
+                        return Err(self.silent(now));
+                    }
+                    token_by = Nanos::MAX;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// When the first content must be there at the latest if another target is left.
+    fn token_by(&self, has_next: bool) -> Nanos {
+        let limit = no_limit(self.place.snapshot.config.timeouts.first_token);
+        if has_next { self.asked.sent.saturating_add(limit) } else { Nanos::MAX }
+    }
+
+    /// No content has come in time.
+    fn silent(&self, now: Nanos) -> Problem {
+        let waited = Duration::from_nanos(now - self.asked.sent);
+        Problem::Unfit(Unfit::Silent, Fault::timed_out("first token", waited))
+    }
+
     /// Holds a stream back until its first content. Without another target, only until its first event, which may be an
     /// error. `first`: what has been read already.
     async fn stream(
@@ -330,10 +368,8 @@ impl BodyStart<'_> {
         }
         let mut has_next = self.place.has_next();
         let opened = clock::now();
-        let no_limit = |span: Nanos| if span == 0 { Nanos::MAX } else { span };
-        let token_limit = no_limit(clock::nanos(config.timeouts.first_token));
-        let mut token_by = if has_next { self.asked.sent.saturating_add(token_limit) } else { Nanos::MAX };
-        let ping_at = opened.saturating_add(no_limit(clock::nanos(config.stream.heartbeat)));
+        let mut token_by = self.token_by(has_next);
+        let ping_at = opened.saturating_add(no_limit(config.stream.heartbeat));
         let mut held = Held::default();
         loop {
             let release_at = if token_by < Nanos::MAX { token_by } else { held.since.saturating_add(hold) };
@@ -355,9 +391,7 @@ impl BodyStart<'_> {
                     let now = clock::now();
                     let is_late = now >= token_by && self.place.claim_next();
                     if is_late || now >= self.deadline {
-                        let waited = Duration::from_nanos(now - self.asked.sent);
-                        let fault = Fault::timed_out("first token", waited);
-                        return Err(Problem::Unfit(Unfit::Silent, fault).into());
+                        return Err(self.silent(now).into());
                     }
                     if now < token_by || events.has_events() {
                         break;
@@ -387,35 +421,5 @@ impl BodyStart<'_> {
             }
         }
         Ok(Opening { first: held.finish(), events: Some(events) })
-    }
-}
-
-/// The whole events of a stream that are held back.
-struct Held {
-    parts: SmallVec<[Bytes; 2]>,
-    length: usize,
-    /// When the first byte came; `Nanos::MAX` before that.
-    since: Nanos,
-}
-
-impl Default for Held {
-    fn default() -> Self {
-        Held { parts: SmallVec::new(), length: 0, since: Nanos::MAX }
-    }
-}
-
-impl Held {
-    fn push(&mut self, data: Bytes) {
-        if !data.is_empty() {
-            self.length += data.len();
-            self.parts.push(data);
-        }
-    }
-
-    fn finish(mut self) -> Option<Bytes> {
-        match self.parts.len() {
-            0 | 1 => self.parts.pop(),
-            _ => Some(self.parts.concat().into()),
-        }
     }
 }

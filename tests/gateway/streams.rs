@@ -564,6 +564,49 @@ fn a_slow_reader_slows_the_upstream_down() {
 }
 
 #[test]
+fn a_compressed_stream_without_a_byte_is_no_answer() {
+    const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\n";
+    let quick = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n";
+    let b = Provider::named("b");
+    let both = |a: &Provider| [a.backend("a", "weight = 9"), b.backend("b", "")];
+    for end in ["content-length: 0\r\n\r\n", "transfer-encoding: chunked\r\n\r\n0\r\n\r\n"] {
+        let a = Provider::start(move |_, stream| {
+            let _ = stream.write_all(format!("{HEAD}{end}").as_bytes());
+            After::Keep
+        });
+        for settings in ["", "[stream]\nhold_secs = 0\n"].map(|more| format!("{quick}{more}")) {
+            let answer = Zap::with(&settings, &[a.backend("a", "")]).chat(STREAM);
+            assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_empty"), "{end}");
+            let zap = Zap::with(&settings, &both(&a));
+            assert_eq!(zap.chat(STREAM).text(), "b", "{end}");
+            assert_eq!(zap.metric("zap_prelude_failovers_total{backend=\"a\",reason=\"empty\"}"), 1.0);
+        }
+    }
+    let a = Provider::start(|_, stream| {
+        let _ = stream.write_all(format!("{HEAD}transfer-encoding: chunked\r\n\r\n").as_bytes());
+        After::Close
+    });
+    let zap = Zap::with(quick, &both(&a));
+    assert_eq!(zap.chat(STREAM).text(), "b");
+    assert_eq!(zap.metric("zap_prelude_failovers_total{backend=\"a\",reason=\"cut\"}"), 1.0);
+    // Silence is judged by the clocks of any stream: by that of the first token, and by that of the request.
+    let a = Provider::start(|_, stream| {
+        let _ = stream.write_all(format!("{HEAD}transfer-encoding: chunked\r\n\r\n").as_bytes());
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with(&format!("{quick}[timeouts]\nfirst_token_secs = 1\n"), &both(&a));
+    assert_eq!(zap.chat(STREAM).text(), "b");
+    assert_eq!(zap.metric("zap_prelude_failovers_total{backend=\"a\",reason=\"timeout\"}"), 1.0);
+    let settings = format!("{quick}[timeouts]\nfirst_token_secs = 1\n[queue]\ntimeout_secs = 2\n");
+    let (zap, since) = (Zap::with(&settings, &[a.backend("a", "")]), Instant::now());
+    let answer = zap.chat(STREAM);
+    assert_eq!((answer.status, answer.code().as_str()), (504, "upstream_timeout"));
+    assert!(since.elapsed() > Duration::from_millis(1900), "the last target has the time of the request");
+    zap.wait_until_idle();
+}
+
+#[test]
 fn a_client_that_stops_reading_is_closed_on_both_sides() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
