@@ -341,6 +341,15 @@ mod tests {
 
     #[test]
     fn a_missing_address_family_is_not_a_lack_of_ports() {
+        // What the kernel says of `::1` without IPv6, at an address that has no source on any machine.
+        let failure = |code: Errno, to: &str| {
+            DialError::new(io::Error::from_raw_os_error(code.raw_os_error()), Some(to.parse().unwrap()))
+        };
+        let missing = || failure(Errno::ADDRNOTAVAIL, "255.255.255.255:9");
+        let refused = || failure(Errno::CONNREFUSED, "127.0.0.1:9");
+        for both in [missing().then(refused()), refused().then(missing())] {
+            assert!(!both.exhausted, "{both}");
+        }
         let dialer = dialer(&["::1", "127.0.0.1"]);
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         runtime().block_on(async {
