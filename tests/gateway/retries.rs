@@ -2,9 +2,10 @@
 
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, backend, blackhole, chunk, reply, start_events, wait_closed};
+use crate::support::provider::{After, Gate, backend, blackhole, chunk, reply, start_events, wait_closed};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 const QUICK: &str = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 2\n[health]\nfailure_threshold = 1000\n";
@@ -815,4 +816,131 @@ fn a_stream_without_content_is_no_success_even_after_it_has_gone_out() {
     assert_eq!(zap.chat(STREAM).status, 200);
     eventually("the model is out", || zap.metric("zap_backend_up{backend=\"a\"}") == 0.0);
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_empty\"}"), 1.0);
+}
+
+/// Sends 60 chats at once to `zap`, which serves one at a time, and opens `gate` once all others wait. Returns the numbers
+/// of their tries, in the order in which `a` has got them.
+fn tries_of_a_queue(zap: &Zap, a: &Provider, gate: &Gate) -> Vec<usize> {
+    const CLIENTS: usize = 60;
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| zap.client()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.post("/chat", &format!("x-request-id: r{i}\r\n"), CHAT);
+    }
+    eventually("one is served and all others wait", || {
+        gate.waiting() == 1 && zap.metric("zap_queue_depth") == (CLIENTS - 1) as f64
+    });
+    gate.open(usize::MAX / 2);
+    let mut tries = std::collections::HashMap::new();
+    for (i, client) in clients.iter_mut().enumerate() {
+        let tried = client.response().header("x-zap-attempts").unwrap().parse().unwrap();
+        tries.insert(format!("r{i}"), tried);
+    }
+    let ids = a.seen().into_iter().map(|seen| seen.header("x-request-id").unwrap().to_owned());
+    ids.filter_map(|id| tries.remove(&id)).collect()
+}
+
+#[test]
+fn a_request_counts_for_the_retry_budget_when_it_leaves_the_queue() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        held.pass();
+        reply(stream, 500, "", b"down");
+        After::Keep
+    });
+    let b = Provider::named("b");
+    let settings = |retries: u32| {
+        let retry = format!("[retry]\nbudget_percent = 100\nmax_retries = {retries}");
+        format!("[queue]\nmax_in_flight = 1\n{}", QUICK.replace("[retry]", &retry))
+    };
+    // Each pays for its own retry, however many there are in a second.
+    let zap = Zap::with(&settings(2), &[a.backend("a", ""), b.backend("b", "priority = 1")]);
+    let tries = tries_of_a_queue(&zap, &a, &gate);
+    assert_eq!(tries, [2; 60]);
+    // The requests that still wait pay for nothing: the first ones soon have no more than ten retries in a second and one
+    // each. If all of the queue paid, each of them would be tried eleven times.
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        held.pass();
+        reply(stream, 500, "", b"down");
+        After::Keep
+    });
+    let zap = Zap::with(&settings(10), &[a.backend("a", "")]);
+    let tries = tries_of_a_queue(&zap, &a, &gate);
+    assert_eq!(tries[0], 11);
+    assert!(tries[..6].iter().sum::<usize>() < 50, "{tries:?}");
+}
+
+#[test]
+fn a_provider_with_few_slots_is_kept_busy_and_healthy() {
+    const SLOTS: usize = 4;
+    let (busy, served, refused) =
+        (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counts = (served.clone(), refused.clone());
+    let a = Provider::start(move |_, stream| {
+        if busy.fetch_add(1, Ordering::SeqCst) < SLOTS {
+            std::thread::sleep(Duration::from_millis(100));
+            counts.0.fetch_add(1, Ordering::SeqCst);
+            // The slot is free before the client can know of it.
+            busy.fetch_sub(1, Ordering::SeqCst);
+            reply(stream, 200, "", b"ok");
+        } else {
+            busy.fetch_sub(1, Ordering::SeqCst);
+            counts.1.fetch_add(1, Ordering::SeqCst);
+            reply(stream, 503, "", b"queue full");
+        }
+        After::Keep
+    });
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    // A 503 means "busy" only of a provider that has just served a request.
+    assert_eq!(zap.chat(CHAT).status, 200);
+    let since = Instant::now();
+    let statuses: Vec<Vec<u16>> = std::thread::scope(|scope| {
+        let run = || {
+            let (mut client, mut statuses) = (zap.client(), Vec::new());
+            while since.elapsed() < Duration::from_secs(4) {
+                statuses.push(client.chat("", CHAT).status);
+            }
+            statuses
+        };
+        let clients: Vec<_> = (0..8).map(|_| scope.spawn(run)).collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    let possible = since.elapsed().as_millis() as usize / 100 * SLOTS;
+    let (served, refused) = (served.load(Ordering::SeqCst), refused.load(Ordering::SeqCst));
+    assert!(statuses.iter().flatten().all(|status| *status == 200), "{statuses:?}");
+    assert!(served * 2 >= possible, "{served} of {possible} served, {refused} refused");
+    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "healthy");
+    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
+}
+
+#[test]
+fn a_burst_at_targets_that_cool_for_a_second_is_served_whole() {
+    let cooling = || {
+        let (first, refused) = (Mutex::new(None), Arc::new(AtomicUsize::new(0)));
+        let count = refused.clone();
+        let provider = Provider::start(move |_, stream| {
+            let first = *first.lock().unwrap().get_or_insert_with(Instant::now);
+            match first.elapsed() < Duration::from_secs(1) {
+                true => {
+                    count.fetch_add(1, Ordering::SeqCst);
+                    reply(stream, 429, "retry-after: 1\r\n", b"wait");
+                }
+                false => reply(stream, 200, "", b"ok"),
+            }
+            After::Keep
+        });
+        (provider, refused)
+    };
+    let ((a, of_a), (b, of_b)) = (cooling(), cooling());
+    // The target that is not known to refuse is asked as well: with the usual budget, not all may do so.
+    let zap = Zap::with("[retry]\nbudget_percent = 100\n", &[a.backend("a", ""), b.backend("b", "")]);
+    let mut clients: Vec<_> = (0..40).map(|_| zap.client()).collect();
+    clients.iter_mut().for_each(|client| client.post("/chat", "", CHAT));
+    let statuses: Vec<u16> = clients.iter_mut().map(|client| client.response().status).collect();
+    assert_eq!(statuses, [200; 40]);
+    let refused = [of_a, of_b].map(|count| count.load(Ordering::SeqCst));
+    assert!(refused.iter().all(|count| *count <= 40), "a target has refused a request twice: {refused:?}");
+    zap.wait_until_idle();
 }
