@@ -564,6 +564,44 @@ fn a_slow_reader_slows_the_upstream_down() {
 }
 
 #[test]
+fn a_client_that_closes_behind_the_terminal_event_has_a_complete_answer() {
+    let chat = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        [chat, DONE].iter().for_each(|event| assert!(chunk(stream, event)));
+        wait_closed(stream);
+        After::Close
+    });
+    let zap = Zap::with_log("[health]\nfailure_threshold = 1\n", &[a.backend("a", "")]);
+    for _ in 0..3 {
+        let mut client = zap.client();
+        client.post("/chat", "", STREAM);
+        client.head();
+        let mut got = Vec::new();
+        while !got.ends_with(DONE.as_bytes()) {
+            got.extend_from_slice(&client.chunk().unwrap());
+        }
+        assert_eq!(got, [chat, DONE].concat().as_bytes());
+        drop(client);
+        eventually("the upstream connection is closed", || a.connections() == 0);
+    }
+    for line in zap.lines(3) {
+        assert_eq!((&line["end"], &line["status"]), (&"complete".into(), &200.into()), "{line}");
+    }
+    let metrics = zap.metrics();
+    let left = metrics.iter().filter(|(name, _)| {
+        ["zap_client_disconnects_total", "zap_streams_interrupted_total", "zap_upstream_errors_total"]
+            .iter()
+            .any(|family| name.starts_with(family))
+    });
+    let left: Vec<_> = left.filter(|(_, count)| **count != 0.0).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(zap.client().get("/status").json()["backends"][0]["state"], "healthy");
+    assert_eq!(zap.metric("zap_backend_up{backend=\"a\"}"), 1.0);
+    zap.wait_until_idle();
+}
+
+#[test]
 fn a_compressed_stream_without_a_byte_is_no_answer() {
     const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\n";
     let quick = "[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n";

@@ -269,3 +269,23 @@ fn the_second_question_survives_an_idle_connection_that_closes() {
     assert_eq!((answer.status, answer.text()), (200, &*ALL[1].answer("one", false, None)));
     assert_eq!(answer.header("x-zap-attempts"), Some("1"));
 }
+
+#[test]
+fn a_member_that_only_looks_like_the_question_is_refused_where_zap_asks() {
+    let a = teller("one", Some([10, 0, 3, 0]));
+    let body = |key: &str| {
+        format!("{{\"model\":\"m\",\"stream\":true,\"{key}\":{{\"include_usage\":false}},\"messages\":[]}}")
+    };
+    let zap = Zap::with("", &[a.backend("a", "usage = \"inject\"")]);
+    for key in ["Stream_Options", "STREAM_OPTIONS", "\\u0053tream_options"] {
+        let answer = zap.chat(body(key));
+        assert_eq!((answer.status, answer.code().as_str()), (400, "duplicate_key"), "{key}");
+        assert!(answer.text().contains("send only \\\"stream_options\\\""), "{}", answer.text());
+    }
+    let twice = body("x").replace("\"x\"", "\"stream_options\":{},\"stream_options\"");
+    assert_eq!((zap.chat(twice).code().as_str(), a.count()), ("duplicate_key", 0));
+    // Where Zap does not ask, the member is the client's own.
+    let zap = Zap::with("", &[a.backend("a", "usage = \"passive\"")]);
+    assert_eq!(zap.chat(body("Stream_Options")).status, 200);
+    assert_eq!(bodies(&a), [body("Stream_Options")]);
+}
