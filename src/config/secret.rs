@@ -1,13 +1,14 @@
 //! A key that cannot be printed by accident.
 
 use std::fmt;
+use std::sync::Arc;
 
 use http::HeaderValue;
 
 /// A key of visible ASCII characters. `Debug` writes it as `***`.
 #[derive(Clone, PartialEq)]
 pub struct Secret {
-    key: String,
+    key: Arc<str>,
     bearer: HeaderValue,
 }
 
@@ -28,12 +29,17 @@ impl Secret {
         }
         let mut bearer = HeaderValue::try_from(format!("Bearer {key}")).map_err(|_invalid| refused)?;
         bearer.set_sensitive(true);
-        Ok(Self { key: key.to_owned(), bearer })
+        Ok(Self { key: key.into(), bearer })
     }
 
     /// The key itself.
     pub fn expose(&self) -> &str {
         &self.key
+    }
+
+    /// The key itself, shared.
+    pub fn shared(&self) -> Arc<str> {
+        self.key.clone()
     }
 
     /// The key without a scheme, for `auth_header`; marked sensitive.

@@ -62,7 +62,8 @@ pub(super) struct Asked<'f> {
 impl Asked<'_> {
     /// The state of a stream of the target.
     fn events(&self, format: StreamFormat) -> EventStream {
-        EventStream::new(format, self.usage.is_some()).without_key(self.in_flight.upstream().key())
+        let key = self.in_flight.upstream().conf.api_key.as_ref().map(|key| key.shared());
+        EventStream::new(format, self.usage.is_some()).without_key(key)
     }
 }
 

@@ -8,6 +8,7 @@
 //! [shape](crate::protocol::event_shape) that is known is not parsed.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
@@ -17,7 +18,7 @@ use crate::protocol::event_class::{Class, Said, error_body, mentions_error, read
 use crate::protocol::event_lines::{LOOK_BACK, end_of_event, end_of_last_event, is_line_end};
 use crate::protocol::event_shape::{Shape, null_usage};
 use crate::protocol::oversized_event::OversizedEvent;
-use crate::protocol::redact::Redactor;
+use crate::protocol::redact::{Redactor, holds_key, is_secret};
 use crate::protocol::usage::Usage;
 
 /// Longest unfinished event that is held back, in bytes. A longer one goes out in pieces.
@@ -71,8 +72,9 @@ pub(crate) struct EventStream {
     shape: Shape,
     /// Whether Zap has asked for the token counts, so that they must not go out.
     hides_usage: bool,
-    /// Takes the backend's key out of errors, of what follows them, and of oversized events, which may be errors. Boxed,
-    /// since it is large and rarely used.
+    /// The backend's key, which is taken out of errors, of what follows them, and of oversized events, which may be errors.
+    key: Option<Arc<str>>,
+    /// Takes [`key`](Self::key) out. Boxed and made late, since it is large and rarely used.
     redactor: Option<Box<Redactor>>,
     /// Whether a line feed that follows must not go out, since it belongs to an event that did not.
     hides_feed: bool,
@@ -95,6 +97,7 @@ impl EventStream {
             oversized: None,
             shape: Shape::default(),
             hides_usage,
+            key: None,
             redactor: None,
             hides_feed: false,
             usage: None,
@@ -109,9 +112,8 @@ impl EventStream {
     }
 
     /// Takes `key` out of error events.
-    pub(crate) fn without_key(mut self, key: Option<&str>) -> Self {
-        self.redactor = key.and_then(Redactor::new).map(Box::new);
-        self
+    pub(crate) fn without_key(self, key: Option<Arc<str>>) -> Self {
+        EventStream { key: key.filter(|key| is_secret(key)), ..self }
     }
 
     /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the token
@@ -160,7 +162,7 @@ impl EventStream {
 
     /// Whether parts of the stream may go out otherwise than they came, so that its length may change.
     pub(crate) fn may_change(&self) -> bool {
-        self.hides_usage || self.redactor.is_some()
+        self.hides_usage || self.key.is_some()
     }
 
     /// Whether a whole event has come. A comment is none.
@@ -215,10 +217,17 @@ impl EventStream {
 
     /// Returns what may go out of a part of an oversized event.
     fn redacted(&mut self, part: Bytes) -> Bytes {
-        match &mut self.redactor {
+        match self.redactor() {
             Some(redactor) => redactor.push(&part),
             None => part,
         }
+    }
+
+    fn redactor(&mut self) -> Option<&mut Redactor> {
+        if self.redactor.is_none() {
+            self.redactor = self.key.as_deref().and_then(Redactor::new).map(Box::new);
+        }
+        self.redactor.as_deref_mut()
     }
 
     /// Passes an event on that is too long to be held, up to its end.
@@ -329,15 +338,16 @@ impl EventStream {
 
     /// Returns an event without the key and without `cut`; `None` if the event is no error, or has no key in it.
     fn without_key_in(&mut self, event: &[u8], said: &Said, cut: Option<Range<usize>>) -> Option<Edit> {
-        let redactor = self.redactor.as_mut()?;
+        let key = self.key.as_deref()?;
         // An error may also be text alone, or stand within a choice.
         let may_be_error = self.end.is_some()
             || !said.is_json
             || matches!(said.class, Class::Error(_))
             || mentions_error(event);
-        if !may_be_error || !redactor.is_in(event) {
+        if !may_be_error || !holds_key(key.as_bytes(), event) {
             return None;
         }
+        let redactor = self.redactor()?;
         let cut = cut.unwrap_or_default();
         let parts = [&event[..cut.start], &event[cut.end..]].map(|part| redactor.push(part));
         let with = [&parts[0][..], &parts[1], &redactor.flush()].concat().into();
@@ -425,7 +435,7 @@ mod tests {
                 let sizes: &[usize] =
                     if text.len() < 1000 { &[1, 2, 3, 7, 50, 1000] } else { &[999, MAX_HELD, 100_000] };
                 for (size, hides) in sizes.iter().flat_map(|size| [(*size, false), (*size, true)]) {
-                    let mut stream = EventStream::new(format, hides).without_key(Some(KEY));
+                    let mut stream = EventStream::new(format, hides).without_key(Some(KEY.into()));
                     let mut out = Vec::new();
                     for piece in text.as_bytes().chunks(size) {
                         out.extend_from_slice(&stream.push(Bytes::copy_from_slice(piece)));

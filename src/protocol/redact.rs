@@ -33,8 +33,7 @@ enum Match {
 impl Redactor {
     /// Creates a redactor for `key`; `None` if the key is too short to be a secret.
     pub(crate) fn new(key: &str) -> Option<Self> {
-        let key: Box<[u8]> = key.as_bytes().into();
-        (key.len() >= MIN_KEY).then_some(Redactor { key, held: Vec::new(), in_string: false })
+        is_secret(key).then(|| Redactor { key: key.as_bytes().into(), held: Vec::new(), in_string: false })
     }
 
     /// Whether a header's `value` contains the key.
@@ -135,6 +134,11 @@ impl Redactor {
         }
         mask_run(&span[from..], self.in_string, out);
     }
+}
+
+/// Whether a key is long enough to be a secret.
+pub(crate) fn is_secret(key: &str) -> bool {
+    key.len() >= MIN_KEY
 }
 
 /// Whether a header's `value` contains `key`; false if the key is a dummy.
