@@ -10,6 +10,7 @@ use crate::config::common::{
     Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, WEIGHT, expanded,
     is_name_char, name, open_regular, secret, unreadable,
 };
+use crate::config::header_lists::header_rules;
 use crate::config::models::{model_name, rules};
 use crate::config::money::{budget, prices};
 use crate::config::toml_reader::{Section, Text};
@@ -126,6 +127,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let auth_header = auth_header(t, inline_key.is_some());
     let key_header = inline_key.is_some().then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
     let extra_headers = extra_headers(t, key_header.as_ref(), ctx);
+    let header_rules = header_rules(t);
     let drop_fields = drop_fields(t);
     let models = rules(t);
     let default_model = model_name(t, "default_model");
@@ -158,6 +160,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             api_key,
             auth_header,
             extra_headers,
+            header_rules,
             drop_fields,
             models,
             default_model,

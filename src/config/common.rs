@@ -17,6 +17,8 @@ pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 /// Longest backend name, in bytes.
 pub(super) const MAX_NAME: usize = 64;
+/// Largest configuration file, in bytes.
+pub(super) const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Largest key file, in bytes.
 const MAX_KEY_FILE: usize = 16 << 10;
 
@@ -142,4 +144,23 @@ pub(super) fn expanded(t: &Section<'_, '_>, key: &str, text: &Text, ctx: &Contex
             }
         })
         .ok()
+}
+
+/// Reads at most one byte more than [`MAX_FILE_BYTES`], so that the caller can detect a larger file.
+pub(super) fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Whether every user may read the file.
+#[cfg(unix)]
+pub(super) fn world_readable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o004 != 0)
+}
+
+#[cfg(not(unix))]
+pub(super) fn world_readable(_: &Path) -> bool {
+    false
 }

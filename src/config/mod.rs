@@ -22,6 +22,7 @@ mod clients;
 mod common;
 mod expand;
 mod fault_sink;
+mod header_lists;
 mod models;
 mod money;
 mod range;
@@ -32,9 +33,7 @@ mod toml_reader;
 mod url;
 
 use std::{
-    fmt,
-    fs::File,
-    io::{self, Read},
+    fmt, io,
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -45,15 +44,14 @@ use ipnet::IpNet;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
 pub(crate) use crate::config::clients::ANONYMOUS;
+use crate::config::common::{MAX_FILE_BYTES, read_bounded, world_readable};
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
+use crate::http1::header_rules::HeaderRules;
 use crate::policy::route::{Named, Pattern, Rule};
 use crate::policy::spend::Period;
-
-/// Largest configuration file, in bytes.
-const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The whole configuration; every value is within its range.
 #[derive(Clone, Debug)]
@@ -258,6 +256,8 @@ pub struct Backend {
     pub auth_header: Option<HeaderName>,
     /// Headers sent in addition to Zap's own; the values are marked sensitive.
     pub extra_headers: Vec<(HeaderName, HeaderValue)>,
+    /// Which of the client's headers it gets beside the standard list, and which it does not.
+    pub header_rules: HeaderRules,
     /// Top-level members of a request body that are not sent to this backend.
     pub drop_fields: Vec<Box<str>>,
     /// Models that the backend serves; `None`: any model.
@@ -406,24 +406,6 @@ fn read(
         (Some(read), messages) if messages.is_empty() => Ok(read),
         (_, messages) => Err(Faults(messages)),
     }
-}
-
-/// Reads at most one byte more than [`MAX_FILE_BYTES`], so that the caller can detect a larger file.
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-#[cfg(unix)]
-fn world_readable(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o004 != 0)
-}
-
-#[cfg(not(unix))]
-fn world_readable(_: &Path) -> bool {
-    false
 }
 
 #[cfg(test)]

@@ -232,6 +232,7 @@ fn keys_that_are_not_set_have_their_defaults() {
         api_key: None,
         auth_header: None,
         extra_headers: vec![],
+        header_rules: Default::default(),
         drop_fields: vec![],
         models: None,
         default_model: None,

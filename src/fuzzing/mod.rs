@@ -22,6 +22,7 @@ pub use crate::fuzzing::events::events;
 pub use crate::fuzzing::patch::patch;
 pub use crate::fuzzing::response::upstream_response;
 pub use crate::fuzzing::usage::usage;
+use crate::http1::header_rules::{HeaderRules, NamePattern};
 use crate::http1::{head, headers as header_policy};
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
@@ -63,9 +64,15 @@ pub fn headers(data: &[u8]) {
         lines.into_iter().any(|line| line.split(',').any(|token| token.trim_matches([' ', '\t']) == name))
     };
     let was_sent = |name: &HeaderName, value: &HeaderValue| map.get_all(name).iter().any(|v| v == value);
-    for forward in [false, true] {
+    let patterns = |names: &[&str]| names.iter().filter_map(|name| NamePattern::parse(name)).collect();
+    let listed_rules = HeaderRules {
+        forward: patterns(&["x-t", "X-A*", "a*", "c*", "p*", "t*"]),
+        drop: patterns(&["x-stainless-o*", "tracestate"]),
+    };
+    let rule_sets = [HeaderRules::default(), listed_rules];
+    for (forward, rules) in [false, true].into_iter().flat_map(|f| rule_sets.iter().map(move |r| (f, r))) {
         let mut to = HeaderMap::new();
-        header_policy::to_backend(&map, forward, |name, value| {
+        header_policy::to_backend(&map, forward, rules, |name, value| {
             to.append(name, value.clone());
         });
         assert_eq!(
@@ -86,6 +93,29 @@ pub fn headers(data: &[u8]) {
             let passes = listed.contains(&name_text)
                 || forward && account.contains(&name_text)
                 || name_text.starts_with("x-stainless-");
+            let is_ruled = !rules.forward.is_empty();
+            let is_withheld = [
+                "api-key",
+                "authorization",
+                "connection",
+                "content-length",
+                "content-encoding",
+                "cookie",
+                "proxy-authorization",
+                "proxy-connection",
+                "te",
+                "trailer",
+                "transfer-encoding",
+                "x-api-key",
+            ]
+            .contains(&name_text);
+            let begins = |prefix: &&str| name_text.starts_with(*prefix);
+            let is_forwarded =
+                name_text == "x-t" || ["x-a", "a", "c", "p", "t"].iter().any(begins) && !is_withheld;
+            let passes = passes || is_ruled && is_forwarded;
+            let is_dropped =
+                is_ruled && (name_text.starts_with("x-stainless-o") || name_text == "tracestate");
+            assert!(!is_dropped, "{name} reached the backend");
             assert!(
                 default || passes && was_sent(name, value) && !nominated(name_text),
                 "{name} reached the backend"

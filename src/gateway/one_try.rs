@@ -211,7 +211,8 @@ impl Attempts<'_> {
         let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
         head.extend_from_slice(begin);
-        headers::to_backend(self.headers, upstream.conf.forward_authorization, |name, value| {
+        let (authorization, rules) = (upstream.conf.forward_authorization, &upstream.conf.header_rules);
+        headers::to_backend(self.headers, authorization, rules, |name, value| {
             if !upstream.has_own_header(name) {
                 write_header(&mut head, name, value.as_bytes());
             }

@@ -14,6 +14,7 @@ use http::header::{
 };
 use smallvec::SmallVec;
 
+use crate::http1::header_rules::HeaderRules;
 use crate::time::{MILLI, Nanos};
 
 /// `x-request-id`
@@ -80,11 +81,13 @@ fn is_json(content_type: &HeaderValue) -> bool {
 
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
 ///
-/// `forward_authorization` also allows the client's `Authorization` and the account headers that belong to it.
-/// Headers that `Connection` nominates are never forwarded, not even allowed ones.
+/// `forward_authorization` also allows the client's `Authorization` and the account headers that belong to it; `rules`
+/// allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not even allowed
+/// ones.
 pub(crate) fn to_backend(
     client: &HeaderMap,
     forward_authorization: bool,
+    rules: &HeaderRules,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) {
     let nominates = client.contains_key(CONNECTION);
@@ -104,6 +107,7 @@ pub(crate) fn to_backend(
             "authorization" | "openai-organization" | "openai-project" => forward_authorization,
             other => other.starts_with("x-stainless-"),
         };
+        let is_allowed = (is_allowed || rules.forwards(name.as_str())) && !rules.drops(name.as_str());
         if is_allowed && !is_nominated(name) {
             has_accept |= *name == ACCEPT;
             has_user_agent |= *name == USER_AGENT;
@@ -319,7 +323,7 @@ mod tests {
             ("x-other", "no"),
         ]);
         let mut to = HeaderMap::new();
-        to_backend(&client, false, |name, value| {
+        to_backend(&client, false, &HeaderRules::default(), |name, value| {
             to.append(name, value.clone());
         });
         let want = map(&[
@@ -334,7 +338,7 @@ mod tests {
         ]);
         assert_eq!(to, want);
         let mut forwarded = HeaderMap::new();
-        to_backend(&client, true, |name, value| {
+        to_backend(&client, true, &HeaderRules::default(), |name, value| {
             forwarded.append(name, value.clone());
         });
         assert_eq!(forwarded["authorization"], "Bearer client");
@@ -346,7 +350,7 @@ mod tests {
     fn connection_may_nominate_the_credential() {
         let client = map(&[("authorization", "Bearer client"), ("connection", "Authorization")]);
         let mut to = HeaderMap::new();
-        to_backend(&client, true, |name, value| {
+        to_backend(&client, true, &HeaderRules::default(), |name, value| {
             to.append(name, value.clone());
         });
         assert!(!to.contains_key("authorization"));

@@ -4,6 +4,8 @@
 
 pub(crate) mod head;
 
+pub(crate) mod header_rules;
+
 pub(crate) mod headers;
 
 mod chunked;

@@ -155,3 +155,156 @@ fn a_valid_request_id_of_the_client_is_kept_and_any_other_replaced() {
         provider.seen().iter().map(|s| s.header("x-request-id").unwrap().to_owned()).collect::<Vec<_>>();
     assert_eq!(sent[1..], fresh);
 }
+
+#[test]
+fn configured_headers_pass_beside_the_standard_list_and_others_are_taken_away() {
+    let provider = Provider::named("ok");
+    let more = "forward_headers = [\"X-Title\", \"x-codex-*\", \"accept-language\"]\n\
+        drop_headers = [\"X-Stainless-*\", \"user-agent\", \"x-codex-noise\"]\nextra_headers = { x-codex-own = \"mine\" }";
+    let zap = Zap::with("", &[provider.backend("a", more)]);
+    let client = "x-title: t\r\nX-CODEX-Turn: 1\r\nx-codex-turn: 2\r\nx-codex-own: theirs\r\nx-codex-noise: n\r\nx-codex-token: sk-client\r\n\
+        x-stainless-lang: rust\r\nUser-Agent: test\r\naccept-language: en\r\nx-other: no\r\nopenai-beta: b\r\n";
+    zap.client().chat(&format!("{CREDENTIALS}{client}"), CHAT);
+    let seen = provider.seen().remove(0);
+    let skipped = ["accept", "accept-encoding", "content-length", "content-type", "host", "x-request-id"];
+    let mut got: Vec<_> = seen.headers.iter().filter(|(n, _)| !skipped.contains(&n.as_str())).collect();
+    got.sort();
+    let got: Vec<_> = got.iter().map(|(n, v)| format!("{n}: {v}")).collect();
+    let want = [
+        "accept-language: en",
+        "openai-beta: b",
+        "user-agent: zap",
+        "x-codex-own: mine",
+        "x-codex-turn: 1",
+        "x-codex-turn: 2",
+        "x-title: t",
+    ];
+    assert_eq!(got, want);
+}
+
+/// Names of headers that carry a credential, a cookie, or something of the connection.
+const WITHHELD: [&str; 20] = [
+    "cookie",
+    "cookie2",
+    "x-api-key",
+    "api-key",
+    "x-goog-api-key",
+    "x-litellm-api-key",
+    "ocp-apim-subscription-key",
+    "proxy-authorization",
+    "x-forwarded-authorization",
+    "x-auth-token",
+    "x-amz-security-token",
+    "helicone-auth",
+    "x-codex-token",
+    "x-title-secret",
+    "te",
+    "trailer",
+    "upgrade",
+    "keep-alive",
+    "proxy-connection",
+    "x-csrf-token",
+];
+
+/// Other names that clients send.
+const OPEN: [&str; 16] = [
+    "x-title",
+    "x-titles",
+    "x-codex-a",
+    "x-codex-b",
+    "x-codex",
+    "x-other",
+    "http-referer",
+    "accept",
+    "user-agent",
+    "idempotency-key",
+    "openai-beta",
+    "openai-organization",
+    "x-stainless-os",
+    "x-stainless-lang",
+    "traceparent",
+    "x-forwarded-for",
+];
+
+#[test]
+fn no_header_of_a_client_reaches_a_backend_that_the_configuration_does_not_name() {
+    let seed = fastrand::u64(..);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let standard = ["accept", "idempotency-key", "openai-beta", "traceparent", "tracestate", "user-agent"];
+    let (plain, ruled, keyless) = (Provider::named("ok"), Provider::named("ok"), Provider::named("ok"));
+    let rules = "forward_headers = [\"x-title\", \"X-Codex-*\", \"x-t*\", \"c*\", \"p*\", \"t*\", \"k*\"]\n\
+        drop_headers = [\"x-stainless-os\", \"openai-beta\"]";
+    let own = "api_key = \"sk-own\"\nauth_header = \"x-api-key\"\nextra_headers = { http-referer = \"own\" }";
+    let zap = Zap::with(
+        "",
+        &[
+            plain.backend("plain", "models = [\"plain\"]\napi_key = \"sk-own\""),
+            ruled.backend("ruled", &format!("models = [\"ruled\"]\n{own}\n{rules}")),
+            keyless.backend(
+                "keyless",
+                &format!("models = [\"keyless\"]\nforward_authorization = true\n{rules}"),
+            ),
+        ],
+    );
+    let mut client = zap.client();
+    for n in 0..300 {
+        let mut lines = String::from("Authorization: Bearer sk-client\r\n");
+        let mut nominated = "";
+        for i in 0..rng.usize(0..12) {
+            let is_withheld = rng.bool();
+            let name = if is_withheld { rng.choice(WITHHELD) } else { rng.choice(OPEN) }.unwrap();
+            // Zap refuses a repeated credential, and hyper an upgrade without its `Connection`.
+            if lines.to_lowercase().contains(&format!("\r\n{name}:")) && is_withheld {
+                continue;
+            }
+            let cased: String =
+                name.chars().map(|c| if rng.bool() { c.to_ascii_uppercase() } else { c }).collect();
+            let secret = if is_withheld { "sk-client" } else { "value" };
+            lines += &format!("{cased}: {secret}-{n}-{i}\r\n");
+            if !is_withheld && rng.u8(..) < 20 && nominated.is_empty() {
+                nominated = name;
+                lines += &format!("connection: keep-alive, {cased}\r\n");
+            }
+        }
+        let (model, provider) = [("plain", &plain), ("ruled", &ruled), ("keyless", &keyless)][n % 3];
+        let before = provider.count();
+        let body = CHAT.replacen('{', &format!("{{\"model\":\"{model}\","), 1);
+        let answer = client.chat(&lines, body);
+        assert_eq!((answer.status, provider.count()), (200, before + 1), "seed {seed}: {lines}");
+        let seen = provider.seen().pop().unwrap();
+        for (name, value) in &seen.headers {
+            let name = name.as_str();
+            let is_own = match name {
+                "accept" => value == "*/*",
+                "user-agent" => value == "zap",
+                "accept-encoding" => value == "identity",
+                "authorization" => model == "plain" && value == "Bearer sk-own",
+                "x-api-key" => model == "ruled" && value == "sk-own",
+                "http-referer" => model == "ruled" && value == "own",
+                "content-length" | "content-type" | "host" | "x-request-id" => true,
+                _ => false,
+            };
+            let is_ruled = model != "plain"
+                && (name.starts_with("x-codex-")
+                    || ["c", "p", "k"].iter().any(|p| name.starts_with(p))
+                    || name.starts_with('t')
+                    || name.starts_with("x-t"));
+            let is_dropped = model != "plain" && ["x-stainless-os", "openai-beta"].contains(&name);
+            let is_account = ["authorization", "openai-organization"].contains(&name);
+            let is_named = standard.contains(&name)
+                || name.starts_with("x-stainless-")
+                || is_ruled
+                || model == "keyless" && is_account;
+            let is_clients = is_named && !is_dropped && name != nominated && !WITHHELD.contains(&name);
+            assert!(is_own || is_clients, "seed {seed}: {name}: {value} reached {model}; sent: {lines}");
+            let may_have_key = model == "keyless" && name == "authorization";
+            assert!(!value.contains("sk-client") || may_have_key, "seed {seed}: {name}: {value}");
+        }
+        // What is named does arrive.
+        let has = |part: &str| lines.to_lowercase().contains(&format!("\r\n{part}:"));
+        for name in ["x-title", "x-codex-a", "idempotency-key"] {
+            let is_due = has(name) && name != nominated && (model != "plain" || name == "idempotency-key");
+            assert_eq!(seen.header(name).is_some(), is_due, "seed {seed}: {name} at {model}; sent: {lines}");
+        }
+    }
+}

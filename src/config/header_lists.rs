@@ -1,0 +1,61 @@
+//! `backends.forward_headers` and `backends.drop_headers`: which of the client's headers a backend gets.
+
+use crate::config::toml_reader::Section;
+use crate::http1::header_rules::{HeaderRules, NamePattern};
+
+/// Reads both lists.
+pub(super) fn header_rules(t: &mut Section<'_, '_>) -> HeaderRules {
+    HeaderRules { forward: patterns(t, "forward_headers"), drop: patterns(t, "drop_headers") }
+}
+
+fn patterns(t: &mut Section<'_, '_>, key: &'static str) -> Vec<NamePattern> {
+    let mut patterns = Vec::new();
+    for text in t.texts(key).unwrap_or_default() {
+        match NamePattern::parse(&text.value) {
+            Some(pattern) => patterns.push(pattern),
+            None => {
+                let allowed = "each element must be the name of a header, with or without a `*` at its end, and not \
+                               a credential, a cookie, a hop-by-hop header or a header that Zap sets itself";
+                t.invalid_element(&text, key, allowed);
+            }
+        }
+    }
+    patterns
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::config::Config;
+
+    fn read(more: &str) -> Result<Config, String> {
+        let text = format!("[[backends]]\nurl = \"http://a\"\nweight = 1\n{more}\n");
+        Config::parse(&text, "test", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
+    }
+
+    #[test]
+    fn both_lists_are_read_and_default_to_nothing() {
+        let config =
+            read("forward_headers = [\"X-Title\", \"x-codex-*\"]\ndrop_headers = [\"x-stainless-*\"]");
+        let rules = config.unwrap().backends[0].header_rules.clone();
+        assert!(rules.forwards("x-title") && rules.forwards("x-codex-a") && rules.drops("x-stainless-os"));
+        assert_eq!(read("").unwrap().backends[0].header_rules, Default::default());
+    }
+
+    #[test]
+    fn a_credential_in_a_list_is_a_fault_with_its_line() {
+        const ALLOWED: &str = "each element must be the name of a header, with or without a `*` at its end, and not a \
+                               credential, a cookie, a hop-by-hop header or a header that Zap sets itself";
+        for key in ["forward_headers", "drop_headers"] {
+            for (name, shown) in
+                [("Cookie", "an invalid value"), ("x-api-key", "an invalid value"), ("te", "\"te\"")]
+            {
+                let fault = read(&format!("{key} = [\n\"x-title\",\n\"{name}\"]")).unwrap_err();
+                assert_eq!(fault, format!("test:6: `backends.{key}` contains {shown}; {ALLOWED}"));
+            }
+            let fault = read(&format!("{key} = \"x-title\"")).unwrap_err();
+            assert_eq!(fault, format!("test:4: `backends.{key}` is a string; must be an array of strings"));
+        }
+    }
+}
