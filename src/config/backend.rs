@@ -11,8 +11,10 @@ use crate::config::common::{
     is_name_char, name, open_regular, secret, unreadable,
 };
 use crate::config::header_lists::header_rules;
+use crate::config::identity::{client_identity, server_name};
 use crate::config::models::{model_name, rules};
 use crate::config::money::{budget, prices};
+use crate::config::proxy::proxy;
 use crate::config::toml_reader::{Section, Text};
 use crate::config::url::is_path;
 use crate::config::{Backend, BaseUrl, UsageMode};
@@ -134,6 +136,9 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let chat_path = path(t, "chat_path", CHAT_PATH);
     let priority = t.number("priority", PRIORITY);
     let ca_file = ca_file(t, ctx);
+    let (proxy, inline_password) = proxy(t, url.as_ref(), ctx);
+    let client_identity = client_identity(t, url.as_ref(), ctx);
+    let server_name = server_name(t, url.as_ref());
     let max_in_flight = t.optional("max_in_flight", IN_FLIGHT);
     let requests_per_minute = t.optional("requests_per_minute", REQUESTS_PER_MINUTE);
     let tokens_per_minute = t.optional("tokens_per_minute", TOKENS_PER_MINUTE);
@@ -151,7 +156,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     Some(Unnamed {
         name,
         lines,
-        inline_key: inline_key.unwrap_or(false),
+        inline_key: inline_key.unwrap_or(false) || inline_password,
         backend: Backend {
             name: String::new(),
             url: url?,
@@ -167,6 +172,9 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             chat_path,
             priority,
             ca_file,
+            proxy,
+            client_identity,
+            server_name,
             max_in_flight,
             requests_per_minute,
             tokens_per_minute,

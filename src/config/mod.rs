@@ -10,7 +10,7 @@
 //! - `suggest` guesses which known key an unknown key means.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced.
-//! - `url` and `expand` each read one value.
+//! - `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `secret` keeps a key from being printed.
 //!
 //! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or
@@ -23,8 +23,10 @@ mod common;
 mod expand;
 mod fault_sink;
 mod header_lists;
+mod identity;
 mod models;
 mod money;
+mod proxy;
 mod range;
 mod raw;
 mod secret;
@@ -41,12 +43,15 @@ use std::{
 
 use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
+use rustls::pki_types::ServerName;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
 pub(crate) use crate::config::clients::ANONYMOUS;
 use crate::config::common::{MAX_FILE_BYTES, read_bounded, world_readable};
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
+pub(crate) use crate::config::identity::ClientIdentity;
+pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
@@ -270,6 +275,12 @@ pub struct Backend {
     pub priority: u32,
     /// PEM file of additional root certificates: the path is resolved, and the file could be opened at load time.
     pub ca_file: Option<PathBuf>,
+    /// The proxy on the way to this backend.
+    pub proxy: Option<Proxy>,
+    /// The certificate that Zap shows this backend; only with `https`.
+    pub client_identity: Option<ClientIdentity>,
+    /// The name in this backend's certificate, if it is not the host of `url`; only with `https`.
+    pub server_name: Option<ServerName<'static>>,
     /// Most requests at once to this backend, at least 1.
     pub max_in_flight: Option<usize>,
     /// Quota of this backend: requests in any 60 s, at least 1.

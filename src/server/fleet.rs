@@ -21,6 +21,7 @@ use crate::server::probe;
 use crate::time::{MILLI, Nanos};
 use crate::upstream::fleet::Snapshot;
 use crate::upstream::fleet::prepare;
+use crate::upstream::proxy;
 
 /// Most threads for blocking work: name look-ups of the probes, and files.
 const MAX_BLOCKING: usize = 16;
@@ -156,7 +157,12 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
                 shared.telemetry.log.event("warn", "config", warning);
             }
             let n = next.backends.len();
+            let proxies = proxy::summary(&next.config.backends)
+                .filter(|text| Some(text) != proxy::summary(&shared.current.load().config.backends).as_ref());
             shared.replace(next);
+            if let Some(text) = proxies {
+                shared.telemetry.log.event("info", "proxy", &text);
+            }
             // The limiter may now track more keys than allowed; dropping them can take long.
             let shared_for_shrink = shared.clone();
             drop(spawn_blocking(move || shared_for_shrink.shrink()));

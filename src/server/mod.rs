@@ -25,6 +25,7 @@ use crate::server::drain::{Order, Stop};
 use crate::server::fleet::FleetThread;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
+use crate::upstream::proxy;
 
 /// Open files that Zap needs in addition to connections: runtimes, standard streams and the listener.
 const RESERVED_FILES: u64 = 32;
@@ -48,6 +49,9 @@ pub(crate) async fn serve(
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let config = shared.current.load().config.clone();
+    if let Some(text) = proxy::summary(&config.backends) {
+        shared.telemetry.log.event("info", "proxy", &text);
+    }
     let budget = FileBudget::new(&shared, &config);
     let upstreams = (budget.upstreams / config.server.workers).max(1);
     let workers: Result<Vec<_>, _> =

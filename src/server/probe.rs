@@ -129,6 +129,9 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Checked> {
     link.start(WireRequest { head: upstream.probe().to_vec(), ..WireRequest::default() });
     match poll_fn(|cx| link.poll_head(cx)).await {
         Ok(head) => {
+            if let Some(fault) = upstream.check_connector().proxy_fault(head.status) {
+                return Some(Checked::failed(fault));
+            }
             let status = head.status.as_u16();
             let probe = Probe::of_status(status, upstream.conf.forward_authorization);
             let kind = match probe {

@@ -10,21 +10,23 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::Uri;
-use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
+use http::{StatusCode, Uri};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector, MaybeHttpsStream};
 use hyper_util::rt::TokioIo;
 use rustix::io::Errno;
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tower_service::Service;
 
 use crate::clock;
 use crate::clock::LimitExpired;
+use crate::code::Code;
 use crate::config;
 use crate::upstream::dial::{DialError, Dialer};
 use crate::upstream::fault::Fault;
+use crate::upstream::proxy::{ProxyError, Way};
 use crate::upstream::resolver::Resolver;
 
 /// An open connection, plain or TLS.
@@ -54,7 +56,12 @@ impl Roots {
         self.system.is_empty()
     }
 
-    fn config(&self, more: &[CertificateDer<'static>]) -> Result<ClientConfig, String> {
+    /// The TLS settings with these roots beside those of the system. Zap shows `identity` to a backend that asks for it.
+    fn config(
+        &self,
+        more: &[CertificateDer<'static>],
+        identity: Option<&config::ClientIdentity>,
+    ) -> Result<ClientConfig, String> {
         let mut roots = self.system.clone();
         for certificate in more {
             let added = roots.add(certificate.clone());
@@ -64,7 +71,13 @@ impl Roots {
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|e| format!("TLS setup failed ({e})"))?;
-        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+        let builder = builder.with_root_certificates(roots);
+        match identity {
+            None => Ok(builder.with_no_client_auth()),
+            Some(identity) => builder
+                .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
+                .map_err(|e| format!("client_cert and client_key cannot be used ({e})")),
+        }
     }
 }
 
@@ -73,12 +86,32 @@ fn read_pem(path: &Path) -> Result<Vec<CertificateDer<'static>>, BoxError> {
     if all.is_empty() { Err("no PEM certificate found".into()) } else { Ok(all) }
 }
 
+/// The TLS side of a connector.
+#[derive(Clone)]
+struct Tls {
+    config: Arc<ClientConfig>,
+    /// The name in the backend's certificate, if it is not the host of its URL.
+    name: Option<ServerName<'static>>,
+}
+
+impl Tls {
+    fn connector(&self, way: Way) -> HttpsConnector<Way> {
+        match &self.name {
+            None => HttpsConnector::from((way, self.config.clone())),
+            Some(name) => {
+                let name = Arc::new(FixedServerNameResolver::new(name.clone()));
+                HttpsConnector::new(way, self.config.clone(), false, name)
+            }
+        }
+    }
+}
+
 /// Opens connections to one backend.
 #[derive(Clone)]
 pub(crate) struct Connector {
-    https: HttpsConnector<Dialer>,
-    dialer: Dialer,
-    tls: Arc<ClientConfig>,
+    https: HttpsConnector<Way>,
+    way: Way,
+    tls: Tls,
     to: Uri,
     /// The certificates of `ca_file`.
     own_roots: Arc<[CertificateDer<'static>]>,
@@ -105,16 +138,15 @@ impl Connector {
             Some(path) => read_pem(path).map_err(|e| format!("ca_file cannot be read ({e})"))?,
             None => Vec::new(),
         };
-        let tls = Arc::new(roots.config(&own_roots)?);
-        let dialer = Dialer::new(Resolver::system());
-        let https = HttpsConnector::from((dialer.clone(), tls.clone()));
-        Ok(Connector { https, dialer, tls, to, own_roots: own_roots.into() })
+        let config = roots.config(&own_roots, backend.client_identity.as_ref())?;
+        let tls = Tls { config: Arc::new(config), name: backend.server_name.clone() };
+        let way = Way::new(Dialer::new(Resolver::system()), url, backend.proxy.as_ref())?;
+        Ok(Connector { https: tls.connector(way.clone()), way, tls, to, own_roots: own_roots.into() })
     }
 
     /// Creates a connector to the same backend that rotates through the addresses independently.
     pub(crate) fn with_own_rotation(&self) -> Self {
-        let https = HttpsConnector::from((self.dialer.with_own_rotation(), self.tls.clone()));
-        Connector { https, ..self.clone() }
+        Connector { https: self.tls.connector(self.way.with_own_rotation()), ..self.clone() }
     }
 
     /// Whether both connectors have the same certificates of `ca_file`.
@@ -133,10 +165,23 @@ impl Connector {
             Ok(Err(e)) => Err(match e.downcast_ref::<DialError>() {
                 Some(failure) if failure.exhausted => ConnectError::exhausted(&failure.error),
                 Some(failure) => ConnectError::Peer(Fault::unreachable(&failure.error)),
-                None => ConnectError::Peer(Fault::tls(&*e)),
+                None => match e.downcast_ref::<ProxyError>() {
+                    Some(failure) => ConnectError::at_proxy(failure),
+                    None => ConnectError::Peer(Fault::tls(&*e)),
+                },
             }),
-            Err(LimitExpired) => Err(ConnectError::Peer(Fault::timed_out("connect", limit))),
+            Err(LimitExpired) => {
+                let what = if self.way.has_proxy() { "connect through the proxy" } else { "connect" };
+                Err(ConnectError::Peer(Fault::timed_out(what, limit)))
+            }
         }
+    }
+
+    /// The fault of a response that the proxy has sent in place of the backend. Only a proxy that forwards the requests
+    /// can do so, and only 407 tells the two apart.
+    pub(crate) fn proxy_fault(&self, status: StatusCode) -> Option<Fault> {
+        (status == StatusCode::PROXY_AUTHENTICATION_REQUIRED && self.way.is_forwarded())
+            .then(Fault::proxy_credentials)
     }
 }
 
@@ -155,6 +200,17 @@ pub(crate) enum ConnectError {
 }
 
 impl ConnectError {
+    fn at_proxy(error: &ProxyError) -> Self {
+        ConnectError::Peer(match error {
+            ProxyError::Dial(failure) if failure.exhausted => return ConnectError::exhausted(&failure.error),
+            ProxyError::Dial(DialError { error, .. }) | ProxyError::Io(error) => {
+                Fault::unreachable(error).at_proxy()
+            }
+            ProxyError::Refused(407) => Fault::proxy_credentials(),
+            other => Fault::new(Code::UpstreamUnreachable, other.to_string()),
+        })
+    }
+
     fn exhausted(error: &io::Error) -> Self {
         let errno = error.raw_os_error().map(Errno::from_raw_os_error);
         ConnectError::Exhausted {

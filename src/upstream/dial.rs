@@ -10,16 +10,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::Duration;
 
 use http::Uri;
-use hyper_util::rt::TokioIo;
 use rustix::io::Errno;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::sleep;
-use tower_service::Service;
 
 use crate::upstream::resolver::Resolver;
 
@@ -104,6 +102,15 @@ impl Dialer {
         Dialer::new(self.resolver.clone())
     }
 
+    /// Opens a connection to the host and the port of a URL.
+    pub(crate) fn dial_to(
+        &self,
+        to: &Uri,
+    ) -> impl Future<Output = Result<TcpStream, DialError>> + Send + use<> {
+        let port = to.port_u16().unwrap_or(if to.scheme_str() == Some("https") { 443 } else { 80 });
+        self.clone().dial(to.host().unwrap_or_default().to_owned(), port)
+    }
+
     /// Opens a connection to `host`: a name or an IP address, with or without brackets.
     async fn dial(self, host: String, port: u16) -> Result<TcpStream, DialError> {
         let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
@@ -116,22 +123,6 @@ impl Dialer {
         };
         found.iter_mut().for_each(|address| address.set_port(port));
         race(in_turn(&found, self.turn.fetch_add(1, Ordering::Relaxed))).await
-    }
-}
-
-impl Service<Uri> for Dialer {
-    type Response = TokioIo<TcpStream>;
-    type Error = DialError;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, DialError>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), DialError>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, to: Uri) -> Self::Future {
-        let port = to.port_u16().unwrap_or(if to.scheme_str() == Some("https") { 443 } else { 80 });
-        let dialing = self.clone().dial(to.host().unwrap_or_default().to_owned(), port);
-        Box::pin(async move { dialing.await.map(TokioIo::new) })
     }
 }
 

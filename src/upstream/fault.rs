@@ -40,6 +40,17 @@ impl Fault {
         Fault::new(Code::UpstreamUnreachable, format!("this machine: {}", io_cause(error)))
     }
 
+    /// The proxy on the way to the backend wants other credentials than those in its URL.
+    pub(crate) fn proxy_credentials() -> Self {
+        let cause = "proxy: HTTP 407: the credentials in its URL are missing or wrong";
+        Fault::new(Code::UpstreamUnreachable, cause)
+    }
+
+    /// The same fault at the proxy on the way to the backend.
+    pub(crate) fn at_proxy(self) -> Self {
+        Fault { cause: format!("proxy: {}", self.cause).into(), ..self }
+    }
+
     /// The status of the response counts as a failure.
     pub(crate) fn status(kind: Code, status: u16) -> Self {
         Fault::new(kind, format!("HTTP {status}"))

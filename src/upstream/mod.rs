@@ -4,6 +4,8 @@ pub(crate) mod connect;
 
 pub(crate) mod dial;
 
+pub(crate) mod proxy;
+
 pub(crate) mod fault;
 
 pub(crate) mod link;
@@ -29,7 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
-use http::header::{ACCEPT, AUTHORIZATION, HOST, USER_AGENT};
+use http::header::{ACCEPT, AUTHORIZATION, HOST, PROXY_AUTHORIZATION, USER_AGENT};
 use http::{HeaderName, HeaderValue, Uri};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -103,9 +105,10 @@ impl fmt::Debug for HeadStart {
 }
 
 impl HeadStart {
-    fn new(method: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
+    /// `origin` is empty, or for a proxy the scheme and the authority.
+    fn new(method: &str, origin: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
         let path = target.path_and_query().map_or("/", |p| p.as_str());
-        let mut head = format!("{method} {path} HTTP/1.1\r\n").into_bytes();
+        let mut head = format!("{method} {origin}{path} HTTP/1.1\r\n").into_bytes();
         headers.iter().for_each(|(name, value)| write_header(&mut head, name, value.as_bytes()));
         HeadStart(head)
     }
@@ -143,9 +146,7 @@ impl BackendState {
             last_error: Mutex::default(),
         }
     }
-}
 
-impl BackendState {
     /// Records that a byte of an answer came at `now`.
     pub(crate) fn hear(&self, now: Nanos) {
         // A write takes the cache line from the other workers, a read does not.
@@ -190,8 +191,12 @@ impl Upstream {
         own.retain(|(name, _)| conf.extra_headers.iter().all(|(extra, _)| extra != name));
         own.extend(conf.extra_headers.iter().filter(|(name, _)| *name != X_REQUEST_ID).cloned());
         let targets = targets(&conf).map_err(bad)?;
-        let heads = targets.map(|target| target.map(|target| HeadStart::new("POST", &target, &own)));
-        let mut probe = HeadStart::new("GET", &path(&conf.health_path)?, &own);
+        let proxy = conf.proxy.as_ref().filter(|_| !conf.url.https);
+        let origin = proxy.map(|_| format!("http://{}", conf.url.authority)).unwrap_or_default();
+        own.extend(proxy.and_then(|p| Some((PROXY_AUTHORIZATION, p.authorization.clone()?))));
+        let head = |target| HeadStart::new("POST", &origin, &target, &own);
+        let heads = targets.map(|target| target.map(head));
+        let mut probe = HeadStart::new("GET", &origin, &path(&conf.health_path)?, &own);
         for (name, value) in PROBE_HEADERS {
             if own.iter().all(|(known, _)| known != name) {
                 write_header(&mut probe.0, name, value.as_bytes());
@@ -417,6 +422,9 @@ fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
     a.name == b.name
         && a.url == b.url
         && a.ca_file == b.ca_file
+        && a.proxy == b.proxy
+        && a.client_identity == b.client_identity
+        && a.server_name == b.server_name
         && a.api_key == b.api_key
         && a.auth_header == b.auth_header
         && a.extra_headers == b.extra_headers

@@ -137,7 +137,10 @@ pub(crate) async fn send(
             Ok(head) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
                 return Err(Fault::not_http("status 101, which nobody asked for").into());
             }
-            Ok(head) => return Ok(UpstreamResponse { head, lease }),
+            Ok(head) => match upstream.connector().proxy_fault(head.status) {
+                None => return Ok(UpstreamResponse { head, lease }),
+                Some(fault) => return Err(fault.into()),
+            },
             Err(LinkError::HungUp(_)) if reused && clock::now() < since + MAX_CROSSING => {
                 return Err(SendError::Stale);
             }

@@ -47,6 +47,8 @@ mod pipelining;
 
 mod providers;
 
+mod proxy;
+
 mod reload;
 
 mod retries;

@@ -43,6 +43,11 @@ impl Zap {
         Self::run(Config::parse(text, "test", Path::new(""), &|_| None), text, None)
     }
 
+    /// Starts Zap with a configuration text in this environment.
+    pub(crate) fn start_in(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Self {
+        Self::run(Config::parse(text, "test", Path::new(""), env), text, None)
+    }
+
     /// Starts Zap with these settings and `[[backends]]`, and with a request log for [`lines`](Self::lines).
     pub(crate) fn with_log(settings: &str, backends: &[String]) -> Self {
         let text = format!("{settings}\n[log]\nrequests = true\n{}", backends.concat());

@@ -1,0 +1,352 @@
+//! `backends.proxy`, and the environment variables that stand in for it, read as curl reads them.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use http::HeaderValue;
+use ipnet::IpNet;
+
+use crate::config::common::{Context, expanded};
+use crate::config::toml_reader::Section;
+use crate::config::url::BaseUrl;
+
+/// The port of a proxy whose URL names none, as curl has it.
+const PROXY_PORT: u16 = 1080;
+
+const ALLOWED: &str =
+    "must be \"none\", or `http://`, a host, an optional port and an optional `user:password@`";
+
+/// An HTTP proxy in front of a backend.
+#[derive(Clone, PartialEq)]
+pub struct Proxy {
+    /// Host to connect to: a name or an address without brackets.
+    pub host: String,
+    /// Port to connect to.
+    pub port: u16,
+    /// Value of `Proxy-Authorization`; marked sensitive.
+    pub authorization: Option<HeaderValue>,
+    /// Where the proxy is configured.
+    pub source: ProxySource,
+}
+
+/// Where a proxy is configured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxySource {
+    /// `backends.proxy`.
+    File,
+    /// The environment variable of this name.
+    Variable(&'static str),
+}
+
+/// Without the credentials.
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Proxy { host, port, .. } = self;
+        match host.contains(':') {
+            true => write!(f, "http://[{host}]:{port}"),
+            false => write!(f, "http://{host}:{port}"),
+        }
+    }
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The variables that name a proxy for the scheme of a backend, in the order in which they are asked. `HTTP_PROXY` is not
+/// one of them: in a CGI program, a client sets it with its header `Proxy`.
+fn variables(https: bool) -> &'static [&'static str] {
+    if https { &["https_proxy", "HTTPS_PROXY"] } else { &["http_proxy"] }
+}
+
+/// Reads `proxy`, or the environment. Returns the proxy, and whether the text itself contains its password.
+pub(super) fn proxy(
+    t: &mut Section<'_, '_>,
+    url: Option<&BaseUrl>,
+    ctx: &Context<'_>,
+) -> (Option<Proxy>, bool) {
+    if let Some(text) = t.text("proxy") {
+        if text.value == "none" {
+            return (None, false);
+        }
+        let inline = text.value.contains('@') && !text.value.contains("${");
+        let parsed = expanded(t, "proxy", &text, ctx).map(|value| Proxy::parse(&value, ProxySource::File));
+        return match parsed {
+            Some(Ok(proxy)) => (Some(proxy), inline),
+            Some(Err(what)) => {
+                t.fault(text.line, "proxy", &format!("{what}; {ALLOWED}"));
+                (None, false)
+            }
+            None => (None, false),
+        };
+    }
+    let Some(url) = url.filter(|url| !is_loopback(&url.host)) else { return (None, false) };
+    let set =
+        |name: &&'static str| (ctx.env)(name).filter(|value| !value.is_empty()).map(|value| (*name, value));
+    let Some((name, value)) = variables(url.https).iter().find_map(set) else { return (None, false) };
+    let exempt = ["no_proxy", "NO_PROXY"].iter().find_map(set);
+    if exempt.is_some_and(|(_, list)| is_exempt(&list, &url.host, url.port)) {
+        return (None, false);
+    }
+    match Proxy::parse(&value, ProxySource::Variable(name)) {
+        Ok(proxy) => (Some(proxy), false),
+        Err(what) => {
+            let what = format!("is not set, and the environment variable `{name}` {what}; {ALLOWED}");
+            t.fault(t.line(), "proxy", &what);
+            (None, false)
+        }
+    }
+}
+
+impl Proxy {
+    /// Parses the URL of a proxy. The scheme may be missing.
+    ///
+    /// # Errors
+    /// Returns a message without the text, which may hold a password.
+    fn parse(text: &str, source: ProxySource) -> Result<Self, &'static str> {
+        let rest = match text.split_once("://") {
+            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => rest,
+            Some((scheme, _)) if scheme.eq_ignore_ascii_case("https") => {
+                return Err("begins with `https://`, but Zap speaks plain HTTP to a proxy");
+            }
+            Some(_) => return Err("names a kind of proxy that Zap does not speak to"),
+            None => text,
+        };
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or(rest);
+        let (user, address) = match authority.rsplit_once('@') {
+            Some((user, address)) => (Some(user), address),
+            None => (None, authority),
+        };
+        // A port of the default is spelled out, since the rules of a URL hide it.
+        let after_address = address.rfind(']').map_or(0, |bracket| bracket + 1);
+        let has_port = address.get(after_address..).is_some_and(|rest| rest.contains(':'));
+        let url = BaseUrl::parse(&format!("http://{address}")).map_err(|_| "is not valid")?;
+        let authorization = match user {
+            Some(user) => Some(basic(user).ok_or("has a user or a password that is not valid")?),
+            None => None,
+        };
+        let port = if has_port { url.port } else { PROXY_PORT };
+        Ok(Proxy { host: url.host, port, authorization, source })
+    }
+}
+
+/// `Basic` credentials (RFC 7617) of a percent-encoded `user:password`.
+fn basic(user: &str) -> Option<HeaderValue> {
+    let mut decoded = percent_decoded(user)?;
+    if !user.contains(':') {
+        decoded.push(b':');
+    }
+    let mut value = HeaderValue::try_from(format!("Basic {}", base64(&decoded))).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+fn percent_decoded(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = text.bytes();
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'%' => {
+                let mut digit = || char::from(bytes.next()?).to_digit(16);
+                u8::try_from(digit()? * 16 + digit()?).ok()?
+            }
+            byte => byte,
+        });
+    }
+    Some(decoded)
+}
+
+/// RFC 4648, section 4.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let bits = (0..3).fold(0, |bits, i| bits << 8 | usize::from(group.get(i).copied().unwrap_or(0)));
+        for i in 0..4 {
+            let digit = char::from(DIGITS[bits >> (18 - 6 * i) & 63]);
+            text.push(if i <= group.len() { digit } else { '=' });
+        }
+    }
+    text
+}
+
+/// Whether `host` is this machine: `localhost`, a name below it, or a loopback address.
+fn is_loopback(host: &str) -> bool {
+    let name = host.strip_suffix('.').unwrap_or(host);
+    match host.parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback(),
+        Err(_) => name == "localhost" || name.ends_with(".localhost"),
+    }
+}
+
+/// Whether `list`, the value of `NO_PROXY`, exempts a backend: `*` exempts all; else each part is a name that also stands
+/// for all names below it, an address or a network, with or without a port.
+fn is_exempt(list: &str, host: &str, port: u16) -> bool {
+    list.trim() == "*"
+        || list.split([',', ' ', '\t']).filter(|part| !part.is_empty()).any(|part| exempts(part, host, port))
+}
+
+fn exempts(part: &str, host: &str, port: u16) -> bool {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return exempts_address(part, address, port);
+    }
+    let (part, only) = split_port(part);
+    let part = part.strip_suffix('.').unwrap_or(part);
+    let part = part.strip_prefix('.').unwrap_or(part).to_ascii_lowercase();
+    let host = host.strip_suffix('.').unwrap_or(host);
+    let is_below =
+        |part: &str| host.strip_suffix(part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    !part.is_empty() && is_below(&part) && only.is_none_or(|only| only == port)
+}
+
+fn exempts_address(part: &str, address: IpAddr, port: u16) -> bool {
+    let bare = |text: &str| text.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let is_same = |text: &str| bare(text).parse::<IpAddr>().is_ok_and(|exempt| exempt == address);
+    if let Ok(network) = bare(part).parse::<IpNet>() {
+        return network.contains(&address);
+    }
+    if is_same(part) {
+        return true;
+    }
+    let (part, only) = split_port(part);
+    only == Some(port) && is_same(part)
+}
+
+/// Splits off the port, if there is one.
+fn split_port(part: &str) -> (&str, Option<u16>) {
+    match part.rsplit_once(':').map(|(host, port)| (host, port.parse())) {
+        Some((host, Ok(port))) => (host, Some(port)),
+        _ => (part, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Config;
+
+    /// Reads a backend with this URL in this environment.
+    fn read(url: &str, more: &str, env: &[(&str, &str)]) -> Result<Config, String> {
+        let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n{more}\n");
+        let find = |name: &str| env.iter().find(|(known, _)| *known == name).map(|(_, v)| (*v).to_owned());
+        Config::parse(&text, "test", Path::new(""), &find).map_err(|faults| faults.to_string())
+    }
+
+    fn proxy_of(url: &str, more: &str, env: &[(&str, &str)]) -> Option<String> {
+        let config = read(url, more, env).unwrap();
+        config.backends[0].proxy.as_ref().map(|proxy| format!("{proxy} {:?}", proxy.source))
+    }
+
+    #[test]
+    fn the_file_wins_over_the_environment_and_none_means_none() {
+        let env =
+            [("https_proxy", "http://low:1"), ("HTTPS_PROXY", "http://up:2"), ("http_proxy", "plain:3")];
+        let low = Some("http://low:1 Variable(\"https_proxy\")".to_owned());
+        assert_eq!(proxy_of("https://a", "", &env), low);
+        let file = Some("http://file:4 File".to_owned());
+        assert_eq!(proxy_of("https://a", "proxy = \"http://file:4\"", &env), file);
+        assert_eq!(proxy_of("http://127.0.0.1", "proxy = \"http://file:4\"", &env), file);
+        assert_eq!(proxy_of("https://a", "proxy = \"none\"", &env), None);
+        let plain = Some("http://plain:3 Variable(\"http_proxy\")".to_owned());
+        assert_eq!(proxy_of("http://a", "", &env), plain);
+        for url in ["https://localhost", "https://x.localhost", "https://127.8.9.1", "https://[::1]:9"] {
+            assert_eq!(proxy_of(url, "", &env), None, "{url}");
+        }
+    }
+
+    #[test]
+    fn variables_are_read_as_curl_reads_them() {
+        let up = Some("http://up:2 Variable(\"HTTPS_PROXY\")".to_owned());
+        assert_eq!(proxy_of("https://a", "", &[("https_proxy", ""), ("HTTPS_PROXY", "up:2")]), up);
+        assert_eq!(proxy_of("http://a", "", &[("HTTP_PROXY", "up:2")]), None, "a CGI client could set it");
+        assert_eq!(proxy_of("https://a", "", &[("http_proxy", "up:2")]), None);
+        let of = |value: &str| {
+            read("https://a", "", &[("https_proxy", value)]).map(|config| {
+                let proxy = config.backends[0].proxy.clone().unwrap();
+                let sent = proxy.authorization.map(|value| value.to_str().unwrap().to_owned());
+                (format!("{}:{}", proxy.host, proxy.port), sent)
+            })
+        };
+        for (value, address, sent) in [
+            ("http://proxy", "proxy:1080", None),
+            ("http://proxy:80/", "proxy:80", None),
+            ("HTTP://[::1]:3128", "::1:3128", None),
+            ("[::1]", "::1:1080", None),
+            ("http://Aladdin:open%20sesame@proxy:1", "proxy:1", Some("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==")),
+            ("user@proxy:1", "proxy:1", Some("Basic dXNlcjo=")),
+            ("http://u:a%40b@c@proxy:1", "proxy:1", Some("Basic dTphQGJAYw==")),
+        ] {
+            assert_eq!(of(value), Ok((address.to_owned(), sent.map(str::to_owned))), "{value}");
+        }
+        for value in [
+            "socks5://sk-CANARY:1",
+            "https://u:sk-CANARY@p",
+            "http://",
+            "http://p:0",
+            "http://sk-CANARY%@p",
+            "http://a b",
+        ] {
+            let fault = of(value).unwrap_err();
+            assert!(
+                fault.starts_with(
+                    "test:1: `backends.proxy` is not set, and the environment variable `https_proxy` "
+                ),
+                "{fault}"
+            );
+            assert!(!fault.contains("CANARY"), "{fault}");
+        }
+        let fault = read("https://a", "proxy = \"socks5://u:sk-CANARY@p\"", &[]).unwrap_err();
+        assert_eq!(
+            fault,
+            format!("test:4: `backends.proxy` names a kind of proxy that Zap does not speak to; {ALLOWED}")
+        );
+    }
+
+    #[test]
+    fn the_password_is_in_no_debug_text() {
+        let config = read("https://a", "proxy = \"http://u:${P}@p:1\"", &[("P", "sk-CANARY")]).unwrap();
+        let sent = config.backends[0].proxy.as_ref().and_then(|p| p.authorization.as_ref()).unwrap();
+        assert_eq!(sent, "Basic dTpzay1DQU5BUlk=");
+        let text = format!("{config:?} {sent:?}");
+        assert!(!text.contains("CANARY") && !text.contains("dTpzay1DQU5BUlk"), "{text}");
+    }
+
+    #[test]
+    fn no_proxy_exempts_names_addresses_and_networks() {
+        for (list, host, want) in [
+            ("*", "a.test", true),
+            (" * ", "10.0.0.1", true),
+            ("*,x", "a.test", false),
+            ("a.test", "a.test", true),
+            ("A.Test.", "a.test", true),
+            (".a.test", "a.test", true),
+            ("a.test", "b.a.test", true),
+            ("a.test", "ba.test", false),
+            ("b.a.test", "a.test", false),
+            ("x, a.test", "a.test", true),
+            ("x a.test", "a.test", true),
+            (",, ,", "a.test", false),
+            (".", "a.test", false),
+            ("a.test:443", "a.test", true),
+            ("a.test:80", "a.test", false),
+            ("test", "a.test.", true),
+            ("10.0.0.0/8", "10.1.2.3", true),
+            ("10.0.0.0/8", "11.1.2.3", false),
+            ("10.1.2.3", "10.1.2.3", true),
+            ("10.1.2.3:443", "10.1.2.3", true),
+            ("10.1.2.3:80", "10.1.2.3", false),
+            ("2.3", "10.1.2.3", false),
+            ("2001:db8::/32", "2001:db8::7", true),
+            ("[2001:db8::7]", "2001:db8::7", true),
+            ("[2001:db8::7]:443", "2001:db8::7", true),
+            ("2001:db8::7", "2001:db8::8", false),
+            ("10.0.0.0/8", "a.test", false),
+        ] {
+            assert_eq!(is_exempt(list, host, 443), want, "{list:?} {host}");
+        }
+    }
+}
