@@ -2,13 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 
 use crate::config::charges::BackendLines;
 use crate::config::common::{
-    Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, WEIGHT, expanded,
-    is_name_char, name, open_regular, secret, unreadable,
+    Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, WEIGHT,
+    expanded, is_name_char, name, open_regular, secret, unreadable,
 };
 use crate::config::header_lists::header_rules;
 use crate::config::identity::{client_identity, server_name};
@@ -17,7 +18,7 @@ use crate::config::money::{budget, prices};
 use crate::config::proxy::proxy;
 use crate::config::toml_reader::{Section, Text};
 use crate::config::url::is_path;
-use crate::config::{Backend, BaseUrl, UsageMode};
+use crate::config::{Backend, BackendHealth, BaseUrl, UsageMode};
 use crate::json::members::same_but_for_case;
 
 /// The default `health_path`.
@@ -124,7 +125,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let name = name(t);
     let url = t.required_text("url").and_then(|url| base_url(t, url, ctx));
     let weight = t.required("weight", WEIGHT);
-    let health_path = path(t, "health_path", HEALTH_PATH);
+    let (health_path, health) = health(t);
     let (api_key, inline_key) = secret(t, "api_key", ctx);
     let auth_header = auth_header(t, inline_key.is_some());
     let key_header = inline_key.is_some().then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
@@ -162,6 +163,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             url: url?,
             weight: weight?,
             health_path,
+            health,
             api_key,
             auth_header,
             extra_headers,
@@ -202,6 +204,23 @@ fn path(t: &mut Section<'_, '_>, key: &'static str, default: &str) -> String {
         t.invalid(&text, key, allowed);
     }
     text.value
+}
+
+/// Reads `health` and `health_path`. The path may stand in either, but not in both.
+fn health(t: &mut Section<'_, '_>) -> (String, BackendHealth) {
+    let old_line = t.line_of("health_path");
+    let old = path(t, "health_path", HEALTH_PATH);
+    let read = t.optional_section("health", |t| {
+        let has_path = t.line_of("path").is_some();
+        let new = has_path.then(|| path(t, "path", HEALTH_PATH));
+        let interval = t.optional("interval_secs", SECONDS).map(Duration::from_secs);
+        (new, BackendHealth { interval, is_enabled: t.boolean("enabled", true) })
+    });
+    let (new, health) = read.unwrap_or((None, BackendHealth { interval: None, is_enabled: true }));
+    if let (Some(line), Some(_)) = (old_line, &new) {
+        t.fault(line, "health_path", "is set and `health.path` too; must be only one of the two");
+    }
+    (new.unwrap_or(old), health)
 }
 
 /// Reads the header that carries the key without a scheme, in place of `Authorization: Bearer`. `Authorization` is
@@ -287,5 +306,47 @@ fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
             t.fault(line, "ca_file", &unreadable(&error));
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::config::Config;
+
+    fn read(more: &str) -> Result<Config, String> {
+        let text = format!("[[backends]]\nurl = \"http://a\"\nweight = 1\n{more}\n");
+        Config::parse(&text, "test", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
+    }
+
+    #[test]
+    fn health_may_differ_by_backend_and_names_the_path_once() {
+        let of = |more: &str| {
+            let backend = read(more).unwrap().backends.remove(0);
+            (backend.health_path, backend.health.interval.map(|t| t.as_secs()), backend.health.is_enabled)
+        };
+        assert_eq!(of(""), ("/health".into(), None, true));
+        assert_eq!(of("health = { path = \"/p\", interval_secs = 7 }"), ("/p".into(), Some(7), true));
+        assert_eq!(of("health_path = \"/p\"\nhealth = { enabled = false }"), ("/p".into(), None, false));
+        for (more, want) in [
+            (
+                "health_path = \"/a\"\nhealth = { path = \"/a\" }",
+                "4: `backends.health_path` is set and `health.path` too; must be only one of the two",
+            ),
+            (
+                "health = { interval_secs = 0 }",
+                "4: `backends.health.interval_secs` is 0; must be from 1 to 86400",
+            ),
+            (
+                "health = { enabled = 1 }",
+                "4: `backends.health.enabled` is an integer; must be `true` or `false`",
+            ),
+            ("health = true", "4: `backends.health` is a boolean; must be a table"),
+        ] {
+            assert_eq!(read(more).unwrap_err(), format!("test:{want}"));
+        }
+        let path = read("health = { path = \"x\" }").unwrap_err();
+        assert!(path.starts_with("test:4: `backends.health.path` is \"x\"; must be `/`"), "{path}");
     }
 }

@@ -13,6 +13,8 @@ use crate::config::toml_reader::{Section, Text};
 pub(super) const IN_FLIGHT: Range<usize> = Range::new(1, 1_000_000);
 pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
 pub(super) const TOKENS_PER_MINUTE: Range<u64> = Range::new(1, 1_000_000_000_000);
+/// A time in whole seconds.
+pub(super) const SECONDS: Range<u64> = Range::new(1, 86_400);
 pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 /// Longest backend name, in bytes.

@@ -255,6 +255,8 @@ pub struct Backend {
     pub weight: u32,
     /// Path of the health check; begins with `/`, may have a query.
     pub health_path: String,
+    /// What differs from `[health]`.
+    pub health: BackendHealth,
     /// Key sent as `Authorization: Bearer`, or in `auth_header`.
     pub api_key: Option<Secret>,
     /// Header that carries `api_key` without a scheme; `None`: `Authorization: Bearer`.
@@ -296,6 +298,15 @@ pub struct Backend {
     pub budget: Option<Budget>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
+}
+
+/// `backends.health`: what differs from `[health]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendHealth {
+    /// Time between two checks, in whole seconds; `None`: that of `[health]`.
+    pub interval: Option<Duration>,
+    /// Whether the backend is checked; if not, real requests alone decide.
+    pub is_enabled: bool,
 }
 
 /// How the usage of a backend's answers is read.

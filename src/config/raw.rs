@@ -11,7 +11,9 @@ use ipnet::IpNet;
 use crate::config::backend::ReadBackends;
 use crate::config::charges::Lines;
 use crate::config::clients::ReadClients;
-use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, ledger_path};
+use crate::config::common::{
+    Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, ledger_path,
+};
 use crate::config::range::{Number, Range};
 use crate::config::toml_reader::{Section, Text};
 use crate::config::{
@@ -25,7 +27,6 @@ const WORKERS: Range<usize> = Range::new(1, 1024);
 const MAX_BODY_BYTES: Number<u64> = Range::new(1024, 1 << 30).or(32 << 20);
 const MAX_CONNECTIONS: Number<usize> = Range::new(1, 1_000_000).or(10_000);
 
-const SECONDS: Range<u64> = Range::new(1, 86_400);
 const DRAIN_SECS: Number<u64> = Range::new(0, SECONDS.max).or(30);
 
 const DRAIN_DELAY_SECS: Number<u64> = Range::new(0, 3600).or(0);

@@ -229,6 +229,7 @@ fn keys_that_are_not_set_have_their_defaults() {
         url: BaseUrl::parse("http://a").unwrap(),
         weight: 1,
         health_path: "/health".to_owned(),
+        health: BackendHealth { interval: None, is_enabled: true },
         api_key: None,
         auth_header: None,
         extra_headers: vec![],

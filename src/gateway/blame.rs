@@ -23,7 +23,19 @@ impl Gateway {
         let now = clock::now();
         upstream.state.penalty.add(now);
         if let Some(change) = upstream.state.breaker.failure(self.current().thresholds(), now) {
+            if !upstream.conf.health.is_enabled {
+                upstream.state.breaker.begin_trials(now);
+            }
             self.shared().announce(upstream, change, &format!("request: {fault}"));
+        }
+    }
+
+    /// Reports the head of a response at `now`, which brings a backend on trial back.
+    pub(crate) fn record_answered(&self, in_flight: &InFlight, now: Nanos) {
+        in_flight.answered(now);
+        let upstream = in_flight.upstream();
+        if let Some(change) = upstream.state.breaker.answered(in_flight.entered(), now) {
+            self.shared().announce(upstream, change, "a request was answered");
         }
     }
 

@@ -75,7 +75,7 @@ impl Attempts<'_> {
             Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight)),
             Err(problem) => return Err(self.fail(problem, &in_flight)),
         };
-        in_flight.answered(self.exchange.coarse_now());
+        self.gateway.record_answered(&in_flight, self.exchange.coarse_now());
         let (about, opened) = (ResponseFacts::default(), self.exchange.coarse_now());
         let mut opened = OpenedResponse {
             head,

@@ -254,14 +254,14 @@ impl Shared {
     }
 
     /// Rebuilds the schedule from the current states of the backends, and wakes the waiting requests, since a backend
-    /// that is up again may serve them. Returns the time when the first refused key is tried again, which needs
-    /// another rebuild.
+    /// that is up again may serve them. Returns the time when the first backend may take requests again without a
+    /// report, which needs another rebuild.
     pub(crate) fn rebuild(&self) -> Option<Nanos> {
         let current = self.current.load_full();
         let rebuilt = Generation { fleet: current.rebuilt(), clients: current.clients.clone() };
         self.current.store(Arc::new(rebuilt));
         self.reopened.notify_waiters();
         let now = clock::now();
-        current.backends.iter().filter_map(|b| b.state.breaker.retries_key_at(now)).min()
+        current.backends.iter().filter_map(|b| b.state.breaker.reopens_at(now)).min()
     }
 }

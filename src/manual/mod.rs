@@ -268,6 +268,7 @@ mod tests {
             ("log.requests", c.log.requests.to_string()),
             ("log.events", word(&c.log.events)),
             ("backends.health_path", word(&b.health_path)),
+            ("backends.health.enabled", b.health.is_enabled.to_string()),
             ("backends.chat_path", word(&b.chat_path)),
             ("backends.priority", b.priority.to_string()),
             ("backends.usage", word(&b.usage)),

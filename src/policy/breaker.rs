@@ -3,11 +3,12 @@
 //! The backend as a whole is judged by its transport and its probes, a [pair](crate::policy::pair) by what the backend
 //! answers. Counts and state share one atomic word, so that exactly one caller sees each change of state. Requests and
 //! probes have separate counts of failures in a row: a probe that succeeds says nothing about requests that fail. Only
-//! probes bring an ejected backend back; [`crate::server::probe`] sends them.
+//! probes bring an ejected backend back; [`crate::server::probe`] sends them. A backend without probes is tried by one
+//! real request after 1 s, 2 s, 4 s and so on, and comes back with the first answer.
 
 use crate::policy::balance::SLOW_START;
-use crate::policy::pair::Pairs;
 pub use crate::policy::pair::Status;
+use crate::policy::pair::{FIRST_TRIAL, MAX_TRIAL, Pairs};
 use crate::policy::sync::{AtomicU64, Ordering};
 use crate::time::{Nanos, SECOND};
 
@@ -77,6 +78,10 @@ pub struct Breaker {
     up_since: AtomicU64,
     /// When the backend was ejected last; 0: never.
     ejected_at: AtomicU64,
+    /// When a real request may try the backend; 0: none may, since the backend is up or its probes decide.
+    trial_at: AtomicU64,
+    /// The time from the last trial, or from the ejection, to that one.
+    trial_interval: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +150,8 @@ impl Breaker {
             last_success: AtomicU64::new(0),
             up_since: AtomicU64::new(0),
             ejected_at: AtomicU64::new(0),
+            trial_at: AtomicU64::new(0),
+            trial_interval: AtomicU64::new(0),
         }
     }
 
@@ -157,18 +164,31 @@ impl Breaker {
         }
     }
 
-    /// Returns the state at `now` over all models: [`Status::Cooling`] until the last cool-down of any model ends, and
+    /// Returns the state at `now` over all models, as far as it is proven: [`Status::Cooling`] until the last cool-down of any model ends, and
     /// [`Status::Ejected`] also if every model in use is out.
     pub fn status(&self, now: Nanos) -> Status {
-        match self.status_of_backend(now) {
+        match self.known_status(now) {
             Status::Healthy if self.pairs.are_out(now) => Status::Ejected,
             Status::Healthy => self.pairs.cools_until(now).map_or(Status::Healthy, Status::Cooling),
             out => out,
         }
     }
 
-    /// Returns the state at `now`, whatever its pairs are.
+    /// Returns the state at `now` for requests, whatever its pairs are. A backend that one request may try is
+    /// [`Status::Healthy`].
     pub(crate) fn status_of_backend(&self, now: Nanos) -> Status {
+        match self.known_status(now) {
+            Status::Ejected | Status::Misconfigured if self.is_trial_due(now) => Status::Healthy,
+            known => known,
+        }
+    }
+
+    fn is_trial_due(&self, now: Nanos) -> bool {
+        let at = self.trial_at.load(Ordering::Relaxed);
+        at != 0 && at <= now
+    }
+
+    fn known_status(&self, now: Nanos) -> Status {
         if self.bad_key_until.load(Ordering::Relaxed) > now {
             return Status::Unauthorized;
         }
@@ -212,6 +232,53 @@ impl Breaker {
         if matches!(change, Some(Change::Down | Change::StillDown)) {
             self.ejected_at.store(now, Ordering::Relaxed);
         }
+    }
+
+    /// Starts the trials of a backend that has no probes, unless it is up or has them already.
+    pub(crate) fn begin_trials(&self, now: Nanos) {
+        let is_up = PackedState::unpack(self.word.load(Ordering::Relaxed)).state == HealthState::Up;
+        if !is_up && self.trial_at.load(Ordering::Relaxed) == 0 {
+            self.trial_interval.store(FIRST_TRIAL, Ordering::Relaxed);
+            self.trial_at.store(now + FIRST_TRIAL, Ordering::Relaxed);
+        }
+    }
+
+    /// Ends the trials: from now on probes decide.
+    pub(crate) fn end_trials(&self) {
+        self.trial_at.store(0, Ordering::Relaxed);
+    }
+
+    /// Lets a request pass. Returns `false` if the backend is on trial and another request has come first. `panic`: the
+    /// request comes in panic mode.
+    pub(crate) fn enter(&self, now: Nanos, panic: bool) -> bool {
+        let at = self.trial_at.load(Ordering::Relaxed);
+        if at == 0 {
+            return true;
+        }
+        let interval = self.trial_interval.load(Ordering::Relaxed).saturating_mul(2).min(MAX_TRIAL);
+        let is_first = at <= now
+            && self
+                .trial_at
+                .compare_exchange(at, now + interval, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok();
+        if is_first {
+            self.trial_interval.store(interval, Ordering::Relaxed);
+        }
+        is_first || panic
+    }
+
+    /// Reports the head of a response to a request that came to the backend at `entered`. It brings a backend on trial
+    /// back, unless the request had been sent before the ejection.
+    pub(crate) fn answered(&self, entered: Nanos, now: Nanos) -> Option<Change> {
+        if self.trial_at.load(Ordering::Relaxed) == 0 || entered < self.ejected_at.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.end_trials();
+        let change = self.change(|_| PackedState::reset_to(HealthState::Up));
+        if change == Some(Change::Up) {
+            self.up_since.store(now.max(1), Ordering::Relaxed);
+        }
+        change
     }
 
     /// Reports the result of a probe.
@@ -261,6 +328,13 @@ impl Breaker {
     /// Returns when a refused key is tried again; `None` if no key was refused in the last [`BAD_KEY`].
     pub fn retries_key_at(&self, now: Nanos) -> Option<Nanos> {
         Some(self.bad_key_until.load(Ordering::Relaxed)).filter(|at| *at > now)
+    }
+
+    /// Returns when the backend may take requests again without a report: a refused key is tried again, or one request
+    /// may try the backend.
+    pub(crate) fn reopens_at(&self, now: Nanos) -> Option<Nanos> {
+        let trial = Some(self.trial_at.load(Ordering::Relaxed)).filter(|at| *at > now);
+        self.retries_key_at(now).into_iter().chain(trial).min()
     }
 
     /// Returns how long ago the backend came back; [`SLOW_START`] if it was never ejected.
@@ -427,6 +501,38 @@ mod tests {
         assert_eq!(b.probed(Probe::Failed, LIMITS, 3), Some(Change::StillDown));
         b.probed(Probe::Alive, LIMITS, 4);
         assert_eq!(b.probed(Probe::Alive, LIMITS, 5), Some(Change::Up));
+    }
+
+    #[test]
+    fn a_backend_without_probes_is_tried_by_one_request_after_growing_times() {
+        let b = Breaker::new();
+        b.begin_trials(1);
+        assert!(b.enter(1, false) && b.reopens_at(1).is_none(), "it is up");
+        let ejected = 5 * SECOND;
+        (0..3).for_each(|_| drop(b.failure(LIMITS, ejected)));
+        b.begin_trials(ejected);
+        let mut now = ejected;
+        for secs in [1, 2, 4, 8, 16, 32, 60, 60] {
+            let due = now + secs * SECOND;
+            assert_eq!(b.reopens_at(now), Some(due));
+            assert_eq!((b.status_of_backend(due - 1), b.enter(due - 1, false)), (Status::Ejected, false));
+            assert_eq!((b.status_of_backend(due), b.status(due)), (Status::Healthy, Status::Ejected));
+            assert!(b.enter(due, false) && !b.enter(due, false), "one request tries it");
+            assert!(b.enter(due, true), "in panic mode all may");
+            assert_eq!(b.failure(LIMITS, due), None);
+            b.begin_trials(due);
+            now = due;
+        }
+        assert_eq!(b.answered(ejected - 1, now), None, "it was sent before the ejection");
+        assert_eq!(b.answered(now, now + 1), Some(Change::Up));
+        assert_eq!((b.answered(now, now + 1), b.reopens_at(now + 1)), (None, None));
+        assert_eq!((b.status(now + 1), b.up_for(now + 3)), (Status::Healthy, 2));
+        assert_eq!((b.failure(LIMITS, now + 2), b.failure(LIMITS, now + 2)), (None, None));
+        assert_eq!(b.failure(LIMITS, now + 2), Some(Change::Down));
+        b.begin_trials(now + 2);
+        assert_eq!(b.reopens_at(now + 2), Some(now + 2 + SECOND), "the first time is short again");
+        b.end_trials();
+        assert_eq!((b.status_of_backend(u64::MAX), b.answered(now + 3, now + 4)), (Status::Ejected, None));
     }
 
     #[test]

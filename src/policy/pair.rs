@@ -25,11 +25,11 @@ const FIRST_BUSY: Nanos = 100 * MILLI;
 /// Longest cooldown of a busy pair.
 const MAX_BUSY: Nanos = 5 * SECOND;
 
-/// The time until an ejected pair is tried; each further one is twice as long.
-const FIRST_TRIAL: Nanos = SECOND;
+/// The time until an ejected pair, or a backend without checks, is tried; each further one is twice as long.
+pub(crate) const FIRST_TRIAL: Nanos = SECOND;
 
-/// Longest time until an ejected pair is tried again.
-const MAX_TRIAL: Nanos = 60 * SECOND;
+/// Longest time until it is tried again.
+pub(crate) const MAX_TRIAL: Nanos = 60 * SECOND;
 
 /// A pair is in use if it has had a result in this time.
 const IN_USE: Nanos = 300 * SECOND;

@@ -122,19 +122,19 @@ async fn watch(shared: &Arc<Shared>) {
 struct Probes(HashMap<u64, JoinHandle<()>>);
 
 impl Probes {
-    /// Stops the probes of backends that are removed or drained, and starts the probes of new backends.
+    /// Stops the probes of backends that are removed, drained or no longer checked, and starts the probes of new backends.
     fn update(&mut self, shared: &Arc<Shared>) {
         let snapshot = shared.current.load();
-        let takes_requests: HashSet<u64> =
-            snapshot.backends.iter().filter(|b| b.conf.weight > 0).map(|b| b.state.id).collect();
+        let checked: HashSet<u64> =
+            snapshot.backends.iter().filter(|b| probe::is_checked(b)).map(|b| b.state.id).collect();
         self.0.retain(|id, probe| {
-            let keep = takes_requests.contains(id) && !probe.is_finished();
+            let keep = checked.contains(id) && !probe.is_finished();
             if !keep {
                 probe.abort();
             }
             keep
         });
-        for b in snapshot.backends.iter().filter(|b| b.conf.weight > 0) {
+        for b in snapshot.backends.iter().filter(|b| probe::is_checked(b)) {
             let start = || spawn_local(probe::watch(shared.clone(), b.state.id));
             self.0.entry(b.state.id).or_insert_with(start);
         }

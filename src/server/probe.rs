@@ -10,7 +10,7 @@ use crate::clock;
 use crate::clock::LimitExpired;
 use crate::code::Code;
 use crate::gateway::state::{Generation, Shared};
-use crate::policy::breaker::{Probe, Status};
+use crate::policy::breaker::{Probe, Status, Thresholds};
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::fault::Fault;
@@ -28,7 +28,7 @@ fn first_check_window(backends: usize) -> Duration {
     FIRST_CHECKS.max(FIRST_CHECK_SPACING.saturating_mul(u32::try_from(backends).unwrap_or(u32::MAX)))
 }
 
-/// Checks the backend with this `id` until it is removed or drained. Each check uses the current configuration. A check
+/// Checks the backend with this `id` until it is removed, drained or no longer checked. Each check uses the current configuration. A check
 /// is skipped if a real request succeeded within the interval and the backend is healthy or cools down.
 pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     // A random delay, so that the backends are not checked at the same time.
@@ -39,7 +39,8 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     while let Some((snapshot, upstream)) = find(&shared, id) {
         let health = &snapshot.config.health;
         let now = clock::now();
-        let proven = upstream.state.breaker.succeeded_within(clock::nanos(health.interval), now);
+        let proven =
+            upstream.state.breaker.succeeded_within(clock::nanos(interval(&snapshot, &upstream)), now);
         if !(proven && matches!(upstream.state.breaker.status(now), Status::Healthy | Status::Cooling(_))) {
             let checking = check(&upstream, snapshot.config.timeouts.connect);
             let late = |LimitExpired| {
@@ -58,10 +59,20 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     }
 }
 
-/// The backend with this `id`, unless it is removed or drained.
+/// Whether a backend is checked: it takes requests, and its checks are not switched off.
+pub(crate) fn is_checked(upstream: &Upstream) -> bool {
+    upstream.conf.weight > 0 && upstream.conf.health.is_enabled
+}
+
+/// The time between two checks of a backend.
+fn interval(snapshot: &Snapshot, upstream: &Upstream) -> Duration {
+    upstream.conf.health.interval.unwrap_or(snapshot.config.health.interval)
+}
+
+/// The backend with this `id`, unless it is not checked any more.
 fn find(shared: &Shared, id: u64) -> Option<(Arc<Generation>, Arc<Upstream>)> {
     let snapshot = shared.current.load_full();
-    let upstream = snapshot.backends.iter().find(|b| b.state.id == id && b.conf.weight > 0)?.clone();
+    let upstream = snapshot.backends.iter().find(|b| b.state.id == id && is_checked(b))?.clone();
     Some((snapshot, upstream))
 }
 
@@ -70,8 +81,8 @@ async fn pause(shared: &Shared, id: u64) {
     let (since, jitter) = (Instant::now(), 0.8 + 0.2 * fastrand::f64());
     loop {
         let reloaded = shared.reloaded.notified();
-        let Some((snapshot, _)) = find(shared, id) else { return };
-        let until = since + snapshot.config.health.interval.mul_f64(jitter);
+        let Some((snapshot, upstream)) = find(shared, id) else { return };
+        let until = since + interval(&snapshot, &upstream).mul_f64(jitter);
         tokio::select! {
             () = sleep_until(until) => return,
             () = reloaded => {}
@@ -94,7 +105,9 @@ impl Checked {
     /// Records the result at the backend, and logs a change of its state. `is_first`: the first check after a start or a
     /// reload; its failure is logged at once.
     fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream, is_first: bool) {
-        let (now, limits) = (clock::now(), snapshot.thresholds());
+        let now = clock::now();
+        let interval = clock::nanos(interval(snapshot, upstream));
+        let limits = Thresholds { interval, ..snapshot.thresholds() };
         if self.probe == Probe::BadKey && upstream.state.breaker.succeeded_within(limits.interval, now) {
             // Real requests are served: only the path of the checks is refused.
             return;

@@ -306,7 +306,8 @@ impl Upstream {
     ) -> Option<InFlight> {
         let (key, now) = (candidate.key(), candidate.now);
         let (quota, spend) = self.reserve(candidate)?;
-        if !self.state.breaker.pairs.enter(Entry { key, now, panic }) {
+        let breaker = &self.state.breaker;
+        if !breaker.enter(now, panic) || !breaker.pairs.enter(Entry { key, now, panic }) {
             if let Some(quota) = quota {
                 quota.cancel(now);
             }

@@ -236,6 +236,10 @@ impl Upstream {
     /// Applies the limits of this configuration to the state that is shared with the backend before the reload. At most
     /// `waiters` requests may wait.
     pub(crate) fn apply(&self, waiters: usize, now: Nanos) {
+        match self.conf.health.is_enabled {
+            true => self.state.breaker.end_trials(),
+            false => self.state.breaker.begin_trials(now),
+        }
         if let (Some(admission), Some(max)) = (&self.admission, self.conf.max_in_flight) {
             admission.resize(max, waiters);
         }

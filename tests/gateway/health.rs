@@ -437,3 +437,70 @@ fn the_state_of_a_configured_model_is_in_metrics_and_status() {
     let models = zap.client().get("/status").json()["backends"][0]["models"].clone();
     assert_eq!(models, serde_json::json!({ "good": "healthy", "broken": "ejected" }));
 }
+
+#[test]
+fn a_backend_may_have_its_own_path_and_interval() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let own = "health = { path = \"/own?x=1\", interval_secs = 1 }";
+    let zap = Zap::with("[health]\ninterval_secs = 600\n", &[a.backend("a", own), b.backend("b", "")]);
+    eventually("backend a is checked by its own interval", || a.probes().len() >= 2);
+    assert_eq!(a.probes()[0].line, "GET /own?x=1 HTTP/1.1");
+    assert_eq!(b.probes().len(), 1);
+    drop(zap);
+}
+
+#[test]
+fn without_checks_real_requests_eject_a_backend_and_bring_it_back() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let b = Provider::named("b");
+    let settings =
+        "[health]\ninterval_secs = 1\nfailure_threshold = 1\n[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n";
+    let unchecked = crate::support::provider::backend(address, "a", "health = { enabled = false }");
+    let zap = Zap::with(settings, &[unchecked, b.backend("b", "priority = 1")]);
+    assert_eq!((zap.chat(CHAT).text(), state(&zap, 0).as_str()), ("b", "ejected"));
+    let failures = || zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_unreachable\"}");
+    assert_eq!(failures(), 1.0);
+    // Nobody tries it for a second, then one request does, in vain; the next trial is two seconds later.
+    let since = std::time::Instant::now();
+    eventually("one request tries the backend", || {
+        assert_eq!(zap.chat(CHAT).text(), "b");
+        failures() == 2.0
+    });
+    assert!(since.elapsed() > std::time::Duration::from_millis(800), "{:?}", since.elapsed());
+    (0..20).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
+    assert_eq!((failures(), state(&zap, 0).as_str()), (2.0, "ejected"));
+    let a = Provider::start_on(std::net::TcpListener::bind(address).unwrap(), |_, stream| {
+        reply(stream, 200, "content-type: application/json\r\n", b"a");
+        After::Keep
+    });
+    eventually("the first answer brings it back", || zap.chat(CHAT).text() == "a");
+    assert_eq!(state(&zap, 0), "healthy");
+    (0..5).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "a"));
+    assert_eq!(a.probes().len(), 0, "it was never checked");
+}
+
+#[test]
+fn a_reload_switches_the_checks_off_and_on() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let file = crate::support::File::new();
+    let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1\n";
+    let backends = |more: &str| [a.backend("a", more), b.backend("b", "")];
+    a.set_health(500);
+    let zap = Zap::with_file(&file, settings, &backends(""));
+    eventually("the check ejects the backend", || state(&zap, 0) == "ejected");
+    // What only the check refuses is served again.
+    file.write(settings, &backends("health = { enabled = false }"));
+    assert!(zap.reload());
+    eventually("a real request brings it back", || {
+        zap.chat(CHAT);
+        state(&zap, 0) == "healthy"
+    });
+    let probes = a.probes().len();
+    std::thread::sleep(std::time::Duration::from_millis(1_200));
+    assert_eq!(a.probes().len(), probes);
+    file.write(settings, &backends("health = { enabled = true }"));
+    assert!(zap.reload());
+    eventually("the check ejects it again", || state(&zap, 0) == "ejected");
+}
