@@ -85,7 +85,7 @@ pub mod fuzzing;
 /// What the project's own tests and benchmarks use beside [`run`]; no part of the interface.
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::config::{Config, Faults, LoadError, LogFormat};
+    pub use crate::config::{Config, Faults, LoadError, LogFormat, ModelsFrom};
     pub use crate::counter::{Histogram, REQUEST, Total};
     pub use crate::gateway::failpoint;
     pub use crate::gateway::state::Shared;

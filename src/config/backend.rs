@@ -211,8 +211,8 @@ fn health(t: &mut Section<'_, '_>) -> (String, BackendHealth) {
     let old_line = t.line_of("health_path");
     let old = path(t, "health_path", HEALTH_PATH);
     let read = t.optional_section("health", |t| {
-        let has_path = t.line_of("path").is_some();
-        let new = has_path.then(|| path(t, "path", HEALTH_PATH));
+        let is_set = t.line_of("path").is_some();
+        let new = Some(path(t, "path", HEALTH_PATH)).filter(|_| is_set);
         let interval = t.optional("interval_secs", SECONDS).map(Duration::from_secs);
         (new, BackendHealth { interval, is_enabled: t.boolean("enabled", true) })
     });

@@ -51,6 +51,7 @@ use crate::config::common::{MAX_FILE_BYTES, read_bounded, world_readable};
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::identity::ClientIdentity;
+pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
@@ -81,6 +82,8 @@ pub struct Config {
     pub rate_limit: RateLimit,
     /// `[log]`: what is logged, and how.
     pub log: LogSettings,
+    /// `models_from`: what `/v1/models` lists.
+    pub models_from: ModelsFrom,
     /// `[[backends]]` in the file's order: never empty, names unique.
     pub backends: Vec<Backend>,
     /// `[models.NAME]` in the file's order. Every named backend exists; no route is empty.

@@ -6,6 +6,23 @@ use crate::config::toml_reader::{Section, Text};
 use crate::policy::near::nearest;
 use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
 
+/// `models_from`: what `/v1/models` lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelsFrom {
+    /// What the configuration names, and what backends without `models` say they serve.
+    Backends,
+    /// What the configuration names.
+    Config,
+}
+
+const MODELS_FROM: [(&str, ModelsFrom); 2] =
+    [("backends", ModelsFrom::Backends), ("config", ModelsFrom::Config)];
+
+/// Reads `models_from`.
+pub(super) fn models_from(root: &mut Section<'_, '_>) -> ModelsFrom {
+    root.choice("models_from", ModelsFrom::Backends, &MODELS_FROM)
+}
+
 /// The condition that a model name must meet, for messages; `more` is a further condition.
 pub(super) fn must_be(more: &str) -> String {
     format!("must be 1 to {MAX_NAME} bytes without control characters{more}")

@@ -120,6 +120,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     let ReadBackends { backends, lines, inline_key: inline_backend_key } = backend::backends(root, ctx);
     let routes = models::named_routes(root, &backends, root.sink().count() == faults);
     let ReadClients { clients, budget_lines, inline_key: inline_client_key } = clients::clients(root, ctx);
+    let models_from = models::models_from(root);
     let mut config = Config {
         server,
         queue,
@@ -131,6 +132,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         stream,
         rate_limit,
         log,
+        models_from,
         backends,
         routes,
         clients,

@@ -1,5 +1,6 @@
 //! The endpoints that Zap serves itself: `/health`, `/ready`, `/metrics`, `/status`, `/usage`, `/v1/models`.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -14,9 +15,10 @@ use crate::config::Config;
 use crate::gateway::ClientResponse;
 use crate::gateway::pages::CachedPage;
 use crate::gateway::refusal::GatewayError;
+use crate::gateway::served_models::ServedModels;
 use crate::gateway::state::Shared;
 use crate::gateway::status;
-use crate::policy::route::{Listed, MAX_NAME};
+use crate::policy::route::MAX_NAME;
 use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
 use crate::telemetry::metrics::Scrape;
@@ -96,25 +98,34 @@ pub(crate) async fn usage(
 /// Lists of models that a worker caches.
 const MAX_LISTS: usize = 16;
 
-/// A worker's cache of encoded lists of models, by client. A list depends only on the configuration and the client.
+/// A worker's cache of encoded lists of models, by client. A list depends only on the configuration, on what backends say
+/// they serve, and on the client.
 #[derive(Default)]
 pub(crate) struct ModelLists {
     /// The configuration that the lists belong to.
     config: Weak<Config>,
+    /// The version of what backends say.
+    version: u64,
     lists: Vec<(Option<Arc<Client>>, Bytes)>,
 }
 
 impl ModelLists {
     /// `/v1/models`: the models that `client` may use, in OpenAI's format.
-    pub(crate) fn models(&mut self, snapshot: &Snapshot, client: Option<&Arc<Client>>) -> ClientResponse {
-        if !std::ptr::eq(self.config.as_ptr(), Arc::as_ptr(&snapshot.config)) {
-            *self = ModelLists { config: Arc::downgrade(&snapshot.config), lists: Vec::new() };
+    pub(crate) fn models(
+        &mut self,
+        snapshot: &Snapshot,
+        client: Option<&Arc<Client>>,
+        served: &ServedModels,
+    ) -> ClientResponse {
+        let version = served.version();
+        if self.version != version || !std::ptr::eq(self.config.as_ptr(), Arc::as_ptr(&snapshot.config)) {
+            *self = ModelLists { config: Arc::downgrade(&snapshot.config), version, lists: Vec::new() };
         }
         let same = |other: &Option<Arc<Client>>| other.as_ref().map(Arc::as_ptr) == client.map(Arc::as_ptr);
         let list = match self.lists.iter().find(|(other, _)| same(other)) {
             Some((_, list)) => list.clone(),
             None => {
-                let list = list_models(snapshot, client.map(|c| &**c));
+                let list = list_models(snapshot, client.map(|c| &**c), served);
                 self.lists.truncate(MAX_LISTS - 1);
                 self.lists.insert(0, (client.cloned(), list.clone()));
                 list
@@ -124,14 +135,23 @@ impl ModelLists {
     }
 }
 
-fn list_models(snapshot: &Snapshot, client: Option<&Client>) -> Bytes {
-    let listed = snapshot.table().listed().iter().filter(|l| may_see(client, l));
-    let data: Vec<_> = listed.map(|l| model_object(snapshot, l)).collect();
+fn list_models(snapshot: &Snapshot, client: Option<&Client>, served: &ServedModels) -> Bytes {
+    let may_see = |name: &str| client.is_none_or(|c| c.may_use(name, true));
+    let listed = snapshot.table().listed().iter().filter(|l| may_see(&l.name));
+    let mut data: Vec<_> = listed.map(|l| model_object(&l.name, owner(snapshot, l.owner))).collect();
+    let mut known: HashSet<Box<str>> = snapshot.table().listed().iter().map(|l| l.name.clone()).collect();
+    for b in snapshot.backends.iter() {
+        for name in served.of(b.state.id).iter().flat_map(|names| names.iter()) {
+            if may_see(name) && known.insert(name.clone()) {
+                data.push(model_object(name, b.name()));
+            }
+        }
+    }
     json!({ "object": "list", "data": data }).to_string().into()
 }
 
-/// `/v1/models/{id}`: one model. `id` is percent-encoded, as in the path. `may_search` returns whether an error may
-/// suggest similar names.
+/// `/v1/models/{id}`: one model, by any name under which a request may ask for it. `id` is percent-encoded, as in the
+/// path. `may_search` returns whether an error may suggest similar names.
 ///
 /// # Errors
 /// [`GatewayError::ModelNotFound`] if no backend serves the model, or `client` may not use it.
@@ -142,11 +162,21 @@ pub(crate) fn model(
     may_search: impl FnOnce() -> bool,
 ) -> Result<ClientResponse, GatewayError> {
     let id = percent_decoded(id);
-    let listed = snapshot.table().listed().iter().find(|l| *l.name == *id && may_see(client, l));
-    match listed {
-        Some(l) => Ok(text(StatusCode::OK, "application/json", model_object(snapshot, l).to_string().into())),
-        None => Err(model_not_found(snapshot, client, &id, may_search())),
-    }
+    let table = snapshot.table();
+    // A request is judged by its name in the same way; a longer name is cut there.
+    let (name, whole) = (&id[..id.floor_char_boundary(MAX_NAME)], id.len() <= MAX_NAME);
+    let may_name = !id.is_empty() && !id.contains(char::REPLACEMENT_CHARACTER);
+    let is_allowed = may_name && client.is_none_or(|c| c.may_use(name, whole));
+    let Some(route) = Some(()).filter(|()| is_allowed).and_then(|()| table.find(Some(name), whole)) else {
+        return Err(model_not_found(snapshot, client, &id, may_search()));
+    };
+    let listed = table.listed().iter().find(|l| *l.name == *id);
+    let backend = match listed {
+        Some(listed) => listed.owner,
+        None => table.route(route).targets.first().map(|target| target.backend),
+    };
+    let model = model_object(&id, owner(snapshot, backend));
+    Ok(text(StatusCode::OK, "application/json", model.to_string().into()))
 }
 
 /// The error for a model that no backend serves, or that `client` may not use. If `search` is set, it suggests similar
@@ -163,13 +193,13 @@ pub(crate) fn model_not_found(
     GatewayError::ModelNotFound(name.into(), similar.into_iter().map(Into::into).collect())
 }
 
-fn may_see(client: Option<&Client>, listed: &Listed) -> bool {
-    client.is_none_or(|c| c.may_use(&listed.name, true))
+/// The name of a backend; `zap` without one.
+fn owner(snapshot: &Snapshot, backend: Option<BackendId>) -> &str {
+    backend.and_then(|id| snapshot.backends.get(id)).map_or("zap", |b| b.name())
 }
 
-fn model_object(snapshot: &Snapshot, listed: &Listed) -> serde_json::Value {
-    let owner = listed.owner.and_then(|id| snapshot.backends.get(id)).map_or("zap", |b| b.name());
-    json!({ "id": &*listed.name, "object": "model", "created": 0, "owned_by": owner })
+fn model_object(name: &str, owner: &str) -> serde_json::Value {
+    json!({ "id": name, "object": "model", "created": 0, "owned_by": owner })
 }
 
 /// Percent-decodes a path segment. Invalid UTF-8 becomes U+FFFD, which matches no model.

@@ -45,6 +45,8 @@ pub(crate) mod pages;
 
 mod status;
 
+pub(crate) mod served_models;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -224,7 +226,7 @@ impl Gateway {
                 let may_search = || self.may_search(record);
                 endpoints::model(generation, client.map(|c| &**c), id, may_search)
             }
-            None => Ok(self.lists.borrow_mut().models(generation, client)),
+            None => Ok(self.lists.borrow_mut().models(generation, client, &self.shared().served_models)),
         }
     }
 

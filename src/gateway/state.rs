@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use crate::clock;
 use crate::config::Config;
 use crate::gateway::pages::Pages;
+use crate::gateway::served_models::ServedModels;
 use crate::policy::breaker::Change;
 use crate::policy::choose;
 use crate::policy::limit::Limiter;
@@ -63,6 +64,8 @@ pub struct Shared {
     pub(crate) budget: Budget,
     /// The metrics and the log.
     pub(crate) telemetry: Arc<Telemetry>,
+    /// What backends without `models` say they serve.
+    pub(crate) served_models: ServedModels,
     /// The pages that are expensive to render.
     pub(crate) pages: Pages,
     /// Notified when the state of a backend has changed: the fleet thread then calls [`rebuild`](Self::rebuild).
@@ -102,6 +105,7 @@ impl Shared {
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
             telemetry: Telemetry::new(config.server.workers, (log, config.log.requests), ledger),
+            served_models: ServedModels::default(),
             pages: Pages::default(),
             fleet_changed: Notify::new(),
             reopened: Notify::new(),

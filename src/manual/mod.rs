@@ -237,6 +237,7 @@ mod tests {
         let (secs, ms) = (|d: Duration| d.as_secs().to_string(), |d: Duration| d.as_millis().to_string());
         let word = |word: &dyn std::fmt::Debug| format!("{word:?}");
         let defaults = [
+            ("models_from", word(&c.models_from)),
             ("server.host", format!("\"{}\"", c.server.host)),
             ("server.port", c.server.port.to_string()),
             ("server.max_body_bytes", c.server.max_body_bytes.to_string()),

@@ -16,6 +16,8 @@ pub(crate) mod event_stream;
 
 pub(crate) mod responses;
 
+pub(crate) mod model_list;
+
 pub(crate) mod error_event;
 
 pub(crate) mod rate_limits;

@@ -1,4 +1,4 @@
-//! The fleet thread: runs the health checks, rebuilds the schedule when a backend changes its state, and reloads the
+//! The fleet thread: runs the health checks, asks for lists of models, rebuilds the schedule when a backend changes its state, and reloads the
 //! configuration.
 //!
 //! A single loop does all three, so that two of them never replace the snapshot at the same time. It has its own
@@ -16,9 +16,10 @@ use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 
 use crate::clock;
 use crate::config::{Config, LoadError, Server};
-use crate::gateway::state::Shared;
-use crate::server::probe;
+use crate::gateway::state::{Generation, Shared};
+use crate::server::{listing, probe};
 use crate::time::{MILLI, Nanos};
+use crate::upstream::Upstream;
 use crate::upstream::fleet::Snapshot;
 use crate::upstream::fleet::prepare;
 use crate::upstream::proxy;
@@ -86,10 +87,12 @@ impl FleetThread {
 async fn watch(shared: &Arc<Shared>) {
     let local = LocalSet::new();
     let watching = async {
-        let mut probes = Probes::default();
+        let (mut probes, mut listings) = (Tasks::default(), Tasks::default());
         let mut reading = None;
         loop {
-            probes.update(shared);
+            probes.update(shared, |_, b| probe::is_checked(b), probe::watch);
+            listings.update(shared, listing::is_asked, listing::watch);
+            shared.served_models.keep(|id| listings.0.contains_key(&id));
             let began = clock::now();
             let next = shared.rebuild();
             let took = clock::now() - began;
@@ -117,26 +120,32 @@ async fn watch(shared: &Arc<Shared>) {
     local.run_until(watching).await;
 }
 
-/// The running probes, by backend id.
+/// The running tasks of one kind, by backend id.
 #[derive(Default)]
-struct Probes(HashMap<u64, JoinHandle<()>>);
+struct Tasks(HashMap<u64, JoinHandle<()>>);
 
-impl Probes {
-    /// Stops the probes of backends that are removed, drained or no longer checked, and starts the probes of new backends.
-    fn update(&mut self, shared: &Arc<Shared>) {
-        let snapshot = shared.current.load();
-        let checked: HashSet<u64> =
-            snapshot.backends.iter().filter(|b| probe::is_checked(b)).map(|b| b.state.id).collect();
-        self.0.retain(|id, probe| {
-            let keep = checked.contains(id) && !probe.is_finished();
+impl Tasks {
+    /// Stops the tasks of backends that are gone or need none any more, and starts those of other backends.
+    fn update<T>(
+        &mut self,
+        shared: &Arc<Shared>,
+        is_needed: impl Fn(&Generation, &Upstream) -> bool,
+        start: impl Fn(Arc<Shared>, u64) -> T,
+    ) where
+        T: Future<Output = ()> + 'static,
+    {
+        let current = shared.current.load();
+        let needed: HashSet<u64> =
+            current.backends.iter().filter(|b| is_needed(&current, b)).map(|b| b.state.id).collect();
+        self.0.retain(|id, task| {
+            let keep = needed.contains(id) && !task.is_finished();
             if !keep {
-                probe.abort();
+                task.abort();
             }
             keep
         });
-        for b in snapshot.backends.iter().filter(|b| probe::is_checked(b)) {
-            let start = || spawn_local(probe::watch(shared.clone(), b.state.id));
-            self.0.entry(b.state.id).or_insert_with(start);
+        for id in needed {
+            self.0.entry(id).or_insert_with(|| spawn_local(start(shared.clone(), id)));
         }
     }
 }

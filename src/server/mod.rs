@@ -7,6 +7,8 @@ pub(crate) mod fleet;
 
 pub(crate) mod probe;
 
+mod listing;
+
 pub(crate) mod drain;
 
 use std::sync::Arc;

@@ -16,6 +16,8 @@ pub(crate) mod pool;
 
 pub(crate) mod send;
 
+mod listing;
+
 pub(crate) mod fleet;
 
 pub(crate) mod in_flight;

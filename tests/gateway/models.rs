@@ -263,15 +263,18 @@ fn models_are_listed_once_with_their_owners() {
         let one = zap.client().get(&format!("/v1/models/{id}"));
         assert_eq!((one.status, one.json()["id"].as_str()), (200, Some("meta/llama")));
     }
-    for id in ["none", "", "gpt-4", "*"] {
-        let none = zap.client().get(&format!("/v1/models/{id}"));
-        assert_eq!((none.status, none.code().as_str()), (404, "model_not_found"), "{id}");
+    // The catch-all route and the prefix take these names.
+    for id in ["none", "gpt-4", "*"] {
+        let one = zap.client().get(&format!("/v1/models/{id}"));
+        assert_eq!((one.status, one.json()["owned_by"].as_str()), (200, Some("a")), "{id}");
     }
+    let none = zap.client().get("/v1/models/");
+    assert_eq!((none.status, none.code().as_str()), (404, "model_not_found"));
     let mut client = zap.client();
     client.post("/v1/models", "", "{}");
     let refused = client.response();
     assert_eq!((refused.status, refused.header("allow")), (405, Some("GET, HEAD")));
-    assert_eq!(zap.metric("zap_requests_total{endpoint=\"models\",backend=\"\",status=\"200\"}"), 3.0);
+    assert_eq!(zap.metric("zap_requests_total{endpoint=\"models\",backend=\"\",status=\"200\"}"), 6.0);
     assert_eq!(a.count(), 0);
 }
 
@@ -302,4 +305,101 @@ fn other_endpoints_route_by_model_and_skip_backends_that_serve_chat_only() {
     let mut client = zap.client();
     client.post("/v1/embeddings", "", "{\"input\":\"x\"}");
     assert_eq!(client.response().code(), "missing_model");
+}
+
+/// A provider whose list of models is `list`; a chat gets its name.
+fn listing(list: &'static str) -> (Provider, String) {
+    let provider = Provider::start(|_, stream| {
+        reply(stream, 200, "content-type: application/json\r\n", b"ok");
+        After::Keep
+    });
+    provider.set_list(list);
+    let url = format!("url = \"http://{}/v1\"", provider.address);
+    (provider, url)
+}
+
+fn ids(zap: &Zap) -> Vec<String> {
+    let list = zap.client().get("/v1/models").json();
+    let id = |model: &serde_json::Value| model["id"].as_str().unwrap().to_owned();
+    list["data"].as_array().unwrap().iter().map(id).collect()
+}
+
+#[test]
+fn models_lists_what_backends_without_models_say_they_serve() {
+    let (open, open_url) = listing(r#"{"object":"list","data":[{"id":"x/y"},{"id":"known"},{"id":"z"}]}"#);
+    let (second, second_url) = listing(r#"[{"id":"z"},{"id":"w"}]"#);
+    let (named, named_url) = listing(r#"{"data":[{"id":"never"}]}"#);
+    let (broken, broken_url) = listing("not a list");
+    let backend = |name: &str, url: &str, more: &str| {
+        format!("[[backends]]\nname = \"{name}\"\n{url}\nweight = 1\n{more}\n")
+    };
+    let all = [
+        backend("open", &open_url, "api_key = \"sk-own\""),
+        backend("second", &second_url, ""),
+        backend("named", &named_url, "models = [\"known\"]"),
+        backend("broken", &broken_url, ""),
+    ];
+    let zap = Zap::with("models_from = \"backends\"", &all);
+    eventually("all are listed", || ids(&zap) == ["known", "x/y", "z", "w"]);
+    let asked = |provider: &Provider| {
+        provider.probes().into_iter().filter(|seen| seen.line.contains("/models")).collect::<Vec<_>>()
+    };
+    assert_eq!(asked(&open)[0].line, "GET /v1/models HTTP/1.1");
+    assert_eq!(asked(&open)[0].header("authorization"), Some("Bearer sk-own"));
+    assert_eq!((asked(&open).len(), asked(&second).len(), asked(&named).len()), (1, 1, 0));
+    let owner = |id: &str| zap.client().get(&format!("/v1/models/{id}")).json()["owned_by"].clone();
+    assert_eq!((owner("x/y"), owner("known")), ("open".into(), "named".into()));
+    let zap = Zap::with("models_from = \"config\"", &all);
+    eventually("the backends are checked", || !broken.probes().is_empty());
+    assert_eq!(ids(&zap), ["known"]);
+    assert_eq!(asked(&open).len(), 1);
+}
+
+#[test]
+fn a_listed_model_is_one_that_the_key_may_use() {
+    let (provider, url) = listing(r#"{"data":[{"id":"gpt-1"},{"id":"other"}]}"#);
+    let settings =
+        "models_from = \"backends\"\n[[client_keys]]\nname = \"c\"\nkey = \"zk\"\nmodels = [\"gpt-*\"]\n";
+    let zap = Zap::with(settings, &[format!("[[backends]]\nname = \"a\"\n{url}\nweight = 1\n")]);
+    let list = || {
+        let mut client = zap.client();
+        client.send("GET /v1/models HTTP/1.1\r\nhost: z\r\nauthorization: Bearer zk\r\n\r\n");
+        client.response().text().to_owned()
+    };
+    eventually("the model is listed", || list().contains("gpt-1"));
+    assert!(!list().contains("other"));
+    drop(provider);
+}
+
+#[test]
+fn a_model_is_found_by_every_name_that_a_request_may_have() {
+    let (a, b) = (Provider::named("a"), Provider::named("b"));
+    let long = "x".repeat(300);
+    let routes = "[models.route]\ntargets = [{ backend = \"a\" }]\n";
+    let rules =
+        a.backend("a", "models = { exact = \"own\", \"pre/*\" = \"*\" }\ndefault_model = \"default\"");
+    let closed = Zap::with(routes, std::slice::from_ref(&rules));
+    let open = Zap::with(routes, &[rules, b.backend("b", "")]);
+    for (zap, is_open) in [(&closed, false), (&open, true)] {
+        for (name, is_known) in [
+            ("route", true),
+            ("exact", true),
+            ("pre/1", true),
+            ("default", true),
+            ("pre", false),
+            ("own", false),
+            ("any/thing:free", false),
+            (&long, false),
+            (&format!("pre/{long}"), false),
+        ] {
+            let model = zap.client().get(&format!("/v1/models/{}", name.replace('/', "%2F")));
+            let posted = zap.chat(ask(name)).status;
+            assert_eq!(model.status, posted, "{name}: {}", model.text());
+            assert_eq!(model.status == 200, is_known || is_open, "{name}");
+            assert!(model.status != 200 || model.json()["id"] == name);
+        }
+        for bad in ["", "%ff"] {
+            assert_eq!(zap.client().get(&format!("/v1/models/{bad}")).status, 404, "{bad}");
+        }
+    }
 }

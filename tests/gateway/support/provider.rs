@@ -39,6 +39,8 @@ struct Inner {
     seen: Mutex<Vec<Seen>>,
     probes: Mutex<Vec<Seen>>,
     health: AtomicU16,
+    /// The body of the response to each probe.
+    list: Mutex<&'static str>,
     connections: AtomicUsize,
     stopped: AtomicBool,
 }
@@ -65,6 +67,7 @@ impl Provider {
             seen: Mutex::default(),
             probes: Mutex::default(),
             health: AtomicU16::new(200),
+            list: Mutex::new("{}"),
             connections: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
         });
@@ -102,6 +105,11 @@ impl Provider {
     /// Sets the status of all further responses to probes.
     pub(crate) fn set_health(&self, status: u16) {
         self.inner.health.store(status, Ordering::SeqCst);
+    }
+
+    /// Sets the body of all further responses to probes: the list of models, for those that ask for it.
+    pub(crate) fn set_list(&self, list: &'static str) {
+        *self.inner.list.lock().unwrap() = list;
     }
 
     pub(crate) fn seen(&self) -> Vec<Seen> {
@@ -148,7 +156,8 @@ fn serve(inner: &Inner, mut stream: TcpStream) {
         if request.line.starts_with("GET") {
             inner.probes.lock().unwrap().push(request);
             let status = inner.health.load(Ordering::SeqCst);
-            reply(&mut stream, status, "", b"{}");
+            let list = *inner.list.lock().unwrap();
+            reply(&mut stream, status, "", list.as_bytes());
             continue;
         }
         inner.seen.lock().unwrap().push(request.clone());

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::mpsc::Sender;
-use zap::internals::{Config, Faults, LoadError, Log, LogFormat};
+use zap::internals::{Config, Faults, LoadError, Log, LogFormat, ModelsFrom};
 use zap::internals::{Order, orders};
 
 use super::{Client, Response, eventually, within};
@@ -69,6 +69,9 @@ impl Zap {
         let mut config = config.unwrap_or_else(|faults| panic!("{faults}"));
         if !text.contains("workers") {
             config.server.workers = 2;
+        }
+        if !text.contains("models_from") {
+            config.models_from = ModelsFrom::Config;
         }
         if !text.contains("[log]") {
             config.log.requests = false;
