@@ -98,7 +98,7 @@ fn is_withheld(name: &str) -> bool {
         name.match_indices(*part).any(|(at, _)| *part != "token" || !name[at + part.len()..].starts_with('s'))
     };
     NOT_THE_CLIENTS.contains(&name)
-        || CREDENTIAL_PARTS.iter().any(|part| has_part(part))
+        || CREDENTIAL_PARTS.iter().any(has_part)
         || words().any(|word| CREDENTIAL_WORDS.contains(&word)) && !is_harmless_key()
 }
 

@@ -243,8 +243,12 @@ impl Breaker {
         }
     }
 
-    /// Ends the trials: from now on probes decide.
-    pub(crate) fn end_trials(&self) {
+    /// Sets whether real requests or probes decide when the backend comes back.
+    pub(crate) fn set_trials(&self, are_on: bool, now: Nanos) {
+        if are_on { self.begin_trials(now) } else { self.end_trials() }
+    }
+
+    fn end_trials(&self) {
         self.trial_at.store(0, Ordering::Relaxed);
     }
 
@@ -509,7 +513,9 @@ mod tests {
         b.begin_trials(1);
         assert!(b.enter(1, false) && b.reopens_at(1).is_none(), "it is up");
         let ejected = 5 * SECOND;
-        (0..3).for_each(|_| drop(b.failure(LIMITS, ejected)));
+        (0..3).for_each(|_| {
+            b.failure(LIMITS, ejected);
+        });
         b.begin_trials(ejected);
         let mut now = ejected;
         for secs in [1, 2, 4, 8, 16, 32, 60, 60] {

@@ -18,6 +18,8 @@ pub(crate) mod send;
 
 mod listing;
 
+mod account;
+
 pub(crate) mod fleet;
 
 pub(crate) mod in_flight;
@@ -33,7 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
-use http::header::{ACCEPT, AUTHORIZATION, HOST, PROXY_AUTHORIZATION, USER_AGENT};
+use http::header::{ACCEPT, AUTHORIZATION, HOST, USER_AGENT};
 use http::{HeaderName, HeaderValue, Uri};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -55,6 +57,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
+use crate::upstream::account::is_same_account;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
 use crate::upstream::fault::Fault;
@@ -193,9 +196,8 @@ impl Upstream {
         own.retain(|(name, _)| conf.extra_headers.iter().all(|(extra, _)| extra != name));
         own.extend(conf.extra_headers.iter().filter(|(name, _)| *name != X_REQUEST_ID).cloned());
         let targets = targets(&conf).map_err(bad)?;
-        let proxy = conf.proxy.as_ref().filter(|_| !conf.url.https);
-        let origin = proxy.map(|_| format!("http://{}", conf.url.authority)).unwrap_or_default();
-        own.extend(proxy.and_then(|p| Some((PROXY_AUTHORIZATION, p.authorization.clone()?))));
+        let origin = proxy::origin(&conf);
+        own.extend(proxy::authorization(&conf));
         let head = |target| HeadStart::new("POST", &origin, &target, &own);
         let heads = targets.map(|target| target.map(head));
         let mut probe = HeadStart::new("GET", &origin, &path(&conf.health_path)?, &own);
@@ -238,10 +240,7 @@ impl Upstream {
     /// Applies the limits of this configuration to the state that is shared with the backend before the reload. At most
     /// `waiters` requests may wait.
     pub(crate) fn apply(&self, waiters: usize, now: Nanos) {
-        match self.conf.health.is_enabled {
-            true => self.state.breaker.end_trials(),
-            false => self.state.breaker.begin_trials(now),
-        }
+        self.state.breaker.set_trials(!self.conf.health.is_enabled, now);
         if let (Some(admission), Some(max)) = (&self.admission, self.conf.max_in_flight) {
             admission.resize(max, waiters);
         }
@@ -420,21 +419,6 @@ fn quota_limits(conf: &config::Backend) -> QuotaLimits {
 /// not dropped.
 fn asks_for_usage(conf: &config::Backend) -> bool {
     conf.usage == UsageMode::Inject && !conf.drop_fields.iter().any(|field| **field == *STREAM_OPTIONS)
-}
-
-/// Whether both are the same account at the same provider. If so, the state and the connections of one are valid for
-/// the other.
-fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
-    a.name == b.name
-        && a.url == b.url
-        && a.ca_file == b.ca_file
-        && a.proxy == b.proxy
-        && a.client_identity == b.client_identity
-        && a.server_name == b.server_name
-        && a.api_key == b.api_key
-        && a.auth_header == b.auth_header
-        && a.extra_headers == b.extra_headers
-        && a.forward_authorization == b.forward_authorization
 }
 
 /// The request target of each endpoint. The base is the chat path without `/chat/completions`; a backend whose chat path

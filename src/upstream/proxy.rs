@@ -9,7 +9,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use http::Uri;
+use http::header::PROXY_AUTHORIZATION;
+use http::{HeaderName, HeaderValue, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tower_service::Service;
@@ -176,6 +177,22 @@ fn status(head: &[u8]) -> Result<Option<(u16, usize)>, ProxyError> {
         Ok(httparse::Status::Partial) => Ok(None),
         Err(_) => Err(ProxyError::NotHttp),
     }
+}
+
+/// What stands before the path of a request (RFC 9112, section 3.2): the scheme and the authority if a proxy forwards the
+/// requests, else nothing.
+pub(crate) fn origin(backend: &Backend) -> String {
+    let url = &backend.url;
+    match backend.proxy {
+        Some(_) if !url.https => format!("http://{}", url.authority),
+        _ => String::new(),
+    }
+}
+
+/// The header for a proxy that forwards the requests.
+pub(crate) fn authorization(backend: &Backend) -> Option<(HeaderName, HeaderValue)> {
+    let value = backend.proxy.as_ref().filter(|_| !backend.url.https)?.authorization.clone()?;
+    Some((PROXY_AUTHORIZATION, value))
 }
 
 /// Says which backend uses which proxy, without credentials; `None` if none does.
