@@ -185,7 +185,7 @@ impl Dispatch {
                 if self.waited.contains(&target) {
                     self.returns += 1;
                 } else if !self.charge(now, budget) {
-                    return self.end();
+                    return self.come_back(now, fleet);
                 }
                 (self.current, self.is_panic) = (Some(target), panic);
                 Do::Try { target, panic }
@@ -205,6 +205,23 @@ impl Dispatch {
             Selection::NoTarget => Do::Refuse(Refusal::NoBackend),
             Selection::Tried(busy) => self.next_round(now, fleet, budget, (busy, random())),
         }
+    }
+
+    /// Without the right to ask another target, the request can still come back to those that made it wait.
+    fn come_back(&mut self, now: Nanos, fleet: &impl Fleet) -> Do {
+        if self.returns < MAX_RETURNS {
+            if let Some(target) = choose::in_order(fleet, self.waited.iter().copied()) {
+                self.returns += 1;
+                (self.current, self.is_panic) = (Some(target), false);
+                return Do::Try { target, panic: false };
+            }
+            let mut busy = Busy::default();
+            self.waited.iter().for_each(|id| busy.note(now, fleet.backend(*id), fleet.check(*id)));
+            if self.opens_in_time(&busy) {
+                return Do::Wait(busy);
+            }
+        }
+        self.end()
     }
 
     /// Whether the request waits for one of these busy targets after a failed try.

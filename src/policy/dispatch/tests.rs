@@ -392,6 +392,14 @@ fn a_used_up_budget_ends_the_retries() {
     while budget.try_withdraw(0) {}
     assert_eq!(trace(RULES, &TableFleet::new("a b"), "a:500", &budget), "a500 deliver");
     assert_eq!(trace(RULES, &TableFleet::new("a"), "a:refused", &budget), "arefused upstream_unreachable");
+    // A wait costs no budget: the request comes back to the target that made it wait.
+    assert_eq!(trace(RULES, &TableFleet::new("a b"), "a:429", &budget), "a429 wait(0@5 full [])");
+    let table = TableFleet::new("a b");
+    let mut dispatch = Dispatch::new(RULES);
+    let step = |dispatch: &mut Dispatch| dispatch.next(0, &table, &budget, || 0);
+    assert_eq!(step(&mut dispatch), Do::Try { target: 0, panic: false });
+    let _ = dispatch.on(Event::Head { status: 429, own_key: true, is_alive: false });
+    assert_eq!(step(&mut dispatch), Do::Try { target: 0, panic: false }, "it has reopened already");
 }
 
 #[test]
