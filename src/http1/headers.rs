@@ -98,16 +98,18 @@ pub(crate) fn to_backend(
                 .iter()
                 .any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
     };
-    let (mut has_accept, mut has_user_agent) = (false, false);
+    let (mut has_accept, mut has_user_agent, has_rules) = (false, false, !rules.is_empty());
     for (name, value) in client {
-        let is_allowed = match name.as_str() {
+        let mut is_allowed = match name.as_str() {
             "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
                 true
             }
             "authorization" | "openai-organization" | "openai-project" => forward_authorization,
             other => other.starts_with("x-stainless-"),
         };
-        let is_allowed = (is_allowed || rules.forwards(name.as_str())) && !rules.drops(name.as_str());
+        if has_rules {
+            is_allowed = (is_allowed || rules.forwards(name.as_str())) && !rules.drops(name.as_str());
+        }
         if is_allowed && !is_nominated(name) {
             has_accept |= *name == ACCEPT;
             has_user_agent |= *name == USER_AGENT;
