@@ -49,6 +49,11 @@ fn wall_epoch(known: Option<SystemTime>, wall: SystemTime, now: Nanos) -> System
     }
 }
 
+/// Returns the present day in UTC.
+pub(crate) fn today() -> Day {
+    Day::of(SystemTime::now())
+}
+
 /// Converts a duration to [`Nanos`], saturating at 584 years.
 pub(crate) fn nanos(span: Duration) -> Nanos {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)

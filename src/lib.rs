@@ -145,9 +145,7 @@ pub fn run(
     let (ledger, writer) = open_ledger(&config, &log).map_err(RunError::Config)?;
     let shared = Shared::with_ledger(config, log.clone(), ledger).map_err(RunError::Config)?;
     let shared = Arc::new(shared);
-    let budgets = shared.clone();
-    let start = |writer: Writer| writer.start(move || budgets.sync_budgets());
-    let writer = writer.map(start).transpose().map_err(RunError::Io)?;
+    let writer = writer.map(Writer::start).transpose().map_err(RunError::Io)?;
     for warning in &shared.current.load().config.warnings {
         log.event("warn", "config", warning);
     }

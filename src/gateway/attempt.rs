@@ -21,6 +21,7 @@ use crate::gateway::backend_queue::{BackendQueues, Wait, latest_opening, refusal
 use crate::gateway::intake::ChatRequest;
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::refusal::GatewayError;
+use crate::gateway::reserve;
 use crate::gateway::silence::StreamClocks;
 use crate::gateway::state::Generation;
 use crate::http1::headers::ResponseFacts;
@@ -426,6 +427,7 @@ impl Attempts<'_> {
             Refusal::Budget(Refused::Reserved) => GatewayError::Limited(LimitError::BudgetReserved),
             Refusal::KeysRefused => GatewayError::UpstreamAuth(self.key_fault()),
             Refusal::NoBackend => GatewayError::NoBackend,
+            Refusal::TooLarge => reserve::too_large(&self.snapshot, &self.ask),
             Refusal::Failed(code) => match code {
                 Code::Draining => GatewayError::Draining,
                 Code::UpstreamAuthError => GatewayError::UpstreamAuth(self.key_fault()),

@@ -27,7 +27,8 @@ use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::Nanos;
 use crate::upstream::fleet::{Ask, Snapshot};
-use crate::upstream::in_flight::{Candidate, QuotaWait};
+use crate::upstream::in_flight::QuotaWait;
+use crate::upstream::limits::Candidate;
 
 /// The places of a request in the queues before busy backends. Dropping the value leaves all queues.
 #[derive(Default)]
@@ -176,7 +177,12 @@ impl BackendQueues {
             });
             match exchange.limit(deadline, woken).await {
                 Ok(Woken::Opened) => break Ok(()),
-                Ok(Woken::QuotaChanged) => {}
+                // What the request is expected to use may have changed with the answers of others.
+                Ok(Woken::QuotaChanged) => {
+                    self.quotas
+                        .iter()
+                        .for_each(|(id, wait)| wait.set_tokens(most_tokens(snapshot, ask, *id)));
+                }
                 Err(Elapsed) => break Err(GatewayError::QueueTimeout),
             }
         };
@@ -225,16 +231,25 @@ impl BackendQueues {
         // A request that is first at a quota keeps this place while the backend is full.
         self.quotas.retain(|(id, _)| is_wanted(id) || busy.full.contains(id));
         for id in first.iter().chain(&busy.reserved) {
-            let target = snapshot.route(ask).targets.iter().find(|target| target.backend == *id);
-            if self.quotas.iter().any(|(known, _)| known == id) {
-                continue;
+            let tokens = most_tokens(snapshot, ask, *id);
+            match self.quotas.iter().find(|(known, _)| known == id) {
+                Some((_, wait)) => wait.set_tokens(tokens),
+                None => {
+                    let wait = QuotaWait::new(&snapshot.backends[*id], tokens);
+                    self.quotas.extend(wait.map(|wait| (*id, wait)));
+                }
             }
-            let target = target.map(|target| (target, ask.model));
-            let candidate = Candidate { target, demand: &ask.demand, now: clock::now(), ticket: None };
-            let wait = QuotaWait::new(&snapshot.backends[*id], &candidate);
-            self.quotas.extend(wait.map(|wait| (*id, wait)));
         }
     }
+}
+
+/// The most tokens that a request is expected to use at any of its targets with this backend.
+fn most_tokens(snapshot: &Snapshot, ask: &Ask<'_>, id: BackendId) -> u64 {
+    let of = |target| {
+        let (target, demand) = (Some((target, ask.model)), &ask.demand);
+        snapshot.backends[id].expected(&Candidate { target, demand, now: clock::now(), ticket: None }).total()
+    };
+    snapshot.targets(ask).filter(|target| target.backend == id).map(of).max().unwrap_or(0)
 }
 
 /// When a target must have opened so that a request with this deadline waits for it. Both times count from the same

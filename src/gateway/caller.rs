@@ -11,7 +11,7 @@ use crate::clock;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
-use crate::policy::limit::{Decision, Place};
+use crate::policy::limit::{Decision, WindowStamp};
 use crate::telemetry::clients::{Client, Clients};
 use crate::telemetry::record::{Caller, RequestRecord};
 
@@ -48,11 +48,11 @@ pub(crate) fn identify(
     known.cloned().map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
 }
 
-/// Gives back the places of a request in the windows of requests, since Zap has refused it later on and it is not to blame.
-/// Returns the decision to report; `None` if it had no place.
+/// Takes a request back from the windows of requests, since Zap has refused it later on and it is not to blame.
+/// Returns the decision to report; `None` if no limit applies.
 pub(crate) fn refund(shared: &Shared, record: &mut RequestRecord) -> Option<Decision> {
     let limiter = &shared.limiter;
-    let refunded = record.places.drain(..).map(|Place { key, limit, stamp }| {
+    let refunded = record.window_stamps.drain(..).map(|WindowStamp { key, limit, stamp }| {
         limiter.refund(key, stamp);
         limiter.look(key, limit, clock::now())
     });
@@ -102,7 +102,7 @@ pub(crate) fn check_limits(
         } else {
             let (decision, stamp) = shared.limiter.check_stamped(key, limit, now);
             if decision.admitted {
-                record.places.push(Place { key, limit, stamp });
+                record.window_stamps.push(WindowStamp { key, limit, stamp });
             }
             decision
         };
@@ -110,7 +110,7 @@ pub(crate) fn check_limits(
         decisions.push(decision);
     }
     if is_refused {
-        record.places.drain(..).for_each(|place| shared.limiter.refund(place.key, place.stamp));
+        record.window_stamps.drain(..).for_each(|place| shared.limiter.refund(place.key, place.stamp));
     }
     strictest(decisions.into_iter())
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -10,6 +10,7 @@ use serde_json::json;
 use tokio::task::spawn_blocking;
 
 use crate::client::respond::text;
+use crate::clock;
 use crate::clock::within;
 use crate::config::Config;
 use crate::gateway::ClientResponse;
@@ -24,7 +25,6 @@ use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
 use crate::telemetry::metrics::Scrape;
 use crate::telemetry::{encode, metrics};
-use crate::time::Day;
 use crate::upstream::fleet::Snapshot;
 
 /// `/health`: the process is alive.
@@ -77,7 +77,7 @@ pub(crate) async fn usage(
     may_report: bool,
 ) -> Result<ClientResponse, GatewayError> {
     let bad = |why: String| GatewayError::BadQuery(format!("The query is not valid: {why}."));
-    let query = UsageQuery::parse(query, Day::of(SystemTime::now())).map_err(bad)?;
+    let query = UsageQuery::parse(query, clock::today()).map_err(bad)?;
     let unavailable = |why: &str| {
         let text = format!("The usage cannot be read now: {why}; try again in 1 s.");
         GatewayError::LedgerUnavailable(text.into())

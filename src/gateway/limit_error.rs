@@ -10,7 +10,7 @@ use crate::policy::spend::Period;
 use crate::policy::token_window::TokenDecision;
 use crate::time::{Day, Nanos, SECOND};
 
-/// `Retry-After` while a budget is spent: the SDKs take no longer time.
+/// `Retry-After` while a budget is spent: SDKs do not wait longer.
 const BUDGET_RETRY: Nanos = 59 * SECOND;
 
 /// The type that OpenAI uses beside the code of the same name.
@@ -32,6 +32,15 @@ pub(crate) enum LimitError {
         /// The first day of the next period.
         opens: Day,
     },
+    /// The request may cost more than the client's whole budget.
+    AboveBudget {
+        /// The most that the request may cost, in nano-USD.
+        cost: u64,
+        /// The budget in nano-USD.
+        limit: u64,
+        /// Its period.
+        per: Period,
+    },
     /// The client has reached its limit of requests; the time until the next request may pass.
     Requests(Nanos),
     /// The client has reached its limit of tokens.
@@ -49,7 +58,8 @@ impl LimitError {
     /// Whether a retry would fail in the same way.
     pub(crate) fn is_final(&self) -> bool {
         match self {
-            LimitError::BackendBudgetsSpent
+            LimitError::AboveBudget { .. }
+            | LimitError::BackendBudgetsSpent
             | LimitError::BudgetSpent { .. }
             | LimitError::TooLarge { .. } => true,
             LimitError::BudgetReserved | LimitError::Requests(_) | LimitError::Tokens(_) => false,
@@ -76,6 +86,13 @@ impl LimitError {
                 let (usd, per) = (short_usd(*limit), per.name());
                 let message = format!(
                     "What is left of this key's budget of {usd} USD a {per} does not pay for the request; the budget opens again on {opens} at 00:00 UTC."
+                );
+                row(QUOTA, Code::InsufficientQuota, message).after(BUDGET_RETRY)
+            }
+            LimitError::AboveBudget { cost, limit, per } => {
+                let (cost, usd, per) = (short_usd(*cost), short_usd(*limit), per.name());
+                let message = format!(
+                    "The request may cost {cost} USD, more than this key's whole budget of {usd} USD a {per}; lower the maximum of output, or shorten the input."
                 );
                 row(QUOTA, Code::InsufficientQuota, message).after(BUDGET_RETRY)
             }

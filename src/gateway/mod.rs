@@ -70,7 +70,7 @@ use crate::gateway::intake::{BodyReader, ChatRequest};
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::relay::RelayBody;
-use crate::gateway::reserve::Reserve;
+use crate::gateway::reserve::ClientLimits;
 use crate::gateway::response::ResponseContext;
 use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
@@ -265,9 +265,10 @@ impl Gateway {
             let demand = reserve::demand(&generation, api, &chat);
             let ask = Ask { demand, ..self.ask(&generation, &head.headers, &chat, &record)? };
             if generation.limits_clients() {
-                let reserve = Reserve { gateway: self, exchange, snapshot: &generation, ask: &ask, deadline };
+                let snapshot = &*generation;
+                let limits = ClientLimits { gateway: self, exchange, snapshot, ask: &ask, deadline };
                 // Boxed, so that a request without such a limit does not carry the room for it.
-                context.tokens = Box::pin(reserve.run(&mut record)).await?;
+                context.tokens = Box::pin(limits.reserve(&mut record)).await?;
             }
             let slot = admit::admit(self, exchange, &mut record, deadline).await?;
             drop(upload);
@@ -298,6 +299,11 @@ impl Gateway {
                 let error = if self.is_cut() { GatewayError::Draining } else { error };
                 if error.is_no_fault_of_the_client() {
                     context.decision = caller::refund(self.shared(), &mut record).or(context.decision);
+                }
+                let current = self.current();
+                if current.limits_clients() {
+                    record.reserved = None;
+                    context.tokens = reserve::token_state(self, &current, &record);
                 }
                 self.refuse(&error, record, &context)
             }

@@ -16,12 +16,14 @@ use crate::policy::reservation::ClientReservation;
 use crate::policy::spend::{Refused, SpendLimit, SpendReservation};
 use crate::policy::token_window::TokenDecision;
 use crate::protocol::endpoint::{Api, Metering};
-use crate::protocol::request_limits::{members, most_output};
+use crate::protocol::request_limits::{is_member, most_output};
+use crate::protocol::usage::Usage;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::Nanos;
+use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot};
-use crate::upstream::in_flight::{Candidate, today};
+use crate::upstream::limits::Candidate;
 
 /// What a request may use. Costs nothing if nothing is limited by tokens or money.
 pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Demand {
@@ -29,8 +31,7 @@ pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Dema
         return Demand::default();
     }
     let watched = &snapshot.watch().droppable;
-    let is_limit = |name: usize| members().any(|member| *member == *watched[name]);
-    let found = chat.fields.droppable.iter().filter(|member| is_limit(member.name));
+    let found = chat.fields.droppable.iter().filter(|member| is_member(&watched[member.name]));
     let found: Vec<_> = found.map(|member| chat.copy(member.span.clone())).collect();
     let output = match (api.metering, most_output(found.iter().map(|member| &member[..]))) {
         (Metering::Input | Metering::Told, _) => Output::None,
@@ -40,29 +41,8 @@ pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Dema
     Demand { asked: chat.text_length(), output }
 }
 
-/// The most that the request is expected to use at any of its targets.
-struct Expected {
-    tokens: u64,
-    /// In nano-USD.
-    cost: u64,
-}
-
-impl Expected {
-    fn of(snapshot: &Snapshot, ask: &Ask<'_>, now: Nanos) -> Self {
-        let mut most = Expected { tokens: 0, cost: 0 };
-        for target in snapshot.route(ask).targets.iter().filter(|target| target.weight > 0) {
-            let candidate =
-                Candidate { target: Some((target, ask.model)), demand: &ask.demand, now, ticket: None };
-            let upstream = snapshot.upstream(target);
-            most.tokens = most.tokens.max(upstream.expected_tokens(&candidate));
-            most.cost = most.cost.max(upstream.expected_cost(&candidate));
-        }
-        most
-    }
-}
-
-/// A request that asks for a reservation.
-pub(crate) struct Reserve<'a> {
+/// The limits of the client of a request, as far as the request is concerned.
+pub(crate) struct ClientLimits<'a> {
     /// The worker's gateway.
     pub gateway: &'a Gateway,
     /// The exchange on the client connection, for time limits.
@@ -75,71 +55,91 @@ pub(crate) struct Reserve<'a> {
     pub deadline: Nanos,
 }
 
-impl Reserve<'_> {
+/// The limit of tokens of a client; `None` if it has none.
+fn token_limit(snapshot: &Snapshot, record: &RequestRecord) -> Option<u64> {
+    let own = known_client(&record.caller).and_then(|client| client.conf.tokens_per_minute);
+    own.or(snapshot.config.rate_limit.tokens_per_minute)
+}
+
+/// The state of the limit of tokens of a client; `None` if it has none.
+pub(crate) fn token_state(
+    gateway: &Gateway,
+    snapshot: &Snapshot,
+    record: &RequestRecord,
+) -> Option<TokenDecision> {
+    let limit = token_limit(snapshot, record)?;
+    let shared = gateway.shared();
+    Some(shared.tokens.state(limit_key(shared, &record.caller), limit, clock::now()))
+}
+
+impl ClientLimits<'_> {
     /// Reserves what the request needs of its client's limits. Waits while the client has too many requests at once. Also
     /// returns the state of the client's limit of tokens.
     ///
     /// # Errors
     /// Why a limit refuses the request.
-    pub(crate) async fn run(
+    pub(crate) async fn reserve(
         &self,
         record: &mut RequestRecord,
     ) -> Result<Option<TokenDecision>, GatewayError> {
+        let limit = token_limit(self.snapshot, record);
         let client = known_client(&record.caller);
-        let own = client.and_then(|client| client.conf.tokens_per_minute);
-        let limit = own.or(self.snapshot.config.rate_limit.tokens_per_minute);
         let admission = client.and_then(|client| client.admission.clone());
         let budget = client.and_then(|client| client.budget.clone());
-        let now = clock::now();
-        let expected = Expected::of(self.snapshot, self.ask, now);
-        self.check_size(limit, &expected, now)?;
-        let mut reserved = ClientReservation { expected: expected.tokens, ..ClientReservation::default() };
+        self.check_size(limit)?;
+        let mut reserved = ClientReservation::default();
         if let Some(admission) = &admission {
             reserved.permit = Some(self.permit(admission, record).await?);
         }
-        reserved.spend = budget.map(|budget| spend(&budget, expected.cost)).transpose()?;
-        let decision = match limit {
-            Some(limit) => {
-                let tokens = &self.gateway.shared().tokens;
-                let key = limit_key(self.gateway.shared(), &record.caller);
-                let result = tokens.reserve(key, limit, expected.tokens, clock::now());
-                let (reservation, decision) =
-                    result.map_err(|d| GatewayError::Limited(LimitError::Tokens(d)))?;
-                reserved.tokens = Some(reservation);
-                Some(decision)
-            }
-            None => None,
-        };
-        record.reserved = Some(Box::new(reserved));
+        if let Some(budget) = &budget {
+            let cost;
+            (reserved.expected, cost) = self.expected(budget.limit());
+            reserved.spend = Some(spend(budget, cost)?);
+        }
+        let mut decision = None;
+        if let Some(limit) = limit {
+            let (shared, expected) = (self.gateway.shared(), self.expected(0).0);
+            let key = limit_key(shared, &record.caller);
+            let result = shared.tokens.reserve(key, limit, expected.total(), clock::now());
+            let (reservation, state) = result.map_err(|d| GatewayError::Limited(LimitError::Tokens(d)))?;
+            (reserved.expected, reserved.tokens, decision) = (expected, Some(reservation), Some(state));
+        }
+        if reserved.permit.is_some() || reserved.spend.is_some() || reserved.tokens.is_some() {
+            record.reserved = Some(Box::new(reserved));
+        }
         Ok(decision)
+    }
+
+    /// The most that the request is expected to use and to cost at any of its targets. `budget`: see
+    /// [`Upstream::expected_cost`].
+    fn expected(&self, budget: u64) -> (Usage, u64) {
+        let (mut most, mut cost) = (Usage::default(), 0);
+        for (upstream, candidate) in candidates(self.snapshot, self.ask) {
+            let expected = upstream.expected(&candidate);
+            cost = cost.max(upstream.expected_cost(&candidate, &expected, budget));
+            if expected.total() > most.total() {
+                most = expected;
+            }
+        }
+        (most, cost)
     }
 
     /// Refuses a request whose input and stated maximum of output are above the limit of its client, or of every backend
     /// that could serve it: no wait helps.
-    fn check_size(&self, limit: Option<u64>, expected: &Expected, now: Nanos) -> Result<(), GatewayError> {
-        if !matches!(self.ask.demand.output, Output::AtMost(_)) {
-            return Ok(());
-        }
-        let too_large =
-            |limit| GatewayError::Limited(LimitError::TooLarge { tokens: expected.tokens, limit });
-        if let Some(limit) = limit.filter(|limit| expected.tokens > *limit) {
-            return Err(too_large(limit));
-        }
-        let mut largest = 0;
-        for target in self.snapshot.route(self.ask).targets.iter().filter(|target| target.weight > 0) {
-            let candidate = Candidate {
-                target: Some((target, self.ask.model)),
-                demand: &self.ask.demand,
-                now,
-                ticket: None,
-            };
-            let upstream = self.snapshot.upstream(target);
-            match upstream.conf.tokens_per_minute {
-                Some(limit) if upstream.is_too_large(&candidate) => largest = largest.max(limit),
-                _ => return Ok(()),
+    fn check_size(&self, limit: Option<u64>) -> Result<(), GatewayError> {
+        let too_large = |tokens, limit| Err(GatewayError::Limited(LimitError::TooLarge { tokens, limit }));
+        if let Some(limit) = limit {
+            let stated = candidates(self.snapshot, self.ask)
+                .map(|(upstream, candidate)| upstream.stated(&candidate))
+                .max();
+            if let Some(stated) = stated.filter(|stated| *stated > limit) {
+                return too_large(stated, limit);
             }
         }
-        if largest > 0 { Err(too_large(largest)) } else { Ok(()) }
+        match too_large_for_all(candidates(self.snapshot, self.ask)) {
+            Some((tokens, limit)) => too_large(tokens, limit),
+            None => Ok(()),
+        }
     }
 
     /// Takes one of the client's requests at once, or waits for one. A waiting request counts in `queue.max_size`.
@@ -161,9 +161,47 @@ impl Reserve<'_> {
     }
 }
 
+/// The request as a candidate for each target that may serve it.
+fn candidates<'a>(
+    snapshot: &'a Snapshot,
+    ask: &'a Ask<'_>,
+) -> impl Iterator<Item = (&'a Upstream, Candidate<'a>)> {
+    let now = clock::now();
+    snapshot.targets(ask).map(move |target| {
+        let (target_and_model, demand) = (Some((target, ask.model)), &ask.demand);
+        let candidate = Candidate { target: target_and_model, demand, now, ticket: None };
+        (&**snapshot.upstream(target), candidate)
+    })
+}
+
+/// The error for a request that is too large for every backend that is left.
+pub(crate) fn too_large(snapshot: &Snapshot, ask: &Ask<'_>) -> GatewayError {
+    let limits = candidates(snapshot, ask).filter(|(upstream, candidate)| upstream.is_too_large(candidate));
+    let limits =
+        limits.map(|(upstream, c)| (upstream.conf.tokens_per_minute.unwrap_or(0), upstream.stated(&c)));
+    let (limit, tokens) = limits.max().unwrap_or_default();
+    GatewayError::Limited(LimitError::TooLarge { tokens, limit })
+}
+
+/// The tokens of a request that is too large for every backend that could serve it, and the largest of their limits.
+fn too_large_for_all<'a>(
+    candidates: impl Iterator<Item = (&'a Upstream, Candidate<'a>)>,
+) -> Option<(u64, u64)> {
+    let mut largest = None;
+    for (upstream, candidate) in candidates {
+        let limit = upstream.conf.tokens_per_minute.filter(|_| upstream.is_too_large(&candidate))?;
+        largest = largest.max(Some((limit, upstream.stated(&candidate))));
+    }
+    largest.map(|(limit, tokens)| (tokens, limit))
+}
+
 fn spend(budget: &Arc<SpendLimit>, cost: u64) -> Result<SpendReservation, GatewayError> {
-    let today = today();
+    let today = clock::today();
     budget.reserve(cost, today).map_err(|why| match why {
+        Refused::Spent if cost > budget.limit() => {
+            let (limit, per) = (budget.limit(), budget.period());
+            GatewayError::Limited(LimitError::AboveBudget { cost, limit, per })
+        }
         Refused::Reserved => GatewayError::Limited(LimitError::BudgetReserved),
         Refused::Spent => {
             let opens = budget.period().next(today);

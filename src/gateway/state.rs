@@ -4,7 +4,6 @@ use std::hash::{BuildHasher, Hash, RandomState};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
@@ -17,7 +16,7 @@ use crate::policy::breaker::Change;
 use crate::policy::choose;
 use crate::policy::limit::Limiter;
 use crate::policy::pair::PairChange;
-use crate::policy::queue::Admission;
+use crate::policy::queue::{Admission, MAX as MAX_SLOTS};
 use crate::policy::ratio::Demand;
 use crate::policy::retry::Budget;
 use crate::policy::spend::{Period, SpendLimit};
@@ -28,7 +27,7 @@ use crate::telemetry::clients::Clients;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::log::Log;
-use crate::time::{Day, Nanos};
+use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
 
@@ -39,6 +38,22 @@ pub(crate) struct Generation {
     fleet: Snapshot,
     /// The configured clients.
     pub(crate) clients: Arc<Clients>,
+}
+
+impl Generation {
+    /// Lifts the limits that `next` does not have, so that a request that waits for one goes on.
+    fn lift_limits_without(&self, next: &Generation, now: Nanos) {
+        for backend in self.backends.iter() {
+            backend.lift_limits(next.backends.iter().find(|b| b.name() == backend.name()).map(|b| &**b), now);
+        }
+        for client in self.clients.iter() {
+            let next = next.clients.iter().find(|c| c.conf.name == client.conf.name);
+            let is_lifted = next.is_none_or(|next| next.admission.is_none());
+            if let Some(admission) = client.admission.as_ref().filter(|_| is_lifted) {
+                admission.resize(MAX_SLOTS, 0);
+            }
+        }
+    }
 }
 
 impl Deref for Generation {
@@ -136,8 +151,10 @@ impl Shared {
         let clients = Arc::new(Clients::new(config, Some(&self.current.load().clients)));
         let now = clock::now();
         next.backends.iter().for_each(|b| b.apply(config.queue.max_size, now));
-        self.current.store(Arc::new(Generation { fleet: next, clients }));
-        self.sync_budgets();
+        let next = Arc::new(Generation { fleet: next, clients });
+        self.sync_budgets_of(&next);
+        let before = self.current.swap(next.clone());
+        before.lift_limits_without(&next, now);
         self.reloaded.notify_waiters();
     }
 
@@ -149,7 +166,11 @@ impl Shared {
 
     /// Makes the budgets take what the ledger knows: what was spent before this process, and by others.
     pub(crate) fn sync_budgets(&self) {
-        let (current, today) = (self.current.load(), Day::of(SystemTime::now()));
+        self.sync_budgets_of(&self.current.load());
+    }
+
+    fn sync_budgets_of(&self, current: &Generation) {
+        let today = clock::today();
         let sync = |budget: Option<&Arc<SpendLimit>>, payer| {
             let Some(budget) = budget else { return };
             budget.sync(today, || {

@@ -1,7 +1,6 @@
 //! The page `/status`: the backends and the clients, their states, what they have used and what is left.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -26,7 +25,7 @@ use crate::upstream::token_counters::TokenCount;
 /// Encodes the page as JSON.
 pub(crate) fn encode(shared: &Shared) -> Bytes {
     let (snapshot, now) = (shared.current.load(), clock::now());
-    let today = Day::of(SystemTime::now());
+    let today = clock::today();
     let spent = |payer| shared.telemetry.ledger.spent(payer, today);
     let backends: Vec<_> = (0..snapshot.backends.len())
         .map(|id| {
@@ -86,7 +85,7 @@ fn client_tokens(
 ) -> Option<(u64, u64)> {
     let limit = client.conf.tokens_per_minute.or(snapshot.config.rate_limit.tokens_per_minute)?;
     let key = limit_key(shared, &Caller::Known(client.clone()));
-    Some((limit, shared.tokens.tokens_left(key, limit, now)))
+    Some((limit, shared.tokens.state(key, limit, now).remaining))
 }
 
 /// A limit of tokens and what is left of it; null without a limit.

@@ -41,9 +41,9 @@ pub struct Decision {
     pub reset: Nanos,
 }
 
-/// The place of an admitted request in the window of a key, by which it can be [taken back](Limiter::refund).
+/// The stamp of an admitted request in the window of a key, by which it can be [taken back](Limiter::refund).
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub(crate) struct WindowStamp {
     /// The key.
     pub key: u64,
     /// The limit under which the request was admitted.
@@ -215,7 +215,13 @@ impl<W: KeyWindow> Limiter<W> {
 
     /// Evicts the keys above the limit, the oldest first. This may take a second for a few million keys.
     pub fn shrink(&self) {
-        while self.keys() > self.max_keys.load(Ordering::Relaxed) && self.evict_oldest() {}
+        // An eviction fails if the oldest keys are in use: they become the newest, and the next ones are looked at.
+        let mut failures = 0;
+        while self.keys() > self.max_keys.load(Ordering::Relaxed) && failures <= self.keys() / ORDER_SHARDS {
+            if !self.evict_oldest() {
+                failures += 1;
+            }
+        }
     }
 
     /// Evicts up to two of the oldest keys if there are too many: keys in use may have been in the way of earlier

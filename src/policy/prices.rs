@@ -26,6 +26,11 @@ impl Price {
         Price { input, cached, cache_write, output }
     }
 
+    /// Returns the most that so many tokens cost, in nano-USD: all of the input may be read from the cache, or written to it.
+    pub(crate) fn most(&self, usage: &Usage) -> u64 {
+        Price { input: self.input.max(self.cached).max(self.cache_write), ..*self }.cost(usage)
+    }
+
     /// Returns the cost of an answer, in nano-USD, rounded half up; `u64::MAX` if it is larger.
     pub(crate) fn cost(&self, usage: &Usage) -> u64 {
         let cached = usage.cached.min(usage.input);

@@ -51,6 +51,8 @@ struct QuotaState {
     tokens: TokenWindow,
     /// The waiting requests, in the order of their ticket numbers.
     waiting: VecDeque<Waiting>,
+    /// The sum of their tokens.
+    waiting_tokens: u64,
     next_number: u64,
 }
 
@@ -105,9 +107,11 @@ impl Quota {
 
     /// Changes the limits at `now`. What was taken before still counts.
     pub(crate) fn set_limits(&self, limits: QuotaLimits, now: Nanos) {
-        self.requests.store(u64::from(limits.requests.unwrap_or(0)), Ordering::Relaxed);
-        self.tokens.store(limits.tokens.unwrap_or(0), Ordering::Relaxed);
-        self.change(now, |_| ());
+        self.change(now, |_| {
+            // With the lock held, so that no request sees two limits.
+            self.requests.store(u64::from(limits.requests.unwrap_or(0)), Ordering::Relaxed);
+            self.tokens.store(limits.tokens.unwrap_or(0), Ordering::Relaxed);
+        });
     }
 
     fn request_limit(&self) -> Option<u32> {
@@ -118,32 +122,33 @@ impl Quota {
         Some(self.tokens.load(Ordering::Relaxed)).filter(|limit| *limit > 0)
     }
 
-    /// Returns when a request for `tokens` with this `ticket` is admitted; without a ticket of this quota, the request
-    /// comes behind all that wait. A time that is not after `now` means at once; a later one that the request is not
-    /// admitted before, whatever other requests use; `None` that only what other requests reserve is in the way.
+    /// Returns when a request for `tokens` is admitted, behind all that wait; with a `ticket` of this quota, when its holder
+    /// is admitted, with the tokens of the ticket. A time that is not after `now` means at once; a later one that the request
+    /// is not admitted before, whatever other requests use; `None` that only what other requests reserve is in the way.
     pub(crate) fn opens_at(&self, now: Nanos, tokens: u64, ticket: Option<&QuotaTicket>) -> Option<Nanos> {
         let is_known = ticket.is_some_and(|ticket| ticket.is_of(self));
         if !is_known && tokens.max(1) <= self.free.load(Ordering::Acquire) {
             return Some(self.opens.load(Ordering::Acquire));
         }
         let mut state = self.state.lock();
-        let ahead = self.ahead(&state, ticket);
+        let (ahead, tokens) = self.place(&state, tokens, ticket);
         self.opening_time(&mut state, now, (ahead, tokens))
     }
 
-    /// Returns when a request for `tokens` with this `ticket` is admitted for sure, whatever other requests use; `None` if that
-    /// depends on them.
-    pub(crate) fn opens_for_sure(&self, now: Nanos, tokens: u64, ticket: &QuotaTicket) -> Option<Nanos> {
-        let limit = self.token_limit()?;
+    /// Returns when the holder of the `ticket` is admitted for sure, whatever other requests use; `None` if that depends on
+    /// them.
+    pub(crate) fn opens_for_sure(&self, now: Nanos, ticket: &QuotaTicket) -> Option<Nanos> {
         let mut state = self.state.lock();
-        let ahead = self.ahead(&state, Some(ticket));
-        let needed = ahead.tokens.saturating_add(tokens.clamp(1, limit));
+        let limit = self.token_limit()?;
+        let (ahead, own) = self.place(&state, 0, Some(ticket));
+        let needed = ahead.tokens.saturating_add(own.clamp(1, limit));
         let wait = state.tokens.fits_in(limit, needed, now).filter(|_| needed <= limit)?;
         Some(self.opens_for_requests(&mut state, now, ahead.requests).max(now.saturating_add(wait)))
     }
 
-    /// Takes one request and `tokens` of the quota, if there is room for this request and for all ahead of it. A request
-    /// for more tokens than the limit takes the whole limit, so that it fits into an empty window.
+    /// Takes one request and `tokens` of the quota, if there is room for this request and for all ahead of it. The holder of a
+    /// `ticket` takes the tokens of the ticket, and leaves the queue. A request for more tokens than the limit takes the whole
+    /// limit, so that it fits into an empty window.
     pub(crate) fn take(
         self: &Arc<Self>,
         now: Nanos,
@@ -151,8 +156,9 @@ impl Quota {
         ticket: Option<&QuotaTicket>,
     ) -> Option<QuotaHold> {
         let (stamp, tokens) = self.change(now, |state| {
-            let ahead = self.ahead(state, ticket);
-            let has_room = self.token_limit().is_none_or(|limit| {
+            let (ahead, tokens) = self.place(state, tokens, ticket);
+            let limit = self.token_limit();
+            let has_room = limit.is_none_or(|limit| {
                 let needed = ahead.tokens.saturating_add(tokens.clamp(1, limit));
                 state.tokens.look(limit, tokens, now).remaining >= needed
             });
@@ -168,7 +174,10 @@ impl Quota {
                 }
                 None => 0,
             };
-            let reserved = self.token_limit().map(|limit| state.tokens.reserve(limit, tokens, now));
+            let reserved = limit.map(|limit| state.tokens.reserve(limit, tokens, now));
+            if let Some(ticket) = ticket.filter(|ticket| ticket.is_of(self)) {
+                state.remove(ticket.number);
+            }
             Some((stamp, reserved.and_then(Result::ok).map(|(stamp, _)| stamp)))
         })?;
         let hold = QuotaHold { quota: self.clone(), stamp: Cell::new(stamp), tokens: RefCell::new(tokens) };
@@ -183,6 +192,7 @@ impl Quota {
             let number = state.next_number;
             state.next_number += 1;
             state.waiting.push_back(Waiting { number, tokens });
+            state.waiting_tokens = state.waiting_tokens.saturating_add(tokens);
             number
         });
         QuotaTicket { quota: self.clone(), number }
@@ -194,31 +204,31 @@ impl Quota {
         Some((limit, self.state.lock().tokens.look(limit, 1, now).remaining))
     }
 
-    /// Returns the requests ahead of a request with this `ticket`: all that wait, without a ticket of this quota.
-    fn ahead(&self, state: &QuotaState, ticket: Option<&QuotaTicket>) -> Ahead {
-        let requests = match ticket.filter(|ticket| ticket.is_of(self)) {
-            Some(ticket) => state.waiting.partition_point(|waiting| waiting.number < ticket.number),
-            None => state.waiting.len(),
-        };
-        let tokens = match self.token_limit() {
-            Some(_) => state.waiting.iter().take(requests).map(|waiting| waiting.tokens).sum(),
-            None => 0,
-        };
-        Ahead { requests, tokens }
+    /// Returns what is ahead of a request for `tokens`, and the tokens of the request: those of its ticket, if it has one of
+    /// this quota. Without a ticket, all that wait are ahead.
+    fn place(&self, state: &QuotaState, tokens: u64, ticket: Option<&QuotaTicket>) -> (Ahead, u64) {
+        let at = ticket.filter(|ticket| ticket.is_of(self)).and_then(|ticket| state.find(ticket.number));
+        match at {
+            Some(at) => {
+                let tokens = state.waiting.iter().take(at).map(|waiting| waiting.tokens).sum();
+                (Ahead { requests: at, tokens }, state.waiting[at].tokens)
+            }
+            None => (Ahead { requests: state.waiting.len(), tokens: state.waiting_tokens }, tokens),
+        }
     }
 
     /// Changes the state, and updates what a new request would find.
     fn change<T>(&self, now: Nanos, change: impl FnOnce(&mut QuotaState) -> T) -> T {
         let mut state = self.state.lock();
         let result = change(&mut state);
-        let ahead = self.ahead(&state, None);
-        self.opens.store(self.opens_for_requests(&mut state, now, ahead.requests), Ordering::Release);
-        self.publish_free(&state, ahead.tokens);
+        let waiting = state.waiting.len();
+        self.opens.store(self.opens_for_requests(&mut state, now, waiting), Ordering::Release);
+        self.publish_free(&state);
         result
     }
 
-    fn publish_free(&self, state: &QuotaState, ahead: u64) {
-        let free = |limit| state.tokens.free(limit).saturating_sub(ahead);
+    fn publish_free(&self, state: &QuotaState) {
+        let free = |limit| state.tokens.free(limit).saturating_sub(state.waiting_tokens);
         self.free.store(self.token_limit().map_or(u64::MAX, free), Ordering::Release);
     }
 
@@ -226,8 +236,7 @@ impl Quota {
     fn refund(&self, stamp: Stamp) {
         let mut state = self.state.lock();
         state.tokens.refund(stamp);
-        let ahead = self.ahead(&state, None);
-        self.publish_free(&state, ahead.tokens);
+        self.publish_free(&state);
     }
 
     /// Takes one request of the quota, behind all that wait. Returns its stamp.
@@ -242,7 +251,7 @@ impl Quota {
     }
 
     /// Returns when a request for `tokens` is admitted that has these ahead; 0 if that is now, `None` if only what other
-    /// requests reserve is in the way. What those ahead use is not known either, but each window has only its limit.
+    /// requests reserve, or will reserve, is in the way.
     fn opening_time(
         &self,
         state: &mut QuotaState,
@@ -252,13 +261,11 @@ impl Quota {
         let by_requests = self.opens_for_requests(state, now, ahead.requests);
         let Some(limit) = self.token_limit() else { return Some(by_requests) };
         let own = tokens.clamp(1, limit);
-        let needed = ahead.tokens.saturating_add(own);
-        let windows = (needed - 1) / limit;
         let decision = state.tokens.look(limit, own, now);
-        match decision.opens_in {
-            Some(0) if decision.remaining >= needed => Some(by_requests),
-            None | Some(0) if windows == 0 => None,
-            wait => Some(by_requests.max(after(now, wait.unwrap_or(0), windows))),
+        match decision.opens_in? {
+            0 if decision.remaining >= ahead.tokens.saturating_add(own) => Some(by_requests),
+            0 => None,
+            wait => Some(by_requests.max(now.saturating_add(wait))),
         }
     }
 
@@ -268,14 +275,20 @@ impl Quota {
         let (windows, rest) = (ahead as u64 / u64::from(limit), ahead as u64 % u64::from(limit));
         match state.requests.opens_in(limit - rest as u32, now) {
             0 if windows == 0 => 0,
-            wait => after(now, wait, windows),
+            wait => now.saturating_add(wait).saturating_add(WINDOW.saturating_mul(windows)),
         }
     }
 }
 
-/// The time after a wait and so many whole windows.
-fn after(now: Nanos, wait: Nanos, windows: u64) -> Nanos {
-    now.saturating_add(wait).saturating_add(WINDOW.saturating_mul(windows))
+impl QuotaState {
+    fn find(&self, number: u64) -> Option<usize> {
+        self.waiting.binary_search_by_key(&number, |waiting| waiting.number).ok()
+    }
+
+    fn remove(&mut self, number: u64) {
+        let waiting = self.find(number).and_then(|at| self.waiting.remove(at));
+        self.waiting_tokens = self.waiting_tokens.saturating_sub(waiting.map_or(0, |w| w.tokens));
+    }
 }
 
 impl QuotaTicket {
@@ -284,12 +297,19 @@ impl QuotaTicket {
         std::ptr::eq(&*self.quota, quota)
     }
 
-    /// Leaves the queue at `now`.
+    /// Leaves the queue at `now`, unless its holder was admitted.
     pub(crate) fn leave(self, now: Nanos) {
+        self.quota.change(now, |state| state.remove(self.number));
+    }
+
+    /// Changes the tokens that the holder will take. It keeps its place.
+    pub(crate) fn set_tokens(&self, tokens: u64, now: Nanos) {
+        let Some(limit) = self.quota.token_limit() else { return };
+        let tokens = tokens.clamp(1, limit);
         self.quota.change(now, |state| {
-            if let Ok(at) = state.waiting.binary_search_by_key(&self.number, |waiting| waiting.number) {
-                state.waiting.remove(at);
-            }
+            let Some(at) = state.find(self.number) else { return };
+            let before = std::mem::replace(&mut state.waiting[at].tokens, tokens);
+            state.waiting_tokens = state.waiting_tokens.saturating_sub(before).saturating_add(tokens);
         });
     }
 }
@@ -329,11 +349,11 @@ impl QuotaHold {
         true
     }
 
-    /// Ends the reservation of tokens at `now` with the number of tokens that were `used`.
-    pub(crate) fn settle(&self, used: u64, now: Nanos) {
-        if let Some(stamp) = self.tokens.take() {
-            self.quota.change(now, |state| state.tokens.settle(stamp, used, now));
-        }
+    /// Ends the reservation of tokens at `now` with the number of tokens that were `used`. Returns the tokens that were used
+    /// beyond the reservation.
+    pub(crate) fn settle(&self, used: u64, now: Nanos) -> u64 {
+        let stamp = self.tokens.take();
+        stamp.map_or(0, |stamp| self.quota.change(now, |state| state.tokens.settle(stamp, used, now)))
     }
 
     /// Whether tokens are reserved.
@@ -654,11 +674,34 @@ mod tests {
         let behind = (q.wait(3 * SECOND, 100), q.wait(3 * SECOND, 100));
         assert_eq!(q.opens_at(3 * SECOND, 100, Some(&behind.0)), Some(WINDOW + 2 * SECOND));
         let opens = q.opens_at(3 * SECOND, 100, Some(&behind.1));
-        assert_eq!(opens, Some(2 * WINDOW + 2 * SECOND), "a window after the one before it");
-        assert_eq!(q.opens_for_sure(3 * SECOND, 100, &behind.0), Some(WINDOW + 2 * SECOND));
-        assert_eq!(q.opens_for_sure(3 * SECOND, 100, &behind.1), None);
+        assert_eq!(opens, Some(WINDOW + 2 * SECOND), "not before: the one before it may use nothing");
+        assert_eq!(q.opens_for_sure(3 * SECOND, &behind.0), Some(WINDOW + 2 * SECOND));
+        assert_eq!(q.opens_for_sure(3 * SECOND, &behind.1), None);
         behind.0.leave(0);
         behind.1.leave(0);
+    }
+
+    #[test]
+    fn a_ticket_has_the_tokens_of_its_holder_whatever_the_look_says() {
+        let q = tokens(100);
+        let held = q.take(0, 60, None).unwrap();
+        let (first, second) = (q.wait(SECOND, 70), q.wait(SECOND, 10));
+        assert!(q.take(SECOND, 10, Some(&first)).is_none(), "its ticket says 70");
+        assert_eq!(q.opens_at(SECOND, 10, Some(&first)), None);
+        first.set_tokens(30, SECOND);
+        assert_eq!(
+            (q.opens_at(SECOND, 70, Some(&first)), q.opens_at(SECOND, 0, Some(&second))),
+            (Some(0), Some(0))
+        );
+        assert_eq!(q.opens_at(SECOND, 1, None), None, "both come first");
+        let admitted = q.take(SECOND, 0, Some(&first)).unwrap();
+        assert_eq!(q.state.lock().waiting_tokens, 10, "its holder has left the queue");
+        first.leave(SECOND);
+        assert!(q.take(SECOND, 0, Some(&second)).is_some());
+        drop((held, admitted));
+        second.leave(SECOND);
+        assert_eq!(q.state.lock().waiting_tokens, 0);
+        assert_eq!(q.tokens_left(SECOND), Some((100, 100)));
     }
 
     #[test]
@@ -686,7 +729,7 @@ mod tests {
                 let q = &q;
                 move || {
                     let mine: Vec<_> = (0..2_000).filter_map(|i| q.take(t + i, 1, None)).collect();
-                    mine.iter().for_each(|hold| hold.settle(1, 5_000));
+                    mine.iter().for_each(|hold| assert_eq!(hold.settle(1, 5_000), 0));
                     mine.len()
                 }
             };

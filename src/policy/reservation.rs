@@ -7,6 +7,7 @@ use crate::policy::limit::Limiter;
 use crate::policy::queue::Permit;
 use crate::policy::spend::SpendReservation;
 use crate::policy::token_window::{Stamp, TokenDecision, TokenWindow};
+use crate::protocol::usage::Usage;
 use crate::time::{Day, Nanos};
 
 /// What a request holds of its client's limits. Dropping it releases everything.
@@ -19,24 +20,24 @@ pub(crate) struct ClientReservation {
     pub spend: Option<SpendReservation>,
     /// The permit, if the client has a limit of requests at once.
     pub permit: Option<Permit>,
-    /// The tokens that the request was expected to use.
-    pub expected: u64,
+    /// What the request was expected to use.
+    pub expected: Usage,
 }
 
 impl ClientReservation {
     /// Ends the reservation with what the answer used and cost, in nano-USD. Returns the tokens that were used beyond the
     /// reservation.
-    pub(crate) fn settle(self, tokens: u64, cost: u64, (now, today): (Nanos, Day)) -> u64 {
-        let has_limit = self.tokens.is_some() || self.spend.is_some();
-        if let Some(spend) = self.spend {
-            let _ = spend.settle(cost, today);
-        }
-        match self.tokens {
-            Some(reserved) => reserved.settle(tokens, now),
-            None if has_limit => tokens.saturating_sub(self.expected),
-            None => 0,
-        }
+    pub(crate) fn settle(self, usage: &Usage, cost: u64, (now, today): (Nanos, Day)) -> u64 {
+        let is_dearer = self.spend.is_some_and(|spend| spend.settle(cost, today) > 0);
+        let overrun = self.tokens.map_or(0, |reserved| reserved.settle(usage.total(), now));
+        overrun.max(beyond(usage, &self.expected, is_dearer))
     }
+}
+
+/// The tokens of an answer that made it dearer than was expected: all beyond the expected ones, or those of its output alone.
+pub(crate) fn beyond(usage: &Usage, expected: &Usage, is_dearer: bool) -> u64 {
+    let all = usage.total().saturating_sub(expected.total());
+    if is_dearer { all.max(usage.output.saturating_sub(expected.output)) } else { 0 }
 }
 
 /// Tokens that a request has reserved. Dropping it refunds them.
@@ -87,9 +88,10 @@ impl Limiter<TokenWindow> {
         })
     }
 
-    /// The number of tokens of `key` that are neither used nor reserved at `now`. The call is no use of the key.
-    pub(crate) fn tokens_left(&self, key: u64, limit: u64, now: Nanos) -> u64 {
-        self.update_known(key, None, |window| window.look(limit, 1, now).remaining).unwrap_or(limit)
+    /// The state of the window of `key` at `now`, for a request of one token. The call is no use of the key.
+    pub(crate) fn state(&self, key: u64, limit: u64, now: Nanos) -> TokenDecision {
+        let free = TokenDecision { limit, remaining: limit, reset: 0, opens_in: Some(0) };
+        self.update_known(key, None, |window| window.look(limit, 1, now)).unwrap_or(free)
     }
 }
 
@@ -117,7 +119,10 @@ mod tests {
         assert_eq!(first.settle(80, SECOND), 10);
         let refused = l.reserve(1, 100, 21, SECOND).unwrap_err();
         assert_eq!((refused.remaining, refused.reset, refused.opens_in), (20, WINDOW, Some(WINDOW - SECOND)));
-        assert_eq!((l.tokens_left(1, 100, SECOND), l.tokens_left(3, 100, SECOND), l.keys()), (20, 100, 2));
+        assert_eq!(
+            (l.state(1, 100, SECOND).remaining, l.state(3, 100, SECOND).remaining, l.keys()),
+            (20, 100, 2)
+        );
     }
 
     #[test]
@@ -130,7 +135,7 @@ mod tests {
             panic!("expected by the test");
         });
         assert!(thread.unwrap().join().is_err());
-        assert_eq!(l.tokens_left(1, 100, 0), 100);
+        assert_eq!(l.state(1, 100, 0).remaining, 100);
         assert_eq!(Arc::strong_count(&l), 1);
     }
 
@@ -146,7 +151,7 @@ mod tests {
         }
         assert_eq!(l.reserve(key(0), 100, 1, 3 * WINDOW).unwrap_err().opens_in, None);
         assert_eq!(held.settle(150, 3 * WINDOW), 50);
-        assert_eq!(l.tokens_left(key(0), 100, 3 * WINDOW), 50, "the overrun counts");
+        assert_eq!(l.state(key(0), 100, 3 * WINDOW).remaining, 50, "the overrun counts");
     }
 
     #[test]
@@ -171,6 +176,6 @@ mod tests {
         });
         assert_eq!(held.len(), 1_500);
         drop(held);
-        assert_eq!(l.tokens_left(7, 1_500, 5_000), 1_500);
+        assert_eq!(l.state(7, 1_500, 5_000).remaining, 1_500);
     }
 }

@@ -1,5 +1,6 @@
 //! How many output tokens a request allows, and how much text its body has.
 
+use memchr::{memchr3, memrchr3};
 use serde_json::{Map, Value};
 
 /// The members that limit the output tokens of one choice, in any dialect.
@@ -20,6 +21,11 @@ const SHORT: u64 = 16 * 1024;
 /// All members that [`most_output`] reads.
 pub(crate) fn members() -> impl Iterator<Item = &'static str> {
     LIMITS.into_iter().chain(CHOICES)
+}
+
+/// Whether a member limits the output tokens or says how many choices are generated.
+pub(crate) fn is_member(name: &str) -> bool {
+    members().any(|member| member == name)
 }
 
 /// The most output tokens of a request with these members, each from its key to its value: the smallest limit times the
@@ -59,23 +65,19 @@ pub(crate) fn text_length<'a>(length: u64, chunks: impl Iterator<Item = &'a [u8]
     for mut rest in chunks {
         while !rest.is_empty() {
             let block = rest.get(..RUN).unwrap_or(rest);
-            let Some(last) = block.iter().rposition(is_delimiter) else {
+            let Some(last) = memrchr3(b' ', b'"', b'\\', block) else {
                 run += block.len();
                 rest = &rest[block.len()..];
                 continue;
             };
             if run > 0 {
-                data += beyond(run + block.iter().position(is_delimiter).unwrap_or(0));
+                data += beyond(run + memchr3(b' ', b'"', b'\\', block).unwrap_or(0));
                 run = 0;
             }
             rest = &rest[last + 1..];
         }
     }
     length.saturating_sub(data + beyond(run))
-}
-
-fn is_delimiter(byte: &u8) -> bool {
-    matches!(byte, b' ' | b'"' | b'\\')
 }
 
 #[cfg(test)]
@@ -107,6 +109,10 @@ mod tests {
         }
         let long = format!("\"max_tokens\":{}5", " ".repeat(MAX_MEMBER));
         assert_eq!(most_output([long.as_bytes()].into_iter()), None);
+    }
+
+    fn is_delimiter(byte: &u8) -> bool {
+        matches!(byte, b' ' | b'"' | b'\\')
     }
 
     /// [`text_length`] of a whole body, byte by byte.

@@ -30,6 +30,9 @@ const MAX_BLOCKING: usize = 16;
 /// After a rebuild of the schedule that took longer than this, the loop pauses before the next one.
 const QUICK_REBUILD: Nanos = MILLI;
 
+/// Time from one look of the budgets at the ledger to the next: other processes may write to it.
+const SYNC_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The fleet thread; dropping this value ends the thread.
 #[derive(Debug)]
 pub(crate) struct FleetThread {
@@ -86,6 +89,12 @@ impl FleetThread {
 /// The loop of the fleet thread; runs until the future is dropped.
 async fn watch(shared: &Arc<Shared>) {
     let local = LocalSet::new();
+    let budgets = async {
+        loop {
+            tokio::time::sleep(SYNC_INTERVAL).await;
+            shared.sync_budgets();
+        }
+    };
     let watching = async {
         let (mut probes, mut listings) = (Tasks::default(), Tasks::default());
         let mut reading = None;
@@ -117,7 +126,14 @@ async fn watch(shared: &Arc<Shared>) {
             }
         }
     };
-    local.run_until(watching).await;
+    local
+        .run_until(async {
+            tokio::select! {
+                () = watching => {}
+                () = budgets => {}
+            }
+        })
+        .await;
 }
 
 /// The running tasks of one kind, by backend id.

@@ -1,18 +1,21 @@
 //! The configured client keys.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use crossbeam_utils::CachePadded;
 use ring::digest::{SHA256, digest};
 use subtle::ConstantTimeEq;
 
+use crate::clock;
 use crate::config::{Budget, ClientKey, Config};
 use crate::counter::{Counter, Recent};
 use crate::policy::queue::Admission;
 use crate::policy::spend::SpendLimit;
-use crate::time::{Day, Nanos};
+use crate::time::Nanos;
 use crate::upstream::token_counters::TokenCount;
+
+/// Waiting requests of a client for which there is room from the start.
+const FEW: usize = 16;
 
 /// All client keys. If empty, every client is admitted.
 #[derive(Debug)]
@@ -92,14 +95,15 @@ impl Clients {
             let fresh = || (0..config.server.workers).map(|_| CachePadded::default()).collect();
             let admission = conf.max_in_flight.map(|max| {
                 let known = known.and_then(|c| c.admission.clone());
-                known.unwrap_or_else(|| Admission::new(max, config.queue.max_size))
+                // There may be many keys, few of which have waiting requests: the queue grows when it must.
+                known.unwrap_or_else(|| Admission::new(max, FEW.min(config.queue.max_size)))
             });
             if let (Some(admission), Some(max)) = (&admission, conf.max_in_flight) {
                 admission.resize(max, config.queue.max_size);
             }
             let budget = conf.budget.map(|Budget { nano_usd, per }| {
                 let known = known.and_then(|c| c.budget.as_ref());
-                let budget = SpendLimit::renewed(known, nano_usd, per, Day::of(SystemTime::now()));
+                let budget = SpendLimit::renewed(known, nano_usd, per, clock::today());
                 budget.set_limit(nano_usd);
                 budget
             });

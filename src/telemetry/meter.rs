@@ -8,7 +8,7 @@ use crate::protocol::usage::Usage;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::counters::BackendLane;
-use crate::upstream::in_flight::BackendReservation;
+use crate::upstream::limits::BackendReservation;
 use crate::upstream::token_counters::TokenCount;
 
 /// The label of models that the configuration does not name.

@@ -15,10 +15,10 @@ use crate::upstream::fleet::Passed;
 
 /// The candidates that a request passed over.
 #[derive(Debug, Default)]
-pub(crate) struct PassedOver(Vec<Candidate>);
+pub(crate) struct PassedOver(Vec<PassedBackend>);
 
 #[derive(Debug)]
-struct Candidate {
+struct PassedBackend {
     backend: Arc<Upstream>,
     why: Passed,
     /// The time of the check.
@@ -34,17 +34,18 @@ impl PassedOver {
             Passed::Closed(closed) => (discriminant(why), Some(discriminant(closed))),
             Passed::Load | Passed::Tried => (discriminant(why), None),
         };
-        let is_known = |c: &Candidate| c.backend.state.id == backend.state.id && kind(&c.why) == kind(&why);
+        let is_known =
+            |c: &PassedBackend| c.backend.state.id == backend.state.id && kind(&c.why) == kind(&why);
         if !self.0.iter().any(is_known) {
             let is_out = matches!(why, Passed::Closed(Closed::Out(_)));
             let fault = if is_out { backend.last_error().map(|(_, fault)| fault) } else { None };
-            self.0.push(Candidate { backend: backend.clone(), why, at: now, fault });
+            self.0.push(PassedBackend { backend: backend.clone(), why, at: now, fault });
         }
     }
 
     /// Appends the items of a JSON array: each candidate's name, the reason, and the cause if it is out.
     pub(super) fn push_to(&self, out: &mut String) {
-        for (i, Candidate { backend, why, at, fault }) in self.0.iter().enumerate() {
+        for (i, PassedBackend { backend, why, at, fault }) in self.0.iter().enumerate() {
             out.push_str(if i == 0 { "[" } else { ",[" });
             push_json(out, backend.name());
             let _ = write!(out, ",\"{}\"", reason(*why, *at));

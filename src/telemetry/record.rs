@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 use crate::clock;
 use crate::code::Code;
 use crate::config::ANONYMOUS;
-use crate::policy::limit::Place;
+use crate::policy::limit::WindowStamp;
 use crate::policy::prices::usd;
 use crate::policy::reservation::ClientReservation;
 use crate::protocol::Endpoint;
@@ -26,7 +26,7 @@ use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
 use crate::telemetry::passed_over::PassedOver;
 use crate::telemetry::phase::Phase;
-use crate::time::{Day, MILLI, Nanos};
+use crate::time::{MILLI, Nanos};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::token_counters::TokenCount;
@@ -137,8 +137,8 @@ pub(crate) struct RequestRecord {
     pub meter: Option<Meter>,
     /// What the answer used.
     pub used: Option<Used>,
-    /// The places of the request in the windows of requests.
-    pub places: SmallVec<[Place; 2]>,
+    /// The stamps of the request in the windows of requests.
+    pub window_stamps: SmallVec<[WindowStamp; 2]>,
     /// What the request holds of its client's limits.
     pub reserved: Option<Box<ClientReservation>>,
     /// The phase that the request is in.
@@ -181,7 +181,7 @@ impl RequestRecord {
             bytes: 0,
             meter: None,
             used: None,
-            places: SmallVec::new(),
+            window_stamps: SmallVec::new(),
             reserved: None,
             phase: Phase::Body,
             end: End::ClientGone,
@@ -230,14 +230,13 @@ impl RequestRecord {
         let key = backend.identity
             ^ (used.label.as_ptr().addr() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
             ^ (client.as_ptr().addr() as u64).rotate_left(32);
-        let times = (now, Day::of(SystemTime::now()));
+        let times = (now, clock::today());
         self.recorder.telemetry.ledger.add(worker, times.1, (key, labels), amounts);
         // The ledger comes first, as `SpendLimit::sync` expects.
-        let (tokens, cost) = (used.usage.total(), used.cost);
-        if let Some(reservation) = reservation {
-            reservation.settle(tokens, cost, times);
-        }
-        lane.overrun.add(reserved.map_or(0, |reserved| reserved.settle(tokens, cost, times)));
+        let (usage, cost) = (&used.usage, used.cost);
+        let of_backend = reservation.map_or(0, |reservation| reservation.settle(usage, cost, times));
+        let of_client = reserved.map_or(0, |reserved| reserved.settle(usage, cost, times));
+        lane.overrun.add(of_backend.max(of_client));
         self.used = Some(used);
     }
 

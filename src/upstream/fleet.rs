@@ -22,7 +22,8 @@ use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
-use crate::upstream::in_flight::{Candidate, QuotaWait};
+use crate::upstream::in_flight::QuotaWait;
+use crate::upstream::limits::Candidate;
 use crate::upstream::rotation::{RotationSet, TargetSet};
 
 /// A load that is above that of every backend in use: such a target is asked last.
@@ -149,6 +150,12 @@ impl Snapshot {
     /// The route of an [`Ask`].
     pub(crate) fn route(&self, ask: &Ask<'_>) -> &Route {
         self.routing.table.route(ask.route)
+    }
+
+    /// The targets that may serve an [`Ask`], up or not.
+    pub(crate) fn targets<'s>(&'s self, ask: &Ask<'_>) -> impl Iterator<Item = &'s Target> + use<'s> {
+        let targets = &self.route(ask).targets;
+        self.rotations_of(ask).all.members().iter().map(move |(id, _)| &targets[*id])
     }
 
     /// The members of a request body that the scanner must find.

@@ -24,6 +24,8 @@ pub(crate) mod fleet;
 
 pub(crate) mod in_flight;
 
+pub(crate) mod limits;
+
 mod rotation;
 
 pub(crate) mod counters;
@@ -41,6 +43,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
+use crate::clock;
 use crate::config;
 use crate::config::HEALTH_PATH;
 use crate::config::UsageMode;
@@ -54,6 +57,7 @@ use crate::policy::quota::{Quota, QuotaLimits};
 use crate::policy::ratio::{Demand, Ratios};
 use crate::policy::spend::SpendLimit;
 use crate::protocol::Endpoint;
+use crate::protocol::request_limits;
 use crate::protocol::usage::Usage;
 use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
@@ -61,7 +65,7 @@ use crate::upstream::account::is_same_account;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
 use crate::upstream::fault::Fault;
-use crate::upstream::in_flight::{Candidate, today};
+use crate::upstream::limits::{Candidate, quota_limits};
 use crate::upstream::link::write_header;
 
 /// Headers of a health check beside a backend's own.
@@ -98,6 +102,8 @@ pub(crate) struct Upstream {
     budget: Option<Arc<SpendLimit>>,
     prices: PriceTable,
     asks_for_usage: bool,
+    /// Whether the backend is not sent a maximum of output.
+    drops_maximum: bool,
 }
 
 /// The start of a request head, with the backend's key in it.
@@ -217,7 +223,7 @@ impl Upstream {
         let kept = same.and_then(|b| b.quota.clone()).filter(|_| limits != QuotaLimits::default());
         let quota = kept.or_else(|| Quota::new(limits));
         let spent = before.and_then(|b| b.budget.as_ref());
-        let budget = conf.budget.map(|b| SpendLimit::renewed(spent, b.nano_usd, b.per, today()));
+        let budget = conf.budget.map(|b| SpendLimit::renewed(spent, b.nano_usd, b.per, clock::today()));
         Ok(Upstream {
             state: same.map_or_else(|| Arc::new(BackendState::new()), |b| b.state.clone()),
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
@@ -233,6 +239,7 @@ impl Upstream {
             budget,
             prices: PriceTable::new(conf.prices.iter().map(|(model, price)| (&**model, Price::of(*price)))),
             asks_for_usage: asks_for_usage(&conf),
+            drops_maximum: conf.drop_fields.iter().any(|field| request_limits::is_member(field)),
             conf,
         })
     }
@@ -267,16 +274,6 @@ impl Upstream {
     pub(crate) fn cost(&self, model: Option<&str>, usage: &Usage) -> u64 {
         // A request may go out without a model; the price of all models counts for it too.
         self.prices.price(model.unwrap_or_default()).map_or(0, |price| price.cost(usage))
-    }
-
-    /// The budget.
-    pub(crate) fn budget(&self) -> Option<&Arc<SpendLimit>> {
-        self.budget.as_ref()
-    }
-
-    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a limit.
-    pub(crate) fn tokens_left(&self, now: Nanos) -> Option<(u64, u64)> {
-        self.quota.as_ref()?.tokens_left(now)
     }
 
     /// The name in labels, headers and logs.
@@ -409,10 +406,6 @@ impl Upstream {
     pub(crate) fn last_error(&self) -> Option<(std::time::SystemTime, Fault)> {
         self.state.last_error.lock().clone()
     }
-}
-
-fn quota_limits(conf: &config::Backend) -> QuotaLimits {
-    QuotaLimits { requests: conf.requests_per_minute, tokens: conf.tokens_per_minute }
 }
 
 /// Whether streamed requests to a backend ask for the token counts: something depends on them, and the member that asks is

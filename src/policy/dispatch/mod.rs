@@ -79,6 +79,8 @@ pub(crate) enum Refusal {
     KeysRefused,
     /// No target accepts requests.
     NoBackend,
+    /// The request is too large for every target that is left.
+    TooLarge,
 }
 
 /// The state of one request.
@@ -126,10 +128,8 @@ enum Selection {
         busy: Busy,
         panic: bool,
     },
-    /// The budgets of all usable targets are spent or reserved.
-    Budget(Refused),
-    KeysRefused,
-    NoTarget,
+    /// No target can take the request, whether it waits or not.
+    Refuse(Refusal),
     Target {
         target: TargetId,
         panic: bool,
@@ -197,12 +197,8 @@ impl Dispatch {
             // The last answer says more than an error of Zap's own.
             Selection::Busy { busy, .. } if self.failed.is_some() && !self.opens_in_time(&busy) => self.end(),
             Selection::Busy { busy, .. } => Do::Wait(busy),
-            Selection::Budget(_) | Selection::KeysRefused | Selection::NoTarget if self.failed.is_some() => {
-                self.end()
-            }
-            Selection::Budget(why) => Do::Refuse(Refusal::Budget(why)),
-            Selection::KeysRefused => Do::Refuse(Refusal::KeysRefused),
-            Selection::NoTarget => Do::Refuse(Refusal::NoBackend),
+            Selection::Refuse(_) if self.failed.is_some() => self.end(),
+            Selection::Refuse(why) => Do::Refuse(why),
             Selection::Tried(busy) => self.next_round(now, fleet, budget, (busy, random())),
         }
     }
@@ -372,7 +368,8 @@ impl Dispatch {
             self.missed = missed;
             return Selection::Target { target, panic: false };
         }
-        let Survey { busy, is_up, has_refused_key, has_ejected, budget } = Survey::of(now, fleet, known);
+        let survey = Survey::of(now, fleet, known);
+        let Survey { busy, is_up, has_refused_key, has_ejected, budget, is_too_large } = survey;
         if has_ejected && !is_up {
             if let Some(target) = choose::in_panic(fleet, advances, skip) {
                 self.missed = missed;
@@ -381,7 +378,7 @@ impl Dispatch {
             let busy = Survey::of_ejected(now, fleet, known);
             return match () {
                 () if !is_first => Selection::Tried(busy),
-                () if busy.is_empty() => Selection::NoTarget,
+                () if busy.is_empty() => Selection::Refuse(Refusal::NoBackend),
                 () => Selection::Busy { busy, panic: true },
             };
         }
@@ -394,9 +391,10 @@ impl Dispatch {
         match budget {
             _ if !is_first => Selection::Tried(busy),
             _ if !busy.is_empty() => Selection::Busy { busy, panic: false },
-            Some(why) => Selection::Budget(why),
-            None if has_refused_key => Selection::KeysRefused,
-            None => Selection::NoTarget,
+            Some(why) => Selection::Refuse(Refusal::Budget(why)),
+            None if has_refused_key => Selection::Refuse(Refusal::KeysRefused),
+            None if is_too_large => Selection::Refuse(Refusal::TooLarge),
+            None => Selection::Refuse(Refusal::NoBackend),
         }
     }
 

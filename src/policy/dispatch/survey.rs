@@ -30,6 +30,8 @@ pub(super) struct Survey {
     pub(super) has_refused_key: bool,
     /// Whether an untried target is ejected.
     pub(super) has_ejected: bool,
+    /// Whether the request is too large for an untried target.
+    pub(super) is_too_large: bool,
     /// Why the budgets of untried targets do not pay for the request; rather that it waits for others' reservations.
     pub(super) budget: Option<Refused>,
 }
@@ -46,12 +48,15 @@ impl Survey {
                 Err(Closed::Budget(why)) if survey.budget != Some(Refused::Reserved) && !is_known => {
                     survey.budget = Some(why);
                 }
-                Err(Closed::Budget(_) | Closed::TooLarge) => {}
+                Err(Closed::TooLarge) => survey.is_too_large |= !is_known,
+                Err(Closed::Budget(_)) => {}
                 _ => survey.is_up = true,
             }
             if !is_known {
                 survey.busy.note(now, fleet.backend(id), closed);
-                survey.busy.note_trial(fleet.trial(id));
+                if matches!(closed, Err(Closed::Out(_))) {
+                    survey.busy.note_trial(fleet.trial(id));
+                }
             }
         }
         survey

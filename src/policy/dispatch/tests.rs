@@ -292,6 +292,7 @@ fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget)
                     Refusal::Budget(why) => format!("budget {why:?}"),
                     Refusal::KeysRefused => "keys_refused".into(),
                     Refusal::NoBackend => "no_backend".into(),
+                    Refusal::TooLarge => "too_large".into(),
                 });
                 return (steps.join(" "), blamed(&dispatch, table, false));
             }
@@ -322,6 +323,8 @@ fn every_fault_leads_to_the_expected_steps() {
         ("a budget is spent, and the other target cools", "a$ b~3", "", "wait(1@3 full [])"),
         ("a budget is spent after a failed try", "a b$", "a:refused a:refused a:refused", "arefused backoff arefused backoff arefused upstream_unreachable"),
         ("a quota is too small", "a> b", "b:200", "b200 ok"),
+        ("all quotas are too small", "a> b>", "", "too_large"),
+        ("a due trial of a full target is no reason to look again", "a!1# b#", "", "wait( full [0, 1])"),
         ("U1 another target serves", "a b", "a:refused b:200", "arefused b200 ok"),
         ("U1 alone", "a", "a:refused", "arefused backoff arefused backoff arefused upstream_unreachable"),
         ("U3 silent, another target serves", "a b", "a:timeout b:200", "atimeout b200 ok"),

@@ -353,7 +353,7 @@ fn a_file_that_is_moved_or_deleted_is_not_written_to() {
 fn the_thread_writes_what_is_pending_when_it_stops() {
     let (folder, today) = (Folder::new(), Day::of(SystemTime::now()));
     let (ledger, writer, seen) = open(&folder.file());
-    let handle = writer.start(|| ()).unwrap();
+    let handle = writer.start().unwrap();
     add(&ledger, today, A, cost(1));
     let since = Instant::now();
     handle.stop();

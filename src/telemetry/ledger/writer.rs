@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::file::File;
 use crate::time::Day;
@@ -64,32 +65,31 @@ impl Writer {
         Writer { ledger, file, path: path.into(), events, failures: 0 }
     }
 
-    /// Starts the thread. It calls `synced` each second, after the ledger has read what other processes have written.
+    /// Starts the thread.
     ///
     /// # Errors
     /// The system has no room for a thread.
-    pub(crate) fn start(self, synced: impl Fn() + Send + 'static) -> io::Result<WriterHandle> {
+    pub(crate) fn start(self) -> io::Result<WriterHandle> {
         let (stop, orders) = channel();
         let (ending, ended) = channel();
         let run = move || {
-            self.run(&orders, synced);
+            self.run(&orders);
             drop::<Sender<()>>(ending);
         };
         thread::Builder::new().name("zap-ledger".into()).spawn(run)?;
         Ok(WriterHandle { stop, ended })
     }
 
-    fn run(mut self, orders: &Receiver<()>, synced: impl Fn()) {
+    fn run(mut self, orders: &Receiver<()>) {
         while orders.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-            self.write(today());
-            synced();
+            self.write(clock::today());
         }
         self.finish(LAST_TRIES);
     }
 
     /// Reads the sums of the file.
     pub(super) fn read_sums(&mut self) -> Result<(), String> {
-        self.try_write(today())
+        self.try_write(clock::today())
     }
 
     /// Writes the pending rows once, and reads the sums if others have written.
@@ -129,10 +129,10 @@ impl Writer {
     /// Writes the last rows. Tries again until `limit` has passed.
     pub(super) fn finish(mut self, limit: Duration) {
         let end = Instant::now() + limit;
-        self.write(today());
+        self.write(clock::today());
         while self.ledger.unwritten() > 0 && Instant::now() + STOP_INTERVAL < end {
             thread::sleep(STOP_INTERVAL);
-            self.write(today());
+            self.write(clock::today());
         }
         let lost = self.ledger.unwritten();
         if lost > 0 {
@@ -142,8 +142,4 @@ impl Writer {
         // The last connection that is closed moves the write-ahead log into the file.
         self.ledger.close_reader();
     }
-}
-
-fn today() -> Day {
-    Day::of(SystemTime::now())
 }

@@ -93,6 +93,32 @@ fn a_budget_is_passed_by_the_overrun_of_the_requests_in_flight_alone_and_it_is_c
 }
 
 #[test]
+fn output_that_is_dearer_than_the_input_that_was_expected_is_counted() {
+    // It expects 100 input tokens and 1 output token, and uses 1 and 100.
+    let a = Provider::start(|seen, stream| serve(seen, stream, "some text", Some([1, 0, 100, 0])));
+    let zap = Zap::with(&key("team", &budget("1", "day")), &[a.backend("a", PRICES)]);
+    assert_eq!(post(&mut zap.client(), "zk-team", &body(0, &max(1))).status, 200);
+    assert_eq!(state(&zap, "clients", "team").0, "1.001000000");
+    assert_eq!(zap.metric("zap_token_overrun_total{client=\"team\"}"), 99.0);
+}
+
+#[test]
+fn a_request_above_the_whole_budget_is_told_so_and_one_without_a_maximum_takes_all_of_it() {
+    let a = Provider::start(answer);
+    let zap = Zap::with(&key("team", &budget("0.5", "day")), &[a.backend("a", PRICES)]);
+    let refused = post(&mut zap.client(), "zk-team", &body(1, &max(50)));
+    assert_spent(&refused);
+    assert!(
+        refused.text().contains("may cost 0.6 USD, more than this key's whole budget of 0.5 USD a day"),
+        "{}",
+        refused.text()
+    );
+    // 100 input tokens and 512 output tokens would cost 5.22 USD.
+    assert_eq!(post(&mut zap.client(), "zk-team", &body(20, "")).status, 200);
+    assert_eq!(state(&zap, "clients", "team").0, "0.300000000");
+}
+
+#[test]
 fn spend_is_the_same_in_every_place_to_the_nano_dollar() {
     let a = Provider::start(answer);
     let ledger = Ledger::new();
@@ -165,6 +191,8 @@ fn a_reload_keeps_what_is_spent_and_a_renamed_key_begins_anew() {
     assert!(zap.reload());
     assert_eq!(state(&zap, "clients", "team"), ("0.500000000".to_owned(), "0.100000000".to_owned()));
     assert_eq!(state(&zap, "backends", "a").0, "0.500000000");
+    // The budget of another period is another one; it begins with what was spent in its own.
+    eventually("the month has the spend of the day", || state(&zap, "clients", "team").0 == "0.500000000");
     file.write(&key("renamed", &budget("0.6", "month")), &backend);
     assert!(zap.reload());
     assert_eq!(state(&zap, "clients", "renamed").0, "0.000000000");

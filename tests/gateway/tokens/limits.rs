@@ -12,7 +12,7 @@ const INPUT: u64 = 100;
 pub(super) fn body(used: u64, more: &str) -> String {
     let head = format!("{{\"model\":\"m\",\"user\":\"use-{used}\"{more},\"messages\":[{{\"content\":\"");
     let tail = "\"}]}";
-    let room = 4 * INPUT as usize - head.len() - tail.len();
+    let room = (4 * INPUT as usize).saturating_sub(head.len() + tail.len());
     format!("{head}{}{tail}", "a ".repeat(room / 2) + if room % 2 == 1 { "b" } else { "" })
 }
 
@@ -76,6 +76,7 @@ fn a_client_reserves_what_it_may_use_and_pays_what_it_used() {
     let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((55..=60).contains(&wait), "the first request's tokens expire 60 s after it: {wait}");
     assert_eq!(refused.header("x-should-retry"), None);
+    assert_eq!(token_headers(&refused)[..2], ["1000", "200"]);
     assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("3"), "its place is given back");
     let third = post(&mut client, "zk-team", &body(100, &max(100)));
     assert_eq!((third.status, third.header("x-ratelimit-remaining-requests")), (200, Some("2")));
@@ -108,11 +109,11 @@ fn without_a_maximum_the_mean_of_the_outputs_is_reserved_and_fits_into_an_empty_
     assert_eq!(token_headers(&second)[1], "740", "130 are used, 100 and 30 are reserved");
     let third = post(&mut client, "zk-team", &body(1, ""));
     assert_eq!(token_headers(&third)[1], "550", "130 and 170 are used, 100 and 50 are reserved");
-    let small = Zap::with(&keys("tokens_per_minute = 50"), &[a.backend("a", "models = [\"m\"]")]);
-    let first = post(&mut small.client(), "zk-team", &body(1, ""));
+    let small = Zap::with(&keys("tokens_per_minute = 150"), &[a.backend("a", "models = [\"m\"]")]);
+    let first = post(&mut small.client(), "zk-team", &body(60, ""));
     assert_eq!((first.status, token_headers(&first)[1].as_str()), (200, "0"), "the whole limit is reserved");
     assert_eq!(post(&mut small.client(), "zk-team", &body(1, "")).status, 429);
-    assert_eq!(small.metric("zap_token_overrun_total{client=\"team\"}"), 51.0);
+    assert_eq!(small.metric("zap_token_overrun_total{client=\"team\"}"), 10.0);
 }
 
 #[test]
@@ -128,6 +129,8 @@ fn a_request_that_can_never_fit_is_refused_at_once_and_not_retried() {
         ("zk-team", max(901), 1000),
         ("zk-team", ",\"max_completion_tokens\":400,\"n\":3".to_owned(), 1000),
         ("zk-other", max(501), 600),
+        // The input alone: 16,000 bytes, without spaces.
+        ("zk-team", format!(",\"n\":1,\"metadata\":\"{}\"", "x".repeat(16_000)), 1000),
     ] {
         let refused = post(&mut zap.client(), key, &body(1, &members));
         assert_eq!(
@@ -138,6 +141,8 @@ fn a_request_that_can_never_fit_is_refused_at_once_and_not_retried() {
         assert_eq!(refused.header("x-should-retry"), Some("false"));
         assert_eq!(refused.header("retry-after"), None);
         assert!(refused.text().contains(&format!("{limit} tokens per minute")), "{}", refused.text());
+        let limited = if key == "zk-team" { "1000" } else { "none" };
+        assert_eq!(token_headers(&refused)[0], limited);
     }
     for _ in 0..3 {
         // It fits into b alone.
@@ -394,4 +399,79 @@ fn a_reload_applies_new_limits_and_keeps_what_is_used() {
     assert!(zap.reload());
     assert_eq!((left(&zap, "clients", "team"), left(&zap, "backends", "a")), (200, 100));
     assert_eq!(post(&mut zap.client(), "zk-team", &body(1, &max(101))).status, 429);
+}
+
+#[test]
+fn a_line_of_reservations_is_served_as_they_end() {
+    let a = Provider::start(|seen, stream| {
+        thread::sleep(Duration::from_millis(50));
+        answer(seen, stream)
+    });
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]\ntokens_per_minute = 10000")]);
+    // Each reserves 1000 and uses 110: together four windows of reservations, and less than half a window of use.
+    let mut clients: Vec<_> = (0..40).map(|_| zap.client()).collect();
+    clients.iter_mut().for_each(|client| client.post("/chat", "", body(10, &max(900))));
+    let statuses: Vec<u16> = clients.iter_mut().map(|client| client.response().status).collect();
+    assert_eq!(statuses, [200; 40]);
+    assert_eq!(left(&zap, "backends", "a"), 10_000 - 40 * 110);
+    zap.wait_until_idle();
+}
+
+#[test]
+fn a_maximum_that_the_backend_is_not_sent_does_not_count() {
+    let a = Provider::start(answer);
+    let more = "models = [\"m\"]\ndrop_fields = [\"max_tokens\"]";
+    let zap = Zap::with(&keys("tokens_per_minute = 1000"), &[a.backend("a", more)]);
+    let response = post(&mut zap.client(), "zk-team", &body(1, &max(1)));
+    assert_eq!(token_headers(&response)[1], "388", "100 and 512 are reserved");
+    assert!(!has(&a.seen()[0].body, "max_tokens"));
+}
+
+#[test]
+fn a_request_for_a_drained_target_and_another_of_one_backend_waits_without_looking_again_and_again() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |seen, stream| {
+        if used(seen) == 1 {
+            held.pass();
+        }
+        answer(seen, stream)
+    });
+    let route = "[models.m]\ntargets = [{ backend = \"a\", model = \"small\", weight = 0 }, { backend = \"a\", model = \"big\" }]\n";
+    let zap = Zap::with(route, &[a.backend("a", "tokens_per_minute = 1000")]);
+    let mut clients = [zap.client(), zap.client()];
+    clients[0].post("/chat", "", body(1, &max(800)));
+    eventually("900 tokens are reserved", || gate.waiting() == 1);
+    clients[1].post("/chat", "", body(2, &max(500)));
+    eventually("a request waits", || zap.metric("zap_queue_depth") == 1.0);
+    gate.open(1);
+    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    zap.wait_until_idle();
+}
+
+#[test]
+fn a_reload_that_removes_a_limit_lets_its_waiting_requests_go() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |seen, stream| {
+        if used(seen) == 1 {
+            held.pass();
+        }
+        answer(seen, stream)
+    });
+    let file = crate::support::File::new();
+    let backend = |more: &str| a.backend("a", &format!("models = [\"m\"]\n{more}"));
+    let zap = Zap::with_file(&file, &keys("max_in_flight = 1"), &[backend("tokens_per_minute = 1000")]);
+    let (mut first, mut second, mut third) = (zap.client(), zap.client(), zap.client());
+    first.post("/chat", "authorization: Bearer zk-team\r\n", body(1, &max(800)));
+    eventually("900 tokens are reserved", || gate.waiting() == 1);
+    second.post("/chat", "authorization: Bearer zk-other\r\n", body(2, &max(800)));
+    third.post("/chat", "authorization: Bearer zk-team\r\n", body(3, ""));
+    eventually("one waits for tokens, one for its key", || zap.metric("zap_queue_depth") == 2.0);
+    file.write(&keys(""), &[backend("")]);
+    assert!(zap.reload());
+    assert_eq!((second.response().status, third.response().status), (200, 200));
+    gate.open(1);
+    assert_eq!(first.response().status, 200);
+    zap.wait_until_idle();
 }

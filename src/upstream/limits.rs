@@ -1,0 +1,193 @@
+//! The limits of a backend: what a request may use there, what it reserves, and what it has used.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use crate::clock;
+use crate::config;
+use crate::policy::choose::Closed;
+use crate::policy::quota::{Quota, QuotaHold, QuotaLimits, QuotaTicket};
+use crate::policy::ratio::{Demand, Output};
+use crate::policy::reservation::beyond;
+use crate::policy::route::Target;
+use crate::policy::spend::{SpendLimit, SpendReservation};
+use crate::protocol::usage::Usage;
+use crate::time::{Day, Nanos};
+use crate::upstream::{BackendState, Upstream};
+
+/// A request that a backend may get.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Candidate<'a> {
+    /// The target, and the model that the client asks for; `None`: a request for no model in particular.
+    pub target: Option<(&'a Target, Option<&'a str>)>,
+    /// What the request may use.
+    pub demand: &'a Demand,
+    /// The time.
+    pub now: Nanos,
+    /// The place of the request in the queue of the backend's quota.
+    pub ticket: Option<&'a QuotaTicket>,
+}
+
+impl Candidate<'_> {
+    /// The key of the model that the backend would be sent.
+    pub(crate) fn key(&self) -> u64 {
+        self.target.map_or(0, |(target, asked)| target.key(asked))
+    }
+
+    /// The name of the model that the backend would be sent.
+    fn model(&self) -> Option<Cow<'_, str>> {
+        self.target.and_then(|(target, asked)| target.name(asked))
+    }
+}
+
+/// What a request has taken of its backend's quota and budget. Dropping it refunds the tokens and the money.
+#[derive(Debug)]
+#[must_use = "dropping it refunds the tokens and the money"]
+pub(crate) struct BackendReservation {
+    pub(super) quota: Option<QuotaHold>,
+    spend: Option<SpendReservation>,
+    expected: Usage,
+    state: Arc<BackendState>,
+}
+
+impl BackendReservation {
+    /// Ends the reservation with what the answer used and cost, in nano-USD. Returns the tokens that were used beyond the
+    /// reservation.
+    pub(crate) fn settle(mut self, usage: &Usage, cost: u64, (now, today): (Nanos, Day)) -> u64 {
+        let is_dearer = self.spend.take().is_some_and(|spend| spend.settle(cost, today) > 0);
+        let mut overrun = beyond(usage, &self.expected, is_dearer);
+        if let Some(quota) = self.quota.take() {
+            let has_tokens = quota.has_tokens();
+            overrun = overrun.max(quota.settle(usage.total(), now));
+            self.notify(has_tokens);
+        }
+        overrun
+    }
+
+    /// Wakes the requests that wait for tokens.
+    fn notify(&self, is_freed: bool) {
+        if is_freed {
+            self.state.quota_changed.notify_waiters();
+        }
+    }
+}
+
+impl Drop for BackendReservation {
+    fn drop(&mut self) {
+        if let Some(quota) = self.quota.take() {
+            let has_tokens = quota.has_tokens();
+            drop(quota);
+            self.notify(has_tokens);
+        }
+    }
+}
+
+impl Upstream {
+    /// The budget.
+    pub(crate) fn budget(&self) -> Option<&Arc<SpendLimit>> {
+        self.budget.as_ref()
+    }
+
+    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a limit.
+    pub(crate) fn tokens_left(&self, now: Nanos) -> Option<(u64, u64)> {
+        self.quota.as_ref()?.tokens_left(now)
+    }
+
+    /// Lifts the limits, since the next configuration has none of this backend: who waits for them need not wait longer.
+    pub(crate) fn lift_limits(&self, next: Option<&Upstream>, now: Nanos) {
+        let is_kept = |quota: &Arc<Quota>| {
+            next.and_then(|next| next.quota.as_ref()).is_some_and(|next| Arc::ptr_eq(quota, next))
+        };
+        if let Some(quota) = self.quota.as_ref().filter(|quota| !is_kept(quota)) {
+            quota.set_limits(QuotaLimits::default(), now);
+            self.state.quota_changed.notify_waiters();
+        }
+    }
+
+    /// What the request is expected to use.
+    pub(crate) fn expected(&self, candidate: &Candidate<'_>) -> Usage {
+        self.state.ratios.expect(candidate.key(), &self.demand(candidate))
+    }
+
+    /// The input and the stated maximum of output.
+    pub(crate) fn stated(&self, candidate: &Candidate<'_>) -> u64 {
+        let demand = self.demand(candidate);
+        let output = if let Output::AtMost(_) = demand.output { demand.output } else { Output::None };
+        self.state.ratios.expect(candidate.key(), &Demand { output, ..demand }).total()
+    }
+
+    /// What the request may use here: a maximum that the backend is not sent does not count.
+    fn demand(&self, candidate: &Candidate<'_>) -> Demand {
+        match candidate.demand.output {
+            Output::AtMost(_) if self.drops_maximum => {
+                Demand { output: Output::Unstated, ..*candidate.demand }
+            }
+            _ => *candidate.demand,
+        }
+    }
+
+    /// Whether a request is counted by its tokens or its cost.
+    fn limits_tokens(&self) -> bool {
+        self.conf.tokens_per_minute.is_some() || self.budget.is_some()
+    }
+
+    /// Whether the input and the stated maximum of output alone are above the limit of tokens.
+    pub(crate) fn is_too_large(&self, candidate: &Candidate<'_>) -> bool {
+        self.conf.tokens_per_minute.is_some_and(|limit| self.stated(candidate) > limit)
+    }
+
+    /// The most that the request is expected to cost, in nano-USD. A request without a maximum costs at most the whole
+    /// `budget`, so that it fits into one of which nothing is spent.
+    pub(crate) fn expected_cost(&self, candidate: &Candidate<'_>, expected: &Usage, budget: u64) -> u64 {
+        // A request may go out without a model; the price of all models counts for it too.
+        let price = self.prices.price(candidate.model().as_deref().unwrap_or_default());
+        let cost = price.map_or(0, |price| price.most(expected));
+        if self.demand(candidate).output == Output::Unstated { cost.min(budget) } else { cost }
+    }
+
+    /// Checks whether the quota and the budget have room for the request.
+    pub(super) fn check_limits(&self, candidate: &Candidate<'_>) -> Result<(), Closed> {
+        if self.quota.is_none() && self.budget.is_none() {
+            return Ok(());
+        }
+        let expected = if self.limits_tokens() { self.expected(candidate) } else { Usage::default() };
+        if self.is_too_large(candidate) {
+            return Err(Closed::TooLarge);
+        }
+        if let Some(quota) = &self.quota {
+            match quota.opens_at(candidate.now, expected.total(), candidate.ticket) {
+                Some(at) if at <= candidate.now => {}
+                Some(at) => return Err(Closed::Quota(at)),
+                None => return Err(Closed::Reserved),
+            }
+        }
+        let Some(budget) = &self.budget else { return Ok(()) };
+        let cost = self.expected_cost(candidate, &expected, budget.limit());
+        budget.check(cost, clock::today()).map_err(Closed::Budget)
+    }
+
+    /// Takes what the request needs of the quota and the budget: all or nothing.
+    pub(super) fn reserve(&self, candidate: &Candidate<'_>) -> Option<Option<Box<BackendReservation>>> {
+        if self.quota.is_none() && self.budget.is_none() {
+            return Some(None);
+        }
+        let expected = if self.limits_tokens() { self.expected(candidate) } else { Usage::default() };
+        let spend = match &self.budget {
+            Some(budget) => {
+                let cost = self.expected_cost(candidate, &expected, budget.limit());
+                Some(budget.reserve(cost, clock::today()).ok()?)
+            }
+            None => None,
+        };
+        let quota = match &self.quota {
+            Some(quota) => Some(quota.take(candidate.now, expected.total(), candidate.ticket)?),
+            None => None,
+        };
+        Some(Some(Box::new(BackendReservation { quota, spend, expected, state: self.state.clone() })))
+    }
+}
+
+/// The limits of a backend's quota.
+pub(super) fn quota_limits(conf: &config::Backend) -> QuotaLimits {
+    QuotaLimits { requests: conf.requests_per_minute, tokens: conf.tokens_per_minute }
+}
