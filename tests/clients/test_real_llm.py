@@ -1,5 +1,5 @@
 """Tests of the Python SDK through Zap to two real model servers; one of them is killed under load."""
-import concurrent.futures, os, pathlib, signal, socket, subprocess, sys, tempfile
+import concurrent.futures, json, os, pathlib, signal, socket, subprocess, sys, tempfile
 import openai
 from cases import case, finish
 from lab import REPO, Zap, config, dead_port
@@ -41,6 +41,35 @@ def _():
     assert chunks[-1].choices[0].finish_reason in ("stop", "length"), chunks[-1]
 
 
+WORDS = "the river bends past a mill where old boats dry in the sun and nobody counts the hours of the day".split()
+
+
+def prompt(n):
+    return f"Question {n}: tell a story about " + " ".join(WORDS[(n * 7 + i) % len(WORDS)] for i in range(5 + n * 3 % 40)) + "."
+
+
+@case("after 50 answers with token counts, streams without them are estimated within 15 %")
+def _():
+    more = dict(model="", temperature=0.8, extra_body={"cache_prompt": False})
+    passive = openai.OpenAI(base_url=zap_passive.url + "/v1", api_key="any", max_retries=0, timeout=60)
+    for n in range(50):
+        passive.chat.completions.create(max_tokens=8 + n % 25, messages=[{"role": "user", "content": prompt(n)}], **more)
+    true = {"input": 0, "output": 0}
+    for n in range(50, 80):
+        said = [{"role": "user", "content": prompt(n)}]
+        chunks = list(passive.chat.completions.create(max_tokens=8 + n % 25, messages=said, stream=True, **more))
+        told = [chunk.model_extra["timings"] for chunk in chunks if (chunk.model_extra or {}).get("timings")][-1]
+        true["input"] += told["prompt_n"]
+        true["output"] += told["predicted_n"]
+    lines = [json.loads(line) for line in zap_passive.log.read_text().splitlines() if line.startswith("{")]
+    tokens = [line["tokens"] for line in lines if line.get("stream") and line["tokens"]]
+    assert len(tokens) == 30 and {told["source"] for told in tokens} == {"estimate"}, tokens
+    for kind, n in true.items():
+        estimate = sum(told[kind] for told in tokens)
+        print(f"     {kind}: {estimate} estimated, {n} counted by the server", flush=True)
+        assert abs(estimate - n) <= 0.15 * n, (kind, estimate, n)
+
+
 @case("20 calls, with one server killed meanwhile: none fails")
 def _():
     victim = int((HOME / f"run/{ports[0]}.pid").read_text())
@@ -68,6 +97,9 @@ with tempfile.TemporaryDirectory(prefix="zap-real-llm.") as folder:
         backends = [dict(url=f"http://127.0.0.1:{port}", default_model=MODEL, health_path="/health") for port in (*ports, dead)]
         zap = Zap(config(backends), pathlib.Path(folder) / "zap")
         opened.append(zap)
+        one = dict(url=f"http://127.0.0.1:{ports[1]}", default_model=MODEL, health_path="/health", usage="passive")
+        zap_passive = Zap(config([one]), pathlib.Path(folder) / "zap-passive")
+        opened.append(zap_passive)
         client = openai.OpenAI(base_url=zap.url + "/v1", api_key="any", max_retries=0, timeout=60)
         finish("real-llm")
     finally:
