@@ -1,5 +1,9 @@
 //! The manual: pages in Markdown, and look-ups in their tables. `zap help` prints both.
 
+pub(crate) mod example;
+
+mod recipes;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 

@@ -8,7 +8,11 @@ pub(crate) mod proxy;
 
 pub(crate) mod fault;
 
+pub(crate) mod get;
+
 pub(crate) mod link;
+
+pub(crate) mod paths;
 
 pub(crate) mod resolver;
 
@@ -16,7 +20,7 @@ pub(crate) mod pool;
 
 pub(crate) mod send;
 
-mod listing;
+pub(crate) mod listing;
 
 mod account;
 
@@ -42,7 +46,6 @@ use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::config;
-use crate::config::HEALTH_PATH;
 use crate::config::UsageMode;
 use crate::http1::headers::X_REQUEST_ID;
 use crate::policy::balance::Penalty;
@@ -63,6 +66,7 @@ use crate::upstream::counters::BackendLane;
 use crate::upstream::fault::Fault;
 use crate::upstream::in_flight::{Candidate, today};
 use crate::upstream::link::write_header;
+use crate::upstream::paths::{joined, models_path, targets};
 
 /// Headers of a health check beside a backend's own.
 const PROBE_HEADERS: &[(HeaderName, &str)] =
@@ -83,6 +87,8 @@ pub(crate) struct Upstream {
     heads: [Option<HeadStart>; Endpoint::COUNT],
     /// The head of a health check.
     probe: HeadStart,
+    /// The head of a request for the list of models; `None` if the backend serves chat only.
+    models: Option<HeadStart>,
     /// Names of the headers in [`head_start`](Self::head_start). The client's headers of these names are not sent.
     own_headers: Vec<HeaderName>,
     /// The value of `x-zap-backend`.
@@ -182,8 +188,6 @@ impl Upstream {
     ) -> Result<Self, String> {
         let name = conf.name.clone();
         let bad = |what: &str| format!("backend {name}: {what}");
-        let path =
-            |tail: &str| joined(&conf.url.path, tail).parse().map_err(|_| bad("its path is not valid"));
         let connector = Connector::new(&conf, roots).map_err(|e| bad(&e))?;
         let host = HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?;
         let key = conf.api_key.as_ref().map(|key| match &conf.auth_header {
@@ -198,15 +202,21 @@ impl Upstream {
         let targets = targets(&conf).map_err(bad)?;
         let origin = proxy::origin(&conf);
         own.extend(proxy::authorization(&conf));
-        let head = |target| HeadStart::new("POST", &origin, &target, &own);
-        let heads = targets.map(|target| target.map(head));
-        let mut probe = HeadStart::new("GET", &origin, &path(&conf.health_path)?, &own);
-        for (name, value) in PROBE_HEADERS {
-            if own.iter().all(|(known, _)| known != name) {
-                write_header(&mut probe.0, name, value.as_bytes());
+        let post = |target| HeadStart::new("POST", &origin, &target, &own);
+        let heads = targets.map(|target| target.map(post));
+        let get = |path: &str| -> Result<HeadStart, String> {
+            let target = path.parse().map_err(|_| bad("its path is not valid"))?;
+            let mut head = HeadStart::new("GET", &origin, &target, &own);
+            for (name, value) in PROBE_HEADERS {
+                if own.iter().all(|(known, _)| known != name) {
+                    write_header(&mut head.0, name, value.as_bytes());
+                }
             }
-        }
-        probe.0.extend_from_slice(b"connection: close\r\n\r\n");
+            head.0.extend_from_slice(b"connection: close\r\n\r\n");
+            Ok(head)
+        };
+        let probe = get(&joined(&conf.url.path, &conf.health_path))?;
+        let models = models_path(&conf).map(|path| get(&path)).transpose()?;
         let lanes = before.map(|b| b.lanes.clone());
         let same =
             before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.has_same_roots(&connector));
@@ -223,6 +233,7 @@ impl Upstream {
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
             heads,
             probe,
+            models,
             own_headers: own.into_iter().map(|(name, _)| name).collect(),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),
@@ -318,6 +329,11 @@ impl Upstream {
     /// The head of a health check.
     pub(crate) fn probe(&self) -> &[u8] {
         &self.probe.0
+    }
+
+    /// The head of a request for the list of models; `None` if the backend serves chat only.
+    pub(crate) fn models_request(&self) -> Option<&[u8]> {
+        self.models.as_ref().map(|head| &head.0[..])
     }
 
     /// The path of health checks, without the query: the query may hold a key.
@@ -419,31 +435,4 @@ fn quota_limits(conf: &config::Backend) -> QuotaLimits {
 /// not dropped.
 fn asks_for_usage(conf: &config::Backend) -> bool {
     conf.usage == UsageMode::Inject && !conf.drop_fields.iter().any(|field| **field == *STREAM_OPTIONS)
-}
-
-/// The request target of each endpoint. The base is the chat path without `/chat/completions`; a backend whose chat path
-/// ends differently serves chat only.
-fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'static str> {
-    let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
-    let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
-    let base = tail(Endpoint::Chat).and_then(|tail| chat.strip_suffix(tail));
-    let mut targets = [const { None }; Endpoint::COUNT];
-    for endpoint in Endpoint::ALL {
-        let path = match (endpoint, base, tail(endpoint)) {
-            (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
-            (_, Some(base), Some(tail)) => joined(&conf.url.path, &format!("{base}{tail}{query}")),
-            _ => continue,
-        };
-        targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
-    }
-    Ok(targets)
-}
-
-/// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result has
-/// it once: SDKs call `https://api.openai.com/v1` the base URL, so operators write it as `url`. The default health path
-/// is at the root, where inference engines serve it.
-fn joined(base: &str, path: &str) -> String {
-    let is_of_root = path.starts_with("/v1/") || path == HEALTH_PATH;
-    let base = base.strip_suffix("/v1").filter(|_| is_of_root).unwrap_or(base);
-    format!("{base}{path}")
 }

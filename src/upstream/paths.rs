@@ -1,0 +1,108 @@
+//! The paths of a backend: `url` with `chat_path`, `health_path` and the other endpoints.
+
+use http::Uri;
+
+use crate::config;
+use crate::config::{HEALTH_PATH, is_like_a_key};
+use crate::protocol::Endpoint;
+
+/// The request target of each endpoint. The base is the chat path without `/chat/completions`; a backend whose chat path
+/// ends differently serves chat only.
+pub(crate) fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'static str> {
+    let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
+    let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
+    let base = tail(Endpoint::Chat).and_then(|tail| chat.strip_suffix(tail));
+    let mut targets = [const { None }; Endpoint::COUNT];
+    for endpoint in Endpoint::ALL {
+        let path = match (endpoint, base, tail(endpoint)) {
+            (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
+            (_, Some(base), Some(tail)) => joined(&conf.url.path, &format!("{base}{tail}{query}")),
+            _ => continue,
+        };
+        targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
+    }
+    Ok(targets)
+}
+
+/// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result has
+/// it once: SDKs call `https://api.openai.com/v1` the base URL, so operators write it as `url`. The default health path
+/// is at the root, where inference engines serve it.
+pub(crate) fn joined(base: &str, path: &str) -> String {
+    let is_of_root = path.starts_with("/v1/") || path == HEALTH_PATH;
+    let base = base.strip_suffix("/v1").filter(|_| is_of_root).unwrap_or(base);
+    format!("{base}{path}")
+}
+
+/// The path of the list of models, which is next to the chat endpoint; `None` if the backend serves chat only.
+pub(crate) fn models_path(conf: &config::Backend) -> Option<String> {
+    let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
+    let base = chat.strip_suffix(Endpoint::Chat.api()?.tail)?;
+    Some(joined(&conf.url.path, &format!("{base}/models{query}")))
+}
+
+/// The whole URL of `path`, which is appended to that of the backend, for the operator: without the query, and without
+/// parts that look like keys.
+pub(crate) fn shown_url(conf: &config::Backend, path: &str) -> String {
+    let scheme = if conf.url.https { "https" } else { "http" };
+    let path = joined(&conf.url.path, path);
+    let path = path.split('?').next().unwrap_or_default();
+    let parts = path.split('/').map(|part| if is_like_a_key(part) { "***" } else { part });
+    format!("{scheme}://{}{}", conf.url.authority, parts.collect::<Vec<_>>().join("/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn urls_are_shown_without_queries_and_keys() {
+        for (url, more, chat, health, models) in [
+            (
+                "https://api.openai.com/v1",
+                "health_path = \"/v1/models\"",
+                "https://api.openai.com/v1/chat/completions",
+                "https://api.openai.com/v1/models",
+                Some("/v1/models"),
+            ),
+            (
+                "https://api.openai.com",
+                "",
+                "https://api.openai.com/v1/chat/completions",
+                "https://api.openai.com/health",
+                Some("/v1/models"),
+            ),
+            (
+                "http://a:8000/sk-CANARY",
+                "chat_path = \"/chat/completions?key=sk-CANARY\"",
+                "http://a:8000/***/chat/completions",
+                "http://a:8000/***/health",
+                Some("/sk-CANARY/models?key=sk-CANARY"),
+            ),
+            (
+                "http://a/openai",
+                "chat_path = \"/v1/chat/completions?v=1\"",
+                "http://a/openai/v1/chat/completions",
+                "http://a/openai/health",
+                Some("/openai/v1/models?v=1"),
+            ),
+            (
+                "http://a/api",
+                "chat_path = \"/chat/completions\"",
+                "http://a/api/chat/completions",
+                "http://a/api/health",
+                Some("/api/models"),
+            ),
+            ("http://a", "chat_path = \"/chat\"", "http://a/chat", "http://a/health", None),
+        ] {
+            let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n{more}\n");
+            let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+            let conf = &config.backends[0];
+            assert_eq!(shown_url(conf, &conf.chat_path), chat);
+            assert_eq!(shown_url(conf, &conf.health_path), health);
+            assert_eq!(models_path(conf).as_deref(), models);
+        }
+    }
+}
