@@ -95,6 +95,9 @@ fn not_a_key(key: &str, source: Source) -> Option<String> {
         _ if key.starts_with("os.environ/") => ("begins with `os.environ/`, as in litellm", VARIABLE),
         _ if key.starts_with("env.") || key.starts_with("process.env.") => ("begins with `env.`", VARIABLE),
         _ if key.starts_with("{{") => ("begins with `{{`, a template that was not filled in", VARIABLE),
+        _ if key.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("bearer ")) => {
+            ("begins with `Bearer`, which Zap adds", "must be the key alone")
+        }
         _ if key.starts_with('<') && key.ends_with('>') => ("is a placeholder in `<` and `>`", VARIABLE),
         _ if !key.is_empty() && key.chars().all(|c| c == '.' || c == '\u{2026}') => {
             ("is only dots", VARIABLE)

@@ -32,8 +32,9 @@ pub(super) fn must_be(more: &str) -> String {
 /// Reads `models` of a backend: a list of names, or a table from public names to the backend's own.
 pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
     let line = t.line_of("models");
+    let faults = t.sink().count();
     let entries = t.texts_or_pairs("models")?;
-    if entries.is_empty() {
+    if entries.is_empty() && t.sink().count() == faults {
         let what = "is empty; must be left out if the backend serves any model";
         t.fault(line.unwrap_or(t.line()), "models", what);
     }

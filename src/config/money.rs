@@ -196,7 +196,7 @@ mod tests {
                 "{ input = 1, outptu = 1, output = 1 }",
                 "f:4: unknown key `backends[0].prices.gpt-4o.outptu`; did you mean `output`?".to_owned(),
             ),
-            ("1", "f:4: `backends[0].prices.gpt-4o` is an integer; must be a table".to_owned()),
+            ("1", "f:4: `backends[0].prices.gpt-4o` is an integer; must be a table with `input`".to_owned()),
         ] {
             let read = backend(&format!("prices = {{ \"gpt-4o\" = {text} }}"));
             assert_eq!(read.unwrap_err(), expected, "{text}");

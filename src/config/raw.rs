@@ -2,7 +2,7 @@
 //! `[[backends]]`, `[models.NAME]` and `[[client_keys]]`.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     thread,
 };
 
@@ -155,7 +155,9 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         }
         let host = text.value.parse().ok();
         if host.is_none() {
-            t.invalid(&text, "must be an IPv4 address, an IPv6 address or \"localhost\"");
+            let has_port = text.value.parse::<SocketAddr>().is_ok();
+            let more = if has_port { "; the port belongs in `port`" } else { "" };
+            t.invalid(&text, &format!("must be an IPv4 address, an IPv6 address or \"localhost\"{more}"));
         }
         host
     });

@@ -13,6 +13,7 @@ pub(super) fn hint(kind: &str, written: &str, known: &[&str]) -> String {
     }
     match nearest(written, known) {
         Some(near) => format!("did you mean `{near}`?"),
+        None if known.len() == 1 => format!("must be `{}`", known.concat()),
         None => format!("must be one of `{}`", known.join("`, `")),
     }
 }

@@ -3,6 +3,7 @@
 use toml::de::Error;
 
 use crate::config::fault_sink::Sink;
+use crate::config::text::may_show;
 
 /// Records why the text is not TOML: one fault for a text in another format, else each error with its column.
 pub(super) fn record(sink: &Sink<'_>, errors: &[Error]) {
@@ -18,22 +19,65 @@ pub(super) fn record(sink: &Sink<'_>, errors: &[Error]) {
         sink.fault(line, format!("this looks like {format}; {what}"));
         return;
     }
+    let mut last = 0;
     for (error, (line, column)) in errors.iter().zip(places) {
-        let what = in_words(sink.text, line, error.message());
-        sink.fault(line, format!("syntax error at column {column}: {what}"));
+        // The parser stumbles more than once over most mistakes.
+        if line != last {
+            let written = sink.text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
+            let what = in_words(written.trim(), error.message());
+            sink.fault(line, format!("syntax error at column {column}: {what}"));
+        }
+        last = line;
     }
 }
 
-/// The message of the parser, with the fix for the most common mistake. Quotes nothing of the file.
-fn in_words(text: &str, line: usize, message: &str) -> String {
-    let written = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
-    let value = written.split_once('=').map_or("", |(_, value)| value.trim_start());
-    let is_unquoted = value.starts_with(|c: char| c.is_ascii_alphabetic() || c == '$' || c == '/');
-    // The parser repeats itself over several lines.
+/// What is wrong with a line, with the fix where the mistake is a common one; else the message of the parser. Shows
+/// nothing of the line but a key.
+fn in_words(line: &str, message: &str) -> String {
     let message = message.lines().next().unwrap_or_default();
-    match is_unquoted && !value.starts_with("true") && !value.starts_with("false") {
-        true => format!("{message}; a text needs quotes: `key = \"value\"`"),
-        false => message.to_owned(),
+    let (key, value) = line.split_once('=').map_or((line, ""), |(key, value)| (key.trim(), value.trim()));
+    let is_key = |key: &str| key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
+    let key = Some(key).filter(|key| is_key(key) && !key.is_empty() && may_show(key));
+    if message.starts_with("duplicate key") {
+        return match (line.starts_with('['), key) {
+            (true, _) => {
+                "duplicate key: this table is there already; must be once, with all its keys".to_owned()
+            }
+            (false, Some(key)) => format!("duplicate key `{key}`; must be set once in a table"),
+            (false, None) => "duplicate key; must be set once in a table".to_owned(),
+        };
+    }
+    if line.starts_with("//") || line.starts_with(';') || value.contains(" //") {
+        return "a comment begins with `#`".to_owned();
+    }
+    if is_of_yaml(line) || message.starts_with("missing assignment") {
+        return "a key and its value need `=` between them, not `:`".to_owned();
+    }
+    let key = key.unwrap_or("key");
+    let quoted = || format!("a text needs quotes: `{key} = \"…\"`");
+    match value.as_bytes() {
+        [] | [b'[' | b'{', ..] => message.to_owned(),
+        _ if value.eq_ignore_ascii_case("true") || value.eq_ignore_ascii_case("false") => {
+            "must be `true` or `false`, in small letters".to_owned()
+        }
+        _ if value.ends_with(';') => "`;` does not end a line in TOML; must be left out".to_owned(),
+        [b'$', ..] => format!("a text needs quotes, and a variable `${{…}}`: `{key} = \"${{NAME}}\"`"),
+        [b'0'..=b'9', ..] if value.matches('.').count() > 1 || value.contains([':', '/']) => quoted(),
+        [b'0'..=b'9', ..] if value.ends_with(|c: char| c.is_ascii_alphabetic()) => {
+            "a number has no unit; the name of the key has it: `_secs`, `_ms`, `_bytes`".to_owned()
+        }
+        [b'a'..=b'z' | b'A'..=b'Z' | b'/' | b'.', ..] => quoted(),
+        [b'"', ..] if value.contains('\\') => {
+            "a backslash in double quotes begins an escape; must be `\\\\`, or the text in single quotes"
+                .to_owned()
+        }
+        [b'"' | b'\'', ..] if message.starts_with("invalid ") => {
+            "the text is not closed; must end in the quote that it begins with".to_owned()
+        }
+        _ if value.starts_with(['\u{201c}', '\u{201d}', '\u{2018}', '\u{2019}']) => {
+            "the quotes are typographic; must be `\"` or `'`".to_owned()
+        }
+        _ => message.to_owned(),
     }
 }
 

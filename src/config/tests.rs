@@ -449,7 +449,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
             "2: `models.x.targets` is missing or empty; at least one `{ backend = \"name\", model \
              = \"name\" }` is required",
         ),
-        ("[models]\nx = 1", "2: `models.x` is an integer; must be a table"),
+        ("[models]\nx = 1", "2: `models.x` is an integer; must be a table with `targets`"),
         (
             "[models.x]\ntargets = [{ backend = \"b\" }]",
             "2: `models.x.targets[0].backend` is \"b\"; must be the name of a backend; did you \
@@ -763,7 +763,7 @@ fn no_backend_is_a_fault() {
     }
     let what = "is a table; must be an array of tables, `[[backends]]`";
     assert_eq!(faults("[backends]\nurl = 1"), [format!("config.toml:1: `backends` {what}")]);
-    let what = "`backends[0]` is an integer; must be a table";
+    let what = "`backends[0]` is an integer; must be a table, `{ key = value }`";
     assert_eq!(faults("backends = [1]"), [format!("config.toml:1: {what}")]);
 }
 

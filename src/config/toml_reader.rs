@@ -278,7 +278,7 @@ impl<'s, 'i> Section<'s, 'i> {
                     let at = Position { place, kind: self.kind_of(key), line };
                     results.push(self.child_at(at, table, &mut read));
                 }
-                other => self.wrong_element(line, &place, &other, "a table"),
+                other => self.wrong_element(line, &place, &other, "a table, `{ key = value }`"),
             }
         }
         Some(results)
@@ -311,7 +311,10 @@ impl<'s, 'i> Section<'s, 'i> {
                         results.push(self.child_at(at, table, |t| read(t, name)));
                     }
                 }
-                other => self.wrong_element(name.line, &name.place, &other, "a table"),
+                other => {
+                    let needed = format!("a table with `{}`", members.first().unwrap_or(&"keys"));
+                    self.wrong_element(name.line, &name.place, &other, &needed);
+                }
             }
         }
         results

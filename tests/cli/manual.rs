@@ -72,7 +72,7 @@ fn faults_of(text: &str) -> String {
 
 /// The keys that are allowed in the table that `header` opens; `None` if no such table is allowed.
 fn keys_of(header: &str) -> Option<Vec<String>> {
-    const UNKNOWN: &str = "qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq";
+    const UNKNOWN: &str = "qqqqqqqqqqqqqqqqqqqq";
     let faults = faults_of(&format!("{header}{UNKNOWN} = 1\n"));
     let (_, rest) = faults.split_once(&format!("{UNKNOWN}`; must be one of "))?;
     let list = rest.lines().next().unwrap();
