@@ -74,7 +74,7 @@ fn faults_of(text: &str) -> String {
 fn keys_of(header: &str) -> Option<Vec<String>> {
     const UNKNOWN: &str = "qqqqqqqqqqqqqqqqqqqq";
     let faults = faults_of(&format!("{header}{UNKNOWN} = 1\n"));
-    let (_, rest) = faults.split_once(&format!("{UNKNOWN}`; must be one of "))?;
+    let (_, rest) = faults.split_once(&format!("{UNKNOWN}`; must be "))?;
     let list = rest.lines().next().unwrap();
     Some(list.split('`').skip(1).step_by(2).map(str::to_owned).collect())
 }
