@@ -28,7 +28,11 @@ pub(super) fn base_url(t: &mut Section<'_, '_>) -> Option<BaseUrl> {
             Some(url)
         }
         Err(what) => {
-            t.fault_of(&text, &without_scheme(&text).unwrap_or_else(|| what.to_owned()));
+            let shown = || match text.shown().filter(|_| !text.is_variable()) {
+                Some(shown) => format!("is {shown}, which {what}"),
+                None => what.to_owned(),
+            };
+            t.fault_of(&text, &without_scheme(&text).unwrap_or_else(shown));
             None
         }
     }

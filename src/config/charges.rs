@@ -5,6 +5,7 @@
 //! a file stays valid if a backend is drained and then gets its weight back.
 
 use crate::config::fault_sink::Sink;
+use crate::config::text::shown_name;
 use crate::config::{Backend, ClientKey, Config, UsageMode};
 use crate::policy::balance::BackendId;
 use crate::policy::route::{CATCH_ALL, Named, Pattern};
@@ -29,12 +30,12 @@ pub(super) fn check(sink: &Sink<'_>, config: &Config, lines: &Lines) {
     for (id, (backend, at)) in config.backends.iter().zip(&lines.backends).enumerate() {
         let ways = ways(id, backend, &config.routes);
         if backend.budget.is_some() {
-            let owner = format!("`backends[{id}].budget` of `{}`", backend.name);
+            let owner = format!("`backends[{id}].budget` of `{}`", shown_name(&backend.name));
             check_prices(sink, at.budget, &owner, (id, backend), sent(&ways, None));
         }
         for (index, (client, line)) in config.clients.iter().zip(&lines.client_budgets).enumerate() {
             if client.budget.is_some() {
-                let owner = format!("`client_keys[{index}].budget` of `{}`", client.name);
+                let owner = format!("`client_keys[{index}].budget` of `{}`", shown_name(&client.name));
                 check_prices(sink, *line, &owner, (id, backend), sent(&ways, client.models.as_deref()));
             }
         }
@@ -43,7 +44,7 @@ pub(super) fn check(sink: &Sink<'_>, config: &Config, lines: &Lines) {
             let what = format!(
                 "`backends[{id}].usage` of `{}` is \"off\", but its answers are counted by {}; \
                  must be \"auto\", \"inject\" or \"passive\"",
-                backend.name,
+                shown_name(&backend.name),
                 needs.join(", ")
             );
             sink.fault(at.usage, what);
@@ -102,11 +103,12 @@ fn check_prices(
         }
     }
     if !missing.is_empty() {
-        let missing: Vec<String> = missing.iter().map(|names| format!("{:?}", names.text())).collect();
+        let missing: Vec<String> =
+            missing.iter().map(|names| format!("{:?}", shown_name(&names.text()))).collect();
         let what = format!(
             "{owner} may be charged for models of the backend `{0}` that have no price: {1}; \
              each must have a price in `backends[{id}].prices`; the name `\"*\"` there is for all others",
-            backend.name,
+            shown_name(&backend.name),
             missing.join(", ")
         );
         sink.fault(line, what);
@@ -134,7 +136,7 @@ fn needs(id: BackendId, config: &Config, ways: &[Way]) -> Vec<String> {
         let keys =
             [("tokens_per_minute", client.tokens_per_minute.is_some()), ("budget", client.budget.is_some())];
         for (key, _) in keys.into_iter().filter(|(_, is_set)| *is_set) {
-            needs.push(format!("`client_keys[{index}].{key}` of `{}`", client.name));
+            needs.push(format!("`client_keys[{index}].{key}` of `{}`", shown_name(&client.name)));
         }
     }
     needs

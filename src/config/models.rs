@@ -2,7 +2,7 @@
 
 use crate::config::Backend;
 use crate::config::common::{PRIORITY, WEIGHT};
-use crate::config::text::Text;
+use crate::config::text::{Text, shown_name};
 use crate::config::toml_reader::Section;
 use crate::policy::near::nearest;
 use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
@@ -112,7 +112,7 @@ fn target(t: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Opt
     let name = name?;
     let Some(backend) = backends.iter().position(|b| b.name == name.value) else {
         if all_known {
-            let names = backends.iter().map(|b| b.name.as_str());
+            let names = backends.iter().map(|b| shown_name(&b.name));
             let allowed = match nearest(&name.value, names.clone(), 1).first() {
                 Some(near) => format!("must be the name of a backend; did you mean `{near}`?"),
                 None => {

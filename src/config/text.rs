@@ -73,6 +73,11 @@ pub(crate) fn is_like_a_key(text: &str) -> bool {
         || text.split(|c: char| !c.is_ascii_alphanumeric()).any(is_random)
 }
 
+/// A name in a message, or a stand-in if a message may not show it.
+pub(super) fn shown_name(text: &str) -> &str {
+    if may_show(text) { text } else { "<name>" }
+}
+
 /// One part of a place, as TOML writes it: in quotes if it is not a bare key. `None` if a message may not show it.
 pub(crate) fn key_name(text: &str) -> Option<String> {
     let is_bare = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';

@@ -220,7 +220,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ),
     (
         "[[backends]]\nurl = \"http://a:port\"\nweight = 1\n",
-        "2: `backends[0].url` has no valid port; must be from 1 to 65535",
+        "2: `backends[0].url` is \"http://a:port\", which has no valid port; must be from 1 to 65535",
     ),
     (
         "{B}api_key = \"$OPENAI_API_KEY\"\n",
