@@ -8,6 +8,7 @@ use crate::policy::near::nearest;
 const HEAD: &str = "\
 # Zap's configuration. `zap check` validates it, `zap check --live` asks each backend, `zap` serves it.
 # config.example.toml and `zap help configuration` have every key; `zap help KEY` explains one.
+# Names of models change: `zap check --live` says whether a backend lists those of this file.
 
 [server]
 host = \"127.0.0.1\"    # for this machine only; \"0.0.0.0\" for all: then add [[client_keys]], or anybody spends your keys
