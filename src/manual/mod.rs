@@ -113,7 +113,10 @@ fn unknown(word: &str, entries: &[Entry]) -> String {
     // A key may be asked for without its section.
     let keys = names.clone().filter_map(|name| name.rsplit('.').next());
     let known: BTreeSet<&str> = TOPICS.iter().map(|topic| topic.name).chain(names).chain(keys).collect();
-    let near = nearest(word, known.into_iter(), 3);
+    // Only so many words are compared: first those with the same beginning.
+    let begins = |known: &&str| known.chars().next() == word.chars().next();
+    let (likely, others): (Vec<&str>, Vec<&str>) = known.into_iter().partition(begins);
+    let near = nearest(word, likely.into_iter().chain(others), 3);
     let hint = match near.is_empty() {
         true => String::new(),
         false => format!("; did you mean {}?", near.join(", ")),
