@@ -113,17 +113,47 @@ fn a_live_check_says_what_each_backend_answered() {
             1,
         ),
         (closed, "", "failed: connection refused", "not asked", 1),
+        (good, "health = { enabled = false }", "off", "HTTP 200, 2 models", 0),
+        (
+            good,
+            "health = { path = \"/healthz\" }",
+            "HTTP 404, up, but it has no such path; set `health_path`",
+            "HTTP 200, 2 models",
+            0,
+        ),
+        (closed, "health = { enabled = false }", "off", "failed: connection refused", 1),
     ] {
         let (lines, status) = live(&format!("{}{more}\n", config(address, "")));
         let path = if more.contains("healthz") { "/healthz" } else { "/health" };
-        let expected = [
-            "a".to_owned(),
-            format!("health  http://{address}{path}: {health}"),
-            format!("models  {models}"),
-            format!("{code} of 1 backends failed"),
-        ];
+        let health = match health {
+            "off" => "health  not asked, since `health.enabled` is false".to_owned(),
+            health => format!("health  http://{address}{path}: {health}"),
+        };
+        let expected =
+            ["a".to_owned(), health, format!("models  {models}"), format!("{code} of 1 backends failed")];
         assert_eq!((lines, status), (expected.to_vec(), Some(code)), "{more}");
     }
+}
+
+#[test]
+fn a_live_check_asks_through_the_proxy() {
+    let proxy = models_provider(&[
+        ("http://provider.test/v1/models", "200 OK\n[{\"id\":\"a\"}]"),
+        ("http://provider.test/health", "200 OK\nok"),
+        ("http://closed.test/health", "407 X\nno"),
+    ]);
+    let backend = |host: &str| {
+        format!(
+            "[[backends]]\nname = \"a\"\nurl = \"http://{host}\"\nweight = 1\napi_key = \"sk-CANARY\"\n\
+             proxy = \"http://{proxy}\"\n"
+        )
+    };
+    let (lines, status) = live(&backend("provider.test"));
+    assert_eq!((&*lines[1], status), ("health  http://provider.test/health: HTTP 200, up", Some(0)));
+    assert_eq!(lines[2], "models  HTTP 200, 1 model");
+    let (lines, status) = live(&backend("closed.test"));
+    assert_eq!(status, Some(1));
+    assert!(lines[1].starts_with("health  http://closed.test/health: failed: proxy"), "{lines:?}");
 }
 
 #[test]
@@ -149,14 +179,16 @@ fn check_prints_the_urls_of_each_backend_without_query_and_key() {
     let text = "[server]\nhost = \"127.0.0.1\"\n\
         [[backends]]\nname = \"a\"\nurl = \"https://api.example.com/v1\"\nweight = 1\napi_key = \"sk-CANARY\"\n\
         health_path = \"/v1/models?key=sk-CANARY\"\n\
-        [[backends]]\nname = \"b\"\nurl = \"http://b:1/sk-CANARY/x\"\nweight = 1\nchat_path = \"/chat?v=1\"\n";
+        [[backends]]\nname = \"b\"\nurl = \"http://b:1/sk-CANARY/x\"\nweight = 1\nchat_path = \"/chat?v=1\"\n\
+        [[backends]]\nname = \"c\"\nurl = \"http://c\"\nweight = 1\nhealth = { enabled = false }\n";
     let file = File::new("urls", text);
     let output = run(&["check", "--config", file.path()]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let out = String::from_utf8(output.stdout).unwrap();
-    let expected = "valid, 2 backends\n  a\n    chat    https://api.example.com/v1/chat/completions\n    \
+    let expected = "valid, 3 backends\n  a\n    chat    https://api.example.com/v1/chat/completions\n    \
         health  https://api.example.com/v1/models\n  b\n    chat    http://b:1/***/x/chat\n    \
-        health  http://b:1/***/x/health\n";
+        health  http://b:1/***/x/health\n  c\n    chat    http://c/v1/chat/completions\n    \
+        health  not checked, since `health.enabled` is false\n";
     assert_eq!(out.split_once(": ").unwrap().1, expected);
 }
 

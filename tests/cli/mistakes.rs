@@ -379,6 +379,101 @@ const MISTAKES: &[(&str, &str)] = &[
          each must have a price in `backends[0].prices`; the name `\"*\"` there is for all others",
     ),
     (
+        "{B}proxy = \"socks5://proxy:1080\"\n",
+        "4: `backends[0].proxy` is \"socks5://proxy:1080\", which names a kind of proxy that Zap does not speak \
+         to; must be \"none\", or `http://`, a host, an optional port and an optional `user:password@`",
+    ),
+    (
+        "{B}proxy = \"https://proxy:3128\"\n",
+        "4: `backends[0].proxy` is \"https://proxy:3128\", which begins with `https://`, but Zap speaks plain \
+         HTTP to a proxy; must be \"none\", or `http://`, a host, an optional port and an optional \
+         `user:password@`",
+    ),
+    (
+        "{B}proxy = \"http://user:sk-CANARY%@proxy:3128\"\n",
+        "4: `backends[0].proxy` has a user or a password that is not valid; must be \"none\", or `http://`, a \
+         host, an optional port and an optional `user:password@`",
+    ),
+    (
+        "{B}proxy = \"http://${PROXY_HOST}:3128\"\n",
+        "4: `backends[0].proxy` uses the environment variable `PROXY_HOST`, which is unset or empty; must be set, \
+         or have a default: `${PROXY_HOST:-default}`",
+    ),
+    (
+        "{B}proxy = \"\"\n",
+        "4: `backends[0].proxy` is \"\", which is not valid; must be \"none\", or `http://`, a host, an optional \
+         port and an optional `user:password@`",
+    ),
+    ("{B}proxy = false\n", "4: `backends[0].proxy` is a boolean; must be a string, in quotes"),
+    (
+        "{B}http_proxy = \"http://proxy:3128\"\n",
+        "4: unknown key `backends[0].http_proxy`; did you mean `proxy`?",
+    ),
+    (
+        "{B}forward_headers = [\"X-Title\", \"Authorization\"]\n",
+        "4: `backends[0].forward_headers[1]` is \"Authorization\"; must be the name of a header, with or without \
+         a `*` at its end, and not a credential, a cookie, a hop-by-hop header or a header that Zap sets itself",
+    ),
+    (
+        "{B}forward_headers = \"X-Title\"\n",
+        "4: `backends[0].forward_headers` is a string; must be an array of strings, such as `[\"a\", \"b\"]`",
+    ),
+    (
+        "{B}drop_headers = [\"*\"]\n",
+        "4: `backends[0].drop_headers[0]` is \"*\"; must be the name of a header, with or without a `*` at its \
+         end, and not a credential, a cookie, a hop-by-hop header or a header that Zap sets itself",
+    ),
+    (
+        "[[backends]]\nurl = \"https://a\"\nweight = 1\nclient_cert = \"a.pem\"\n",
+        "4: `backends[0].client_cert` is set without `client_key`; both must be set, or none",
+    ),
+    (
+        "[[backends]]\nurl = \"https://a\"\nweight = 1\ncert = \"a.pem\"\nkey_file = \"a.key\"\n",
+        "4: unknown key `backends[0].cert`; did you mean `client_cert`?\n5: unknown key `backends[0].key_file`; \
+         did you mean `client_key`?",
+    ),
+    (
+        "{B}client_cert = \"a.pem\"\nclient_key = \"a.key\"\n",
+        "4: `backends[0].client_cert` is set, but `url` has no TLS; must be set with `https://` or not at all\n4: \
+         `backends[0].client_cert` cannot be read (no such file); must be a readable file, relative to the \
+         directory of the configuration\n5: `backends[0].client_key` cannot be read (no such file); must be a \
+         readable file, relative to the directory of the configuration",
+    ),
+    (
+        "{B}server_name = \"b\"\n",
+        "4: `backends[0].server_name` is set, but `url` has no TLS; must be set with `https://` or not at all",
+    ),
+    (
+        "[[backends]]\nurl = \"https://a\"\nweight = 1\nserver_name = \"https://b\"\n",
+        "4: `backends[0].server_name` is \"https://b\"; must be a host name, or an IP address without brackets",
+    ),
+    (
+        "{B}health_path = \"/health\"\nhealth = { path = \"/healthz\" }\n",
+        "4: `backends[0].health_path` is set and `health.path` too; must be only one of the two",
+    ),
+    ("{B}health = \"/healthz\"\n", "4: `backends[0].health` is a string; must be a table, `health = { … }`"),
+    (
+        "{B}health = { interval = 5 }\n",
+        "4: unknown key `backends[0].health.interval`; did you mean `interval_secs`?",
+    ),
+    (
+        "{B}health = { timeout_secs = 5 }\n",
+        "4: unknown key `backends[0].health.timeout_secs`; it belongs in `[health]`, for all backends",
+    ),
+    (
+        "{B}[backends.health]\nenabled = \"no\"\n",
+        "5: `backends[0].health.enabled` is the string \"no\"; must be `true` or `false`, without quotes",
+    ),
+    (
+        "[health]\nenabled = false\n{B}",
+        "2: unknown key `health.enabled`; it is `health = { enabled = false }` in a `[[backends]]` table",
+    ),
+    (
+        "models_from = \"backend\"\n{B}",
+        "1: `models_from` is \"backend\"; must be one of \"backends\", \"config\"",
+    ),
+    ("models_from = [\"openai\"]\n{B}", "1: `models_from` is an array; must be a string, in quotes"),
+    (
         "[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n",
         "6: `backends[1].name` repeats the name at line 2; each backend must have its own name",
     ),
