@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use bytes::Bytes;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap,
-    HeaderName, HeaderValue, USER_AGENT,
+    HeaderName, HeaderValue, UPGRADE, USER_AGENT,
 };
 use smallvec::SmallVec;
 
@@ -156,6 +156,15 @@ fn remove(upstream: &mut HeaderMap, mut removed: SmallVec<[HeaderName; 4]>) {
     for name in &removed {
         upstream.remove(name);
     }
+}
+
+/// Whether a request asks for a WebSocket (RFC 6455, section 4.1), provided that it is a GET. Codex tries a WebSocket first.
+pub(crate) fn wants_websocket(headers: &HeaderMap) -> bool {
+    let is_named = |value: &HeaderValue| {
+        let mut names = value.as_bytes().split(|b| *b == b',');
+        names.any(|name| name.trim_ascii().eq_ignore_ascii_case(b"websocket"))
+    };
+    headers.get_all(UPGRADE).iter().any(is_named)
 }
 
 /// Whether the body of a message has a content coding.
