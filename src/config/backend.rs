@@ -22,6 +22,7 @@ use crate::config::toml_reader::Section;
 use crate::config::url::is_path;
 use crate::config::{Backend, BackendHealth, UsageMode};
 use crate::json::members::same_but_for_case;
+use crate::protocol::endpoint::Protocol;
 
 /// The default `health_path`.
 pub(crate) const HEALTH_PATH: &str = "/health";
@@ -32,6 +33,7 @@ const USAGE_MODES: [(&str, UsageMode); 4] = [
     ("passive", UsageMode::Passive),
     ("off", UsageMode::Off),
 ];
+const PROTOCOLS: [(&str, Protocol); 2] = [("openai", Protocol::OpenAi), ("anthropic", Protocol::Anthropic)];
 /// Members that are never dropped.
 const REQUIRED_FIELDS: [&str; 3] = ["messages", "model", "stream"];
 /// Headers that the operator may not set: those that Zap sets itself, hop-by-hop headers and proxy headers.
@@ -148,6 +150,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let usage = t.choice("usage", UsageMode::Auto, &USAGE_MODES);
     let prices = prices(t);
     let budget = budget(t);
+    let protocols = protocols(t);
     let forward_line = t.line_of("forward_authorization");
     let forward_authorization = t.boolean("forward_authorization", false);
     if forward_authorization && inline_key.is_some() {
@@ -183,6 +186,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             usage,
             prices,
             budget,
+            protocols,
             forward_authorization,
         },
     })
@@ -268,6 +272,27 @@ fn extra_headers(t: &mut Section<'_, '_>, key_header: Option<&HeaderName>) -> Ve
         }
     }
     headers
+}
+
+/// Reads the protocols that the backend speaks.
+fn protocols(t: &mut Section<'_, '_>) -> Vec<Protocol> {
+    let line = t.line_of("protocols").unwrap_or(t.line());
+    let Some(texts) = t.texts("protocols") else { return vec![Protocol::OpenAi] };
+    if texts.is_empty() {
+        let what = "is empty; must have \"openai\", \"anthropic\" or both";
+        t.fault(line, "protocols", what);
+    }
+    let mut protocols = Vec::new();
+    for text in texts {
+        match PROTOCOLS.iter().find(|(word, _)| *word == text.value) {
+            Some((_, protocol)) if !protocols.contains(protocol) => protocols.push(*protocol),
+            Some(_) => {}
+            None => {
+                t.invalid(&text, "must be one of \"openai\", \"anthropic\"");
+            }
+        }
+    }
+    protocols
 }
 
 /// Reads the names of the top-level members that this backend does not accept.

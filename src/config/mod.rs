@@ -67,6 +67,7 @@ pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
 use crate::policy::route::{Named, Pattern, Rule};
 use crate::policy::spend::Period;
+use crate::protocol::endpoint::Protocol;
 
 /// The whole configuration; every value is within its range.
 #[derive(Clone, Debug)]
@@ -308,6 +309,8 @@ pub struct Backend {
     pub prices: Vec<(String, [u64; 4])>,
     /// Most that this backend may cost; every model that it may be sent has a price.
     pub budget: Option<Budget>,
+    /// Protocols that the backend speaks: at least one, each once.
+    pub protocols: Vec<Protocol>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
 }

@@ -114,6 +114,7 @@ models = ["m-1", "m-*"]
 url = "http://b"
 weight = 1
 forward_authorization = true
+protocols = ["anthropic", "openai", "anthropic"]
 "#;
 
 fn env(name: &str) -> Option<String> {
@@ -248,6 +249,7 @@ fn keys_that_are_not_set_have_their_defaults() {
         usage: UsageMode::Auto,
         prices: vec![],
         budget: None,
+        protocols: vec![Protocol::OpenAi],
         forward_authorization: false,
     };
     assert_eq!(c.backends, [backend]);
@@ -336,6 +338,7 @@ fn every_key_is_read() {
     assert_eq!(c.backends[1].url.authority, "[::1]:9000");
     assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
     assert!(c.backends[2].forward_authorization);
+    assert_eq!(c.backends[2].protocols, [Protocol::Anthropic, Protocol::OpenAi]);
     let modes: Vec<_> = c.backends.iter().map(|b| b.usage).collect();
     assert_eq!(modes, [UsageMode::Inject, UsageMode::Auto, UsageMode::Auto]);
     let prices = [
@@ -720,6 +723,15 @@ fn faults_of_backends_name_the_line_and_never_show_a_secret() {
         (
             "default_model = \"\"",
             "`backends[0].default_model` is \"\"; must be 1 to 256 bytes without control characters",
+        ),
+        ("protocols = []", "`backends[0].protocols` is empty; must have \"openai\", \"anthropic\" or both"),
+        (
+            "protocols = [\"gemini\"]",
+            "`backends[0].protocols[0]` is \"gemini\"; must be one of \"openai\", \"anthropic\"",
+        ),
+        (
+            "protocols = \"anthropic\"",
+            "`backends[0].protocols` is a string; must be an array of strings, such as `[\"a\", \"b\"]`",
         ),
         (
             "forward_authorization = true\napi_key = \"sk-CANARY\"",

@@ -319,7 +319,7 @@ impl Gateway {
     ///
     /// # Errors
     /// [`GatewayError::ModelNotFound`] or [`GatewayError::MissingModel`] if there is no route or the client may not use
-    /// it.
+    /// it; [`GatewayError::NotSpoken`] if no target of the route speaks the endpoint's protocol.
     fn ask<'c>(
         &self,
         snapshot: &Snapshot,
@@ -342,6 +342,10 @@ impl Gateway {
         });
         let route = Some(()).filter(|()| is_allowed).and_then(|()| snapshot.table().find(model, whole));
         let route = route.ok_or_else(not_found)?;
+        let protocol = record.endpoint.protocol();
+        if !snapshot.speaks(route, protocol) {
+            return Err(GatewayError::NotSpoken(protocol.name()));
+        }
         let affinity = if snapshot.config.strategy == Strategy::PrefixHash {
             chat.affinity(headers.get(X_ZAP_SESSION), model, snapshot.config.prefix_bytes)
         } else {

@@ -16,7 +16,7 @@ use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
 use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
-use crate::http1::headers::ResponseFacts;
+use crate::http1::headers::{Passing, ResponseFacts};
 use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
@@ -211,8 +211,9 @@ impl Attempts<'_> {
         let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
         head.extend_from_slice(begin);
-        let (authorization, rules) = (upstream.conf.forward_authorization, &upstream.conf.header_rules);
-        headers::to_backend(self.headers, authorization, rules, |name, value| {
+        let (conf, more) = (&upstream.conf, self.ask.endpoint.protocol().headers());
+        let passing = Passing { authorization: conf.forward_authorization, more };
+        headers::to_backend(self.headers, passing, &conf.header_rules, |name, value| {
             if !upstream.has_own_header(name) {
                 write_header(&mut head, name, value.as_bytes());
             }

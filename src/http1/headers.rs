@@ -79,14 +79,22 @@ fn is_json(content_type: &HeaderValue) -> bool {
     ends_with(b"/json") || ends_with(b"+json")
 }
 
+/// The headers of a client that pass to a backend beside the standard list.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Passing {
+    /// `Authorization`, and the account headers that belong to it.
+    pub authorization: bool,
+    /// Further names, in lower case.
+    pub more: &'static [&'static str],
+}
+
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
 ///
-/// `forward_authorization` also allows the client's `Authorization` and the account headers that belong to it; `rules`
-/// allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not even allowed
-/// ones.
+/// `rules` allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not even
+/// allowed ones.
 pub(crate) fn to_backend(
     client: &HeaderMap,
-    forward_authorization: bool,
+    passing: Passing,
     rules: &HeaderRules,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) {
@@ -101,11 +109,9 @@ pub(crate) fn to_backend(
     let (mut has_accept, mut has_user_agent) = (false, false);
     for (name, value) in client {
         let is_allowed = match name.as_str() {
-            "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
-                true
-            }
-            "authorization" | "openai-organization" | "openai-project" => forward_authorization,
-            other => other.starts_with("x-stainless-"),
+            "accept" | "idempotency-key" | "traceparent" | "tracestate" | "user-agent" => true,
+            "authorization" | "openai-organization" | "openai-project" => passing.authorization,
+            other => other.starts_with("x-stainless-") || passing.more.contains(&other),
         };
         let is_allowed = (is_allowed || rules.forwards(name.as_str())) && !rules.drops(name.as_str());
         if is_allowed && !is_nominated(name) {
@@ -332,7 +338,9 @@ mod tests {
             ("x-other", "no"),
         ]);
         let mut to = HeaderMap::new();
-        to_backend(&client, false, &HeaderRules::default(), |name, value| {
+        let (passing, rules) =
+            (Passing { more: &["openai-beta"], ..Passing::default() }, HeaderRules::default());
+        to_backend(&client, passing, &rules, |name, value| {
             to.append(name, value.clone());
         });
         let want = map(&[
@@ -347,7 +355,8 @@ mod tests {
         ]);
         assert_eq!(to, want);
         let mut forwarded = HeaderMap::new();
-        to_backend(&client, true, &HeaderRules::default(), |name, value| {
+        let passing = Passing { authorization: true, ..Passing::default() };
+        to_backend(&client, passing, &rules, |name, value| {
             forwarded.append(name, value.clone());
         });
         assert_eq!(forwarded["authorization"], "Bearer client");
@@ -359,7 +368,8 @@ mod tests {
     fn connection_may_nominate_the_credential() {
         let client = map(&[("authorization", "Bearer client"), ("connection", "Authorization")]);
         let mut to = HeaderMap::new();
-        to_backend(&client, true, &HeaderRules::default(), |name, value| {
+        let passing = Passing { authorization: true, ..Passing::default() };
+        to_backend(&client, passing, &HeaderRules::default(), |name, value| {
             to.append(name, value.clone());
         });
         assert!(!to.contains_key("authorization"));

@@ -91,7 +91,7 @@ pub(crate) struct Api {
 /// and what an error looks like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub(crate) enum Protocol {
+pub enum Protocol {
     #[default]
     OpenAi,
     Anthropic,
@@ -218,6 +218,24 @@ const TABLE: [Row; Endpoint::COUNT] = [
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
     Row::page(Endpoint::Usage, "usage", &["/usage"], Page::Usage),
 ];
+
+impl Protocol {
+    /// The name of its API, for messages.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Protocol::OpenAi => "OpenAI",
+            Protocol::Anthropic => "Anthropic",
+        }
+    }
+
+    /// The headers of a client that belong to the protocol and pass to the backend, in lower case.
+    pub(crate) fn headers(self) -> &'static [&'static str] {
+        match self {
+            Protocol::OpenAi => &["openai-beta"],
+            Protocol::Anthropic => &["anthropic-beta", "anthropic-version"],
+        }
+    }
+}
 
 impl Api {
     /// Creates an endpoint whose requests are JSON and must name a model.

@@ -17,6 +17,7 @@ use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
 use crate::policy::ratio::Demand;
 use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
 use crate::protocol::Endpoint;
+use crate::protocol::endpoint::Protocol;
 use crate::protocol::request_limits;
 use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
@@ -53,8 +54,10 @@ struct Routing {
     /// `drops[backend][index]`: whether member `index` of `watch` is not sent to the backend.
     drops: Box<[Box<[bool]>]>,
     sets: Vec<TargetSet>,
-    /// For each route: the index of its set for chat, and for the other endpoints.
-    set_of: Vec<[usize; 2]>,
+    /// The class of each endpoint: endpoints of one class are served by the same backends.
+    class_of: [usize; Endpoint::COUNT],
+    /// For each route, and each class of endpoints: the index of its set.
+    set_of: Vec<Box<[usize]>>,
     /// For each route and each index of a schedule: a cursor for each endpoint. Endpoints that share a cursor would skip
     /// targets.
     cursors: Vec<Box<[EndpointCursors]>>,
@@ -176,6 +179,12 @@ impl Snapshot {
         &self.backends[target.backend]
     }
 
+    /// Whether a target of a route speaks a protocol, though it may be drained or down.
+    pub(crate) fn speaks(&self, route: RouteId, protocol: Protocol) -> bool {
+        let targets = &self.routing.table.route(route).targets;
+        targets.iter().any(|target| self.upstream(target).conf.protocols.contains(&protocol))
+    }
+
     /// The numbers of failures and successes that change a backend's state.
     pub(crate) fn thresholds(&self) -> Thresholds {
         let health = &self.config.health;
@@ -231,8 +240,7 @@ impl Snapshot {
     }
 
     fn rotations_of(&self, ask: &Ask<'_>) -> &RotationSet {
-        let class = usize::from(ask.endpoint != Endpoint::Chat);
-        &self.rotations[self.routing.set_of[ask.route][class]]
+        &self.rotations[self.routing.set_of[ask.route][self.routing.class_of[ask.endpoint as usize]]]
     }
 
     /// A schedule, with the cursor of its `index` for the route and the endpoint of `ask`.
@@ -380,33 +388,54 @@ impl Routing {
                 sets.len() - 1
             })
         };
-        let set_of = table.routes().iter().map(|route| {
-            [false, true]
-                .map(|others| intern(TargetSet::new(route, |t| !others || backends[t.backend].serves_all())))
-        });
-        let set_of: Vec<[usize; 2]> = set_of.collect();
-        let sets_of = |routing: &Routing, route: RouteId| {
-            Some(routing.set_of.get(route)?.map(|set| routing.sets[set].clone()))
+        let (class_of, classes) = classes(backends);
+        let sets_of_route = |route| {
+            classes.iter().map(|serves| intern(TargetSet::new(route, |t| serves[t.backend]))).collect()
         };
+        let set_of = table.routes().iter().map(sets_of_route).collect();
         let limits_clients =
             limits_tokens || config.clients.iter().any(|client| client.max_in_flight.is_some());
+        let cursors = Vec::new();
         let mut routing =
-            Routing { table, watch, limits_tokens, limits_clients, drops, sets, set_of, cursors: Vec::new() };
+            Routing { table, watch, limits_tokens, limits_clients, drops, sets, class_of, set_of, cursors };
         let cursors = |route: RouteId| {
-            let counts = routing.set_of[route].map(|set| routing.sets[set].schedule_count());
-            let known = before.filter(|b| sets_of(b, route) == sets_of(&routing, route));
+            let counts = routing.set_of[route].iter().map(|set| routing.sets[*set].schedule_count());
+            let known = before.filter(|b| {
+                Endpoint::ALL.iter().all(|endpoint| b.set(route, *endpoint) == routing.set(route, *endpoint))
+            });
             let cursor = |index: usize, endpoint: usize| {
                 let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][index][endpoint]));
                 let start = if routing.table.is_by_name(route) { route + endpoint } else { endpoint };
                 resumed.unwrap_or_else(|| Cursor::starting_at(start as u64))
             };
-            (0..counts[0].max(counts[1]))
+            (0..counts.max().unwrap_or(0))
                 .map(|index| std::array::from_fn(|endpoint| cursor(index, endpoint)))
                 .collect()
         };
         routing.cursors = (0..routing.set_of.len()).map(cursors).collect();
         routing
     }
+
+    /// The targets of a route for an endpoint; `None` if there is no such route.
+    fn set(&self, route: RouteId, endpoint: Endpoint) -> Option<&TargetSet> {
+        Some(&self.sets[self.set_of.get(route)?[self.class_of[endpoint as usize]]])
+    }
+}
+
+/// The class of each endpoint, and for each class which backends serve its endpoints. Endpoints that no backend ever serves
+/// are in the first class.
+fn classes(backends: &[Arc<Upstream>]) -> ([usize; Endpoint::COUNT], Vec<Vec<bool>>) {
+    let mut classes = Vec::new();
+    let mut class_of = [0; Endpoint::COUNT];
+    for endpoint in Endpoint::ALL.into_iter().filter(|endpoint| endpoint.api().is_some()) {
+        let serves: Vec<bool> = backends.iter().map(|b| b.serves(endpoint)).collect();
+        class_of[endpoint as usize] =
+            classes.iter().position(|known| *known == serves).unwrap_or(classes.len());
+        if class_of[endpoint as usize] == classes.len() {
+            classes.push(serves);
+        }
+    }
+    (class_of, classes)
 }
 
 /// Prepares the fleet of a configuration. It shares state with the fleet `before`, which does not change. The function

@@ -6,20 +6,20 @@ use crate::config;
 use crate::config::{HEALTH_PATH, is_like_a_key};
 use crate::protocol::Endpoint;
 
-/// The request target of each endpoint. The base is the chat path without `/chat/completions`; a backend whose chat path
-/// ends differently serves chat only.
-pub(crate) fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'static str> {
+/// The endpoints that a backend serves, with their request targets. The base is the chat path without
+/// `/chat/completions`; a backend whose chat path ends differently serves chat only.
+pub(crate) fn targets(conf: &config::Backend) -> Result<Vec<(Endpoint, Uri)>, &'static str> {
     let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
-    let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
-    let base = tail(Endpoint::Chat).and_then(|tail| chat.strip_suffix(tail));
-    let mut targets = [const { None }; Endpoint::COUNT];
+    let base = Endpoint::Chat.api().and_then(|api| chat.strip_suffix(api.tail));
+    let mut targets = Vec::new();
     for endpoint in Endpoint::ALL {
-        let path = match (endpoint, base, tail(endpoint)) {
-            (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
-            (_, Some(base), Some(tail)) => joined(&conf.url.path, &format!("{base}{tail}{query}")),
+        let Some(api) = endpoint.api().filter(|api| conf.protocols.contains(&api.protocol)) else { continue };
+        let path = match (endpoint, base) {
+            (Endpoint::Chat, _) => joined(&conf.url.path, &conf.chat_path),
+            (_, Some(base)) => joined(&conf.url.path, &format!("{base}{}{query}", api.tail)),
             _ => continue,
         };
-        targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
+        targets.push((endpoint, path.parse().map_err(|_| "its path is not valid")?));
     }
     Ok(targets)
 }

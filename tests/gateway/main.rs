@@ -39,6 +39,8 @@ mod json_suite;
 mod ledger;
 mod limit;
 
+mod messages;
+
 mod models;
 
 mod observe;
