@@ -22,6 +22,10 @@ pub(crate) mod error_body;
 
 pub(crate) mod error_event;
 
+pub(crate) mod form_header;
+
+pub(crate) mod multipart;
+
 pub(crate) mod rate_limits;
 
 pub(crate) mod redact;
