@@ -25,6 +25,8 @@ pub(crate) enum GatewayError {
     InvalidApiKey,
     /// The body is not one JSON object; the offset of the error, in bytes.
     InvalidJson(u64),
+    /// The body is not a form that all backends read alike; why.
+    InvalidForm(&'static str),
     /// A limit refuses the request.
     Limited(LimitError),
     /// A top-level key differs only in case from the key of a member that Zap reads; the key, and the member.

@@ -257,7 +257,8 @@ impl Gateway {
                 return Err(GatewayError::Limited(LimitError::Requests(refused.reset)));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
-            let reader = BodyReader { gateway: self, exchange, watch: generation.watch() };
+            let reader =
+                BodyReader { gateway: self, exchange, watch: generation.watch(), headers: &head.headers };
             let (chat, upload) = reader.read(body, api, &mut record).await?;
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };

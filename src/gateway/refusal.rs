@@ -148,6 +148,12 @@ impl GatewayError {
                     format_number(*offset)
                 ),
             ),
+            E::InvalidForm(why) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::InvalidMultipart,
+                format!("The body is not a valid form (RFC 7578): {why}; let an HTTP library write the form."),
+            ),
             E::InvalidType(key, expected) => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
@@ -396,6 +402,7 @@ mod tests {
             (E::ModelNotFound("x".into(), vec!["quota-x".into(), "y".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
             (E::UpstreamAuth("HTTP 401: rate-limit".into()), 502, UPSTREAM, "upstream_auth_error", None, None, false),
             (E::InvalidJson(7), 400, INVALID, "invalid_json", None, None, false),
+            (E::InvalidForm("the body ends before the form does"), 400, INVALID, "invalid_multipart", None, None, false),
             (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
             (E::BadQuery("The query is wrong.".into()), 400, INVALID, "bad_request", None, None, false),
             (E::LedgerUnavailable("Not now.".into()), 503, SERVER, "ledger_unavailable", None, Some("1"), false),
@@ -445,7 +452,15 @@ mod tests {
             .map(|(why, _)| (E::BadRequest(why), 400, INVALID, "bad_request", None, None, true))
             .collect();
         assert!(reasons.len() > 16, "{reasons:?}");
-        let table: Vec<_> = table.into_iter().chain(reasons).collect();
+        // The same of forms.
+        let forms: Vec<_> = include_str!("../protocol/multipart.rs")
+            .split("FormError::Invalid(\"")
+            .skip(1)
+            .filter_map(|rest| rest.split_once('"'))
+            .map(|(why, _)| (E::InvalidForm(why), 400, INVALID, "invalid_multipart", None, None, false))
+            .collect();
+        assert!(forms.len() > 10, "{forms:?}");
+        let table: Vec<_> = table.into_iter().chain(reasons).chain(forms).collect();
         // Every code has a row here, except codes that only label metrics.
         for code in Code::ALL {
             assert!(code.is_label() || table.iter().any(|r| r.3 == code.text()), "no row for {code:?}");

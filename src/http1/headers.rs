@@ -86,6 +86,8 @@ pub(crate) struct Passing {
     pub authorization: bool,
     /// Further names, in lower case.
     pub more: &'static [&'static str],
+    /// The client's `Content-Type`, in place of that of JSON.
+    pub content_type: bool,
 }
 
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
@@ -126,9 +128,12 @@ pub(crate) fn to_backend(
     if !has_user_agent {
         put(&USER_AGENT, &HeaderValue::from_static("zap"));
     }
-    // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
-    // form.
-    put(&CONTENT_TYPE, &HeaderValue::from_static("application/json"));
+    match client.get(CONTENT_TYPE).filter(|_| passing.content_type) {
+        Some(own) => put(&CONTENT_TYPE, own),
+        // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
+        // form.
+        None => put(&CONTENT_TYPE, &HeaderValue::from_static("application/json")),
+    }
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }
 

@@ -200,6 +200,15 @@ impl Target {
         }
     }
 
+    /// Returns the name of the model that [`text`](Self::text) writes.
+    pub(crate) fn replacement(&self, asked: Option<&str>) -> Option<Cow<'_, str>> {
+        match &self.sent {
+            Sent::AsIs => None,
+            Sent::Fixed { name, .. } => Some(Cow::Borrowed(name)),
+            Sent::Rest { .. } => Some(Cow::Owned(self.rest(asked))),
+        }
+    }
+
     /// Returns [`model_key`] of the name that this target gets for `asked`; 0 if it gets none.
     pub(crate) fn key(&self, asked: Option<&str>) -> u64 {
         match &self.sent {

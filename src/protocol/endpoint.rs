@@ -19,6 +19,8 @@ pub(crate) enum Endpoint {
     CountTokens,
     Embeddings,
     Health,
+    ImageEdits,
+    ImageVariations,
     Images,
     InputTokens,
     Messages,
@@ -31,6 +33,8 @@ pub(crate) enum Endpoint {
     Responses,
     Speech,
     Status,
+    Transcriptions,
+    Translations,
     Usage,
 }
 
@@ -75,9 +79,11 @@ pub(crate) enum Page {
 pub(crate) struct Api {
     /// The path, relative to the backend's API base.
     pub(crate) tail: &'static str,
+    /// The format of a request's body.
+    pub(crate) body: BodyFormat,
     /// The protocol that a backend must speak.
     pub(crate) protocol: Protocol,
-    /// Whether a request without a model gets the backend's default model.
+    /// Whether a request without a model gets the backend's default model. Without one, a form goes out as it is.
     pub(crate) has_default_model: bool,
     /// Whether the body must have an array `messages`.
     pub(crate) needs_messages: bool,
@@ -85,6 +91,15 @@ pub(crate) struct Api {
     pub(crate) stream: StreamFormat,
     /// What can be known of an answer's tokens.
     pub(crate) metering: Metering,
+}
+
+/// The format of a request's body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BodyFormat {
+    /// A form (RFC 7578), which may have a part `model`.
+    Form,
+    /// A JSON object.
+    Json,
 }
 
 /// The family of APIs that an endpoint belongs to: it decides which backends can serve the endpoint, which headers pass
@@ -172,6 +187,13 @@ const TABLE: [Row; Endpoint::COUNT] = [
         Api { metering: Metering::Input, ..Api::at("/embeddings") },
     ),
     Row::page(Endpoint::Health, "health", &["/health"], Page::Health),
+    Row::api(Endpoint::ImageEdits, "image_edits", &["/v1/images/edits"], Api::form("/images/edits")),
+    Row::api(
+        Endpoint::ImageVariations,
+        "image_variations",
+        &["/v1/images/variations"],
+        Api::form("/images/variations"),
+    ),
     Row::api(Endpoint::Images, "images", &["/v1/images/generations"], Api::at("/images/generations")),
     Row::api(
         Endpoint::InputTokens,
@@ -216,6 +238,18 @@ const TABLE: [Row; Endpoint::COUNT] = [
     ),
     Row::api(Endpoint::Speech, "speech", &["/v1/audio/speech"], Api::at("/audio/speech")),
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
+    Row::api(
+        Endpoint::Transcriptions,
+        "transcriptions",
+        &["/v1/audio/transcriptions"],
+        Api::form("/audio/transcriptions"),
+    ),
+    Row::api(
+        Endpoint::Translations,
+        "translations",
+        &["/v1/audio/translations"],
+        Api::form("/audio/translations"),
+    ),
     Row::page(Endpoint::Usage, "usage", &["/usage"], Page::Usage),
 ];
 
@@ -242,12 +276,18 @@ impl Api {
     const fn at(tail: &'static str) -> Self {
         Api {
             tail,
+            body: BodyFormat::Json,
             protocol: Protocol::OpenAi,
             has_default_model: false,
             needs_messages: false,
             stream: StreamFormat::Plain,
             metering: Metering::Told,
         }
+    }
+
+    /// Creates an endpoint whose requests are forms.
+    const fn form(tail: &'static str) -> Self {
+        Api { body: BodyFormat::Form, has_default_model: true, ..Api::at(tail) }
     }
 }
 
@@ -291,7 +331,7 @@ impl Row {
 impl Endpoint {
     /// Number of endpoints. This is a literal because array types use it: a constant computed from the table would make
     /// the optimizing compiler fail with an evaluation cycle.
-    pub(crate) const COUNT: usize = 19;
+    pub(crate) const COUNT: usize = 23;
 
     /// All endpoints, in the order of their discriminants.
     pub(crate) const ALL: [Endpoint; Endpoint::COUNT] = {

@@ -272,7 +272,7 @@ impl FormScanner {
     fn read_header(&mut self, data: &[u8], from: usize) -> Result<usize, FormError> {
         for (at, b) in data.iter().enumerate().skip(from) {
             if self.headers.len() == MAX_HEADERS {
-                return Err(FormError::Invalid("the headers of a part are too long"));
+                return Err(FormError::Invalid("the headers of a part are too large"));
             }
             self.headers.push(*b);
             if *b == b'\n' && (self.headers.ends_with(b"\r\n\r\n") || self.headers == b"\r\n") {
@@ -487,6 +487,6 @@ mod tests {
             ))
         };
         assert!(header(MAX_HEADERS).is_ok());
-        assert_eq!(header(MAX_HEADERS + 1), Err(FormError::Invalid("the headers of a part are too long")));
+        assert_eq!(header(MAX_HEADERS + 1), Err(FormError::Invalid("the headers of a part are too large")));
     }
 }

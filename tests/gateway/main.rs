@@ -30,6 +30,8 @@ mod faults_upstreams;
 
 mod fleet;
 
+mod forms;
+
 mod headers;
 
 mod health;

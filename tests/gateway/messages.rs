@@ -39,7 +39,7 @@ enum Ending {
 fn stream_of(events: &'static [&'static str], ending: Ending) -> Provider {
     Provider::start(move |_, stream| {
         start_events(stream);
-        events.iter().for_each(|event| drop(chunk(stream, event)));
+        events.iter().for_each(|event| assert!(chunk(stream, event)));
         match ending {
             Ending::Clean => end_chunks(stream),
             Ending::Cut => return After::Close,
@@ -205,7 +205,7 @@ fn a_stream_passes_unchanged_and_its_parts_are_counted() {
 fn a_message_is_over_at_its_stop_and_the_connection_that_stays_open_is_nobodys_fault() {
     let a = Provider::start(|_, stream| {
         start_events(stream);
-        WHOLE.iter().for_each(|event| drop(chunk(stream, event)));
+        WHOLE.iter().for_each(|event| assert!(chunk(stream, event)));
         wait_closed(stream);
         After::Close
     });
