@@ -78,7 +78,7 @@ pub(crate) struct BodyReader<'a> {
 
 /// The scanner of a body.
 enum BodyScanner<'a> {
-    Form(Box<FormScanner>),
+    Form(FormScanner),
     Json(Scanner<'a>, &'a Watch),
 }
 
@@ -89,7 +89,7 @@ impl<'a> BodyScanner<'a> {
                 // With two values it is not sure which one a backend reads.
                 let mut values = headers.get_all(CONTENT_TYPE).iter();
                 let value = values.next().filter(|_| values.next().is_none()).map(HeaderValue::as_bytes);
-                BodyScanner::Form(Box::new(FormScanner::new(value.unwrap_or_default()).map_err(form_error)?))
+                BodyScanner::Form(FormScanner::new(value.unwrap_or_default()).map_err(form_error)?)
             }
             BodyFormat::Json => BodyScanner::Json(Scanner::new(watch), watch),
         })

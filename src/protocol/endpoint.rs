@@ -392,7 +392,7 @@ pub(crate) fn is_provider_state(path: &str) -> bool {
     let path = path.strip_prefix(VERSION).unwrap_or(path);
     let is_in =
         |stem: &&str| path.strip_prefix(*stem).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    PROVIDER_STATE.iter().any(|stem| is_in(&stem))
+    PROVIDER_STATE.iter().any(is_in)
 }
 
 #[cfg(test)]

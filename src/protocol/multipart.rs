@@ -417,12 +417,8 @@ mod tests {
         assert_eq!(spliced(END, "other"), format!("{}{END}", model("other")));
         assert_eq!(spliced(&format!("x\r\n{END}"), "other"), format!("x\r\n{}{END}", model("other")));
         let long = "é".repeat(MAX_NAME);
-        let Ok(Form { model: Model::Named { name, whole, .. }, .. }) =
-            scan(&format!("{}{END}", model(&long)))
-        else {
-            panic!("a long name is a name")
-        };
-        assert_eq!((&*name, whole), (&long[..MAX_NAME], false));
+        let model = scan(&format!("{}{END}", model(&long))).unwrap().model;
+        assert!(matches!(model, Model::Named { name, whole: false, .. } if *name == long[..MAX_NAME]));
     }
 
     #[test]
@@ -473,7 +469,8 @@ mod tests {
     #[test]
     fn memory_is_bounded_and_so_are_parts_and_headers() {
         let mut scanner = FormScanner::new(b"multipart/form-data; boundary=b").unwrap();
-        scanner.feed(&model("")[..model("").len() - 2].as_bytes()).unwrap();
+        scanner.feed(model("").trim_end_matches("\r\n").as_bytes()).unwrap();
+        scanner.feed(b"\r\n\r\n").unwrap();
         (0..1000).for_each(|_| scanner.feed(&[b'x'; 1000]).unwrap());
         assert!(scanner.value.capacity() < 4 * MAX_NAME && scanner.headers.capacity() < 256);
         let parts = |n: usize| scan(&format!("{}{END}", FILE.repeat(n)));
