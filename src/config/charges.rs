@@ -8,7 +8,8 @@ use crate::config::fault_sink::Sink;
 use crate::config::text::shown_name;
 use crate::config::{Backend, ClientKey, Config, UsageMode};
 use crate::policy::balance::BackendId;
-use crate::policy::route::{CATCH_ALL, Named, Pattern};
+use crate::policy::pattern::Pattern;
+use crate::policy::route::{CATCH_ALL, Named};
 
 /// Where a backend's keys are, for messages; the line of its table for a key that is not set.
 #[derive(Clone, Copy)]

@@ -65,7 +65,8 @@ pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::text::{is_like_a_key, key_name};
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
-use crate::policy::route::{Named, Pattern, Rule};
+use crate::policy::pattern::Pattern;
+use crate::policy::route::{Named, Rule};
 use crate::policy::spend::Period;
 use crate::protocol::endpoint::Protocol;
 

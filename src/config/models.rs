@@ -5,7 +5,8 @@ use crate::config::common::{PRIORITY, WEIGHT};
 use crate::config::text::{Text, shown_name};
 use crate::config::toml_reader::Section;
 use crate::policy::near::nearest;
-use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
+use crate::policy::pattern::{MAX_NAME, Pattern};
+use crate::policy::route::{CATCH_ALL, Named, NamedTarget, Rule};
 
 /// `models_from`: what `/v1/models` lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use crate::config::Budget;
 use crate::config::models::must_be;
 use crate::config::range::Range;
 use crate::config::toml_reader::Section;
-use crate::policy::route::Pattern;
+use crate::policy::pattern::Pattern;
 use crate::policy::spend::Period;
 
 /// Millionths of an amount's unit.
