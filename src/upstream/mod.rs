@@ -32,6 +32,8 @@ pub(crate) mod in_flight;
 
 mod rotation;
 
+mod routing;
+
 pub(crate) mod counters;
 
 pub(crate) mod token_counters;
