@@ -20,6 +20,7 @@ use crate::protocol::request_limits::{members, most_output};
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::Nanos;
+use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::in_flight::{Candidate, today};
 
@@ -51,15 +52,26 @@ struct Expected {
 impl Expected {
     fn of(snapshot: &Snapshot, ask: &Ask<'_>, now: Nanos) -> Self {
         let mut most = Expected { tokens: 0, cost: 0 };
-        for target in snapshot.route(ask).targets.iter().filter(|target| target.weight > 0) {
-            let candidate =
-                Candidate { target: Some((target, ask.model)), demand: &ask.demand, now, ticket: None };
-            let upstream = snapshot.upstream(target);
+        for (upstream, candidate) in candidates(snapshot, ask, now) {
             most.tokens = most.tokens.max(upstream.expected_tokens(&candidate));
             most.cost = most.cost.max(upstream.expected_cost(&candidate));
         }
         most
     }
+}
+
+/// The backends that serve the request if they are up, each with the request as a candidate at `now`.
+fn candidates<'a>(
+    snapshot: &'a Snapshot,
+    ask: &'a Ask<'a>,
+    now: Nanos,
+) -> impl Iterator<Item = (&'a Arc<Upstream>, Candidate<'a>)> {
+    let targets = snapshot.route(ask).targets.iter().map(|target| (snapshot.upstream(target), target));
+    let serving = targets.filter(|(upstream, target)| target.weight > 0 && upstream.serves(ask.endpoint));
+    serving.map(move |(upstream, target)| {
+        let target = Some((target, ask.model));
+        (upstream, Candidate { target, demand: &ask.demand, now, ticket: None })
+    })
 }
 
 /// A request that asks for a reservation.
@@ -127,14 +139,7 @@ impl Reserve<'_> {
             return Err(too_large(limit));
         }
         let mut largest = 0;
-        for target in self.snapshot.route(self.ask).targets.iter().filter(|target| target.weight > 0) {
-            let candidate = Candidate {
-                target: Some((target, self.ask.model)),
-                demand: &self.ask.demand,
-                now,
-                ticket: None,
-            };
-            let upstream = self.snapshot.upstream(target);
+        for (upstream, candidate) in candidates(self.snapshot, self.ask, now) {
             match upstream.conf.tokens_per_minute {
                 Some(limit) if upstream.is_too_large(&candidate) => largest = largest.max(limit),
                 _ => return Ok(()),
