@@ -9,11 +9,12 @@ use std::process::ExitCode;
 use tokio::sync::mpsc::Sender;
 
 use crate::config::{Config, LoadError};
+use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
 use crate::telemetry::log::Log;
 use crate::upstream::fleet::{Snapshot, prepare};
-use crate::upstream::paths::shown_url;
+use crate::upstream::paths::{path, shown_url};
 use crate::{RunError, demo, manual};
 
 const HELP: &str = "\
@@ -218,17 +219,22 @@ fn check(file: &Path, is_live: bool) -> ExitCode {
     }
 }
 
-/// The URLs of each backend that requests and health checks go to.
+/// The URLs of each backend that chats, messages and health checks go to.
 fn urls(fleet: &Snapshot) -> String {
     let mut lines = String::new();
     for backend in fleet.backends.iter() {
         let conf = &backend.conf;
-        let chat = shown_url(conf, &conf.chat_path);
+        lines.push_str(&format!("  {}\n", backend.name()));
+        for (name, endpoint) in [("chat    ", Endpoint::Chat), ("messages", Endpoint::Messages)] {
+            if let Some(path) = path(conf, endpoint) {
+                lines.push_str(&format!("    {name}  {}\n", shown_url(conf, &path)));
+            }
+        }
         let health = match conf.health.is_enabled {
             true => shown_url(conf, &conf.health_path),
             false => "not checked, since `health.enabled` is false".to_owned(),
         };
-        lines.push_str(&format!("  {}\n    chat    {chat}\n    health  {health}\n", backend.name()));
+        lines.push_str(&format!("    health    {health}\n"));
     }
     lines
 }

@@ -7,15 +7,8 @@ use crate::protocol::Endpoint;
 
 /// The endpoint that every backend serves.
 const CHAT: &str = "/chat/completions";
-/// Ends of endpoints that are not in the endpoint table.
-const OTHER_TAILS: [&str; 6] = [
-    "/messages/count_tokens",
-    "/messages",
-    "/models",
-    "/audio/transcriptions",
-    "/audio/translations",
-    "/images/edits",
-];
+/// The end of the list of models, which no row of the endpoint table forwards.
+const MODELS: &str = "/models";
 
 /// Reads `url`. Returns `None` if it is not set, or if it is not valid: then a fault is recorded.
 pub(super) fn base_url(t: &mut Section<'_, '_>) -> Option<BaseUrl> {
@@ -53,7 +46,7 @@ fn without_scheme(text: &Text) -> Option<String> {
 /// What is wrong if the URL is that of an endpoint. `path` is its path.
 fn whole_endpoint(text: &Text, path: &str) -> Option<String> {
     let table = Endpoint::ALL.into_iter().filter_map(|endpoint| Some(endpoint.api()?.tail));
-    let tails = std::iter::once(CHAT).chain(table).chain(OTHER_TAILS);
+    let tails = std::iter::once(CHAT).chain(table).chain([MODELS]);
     let (tail, base) =
         tails.filter_map(|tail| Some((tail, path.strip_suffix(tail)?))).find(|(tail, base)| {
             let last = base.rsplit('/').next().unwrap_or_default();
@@ -90,6 +83,9 @@ mod tests {
             ("https://api.openai.com/v1/chat/completions/", Some("must be \"https://api.openai.com\"")),
             ("https://api.groq.com/openai/v1/responses", Some("must be \"https://api.groq.com/openai\"")),
             ("https://api.anthropic.com/v1/messages", Some("must be \"https://api.anthropic.com\"")),
+            ("https://a.example/v1/messages/count_tokens", Some("must be \"https://a.example\"")),
+            ("https://a.example/v1/audio/transcriptions", Some("must be \"https://a.example\"")),
+            ("https://a.example/v1/responses/compact", Some("must be \"https://a.example\"")),
             ("http://localhost:1234/v1/models", Some("must be \"http://localhost:1234\"")),
             ("http://a/v1/images/generations", Some("must be \"http://a\"")),
             ("http://a/v1/completions", Some("must be \"http://a\"")),

@@ -62,12 +62,14 @@ default_model = "my-deployment""#,
         key: Some("ANTHROPIC_API_KEY"),
         keys: r#"url = "https://api.anthropic.com"
 health_path = "/v1/models"
+protocols = ["openai", "anthropic"]
 extra_headers = { "anthropic-version" = "2023-06-01", "x-api-key" = "${ANTHROPIC_API_KEY}" }
 default_model = "claude-opus-5-5""#,
         notes: &[
-            "its endpoint that speaks OpenAI's chat completions; status 529 means overloaded",
+            "serves its own API at /v1/messages, and OpenAI's chat completions; status 529 means overloaded",
             "a key without a workspace also needs the header anthropic-workspace-id in extra_headers",
             "chat reads the key as Bearer, the list of models as x-api-key with anthropic-version: both are sent",
+            "for its own API alone: protocols = [\"anthropic\"], without extra_headers",
         ],
         checked: "loads; URL and model at platform.claude.com in 2026-11; headers not looked up, not called",
     },

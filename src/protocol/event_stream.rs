@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_key_is_in_no_error_of_a_stream_whatever_the_chunking() {
-        use StreamFormat::{Done, Plain, Responses};
+        use StreamFormat::{Done, Messages, Plain, Responses};
         const KEY: &str = "sk-CANARY/0123456789";
         const CHUNK: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"sk-CANARY\"}}]}\n\n";
         let long = "x".repeat(MAX_HELD);
@@ -442,6 +442,17 @@ mod tests {
             (Done, "data: bad KEY".into(), ": KEY\n\n"),
             (Done, "data: [DONE]".into(), "data: {\"error\":{\"message\":\"KEY\"}}\n\n"),
             (Done, format!("data: {{\"x\":\"{long}\",\"error\":\"bad KEY\"}}"), "data: {\"error\":\"KEY\"}"),
+            (
+                Messages,
+                "event: error\ndata: {\"type\":\"error\",\"error\":{\"message\":\"bad KEY\"}}".into(),
+                "event: error\ndata: KEY\n\n",
+            ),
+            (
+                Messages,
+                "event: message_stop\ndata: {\"type\":\"message_stop\"}".into(),
+                "data: {\"type\":\"error\",\"error\":{\"message\":\"KEY\"}}\n\n",
+            ),
+            (Messages, format!("event: error\ndata: {{\"x\":\"{long}\",\"error\":\"KEY\"}}"), ""),
             (Plain, r#"data: {"error":"bad KEY"}"#.into(), ""),
             (Responses, r#"data: {"type":"error","message":"bad KEY"}"#.into(), ""),
             (

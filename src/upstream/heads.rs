@@ -178,6 +178,18 @@ mod tests {
     }
 
     #[test]
+    fn a_proxy_that_forwards_requests_gets_whole_urls_and_its_credentials_in_each() {
+        let heads = heads("protocols = [\"openai\", \"anthropic\"]\nproxy = \"http://u:p@proxy:3128\"\n");
+        let requests = [Endpoint::Chat, Endpoint::Messages].map(|endpoint| heads.request(endpoint));
+        for head in requests.into_iter().chain([Some(heads.probe()), heads.models()]) {
+            let head = text(head.unwrap());
+            assert!(head.split(' ').nth(1).unwrap().starts_with("http://a/api/"), "{head}");
+            assert_eq!(head.matches("proxy-authorization: Basic dTpw\r\n").count(), 1, "{head}");
+        }
+        assert!(text(heads.models().unwrap()).starts_with("GET http://a/api/v1/models HTTP/1.1\r\n"));
+    }
+
+    #[test]
     fn a_backend_that_speaks_anthropics_protocol_alone_is_checked_in_it() {
         let more = "api_key = \"k\"\nprotocols = [\"anthropic\"]\nhealth_path = \"/v1/models\"\n";
         let only = heads(more);

@@ -6,22 +6,29 @@ use crate::config;
 use crate::config::{HEALTH_PATH, is_like_a_key};
 use crate::protocol::Endpoint;
 
-/// The endpoints that a backend serves, with their request targets. The base is the chat path without
-/// `/chat/completions`; a backend whose chat path ends differently serves chat only.
+/// The endpoints that a backend serves, with their request targets.
+///
+/// # Errors
+/// A path is not valid.
 pub(crate) fn targets(conf: &config::Backend) -> Result<Vec<(Endpoint, Uri)>, &'static str> {
+    let served = Endpoint::ALL.into_iter().filter_map(|endpoint| Some((endpoint, path(conf, endpoint)?)));
+    let target = |path: &str| joined(&conf.url.path, path).parse().map_err(|_| "its path is not valid");
+    served.map(|(endpoint, path)| Ok((endpoint, target(&path)?))).collect()
+}
+
+/// The path of an endpoint behind that of `url`; `None` if the backend does not serve it: it does not speak the protocol,
+/// or it serves chat only.
+pub(crate) fn path(conf: &config::Backend, endpoint: Endpoint) -> Option<String> {
+    let api = endpoint.api().filter(|api| conf.protocols.contains(&api.protocol))?;
+    if endpoint == Endpoint::Chat { Some(conf.chat_path.clone()) } else { beside_chat(conf, api.tail) }
+}
+
+/// The path that ends in `tail` where the chat path ends in `/chat/completions`; `None` if that ends differently: then the
+/// backend serves chat only.
+fn beside_chat(conf: &config::Backend, tail: &str) -> Option<String> {
     let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
-    let base = Endpoint::Chat.api().and_then(|api| chat.strip_suffix(api.tail));
-    let mut targets = Vec::new();
-    for endpoint in Endpoint::ALL {
-        let Some(api) = endpoint.api().filter(|api| conf.protocols.contains(&api.protocol)) else { continue };
-        let path = match (endpoint, base) {
-            (Endpoint::Chat, _) => joined(&conf.url.path, &conf.chat_path),
-            (_, Some(base)) => joined(&conf.url.path, &format!("{base}{}{query}", api.tail)),
-            _ => continue,
-        };
-        targets.push((endpoint, path.parse().map_err(|_| "its path is not valid")?));
-    }
-    Ok(targets)
+    let base = chat.strip_suffix(Endpoint::Chat.api()?.tail)?;
+    Some(format!("{base}{tail}{query}"))
 }
 
 /// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result has
@@ -35,9 +42,7 @@ pub(crate) fn joined(base: &str, path: &str) -> String {
 
 /// The path of the list of models, which is next to the chat endpoint; `None` if the backend serves chat only.
 pub(crate) fn models_path(conf: &config::Backend) -> Option<String> {
-    let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
-    let base = chat.strip_suffix(Endpoint::Chat.api()?.tail)?;
-    Some(joined(&conf.url.path, &format!("{base}/models{query}")))
+    Some(joined(&conf.url.path, &beside_chat(conf, "/models")?))
 }
 
 /// The whole URL of `path`, which is appended to that of the backend, for the operator: without the query, and without

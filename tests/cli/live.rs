@@ -180,15 +180,17 @@ fn check_prints_the_urls_of_each_backend_without_query_and_key() {
         [[backends]]\nname = \"a\"\nurl = \"https://api.example.com/v1\"\nweight = 1\napi_key = \"sk-CANARY\"\n\
         health_path = \"/v1/models?key=sk-CANARY\"\n\
         [[backends]]\nname = \"b\"\nurl = \"http://b:1/sk-CANARY/x\"\nweight = 1\nchat_path = \"/chat?v=1\"\n\
-        [[backends]]\nname = \"c\"\nurl = \"http://c\"\nweight = 1\nhealth = { enabled = false }\n";
+        [[backends]]\nname = \"c\"\nurl = \"http://c\"\nweight = 1\nhealth = { enabled = false }\n\
+        [[backends]]\nname = \"d\"\nurl = \"http://d/v1\"\nweight = 1\nprotocols = [\"anthropic\"]\n";
     let file = File::new("urls", text);
     let output = run(&["check", "--config", file.path()]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let out = String::from_utf8(output.stdout).unwrap();
-    let expected = "valid, 3 backends\n  a\n    chat    https://api.example.com/v1/chat/completions\n    \
-        health  https://api.example.com/v1/models\n  b\n    chat    http://b:1/***/x/chat\n    \
-        health  http://b:1/***/x/health\n  c\n    chat    http://c/v1/chat/completions\n    \
-        health  not checked, since `health.enabled` is false\n";
+    let expected = "valid, 4 backends\n  a\n    chat      https://api.example.com/v1/chat/completions\n    \
+        health    https://api.example.com/v1/models\n  b\n    chat      http://b:1/***/x/chat\n    \
+        health    http://b:1/***/x/health\n  c\n    chat      http://c/v1/chat/completions\n    \
+        health    not checked, since `health.enabled` is false\n  d\n    messages  http://d/v1/messages\n    \
+        health    http://d/health\n";
     assert_eq!(out.split_once(": ").unwrap().1, expected);
 }
 

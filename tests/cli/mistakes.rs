@@ -474,6 +474,19 @@ const MISTAKES: &[(&str, &str)] = &[
     ),
     ("models_from = [\"openai\"]\n{B}", "1: `models_from` is an array; must be a string, in quotes"),
     (
+        "{B}protocols = [\"openai\", \"claude\"]\n",
+        "4: `backends[0].protocols[1]` is \"claude\"; must be one of \"openai\", \"anthropic\"",
+    ),
+    ("{B}protocol = \"anthropic\"\n", "4: unknown key `backends[0].protocol`; did you mean `protocols`?"),
+    (
+        "{B}protocols = \"anthropic\"\n",
+        "4: `backends[0].protocols` is a string; must be an array of strings, such as `[\"a\", \"b\"]`",
+    ),
+    (
+        "{B}protocols = []\n",
+        "4: `backends[0].protocols` is empty; must have \"openai\", \"anthropic\" or both",
+    ),
+    (
         "[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n",
         "6: `backends[1].name` repeats the name at line 2; each backend must have its own name",
     ),
