@@ -9,8 +9,12 @@ use std::process::ExitCode;
 use tokio::sync::mpsc::Sender;
 
 use crate::config::{Config, LoadError};
+use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
+use crate::server::live;
 use crate::telemetry::log::Log;
+use crate::upstream::fleet::{Snapshot, prepare};
+use crate::upstream::paths::{path, shown_url};
 use crate::{RunError, demo, manual};
 
 const HELP: &str = "\
@@ -19,17 +23,29 @@ Zap: one OpenAI-compatible endpoint in front of many LLM providers.
 Usage:
   zap [--config FILE]         serve requests; the default FILE is ./config.toml
   zap check [--config FILE]   validate the configuration and exit
+  zap check --live            the same, and ask each backend for its health and its models with its key
+  zap example [PROVIDER...]   print a commented configuration for groq, openai, anthropic, ollama and others
   zap demo [--port N]         serve on 127.0.0.1:8000 in front of two built-in mock providers
   zap demo --chaos [--port N] the same with a third provider that fails, each time in another way
   zap help [WORD]             list the topics of the manual, or print the entry of WORD: a topic, a configuration
                               key, an error code, a metric or an endpoint
   zap --help | --version
 
-Exit codes: 0 success, 1 runtime failure, 2 bad configuration or usage.
+The variable ZAP_CONFIG names the FILE where --config does not.
+Exit codes: 0 success, 1 runtime failure or a backend that failed `check --live`, 2 bad configuration or usage.
 ";
+
+/// What to do without a configuration file.
+const MISSING: &str =
+    "  zap example groq >config.toml        to configure a provider; zap example lists the others
+  cp config.example.toml config.toml   to start from a file with every key
+  zap demo                             to try Zap without a configuration";
 
 const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
+
+/// The environment variable that names the configuration file.
+const CONFIG_VARIABLE: &str = "ZAP_CONFIG";
 
 /// Maximum number of connections that wait in the kernel until they are accepted.
 const BACKLOG: i32 = 4096;
@@ -37,11 +53,16 @@ const BACKLOG: i32 = 4096;
 /// The command that the arguments select.
 #[derive(Debug, PartialEq, Eq)]
 enum Command {
-    Check(PathBuf),
+    Check {
+        file: PathBuf,
+        is_live: bool,
+    },
     Demo {
         port: u16,
         is_chaos: bool,
     },
+    /// Print a configuration for these providers.
+    Example(Vec<String>),
     Help,
     /// Print the manual's entry of a word, or the list of topics.
     Manual(Option<String>),
@@ -51,12 +72,13 @@ enum Command {
 
 /// Runs the program. `args` are its arguments, without the program's name.
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
-    match parse(args) {
+    match parse(args, std::env::var_os(CONFIG_VARIABLE)) {
         Ok(Command::Help) => print(HELP),
         Ok(Command::Version) => print(&format!("zap {}\n", env!("CARGO_PKG_VERSION"))),
         Ok(Command::Manual(None)) => print(&manual::overview()),
         Ok(Command::Manual(Some(word))) => look_up(&word),
-        Ok(Command::Check(file)) => check(&file),
+        Ok(Command::Check { file, is_live }) => check(&file, is_live),
+        Ok(Command::Example(names)) => example(&names),
         Ok(Command::Demo { port, is_chaos }) => demo(port, is_chaos),
         Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
@@ -88,8 +110,20 @@ fn look_up(word: &str) -> ExitCode {
     }
 }
 
-fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
-    let (mut subcommand, mut file, mut port, mut is_chaos) = (None, None, None, false);
+fn example(names: &[String]) -> ExitCode {
+    match manual::example::example(names) {
+        Ok(text) => print(&text),
+        Err(what) => {
+            eprintln!("zap: {what}");
+            ExitCode::from(BAD_USAGE)
+        }
+    }
+}
+
+/// Parses the arguments. `variable` is the value of `ZAP_CONFIG`.
+fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -> Result<Command, String> {
+    let (mut subcommand, mut file, mut port) = (None, None, None);
+    let (mut is_chaos, mut is_live) = (false, false);
     while let Some(arg) = args.next() {
         let text = arg.to_string_lossy().into_owned();
         match text.as_str() {
@@ -97,12 +131,14 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
             "--version" | "-V" => return Ok(Command::Version),
             "--config" | "-c" => file = Some(PathBuf::from(args.next().ok_or("--config needs a FILE")?)),
             "--chaos" => is_chaos = true,
+            "--live" => is_live = true,
             "--port" => {
                 let value = args.next().ok_or("--port needs a number")?;
                 let number = value.to_string_lossy().parse::<u16>();
                 port = Some(number.map_err(|_| "--port needs a number from 0 to 65535")?);
             }
             "help" if subcommand.is_none() => return manual_command(args),
+            "example" if subcommand.is_none() => return example_command(args),
             "check" | "demo" if subcommand.is_none() => subcommand = Some(text),
             other => match other.strip_prefix("--config=") {
                 Some(path) => file = Some(PathBuf::from(path)),
@@ -110,15 +146,19 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
             },
         }
     }
-    let (file, has_file) = (file.clone().unwrap_or_else(|| "config.toml".into()), file.is_some());
+    let has_file = file.is_some();
+    let variable = variable.filter(|file| !file.is_empty()).map(PathBuf::from);
+    let file = file.or(variable).unwrap_or_else(|| "config.toml".into());
     match subcommand.as_deref() {
+        Some("demo") if is_live => Err("--live works only with check".into()),
         Some("demo") if has_file => Err("demo does not take --config".into()),
         Some("demo") => Ok(Command::Demo { port: port.unwrap_or(8000), is_chaos }),
         _ if is_chaos => Err("--chaos works only with demo".into()),
+        None if is_live => Err("--live works only with check".into()),
         _ if port.is_some() => {
             Err("--port works only with demo; set server.port in the configuration".into())
         }
-        Some(_) => Ok(Command::Check(file)),
+        Some(_) => Ok(Command::Check { file, is_live }),
         None => Ok(Command::Serve(file)),
     }
 }
@@ -132,34 +172,85 @@ fn manual_command(mut args: impl Iterator<Item = OsString>) -> Result<Command, S
     }
 }
 
+fn example_command(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
+    let names: Vec<String> = args.map(|name| name.to_string_lossy().into_owned()).collect();
+    match names.iter().find(|name| name.starts_with('-')) {
+        Some(option) if option == "--help" || option == "-h" => Ok(Command::Help),
+        Some(option) => Err(format!("example takes no option {}", option.escape_debug())),
+        None => Ok(Command::Example(names)),
+    }
+}
+
 fn load(file: &Path) -> Result<Config, ExitCode> {
     Config::load(file).map_err(|error| {
         match &error {
-            LoadError::Missing(path) => eprintln!(
-                "zap: no configuration file at {}\n  cp config.example.toml config.toml   to configure your own providers\n  zap demo                             to try Zap without a configuration",
-                path.display()
-            ),
+            LoadError::Missing(path) => {
+                let is_named =
+                    std::env::var_os(CONFIG_VARIABLE).is_some_and(|named| Path::new(&named) == path);
+                let named = if is_named { ", which ZAP_CONFIG names" } else { "" };
+                eprintln!("zap: no configuration file at {}{named}\n{MISSING}", path.display());
+            }
             LoadError::Invalid(faults) => eprintln!("{faults}"),
         }
         ExitCode::from(BAD_USAGE)
     })
 }
 
-fn check(file: &Path) -> ExitCode {
+fn check(file: &Path, is_live: bool) -> ExitCode {
     let config = match load(file) {
         Ok(config) => config,
         Err(code) => return code,
     };
-    match crate::upstream::fleet::prepare(config, None) {
+    match prepare(config, None) {
         Ok(fleet) => {
             for warning in &fleet.config.warnings {
                 eprintln!("warning: {warning}");
             }
-            print(&format!("{}: valid, {} backends\n", file.display(), fleet.backends.len()))
+            let valid = format!("{}: valid, {} backends\n", file.display(), fleet.backends.len());
+            match is_live {
+                true => ask_backends(&valid, &fleet),
+                false => print(&(valid + &urls(&fleet))),
+            }
         }
         Err(what) => {
             eprintln!("{}: {what}", file.display());
             ExitCode::from(BAD_USAGE)
+        }
+    }
+}
+
+/// The URLs of each backend that chats, messages and health checks go to.
+fn urls(fleet: &Snapshot) -> String {
+    let mut lines = String::new();
+    for backend in fleet.backends.iter() {
+        let conf = &backend.conf;
+        lines.push_str(&format!("  {}\n", backend.name()));
+        for (name, endpoint) in [("chat    ", Endpoint::Chat), ("messages", Endpoint::Messages)] {
+            if let Some(path) = path(conf, endpoint) {
+                lines.push_str(&format!("    {name}  {}\n", shown_url(conf, &path)));
+            }
+        }
+        let health = match conf.health.is_enabled {
+            true => shown_url(conf, &conf.health_path),
+            false => "not checked, since `health.enabled` is false".to_owned(),
+        };
+        lines.push_str(&format!("    health    {health}\n"));
+    }
+    lines
+}
+
+/// Prints what each backend answers.
+fn ask_backends(valid: &str, fleet: &Snapshot) -> ExitCode {
+    match live::ask_all(fleet) {
+        Ok(reports) => {
+            let lines: String = reports.iter().map(|report| report.text.as_str()).collect();
+            let failed = reports.iter().filter(|report| report.has_failed).count();
+            let code = print(&format!("{valid}{lines}{failed} of {} backends failed\n", reports.len()));
+            if failed > 0 { ExitCode::from(FAILED) } else { code }
+        }
+        Err(e) => {
+            eprintln!("zap: cannot ask the backends: {e}");
+            ExitCode::from(FAILED)
         }
     }
 }
@@ -253,8 +344,13 @@ mod tests {
             (&[][..], Ok(Command::Serve("config.toml".into()))),
             (&["--config", "a.toml"], Ok(Command::Serve("a.toml".into()))),
             (&["--config=a.toml"], Ok(Command::Serve("a.toml".into()))),
-            (&["check"], Ok(Command::Check("config.toml".into()))),
-            (&["check", "-c", "b"], Ok(Command::Check("b".into()))),
+            (&["check"], Ok(Command::Check { file: "config.toml".into(), is_live: false })),
+            (&["check", "-c", "b"], Ok(Command::Check { file: "b".into(), is_live: false })),
+            (&["check", "--live"], Ok(Command::Check { file: "config.toml".into(), is_live: true })),
+            (&["--live", "-c", "b", "check"], Ok(Command::Check { file: "b".into(), is_live: true })),
+            (&["example"], Ok(Command::Example(vec![]))),
+            (&["example", "groq", "ollama"], Ok(Command::Example(vec!["groq".into(), "ollama".into()]))),
+            (&["example", "--help"], Ok(Command::Help)),
             (&["demo"], Ok(Command::Demo { port: 8000, is_chaos: false })),
             (&["demo", "--port", "9"], Ok(Command::Demo { port: 9, is_chaos: false })),
             (&["demo", "--chaos"], Ok(Command::Demo { port: 8000, is_chaos: true })),
@@ -265,7 +361,7 @@ mod tests {
             (&["help", "demo"], Ok(Command::Manual(Some("demo".into())))),
             (&["check", "--version"], Ok(Command::Version)),
         ] {
-            assert_eq!(parse(args.iter().map(OsString::from)), want, "{args:?}");
+            assert_eq!(parse(args.iter().map(OsString::from), None), want, "{args:?}");
         }
         for args in [
             &["serve"][..],
@@ -276,13 +372,29 @@ mod tests {
             &["--port", "1"],
             &["--chaos"],
             &["check", "--chaos"],
+            &["--live"],
+            &["demo", "--live"],
+            &["example", "--live"],
             &["check", "demo"],
             &["help", "a", "b"],
             &["check", "help"],
             &["\u{1b}"],
         ] {
-            let error = parse(args.iter().map(OsString::from)).unwrap_err();
+            let error = parse(args.iter().map(OsString::from), None).unwrap_err();
             assert!(!error.contains('\u{1b}'), "{args:?}");
         }
+    }
+    #[test]
+    fn the_variable_names_the_file_unless_an_argument_does() {
+        for (args, variable, want) in [
+            (&[][..], "b.toml", "b.toml"),
+            (&["--config", "a.toml"], "b.toml", "a.toml"),
+            (&[], "", "config.toml"),
+        ] {
+            let parsed = parse(args.iter().map(OsString::from), Some(variable.into()));
+            assert_eq!(parsed, Ok(Command::Serve(want.into())), "{args:?} {variable}");
+        }
+        let demo = Command::Demo { port: 8000, is_chaos: false };
+        assert_eq!(parse(["demo".into()].into_iter(), Some("b.toml".into())), Ok(demo));
     }
 }

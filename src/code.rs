@@ -41,6 +41,7 @@ codes! {
     InternalError "internal_error",
     InvalidApiKey "invalid_api_key",
     InvalidJson "invalid_json",
+    InvalidMultipart "invalid_multipart",
     InvalidType "invalid_type",
     LedgerUnavailable "ledger_unavailable",
     MethodNotAllowed "method_not_allowed",

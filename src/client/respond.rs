@@ -5,34 +5,18 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{HeaderName, Response, StatusCode};
 
 use crate::client::body::Body;
+use crate::protocol::endpoint::Protocol;
+use crate::protocol::error_body::{ErrorBody, error_status};
 
-/// The error object of the OpenAI API.
-#[derive(Debug)]
-pub(crate) struct ErrorBody<'a> {
-    /// What happened, and what the client can do.
-    pub message: &'a str,
-    /// The `type`: a class of errors.
-    pub kind: &'static str,
-    /// The member of the request that is wrong.
-    pub param: Option<&'a str>,
-    /// A word that names the error.
-    pub code: &'static str,
-}
-
-/// Creates an error response: `{"error":{"message":…,"type":…,"param":…,"code":…}}`, with further headers.
+/// Creates an error response in the shape of a protocol, with further headers. `status` is that of OpenAI's API.
 pub(crate) fn error<S>(
-    status: StatusCode,
+    (protocol, status): (Protocol, StatusCode),
     error: &ErrorBody<'_>,
     headers: impl IntoIterator<Item = (HeaderName, HeaderValue)>,
 ) -> Response<Body<S>> {
-    let string = |s: &str| serde_json::Value::from(s);
-    let json = format!(
-        "{{\"error\":{{\"message\":{},\"type\":\"{}\",\"param\":{},\"code\":\"{}\"}}}}",
-        string(error.message),
-        error.kind,
-        error.param.map_or(serde_json::Value::Null, string),
-        error.code
-    );
+    let code = error_status(protocol, error.code, status.as_u16());
+    let json = error.write(protocol, code);
+    let status = StatusCode::from_u16(code).unwrap_or(status);
     let mut response = text(status, "application/json", json.into());
     headers.into_iter().for_each(|(name, value)| {
         response.headers_mut().insert(name, value);

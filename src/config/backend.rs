@@ -6,20 +6,23 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 
+use crate::config::base_url::base_url;
 use crate::config::charges::BackendLines;
 use crate::config::common::{
     Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, WEIGHT,
-    expanded, is_name_char, name, open_regular, secret, unreadable,
+    is_name_char, name, open_regular, secret, unreadable,
 };
 use crate::config::header_lists::header_rules;
 use crate::config::identity::{client_identity, server_name};
 use crate::config::models::{model_name, rules};
 use crate::config::money::{budget, prices};
 use crate::config::proxy::proxy;
-use crate::config::toml_reader::{Section, Text};
+use crate::config::text::Text;
+use crate::config::toml_reader::Section;
 use crate::config::url::is_path;
-use crate::config::{Backend, BackendHealth, BaseUrl, UsageMode};
+use crate::config::{Backend, BackendHealth, UsageMode};
 use crate::json::members::same_but_for_case;
+use crate::protocol::endpoint::Protocol;
 
 /// The default `health_path`.
 pub(crate) const HEALTH_PATH: &str = "/health";
@@ -30,6 +33,7 @@ const USAGE_MODES: [(&str, UsageMode); 4] = [
     ("passive", UsageMode::Passive),
     ("off", UsageMode::Off),
 ];
+const PROTOCOLS: [(&str, Protocol); 2] = [("openai", Protocol::OpenAi), ("anthropic", Protocol::Anthropic)];
 /// Members that are never dropped.
 const REQUIRED_FIELDS: [&str; 3] = ["messages", "model", "stream"];
 /// Headers that the operator may not set: those that Zap sets itself, hop-by-hop headers and proxy headers.
@@ -86,10 +90,8 @@ pub(super) fn backends(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadBac
     let mut lines: HashMap<&str, usize> = HashMap::new();
     for name in names {
         if let Some(first) = lines.insert(&name.value, name.line) {
-            let what = format!(
-                "`backends.name` repeats the name at line {first}; each backend must have its own name"
-            );
-            sink.fault(name.line, what);
+            let what = format!("repeats the name at line {first}; each backend must have its own name");
+            root.fault_of(name, &what);
         }
     }
     let mut taken: HashSet<String> = lines.into_keys().map(str::to_owned).collect();
@@ -123,13 +125,13 @@ fn free_name(host: &str, taken: &mut HashSet<String>) -> String {
 /// Reads one backend. Returns `None` if a required key is missing or not valid: then a fault is recorded.
 fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let name = name(t);
-    let url = t.required_text("url").and_then(|url| base_url(t, url, ctx));
+    let url = base_url(t);
     let weight = t.required("weight", WEIGHT);
     let (health_path, health) = health(t);
     let (api_key, inline_key) = secret(t, "api_key", ctx);
     let auth_header = auth_header(t, inline_key.is_some());
     let key_header = inline_key.is_some().then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
-    let extra_headers = extra_headers(t, key_header.as_ref(), ctx);
+    let extra_headers = extra_headers(t, key_header.as_ref());
     let header_rules = header_rules(t);
     let drop_fields = drop_fields(t);
     let models = rules(t);
@@ -137,17 +139,18 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let chat_path = path(t, "chat_path", CHAT_PATH);
     let priority = t.number("priority", PRIORITY);
     let ca_file = ca_file(t, ctx);
-    let (proxy, inline_password) = proxy(t, url.as_ref(), ctx);
+    let (proxy, inline_password) = proxy(t, url.as_ref());
     let client_identity = client_identity(t, url.as_ref(), ctx);
     let server_name = server_name(t, url.as_ref());
-    let max_in_flight = t.optional("max_in_flight", IN_FLIGHT);
-    let requests_per_minute = t.optional("requests_per_minute", REQUESTS_PER_MINUTE);
-    let tokens_per_minute = t.optional("tokens_per_minute", TOKENS_PER_MINUTE);
+    let max_in_flight = t.limit("max_in_flight", IN_FLIGHT);
+    let requests_per_minute = t.limit("requests_per_minute", REQUESTS_PER_MINUTE);
+    let tokens_per_minute = t.limit("tokens_per_minute", TOKENS_PER_MINUTE);
     let line_of = |key: &str| t.line_of(key).unwrap_or(t.line());
     let lines = BackendLines { usage: line_of("usage"), budget: line_of("budget") };
     let usage = t.choice("usage", UsageMode::Auto, &USAGE_MODES);
     let prices = prices(t);
     let budget = budget(t);
+    let protocols = protocols(t);
     let forward_line = t.line_of("forward_authorization");
     let forward_authorization = t.boolean("forward_authorization", false);
     if forward_authorization && inline_key.is_some() {
@@ -183,14 +186,10 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             usage,
             prices,
             budget,
+            protocols,
             forward_authorization,
         },
     })
-}
-
-fn base_url(t: &Section<'_, '_>, url: Text, ctx: &Context<'_>) -> Option<BaseUrl> {
-    let expanded = expanded(t, "url", &url, ctx)?;
-    BaseUrl::parse(&expanded).map_err(|what| t.fault(url.line, "url", what)).ok()
 }
 
 fn path(t: &mut Section<'_, '_>, key: &'static str, default: &str) -> String {
@@ -200,8 +199,8 @@ fn path(t: &mut Section<'_, '_>, key: &'static str, default: &str) -> String {
     let (path, query) = text.value.split_once('?').unwrap_or((&text.value, "q"));
     let is_query = !query.is_empty() && query.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#');
     if !is_path(path) || !is_query {
-        let allowed = "must be `/` and visible ASCII without `#`, with or without a query after `?`";
-        t.invalid(&text, key, allowed);
+        let allowed = "must begin with `/` and be visible ASCII without `#`; it may have a query after `?`";
+        t.invalid(&text, allowed);
     }
     text.value
 }
@@ -230,7 +229,7 @@ fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
     let name = HeaderName::from_bytes(text.value.as_bytes()).ok();
     let name = name.filter(|name| !RESERVED_HEADERS.contains(&name.as_str()));
     if name.is_none() {
-        t.invalid(&text, "auth_header", "must be a header that Zap does not set itself, such as `api-key`");
+        t.invalid(&text, "must be a header that Zap does not set itself, such as `api-key`");
     }
     if !has_key {
         t.fault(
@@ -243,38 +242,57 @@ fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
 }
 
 /// Reads the headers to send in addition to Zap's own. They replace the client's headers of the same name.
-fn extra_headers(
-    t: &mut Section<'_, '_>,
-    key_header: Option<&HeaderName>,
-    ctx: &Context<'_>,
-) -> Vec<(HeaderName, HeaderValue)> {
+fn extra_headers(t: &mut Section<'_, '_>, key_header: Option<&HeaderName>) -> Vec<(HeaderName, HeaderValue)> {
     let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
     for (name, value) in t.pairs("extra_headers").unwrap_or_default() {
         let name = HeaderName::from_bytes(name.value.as_bytes()).ok();
-        let name = name.filter(|n| !RESERVED_HEADERS.contains(&n.as_str()) && Some(n) != key_header);
+        let name = name.filter(|n| !RESERVED_HEADERS.contains(&n.as_str()));
+        if name.is_some() && name.as_ref() == key_header {
+            t.fault_of(&value, "is the header of `api_key`; must be only one of the two");
+        }
         if name.is_none() {
-            let what = "contains a header that cannot be added; must be headers that Zap does not set itself \
-                        and that are not hop-by-hop";
-            t.fault(value.line, "extra_headers", what);
+            let what =
+                "cannot be added; must be a header that Zap does not set itself and that is not hop-by-hop";
+            t.fault_of(&value, what);
         }
         if name.as_ref().is_some_and(|name| headers.iter().any(|(other, _)| other == name)) {
-            let what = "contains a header twice; must be different names, and case does not count";
-            t.fault(value.line, "extra_headers", what);
+            let what = "repeats a header; must be different names, and case does not count";
+            t.fault_of(&value, what);
         }
-        let Some(expanded) = expanded(t, "extra_headers", &value, ctx) else { continue };
-        match (name, HeaderValue::from_str(&expanded)) {
+        match (name, HeaderValue::from_str(&value.value)) {
             (Some(name), Ok(mut text)) => {
                 text.set_sensitive(true);
                 headers.push((name, text));
             }
             (_, Err(_)) => {
-                let what = "contains a value with a control character; must be visible ASCII and spaces";
-                t.fault(value.line, "extra_headers", what);
+                let what = "has a value with a control character; must be visible ASCII and spaces";
+                t.fault_of(&value, what);
             }
             (None, Ok(_)) => {}
         }
     }
     headers
+}
+
+/// Reads the protocols that the backend speaks.
+fn protocols(t: &mut Section<'_, '_>) -> Vec<Protocol> {
+    let line = t.line_of("protocols").unwrap_or(t.line());
+    let Some(texts) = t.texts("protocols") else { return vec![Protocol::OpenAi] };
+    if texts.is_empty() {
+        let what = "is empty; must have \"openai\", \"anthropic\" or both";
+        t.fault(line, "protocols", what);
+    }
+    let mut protocols = Vec::new();
+    for text in texts {
+        match PROTOCOLS.iter().find(|(word, _)| *word == text.value) {
+            Some((_, protocol)) if !protocols.contains(protocol) => protocols.push(*protocol),
+            Some(_) => {}
+            None => {
+                t.invalid(&text, "must be one of \"openai\", \"anthropic\"");
+            }
+        }
+    }
+    protocols
 }
 
 /// Reads the names of the top-level members that this backend does not accept.
@@ -286,10 +304,10 @@ fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
     for text in t.texts("drop_fields").unwrap_or_default() {
         if !(1..=MAX_NAME).contains(&text.value.len()) || is_required(&text.value) {
             let allowed = format!(
-                "each element must be 1 to {MAX_NAME} bytes and not `{}`, in any case",
+                "must be 1 to {MAX_NAME} bytes and not `{}`, in any case",
                 REQUIRED_FIELDS.join("`, `")
             );
-            t.invalid_element(&text, "drop_fields", &allowed);
+            t.invalid(&text, &allowed);
         } else if !fields.iter().any(|field| **field == *text.value) {
             fields.push(text.value.into());
         }
@@ -298,7 +316,7 @@ fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
 }
 
 fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
-    let Text { value, line } = t.text("ca_file")?;
+    let Text { value, line, .. } = t.text("ca_file")?;
     let path = ctx.base.join(value);
     match open_regular(&path) {
         Ok(_) => Some(path),
@@ -332,21 +350,24 @@ mod tests {
         for (more, want) in [
             (
                 "health_path = \"/a\"\nhealth = { path = \"/a\" }",
-                "4: `backends.health_path` is set and `health.path` too; must be only one of the two",
+                "4: `backends[0].health_path` is set and `health.path` too; must be only one of the two",
             ),
             (
                 "health = { interval_secs = 0 }",
-                "4: `backends.health.interval_secs` is 0; must be from 1 to 86400",
+                "4: `backends[0].health.interval_secs` is 0; must be from 1 to 86400",
             ),
             (
                 "health = { enabled = 1 }",
-                "4: `backends.health.enabled` is an integer; must be `true` or `false`",
+                "4: `backends[0].health.enabled` is an integer; must be `true` or `false`",
             ),
-            ("health = true", "4: `backends.health` is a boolean; must be a table"),
+            ("health = true", "4: `backends[0].health` is a boolean; must be a table, `health = { … }`"),
         ] {
             assert_eq!(read(more).unwrap_err(), format!("test:{want}"));
         }
         let path = read("health = { path = \"x\" }").unwrap_err();
-        assert!(path.starts_with("test:4: `backends.health.path` is \"x\"; must be `/`"), "{path}");
+        assert!(
+            path.starts_with("test:4: `backends[0].health.path` is \"x\"; must begin with `/`"),
+            "{path}"
+        );
     }
 }

@@ -5,9 +5,11 @@
 //! a file stays valid if a backend is drained and then gets its weight back.
 
 use crate::config::fault_sink::Sink;
+use crate::config::text::shown_name;
 use crate::config::{Backend, ClientKey, Config, UsageMode};
 use crate::policy::balance::BackendId;
-use crate::policy::route::{CATCH_ALL, Named, Pattern};
+use crate::policy::pattern::Pattern;
+use crate::policy::route::{CATCH_ALL, Named};
 
 /// Where a backend's keys are, for messages; the line of its table for a key that is not set.
 #[derive(Clone, Copy)]
@@ -29,21 +31,21 @@ pub(super) fn check(sink: &Sink<'_>, config: &Config, lines: &Lines) {
     for (id, (backend, at)) in config.backends.iter().zip(&lines.backends).enumerate() {
         let ways = ways(id, backend, &config.routes);
         if backend.budget.is_some() {
-            let owner = format!("`backends.budget` of `{}`", backend.name);
-            check_prices(sink, at.budget, &owner, backend, sent(&ways, None));
+            let owner = format!("`backends[{id}].budget` of `{}`", shown_name(&backend.name));
+            check_prices(sink, at.budget, &owner, (id, backend), sent(&ways, None));
         }
-        for (client, line) in config.clients.iter().zip(&lines.client_budgets) {
+        for (index, (client, line)) in config.clients.iter().zip(&lines.client_budgets).enumerate() {
             if client.budget.is_some() {
-                let owner = format!("`client_keys.budget` of `{}`", client.name);
-                check_prices(sink, *line, &owner, backend, sent(&ways, client.models.as_deref()));
+                let owner = format!("`client_keys[{index}].budget` of `{}`", shown_name(&client.name));
+                check_prices(sink, *line, &owner, (id, backend), sent(&ways, client.models.as_deref()));
             }
         }
-        let needs = needs(backend, config, &ways);
+        let needs = needs(id, config, &ways);
         if backend.usage == UsageMode::Off && !needs.is_empty() {
             let what = format!(
-                "`backends.usage` of `{}` is \"off\", but its answers are counted by {}; \
+                "`backends[{id}].usage` of `{}` is \"off\", but its answers are counted by {}; \
                  must be \"auto\", \"inject\" or \"passive\"",
-                backend.name,
+                shown_name(&backend.name),
                 needs.join(", ")
             );
             sink.fault(at.usage, what);
@@ -63,9 +65,8 @@ impl Config {
     /// depends on them.
     pub(crate) fn usage_of(&self, id: BackendId) -> UsageMode {
         let backend = &self.backends[id];
-        let is_needed = || {
-            !backend.prices.is_empty() || !needs(backend, self, &ways(id, backend, &self.routes)).is_empty()
-        };
+        let is_needed =
+            || !backend.prices.is_empty() || !needs(id, self, &ways(id, backend, &self.routes)).is_empty();
         match backend.usage {
             UsageMode::Auto if is_needed() => UsageMode::Inject,
             UsageMode::Auto => UsageMode::Passive,
@@ -74,8 +75,24 @@ impl Config {
     }
 }
 
+/// Whether any backend or route serves a name of `pattern`.
+pub(super) fn is_served(config: &Config, pattern: &Pattern) -> bool {
+    let allowed = std::slice::from_ref(pattern);
+    config
+        .backends
+        .iter()
+        .enumerate()
+        .any(|(id, backend)| !sent(&ways(id, backend, &config.routes), Some(allowed)).is_empty())
+}
+
 /// Records a fault if `backend` has no price for one of the models `sent`.
-fn check_prices(sink: &Sink<'_>, line: usize, owner: &str, backend: &Backend, sent: Vec<Names>) {
+fn check_prices(
+    sink: &Sink<'_>,
+    line: usize,
+    owner: &str,
+    (id, backend): (BackendId, &Backend),
+    sent: Vec<Names>,
+) {
     let has_price =
         |names: &Names| backend.prices.iter().any(|(text, _)| Names::written(text).contain(names));
     let mut missing: Vec<Names> = Vec::new();
@@ -87,11 +104,12 @@ fn check_prices(sink: &Sink<'_>, line: usize, owner: &str, backend: &Backend, se
         }
     }
     if !missing.is_empty() {
-        let missing: Vec<String> = missing.iter().map(|names| format!("{:?}", names.text())).collect();
+        let missing: Vec<String> =
+            missing.iter().map(|names| format!("{:?}", shown_name(&names.text()))).collect();
         let what = format!(
             "{owner} may be charged for models of the backend `{0}` that have no price: {1}; \
-             each must have a price in `backends.prices` of `{0}`",
-            backend.name,
+             each must have a price in `backends[{id}].prices`; the name `\"*\"` there is for all others",
+            shown_name(&backend.name),
             missing.join(", ")
         );
         sink.fault(line, what);
@@ -99,26 +117,27 @@ fn check_prices(sink: &Sink<'_>, line: usize, owner: &str, backend: &Backend, se
 }
 
 /// The keys that need the usage of the backend's answers, as messages name them.
-fn needs(backend: &Backend, config: &Config, ways: &[Way]) -> Vec<String> {
+fn needs(id: BackendId, config: &Config, ways: &[Way]) -> Vec<String> {
+    let backend = &config.backends[id];
     let mut needs = Vec::new();
     if backend.budget.is_some() {
-        needs.push("`backends.budget`".to_owned());
+        needs.push(format!("`backends[{id}].budget`"));
     }
     if backend.tokens_per_minute.is_some() {
-        needs.push("`backends.tokens_per_minute`".to_owned());
+        needs.push(format!("`backends[{id}].tokens_per_minute`"));
     }
-    let reaches = |client: &&ClientKey| !sent(ways, client.models.as_deref()).is_empty();
-    let reaching: Vec<&ClientKey> = config.clients.iter().filter(reaches).collect();
+    let reaches = |(_, client): &(usize, &ClientKey)| !sent(ways, client.models.as_deref()).is_empty();
+    let reaching: Vec<(usize, &ClientKey)> = config.clients.iter().enumerate().filter(reaches).collect();
     let has_default_limit =
-        config.clients.is_empty() || reaching.iter().any(|c| c.tokens_per_minute.is_none());
+        config.clients.is_empty() || reaching.iter().any(|(_, c)| c.tokens_per_minute.is_none());
     if config.rate_limit.tokens_per_minute.is_some() && has_default_limit {
         needs.push("`rate_limit.tokens_per_minute`".to_owned());
     }
-    for client in reaching {
+    for (index, client) in reaching {
         let keys =
             [("tokens_per_minute", client.tokens_per_minute.is_some()), ("budget", client.budget.is_some())];
         for (key, _) in keys.into_iter().filter(|(_, is_set)| *is_set) {
-            needs.push(format!("`client_keys.{key}` of `{}`", client.name));
+            needs.push(format!("`client_keys[{index}].{key}` of `{}`", shown_name(&client.name)));
         }
     }
     needs
@@ -333,8 +352,8 @@ mod tests {
             let line = 7 + more.lines().count().max(1) + keys.lines().count().max(1) - 2;
             let expected = (!missing.is_empty()).then(|| {
                 format!(
-                    "f:{line}: `backends.budget` of `a` may be charged for models of the backend `a` that have no \
-                     price: {missing}; each must have a price in `backends.prices` of `a`"
+                    "f:{line}: `backends[0].budget` of `a` may be charged for models of the backend `a` that have no \
+                     price: {missing}; each must have a price in `backends[0].prices`; the name `\"*\"` there is for all others"
                 )
             });
             let found = faults(&[&text, "models = [\"x\"]"], &[], more);
@@ -422,9 +441,10 @@ mod tests {
                 .iter()
                 .map(|(backend, names)| {
                     format!(
-                        "f:{line}: `client_keys.budget` of `team` may be charged for models of the backend \
-                         `{backend}` that have no price: {names}; each must have a price in `backends.prices` of \
-                         `{backend}`"
+                        "f:{line}: `client_keys[0].budget` of `team` may be charged for models of the backend \
+                         `{backend}` that have no price: {names}; each must have a price in \
+                         `backends[{}].prices`; the name `\"*\"` there is for all others",
+                        if *backend == "a" { 0 } else { 1 }
                     )
                 })
                 .collect();
@@ -443,23 +463,23 @@ mod tests {
         for (backend, clients, more, needs) in [
             ("", &[][..], "", ""),
             (&*all, &[""][..], "", ""),
-            (limit, &[], "", "`backends.tokens_per_minute`"),
-            (&budget, &[], "", "`backends.budget`"),
+            (limit, &[], "", "`backends[0].tokens_per_minute`"),
+            (&budget, &[], "", "`backends[0].budget`"),
             ("weight = 0", &[], &*rate, "`rate_limit.tokens_per_minute`"),
             ("", &[""], &rate, "`rate_limit.tokens_per_minute`"),
-            ("", &["", limit], "", "`client_keys.tokens_per_minute` of `other`"),
+            ("", &["", limit], "", "`client_keys[1].tokens_per_minute` of `other`"),
             (
                 "",
                 &["", limit],
                 &rate,
-                "`rate_limit.tokens_per_minute`, `client_keys.tokens_per_minute` of `other`",
+                "`rate_limit.tokens_per_minute`, `client_keys[1].tokens_per_minute` of `other`",
             ),
-            ("", &[limit], &rate, "`client_keys.tokens_per_minute` of `team`"),
+            ("", &[limit], &rate, "`client_keys[0].tokens_per_minute` of `team`"),
             (
                 &m_priced,
                 &[&*m_limit, &*m_budget],
                 "",
-                "`client_keys.tokens_per_minute` of `team`, `client_keys.budget` of `other`",
+                "`client_keys[0].tokens_per_minute` of `team`, `client_keys[1].budget` of `other`",
             ),
             (&m_priced, &[&n_limit], "", ""),
             (&m_free, &[&n_limit, ""], "", ""),
@@ -468,7 +488,7 @@ mod tests {
             let line = 4 + more.split('\n').count();
             let expected = (!needs.is_empty()).then(|| {
                 format!(
-                    "f:{line}: `backends.usage` of `a` is \"off\", but its answers are counted by {needs}; \
+                    "f:{line}: `backends[0].usage` of `a` is \"off\", but its answers are counted by {needs}; \
                      must be \"auto\", \"inject\" or \"passive\""
                 )
             });
@@ -485,6 +505,6 @@ mod tests {
     #[test]
     fn other_faults_hide_the_checks_since_keys_may_be_missing() {
         let found = faults(&[&format!("{BUDGET}\nprices = 1")], &[], "");
-        assert_eq!(found, ["f:6: `backends.prices` is an integer; must be a table of tables"]);
+        assert_eq!(found, ["f:6: `backends[0].prices` is an integer; must be a table of tables"]);
     }
 }

@@ -8,7 +8,8 @@ use crate::config::ClientKey;
 use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name, secret};
 use crate::config::models::pattern;
 use crate::config::money::budget;
-use crate::config::toml_reader::{Section, Text};
+use crate::config::text::Text;
+use crate::config::toml_reader::Section;
 
 /// The name of requests without a client key.
 pub(crate) const ANONYMOUS: &str = "anonymous";
@@ -16,6 +17,8 @@ pub(crate) const ANONYMOUS: &str = "anonymous";
 /// A client key and its place in the file.
 struct ReadClient {
     client: ClientKey,
+    /// Its table, as messages write it.
+    place: String,
     /// The line of its table.
     line: usize,
     budget_line: usize,
@@ -36,14 +39,14 @@ pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadClie
     let read = root.sections("client_keys", |t| client(t, ctx));
     let read: Vec<ReadClient> = read.into_iter().flatten().flatten().collect();
     let (mut names, mut digests) = (HashMap::new(), HashMap::new());
-    for ReadClient { client, line, .. } in &read {
+    for ReadClient { client, place, line, .. } in &read {
         if let Some(first) = names.insert(client.name.as_str(), line) {
-            let what = "each entry must have its own name";
-            root.sink().fault(*line, format!("`client_keys.name` repeats the name at line {first}; {what}"));
+            let what = "each client key must have its own name";
+            root.sink().fault(*line, format!("`{place}.name` repeats the name at line {first}; {what}"));
         }
         if let Some(first) = digests.insert(client.digest, line) {
-            let what = "each entry must have its own key";
-            root.sink().fault(*line, format!("`client_keys` repeats the key at line {first}; {what}"));
+            let what = "each client must have its own key";
+            root.sink().fault(*line, format!("`{place}.key` repeats the key at line {first}; {what}"));
         }
     }
     let inline_key = read.iter().any(|read| read.inline_key);
@@ -65,10 +68,11 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
     }
     let hash_line = t.line_of("sha256");
     let (key, inline) = secret(t, "key", ctx);
-    let hash = t.text("sha256").and_then(|Text { value, line }| {
+    let hash = t.text("sha256").and_then(|Text { value, line, .. }| {
         let hash = parse_hex(&value);
         if hash.is_none() {
-            t.fault(line, "sha256", "is not a SHA-256; must be 64 hexadecimal digits");
+            let what = "is not a SHA-256; must be 64 hexadecimal digits: `printf %s KEY | sha256sum`";
+            t.fault(line, "sha256", what);
         }
         hash
     });
@@ -79,9 +83,9 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         }
         _ => {}
     }
-    let requests_per_minute = t.optional("requests_per_minute", REQUESTS_PER_MINUTE);
-    let tokens_per_minute = t.optional("tokens_per_minute", TOKENS_PER_MINUTE);
-    let max_in_flight = t.optional("max_in_flight", IN_FLIGHT);
+    let requests_per_minute = t.limit("requests_per_minute", REQUESTS_PER_MINUTE);
+    let tokens_per_minute = t.limit("tokens_per_minute", TOKENS_PER_MINUTE);
+    let max_in_flight = t.limit("max_in_flight", IN_FLIGHT);
     let budget_line = t.line_of("budget").unwrap_or(line);
     let budget = budget(t);
     let models = t.texts("models").map(|texts| texts.iter().filter_map(|text| pattern(t, text)).collect());
@@ -96,7 +100,13 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         budget,
         models,
     };
-    Some(ReadClient { client, line, budget_line, inline_key: inline == Some(true) })
+    Some(ReadClient {
+        client,
+        place: t.place().to_owned(),
+        line,
+        budget_line,
+        inline_key: inline == Some(true),
+    })
 }
 
 fn parse_hex(text: &str) -> Option<[u8; 32]> {

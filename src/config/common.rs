@@ -6,9 +6,9 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use crate::config::Secret;
-use crate::config::expand::expand;
 use crate::config::range::{Number, Range};
-use crate::config::toml_reader::{Section, Text};
+use crate::config::text::Text;
+use crate::config::toml_reader::Section;
 
 pub(super) const IN_FLIGHT: Range<usize> = Range::new(1, 1_000_000);
 pub(super) const REQUESTS_PER_MINUTE: Range<u32> = Range::new(1, u32::MAX);
@@ -19,17 +19,13 @@ pub(super) const WEIGHT: Range<u32> = Range::new(0, 1000);
 pub(super) const PRIORITY: Number<u32> = Range::new(0, 1000).or(0);
 /// Longest backend name, in bytes.
 pub(super) const MAX_NAME: usize = 64;
-/// Largest configuration file, in bytes.
-pub(super) const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Largest key file, in bytes.
 const MAX_KEY_FILE: usize = 16 << 10;
 
-/// The surroundings of a configuration: files and environment variables that the text refers to.
+/// The surroundings of a configuration: the files that the text refers to.
 pub(super) struct Context<'a> {
     /// Directory that relative paths are relative to.
     pub(super) base: &'a Path,
-    /// Looks up an environment variable.
-    pub(super) env: &'a dyn Fn(&str) -> Option<String>,
 }
 
 pub(super) fn is_name_char(c: char) -> bool {
@@ -41,7 +37,7 @@ pub(super) fn name(t: &mut Section<'_, '_>) -> Option<Text> {
     let name = t.text("name")?;
     let valid = (1..=MAX_NAME).contains(&name.value.len()) && name.value.chars().all(is_name_char);
     if !valid {
-        t.invalid(&name, "name", &format!("must be 1 to {MAX_NAME} characters of `A-Za-z0-9._-`"));
+        t.invalid(&name, &format!("must be 1 to {MAX_NAME} characters of `A-Za-z0-9._-`"));
     }
     valid.then_some(name)
 }
@@ -52,24 +48,75 @@ pub(super) fn secret(
     name: &'static str,
     ctx: &Context<'_>,
 ) -> (Option<Secret>, Option<bool>) {
-    let line = t.line_of(name).unwrap_or(t.line());
-    let (key, inline) = match t.text_or_section(name, |t| key_file(t, ctx)) {
-        None => return (None, None),
-        // If the whole key comes from the environment, the file does not contain it.
-        Some(Err(text)) => {
-            let is_variable =
-                text.value.starts_with("${") && text.value.find('}') == Some(text.value.len() - 1);
-            (expanded(t, name, &text, ctx), !is_variable)
-        }
-        Some(Ok(key)) => (key, false),
+    let Some(line) = t.line_of(name) else {
+        let _ = t.text(name);
+        return (None, None);
     };
-    let secret = key.and_then(|key| Secret::new(&key).map_err(|what| t.fault(line, name, what)).ok());
-    (secret, Some(inline))
+    let (key, source, inline) = match t.text_or_section(name, |t| key_file(t, ctx)) {
+        None | Some(Err(None)) => return (None, Some(false)),
+        Some(Err(Some(text))) if is_one_variable(text.written()) => (text.value, Source::Variable, false),
+        Some(Err(Some(text))) => (text.value, Source::Text, true),
+        Some(Ok(None)) => return (None, Some(false)),
+        Some(Ok(Some(key))) => (key, Source::File, false),
+    };
+    let read = match not_a_key(&key, source) {
+        Some(what) => Err(what),
+        None => Secret::new(&key).map_err(str::to_owned),
+    };
+    (read.map_err(|what| t.fault(line, name, &what)).ok(), Some(inline))
+}
+
+/// Where a key comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// The configuration itself.
+    Text,
+    /// An environment variable.
+    Variable,
+    /// A file of its own.
+    File,
+}
+
+/// Whether the text is one variable without a default: then the file does not contain the key.
+fn is_one_variable(written: &str) -> bool {
+    written.starts_with("${") && written.find('}') == Some(written.len() - 1) && !written.contains(":-")
+}
+
+/// Why `key` cannot be a key, if it is what other programs and examples write in place of one. Shows nothing of it.
+fn not_a_key(key: &str, source: Source) -> Option<String> {
+    const VARIABLE: &str = "must be the key itself, or `${NAME}` for an environment variable";
+    let whole = match source {
+        Source::Text => "",
+        Source::Variable => " in the variable",
+        Source::File => " in the file",
+    };
+    let (what, allowed) = match key {
+        _ if key.starts_with('$') && !key.starts_with("${") => ("begins with `$`", VARIABLE),
+        _ if key.starts_with("os.environ/") => ("begins with `os.environ/`, as in litellm", VARIABLE),
+        _ if key.starts_with("env.") || key.starts_with("process.env.") => ("begins with `env.`", VARIABLE),
+        _ if key.starts_with("{{") => ("begins with `{{`, a template that was not filled in", VARIABLE),
+        _ if key.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("bearer ")) => {
+            ("begins with `Bearer`, which Zap adds", "must be the key alone")
+        }
+        _ if key.starts_with('<') && key.ends_with('>') => ("is a placeholder in `<` and `>`", VARIABLE),
+        _ if !key.is_empty() && key.chars().all(|c| c == '.' || c == '\u{2026}') => {
+            ("is only dots", VARIABLE)
+        }
+        _ if key.ends_with("...") || key.ends_with('\u{2026}') => {
+            ("ends in dots, so a part is missing", "must be the whole key")
+        }
+        _ if key.starts_with(['"', '\'', '`']) => (
+            "begins with a quote",
+            "must be without quotes of its own; `docker run --env-file` keeps those of the file",
+        ),
+        _ => return None,
+    };
+    Some(format!("{what}{whole}; {allowed}"))
 }
 
 /// Reads the content of the file that `{ file = "path" }` names, without its last newline.
 fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
-    let Text { value, line } = t.required_text("file")?;
+    let Text { value, line, .. } = t.required_text("file")?;
     let read = open_regular(&ctx.base.join(value)).and_then(|file| {
         let mut key = String::new();
         file.take(MAX_KEY_FILE as u64 + 1).read_to_string(&mut key)?;
@@ -100,7 +147,7 @@ fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
 /// Reads `path` of `[ledger]`: a file that may not exist yet. Returns `None` if it is not set, or if it is not valid:
 /// then a fault is recorded.
 pub(super) fn ledger_path(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
-    let Text { value, line } = t.text("path")?;
+    let Text { value, line, .. } = t.text("path")?;
     let path = ctx.base.join(&value);
     let found = match path.metadata() {
         _ if value.is_empty() => "is empty".to_owned(),
@@ -130,39 +177,11 @@ pub(super) fn unreadable(error: &io::Error) -> String {
     let kind = match error.kind() {
         io::ErrorKind::InvalidData => "not text".to_owned(),
         io::ErrorKind::InvalidInput => "not a regular file".to_owned(),
+        io::ErrorKind::NotFound => "no such file".to_owned(),
         kind => kind.to_string(),
     };
     format!(
         "cannot be read ({kind}); must be a readable file, \
          relative to the directory of the configuration"
     )
-}
-
-pub(super) fn expanded(t: &Section<'_, '_>, key: &str, text: &Text, ctx: &Context<'_>) -> Option<String> {
-    expand(&text.value, ctx.env)
-        .map_err(|faults| {
-            for what in faults {
-                t.fault(text.line, key, &what);
-            }
-        })
-        .ok()
-}
-
-/// Reads at most one byte more than [`MAX_FILE_BYTES`], so that the caller can detect a larger file.
-pub(super) fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// Whether every user may read the file.
-#[cfg(unix)]
-pub(super) fn world_readable(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o004 != 0)
-}
-
-#[cfg(not(unix))]
-pub(super) fn world_readable(_: &Path) -> bool {
-    false
 }

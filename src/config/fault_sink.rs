@@ -74,8 +74,9 @@ impl Faults {
         &self.0
     }
 
-    pub(super) fn at_first_line(label: &str, what: &str) -> Self {
-        Self(vec![format!("{label}:1: the file {what}")])
+    /// The fault of a file that is no text; `what` follows "the file".
+    pub(super) fn of_file(label: &str, line: usize, what: &str) -> Self {
+        Self(vec![format!("{label}:{line}: the file {what}")])
     }
 }
 

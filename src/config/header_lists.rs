@@ -14,9 +14,9 @@ fn patterns(t: &mut Section<'_, '_>, key: &'static str) -> Vec<NamePattern> {
         match NamePattern::parse(&text.value) {
             Some(pattern) => patterns.push(pattern),
             None => {
-                let allowed = "each element must be the name of a header, with or without a `*` at its end, and not \
-                               a credential, a cookie, a hop-by-hop header or a header that Zap sets itself";
-                t.invalid_element(&text, key, allowed);
+                let allowed = "must be the name of a header, with or without a `*` at its end, and not a credential, \
+                               a cookie, a hop-by-hop header or a header that Zap sets itself";
+                t.invalid(&text, allowed);
             }
         }
     }
@@ -45,17 +45,18 @@ mod tests {
 
     #[test]
     fn a_credential_in_a_list_is_a_fault_with_its_line() {
-        const ALLOWED: &str = "each element must be the name of a header, with or without a `*` at its end, and not a \
-                               credential, a cookie, a hop-by-hop header or a header that Zap sets itself";
+        const ALLOWED: &str = "must be the name of a header, with or without a `*` at its end, and not a credential, \
+                               a cookie, a hop-by-hop header or a header that Zap sets itself";
+        const ARRAY: &str = "is a string; must be an array of strings, such as `[\"a\", \"b\"]`";
         for key in ["forward_headers", "drop_headers"] {
-            for (name, shown) in
-                [("Cookie", "an invalid value"), ("x-api-key", "an invalid value"), ("te", "\"te\"")]
-            {
+            for name in ["Cookie", "x-api-key", "te"] {
                 let fault = read(&format!("{key} = [\n\"x-title\",\n\"{name}\"]")).unwrap_err();
-                assert_eq!(fault, format!("test:6: `backends.{key}` contains {shown}; {ALLOWED}"));
+                assert_eq!(fault, format!("test:6: `backends[0].{key}[1]` is \"{name}\"; {ALLOWED}"));
             }
+            let fault = read(&format!("{key} = [\"sk-CANARY:\"]")).unwrap_err();
+            assert_eq!(fault, format!("test:4: `backends[0].{key}[0]` is not valid; {ALLOWED}"));
             let fault = read(&format!("{key} = \"x-title\"")).unwrap_err();
-            assert_eq!(fault, format!("test:4: `backends.{key}` is a string; must be an array of strings"));
+            assert_eq!(fault, format!("test:4: `backends[0].{key}` {ARRAY}"));
         }
     }
 }

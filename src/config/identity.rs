@@ -10,7 +10,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::sign::CertifiedKey;
 
 use crate::config::common::{Context, open_regular, unreadable};
-use crate::config::toml_reader::{Section, Text};
+use crate::config::text::Text;
+use crate::config::toml_reader::Section;
 use crate::config::url::BaseUrl;
 
 /// Largest PEM file, in bytes.
@@ -40,24 +41,24 @@ pub(super) fn client_identity(
 ) -> Option<ClientIdentity> {
     let (cert, key) = match (t.text("client_cert"), t.text("client_key")) {
         (Some(cert), Some(key)) => (cert, key),
-        (Some(cert), None) => return alone(t, &cert, "client_cert", "client_key"),
-        (None, Some(key)) => return alone(t, &key, "client_key", "client_cert"),
+        (Some(cert), None) => return alone(t, &cert, "client_key"),
+        (None, Some(key)) => return alone(t, &key, "client_cert"),
         (None, None) => return None,
     };
-    only_with_tls(t, &cert, "client_cert", url);
-    let chain = pem(t, "client_cert", &cert, ctx).and_then(|pem| {
+    only_with_tls(t, &cert, url);
+    let chain = pem(t, &cert, ctx).and_then(|pem| {
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
         if chain.is_empty() {
             let what = "has no certificate; must be a PEM file of a certificate and its issuers";
-            t.fault(cert.line, "client_cert", what);
+            t.fault_of(&cert, what);
         }
         Some(chain).filter(|chain| !chain.is_empty())
     });
-    let private = pem(t, "client_key", &key, ctx).and_then(|pem| {
+    let private = pem(t, &key, ctx).and_then(|pem| {
         let found = PrivateKeyDer::from_pem_slice(&pem).ok();
         if found.is_none() {
             let what = "has no private key; must be a PEM file of a private key without a password";
-            t.fault(key.line, "client_key", what);
+            t.fault_of(&key, what);
         }
         found
     });
@@ -66,52 +67,48 @@ pub(super) fn client_identity(
     match CertifiedKey::from_der(chain.clone(), private.clone_key(), &provider) {
         Ok(_) => return Some(ClientIdentity { chain, key: Arc::new(private) }),
         Err(rustls::Error::InvalidCertificate(_)) => {
-            t.fault(
-                cert.line,
-                "client_cert",
-                "has an invalid certificate; must be a PEM file of a certificate",
-            );
+            t.fault_of(&cert, "has an invalid certificate; must be a PEM file of a certificate");
         }
         Err(rustls::Error::InconsistentKeys(_)) => {
             let what = "is the key of another certificate; must be that of `client_cert`";
-            t.fault(key.line, "client_key", what);
+            t.fault_of(&key, what);
         }
         Err(_) => {
             let what = "has a private key that cannot be used; must be ECDSA, Ed25519 or RSA";
-            t.fault(key.line, "client_key", what);
+            t.fault_of(&key, what);
         }
     }
     None
 }
 
 /// Records that one of two keys that belong together is missing.
-fn alone(t: &Section<'_, '_>, text: &Text, key: &str, other: &str) -> Option<ClientIdentity> {
-    t.fault(text.line, key, &format!("is set without `{other}`; both must be set, or none"));
+fn alone(t: &Section<'_, '_>, text: &Text, other: &str) -> Option<ClientIdentity> {
+    t.fault_of(text, &format!("is set without `{other}`; both must be set, or none"));
     None
 }
 
-fn only_with_tls(t: &Section<'_, '_>, text: &Text, key: &str, url: Option<&BaseUrl>) {
+fn only_with_tls(t: &Section<'_, '_>, text: &Text, url: Option<&BaseUrl>) {
     if url.is_some_and(|url| !url.https) {
-        t.fault(text.line, key, "is set, but `url` has no TLS; must be set with `https://` or not at all");
+        t.fault_of(text, "is set, but `url` has no TLS; must be set with `https://` or not at all");
     }
 }
 
-fn pem(t: &Section<'_, '_>, key: &str, path: &Text, ctx: &Context<'_>) -> Option<Vec<u8>> {
+fn pem(t: &Section<'_, '_>, path: &Text, ctx: &Context<'_>) -> Option<Vec<u8>> {
     let read = open_regular(&ctx.base.join(&path.value)).and_then(|file| {
         let mut pem = Vec::new();
         file.take(MAX_PEM_FILE as u64 + 1).read_to_end(&mut pem)?;
         if pem.len() > MAX_PEM_FILE { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(pem) }
     });
-    read.map_err(|error| t.fault(path.line, key, &unreadable(&error))).ok()
+    read.map_err(|error| t.fault_of(path, &unreadable(&error))).ok()
 }
 
 /// Reads `server_name`: the name in the certificate of the backend, in place of the host of `url`.
 pub(super) fn server_name(t: &mut Section<'_, '_>, url: Option<&BaseUrl>) -> Option<ServerName<'static>> {
     let text = t.text("server_name")?;
-    only_with_tls(t, &text, "server_name", url);
+    only_with_tls(t, &text, url);
     let name = ServerName::try_from(text.value.clone()).ok();
     if name.is_none() {
-        t.invalid(&text, "server_name", "must be a host name, or an IP address without brackets");
+        t.invalid(&text, "must be a host name, or an IP address without brackets");
     }
     name
 }
@@ -185,15 +182,15 @@ mod tests {
             ("text", "CANARY"),
             ("broken", broken),
         ]);
-        let unreadable = "cannot be read (entity not found); must be a readable file, relative to the directory of the configuration";
+        let unreadable = "cannot be read (no such file); must be a readable file, relative to the directory of the configuration";
         for (cert, key, want) in [
-            ("none", "key", format!("4: `backends.client_cert` {unreadable}")),
-            ("cert", "none", format!("5: `backends.client_key` {unreadable}")),
-            ("text", "key", "4: `backends.client_cert` has no certificate; must be a PEM file of a certificate and its issuers".into()),
-            ("key", "key", "4: `backends.client_cert` has no certificate; must be a PEM file of a certificate and its issuers".into()),
-            ("broken", "key", "4: `backends.client_cert` has an invalid certificate; must be a PEM file of a certificate".into()),
-            ("cert", "cert", "5: `backends.client_key` has no private key; must be a PEM file of a private key without a password".into()),
-            ("cert", "other", "5: `backends.client_key` is the key of another certificate; must be that of `client_cert`".into()),
+            ("none", "key", format!("4: `backends[0].client_cert` {unreadable}")),
+            ("cert", "none", format!("5: `backends[0].client_key` {unreadable}")),
+            ("text", "key", "4: `backends[0].client_cert` has no certificate; must be a PEM file of a certificate and its issuers".into()),
+            ("key", "key", "4: `backends[0].client_cert` has no certificate; must be a PEM file of a certificate and its issuers".into()),
+            ("broken", "key", "4: `backends[0].client_cert` has an invalid certificate; must be a PEM file of a certificate".into()),
+            ("cert", "cert", "5: `backends[0].client_key` has no private key; must be a PEM file of a private key without a password".into()),
+            ("cert", "other", "5: `backends[0].client_key` is the key of another certificate; must be that of `client_cert`".into()),
         ] {
             let fault = folder.read("https://a", &format!("client_cert = \"{cert}\"\nclient_key = \"{key}\"")).unwrap_err();
             assert_eq!(fault, format!("test:{want}"));
@@ -202,27 +199,27 @@ mod tests {
             (
                 "https://a",
                 "client_cert = \"cert\"",
-                "`backends.client_cert` is set without `client_key`; both must be set, or none",
+                "`backends[0].client_cert` is set without `client_key`; both must be set, or none",
             ),
             (
                 "https://a",
                 "client_key = \"key\"",
-                "`backends.client_key` is set without `client_cert`; both must be set, or none",
+                "`backends[0].client_key` is set without `client_cert`; both must be set, or none",
             ),
             (
                 "http://a",
                 "client_cert = \"cert\"\nclient_key = \"key\"",
-                "`backends.client_cert` is set, but `url` has no TLS; must be set with `https://` or not at all",
+                "`backends[0].client_cert` is set, but `url` has no TLS; must be set with `https://` or not at all",
             ),
             (
                 "http://a",
                 "server_name = \"b\"",
-                "`backends.server_name` is set, but `url` has no TLS; must be set with `https://` or not at all",
+                "`backends[0].server_name` is set, but `url` has no TLS; must be set with `https://` or not at all",
             ),
             (
                 "https://a",
                 "server_name = \"a b\"",
-                "`backends.server_name` is not valid; must be a host name, or an IP address without brackets",
+                "`backends[0].server_name` is \"a b\"; must be a host name, or an IP address without brackets",
             ),
         ] {
             assert_eq!(folder.read(url, more).unwrap_err(), format!("test:4: {want}"));

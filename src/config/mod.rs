@@ -5,23 +5,30 @@
 //!
 //! # Layout
 //!
+//! - `file` reads the text.
 //! - `fault_sink` collects the faults, each with its line.
-//! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys.
-//! - `suggest` guesses which known key an unknown key means.
+//! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys; `strings` reads the strings.
+//! - `text` is a string with its place, and knows which strings a message may show.
+//! - `syntax` explains a text that is not TOML.
+//! - `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced.
-//! - `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `base_url`, `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `warnings` finds settings that are allowed but unwise.
 //! - `secret` keeps a key from being printed.
 //!
 //! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or
 //! `money`.
 
+mod aliases;
 mod backend;
+mod base_url;
 mod charges;
 mod clients;
 mod common;
 mod expand;
 mod fault_sink;
+mod file;
 mod header_lists;
 mod identity;
 mod models;
@@ -30,16 +37,18 @@ mod proxy;
 mod range;
 mod raw;
 mod secret;
+mod strings;
 mod suggest;
+mod syntax;
+mod text;
 mod toml_reader;
 mod url;
+mod warnings;
 
-use std::{
-    fmt, io,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
@@ -47,17 +56,19 @@ use rustls::pki_types::ServerName;
 
 pub(crate) use crate::config::backend::HEALTH_PATH;
 pub(crate) use crate::config::clients::ANONYMOUS;
-use crate::config::common::{MAX_FILE_BYTES, read_bounded, world_readable};
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::identity::ClientIdentity;
 pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
+pub(crate) use crate::config::text::{is_like_a_key, key_name};
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
-use crate::policy::route::{Named, Pattern, Rule};
+use crate::policy::pattern::Pattern;
+use crate::policy::route::{Named, Rule};
 use crate::policy::spend::Period;
+use crate::protocol::endpoint::Protocol;
 
 /// The whole configuration; every value is within its range.
 #[derive(Clone, Debug)]
@@ -299,6 +310,8 @@ pub struct Backend {
     pub prices: Vec<(String, [u64; 4])>,
     /// Most that this backend may cost; every model that it may be sent has a price.
     pub budget: Option<Budget>,
+    /// Protocols that the backend speaks: at least one, each once.
+    pub protocols: Vec<Protocol>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
 }
@@ -369,29 +382,11 @@ impl Config {
     /// [`LoadError::Invalid`] with every fault if the file cannot be read or is not valid.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let label = path.display().to_string();
-        let bytes = match read_bounded(path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(LoadError::Missing(path.to_owned()));
-            }
-            Err(error) => {
-                let kind = error.kind();
-                let what = format!("cannot be read ({kind}); must be a readable text file");
-                return Err(LoadError::Invalid(Faults::at_first_line(&label, &what)));
-            }
-        };
-        if bytes.len() as u64 > MAX_FILE_BYTES {
-            let what = format!("is too large; must be at most {MAX_FILE_BYTES} bytes");
-            return Err(LoadError::Invalid(Faults::at_first_line(&label, &what)));
-        }
-        let Ok(text) = String::from_utf8(bytes) else {
-            let what = "is not UTF-8; must be UTF-8 text";
-            return Err(LoadError::Invalid(Faults::at_first_line(&label, what)));
-        };
+        let text = file::read_text(path, &label)?;
         let base = path.parent().unwrap_or(Path::new(""));
         let env = |name: &str| std::env::var(name).ok();
         let mut read = read(&text, &label, base, &env).map_err(LoadError::Invalid)?;
-        if read.inline_key && world_readable(path) {
+        if read.inline_key && file::world_readable(path) {
             read.config.warnings.push(format!(
                 "{label} contains a key and every user may read it; \
                  run `chmod o-r` on it, or take the key from the environment or a file"
@@ -425,8 +420,8 @@ fn read(
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<raw::ReadConfig, Faults> {
     let sink = Sink::new(text, label);
-    let ctx = common::Context { base, env };
-    let read = toml_reader::document(&sink, |root| raw::config(root, &ctx));
+    let ctx = common::Context { base };
+    let read = toml_reader::document(&sink, env, |root| raw::config(root, &ctx));
     match (read, sink.into_messages()) {
         (Some(read), messages) if messages.is_empty() => Ok(read),
         (_, messages) => Err(Faults(messages)),

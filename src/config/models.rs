@@ -2,9 +2,11 @@
 
 use crate::config::Backend;
 use crate::config::common::{PRIORITY, WEIGHT};
-use crate::config::toml_reader::{Section, Text};
+use crate::config::text::{Text, shown_name};
+use crate::config::toml_reader::Section;
 use crate::policy::near::nearest;
-use crate::policy::route::{CATCH_ALL, MAX_NAME, Named, NamedTarget, Pattern, Rule};
+use crate::policy::pattern::{MAX_NAME, Pattern};
+use crate::policy::route::{CATCH_ALL, Named, NamedTarget, Rule};
 
 /// `models_from`: what `/v1/models` lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +33,9 @@ pub(super) fn must_be(more: &str) -> String {
 /// Reads `models` of a backend: a list of names, or a table from public names to the backend's own.
 pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
     let line = t.line_of("models");
+    let faults = t.sink().count();
     let entries = t.texts_or_pairs("models")?;
-    if entries.is_empty() {
+    if entries.is_empty() && t.sink().count() == faults {
         let what = "is empty; must be left out if the backend serves any model";
         t.fault(line.unwrap_or(t.line()), "models", what);
     }
@@ -40,7 +43,7 @@ pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
     for (public, own) in entries {
         let Some(pattern) = pattern(t, &public) else { continue };
         if rules.iter().any(|rule| rule.public == pattern) {
-            t.fault(public.line, "models", "contains a name twice; names must be unique");
+            t.fault_of(&public, "repeats a name; each name must be listed once");
         }
         let own = own.and_then(|own| own_name(t, own, &pattern));
         rules.push(Rule { public: pattern, own });
@@ -52,7 +55,7 @@ pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
 pub(super) fn pattern(t: &Section<'_, '_>, text: &Text) -> Option<Pattern> {
     let pattern = Pattern::parse(&text.value);
     if pattern.is_none() {
-        t.invalid_element(text, "models", &format!("each name {}", must_be(", `*` only at the end")));
+        t.invalid(text, &must_be(", `*` only at the end"));
     }
     pattern
 }
@@ -60,12 +63,12 @@ pub(super) fn pattern(t: &Section<'_, '_>, text: &Text) -> Option<Pattern> {
 /// Reads the backend's own name for `public`.
 fn own_name(t: &Section<'_, '_>, text: Text, public: &Pattern) -> Option<Box<str>> {
     if Pattern::parse(&text.value).is_none() {
-        t.invalid_element(&text, "models", &format!("each name {}", must_be(", `*` only at the end")));
+        t.invalid(&text, &must_be(", `*` only at the end"));
         return None;
     }
     if text.value.ends_with('*') && !public.is_prefix() {
         let what = "maps a name without `*` to a name that ends in `*`; both names must end in `*`";
-        t.fault(text.line, "models", what);
+        t.fault_of(&text, what);
     }
     Some(text.value.into())
 }
@@ -76,19 +79,19 @@ pub(super) fn model_name(t: &mut Section<'_, '_>, key: &'static str) -> Option<S
     let text = t.text(key)?;
     let valid = (1..=MAX_NAME).contains(&text.value.len()) && !text.value.chars().any(char::is_control);
     if !valid {
-        t.invalid(&text, key, &must_be(""));
+        t.invalid(&text, &must_be(""));
     }
     valid.then_some(text.value)
 }
 
 /// Reads `[models.NAME]`. `all_known`: no backend is missing in `backends` because of a fault.
 pub(super) fn named_routes(root: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Vec<Named> {
-    root.named_sections("models", |t, name| {
+    root.named_sections("models", &["targets"], |t, name| {
         let valid = name.value == CATCH_ALL
             || Pattern::parse(&name.value).is_some_and(|pattern| !pattern.is_prefix());
         if !valid {
             let what = must_be(" and without `*`, or only `*` for all other names");
-            t.sink().fault(name.line, format!("a name in `models` is not valid; {what}"));
+            t.fault_of(&name, &format!("is not a valid name; {what}"));
         }
         let line = t.line_of("targets");
         let faults = t.sink().count();
@@ -110,14 +113,14 @@ fn target(t: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Opt
     let name = name?;
     let Some(backend) = backends.iter().position(|b| b.name == name.value) else {
         if all_known {
-            let names = backends.iter().map(|b| b.name.as_str());
+            let names = backends.iter().map(|b| shown_name(&b.name));
             let allowed = match nearest(&name.value, names.clone(), 1).first() {
                 Some(near) => format!("must be the name of a backend; did you mean `{near}`?"),
                 None => {
                     format!("must be the name of a backend: `{}`", names.collect::<Vec<_>>().join("`, `"))
                 }
             };
-            t.invalid(&name, "backend", &allowed);
+            t.invalid(&name, &allowed);
         }
         return None;
     };

@@ -5,8 +5,8 @@ use toml::de::DeValue;
 use crate::config::Budget;
 use crate::config::models::must_be;
 use crate::config::range::Range;
-use crate::config::toml_reader::{Field, Section};
-use crate::policy::route::Pattern;
+use crate::config::toml_reader::Section;
+use crate::policy::pattern::Pattern;
 use crate::policy::spend::Period;
 
 /// Millionths of an amount's unit.
@@ -23,10 +23,10 @@ const MAX_SHOWN: usize = 40;
 
 /// Reads `prices` of a backend: (pattern, [input, cached, cache_write, output] in pico-USD a token).
 pub(super) fn prices(t: &mut Section<'_, '_>) -> Vec<(String, [u64; 4])> {
-    let read = t.named_sections("prices", |t, name| {
+    let read = t.named_sections("prices", &["input", "cached", "cache_write", "output"], |t, name| {
         if Pattern::parse(&name.value).is_none() {
             let what = must_be(", `*` only at the end");
-            t.sink().fault(name.line, format!("a name in `backends.prices` is not valid; {what}"));
+            t.fault_of(&name, &format!("is not a valid name; {what}"));
         }
         let input = required_amount(t, "input", PRICE);
         let cached = amount(t, "cached", PRICE);
@@ -62,7 +62,20 @@ fn required_amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>
 
 /// Reads an optional integer or float. Returns its millionths, which `range` counts too.
 fn amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>) -> Option<u64> {
-    let Field { value, line } = t.take(key)?;
+    let Range { min, max } = range;
+    let needed = format!("a number from {} to {}", shown(min), shown(max));
+    let field = t.take(key)?;
+    let line = field.line;
+    let value = match t.unquoted(key, field, &needed)? {
+        Ok(value) => value,
+        Err(text) => {
+            let amount = millionths(&text.value).filter(|amount| (min..=max).contains(amount));
+            if amount.is_none() {
+                t.invalid(&text, &format!("must be {needed}, with at most six decimals"));
+            }
+            return amount;
+        }
+    };
     let text = match &value {
         DeValue::Integer(number) => i128::from_str_radix(number.as_str(), number.radix())
             .map_or_else(|_too_large| number.as_str().to_owned(), |number| number.to_string()),
@@ -72,11 +85,10 @@ fn amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>) -> Opti
             .parse()
             .map_or_else(|_invalid| number.as_str().to_owned(), |number: f64| number.to_string()),
         other => {
-            t.wrong_type(line, key, other, "a number");
+            t.wrong_type(line, key, other, &needed);
             return None;
         }
     };
-    let Range { min, max } = range;
     let amount = millionths(&text).filter(|amount| (min..=max).contains(amount));
     if amount.is_none() {
         let found = match text.len() {
@@ -154,7 +166,7 @@ mod tests {
 
     #[test]
     fn faults_of_prices_name_the_line_and_what_is_allowed() {
-        let fault = |key: &str, what: &str| format!("f:4: `backends.prices.<name>.{key}` {what}");
+        let fault = |key: &str, what: &str| format!("f:4: `backends[0].prices.gpt-4o.{key}` {what}");
         for (text, expected) in [
             ("{ input = -1, output = 1 }", fault("input", &format!("is -1; {AMOUNT}"))),
             (
@@ -174,28 +186,36 @@ mod tests {
                 "{ input = 99999999999999999999999999999999999999999, output = 1 }",
                 fault("input", &format!("has too many digits; {AMOUNT}")),
             ),
-            ("{ input = \"sk-CANARY\", output = 1 }", fault("input", "is a string; must be a number")),
+            (
+                "{ input = \"sk-CANARY\", output = 1 }",
+                fault("input", "is a string; must be a number from 0 to 1000000, without quotes"),
+            ),
             ("{ output = 1 }", fault("input", "is missing; a number from 0 to 1000000 is required")),
             ("{ input = 1 }", fault("output", "is missing; a number from 0 to 1000000 is required")),
             (
                 "{ input = 1, outptu = 1, output = 1 }",
-                "f:4: unknown key `backends.prices.<name>.outptu`; did you mean `output`?".to_owned(),
+                "f:4: unknown key `backends[0].prices.gpt-4o.outptu`; did you mean `output`?".to_owned(),
             ),
-            ("1", "f:4: `backends.prices` contains an integer; each element must be a table".to_owned()),
+            ("1", "f:4: `backends[0].prices.gpt-4o` is an integer; must be a table with `input`".to_owned()),
         ] {
             let read = backend(&format!("prices = {{ \"gpt-4o\" = {text} }}"));
             assert_eq!(read.unwrap_err(), expected, "{text}");
         }
         let long = "x".repeat(257);
-        for name in ["", "a*b", "**", "a\\n", &long] {
+        for (name, shown) in
+            [("", "\"\""), ("a*b", "\"a*b\""), ("**", "\"**\""), ("a\\n", "<name>"), (&long, "<name>")]
+        {
             let what = "must be 1 to 256 bytes without control characters, `*` only at the end";
             let read = backend(&format!("prices = {{ \"{name}\" = {{ input = 1, output = 1 }} }}"));
-            assert_eq!(read.unwrap_err(), format!("f:4: a name in `backends.prices` is not valid; {what}"));
+            assert_eq!(
+                read.unwrap_err(),
+                format!("f:4: `backends[0].prices.{shown}` is not a valid name; {what}")
+            );
         }
         let twice = backend("prices.a = { input = 1, output = 1 }\nprices.\"a\" = { input = 1, output = 1 }");
         assert!(twice.unwrap_err().starts_with("f:5: syntax error at column 8: duplicate key"));
         let read = backend("prices = 1");
-        assert_eq!(read.unwrap_err(), "f:4: `backends.prices` is an integer; must be a table of tables");
+        assert_eq!(read.unwrap_err(), "f:4: `backends[0].prices` is an integer; must be a table of tables");
     }
 
     #[test]
@@ -214,26 +234,29 @@ mod tests {
             assert_eq!(parse(&client).unwrap().clients[0].budget, expected, "{text}");
         }
         for (text, expected) in [
-            ("{ usd = 0, per = \"day\" }", format!("`backends.budget.usd` is 0; {USD_AMOUNT}")),
+            ("{ usd = 0, per = \"day\" }", format!("`backends[0].budget.usd` is 0; {USD_AMOUNT}")),
             (
                 "{ usd = 1000000000.5, per = \"day\" }",
-                format!("`backends.budget.usd` is 1000000000.5; {USD_AMOUNT}"),
+                format!("`backends[0].budget.usd` is 1000000000.5; {USD_AMOUNT}"),
             ),
             (
                 "{ usd = 0.0000001, per = \"day\" }",
-                format!("`backends.budget.usd` is 0.0000001; {USD_AMOUNT}"),
+                format!("`backends[0].budget.usd` is 0.0000001; {USD_AMOUNT}"),
             ),
             (
                 "{ per = \"day\" }",
-                "`backends.budget.usd` is missing; a number from 0.000001 to 1000000000 is required"
+                "`backends[0].budget.usd` is missing; a number from 0.000001 to 1000000000 is required"
                     .to_owned(),
             ),
-            ("{ usd = 1 }", "`backends.budget.per` is missing; \"day\" or \"month\" is required".to_owned()),
+            (
+                "{ usd = 1 }",
+                "`backends[0].budget.per` is missing; \"day\" or \"month\" is required".to_owned(),
+            ),
             (
                 "{ usd = 1, per = \"year\" }",
-                "`backends.budget.per` is \"year\"; must be one of \"day\", \"month\"".to_owned(),
+                "`backends[0].budget.per` is \"year\"; must be one of \"day\", \"month\"".to_owned(),
             ),
-            ("50", "`backends.budget` is an integer; must be a table".to_owned()),
+            ("50", "`backends[0].budget` is an integer; must be a table, `budget = { … }`".to_owned()),
         ] {
             let read = backend(&format!("budget = {text}\n{price}"));
             assert_eq!(read.unwrap_err(), format!("f:4: {expected}"), "{text}");

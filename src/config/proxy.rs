@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use http::HeaderValue;
 use ipnet::IpNet;
 
-use crate::config::common::{Context, expanded};
+use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 use crate::config::url::BaseUrl;
 
@@ -62,29 +62,17 @@ fn variables(https: bool) -> &'static [&'static str] {
 }
 
 /// Reads `proxy`, or the environment. Returns the proxy, and whether the text itself contains its password.
-pub(super) fn proxy(
-    t: &mut Section<'_, '_>,
-    url: Option<&BaseUrl>,
-    ctx: &Context<'_>,
-) -> (Option<Proxy>, bool) {
-    if let Some(text) = t.text("proxy") {
-        if text.value == "none" {
-            return (None, false);
-        }
-        let inline = text.value.contains('@') && !text.value.contains("${");
-        let parsed = expanded(t, "proxy", &text, ctx).map(|value| Proxy::parse(&value, ProxySource::File));
-        return match parsed {
-            Some(Ok(proxy)) => (Some(proxy), inline),
-            Some(Err(what)) => {
-                t.fault(text.line, "proxy", &format!("{what}; {ALLOWED}"));
-                (None, false)
-            }
-            None => (None, false),
-        };
+pub(super) fn proxy(t: &mut Section<'_, '_>, url: Option<&BaseUrl>) -> (Option<Proxy>, bool) {
+    let is_set = t.line_of("proxy").is_some();
+    match t.text("proxy") {
+        Some(text) => return proxy_of(t, &text),
+        // A fault is recorded.
+        None if is_set => return (None, false),
+        None => {}
     }
     let Some(url) = url.filter(|url| !is_loopback(&url.host)) else { return (None, false) };
     let set =
-        |name: &&'static str| (ctx.env)(name).filter(|value| !value.is_empty()).map(|value| (*name, value));
+        |name: &&'static str| (t.env)(name).filter(|value| !value.is_empty()).map(|value| (*name, value));
     let Some((name, value)) = variables(url.https).iter().find_map(set) else { return (None, false) };
     let exempt = ["no_proxy", "NO_PROXY"].iter().find_map(set);
     if exempt.is_some_and(|(_, list)| is_exempt(&list, &url.host, url.port)) {
@@ -95,6 +83,25 @@ pub(super) fn proxy(
         Err(what) => {
             let what = format!("is not set, and the environment variable `{name}` {what}; {ALLOWED}");
             t.fault(t.line(), "proxy", &what);
+            (None, false)
+        }
+    }
+}
+
+/// Reads the value of `proxy`.
+fn proxy_of(t: &Section<'_, '_>, text: &Text) -> (Option<Proxy>, bool) {
+    if text.value == "none" {
+        return (None, false);
+    }
+    match Proxy::parse(&text.value, ProxySource::File) {
+        Ok(proxy) => (Some(proxy), text.value.contains('@') && !text.is_variable()),
+        Err(what) => {
+            let found = match text.shown() {
+                Some(shown) if text.is_variable() => format!("is {shown}, whose value {what}"),
+                Some(shown) => format!("is {shown}, which {what}"),
+                None => what.to_owned(),
+            };
+            t.fault_of(text, &format!("{found}; {ALLOWED}"));
             (None, false)
         }
     }
@@ -293,7 +300,7 @@ mod tests {
             let fault = of(value).unwrap_err();
             assert!(
                 fault.starts_with(
-                    "test:1: `backends.proxy` is not set, and the environment variable `https_proxy` "
+                    "test:1: `backends[0].proxy` is not set, and the environment variable `https_proxy` "
                 ),
                 "{fault}"
             );
@@ -302,7 +309,25 @@ mod tests {
         let fault = read("https://a", "proxy = \"socks5://u:sk-CANARY@p\"", &[]).unwrap_err();
         assert_eq!(
             fault,
-            format!("test:4: `backends.proxy` names a kind of proxy that Zap does not speak to; {ALLOWED}")
+            format!(
+                "test:4: `backends[0].proxy` names a kind of proxy that Zap does not speak to; {ALLOWED}"
+            )
+        );
+        let fault = read("https://a", "proxy = \"https://p:1\"", &[]).unwrap_err();
+        assert_eq!(
+            fault,
+            format!(
+                "test:4: `backends[0].proxy` is \"https://p:1\", which begins with `https://`, but Zap speaks plain \
+                 HTTP to a proxy; {ALLOWED}"
+            )
+        );
+        let fault = read("https://a", "proxy = \"${P}\"", &[("P", "socks5://u:sk-CANARY@p")]).unwrap_err();
+        assert_eq!(
+            fault,
+            format!(
+                "test:4: `backends[0].proxy` is \"${{P}}\", whose value names a kind of proxy that Zap does not \
+                 speak to; {ALLOWED}"
+            )
         );
     }
 

@@ -2,7 +2,7 @@
 //! `[[backends]]`, `[models.NAME]` and `[[client_keys]]`.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     thread,
 };
 
@@ -15,7 +15,8 @@ use crate::config::common::{
     Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, ledger_path,
 };
 use crate::config::range::{Number, Range};
-use crate::config::toml_reader::{Section, Text};
+use crate::config::toml_reader::Section;
+use crate::config::warnings::warnings;
 use crate::config::{
     Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream, Timeouts,
     backend, charges, clients, models,
@@ -59,8 +60,6 @@ const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
 const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
-const NO_LEDGER: &str = "a budget starts at zero at each start without a `[ledger]`; set `ledger.path`";
-
 /// A configuration; valid only if its sink has no fault.
 pub(super) struct ReadConfig {
     pub(super) config: Config,
@@ -103,9 +102,9 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         heartbeat: t.seconds("heartbeat_secs", HEARTBEAT_SECS),
     });
     let rate_limit = root.section("rate_limit", |t| RateLimit {
-        requests_per_minute: t.optional("requests_per_minute", REQUESTS_PER_MINUTE),
-        requests_per_minute_per_address: t.optional("requests_per_minute_per_address", REQUESTS_PER_MINUTE),
-        tokens_per_minute: t.optional("tokens_per_minute", TOKENS_PER_MINUTE),
+        requests_per_minute: t.limit("requests_per_minute", REQUESTS_PER_MINUTE),
+        requests_per_minute_per_address: t.limit("requests_per_minute_per_address", REQUESTS_PER_MINUTE),
+        tokens_per_minute: t.limit("tokens_per_minute", TOKENS_PER_MINUTE),
         max_keys: t.number("max_keys", MAX_KEYS),
     });
     let log = root.section("log", |t| LogSettings {
@@ -143,10 +142,8 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     if root.sink().count() == faults {
         charges::check(root.sink(), &config, &Lines { backends: lines, client_budgets: budget_lines });
     }
-    let has_budget =
-        config.backends.iter().map(|b| &b.budget).chain(config.clients.iter().map(|c| &c.budget));
-    if config.ledger.is_none() && has_budget.flatten().next().is_some() {
-        config.warnings.push(NO_LEDGER.to_owned());
+    if root.sink().count() == 0 {
+        config.warnings = warnings(&config);
     }
     ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
 }
@@ -158,7 +155,9 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         }
         let host = text.value.parse().ok();
         if host.is_none() {
-            t.invalid(&text, "host", "must be an IPv4 address, an IPv6 address or \"localhost\"");
+            let has_port = text.value.parse::<SocketAddr>().is_ok();
+            let more = if has_port { "; the port belongs in `port`" } else { "" };
+            t.invalid(&text, &format!("must be an IPv4 address, an IPv6 address or \"localhost\"{more}"));
         }
         host
     });
@@ -179,13 +178,11 @@ fn server(t: &mut Section<'_, '_>) -> Server {
 fn trusted_proxies(t: &mut Section<'_, '_>) -> Vec<IpNet> {
     let mut nets = Vec::new();
     for text in t.texts("trusted_proxies").unwrap_or_default() {
-        let Text { value, .. } = &text;
+        let value = &text.value;
         match value.parse().or_else(|_| value.parse::<IpAddr>().map(IpNet::from)) {
             Ok(net) => nets.push(net),
             Err(_) => {
-                let allowed =
-                    "each element must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`";
-                t.invalid_element(&text, "trusted_proxies", allowed);
+                t.invalid(&text, "must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`");
             }
         }
     }

@@ -1,11 +1,21 @@
 //! Suggestions for unknown keys.
 
+use crate::config::aliases;
 use crate::policy::near::distance;
 
-/// Whether a message may show `text`: at most 40 bytes of `a-z` and `_` look like a word of the configuration, anything
-/// else could be a misplaced secret.
-pub(super) fn is_harmless(text: &str) -> bool {
-    text.len() <= 40 && text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+/// What an unknown key most likely stands for, or all keys that are known. `kind` is its table, as the manual writes it.
+pub(super) fn hint(kind: &str, written: &str, known: &[&str]) -> String {
+    if let Some(meant) = aliases::meaning(kind, written) {
+        return match meant.contains(' ') {
+            true => meant.to_owned(),
+            false => format!("did you mean `{meant}`?"),
+        };
+    }
+    match nearest(written, known) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None if known.len() == 1 => format!("must be `{}`", known.concat()),
+        None => format!("must be one of `{}`", known.join("`, `")),
+    }
 }
 
 /// The known key that `written` most likely stands for, if any is near enough.
@@ -43,6 +53,20 @@ mod tests {
             ("sk-CANARY", None),
         ] {
             assert_eq!(nearest(written, &known), expected, "{written}");
+        }
+    }
+
+    #[test]
+    fn names_of_other_programs_come_before_similar_names() {
+        let known = ["url", "api_key"];
+        for (written, expected) in [
+            ("base_url", "did you mean `url`?"),
+            ("baseURL", "did you mean `url`?"),
+            ("apiKey", "did you mean `api_key`?"),
+            ("ulr", "did you mean `url`?"),
+            ("colour", "must be one of `url`, `api_key`"),
+        ] {
+            assert_eq!(hint("backends", written, &known), expected, "{written}");
         }
     }
 }

@@ -3,9 +3,8 @@
 use std::{collections::HashSet, fs};
 
 use super::*;
+use crate::config::file::MAX_FILE_BYTES;
 
-const NOT_ADDED: &str = "`backends.extra_headers` contains a header that cannot be added; \
-    must be headers that Zap does not set itself and that are not hop-by-hop";
 const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";
 
 /// A configuration that sets every key; the secret is `sk-CANARY`.
@@ -115,6 +114,7 @@ models = ["m-1", "m-*"]
 url = "http://b"
 weight = 1
 forward_authorization = true
+protocols = ["anthropic", "openai", "anthropic"]
 "#;
 
 fn env(name: &str) -> Option<String> {
@@ -192,7 +192,7 @@ requests_per_minute = 60
     assert_eq!(config.rate_limit.requests_per_minute, Some(60));
     assert_eq!(config.backends[0].name, "one");
     assert_eq!(config.backends[1].name, "localhost");
-    assert!(config.warnings.is_empty());
+    assert_eq!(config.warnings.len(), 1, "{:?}", config.warnings);
 }
 
 #[test]
@@ -249,6 +249,7 @@ fn keys_that_are_not_set_have_their_defaults() {
         usage: UsageMode::Auto,
         prices: vec![],
         budget: None,
+        protocols: vec![Protocol::OpenAi],
         forward_authorization: false,
     };
     assert_eq!(c.backends, [backend]);
@@ -337,6 +338,7 @@ fn every_key_is_read() {
     assert_eq!(c.backends[1].url.authority, "[::1]:9000");
     assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
     assert!(c.backends[2].forward_authorization);
+    assert_eq!(c.backends[2].protocols, [Protocol::Anthropic, Protocol::OpenAi]);
     let modes: Vec<_> = c.backends.iter().map(|b| b.usage).collect();
     assert_eq!(modes, [UsageMode::Inject, UsageMode::Auto, UsageMode::Auto]);
     let prices = [
@@ -359,10 +361,16 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ("[server]\n\nport = 70000", "3: `server.port` is 70000; must be from 0 to 65535"),
         ("[server]\nport = -1", "2: `server.port` is -1; must be from 0 to 65535"),
         ("server.port = 0x1_0000", "1: `server.port` is 65536; must be from 0 to 65535"),
-        ("[server]\nport = 1.5", "2: `server.port` is a float; must be an integer"),
-        ("[server]\nport = \"80\"", "2: `server.port` is a string; must be an integer"),
-        ("[server]\nport = {}", "2: `server.port` is a table; must be an integer"),
-        ("[server]\nport = 1979-05-27", "2: `server.port` is a date or time; must be an integer"),
+        ("[server]\nport = 1.5", "2: `server.port` is a float; must be an integer from 0 to 65535"),
+        (
+            "[server]\nport = \"80\"",
+            "2: `server.port` is the string \"80\"; must be an integer from 0 to 65535, without quotes",
+        ),
+        ("[server]\nport = {}", "2: `server.port` is a table; must be an integer from 0 to 65535"),
+        (
+            "[server]\nport = 1979-05-27",
+            "2: `server.port` is a date or time; must be an integer from 0 to 65535",
+        ),
         (
             "[server]\nworkers = 99999999999999999999999999999999999999999999",
             "2: `server.workers` is far out of range; must be from 1 to 1024",
@@ -371,10 +379,10 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ("[server]\nmax_body_bytes = 1", "2: `server.max_body_bytes` is 1; must be from 1024 to 1073741824"),
         ("[server]\ndrain_secs = 86401", "2: `server.drain_secs` is 86401; must be from 0 to 86400"),
         ("[server]\ndrain_delay_secs = 3601", "2: `server.drain_delay_secs` is 3601; must be from 0 to 3600"),
-        ("[server]\nhost = true", "2: `server.host` is a boolean; must be a string"),
+        ("[server]\nhost = true", "2: `server.host` is a boolean; must be a string, in quotes"),
         (
             "[server]\nhost = \"a.b\"",
-            "2: `server.host` is not valid; must be an IPv4 address, an IPv6 address or \"localhost\"",
+            "2: `server.host` is \"a.b\"; must be an IPv4 address, an IPv6 address or \"localhost\"",
         ),
         (
             "[server]\nhost = \"myhost\"",
@@ -384,38 +392,36 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ("[queue]\nmax_sise = 1", "2: unknown key `queue.max_sise`; did you mean `max_size`?"),
         (
             "[queue]\ncolour = 1",
-            "2: unknown key `queue.colour`; \
-             must be one of `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+            "2: unknown key `queue.colour`; must be one of `max_size`, `max_in_flight`, \
+             `max_wait_secs`, `timeout_secs`",
         ),
         (
             "[queue]\n\"sk-CANARY\" = 1",
-            "2: unknown key in `queue`; \
-             must be one of `max_size`, `max_in_flight`, `max_wait_secs`, `timeout_secs`",
+            "2: unknown key in `queue`; must be one of `max_size`, `max_in_flight`, \
+             `max_wait_secs`, `timeout_secs`",
         ),
         (
             "\"sk-CANARY\" = 1",
-            "1: unknown key at the top level; \
-             must be one of `server`, `queue`, `load_balancer`, `health`, `retry`, `timeouts`, `stream`, `rate_limit`, \
-             `log`, `ledger`, `backends`, `models`, `client_keys`, `models_from`",
+            "1: unknown key at the top level; must be one of `server`, `queue`, `load_balancer`, \
+             `health`, `retry`, `timeouts`, `stream`, `rate_limit`, `log`, `ledger`, `backends`, \
+             `models`, `client_keys`, `models_from`",
         ),
         ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),
         (
             "[server.tls]\nx = 1",
-            "1: unknown key `server.tls`; \
-             must be one of `host`, `port`, `workers`, `max_body_bytes`, `max_connections`, \
-             `drain_secs`, `drain_delay_secs`, `keep_alive_secs`, `trusted_proxies`",
+            "1: unknown key `server.tls`; Zap listens without TLS: put a proxy with TLS in front of it",
         ),
-        ("[[server]]\nport = 1", "1: `server` is an array; must be a table"),
-        ("server = 1", "1: `server` is an integer; must be a table"),
+        ("[[server]]\nport = 1", "1: `server` is an array; must be a table, `[server]`"),
+        ("server = 1", "1: `server` is an integer; must be a table, `[server]`"),
         (
             "[load_balancer]\nstrategy = \"random\"",
-            "2: `load_balancer.strategy` is \"random\"; \
-             must be one of \"round_robin\", \"least_loaded\", \"prefix_hash\"",
+            "2: `load_balancer.strategy` is \"random\"; must be one of \"round_robin\", \
+             \"least_loaded\", \"prefix_hash\"",
         ),
         (
             "[load_balancer]\nstrategy = \"sk-CANARY\"",
-            "2: `load_balancer.strategy` is not valid; \
-             must be one of \"round_robin\", \"least_loaded\", \"prefix_hash\"",
+            "2: `load_balancer.strategy` is not valid; must be one of \"round_robin\", \
+             \"least_loaded\", \"prefix_hash\"",
         ),
         (
             "[load_balancer]\nprefix_bytes = 0",
@@ -423,72 +429,77 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ),
         (
             "[server]\ntrusted_proxies = [\"10.0.0.0/8\",\n\"lan\"]",
-            "3: `server.trusted_proxies` contains \"lan\"; \
-             each element must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`",
+            "3: `server.trusted_proxies[1]` is \"lan\"; must be an address such as `10.0.0.1` or \
+             a network such as `10.0.0.0/8`",
         ),
         (
             "[server]\ntrusted_proxies = [\"10.0.0.0/8\",\n\"sk-CANARY\"]",
-            "3: `server.trusted_proxies` contains an invalid value; \
-             each element must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`",
+            "3: `server.trusted_proxies[1]` is not valid; must be an address such as `10.0.0.1` \
+             or a network such as `10.0.0.0/8`",
         ),
         (
             "[server]\ntrusted_proxies = \"10.0.0.1\"",
-            "2: `server.trusted_proxies` is a string; must be an array of strings",
+            "2: `server.trusted_proxies` is a string; must be an array of strings, such as \
+             `[\"a\", \"b\"]`",
         ),
         (
             "[models.\"sk-CANARY*\"]\ntargets = [{ backend = \"a\" }]",
-            "1: a name in `models` is not valid; must be 1 to 256 bytes without control characters \
-             and without `*`, or only `*` for all other names",
+            "1: `models.<name>` is not a valid name; must be 1 to 256 bytes without control \
+             characters and without `*`, or only `*` for all other names",
         ),
         (
             "[models.x]\ntargets = []",
-            "2: `models.<name>.targets` is missing or empty; \
-             at least one `{ backend = \"name\", model = \"name\" }` is required",
+            "2: `models.x.targets` is missing or empty; at least one `{ backend = \"name\", model \
+             = \"name\" }` is required",
         ),
-        ("[models]\nx = 1", "2: `models` contains an integer; each element must be a table"),
+        ("[models]\nx = 1", "2: `models.x` is an integer; must be a table with `targets`"),
         (
             "[models.x]\ntargets = [{ backend = \"b\" }]",
-            "2: `models.<name>.targets.backend` is \"b\"; must be the name of a backend; did you mean `a`?",
+            "2: `models.x.targets[0].backend` is \"b\"; must be the name of a backend; did you \
+             mean `a`?",
         ),
         (
             "[models.x]\ntargets = [{ backend = \"somebody\" }]",
-            "2: `models.<name>.targets.backend` is \"somebody\"; must be the name of a backend: `a`",
+            "2: `models.x.targets[0].backend` is \"somebody\"; must be the name of a backend: `a`",
         ),
         (
             "[models.x]\ntargets = [{ backend = \"sk-CANARY\" }]",
-            "2: `models.<name>.targets.backend` is not valid; must be the name of a backend: `a`",
+            "2: `models.x.targets[0].backend` is not valid; must be the name of a backend: `a`",
         ),
         (
             "[models.x]\ntargets = [{ backend = \"a\", weight = 1001 }]",
-            "2: `models.<name>.targets.weight` is 1001; must be from 0 to 1000",
+            "2: `models.x.targets[0].weight` is 1001; must be from 0 to 1000",
         ),
         (
             "[models.x]\ntarget = 1",
-            "1: `models.<name>.targets` is missing or empty; \
-             at least one `{ backend = \"name\", model = \"name\" }` is required
-config.toml:2: unknown key `models.<name>.target`; did you mean `targets`?",
+            "1: `models.x.targets` is missing or empty; at least one `{ backend = \"name\", model \
+             = \"name\" }` is required\nconfig.toml:2: unknown key `models.x.target`; did you \
+             mean `targets`?",
         ),
-        ("[[client_keys]]\nkey = \"sk-CANARY\"", "1: `client_keys.name` is missing; a string is required"),
+        ("[[client_keys]]\nkey = \"sk-CANARY\"", "1: `client_keys[0].name` is missing; a string is required"),
         (
             "[[client_keys]]\nname = \"anonymous\"\nkey = \"sk-CANARY\"",
-            "2: `client_keys.name` is \"anonymous\", the name of requests without a key; must be another name",
+            "2: `client_keys[0].name` is \"anonymous\", the name of requests without a key; must \
+             be another name",
         ),
         (
             "[[client_keys]]\nname = \"a\"",
-            "1: `client_keys.key` is missing; either `key` or `sha256` is required",
+            "1: `client_keys[0].key` is missing; either `key` or `sha256` is required",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\nsha256 = \"00\"",
-            "4: `client_keys.sha256` is not a SHA-256; must be 64 hexadecimal digits
-config.toml:4: `client_keys.sha256` is set and `key` is set; must be only one of the two",
+            "4: `client_keys[0].sha256` is not a SHA-256; must be 64 hexadecimal digits: `printf \
+             %s KEY | sha256sum`\nconfig.toml:4: `client_keys[0].sha256` is set and `key` is set; \
+             must be only one of the two",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\n[[client_keys]]\nname = \"b\"\nkey = \"sk-CANARY\"",
-            "4: `client_keys` repeats the key at line 1; each entry must have its own key",
+            "4: `client_keys[1].key` repeats the key at line 1; each client must have its own key",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"x\"\n[[client_keys]]\nname = \"a\"\nkey = \"y\"",
-            "4: `client_keys.name` repeats the name at line 1; each entry must have its own name",
+            "4: `client_keys[1].name` repeats the name at line 1; each client key must have its \
+             own name",
         ),
         ("[health]\nfailure_threshold = 0", "2: `health.failure_threshold` is 0; must be from 1 to 1000"),
         ("[retry]\nmax_retries = 11", "2: `retry.max_retries` is 11; must be from 0 to 10"),
@@ -504,25 +515,29 @@ config.toml:4: `client_keys.sha256` is set and `key` is set; must be only one of
         ("[timeouts]\nconnect_ms = 600001", "2: `timeouts.connect_ms` is 600001; must be from 1 to 600000"),
         (
             "[rate_limit]\nrequests_per_minute = 0",
-            "2: `rate_limit.requests_per_minute` is 0; must be from 1 to 4294967295",
+            "2: `rate_limit.requests_per_minute` is 0; must be from 1 to 4294967295, or left out \
+             for no limit",
         ),
         (
             "[rate_limit]\ntokens_per_minute = 0",
-            "2: `rate_limit.tokens_per_minute` is 0; must be from 1 to 1000000000000",
+            "2: `rate_limit.tokens_per_minute` is 0; must be from 1 to 1000000000000, or left out \
+             for no limit",
         ),
-        ("[ledger]\npath = 1", "2: `ledger.path` is an integer; must be a string"),
+        ("[ledger]\npath = 1", "2: `ledger.path` is an integer; must be a string, in quotes"),
         ("[ledger]\npaht = \"a\"", "2: unknown key `ledger.paht`; did you mean `path`?"),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"x\"\ntokens_per_minute = 1000000000001",
-            "4: `client_keys.tokens_per_minute` is 1000000000001; must be from 1 to 1000000000000",
+            "4: `client_keys[0].tokens_per_minute` is 1000000000001; must be from 1 to \
+             1000000000000, or left out for no limit",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"x\"\nmax_in_flight = 0",
-            "4: `client_keys.max_in_flight` is 0; must be from 1 to 1000000",
+            "4: `client_keys[0].max_in_flight` is 0; must be from 1 to 1000000, or left out for \
+             no limit",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"x\"\nbudget = { usd = 5, per = \"week\" }",
-            "4: `client_keys.budget.per` is \"week\"; must be one of \"day\", \"month\"",
+            "4: `client_keys[0].budget.per` is \"week\"; must be one of \"day\", \"month\"",
         ),
         ("[log]\nrequests = 1", "2: `log.requests` is an integer; must be `true` or `false`"),
         ("[log]\nevents = \"xml\"", "2: `log.events` is \"xml\"; must be one of \"text\", \"json\""),
@@ -535,169 +550,193 @@ config.toml:4: `client_keys.sha256` is set and `key` is set; must be only one of
 /// Each text is put at line 4 of a backend that has `url` and `weight`.
 #[test]
 fn faults_of_backends_name_the_line_and_never_show_a_secret() {
-    let file = "cannot be read (entity not found); must be a readable file, \
-                relative to the directory of the configuration";
     for (text, expected) in [
-        (
-            "name = \"\"",
-            "`backends.name` is \"\"; must be 1 to 64 characters of `A-Za-z0-9._-`".to_owned(),
-        ),
+        ("name = \"\"", "`backends[0].name` is \"\"; must be 1 to 64 characters of `A-Za-z0-9._-`"),
         (
             "name = \"sk-CANARY!\"",
-            "`backends.name` is not valid; must be 1 to 64 characters of `A-Za-z0-9._-`".to_owned(),
+            "`backends[0].name` is not valid; must be 1 to 64 characters of `A-Za-z0-9._-`",
         ),
-        ("priority = 1001", "`backends.priority` is 1001; must be from 0 to 1000".to_owned()),
-        ("max_in_flight = 0", "`backends.max_in_flight` is 0; must be from 1 to 1000000".to_owned()),
+        ("priority = 1001", "`backends[0].priority` is 1001; must be from 0 to 1000"),
+        (
+            "max_in_flight = 0",
+            "`backends[0].max_in_flight` is 0; must be from 1 to 1000000, or left out for no limit",
+        ),
         (
             "tokens_per_minute = 0",
-            "`backends.tokens_per_minute` is 0; must be from 1 to 1000000000000".to_owned(),
+            "`backends[0].tokens_per_minute` is 0; must be from 1 to 1000000000000, or left out \
+             for no limit",
         ),
         (
             "usage = \"on\"",
-            "`backends.usage` is \"on\"; must be one of \"auto\", \"inject\", \"passive\", \"off\"".to_owned(),
+            "`backends[0].usage` is \"on\"; must be one of \"auto\", \"inject\", \"passive\", \"off\"",
         ),
         (
             "api_key = 7",
-            "`backends.api_key` is an integer; must be a string or `{ file = \"path\" }`".to_owned(),
+            "`backends[0].api_key` is an integer; must be a string, in quotes, or `{ file = \"path\" }`",
         ),
-        ("api_key = \"\"", "`backends.api_key` is empty; must have at least one character".to_owned()),
+        ("api_key = \"\"", "`backends[0].api_key` is empty; must have at least one character"),
         (
             "api_key = \"sk-CANARY\\n\"",
-            "`backends.api_key` contains a space, a control character or a non-ASCII character; \
-             must be visible ASCII on one line"
-                .to_owned(),
+            "`backends[0].api_key` contains a space, a control character or a non-ASCII \
+             character; must be visible ASCII on one line",
         ),
         (
             "api_key = \"${BAD_KEY}\"",
-            "`backends.api_key` contains a space, a control character or a non-ASCII character; \
-             must be visible ASCII on one line"
-                .to_owned(),
+            "`backends[0].api_key` contains a space, a control character or a non-ASCII \
+             character; must be visible ASCII on one line",
         ),
         (
             "api_key = \"sk-CANARY${NONE}\"",
-            "`backends.api_key` uses the environment variable `NONE`, which is unset or empty; \
-             the variable must be set"
-                .to_owned(),
+            "`backends[0].api_key` uses the environment variable `NONE`, which is unset or empty; \
+             must be set, or have a default: `${NONE:-default}`",
         ),
         (
             "api_key = \"sk-CANARY${\"",
-            "`backends.api_key` contains a malformed `${`; \
-             must be `${NAME}`, NAME of `A-Za-z0-9_` and not beginning with a digit"
-                .to_owned(),
+            "`backends[0].api_key` contains a malformed `${`; must be `${NAME}` or \
+             `${NAME:-default}`, NAME of `A-Za-z0-9_` and not beginning with a digit; a plain \
+             `${` is written `$${`",
         ),
-        ("api_key = { file = \"sk-CANARY\" }", format!("`backends.api_key.file` {file}")),
-        ("api_key = {}", "`backends.api_key.file` is missing; a string is required".to_owned()),
-        ("ca_file = \"sk-CANARY\"", format!("`backends.ca_file` {file}")),
-        ("api_keys = \"sk-CANARY\"", "unknown key `backends.api_keys`; did you mean `api_key`?".to_owned()),
+        (
+            "api_key = { file = \"sk-CANARY\" }",
+            "`backends[0].api_key.file` cannot be read (no such file); must be a readable file, \
+             relative to the directory of the configuration",
+        ),
+        ("api_key = {}", "`backends[0].api_key.file` is missing; a string is required"),
+        (
+            "ca_file = \"sk-CANARY\"",
+            "`backends[0].ca_file` cannot be read (no such file); must be a readable file, \
+             relative to the directory of the configuration",
+        ),
+        ("api_keys = \"sk-CANARY\"", "unknown key `backends[0].api_keys`; did you mean `api_key`?"),
         (
             "chat_path = \"chat\"",
-            "`backends.chat_path` is \"chat\"; \
-             must be `/` and visible ASCII without `#`, with or without a query after `?`"
-                .to_owned(),
+            "`backends[0].chat_path` is \"chat\"; must begin with `/` and be visible ASCII \
+             without `#`; it may have a query after `?`",
         ),
         (
             "health_path = \"/h#x\"",
-            "`backends.health_path` is not valid; \
-             must be `/` and visible ASCII without `#`, with or without a query after `?`"
-                .to_owned(),
+            "`backends[0].health_path` is not valid; must begin with `/` and be visible ASCII \
+             without `#`; it may have a query after `?`",
         ),
         (
             "auth_header = \"api-key\"",
-            "`backends.auth_header` is set without `api_key`; must be set with `api_key` or not at all"
-                .to_owned(),
+            "`backends[0].auth_header` is set without `api_key`; must be set with `api_key` or \
+             not at all",
         ),
         (
             "api_key = \"k\"\nauth_header = \"Host\"",
-            "`backends.auth_header` is not valid; \
-             must be a header that Zap does not set itself, such as `api-key`"
-                .to_owned(),
+            "`backends[0].auth_header` is \"Host\"; must be a header that Zap does not set \
+             itself, such as `api-key`",
         ),
         (
             "extra_headers = { \"sk-CANARY \" = \"x\" }",
-            NOT_ADDED.to_owned(),
+            "`backends[0].extra_headers.<name>` cannot be added; must be a header that Zap does \
+             not set itself and that is not hop-by-hop",
         ),
         (
             "api_key = \"k\"\nextra_headers = { Authorization = \"x\" }",
-            NOT_ADDED.to_owned(),
+            "`backends[0].extra_headers.Authorization` is the header of `api_key`; must be only \
+             one of the two",
         ),
-        ("extra_headers = { Expect = \"100-continue\" }", NOT_ADDED.to_owned()),
-        ("extra_headers = { Trailer = \"x\" }", NOT_ADDED.to_owned()),
-        ("extra_headers = { Keep-Alive = \"timeout=5\" }", NOT_ADDED.to_owned()),
-        ("extra_headers = { Proxy-Connection = \"close\" }", NOT_ADDED.to_owned()),
-        ("extra_headers = { Proxy-Authorization = \"sk-CANARY\" }", NOT_ADDED.to_owned()),
-        ("extra_headers = { Content-Encoding = \"gzip\" }", NOT_ADDED.to_owned()),
+        (
+            "extra_headers = { Expect = \"100-continue\" }",
+            "`backends[0].extra_headers.Expect` cannot be added; must be a header that Zap does \
+             not set itself and that is not hop-by-hop",
+        ),
+        (
+            "extra_headers = { Trailer = \"x\" }",
+            "`backends[0].extra_headers.Trailer` cannot be added; must be a header that Zap does \
+             not set itself and that is not hop-by-hop",
+        ),
+        (
+            "extra_headers = { Keep-Alive = \"timeout=5\" }",
+            "`backends[0].extra_headers.Keep-Alive` cannot be added; must be a header that Zap \
+             does not set itself and that is not hop-by-hop",
+        ),
+        (
+            "extra_headers = { Proxy-Connection = \"close\" }",
+            "`backends[0].extra_headers.Proxy-Connection` cannot be added; must be a header that \
+             Zap does not set itself and that is not hop-by-hop",
+        ),
+        (
+            "extra_headers = { Proxy-Authorization = \"sk-CANARY\" }",
+            "`backends[0].extra_headers.Proxy-Authorization` cannot be added; must be a header \
+             that Zap does not set itself and that is not hop-by-hop",
+        ),
+        (
+            "extra_headers = { Content-Encoding = \"gzip\" }",
+            "`backends[0].extra_headers.Content-Encoding` cannot be added; must be a header that \
+             Zap does not set itself and that is not hop-by-hop",
+        ),
         (
             "api_key = \"k\"\nauth_header = \"Proxy-Authorization\"",
-            "`backends.auth_header` is not valid; \
-             must be a header that Zap does not set itself, such as `api-key`"
-                .to_owned(),
+            "`backends[0].auth_header` is \"Proxy-Authorization\"; must be a header that Zap does \
+             not set itself, such as `api-key`",
         ),
         (
             "extra_headers = { X-A = \"sk-CANARY\", \"x-a\" = \"2\" }",
-            "`backends.extra_headers` contains a header twice; must be different names, and case does not count"
-                .to_owned(),
+            "`backends[0].extra_headers.x-a` repeats a header; must be different names, and case \
+             does not count",
         ),
         (
             "extra_headers = { x = \"sk-CANARY\\n\" }",
-            "`backends.extra_headers` contains a value with a control character; \
-             must be visible ASCII and spaces"
-                .to_owned(),
+            "`backends[0].extra_headers.x` has a value with a control character; must be visible \
+             ASCII and spaces",
         ),
         (
             "extra_headers = { x = 1 }",
-            "`backends.extra_headers` contains an integer; each element must be a string".to_owned(),
+            "`backends[0].extra_headers.x` is an integer; must be a string, in quotes",
         ),
         (
             "drop_fields = [\"model\"]",
-            "`backends.drop_fields` contains \"model\"; \
-             each element must be 1 to 64 bytes and not `messages`, `model`, `stream`, in any case"
-                .to_owned(),
+            "`backends[0].drop_fields[0]` is \"model\"; must be 1 to 64 bytes and not `messages`, \
+             `model`, `stream`, in any case",
         ),
         (
             "drop_fields = [\"Model\"]",
-            "`backends.drop_fields` contains an invalid value; \
-             each element must be 1 to 64 bytes and not `messages`, `model`, `stream`, in any case"
-                .to_owned(),
+            "`backends[0].drop_fields[0]` is \"Model\"; must be 1 to 64 bytes and not `messages`, \
+             `model`, `stream`, in any case",
         ),
-        (
-            "drop_fields = [1]",
-            "`backends.drop_fields` contains an integer; each element must be a string".to_owned(),
-        ),
-        (
-            "models = []",
-            "`backends.models` is empty; must be left out if the backend serves any model".to_owned(),
-        ),
+        ("drop_fields = [1]", "`backends[0].drop_fields[0]` is an integer; must be a string, in quotes"),
+        ("models = []", "`backends[0].models` is empty; must be left out if the backend serves any model"),
         (
             "models = [\"a*b\"]",
-            "`backends.models` contains an invalid value; \
-             each name must be 1 to 256 bytes without control characters, `*` only at the end"
-                .to_owned(),
+            "`backends[0].models[0]` is \"a*b\"; must be 1 to 256 bytes without control \
+             characters, `*` only at the end",
         ),
-        ("models = [\"a\", \"a\"]", "`backends.models` contains a name twice; names must be unique".to_owned()),
+        ("models = [\"a\", \"a\"]", "`backends[0].models[1]` repeats a name; each name must be listed once"),
         (
             "models = { a = \"b*\" }",
-            "`backends.models` maps a name without `*` to a name that ends in `*`; \
-             both names must end in `*`"
-                .to_owned(),
+            "`backends[0].models.a` maps a name without `*` to a name that ends in `*`; both \
+             names must end in `*`",
         ),
         (
             "models = { a = \"\" }",
-            "`backends.models` contains \"\"; \
-             each name must be 1 to 256 bytes without control characters, `*` only at the end"
-                .to_owned(),
+            "`backends[0].models.a` is \"\"; must be 1 to 256 bytes without control characters, \
+             `*` only at the end",
         ),
         (
             "models = true",
-            "`backends.models` is a boolean; must be an array or a table of strings".to_owned(),
+            "`backends[0].models` is a boolean; must be an array of strings, such as `[\"a\", \
+             \"b\"]`, or a table of strings, such as `{ \"a\" = \"b\" }`",
         ),
         (
             "default_model = \"\"",
-            "`backends.default_model` is \"\"; must be 1 to 256 bytes without control characters".to_owned(),
+            "`backends[0].default_model` is \"\"; must be 1 to 256 bytes without control characters",
+        ),
+        ("protocols = []", "`backends[0].protocols` is empty; must have \"openai\", \"anthropic\" or both"),
+        (
+            "protocols = [\"gemini\"]",
+            "`backends[0].protocols[0]` is \"gemini\"; must be one of \"openai\", \"anthropic\"",
+        ),
+        (
+            "protocols = \"anthropic\"",
+            "`backends[0].protocols` is a string; must be an array of strings, such as `[\"a\", \"b\"]`",
         ),
         (
             "forward_authorization = true\napi_key = \"sk-CANARY\"",
-            "`backends.forward_authorization` is true and `api_key` is set; must be only one of the two"
-                .to_owned(),
+            "`backends[0].forward_authorization` is true and `api_key` is set; must be only one \
+             of the two",
         ),
     ] {
         let line = if text.starts_with("api_key = \"k\"") { 5 } else { 4 };
@@ -712,7 +751,7 @@ fn bad_urls_and_missing_keys_are_faults() {
         ("x\nurl = \"http://u:sk-CANARY@h\"", "has a user or a password"),
         ("x\nurl = \"sk-CANARY\"", "has no valid scheme"),
         ("x\nurl = \"http://${NONE}\"", "`NONE`"),
-        ("", "`backends.url` is missing; a string is required"),
+        ("", "`backends[0].url` is missing; a string is required"),
     ] {
         let line = if text.is_empty() { 2 } else { 4 };
         let text = text.replacen('x', "[[backends]]\nweight = 1", 1);
@@ -724,7 +763,7 @@ fn bad_urls_and_missing_keys_are_faults() {
     }
     assert_eq!(
         faults("[[backends]]\nurl = \"http://a\""),
-        ["config.toml:1: `backends.weight` is missing; an integer from 0 to 1000 is required"]
+        ["config.toml:1: `backends[0].weight` is missing; an integer from 0 to 1000 is required"]
     );
 }
 
@@ -736,7 +775,7 @@ fn no_backend_is_a_fault() {
     }
     let what = "is a table; must be an array of tables, `[[backends]]`";
     assert_eq!(faults("[backends]\nurl = 1"), [format!("config.toml:1: `backends` {what}")]);
-    let what = "`backends` contains an integer; each element must be a table";
+    let what = "`backends[0]` is an integer; must be a table, `{ key = value }`";
     assert_eq!(faults("backends = [1]"), [format!("config.toml:1: {what}")]);
 }
 
@@ -747,15 +786,15 @@ fn all_faults_are_reported_at_once_in_line_order() {
     assert_eq!(
         faults.to_string(),
         "config.toml:2: `queue.max_size` is -1; must be from 0 to 1000000\n\
-         config.toml:4: `server.port` is a string; must be an integer\n\
+         config.toml:4: `server.port` is the string \"x\"; must be an integer from 0 to 65535, without quotes\n\
          config.toml:5: unknown key `server.prot`; did you mean `port`?\n\
-         config.toml:7: `backends.weight` is missing; an integer from 0 to 1000 is required\n\
-         config.toml:8: `backends.url` is an integer; must be a string"
+         config.toml:7: `backends[0].weight` is missing; an integer from 0 to 1000 is required\n\
+         config.toml:8: `backends[0].url` is an integer; must be a string, in quotes"
     );
     assert_eq!(faults.lines().len(), 5);
     assert_eq!(
         self::faults("[[backends]]\nurl = \"http://a\"\nwieght = 1\n")[1],
-        "config.toml:3: unknown key `backends.wieght`; did you mean `weight`?"
+        "config.toml:3: unknown key `backends[0].wieght`; did you mean `weight`?"
     );
 }
 
@@ -801,7 +840,9 @@ fn backend_names_are_unique() {
     let text = [entry("n", "a"), entry("m", "b"), entry("n", "c")].concat();
     assert_eq!(
         faults(&text),
-        ["config.toml:10: `backends.name` repeats the name at line 2; each backend must have its own name"]
+        [
+            "config.toml:10: `backends[2].name` repeats the name at line 2; each backend must have its own name"
+        ]
     );
 }
 
@@ -825,7 +866,7 @@ fn file_paths_are_relative_and_one_trailing_newline_is_dropped() {
                 assert_eq!(config.backends[0].ca_file, Some(ca_file));
             }
             (Err(faults), Err(part)) => {
-                assert!(faults.lines()[0].starts_with("f:4: `backends.api_key`"), "{faults}");
+                assert!(faults.lines()[0].starts_with("f:4: `backends[0].api_key`"), "{faults}");
                 assert!(faults.to_string().contains(part), "{faults}");
                 assert!(!faults.to_string().contains("CANARY"), "{faults}");
             }
@@ -872,7 +913,7 @@ fn a_world_readable_key_causes_a_warning() {
         ("[[client_keys]]\nname = \"t\"\nkey = \"${PATH}\"", 0o644, 0),
         ("", 0o644, 0),
     ] {
-        let path = directory.write("config.toml", format!("{BACKEND}{key}\n"));
+        let path = directory.write("config.toml", format!("server.host = \"127.0.0.1\"\n{BACKEND}{key}\n"));
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         let config = Config::load(&path).unwrap();
         assert_eq!(config.warnings.len(), warnings, "{key} {mode:o}");

@@ -3,33 +3,43 @@
 //! A [`Section`] returns its keys one by one, checked. A key that was not read
 //! when the section ends is unknown. For a wrong value the reader records a fault and
 //! returns the default, so that reading continues. A message shows a string value only
-//! if the value cannot be a key ([`is_harmless`]).
+//! if the value cannot be a key ([`Text::shown`]).
 
 use std::fmt::Display;
 use std::time::Duration;
 
-use toml::Spanned;
-use toml::de::{DeArray, DeString, DeTable, DeValue};
+use toml::de::{DeTable, DeValue};
 
+use crate::config::expand::Env;
 use crate::config::fault_sink::Sink;
 use crate::config::range::{Number, Range};
-use crate::config::suggest::{is_harmless, nearest};
-
-/// A string and its line.
-pub(super) struct Text {
-    pub(super) value: String,
-    pub(super) line: usize,
-}
+use crate::config::suggest::{hint, nearest};
+use crate::config::syntax;
+use crate::config::text::{Text, key_name};
 
 /// A table that is being read.
 pub(super) struct Section<'s, 'i> {
-    sink: &'s Sink<'s>,
+    pub(super) sink: &'s Sink<'s>,
+    /// Where the values of variables come from.
+    pub(super) env: Env<'s>,
     table: DeTable<'i>,
-    /// Name of the table in messages, with a dot at the end; empty for the document.
+    /// Place of the table in messages, with a dot at the end: `backends[0].`; empty for the document.
     prefix: String,
+    /// The table as the manual writes it: `backends`, `models.NAME.targets`; empty for the document.
+    kind: String,
+    /// The line of its header.
     line: usize,
     /// All keys read so far, set or not.
     known: Vec<&'static str>,
+}
+
+/// Where a table is.
+struct Position {
+    /// As messages write it: `backends[0]`.
+    place: String,
+    /// As the manual writes it: `backends`.
+    kind: String,
+    line: usize,
 }
 
 /// The value of one key, removed from its table.
@@ -39,27 +49,25 @@ pub(super) struct Field<'i> {
 }
 
 /// Reads the text of `sink`. Returns `None` if the text is not TOML: then the syntax errors are recorded.
-pub(super) fn document<'s, R>(sink: &'s Sink<'s>, read: impl FnOnce(&mut Section<'s, '_>) -> R) -> Option<R> {
+pub(super) fn document<'s, R>(
+    sink: &'s Sink<'s>,
+    env: Env<'s>,
+    read: impl FnOnce(&mut Section<'s, '_>) -> R,
+) -> Option<R> {
     let (root, errors) = DeTable::parse_recoverable(sink.text);
-    for error in &errors {
-        let offset = error.span().map_or(sink.text.len(), |span| span.start);
-        let (line, column) = sink.position(offset);
-        let what = error.message();
-        sink.fault(line, format!("syntax error at column {column}: {what}"));
+    if !errors.is_empty() {
+        syntax::record(sink, &errors);
+        return None;
     }
-    errors.is_empty().then(|| {
-        let mut section = Section::new(sink, root.into_inner(), String::new(), 1);
-        let result = read(&mut section);
-        section.finish();
-        result
-    })
+    let (table, line) = (root.into_inner(), 1);
+    let (prefix, kind, known) = (String::new(), String::new(), Vec::new());
+    let mut section = Section { sink, env, table, prefix, kind, line, known };
+    let result = read(&mut section);
+    section.finish();
+    Some(result)
 }
 
 impl<'s, 'i> Section<'s, 'i> {
-    fn new(sink: &'s Sink<'s>, table: DeTable<'i>, prefix: String, line: usize) -> Self {
-        Self { sink, table, prefix, line, known: Vec::new() }
-    }
-
     /// The sink of this section's faults.
     pub(super) fn sink(&self) -> &'s Sink<'s> {
         self.sink
@@ -76,25 +84,20 @@ impl<'s, 'i> Section<'s, 'i> {
         Some(self.sink.position(key.span().start).0)
     }
 
+    /// The section's own place, as messages write it: `backends[0]`.
+    pub(super) fn place(&self) -> &str {
+        self.prefix.trim_end_matches('.')
+    }
+
+    /// The whole name of the place of `key`, as messages write it.
+    pub(super) fn place_of(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
     /// Records a fault of `key`: `what` follows its name.
     pub(super) fn fault(&self, line: usize, key: &str, what: &str) {
         let prefix = &self.prefix;
         self.sink.fault(line, format!("`{prefix}{key}` {what}"));
-    }
-
-    /// Records that `key` has the wrong value `text`, shown if it cannot be a secret; `allowed` says what it must be.
-    pub(super) fn invalid(&self, text: &Text, key: &str, allowed: &str) {
-        let value = &text.value;
-        let found = if is_harmless(value) { format!("is {value:?}") } else { "is not valid".to_owned() };
-        self.fault(text.line, key, &format!("{found}; {allowed}"));
-    }
-
-    /// Records that the array or table `key` has the wrong element `text`, shown if it cannot be a secret; `allowed`
-    /// says what each element must be.
-    pub(super) fn invalid_element(&self, text: &Text, key: &str, allowed: &str) {
-        let value = &text.value;
-        let found = if is_harmless(value) { format!("{value:?}") } else { "an invalid value".to_owned() };
-        self.fault(text.line, key, &format!("contains {found}; {allowed}"));
     }
 
     /// Reads a number, or returns its default.
@@ -110,25 +113,67 @@ impl<'s, 'i> Section<'s, 'i> {
     where
         T: Copy + Display + PartialOrd + TryFrom<i128>,
     {
-        let Field { value, line } = self.take(key)?;
-        let DeValue::Integer(integer) = &value else {
-            self.wrong_type(line, key, &value, "an integer");
-            return None;
-        };
+        self.integer(key, range, "")
+    }
+
+    /// Reads an optional number that limits something.
+    pub(super) fn limit<T>(&mut self, key: &'static str, range: Range<T>) -> Option<T>
+    where
+        T: Copy + Display + PartialOrd + TryFrom<i128>,
+    {
+        self.integer(key, range, ", or left out for no limit")
+    }
+
+    /// Reads an optional number; `more` says what is allowed beside `range`.
+    fn integer<T>(&mut self, key: &'static str, range: Range<T>, more: &str) -> Option<T>
+    where
+        T: Copy + Display + PartialOrd + TryFrom<i128>,
+    {
+        let field = self.take(key)?;
+        let line = field.line;
         let Range { min, max } = range;
-        let Ok(wide) = i128::from_str_radix(integer.as_str(), integer.radix()) else {
-            let what = format!("is far out of range; must be from {min} to {max}");
-            self.fault(line, key, &what);
-            return None;
-        };
-        match T::try_from(wide) {
-            Ok(number) if number >= min && number <= max => Some(number),
-            _ => {
-                let what = format!("is {wide}; must be from {min} to {max}");
-                self.fault(line, key, &what);
-                None
+        let needed = format!("an integer from {min} to {max}");
+        let wide = match self.unquoted(key, field, &needed)? {
+            Ok(DeValue::Integer(integer)) => i128::from_str_radix(integer.as_str(), integer.radix()).ok(),
+            Ok(other) => {
+                self.wrong_type(line, key, &other, &needed);
+                return None;
             }
+            Err(text) => {
+                let number = text.value.parse().ok();
+                if number.is_none() {
+                    self.invalid(&text, &format!("must be {needed}"));
+                    return None;
+                }
+                number
+            }
+        };
+        let number = wide.and_then(|wide| T::try_from(wide).ok());
+        let number = number.filter(|number| (min..=max).contains(number));
+        if number.is_none() {
+            let found = wide.map_or("far out of range".to_owned(), |wide| wide.to_string());
+            self.fault(line, key, &format!("is {found}; must be from {min} to {max}{more}"));
         }
+        number
+    }
+
+    /// The value of a key that is not a string; or `Err` with a string, if it has a variable: so `"${PORT}"` may be a
+    /// number. Any other string is a fault, and `needed` says what the value must be.
+    pub(super) fn unquoted(
+        &self,
+        key: &str,
+        field: Field<'i>,
+        needed: &str,
+    ) -> Option<Result<DeValue<'i>, Text>> {
+        let line = field.line;
+        let DeValue::String(text) = field.value else { return Some(Ok(field.value)) };
+        let text = self.read_text(text.into_owned(), self.place_of(key), line)?;
+        if text.is_variable() {
+            return Some(Err(text));
+        }
+        let found = text.shown().map_or("a string".to_owned(), |shown| format!("the string {shown}"));
+        self.fault(line, key, &format!("is {found}; must be {needed}, without quotes"));
+        None
     }
 
     /// Reads a required number. If it is missing or not valid, records a fault and returns `None`.
@@ -155,46 +200,21 @@ impl<'s, 'i> Section<'s, 'i> {
 
     /// Reads `true` or `false`, or returns the default.
     pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
-        match self.take(key) {
-            Some(Field { value: DeValue::Boolean(boolean), .. }) => boolean,
-            Some(Field { value, line }) => {
-                self.wrong_type(line, key, &value, "`true` or `false`");
+        const NEEDED: &str = "`true` or `false`";
+        let Some(field) = self.take(key) else { return default };
+        let line = field.line;
+        match self.unquoted(key, field, NEEDED) {
+            Some(Ok(DeValue::Boolean(boolean))) => boolean,
+            Some(Ok(other)) => {
+                self.wrong_type(line, key, &other, NEEDED);
                 default
             }
+            Some(Err(text)) => text.value.parse().unwrap_or_else(|_invalid| {
+                self.invalid(&text, &format!("must be {NEEDED}"));
+                default
+            }),
             None => default,
         }
-    }
-
-    /// Reads an optional string.
-    pub(super) fn text(&mut self, key: &'static str) -> Option<Text> {
-        match self.take(key)? {
-            Field { value: DeValue::String(text), line } => Some(Text { value: text.into_owned(), line }),
-            Field { value, line } => {
-                self.wrong_type(line, key, &value, "a string");
-                None
-            }
-        }
-    }
-
-    /// Reads a required string. If it is missing or not a string, records a fault and returns `None`.
-    pub(super) fn required_text(&mut self, key: &'static str) -> Option<Text> {
-        if !self.table.contains_key(key) {
-            self.missing(key, "a string");
-        }
-        self.text(key)
-    }
-
-    /// Reads a string that must be one of `words`, or returns the default.
-    pub(super) fn choice<T: Copy>(&mut self, key: &'static str, default: T, words: &[(&str, T)]) -> T {
-        let Some(text) = self.text(key) else {
-            return default;
-        };
-        if let Some((_, chosen)) = words.iter().find(|(word, _)| *word == text.value) {
-            return *chosen;
-        }
-        let words: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
-        self.invalid(&text, key, &format!("must be one of {}", words.join(", ")));
-        default
     }
 
     /// Reads a table. If it is not set, `read` gets an empty one.
@@ -221,7 +241,11 @@ impl<'s, 'i> Section<'s, 'i> {
         match self.take(key)? {
             Field { value: DeValue::Table(table), line } => Some((table, line)),
             Field { value, line } => {
-                self.wrong_type(line, key, &value, "a table");
+                let needed = match self.prefix.as_str() {
+                    "" => format!("a table, `[{key}]`"),
+                    _ => format!("a table, `{key} = {{ … }}`"),
+                };
+                self.wrong_type(line, key, &value, &needed);
                 None
             }
         }
@@ -237,64 +261,35 @@ impl<'s, 'i> Section<'s, 'i> {
         let array = match self.take(key)? {
             Field { value: DeValue::Array(array), .. } => array,
             Field { value, line } => {
-                self.wrong_type(line, key, &value, &format!("an array of tables, `[[{key}]]`"));
+                let needed = match self.prefix.as_str() {
+                    "" => format!("an array of tables, `[[{key}]]`"),
+                    _ => format!("an array of tables, `{key} = [{{ … }}]`"),
+                };
+                self.wrong_type(line, key, &value, &needed);
                 return None;
             }
         };
         let mut results = Vec::new();
-        for item in array {
+        for (index, item) in array.into_iter().enumerate() {
             let (line, _) = self.sink.position(item.span().start);
+            let place = format!("{}[{index}]", self.place_of(key));
             match item.into_inner() {
-                DeValue::Table(table) => results.push(self.child(key, table, line, &mut read)),
-                other => self.wrong_element(line, key, &other, "a table"),
+                DeValue::Table(table) => {
+                    let at = Position { place, kind: self.kind_of(key), line };
+                    results.push(self.child_at(at, table, &mut read));
+                }
+                other => self.wrong_element(line, &place, &other, "a table, `{ key = value }`"),
             }
         }
         Some(results)
     }
 
-    /// Reads an array of strings. An element that is not a string is a fault and left out.
-    pub(super) fn texts(&mut self, key: &'static str) -> Option<Vec<Text>> {
-        match self.take(key)? {
-            Field { value: DeValue::Array(array), .. } => Some(self.strings(key, array)),
-            Field { value, line } => {
-                self.wrong_type(line, key, &value, "an array of strings");
-                None
-            }
-        }
-    }
-
-    /// Reads a table of strings, in the order of the file.
-    pub(super) fn pairs(&mut self, key: &'static str) -> Option<Vec<(Text, Text)>> {
-        match self.take(key)? {
-            Field { value: DeValue::Table(table), .. } => Some(self.string_pairs(key, table)),
-            Field { value, line } => {
-                self.wrong_type(line, key, &value, "a table of strings");
-                None
-            }
-        }
-    }
-
-    /// Reads an array of strings, or a table of strings: then each name has its value.
-    pub(super) fn texts_or_pairs(&mut self, key: &'static str) -> Option<Vec<(Text, Option<Text>)>> {
-        match self.take(key)? {
-            Field { value: DeValue::Array(array), .. } => {
-                Some(self.strings(key, array).into_iter().map(|text| (text, None)).collect())
-            }
-            Field { value: DeValue::Table(table), .. } => {
-                let pairs = self.string_pairs(key, table).into_iter();
-                Some(pairs.map(|(name, value)| (name, Some(value))).collect())
-            }
-            Field { value, line } => {
-                self.wrong_type(line, key, &value, "an array or a table of strings");
-                None
-            }
-        }
-    }
-
-    /// Reads a table of tables whose names the operator chooses, in the order of the file.
+    /// Reads a table of tables whose names the operator chooses, in the order of the file. `members` are the keys of
+    /// each of these tables: a table in one of them is the rest of a name with a dot.
     pub(super) fn named_sections<R>(
         &mut self,
         key: &'static str,
+        members: &[&str],
         mut read: impl FnMut(&mut Section<'s, '_>, Text) -> R,
     ) -> Vec<R> {
         let table = match self.take(key) {
@@ -306,85 +301,75 @@ impl<'s, 'i> Section<'s, 'i> {
             }
         };
         let mut results = Vec::new();
-        for (name, value) in self.in_order(table) {
+        for (name, value) in self.in_order(key, table) {
             match value {
-                DeValue::Table(table) => {
-                    // Messages do not show the name: any text is allowed there, so it may be a secret.
-                    let inner = format!("{key}.<name>");
-                    let line = name.line;
-                    results.push(self.child(&inner, table, line, |t| read(t, name)));
+                DeValue::Table(mut table) => {
+                    let is_split = self.split_names(key, &name.value, &mut table, members);
+                    if !is_split || !table.is_empty() {
+                        let kind = format!("{}.NAME", self.kind_of(key));
+                        let at = Position { place: name.place.clone(), kind, line: name.line };
+                        results.push(self.child_at(at, table, |t| read(t, name)));
+                    }
                 }
-                other => self.wrong_element(name.line, key, &other, "a table"),
+                other => {
+                    let needed = format!("a table with `{}`", members.first().unwrap_or(&"keys"));
+                    self.wrong_element(name.line, &name.place, &other, &needed);
+                }
             }
         }
         results
     }
 
-    fn strings(&self, key: &str, array: DeArray<'_>) -> Vec<Text> {
-        let mut texts = Vec::new();
-        for item in array {
-            let (line, _) = self.sink.position(item.span().start);
-            match item.into_inner() {
-                DeValue::String(text) => texts.push(Text { value: text.into_owned(), line }),
-                other => self.wrong_element(line, key, &other, "a string"),
+    /// Removes from the table `name` all tables that are the rest of a name with a dot, and records a fault for each.
+    /// Returns whether there was any. The parser limits the depth.
+    fn split_names(&self, key: &str, name: &str, table: &mut DeTable<'_>, members: &[&str]) -> bool {
+        let is_rest =
+            |part: &str| !members.contains(&part) && nearest(part, members).is_none() && !part.is_empty();
+        let parts = table.iter().filter(|(part, value)| {
+            matches!(value.get_ref(), DeValue::Table(_)) && is_rest(part.get_ref().as_ref())
+        });
+        let parts: Vec<String> = parts.map(|(part, _)| part.get_ref().as_ref().to_owned()).collect();
+        for part in &parts {
+            let Some((part, value)) = table.remove_entry(part.as_str()) else { continue };
+            let (line, _) = self.sink.position(part.span().start);
+            let whole = format!("{name}.{}", part.get_ref());
+            let DeValue::Table(mut inner) = value.into_inner() else { continue };
+            if !self.split_names(key, &whole, &mut inner, members) || !inner.is_empty() {
+                let quoted = key_name(&whole).unwrap_or_else(|| "\"<name>\"".to_owned());
+                let (as_written, fixed) = match self.prefix.as_str() {
+                    "" => (format!("[{key}.{}]", quoted.trim_matches('"')), format!("[{key}.{quoted}]")),
+                    _ => (self.place_of(key), quoted),
+                };
+                let what = format!("`{as_written}`: a name with a dot needs quotes: `{fixed}`");
+                self.sink.fault(line, what);
             }
         }
-        texts
+        !parts.is_empty()
     }
 
-    fn string_pairs(&self, key: &str, table: DeTable<'_>) -> Vec<(Text, Text)> {
-        let mut pairs = Vec::new();
-        for (name, value) in self.in_order(table) {
-            match value {
-                DeValue::String(text) => {
-                    let line = name.line;
-                    pairs.push((name, Text { value: text.into_owned(), line }));
-                }
-                other => self.wrong_element(name.line, key, &other, "a string"),
-            }
-        }
-        pairs
+    fn kind_of(&self, key: &str) -> String {
+        if self.kind.is_empty() { key.to_owned() } else { format!("{}.{key}", self.kind) }
     }
 
-    /// The entries of a table in the order of the file; the TOML parser sorts them by name.
-    fn in_order<'v>(&self, table: DeTable<'v>) -> Vec<(Text, DeValue<'v>)> {
-        let mut entries: Vec<_> = table.into_iter().collect();
-        entries.sort_by_key(|(name, _)| name.span().start);
-        let text = |(name, value): (Spanned<DeString<'v>>, Spanned<DeValue<'v>>)| {
-            let (line, _) = self.sink.position(name.span().start);
-            (Text { value: name.into_inner().into_owned(), line }, value.into_inner())
-        };
-        entries.into_iter().map(text).collect()
-    }
-
-    /// Reads a string, or a table with `read`. `Err` holds the string. Returns `None` if the
-    /// key is not set or is neither of the two.
-    pub(super) fn text_or_section<R>(
-        &mut self,
-        key: &'static str,
-        read: impl FnOnce(&mut Section<'s, '_>) -> R,
-    ) -> Option<Result<R, Text>> {
-        match self.take(key)? {
-            Field { value: DeValue::String(text), line } => {
-                Some(Err(Text { value: text.into_owned(), line }))
-            }
-            Field { value: DeValue::Table(table), line } => Some(Ok(self.child(key, table, line, read))),
-            Field { value, line } => {
-                self.wrong_type(line, key, &value, "a string or `{ file = \"path\" }`");
-                None
-            }
-        }
-    }
-
-    fn child<R>(
+    pub(super) fn child<R>(
         &self,
         key: &str,
         table: DeTable<'_>,
         line: usize,
         read: impl FnOnce(&mut Section<'s, '_>) -> R,
     ) -> R {
-        let prefix = format!("{}{key}.", self.prefix);
-        let mut section = Section::new(self.sink, table, prefix, line);
+        self.child_at(Position { place: self.place_of(key), kind: self.kind_of(key), line }, table, read)
+    }
+
+    fn child_at<R>(
+        &self,
+        at: Position,
+        table: DeTable<'_>,
+        read: impl FnOnce(&mut Section<'s, '_>) -> R,
+    ) -> R {
+        let Position { place, kind, line } = at;
+        let (sink, env, prefix, known) = (self.sink, self.env, format!("{place}."), Vec::new());
+        let mut section = Section { sink, env, table, prefix, kind, line, known };
         let result = read(&mut section);
         section.finish();
         result
@@ -404,8 +389,8 @@ impl<'s, 'i> Section<'s, 'i> {
         self.fault(line, key, &format!("is {}; must be {needed}", type_name(found)));
     }
 
-    fn wrong_element(&self, line: usize, key: &str, found: &DeValue<'_>, needed: &str) {
-        self.fault(line, key, &format!("contains {}; each element must be {needed}", type_name(found)));
+    pub(super) fn wrong_element(&self, line: usize, place: &str, found: &DeValue<'_>, needed: &str) {
+        self.sink.fault(line, format!("`{place}` is {}; must be {needed}", type_name(found)));
     }
 
     /// Ends the section: keys that were not read are unknown.
@@ -413,19 +398,13 @@ impl<'s, 'i> Section<'s, 'i> {
         for key in self.table.keys() {
             let (line, _) = self.sink.position(key.span().start);
             let written = key.get_ref().as_ref();
-            let name = if is_harmless(written) {
-                format!("unknown key `{}{written}`", self.prefix)
-            } else {
-                match self.prefix.trim_end_matches('.') {
-                    "" => "unknown key at the top level".to_owned(),
-                    section => format!("unknown key in `{section}`"),
-                }
+            let name = match (key_name(written), self.place()) {
+                (Some(name), _) => format!("unknown key `{}{name}`", self.prefix),
+                (_, "") => "unknown key at the top level".to_owned(),
+                (_, section) => format!("unknown key in `{section}`"),
             };
-            let hint = match nearest(written, &self.known) {
-                Some(near) => format!("did you mean `{near}`?"),
-                None => format!("must be one of `{}`", self.known.join("`, `")),
-            };
-            self.sink.fault(line, format!("{name}; {hint}"));
+            let what = format!("{name}; {}", hint(&self.kind, written, &self.known));
+            self.sink.fault(line, what);
         }
     }
 }

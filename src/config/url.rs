@@ -36,8 +36,13 @@ impl BaseUrl {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (false, rest),
             _ => return Err("has no valid scheme; must begin with `http://` or `https://`"),
         };
-        if rest.contains(['?', '#']) {
-            return Err("has a query or a fragment; must have only a scheme, a host, a port and a path");
+        if rest.contains('?') {
+            return Err(
+                "has a query; must have only a scheme, a host, a port and a path: a query belongs in `chat_path`",
+            );
+        }
+        if rest.contains('#') {
+            return Err("has a fragment; must have only a scheme, a host, a port and a path");
         }
         let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
         if authority.contains('@') {

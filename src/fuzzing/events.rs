@@ -7,7 +7,7 @@ use crate::protocol::event_class::{Class, read_event};
 use crate::protocol::event_lines::end_of_event;
 use crate::protocol::event_shape::null_usage;
 use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd};
-use crate::protocol::usage::Usage;
+use crate::protocol::usage::{Usage, UsageParts};
 
 /// The result of a naive reader that has the whole text.
 #[derive(Debug, PartialEq)]
@@ -19,12 +19,15 @@ struct Said {
     usage: Option<Usage>,
 }
 
+const FORMATS: [StreamFormat; 4] =
+    [StreamFormat::Done, StreamFormat::Plain, StreamFormat::Responses, StreamFormat::Messages];
+
 /// Fuzzes [`EventStream`]: any chunking passes the same bytes and gives the verdict of a naive reading, line by line. The
 /// first byte chooses the endpoint, and whether Zap has asked for the token counts; the next seven choose the lengths of the
 /// chunks; the rest is the stream.
 pub fn events(data: &[u8]) {
     let Some((header, text)) = data.split_at_checked(8) else { return };
-    let format = [StreamFormat::Done, StreamFormat::Plain, StreamFormat::Responses][header[0] as usize % 3];
+    let format = FORMATS[header[0] as usize % FORMATS.len()];
     if text.len() > MAX_HELD {
         return;
     }
@@ -80,12 +83,21 @@ fn naive(format: StreamFormat, text: &[u8], hides: bool) -> Said {
     lines.push(line);
     let (mut said, mut is_finished) =
         (Said { has_content: false, end: None, is_whole: false, early_error: None, usage: None }, false);
+    let mut parts = UsageParts::default();
     for event in lines.split(|line| line.is_empty()).filter(|event| !event.is_empty()) {
         if said.end.is_some() && !hides {
             break;
         }
         let event = read_event(format, &event.join(&b'\n'));
-        said.usage = event.usage.or(said.usage);
+        match event.usage {
+            Some(later) if format == StreamFormat::Messages => {
+                parts.update(&later);
+                let is_last = said.usage.is_some() || event.class != Class::Prelude;
+                said.usage = parts.usage().filter(|_| is_last);
+            }
+            Some(usage) => said.usage = usage.usage(),
+            None => {}
+        }
         if said.end.is_some() {
             continue;
         }
@@ -144,4 +156,46 @@ fn without_usage(format: StreamFormat, text: &[u8]) -> Vec<u8> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::*;
+
+    /// Events of a message, and some that are none, in all spellings.
+    const EVENTS: [&str; 18] = [
+        "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"id\":\"m\",\"usage\":{\"input_tokens\":25,\"cache_read_input_tokens\":7,\"output_tokens\":1}}}\n\n",
+        "data: {\"message\":{\"usage\":{\"input_tokens\":3}},\"type\":\"message_start\"}\r\n\r\n",
+        "event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n",
+        "event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":1,\"content_block\":{\"type\":\"tool_use\",\"id\":\"t\",\"name\":\"f\",\"input\":{}}}\n\n",
+        "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"a\"}}\n\n",
+        "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"bc\\n\"}}\n\n",
+        "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":1,\"delta\":{\"type\":\"input_json_delta\",\"partial_json\":\"{\"}}\n\n",
+        "data: {\"type\":\"content_block_delta\",\"index\":2,\"delta\":{\"type\":\"thinking_delta\",\"thinking\":\"hm\"}}\r\r",
+        "event: content_block_stop\ndata: {\"type\":\"content_block_stop\",\"index\":0}\n\n",
+        "event: ping\ndata: {\"type\": \"ping\"}\n\n",
+        "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":15}}\n\n",
+        "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":null},\"usage\":{\"input_tokens\":9,\"output_tokens\":4}}\n\n",
+        "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
+        "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"m\"}}\n\n",
+        "event: error\ndata: it broke\n\n",
+        ": comment\n\n",
+        "event: later\ndata: {\"type\":\"later\",\"usage\":null}\n\n",
+        "data: {\"type\":\"message_del",
+    ];
+
+    proptest! {
+        #[test]
+        fn a_message_is_read_as_a_naive_reader_does(
+            lengths in any::<[u8; 7]>(),
+            hides in any::<bool>(),
+            parts in prop::collection::vec(select(&EVENTS[..]), 0..12),
+        ) {
+            let header = 3 | u8::from(hides) << 7;
+            events(&[&[header][..], &lengths, parts.concat().as_bytes()].concat());
+        }
+    }
 }

@@ -6,6 +6,7 @@
 //! on the input, so an input that fails once fails always.
 
 mod events;
+mod multipart;
 mod patch;
 mod response;
 mod usage;
@@ -19,10 +20,12 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::Config;
 pub use crate::fuzzing::events::events;
+pub use crate::fuzzing::multipart::multipart;
 pub use crate::fuzzing::patch::patch;
 pub use crate::fuzzing::response::upstream_response;
 pub use crate::fuzzing::usage::usage;
 use crate::http1::header_rules::{HeaderRules, NamePattern};
+use crate::http1::headers::Passing;
 use crate::http1::{head, headers as header_policy};
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::limit::{Decision, Limiter, WINDOW, Window};
@@ -72,7 +75,8 @@ pub fn headers(data: &[u8]) {
     let rule_sets = [HeaderRules::default(), listed_rules];
     for (forward, rules) in [false, true].into_iter().flat_map(|f| rule_sets.iter().map(move |r| (f, r))) {
         let mut to = HeaderMap::new();
-        header_policy::to_backend(&map, forward, rules, |name, value| {
+        let passing = Passing { authorization: forward, more: &["openai-beta"], ..Passing::default() };
+        header_policy::to_backend(&map, passing, rules, |name, value| {
             to.append(name, value.clone());
         });
         assert_eq!(
@@ -449,6 +453,11 @@ mod tests {
     #[test]
     fn patch_passes_on_its_seeds() {
         replay("patch", patch);
+    }
+
+    #[test]
+    fn multipart_passes_on_its_seeds() {
+        replay("multipart", multipart);
     }
 
     #[test]

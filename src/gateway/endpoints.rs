@@ -20,7 +20,7 @@ use crate::gateway::served_models::ServedModels;
 use crate::gateway::state::Shared;
 use crate::gateway::status;
 use crate::policy::balance::BackendId;
-use crate::policy::route::MAX_NAME;
+use crate::policy::pattern::MAX_NAME;
 use crate::telemetry::clients::Client;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
 use crate::telemetry::metrics::Scrape;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, EXPECT, HeaderMap, HeaderValue};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderMap, HeaderValue};
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
@@ -18,7 +18,8 @@ use crate::http1::headers::is_encoded;
 use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
-use crate::protocol::endpoint::Api;
+use crate::protocol::endpoint::{Api, BodyFormat};
+use crate::protocol::multipart::{Form, FormError, FormScanner, MODEL};
 use crate::protocol::request_limits::text_length;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
@@ -39,8 +40,10 @@ pub(crate) type Chunks = SmallVec<[Bytes; 1]>;
 pub(crate) struct ChatRequest {
     /// The body as received.
     pub chunks: Chunks,
-    /// The top-level members that Zap reads.
+    /// The top-level members that Zap reads; of a form, its model alone.
     pub fields: Fields,
+    /// The form, if the body is one.
+    pub form: Option<Form>,
 }
 
 /// Checks what the head announces about the body. `max`: the largest body, in bytes.
@@ -69,6 +72,48 @@ pub(crate) struct BodyReader<'a> {
     pub(crate) exchange: &'a Exchange,
     /// The members that the scanner looks for.
     pub(crate) watch: &'a Watch,
+    /// The headers of the request.
+    pub(crate) headers: &'a HeaderMap,
+}
+
+/// The scanner of a body.
+enum BodyScanner<'a> {
+    Form(FormScanner),
+    Json(Scanner<'a>, &'a Watch),
+}
+
+impl<'a> BodyScanner<'a> {
+    fn new(format: BodyFormat, headers: &HeaderMap, watch: &'a Watch) -> Result<Self, GatewayError> {
+        Ok(match format {
+            BodyFormat::Form => {
+                // With two values it is not sure which one a backend reads.
+                let mut values = headers.get_all(CONTENT_TYPE).iter();
+                let value = values.next().filter(|_| values.next().is_none()).map(HeaderValue::as_bytes);
+                BodyScanner::Form(FormScanner::new(value.unwrap_or_default()).map_err(form_error)?)
+            }
+            BodyFormat::Json => BodyScanner::Json(Scanner::new(watch), watch),
+        })
+    }
+
+    fn feed(&mut self, data: &[u8]) -> Result<(), GatewayError> {
+        match self {
+            BodyScanner::Form(scanner) => scanner.feed(data).map_err(form_error),
+            BodyScanner::Json(scanner, watch) => scanner.feed(data).map_err(|error| scan_error(error, watch)),
+        }
+    }
+
+    fn finish(self) -> Result<(Fields, Option<Form>), GatewayError> {
+        match self {
+            BodyScanner::Form(scanner) => {
+                let form = scanner.finish().map_err(form_error)?;
+                let fields = Fields { model: form.model.clone(), length: form.length, ..Fields::default() };
+                Ok((fields, Some(form)))
+            }
+            BodyScanner::Json(scanner, watch) => {
+                Ok((scanner.finish().map_err(|error| scan_error(error, watch))?, None))
+            }
+        }
+    }
 }
 
 impl BodyReader<'_> {
@@ -83,9 +128,8 @@ impl BodyReader<'_> {
         api: &Api,
         record: &mut RequestRecord,
     ) -> Result<(ChatRequest, Option<Upload>), GatewayError> {
-        let scan_error = |error| scan_error(error, self.watch);
         let max = self.gateway.server().max_body_bytes;
-        let mut scanner = Scanner::new(self.watch);
+        let mut scanner = BodyScanner::new(api.body, self.headers, self.watch)?;
         let mut upload = None;
         let mut chunks = ChunkBuffer::default();
         // `checked`: the length at the last time that the body had made progress.
@@ -111,16 +155,16 @@ impl BodyReader<'_> {
             if length > max {
                 return Err(GatewayError::TooLarge(max));
             }
-            scanner.feed(&data).map_err(scan_error)?;
+            scanner.feed(&data)?;
             chunks.push(data);
             if length - checked >= MIN_PROGRESS as u64 && !body.is_end_stream() {
                 checked = length;
                 until = clock::now() + STALL_TIMEOUT;
             }
         }
-        let fields = scanner.finish().map_err(scan_error)?;
+        let (fields, form) = scanner.finish()?;
         fields.check(api.needs_messages, api.has_default_model).map_err(body_error)?;
-        Ok((ChatRequest { chunks: chunks.finish(), fields }, upload))
+        Ok((ChatRequest { chunks: chunks.finish(), fields, form }, upload))
     }
 }
 
@@ -129,6 +173,14 @@ fn scan_error(error: ScanError, watch: &Watch) -> GatewayError {
         ScanError::CaseVariant { key, member } => GatewayError::KeyCase(key, member.name(watch).into()),
         ScanError::Duplicate(member) => GatewayError::DuplicateKey(member.name(watch).to_owned().into()),
         ScanError::Invalid { offset } => GatewayError::InvalidJson(offset),
+    }
+}
+
+fn form_error(error: FormError) -> GatewayError {
+    match error {
+        FormError::CaseVariant(name) => GatewayError::KeyCase(name, MODEL.into()),
+        FormError::Duplicate => GatewayError::DuplicateKey(MODEL.into()),
+        FormError::Invalid(why) => GatewayError::InvalidForm(why),
     }
 }
 
@@ -173,8 +225,11 @@ impl ChatRequest {
         Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + max_bytes as u64)))
     }
 
-    /// The length of the body's text in bytes, for estimates of its tokens.
+    /// The length of the body's text in bytes, for estimates of its tokens; 0 for a form, which is a file for the most part.
     pub(crate) fn text_length(&self) -> u64 {
+        if self.form.is_some() {
+            return 0;
+        }
         text_length(self.fields.length, self.chunks.iter().map(|chunk| &chunk[..]))
     }
 
@@ -240,7 +295,7 @@ mod tests {
         let chunks: Chunks = body.as_bytes().chunks(chunk_size).map(Bytes::copy_from_slice).collect();
         let mut scanner = Scanner::new(&watch);
         chunks.iter().for_each(|c| scanner.feed(c).unwrap());
-        ChatRequest { chunks, fields: scanner.finish().unwrap() }
+        ChatRequest { chunks, fields: scanner.finish().unwrap(), form: None }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::gateway::opening::{Asked, Problem};
 use crate::json::patch::Splice;
 use crate::policy::ratio::{Asking, Lengths};
 use crate::policy::route::TargetId;
-use crate::protocol::endpoint::StreamFormat;
+use crate::protocol::endpoint::{Metering, StreamFormat};
 use crate::protocol::usage_request::{STREAM_OPTIONS, ask_for_usage};
 use crate::telemetry::meter::{Meter, OTHER_MODEL};
 use crate::upstream::in_flight::InFlight;
@@ -72,9 +72,8 @@ impl Attempts<'_> {
         let target = &self.snapshot.route(&self.ask).targets[target];
         let upstream = self.snapshot.upstream(target);
         let is_success = response.head.status.is_success();
-        let Some(api) = self.ask.endpoint.api().filter(|_| is_success && upstream.is_metered()) else {
-            return;
-        };
+        let api = self.ask.endpoint.api().filter(|api| api.metering != Metering::Off);
+        let Some(api) = api.filter(|_| is_success && upstream.is_metered()) else { return };
         let model = target.model(self.record.model.as_ref());
         let table = self.snapshot.table();
         let label = match (table.name_of(self.ask.route), &self.record.model) {
@@ -91,6 +90,7 @@ impl Attempts<'_> {
             metering: api.metering,
             lengths: Lengths { asked: self.chat.text_length(), text: 0 },
             usage: None,
+            begun: None,
             first_content: has_content.then(clock::now),
             reservation: response.in_flight.take_reservation(),
         });

@@ -33,6 +33,8 @@ mod wording;
 
 pub mod failpoint;
 
+mod error;
+
 mod error_row;
 
 mod limit_error;
@@ -53,7 +55,7 @@ use std::sync::Arc;
 
 use arc_swap::Guard;
 use bytes::Bytes;
-use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Response, Uri};
 use smallvec::SmallVec;
@@ -79,7 +81,7 @@ use crate::policy::allowance::Allowance;
 use crate::policy::dispatch::Dispatch;
 use crate::policy::ratio::Demand;
 use crate::protocol::Endpoint;
-use crate::protocol::endpoint::{Api, Page, ServedBy, is_guarded};
+use crate::protocol::endpoint::{Api, Page, ServedBy};
 use crate::telemetry::Recorder;
 use crate::telemetry::record::{Arrival, RequestRecord};
 use crate::upstream::fleet::{Ask, Snapshot};
@@ -92,8 +94,8 @@ const MAX_SEARCHES: u64 = 50;
 /// Reports of usage that a worker may make in a second: each reads a file.
 const MAX_REPORTS: u64 = 20;
 
-/// The path of the list of models.
-const MODELS: &str = "/v1/models";
+/// The path of a model, up to its id.
+const MODELS: &str = "/models/";
 
 const X_ZAP_SESSION: HeaderName = HeaderName::from_static("x-zap-session");
 
@@ -165,7 +167,7 @@ impl Gateway {
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext { exchange, version: head.version, decision: None, tokens: None };
         let generation = self.shared().current.load_full();
-        if is_guarded(path) {
+        if endpoint.is_guarded(path) {
             match caller::identify(self.shared(), &generation.clients, &head.headers) {
                 Ok(caller) => record.caller = caller,
                 Err(error) => return self.refuse(&error, record, &context),
@@ -175,7 +177,9 @@ impl Gateway {
             ServedBy::Backends(api) if head.method == Method::POST => {
                 self.forward(Forward { head, body, api, generation }, record, context).await
             }
-            ServedBy::Backends(_) if wants_websocket(head) => {
+            ServedBy::Backends(_)
+                if head.method == Method::GET && headers::wants_websocket(&head.headers) =>
+            {
                 self.refuse(&GatewayError::UpgradeRequired, record, &context)
             }
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
@@ -187,7 +191,7 @@ impl Gateway {
             ServedBy::Backends(_) | ServedBy::Zap(_) => {
                 self.refuse(&GatewayError::MethodNotAllowed(endpoint.row().allow()), record, &context)
             }
-            ServedBy::Nobody => self.refuse(&GatewayError::UnknownUrl, record, &context),
+            ServedBy::Nobody => self.refuse(&GatewayError::unknown_path(path), record, &context),
         }
     }
 
@@ -221,7 +225,7 @@ impl Gateway {
             return Err(GatewayError::Draining);
         }
         let client = caller::known_client(&record.caller);
-        match path.strip_prefix(MODELS).and_then(|rest| rest.strip_prefix('/')) {
+        match path.split_once(MODELS).map(|(_, id)| id) {
             Some(id) => {
                 let may_search = || self.may_search(record);
                 endpoints::model(generation, client.map(|c| &**c), id, may_search)
@@ -253,7 +257,8 @@ impl Gateway {
                 return Err(GatewayError::Limited(LimitError::Requests(refused.reset)));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
-            let reader = BodyReader { gateway: self, exchange, watch: generation.watch() };
+            let reader =
+                BodyReader { gateway: self, exchange, watch: generation.watch(), headers: &head.headers };
             let (chat, upload) = reader.read(body, api, &mut record).await?;
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };
@@ -293,7 +298,9 @@ impl Gateway {
         match result {
             Ok(delivery) => self.deliver(delivery, record, &context),
             // The client disconnected while it sent its body: the record counts it as gone, not as refused.
-            Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => error.response(false),
+            Err(error @ GatewayError::BodyIncomplete) if exchange.has_ended() => {
+                error.response(api.protocol, false)
+            }
             Err(error) => {
                 // The drain cut this request, whatever phase it was in.
                 let error = if self.is_cut() { GatewayError::Draining } else { error };
@@ -319,7 +326,7 @@ impl Gateway {
     ///
     /// # Errors
     /// [`GatewayError::ModelNotFound`] or [`GatewayError::MissingModel`] if there is no route or the client may not use
-    /// it.
+    /// it; [`GatewayError::NotSpoken`] if no target of the route speaks the endpoint's protocol.
     fn ask<'c>(
         &self,
         snapshot: &Snapshot,
@@ -342,6 +349,10 @@ impl Gateway {
         });
         let route = Some(()).filter(|()| is_allowed).and_then(|()| snapshot.table().find(model, whole));
         let route = route.ok_or_else(not_found)?;
+        let protocol = record.endpoint.protocol();
+        if !snapshot.speaks(route, protocol) {
+            return Err(GatewayError::NotSpoken(protocol.name()));
+        }
         let affinity = if snapshot.config.strategy == Strategy::PrefixHash {
             chat.affinity(headers.get(X_ZAP_SESSION), model, snapshot.config.prefix_bytes)
         } else {
@@ -412,15 +423,4 @@ impl Service for Gateway {
     fn is_closing(&self) -> bool {
         self.load.is_closing()
     }
-}
-
-/// Whether a request asks for a WebSocket (RFC 6455, section 4.1). Codex tries a WebSocket first.
-fn wants_websocket(head: &Parts) -> bool {
-    let is_named = |value: &HeaderValue| {
-        value
-            .as_bytes()
-            .split(|b| *b == b',')
-            .any(|name| name.trim_ascii().eq_ignore_ascii_case(b"websocket"))
-    };
-    head.method == Method::GET && head.headers.get_all(UPGRADE).iter().any(is_named)
 }

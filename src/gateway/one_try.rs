@@ -16,7 +16,7 @@ use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
 use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
-use crate::http1::headers::ResponseFacts;
+use crate::http1::headers::{Passing, ResponseFacts};
 use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
@@ -211,8 +211,12 @@ impl Attempts<'_> {
         let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
         head.extend_from_slice(begin);
-        let (authorization, rules) = (upstream.conf.forward_authorization, &upstream.conf.header_rules);
-        headers::to_backend(self.headers, authorization, rules, |name, value| {
+        let passing = Passing {
+            authorization: upstream.conf.forward_authorization,
+            more: self.ask.endpoint.protocol().headers(),
+            content_type: self.chat.form.is_some(),
+        };
+        headers::to_backend(self.headers, passing, &upstream.conf.header_rules, |name, value| {
             if !upstream.has_own_header(name) {
                 write_header(&mut head, name, value.as_bytes());
             }
@@ -222,9 +226,13 @@ impl Attempts<'_> {
         let model = target.text(self.ask.model);
         let drops = |member| self.snapshot.drops(target.backend, member);
         let splices = splices(&self.chat.fields, model.as_deref(), drops);
-        let body = match &asked.usage {
-            Some(usage) => slices(&self.chat.chunks, with_splice(splices, usage.clone())),
-            None => slices(&self.chat.chunks, splices),
+        let body = match (&self.chat.form, &asked.usage) {
+            (Some(form), _) => {
+                let model = target.replacement(self.ask.model);
+                slices(&self.chat.chunks, model.map(|model| form.model_splice(&model)).into_iter())
+            }
+            (None, Some(usage)) => slices(&self.chat.chunks, with_splice(splices, usage.clone())),
+            (None, None) => slices(&self.chat.chunks, splices),
         };
         let length: usize = body.iter().map(Bytes::len).sum();
         write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());

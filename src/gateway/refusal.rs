@@ -1,94 +1,25 @@
-//! The errors that Zap itself sends, and one table that maps each to its response.
+//! One table that maps each error of Zap's own to its response.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use http::StatusCode;
 use http::header::{ALLOW, CONNECTION, HeaderName, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
 use smallvec::SmallVec;
 
-use crate::client::respond::{self, ErrorBody};
+use crate::client::respond;
 use crate::code::Code;
 use crate::gateway::ClientResponse;
+pub(crate) use crate::gateway::error::GatewayError;
 use crate::gateway::error_row::{ErrorRow, LIMIT};
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::wording::{format_number, model_not_found, unless_misleading};
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
+use crate::protocol::endpoint::Protocol;
+use crate::protocol::error_body::ErrorBody;
 use crate::time::{Nanos, SECOND};
 
 /// Tells OpenAI's SDKs whether to retry the request.
 pub(crate) const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
-
-/// An error that Zap sends to a client. `GatewayError::row` maps it to a response.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum GatewayError {
-    /// The request head is invalid; the reason.
-    BadRequest(&'static str),
-    /// The request body is incomplete, or its framing is invalid.
-    BodyIncomplete,
-    /// Zap is shutting down.
-    Draining,
-    /// A member that Zap reads occurs more than once; its key.
-    DuplicateKey(Cow<'static, str>),
-    /// `Expect` has a value other than `100-continue`.
-    ExpectationFailed,
-    /// Zap failed on the request: a panic or a broken invariant.
-    Internal,
-    /// Client keys are configured, and the request has none of them.
-    InvalidApiKey,
-    /// The body is not one JSON object; the offset of the error, in bytes.
-    InvalidJson(u64),
-    /// A limit refuses the request.
-    Limited(LimitError),
-    /// A top-level key differs only in case from the key of a member that Zap reads; the key, and the member.
-    KeyCase(Box<str>, Box<str>),
-    /// A member has the wrong type; its key, and the type that it must have.
-    InvalidType(&'static str, &'static str),
-    /// The path does not support the method; the methods that it supports.
-    MethodNotAllowed(&'static str),
-    /// The body has no array `messages`, which the endpoint requires.
-    MissingMessages,
-    /// The body has no `model`, and there is no default for the request.
-    MissingModel,
-    /// No backend serves the model, or the client may not use it; its name, and similar names.
-    ModelNotFound(Box<str>, Vec<Box<str>>),
-    /// No backend takes requests.
-    NoBackend,
-    /// The queue is full.
-    QueueFull,
-    /// The deadline passed while the request waited in a queue.
-    QueueTimeout,
-    /// The query of a page is not valid; why.
-    BadQuery(String),
-    /// The ledger cannot be read now; the message.
-    LedgerUnavailable(Cow<'static, str>),
-    /// The body stalled, or the deadline passed before it was complete.
-    RequestTimeout,
-    /// The body is larger than the limit; the limit, in bytes.
-    TooLarge(u64),
-    /// The path is unknown.
-    UnknownUrl,
-    /// The body has a content encoding.
-    UnsupportedEncoding,
-    /// The client asks for a WebSocket at a path that supports only HTTP.
-    UpgradeRequired,
-    /// The backends refuse the key that Zap sends; the cause, such as `HTTP 401: Incorrect API key`.
-    UpstreamAuth(Cow<'static, str>),
-    /// The backend's response is successful and empty.
-    UpstreamEmpty,
-    /// The backend's response is not valid HTTP/1.1.
-    UpstreamInvalid,
-    /// All backends cool down or have spent their quota; the time until the first one reopens.
-    UpstreamRateLimited(Nanos),
-    /// The backend responded with a redirect.
-    UpstreamRedirect,
-    /// No backend responded in time.
-    UpstreamTimeout,
-    /// The TLS handshake with the backend failed.
-    UpstreamTls,
-    /// The backend cannot be reached, or its connection broke before the response was whole.
-    UpstreamUnreachable,
-}
 
 const AUTHENTICATION: &str = "authentication_error";
 const INVALID: &str = "invalid_request_error";
@@ -109,12 +40,12 @@ impl GatewayError {
         self.row().status
     }
 
-    /// Builds the response. `is_budget_spent`: the retry budget is spent, so a 5xx asks SDKs not to retry.
-    pub(crate) fn response(&self, is_budget_spent: bool) -> ClientResponse {
+    /// Builds the response in the shape of a protocol. `is_budget_spent`: the retry budget is spent, so a 5xx asks SDKs not
+    /// to retry.
+    pub(crate) fn response(&self, protocol: Protocol, is_budget_spent: bool) -> ClientResponse {
         let row = self.row();
-        let error =
-            ErrorBody { message: &row.message, kind: row.kind, param: self.param(), code: row.code.text() };
-        respond::error(row.status, &error, self.headers(&row, is_budget_spent))
+        let error = ErrorBody { message: &row.message, kind: row.kind, param: self.param(), code: row.code };
+        respond::error((protocol, row.status), &error, self.headers(&row, is_budget_spent))
     }
 
     fn headers(&self, row: &ErrorRow, is_budget_spent: bool) -> SmallVec<[(HeaderName, HeaderValue); 4]> {
@@ -152,17 +83,6 @@ impl GatewayError {
     pub(crate) fn is_no_fault_of_the_client(&self) -> bool {
         let is_of_limit = matches!(self, GatewayError::Limited(LimitError::Requests(_)));
         !is_of_limit && (self.status().is_server_error() || self.status() == StatusCode::TOO_MANY_REQUESTS)
-    }
-
-    fn param(&self) -> Option<&str> {
-        match self {
-            GatewayError::DuplicateKey(key) => Some(key),
-            GatewayError::KeyCase(key, _) => Some(key),
-            GatewayError::InvalidType(key, _) => Some(key),
-            GatewayError::MissingMessages => Some("messages"),
-            GatewayError::MissingModel | GatewayError::ModelNotFound(..) => Some("model"),
-            _ => None,
-        }
     }
 
     fn row(&self) -> ErrorRow {
@@ -227,6 +147,12 @@ impl GatewayError {
                     "The body is not one JSON object (RFC 8259, UTF-8, depth at most 128): error at byte {}, counted from 0.",
                     format_number(*offset)
                 ),
+            ),
+            E::InvalidForm(why) => row(
+                StatusCode::BAD_REQUEST,
+                INVALID,
+                Code::InvalidMultipart,
+                format!("The body is not a valid form (RFC 7578): {why}; let an HTTP library write the form."),
             ),
             E::InvalidType(key, expected) => row(
                 StatusCode::BAD_REQUEST,
@@ -333,6 +259,18 @@ impl GatewayError {
                     format_number(*limit)
                 ),
             )),
+            E::NotSpoken(api) => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::ModelNotFound,
+                format!("No backend for this model speaks the {api} API; send the request to another endpoint, or ask the operator to check backends.protocols."),
+            ),
+            E::ProviderState => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::UnknownUrl,
+                "Files, batches, realtime sockets and assistants are one provider's state and are not served here; call the provider.".into(),
+            ),
             E::UnknownUrl => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
@@ -432,8 +370,8 @@ mod tests {
     use crate::gateway::wording::is_misleading;
     use crate::policy::spend::Period;
     use crate::policy::token_window::TokenDecision;
-    use crate::protocol::error_event::error_event;
-    use crate::protocol::responses::StreamState;
+    use crate::protocol::endpoint::StreamFormat;
+    use crate::protocol::error_event::StreamEnding;
     use crate::time::Day;
 
     #[test]
@@ -464,6 +402,7 @@ mod tests {
             (E::ModelNotFound("x".into(), vec!["quota-x".into(), "y".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
             (E::UpstreamAuth("HTTP 401: rate-limit".into()), 502, UPSTREAM, "upstream_auth_error", None, None, false),
             (E::InvalidJson(7), 400, INVALID, "invalid_json", None, None, false),
+            (E::InvalidForm("the body ends before the form does"), 400, INVALID, "invalid_multipart", None, None, false),
             (E::InvalidType("stream", "true or false"), 400, INVALID, "invalid_type", Some("stream"), None, false),
             (E::BadQuery("The query is wrong.".into()), 400, INVALID, "bad_request", None, None, false),
             (E::LedgerUnavailable("Not now.".into()), 503, SERVER, "ledger_unavailable", None, Some("1"), false),
@@ -472,6 +411,8 @@ mod tests {
             (E::MissingModel, 400, INVALID, "missing_model", Some("model"), None, false),
             (E::ModelNotFound("x".into(), vec![]), 404, INVALID, "model_not_found", Some("model"), None, false),
             (E::ModelNotFound("x\"".into(), vec!["y".into()]), 404, INVALID, "model_not_found", Some("model"), None, false),
+            (E::NotSpoken("Anthropic"), 404, INVALID, "model_not_found", Some("model"), None, false),
+            (E::ProviderState, 404, INVALID, "unknown_url", None, None, false),
             (E::NoBackend, 503, SERVER, "no_backend", None, Some("59"), false),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
@@ -511,13 +452,21 @@ mod tests {
             .map(|(why, _)| (E::BadRequest(why), 400, INVALID, "bad_request", None, None, true))
             .collect();
         assert!(reasons.len() > 16, "{reasons:?}");
-        let table: Vec<_> = table.into_iter().chain(reasons).collect();
+        // The same of forms.
+        let forms: Vec<_> = include_str!("../protocol/multipart.rs")
+            .split("FormError::Invalid(\"")
+            .skip(1)
+            .filter_map(|rest| rest.split_once('"'))
+            .map(|(why, _)| (E::InvalidForm(why), 400, INVALID, "invalid_multipart", None, None, false))
+            .collect();
+        assert!(forms.len() > 10, "{forms:?}");
+        let table: Vec<_> = table.into_iter().chain(reasons).chain(forms).collect();
         // Every code has a row here, except codes that only label metrics.
         for code in Code::ALL {
             assert!(code.is_label() || table.iter().any(|r| r.3 == code.text()), "no row for {code:?}");
         }
         for (error, status, kind, code, param, retry_after, closes) in table {
-            let response = error.response(true);
+            let response = error.response(Protocol::OpenAi, true);
             let header = |name| response.headers().get(name).map(|v| v.to_str().unwrap().to_owned());
             assert_eq!(response.status().as_u16(), status, "{error:?}");
             assert_eq!(header("content-type").as_deref(), Some("application/json"));
@@ -541,15 +490,24 @@ mod tests {
             assert!(status == 429 || !is_misleading(message), "{message}");
         }
         for code in [Code::Draining, Code::StreamInterrupted] {
-            for state in [None, Some(&StreamState::default())] {
-                assert!(!is_misleading(&error_event(code, state, "")));
+            for format in [StreamFormat::Done, StreamFormat::Messages, StreamFormat::Responses] {
+                assert!(!is_misleading(&StreamEnding::new(format).event(code, "")));
             }
         }
-        assert!(!GatewayError::QueueFull.response(false).headers().contains_key("x-should-retry"));
+        assert!(
+            !GatewayError::QueueFull
+                .response(Protocol::OpenAi, false)
+                .headers()
+                .contains_key("x-should-retry")
+        );
         for error in
             [GatewayError::NoBackend, GatewayError::UpstreamAuth("".into()), GatewayError::UpstreamRedirect]
         {
-            assert_eq!(error.response(false).headers()["x-should-retry"], "false", "{error:?}");
+            assert_eq!(
+                error.response(Protocol::OpenAi, false).headers()["x-should-retry"],
+                "false",
+                "{error:?}"
+            );
         }
     }
 

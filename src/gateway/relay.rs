@@ -24,10 +24,9 @@ use crate::gateway::failpoint;
 use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
 use crate::gateway::relay_usage::{RelayUsage, note_content};
 use crate::gateway::silence::Silence;
-use crate::protocol::error_event::error_event;
+use crate::protocol::error_event::StreamEnding;
 use crate::protocol::event_stream::{EventStream, StreamEnd};
 use crate::protocol::redact::Redactor;
-use crate::protocol::responses::StreamState;
 use crate::telemetry::metrics::Side;
 use crate::telemetry::record::{End, RequestRecord};
 use crate::time::{Nanos, SECOND};
@@ -54,8 +53,8 @@ pub(crate) struct RelayBody {
     silence: Silence,
     /// Reads the token counts of a JSON body that is not there as a whole.
     usage: RelayUsage,
-    /// The state for an error event of `/v1/responses`.
-    seen: Option<Box<StreamState>>,
+    /// What an error event needs to know of the stream.
+    ending: StreamEnding,
     state: RelayState,
 }
 
@@ -88,10 +87,10 @@ impl RelayBody {
         exchange: Exchange,
         input: RelayInput,
     ) -> Self {
-        let RelayInput { first, events, is_responses, has_usage, redactor, kind, clocks } = input;
+        let RelayInput { first, events, ending, has_usage, redactor, kind, clocks } = input;
         let mut relay = RelayBody {
             first,
-            seen: (events.is_some() && is_responses).then(Box::default),
+            ending,
             events,
             redactor,
             usage: RelayUsage::default(),
@@ -191,9 +190,7 @@ impl RelayBody {
 
     /// Records a frame that goes to the client, and ends the relay after the last frame.
     fn forward(&mut self, data: Bytes) -> Bytes {
-        if let Some(seen) = &mut self.seen {
-            seen.feed(&data);
-        }
+        self.ending.feed(&data);
         self.exchange.progress();
         self.exchange.hand_over(data.len());
         if let Some(guards) = &mut self.guards {
@@ -376,8 +373,7 @@ impl RelayBody {
             }
             return self.exchange.poll_flushed().map(|()| Some(Err(Cut)));
         };
-        if self.seen.is_some() {
-            // The body must end cleanly: Codex drops the last event of a stream that is cut.
+        if self.ending.is_clean() {
             self.state = RelayState::Ended;
         }
         Poll::Ready(Some(Ok(event)))
@@ -388,7 +384,7 @@ impl RelayBody {
         let events = self.events.as_ref().filter(|_| self.kind.can_take_event)?;
         let code = if record.end == End::Shutdown { Code::Draining } else { Code::StreamInterrupted };
         let id = record.request_id.to_str().unwrap_or_default();
-        let event = error_event(code, self.seen.as_deref(), id);
+        let event = self.ending.event(code, id);
         Some(if events.is_between_events() { event } else { format!("\n\n{event}") }.into())
     }
 

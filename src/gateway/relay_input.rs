@@ -5,6 +5,7 @@ use http::Version;
 
 use crate::gateway::silence::StreamClocks;
 use crate::policy::queue::Permit;
+use crate::protocol::error_event::StreamEnding;
 use crate::protocol::event_stream::EventStream;
 use crate::protocol::redact::Redactor;
 use crate::telemetry::record::RequestRecord;
@@ -42,8 +43,8 @@ pub(crate) struct RelayInput {
     pub first: Option<Bytes>,
     /// The events of a successful stream, which have seen [`first`](Self::first).
     pub events: Option<Box<EventStream>>,
-    /// Whether the stream needs a [`StreamState`](crate::protocol::responses::StreamState) for an error event.
-    pub is_responses: bool,
+    /// What an error event needs to know of the stream.
+    pub ending: StreamEnding,
     /// Whether the body is JSON with token counts to read.
     pub has_usage: bool,
     /// Redacts the backend's key in error responses. Boxed, since it is large and rarely present.

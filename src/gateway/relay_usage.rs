@@ -56,7 +56,10 @@ impl RelayUsage {
     pub(super) fn settle(&mut self, record: &mut RequestRecord, events: Option<&EventStream>) {
         let Some(meter) = &mut record.meter else { return record.settle() };
         match (events, std::mem::take(self)) {
-            (Some(events), _) => (meter.usage, meter.lengths.text) = (events.usage(), events.text()),
+            (Some(events), _) => {
+                (meter.usage, meter.lengths.text) = (events.usage(), events.text());
+                meter.begun = events.usage_so_far();
+            }
             (None, RelayUsage::Passing(usage)) => {
                 (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);
             }

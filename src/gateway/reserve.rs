@@ -25,16 +25,17 @@ use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::limits::Candidate;
 
-/// What a request may use. Costs nothing if nothing is limited by tokens or money.
+/// What a request may use. Costs nothing if nothing is limited by tokens or money. A request that only counts tokens uses
+/// none.
 pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Demand {
-    if !snapshot.limits_tokens() {
+    if !snapshot.limits_tokens() || api.metering == Metering::Off {
         return Demand::default();
     }
     let watched = &snapshot.watch().droppable;
     let found = chat.fields.droppable.iter().filter(|member| is_member(&watched[member.name]));
     let found: Vec<_> = found.map(|member| chat.copy(member.span.clone())).collect();
     let output = match (api.metering, most_output(found.iter().map(|member| &member[..]))) {
-        (Metering::Input | Metering::Told, _) => Output::None,
+        (Metering::Input | Metering::Off | Metering::Told, _) => Output::None,
         (Metering::Full, Some(most)) => Output::AtMost(most),
         (Metering::Full, None) => Output::Unstated,
     };

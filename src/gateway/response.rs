@@ -20,6 +20,8 @@ use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
 use crate::policy::token_window::TokenDecision;
 use crate::protocol::Endpoint;
+use crate::protocol::endpoint::{Protocol, StreamFormat};
+use crate::protocol::error_event::StreamEnding;
 use crate::protocol::event_class::mentions_error;
 use crate::protocol::redact::{Redactor, holds_key};
 use crate::telemetry::record::{Arrival, End, RequestRecord};
@@ -100,11 +102,12 @@ impl Gateway {
         }
         record.responded(head.status.as_u16());
         context.exchange.begin_response(clocks.idle);
-        let is_responses = record.endpoint == Endpoint::Responses;
+        let format = record.endpoint.api().map(|api| api.stream).filter(|_| events.is_some());
+        let ending = StreamEnding::new(format.unwrap_or(StreamFormat::Plain));
         let has_usage = record.meter.is_some() && is_json && !is_encoded && events.is_none();
         let guards = RequestGuards { lease, in_flight: Some(in_flight), slot, record };
         let redactor = redactor.map(Box::new);
-        let input = RelayInput { first, events, is_responses, has_usage, redactor, kind, clocks };
+        let input = RelayInput { first, events, ending, has_usage, redactor, kind, clocks };
         let relay = RelayBody::new(guards, self.clone(), context.exchange.clone(), input);
         let mut response = Response::new(Body::stream(relay).on(context.exchange));
         *response.status_mut() = head.status;
@@ -190,12 +193,13 @@ impl Gateway {
         }
         let is_budget_spent =
             error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
-        error.response(is_budget_spent)
+        error.response(record.endpoint.protocol(), is_budget_spent)
     }
 
     /// Builds the response to a request that panicked. The record was reported when the panic dropped it.
     pub(super) fn internal_error(&self) -> ClientResponse {
-        let mut response = GatewayError::Internal.response(!self.shared().budget.has_room(clock::now()));
+        let mut response = GatewayError::Internal
+            .response(Protocol::default(), !self.shared().budget.has_room(clock::now()));
         let panicked = self.recorder.panicked.take();
         let (id, tries) =
             panicked.unwrap_or_else(|| (headers::new_request_id(self.rng.borrow_mut().u128(..)), 0));

@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use bytes::Bytes;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap,
-    HeaderName, HeaderValue, USER_AGENT,
+    HeaderName, HeaderValue, UPGRADE, USER_AGENT,
 };
 use smallvec::SmallVec;
 
@@ -79,14 +79,24 @@ fn is_json(content_type: &HeaderValue) -> bool {
     ends_with(b"/json") || ends_with(b"+json")
 }
 
+/// The headers of a client that pass to a backend beside the standard list.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Passing {
+    /// `Authorization`, and the account headers that belong to it.
+    pub authorization: bool,
+    /// Further names, in lower case.
+    pub more: &'static [&'static str],
+    /// The client's `Content-Type`, in place of that of JSON.
+    pub content_type: bool,
+}
+
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
 ///
-/// `forward_authorization` also allows the client's `Authorization` and the account headers that belong to it; `rules`
-/// allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not even allowed
-/// ones.
+/// `rules` allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not even
+/// allowed ones.
 pub(crate) fn to_backend(
     client: &HeaderMap,
-    forward_authorization: bool,
+    passing: Passing,
     rules: &HeaderRules,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
 ) {
@@ -101,11 +111,9 @@ pub(crate) fn to_backend(
     let (mut has_accept, mut has_user_agent, has_rules) = (false, false, !rules.is_empty());
     for (name, value) in client {
         let mut is_allowed = match name.as_str() {
-            "accept" | "idempotency-key" | "openai-beta" | "traceparent" | "tracestate" | "user-agent" => {
-                true
-            }
-            "authorization" | "openai-organization" | "openai-project" => forward_authorization,
-            other => other.starts_with("x-stainless-"),
+            "accept" | "idempotency-key" | "traceparent" | "tracestate" | "user-agent" => true,
+            "authorization" | "openai-organization" | "openai-project" => passing.authorization,
+            other => other.starts_with("x-stainless-") || passing.more.contains(&other),
         };
         if has_rules {
             is_allowed = (is_allowed || rules.forwards(name.as_str())) && !rules.drops(name.as_str());
@@ -122,9 +130,12 @@ pub(crate) fn to_backend(
     if !has_user_agent {
         put(&USER_AGENT, &HeaderValue::from_static("zap"));
     }
-    // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
-    // form.
-    put(&CONTENT_TYPE, &HeaderValue::from_static("application/json"));
+    match client.get(CONTENT_TYPE).filter(|_| passing.content_type) {
+        Some(own) => put(&CONTENT_TYPE, own),
+        // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
+        // form.
+        None => put(&CONTENT_TYPE, &HeaderValue::from_static("application/json")),
+    }
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }
 
@@ -158,6 +169,15 @@ fn remove(upstream: &mut HeaderMap, mut removed: SmallVec<[HeaderName; 4]>) {
     for name in &removed {
         upstream.remove(name);
     }
+}
+
+/// Whether a request asks for a WebSocket (RFC 6455, section 4.1), provided that it is a GET. Codex tries a WebSocket first.
+pub(crate) fn wants_websocket(headers: &HeaderMap) -> bool {
+    let is_named = |value: &HeaderValue| {
+        let mut names = value.as_bytes().split(|b| *b == b',');
+        names.any(|name| name.trim_ascii().eq_ignore_ascii_case(b"websocket"))
+    };
+    headers.get_all(UPGRADE).iter().any(is_named)
 }
 
 /// Whether the body of a message has a content coding.
@@ -325,7 +345,9 @@ mod tests {
             ("x-other", "no"),
         ]);
         let mut to = HeaderMap::new();
-        to_backend(&client, false, &HeaderRules::default(), |name, value| {
+        let (passing, rules) =
+            (Passing { more: &["openai-beta"], ..Passing::default() }, HeaderRules::default());
+        to_backend(&client, passing, &rules, |name, value| {
             to.append(name, value.clone());
         });
         let want = map(&[
@@ -340,7 +362,8 @@ mod tests {
         ]);
         assert_eq!(to, want);
         let mut forwarded = HeaderMap::new();
-        to_backend(&client, true, &HeaderRules::default(), |name, value| {
+        let passing = Passing { authorization: true, ..Passing::default() };
+        to_backend(&client, passing, &rules, |name, value| {
             forwarded.append(name, value.clone());
         });
         assert_eq!(forwarded["authorization"], "Bearer client");
@@ -352,7 +375,8 @@ mod tests {
     fn connection_may_nominate_the_credential() {
         let client = map(&[("authorization", "Bearer client"), ("connection", "Authorization")]);
         let mut to = HeaderMap::new();
-        to_backend(&client, true, &HeaderRules::default(), |name, value| {
+        let passing = Passing { authorization: true, ..Passing::default() };
+        to_backend(&client, passing, &HeaderRules::default(), |name, value| {
             to.append(name, value.clone());
         });
         assert!(!to.contains_key("authorization"));

@@ -1,5 +1,9 @@
 //! The manual: pages in Markdown, and look-ups in their tables. `zap help` prints both.
 
+pub(crate) mod example;
+
+mod recipes;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
@@ -221,7 +225,8 @@ mod tests {
             ("queue_full", "queue_full  (zap help errors)", &["status      503", "what to do  retry"]),
             ("404", "model_not_found", &["unknown_url"]),
             ("zap_queue_depth", "zap_queue_depth  (zap help metrics)", &["gauge"]),
-            ("/v1/models", "/v1/models  (zap help api)", &["GET, HEAD"]),
+            ("/v1/models", "/v1/models, /models  (zap help api)", &["GET, HEAD"]),
+            ("/models", "/v1/models, /models  (zap help api)", &[]),
             ("backend_down", "backend_down  (zap help operations)", &[]),
         ] {
             let text = look_up(word).unwrap();
@@ -276,6 +281,7 @@ mod tests {
             ("backends.chat_path", word(&b.chat_path)),
             ("backends.priority", b.priority.to_string()),
             ("backends.usage", word(&b.usage)),
+            ("backends.protocols", word(&b.protocols)),
             ("backends.forward_authorization", b.forward_authorization.to_string()),
         ];
         let plain = |text: &str| text.replace(['`', '_', '"'], "").to_lowercase();

@@ -18,6 +18,8 @@ pub(crate) mod prices;
 
 pub(crate) mod spend;
 
+pub(crate) mod pattern;
+
 pub(crate) mod route;
 
 pub(crate) mod near;

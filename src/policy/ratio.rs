@@ -81,8 +81,11 @@ struct Ratio {
 }
 
 impl Ratios {
-    /// Learns from an answer whose provider has told the token counts.
+    /// Learns from an answer whose provider has told the token counts. A request without text teaches nothing.
     pub(crate) fn learn(&self, key: u64, lengths: Lengths, usage: &Usage) {
+        if lengths.asked == 0 {
+            return;
+        }
         let mut all = self.0.lock();
         if all.len() >= MAX_PAIRS && !all.contains_key(&key) {
             return;
@@ -174,6 +177,7 @@ mod tests {
         assert_eq!(ratios.estimate(1, Lengths { asked: 9, text: 4 }), usage(3, 1));
         ratios.learn(1, Lengths { asked: 300, text: 100 }, &usage(100, 50));
         ratios.learn(1, Lengths { asked: 100, text: 0 }, &usage(100, 10));
+        ratios.learn(1, Lengths { asked: 0, text: 9 }, &usage(1000, 1000));
         assert_eq!(ratios.estimate(1, Lengths { asked: 10, text: 10 }), usage(5, 5));
         for _ in 0..10 * MAX_ANSWERS {
             ratios.learn(1, Lengths { asked: 100, text: 100 }, &usage(10, 20));

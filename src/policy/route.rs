@@ -14,45 +14,10 @@ use xxhash_rust::xxh64::xxh64;
 use crate::json::patch::ModelText;
 use crate::policy::balance::BackendId;
 use crate::policy::near::nearest;
-
-/// Longest name that a configuration may contain, in bytes.
-pub(crate) const MAX_NAME: usize = crate::json::members::MAX_NAME;
+use crate::policy::pattern::Pattern;
 
 /// The name of the route for models that no other route serves.
 pub(crate) const CATCH_ALL: &str = "*";
-
-/// A name, or with a trailing `*` a prefix: all names that begin with it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Pattern {
-    stem: Box<str>,
-    is_prefix: bool,
-}
-
-impl Pattern {
-    /// Parses a pattern: 1 to [`MAX_NAME`] bytes, no control character, `*` only at the end. `None` if it is invalid.
-    pub fn parse(text: &str) -> Option<Self> {
-        let stem = text.strip_suffix('*').unwrap_or(text);
-        let valid = (1..=MAX_NAME).contains(&text.len())
-            && !stem.contains('*')
-            && !text.chars().any(char::is_control);
-        valid.then(|| Pattern { stem: stem.into(), is_prefix: stem.len() < text.len() })
-    }
-
-    /// Whether the pattern is a prefix.
-    pub fn is_prefix(&self) -> bool {
-        self.is_prefix
-    }
-
-    /// The name, or the prefix without its `*`.
-    pub(crate) fn stem(&self) -> &str {
-        &self.stem
-    }
-
-    /// Whether the pattern matches `name`.
-    pub fn matches(&self, name: &str) -> bool {
-        if self.is_prefix { name.starts_with(&*self.stem) } else { *self.stem == *name }
-    }
-}
 
 /// An entry of a backend's `models`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -197,6 +162,15 @@ impl Target {
             Sent::AsIs => None,
             Sent::Fixed { text, .. } => Some(Cow::Borrowed(text)),
             Sent::Rest { .. } => Some(Cow::Owned(ModelText::new(&self.rest(asked)))),
+        }
+    }
+
+    /// Returns the name of the model that [`text`](Self::text) writes.
+    pub(crate) fn replacement(&self, asked: Option<&str>) -> Option<Cow<'_, str>> {
+        match &self.sent {
+            Sent::AsIs => None,
+            Sent::Fixed { name, .. } => Some(Cow::Borrowed(name)),
+            Sent::Rest { .. } => Some(Cow::Owned(self.rest(asked))),
         }
     }
 
@@ -400,7 +374,7 @@ fn named_target(target: &NamedTarget, backend: &Serves) -> Option<Target> {
 /// is not in the backend's `models`.
 fn exact_names(backends: &[Serves]) -> impl Iterator<Item = (BackendId, &str)> {
     backends.iter().enumerate().flat_map(|(id, b)| {
-        let rules = b.models.iter().flatten().filter(|r| !r.public.is_prefix).map(|r| &*r.public.stem);
+        let rules = b.models.iter().flatten().filter(|r| !r.public.is_prefix()).map(|r| r.public.stem());
         rules.chain(b.default_model.as_deref()).map(move |name| (id, name))
     })
 }
@@ -409,15 +383,15 @@ fn prefixes(backends: &[Serves]) -> impl Iterator<Item = &str> {
     backends
         .iter()
         .flat_map(|b| b.models.iter().flatten())
-        .filter(|r| r.public.is_prefix)
-        .map(|r| &*r.public.stem)
+        .filter(|r| r.public.is_prefix())
+        .map(|r| r.public.stem())
 }
 
 /// Returns the model that a backend gets for `name`, by the first that applies: the backend takes any model, an exact
 /// rule, its longest prefix, its default model. `None` if it does not serve `name`.
 fn sent_for(backend: &Serves, name: &str) -> Option<Sent> {
     let Some(rules) = &backend.models else { return Some(Sent::AsIs) };
-    let exact = rules.iter().find(|r| !r.public.is_prefix && r.public.matches(name));
+    let exact = rules.iter().find(|r| !r.public.is_prefix() && r.public.matches(name));
     if let Some(rule) = exact {
         return Some(rule.own.as_deref().map_or(Sent::AsIs, Sent::fixed));
     }
@@ -428,12 +402,12 @@ fn sent_for(backend: &Serves, name: &str) -> Option<Sent> {
 /// Returns the model that a backend gets for names that begin with `stem` and match no longer prefix.
 fn sent_under(backend: &Serves, stem: &str) -> Option<Sent> {
     let Some(rules) = &backend.models else { return Some(Sent::AsIs) };
-    let fitting = rules.iter().filter(|r| r.public.is_prefix && stem.starts_with(&*r.public.stem));
-    let rule = fitting.max_by_key(|r| r.public.stem.len())?;
+    let fitting = rules.iter().filter(|r| r.public.is_prefix() && stem.starts_with(r.public.stem()));
+    let rule = fitting.max_by_key(|r| r.public.stem().len())?;
     Some(match rule.own.as_deref() {
         None => Sent::AsIs,
         Some(own) => match own.strip_suffix('*') {
-            Some(head) => Sent::Rest { cut: rule.public.stem.len(), stem: head.into() },
+            Some(head) => Sent::Rest { cut: rule.public.stem().len(), stem: head.into() },
             None => Sent::fixed(own),
         },
     })
@@ -576,23 +550,6 @@ mod tests {
         assert_eq!(got, [(1, 7), (5, 2), (0, 0)], "a drained backend is drained in all routes");
     }
 
-    #[test]
-    fn a_pattern_may_have_a_star_only_at_the_end() {
-        for (text, valid) in [
-            ("a", true),
-            ("a*", true),
-            ("*", true),
-            ("a*b", false),
-            ("**", false),
-            ("", false),
-            ("a\n", false),
-        ] {
-            assert_eq!(Pattern::parse(text).is_some(), valid, "{text:?}");
-        }
-        assert!(Pattern::parse(&"x".repeat(MAX_NAME)).is_some());
-        assert!(Pattern::parse(&"x".repeat(MAX_NAME + 1)).is_none());
-    }
-
     proptest! {
         /// The precomputed table gives the same targets as a search over all backends.
         #[test]
@@ -603,7 +560,7 @@ mod tests {
             let read = |models: &Option<Vec<(String, String)>>| models.as_ref().map(|models| {
                 models.iter().filter_map(|(public, own)| {
                     let public = Pattern::parse(public)?;
-                    let own = if public.is_prefix { own.clone() } else { own.replace('*', "") };
+                    let own = if public.is_prefix() { own.clone() } else { own.replace('*', "") };
                     let own = Some(own).filter(|o| !o.is_empty()).map(Into::into);
                     Some(Rule { public, own })
                 }).collect::<Vec<_>>()
@@ -616,14 +573,14 @@ mod tests {
                     Some(rules) => {
                         let fitting = rules.iter().filter(|r| r.public.matches(&name));
                         // Exact before prefix, a long prefix before a short one; of equal exact rules the first.
-                        let rank = |r: &Rule| if r.public.is_prefix { r.public.stem.len() } else { usize::MAX };
+                        let rank = |r: &Rule| if r.public.is_prefix() { r.public.stem().len() } else { usize::MAX };
                         let best = fitting.clone().map(rank).max()?;
                         let mut equals = fitting.filter(|r| rank(r) == best);
                         let rule = if best == usize::MAX { equals.next()? } else { equals.next_back()? };
                         match rule.own.as_deref() {
                             None => String::new(),
                             Some(own) => match own.strip_suffix('*') {
-                                Some(head) => format!("{head}{}", &name[rule.public.stem.len()..]),
+                                Some(head) => format!("{head}{}", &name[rule.public.stem().len()..]),
                                 None => own.to_owned(),
                             },
                         }

@@ -19,7 +19,7 @@ use memchr::{memchr2, memchr3};
 use serde_json::Value;
 
 use crate::protocol::plain_usage::{plain_parts, skip_space};
-use crate::protocol::usage::Usage;
+use crate::protocol::usage::{Usage, UsageParts};
 
 /// Longest `usage` that is read, in bytes.
 pub(crate) const MAX_VALUE: usize = 16 * 1024;
@@ -78,7 +78,7 @@ pub(crate) struct BodyUsage {
     /// The number of open objects, less that at the candidate.
     depth: i64,
     /// The usage of the candidate.
-    usage: Option<Usage>,
+    usage: Option<UsageParts>,
     is_capturing: bool,
     /// The part of the candidate's value in earlier chunks; one byte more than [`MAX_VALUE`] if it is too long.
     value: Vec<u8>,
@@ -160,6 +160,11 @@ impl BodyUsage {
 
     /// Ends the body. Returns the usage at the depth that was asked for.
     pub(crate) fn finish(self) -> Option<Usage> {
+        self.finish_parts()?.usage()
+    }
+
+    /// Ends the body. Returns the counts at the depth that was asked for, if they are a usage.
+    pub(crate) fn finish_parts(self) -> Option<UsageParts> {
         // Only the objects that have the candidate were closed after it.
         let is_at_depth = self.has_candidate && self.state == State::Outside && self.depth == -self.objects;
         self.usage.filter(|_| is_at_depth)
@@ -274,7 +279,7 @@ impl BodyUsage {
         }
         let end = data.len().min(at + MAX_VALUE);
         if let Some((parts, length)) = plain_parts(&data[at..end]) {
-            self.usage = parts.usage();
+            self.usage = Some(parts).filter(|parts| parts.usage().is_some());
             return at + length;
         }
         self.is_capturing = true;
@@ -287,7 +292,7 @@ impl BodyUsage {
         self.is_capturing = false;
         if self.value.len() <= MAX_VALUE {
             let value: Option<Value> = serde_json::from_slice(&self.value).ok();
-            self.usage = value.and_then(|value| Usage::of_json(&value));
+            self.usage = value.and_then(|value| UsageParts::of_usage(&value));
         }
         self.value.clear();
     }

@@ -6,15 +6,24 @@
 //! To add an endpoint, add a variant, a row at the same position, and 1 to [`Endpoint::COUNT`]. Then describe it in
 //! `src/manual/api.md`, `src/manual/metrics.md` and README.md; `tests/cli/manual.rs` checks the manual.
 
+/// The beginning of the paths that SDKs have in their base URL.
+const VERSION: &str = "/v1";
+
 /// An endpoint: the `endpoint` label of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub(crate) enum Endpoint {
     Chat,
+    Compact,
     Completions,
+    CountTokens,
     Embeddings,
     Health,
+    ImageEdits,
+    ImageVariations,
     Images,
+    InputTokens,
+    Messages,
     Metrics,
     Models,
     Moderations,
@@ -24,6 +33,8 @@ pub(crate) enum Endpoint {
     Responses,
     Speech,
     Status,
+    Transcriptions,
+    Translations,
     Usage,
 }
 
@@ -33,7 +44,8 @@ pub(crate) struct Row {
     endpoint: Endpoint,
     /// The name in labels.
     pub(crate) name: &'static str,
-    /// The paths, compared byte by byte. A path that ends in `/*` matches all paths below it.
+    /// The paths, compared byte by byte. A path that ends in `/*` matches all paths below it. A path below `/v1` matches
+    /// without `/v1` too: half of all SDKs are given a base URL without it.
     pub(crate) paths: &'static [&'static str],
     /// What serves the requests.
     pub(crate) served: ServedBy,
@@ -42,7 +54,7 @@ pub(crate) struct Row {
 /// What serves a request to an endpoint.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ServedBy {
-    /// A backend. The method is POST, the body is JSON.
+    /// A backend. The method is POST.
     Backends(Api),
     /// Zap itself. The methods are GET and HEAD.
     Zap(Page),
@@ -67,7 +79,11 @@ pub(crate) enum Page {
 pub(crate) struct Api {
     /// The path, relative to the backend's API base.
     pub(crate) tail: &'static str,
-    /// Whether a request without a model gets the backend's default model.
+    /// The format of a request's body.
+    pub(crate) body: BodyFormat,
+    /// The protocol that a backend must speak.
+    pub(crate) protocol: Protocol,
+    /// Whether a request without a model gets the backend's default model. Without one, a form goes out as it is.
     pub(crate) has_default_model: bool,
     /// Whether the body must have an array `messages`.
     pub(crate) needs_messages: bool,
@@ -75,6 +91,25 @@ pub(crate) struct Api {
     pub(crate) stream: StreamFormat,
     /// What can be known of an answer's tokens.
     pub(crate) metering: Metering,
+}
+
+/// The format of a request's body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BodyFormat {
+    /// A form (RFC 7578), which may have a part `model`.
+    Form,
+    /// A JSON object.
+    Json,
+}
+
+/// The family of APIs that an endpoint belongs to: it decides which backends can serve the endpoint, which headers pass
+/// and what an error looks like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Protocol {
+    #[default]
+    OpenAi,
+    Anthropic,
 }
 
 /// What can be known of the tokens of an answer whose provider does not tell them.
@@ -86,6 +121,8 @@ pub(crate) enum Metering {
     Input,
     /// Nothing.
     Told,
+    /// Nothing, and what the provider tells is no use of tokens.
+    Off,
 }
 
 /// How an event stream signals its end, and the format of an error that Zap adds to it.
@@ -93,6 +130,8 @@ pub(crate) enum Metering {
 pub(crate) enum StreamFormat {
     /// The stream ends with `data: [DONE]`; an error is `data: {"error":…}`.
     Done,
+    /// The stream ends with `message_stop`; an error is `event: error`.
+    Messages,
     /// The stream ends with the body; an error is `data: {"error":…}`.
     Plain,
     /// The stream ends with an event such as `response.completed`; an error is `response.failed`.
@@ -100,76 +139,161 @@ pub(crate) enum StreamFormat {
 }
 
 const TABLE: [Row; Endpoint::COUNT] = [
-    Row {
-        endpoint: Endpoint::Chat,
-        name: "chat",
-        paths: &["/v1/chat/completions", "/chat"],
-        served: ServedBy::Backends(Api {
-            tail: "/chat/completions",
+    Row::api(
+        Endpoint::Chat,
+        "chat",
+        &["/v1/chat/completions", "/chat"],
+        Api {
             has_default_model: true,
             needs_messages: true,
             stream: StreamFormat::Done,
             metering: Metering::Full,
-        }),
-    },
-    Row {
-        endpoint: Endpoint::Completions,
-        name: "completions",
-        paths: &["/v1/completions"],
-        served: ServedBy::Backends(Api {
-            tail: "/completions",
+            ..Api::at("/chat/completions")
+        },
+    ),
+    Row::api(
+        Endpoint::Compact,
+        "compact",
+        &["/v1/responses/compact"],
+        Api { has_default_model: true, metering: Metering::Full, ..Api::at("/responses/compact") },
+    ),
+    Row::api(
+        Endpoint::Completions,
+        "completions",
+        &["/v1/completions"],
+        Api {
             has_default_model: true,
-            needs_messages: false,
             stream: StreamFormat::Done,
             metering: Metering::Full,
-        }),
-    },
-    Row::plain(Endpoint::Embeddings, "embeddings", &["/v1/embeddings"], ("/embeddings", Metering::Input)),
+            ..Api::at("/completions")
+        },
+    ),
+    Row::api(
+        Endpoint::CountTokens,
+        "count_tokens",
+        &["/v1/messages/count_tokens"],
+        Api {
+            protocol: Protocol::Anthropic,
+            has_default_model: true,
+            needs_messages: true,
+            metering: Metering::Off,
+            ..Api::at("/messages/count_tokens")
+        },
+    ),
+    Row::api(
+        Endpoint::Embeddings,
+        "embeddings",
+        &["/v1/embeddings"],
+        Api { metering: Metering::Input, ..Api::at("/embeddings") },
+    ),
     Row::page(Endpoint::Health, "health", &["/health"], Page::Health),
-    Row::plain(
-        Endpoint::Images,
-        "images",
-        &["/v1/images/generations"],
-        ("/images/generations", Metering::Told),
+    Row::api(Endpoint::ImageEdits, "image_edits", &["/v1/images/edits"], Api::form("/images/edits")),
+    Row::api(
+        Endpoint::ImageVariations,
+        "image_variations",
+        &["/v1/images/variations"],
+        Api::form("/images/variations"),
+    ),
+    Row::api(Endpoint::Images, "images", &["/v1/images/generations"], Api::at("/images/generations")),
+    Row::api(
+        Endpoint::InputTokens,
+        "input_tokens",
+        &["/v1/responses/input_tokens"],
+        Api { has_default_model: true, metering: Metering::Off, ..Api::at("/responses/input_tokens") },
+    ),
+    Row::api(
+        Endpoint::Messages,
+        "messages",
+        &["/v1/messages"],
+        Api {
+            protocol: Protocol::Anthropic,
+            has_default_model: true,
+            needs_messages: true,
+            stream: StreamFormat::Messages,
+            metering: Metering::Full,
+            ..Api::at("/messages")
+        },
     ),
     Row::page(Endpoint::Metrics, "metrics", &["/metrics"], Page::Metrics),
     Row::page(Endpoint::Models, "models", &["/v1/models", "/v1/models/*"], Page::Models),
-    Row::plain(Endpoint::Moderations, "moderations", &["/v1/moderations"], ("/moderations", Metering::Told)),
+    Row::api(Endpoint::Moderations, "moderations", &["/v1/moderations"], Api::at("/moderations")),
     Row { endpoint: Endpoint::Other, name: "other", paths: &[], served: ServedBy::Nobody },
     Row::page(Endpoint::Ready, "ready", &["/ready"], Page::Ready),
-    Row::plain(Endpoint::Rerank, "rerank", &["/v1/rerank"], ("/rerank", Metering::Input)),
-    Row {
-        endpoint: Endpoint::Responses,
-        name: "responses",
-        paths: &["/v1/responses"],
-        served: ServedBy::Backends(Api {
-            tail: "/responses",
+    Row::api(
+        Endpoint::Rerank,
+        "rerank",
+        &["/v1/rerank"],
+        Api { metering: Metering::Input, ..Api::at("/rerank") },
+    ),
+    Row::api(
+        Endpoint::Responses,
+        "responses",
+        &["/v1/responses"],
+        Api {
             has_default_model: true,
-            needs_messages: false,
             stream: StreamFormat::Responses,
             metering: Metering::Full,
-        }),
-    },
-    Row::plain(Endpoint::Speech, "speech", &["/v1/audio/speech"], ("/audio/speech", Metering::Told)),
+            ..Api::at("/responses")
+        },
+    ),
+    Row::api(Endpoint::Speech, "speech", &["/v1/audio/speech"], Api::at("/audio/speech")),
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
+    Row::api(
+        Endpoint::Transcriptions,
+        "transcriptions",
+        &["/v1/audio/transcriptions"],
+        Api::form("/audio/transcriptions"),
+    ),
+    Row::api(
+        Endpoint::Translations,
+        "translations",
+        &["/v1/audio/translations"],
+        Api::form("/audio/translations"),
+    ),
     Row::page(Endpoint::Usage, "usage", &["/usage"], Page::Usage),
 ];
 
-impl Row {
-    /// Creates the row of an endpoint that backends serve and whose requests must name a model.
-    const fn plain(
-        endpoint: Endpoint,
-        name: &'static str,
-        paths: &'static [&'static str],
-        (tail, metering): (&'static str, Metering),
-    ) -> Self {
-        let api = Api {
+impl Protocol {
+    /// The name of its API, for messages.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Protocol::OpenAi => "OpenAI",
+            Protocol::Anthropic => "Anthropic",
+        }
+    }
+
+    /// The headers of a client that belong to the protocol and pass to the backend, in lower case.
+    pub(crate) fn headers(self) -> &'static [&'static str] {
+        match self {
+            Protocol::OpenAi => &["openai-beta"],
+            Protocol::Anthropic => &["anthropic-beta", "anthropic-version"],
+        }
+    }
+}
+
+impl Api {
+    /// Creates an endpoint whose requests are JSON and must name a model.
+    const fn at(tail: &'static str) -> Self {
+        Api {
             tail,
+            body: BodyFormat::Json,
+            protocol: Protocol::OpenAi,
             has_default_model: false,
             needs_messages: false,
             stream: StreamFormat::Plain,
-            metering,
-        };
+            metering: Metering::Told,
+        }
+    }
+
+    /// Creates an endpoint whose requests are forms.
+    const fn form(tail: &'static str) -> Self {
+        Api { body: BodyFormat::Form, has_default_model: true, ..Api::at(tail) }
+    }
+}
+
+impl Row {
+    /// Creates the row of an endpoint that backends serve.
+    const fn api(endpoint: Endpoint, name: &'static str, paths: &'static [&'static str], api: Api) -> Self {
         Row { endpoint, name, paths, served: ServedBy::Backends(api) }
     }
 
@@ -181,6 +305,17 @@ impl Row {
         page: Page,
     ) -> Self {
         Row { endpoint, name, paths, served: ServedBy::Zap(page) }
+    }
+
+    /// Whether the row is that of a path.
+    fn has(&self, path: &str) -> bool {
+        let is = |known: &str, path: &str| match known.strip_suffix('*') {
+            Some(stem) => path.starts_with(stem),
+            None => path == known,
+        };
+        self.paths
+            .iter()
+            .any(|known| is(known, path) || known.strip_prefix(VERSION).is_some_and(|known| is(known, path)))
     }
 
     /// The allowed methods, as the value of the `Allow` header.
@@ -196,7 +331,7 @@ impl Row {
 impl Endpoint {
     /// Number of endpoints. This is a literal because array types use it: a constant computed from the table would make
     /// the optimizing compiler fail with an evaluation cycle.
-    pub(crate) const COUNT: usize = 15;
+    pub(crate) const COUNT: usize = 23;
 
     /// All endpoints, in the order of their discriminants.
     pub(crate) const ALL: [Endpoint; Endpoint::COUNT] = {
@@ -211,11 +346,7 @@ impl Endpoint {
 
     /// The endpoint that a path belongs to.
     pub(crate) fn of(path: &str) -> Self {
-        let matches = |known: &&'static str| match known.strip_suffix('*') {
-            Some(stem) => path.starts_with(stem),
-            None => path == *known,
-        };
-        TABLE.iter().find(|row| row.paths.iter().any(matches)).map_or(Endpoint::Other, |row| row.endpoint)
+        TABLE.iter().find(|row| row.has(path)).map_or(Endpoint::Other, |row| row.endpoint)
     }
 
     /// The endpoint's row in the table.
@@ -235,11 +366,33 @@ impl Endpoint {
             ServedBy::Zap(_) | ServedBy::Nobody => None,
         }
     }
+
+    /// The protocol of the endpoint: it decides what an error looks like.
+    pub(crate) fn protocol(self) -> Protocol {
+        self.api().map_or(Protocol::default(), |api| api.protocol)
+    }
+
+    /// Whether a request to `path` of this endpoint needs a client key, if client keys are configured. Unknown paths below
+    /// `/v1/` need one too.
+    pub(crate) fn is_guarded(self, path: &str) -> bool {
+        let is_own = match self.row().served {
+            ServedBy::Backends(_) | ServedBy::Zap(Page::Models) => true,
+            ServedBy::Zap(_) | ServedBy::Nobody => false,
+        };
+        is_own || path.strip_prefix(VERSION).is_some_and(|rest| rest.starts_with('/'))
+    }
 }
 
-/// Whether a path needs a client key, if client keys are configured. Unknown paths below `/v1/` need one too.
-pub(crate) fn is_guarded(path: &str) -> bool {
-    path == "/chat" || path.starts_with("/v1/")
+/// The resources that are the state of one provider: no other backend has them, so Zap serves none.
+const PROVIDER_STATE: [&str; 7] =
+    ["/assistants", "/batches", "/files", "/messages/batches", "/realtime", "/threads", "/vector_stores"];
+
+/// Whether a path that Zap does not serve belongs to the state of one provider.
+pub(crate) fn is_provider_state(path: &str) -> bool {
+    let path = path.strip_prefix(VERSION).unwrap_or(path);
+    let is_in =
+        |stem: &&str| path.strip_prefix(*stem).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    PROVIDER_STATE.iter().any(is_in)
 }
 
 #[cfg(test)]
@@ -261,11 +414,31 @@ mod tests {
             ("/v1/chat/completions", Endpoint::Chat),
             ("/v1/models", Endpoint::Models),
             ("/v1/models/a/b", Endpoint::Models),
+            ("/models", Endpoint::Models),
+            ("/models/a/b", Endpoint::Models),
             ("/v1/responses", Endpoint::Responses),
+            ("/responses", Endpoint::Responses),
+            ("/responses/compact", Endpoint::Compact),
+            ("/chat/completions", Endpoint::Chat),
+            ("/v1/messages", Endpoint::Messages),
+            ("/messages/count_tokens", Endpoint::CountTokens),
         ] {
             assert_eq!(Endpoint::of(path), endpoint, "{path}");
         }
-        for path in ["/v1/modelsx", "/chat/", "/v1//chat", "/%63hat", "/Chat", "/", ""] {
+        for path in [
+            "/v1/modelsx",
+            "/chat/",
+            "/v1//chat",
+            "/%63hat",
+            "/Chat",
+            "/",
+            "",
+            "/v1/chat",
+            "/v1",
+            "/v1/v1/models",
+            "/v1/messages/",
+            "/v1/health",
+        ] {
             assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");
         }
     }
@@ -273,7 +446,30 @@ mod tests {
     #[test]
     fn every_path_that_backends_serve_is_guarded() {
         for row in TABLE.iter().filter(|row| row.endpoint.api().is_some()) {
-            assert!(row.paths.iter().all(|path| is_guarded(path)), "{}", row.name);
+            let is_guarded = |path: &str| Endpoint::of(path).is_guarded(path);
+            let is_guarded = |path: &&str| is_guarded(path) && is_guarded(path.trim_start_matches("/v1"));
+            assert!(row.paths.iter().all(is_guarded), "{}", row.name);
+        }
+        for (path, want) in
+            [("/models", true), ("/v1/models/a", true), ("/v1/x", true), ("/v1x", false), ("/health", false)]
+        {
+            assert_eq!(Endpoint::of(path).is_guarded(path), want, "{path}");
+        }
+    }
+
+    #[test]
+    fn the_state_of_a_provider_is_known_by_its_path() {
+        for (path, want) in [
+            ("/v1/files", true),
+            ("/files/file-1/content", true),
+            ("/v1/realtime", true),
+            ("/v1/messages/batches/b", true),
+            ("/v1/filesystem", false),
+            ("/v1/other", false),
+            ("/", false),
+        ] {
+            assert_eq!(is_provider_state(path), want, "{path}");
+            assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");
         }
     }
 }

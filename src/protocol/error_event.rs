@@ -1,50 +1,105 @@
 //! The error event that Zap puts at the end of a stream that it cuts, in the format of the endpoint.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::code::Code;
+use crate::protocol::endpoint::StreamFormat;
+use crate::protocol::error_body::{API_ERROR, OVERLOADED};
 use crate::protocol::responses::StreamState;
 
-/// Returns the error event with this code. `seen` is the state of a `/v1/responses` stream; `None` for other streams.
-pub(crate) fn error_event(code: Code, seen: Option<&StreamState>, request_id: &str) -> String {
-    let (message, kind) = match code {
-        Code::Draining => (
-            "The gateway is shutting down; the response is incomplete. Send the request again.",
-            "server_error",
-        ),
-        _ => ("The stream was cut before its end; the response is incomplete.", "upstream_error"),
-    };
-    let code = code.text();
-    match seen {
-        // In OpenAI's order. No text needs an escape.
-        None => format!(
-            "data: {{\"error\":{{\"message\":\"{message}\",\"type\":\"{kind}\",\"param\":null,\"code\":\"{code}\"}}}}\n\n"
-        ),
-        Some(seen) => {
-            seen.failed(request_id, &json!({ "message": message, "type": kind, "param": null, "code": code }))
+/// What Zap must know of a stream to end it with an error event.
+#[derive(Debug)]
+pub(crate) enum StreamEnding {
+    /// The error object of OpenAI's API.
+    OpenAi,
+    /// The error object of Anthropic's API.
+    Messages,
+    /// A failed response. Boxed, since it is large and rarely present.
+    Responses(Box<StreamState>),
+}
+
+impl StreamEnding {
+    /// Starts a stream.
+    pub(crate) fn new(format: StreamFormat) -> Self {
+        match format {
+            StreamFormat::Done | StreamFormat::Plain => StreamEnding::OpenAi,
+            StreamFormat::Messages => StreamEnding::Messages,
+            StreamFormat::Responses => StreamEnding::Responses(Box::default()),
+        }
+    }
+
+    /// Reads what goes out.
+    pub(crate) fn feed(&mut self, data: &[u8]) {
+        if let StreamEnding::Responses(seen) = self {
+            seen.feed(data);
+        }
+    }
+
+    /// Whether the body must end cleanly behind the error event: clients drop the last event of a stream that is cut. Those
+    /// of the other formats know an incomplete stream by its cut alone.
+    pub(crate) fn is_clean(&self) -> bool {
+        matches!(self, StreamEnding::Messages | StreamEnding::Responses(_))
+    }
+
+    /// Returns the error event with this code. `request_id` replaces the id of a response that is unknown.
+    pub(crate) fn event(&self, code: Code, request_id: &str) -> String {
+        let (message, kind) = match code {
+            Code::Draining => (
+                "The gateway is shutting down; the response is incomplete. Send the request again.",
+                "server_error",
+            ),
+            _ => ("The stream was cut before its end; the response is incomplete.", "upstream_error"),
+        };
+        let name = code.text();
+        // The members in the order of the APIs. No text needs an escape.
+        match self {
+            StreamEnding::OpenAi => format!(
+                "data: {{\"error\":{{\"message\":\"{message}\",\"type\":\"{kind}\",\"param\":null,\"code\":\"{name}\"}}}}\n\n"
+            ),
+            StreamEnding::Messages => {
+                let kind = if code == Code::Draining { OVERLOADED } else { API_ERROR };
+                format!(
+                    "event: error\ndata: {{\"type\":\"error\",\"error\":{{\"type\":\"{kind}\",\"message\":\"{message}\",\"code\":\"{name}\"}}}}\n\n"
+                )
+            }
+            StreamEnding::Responses(seen) => {
+                let error: Value = json!({ "message": message, "type": kind, "param": null, "code": name });
+                seen.failed(request_id, &error)
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
 
+    /// The name of an event, and its data.
+    fn parts(event: &str) -> (Option<&str>, Value) {
+        let (name, data) = event.strip_suffix("\n\n").unwrap().split_once("data: ").unwrap();
+        let name = name.strip_prefix("event: ").map(|name| name.strip_suffix('\n').unwrap());
+        (name, serde_json::from_str(data).unwrap())
+    }
+
     #[test]
-    fn the_event_is_one_event_with_an_openai_error() {
+    fn the_event_is_one_event_in_the_format_of_the_endpoint() {
         for code in [Code::StreamInterrupted, Code::Draining] {
-            let event = error_event(code, None, "r");
-            let data = event.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
-            let json: Value = serde_json::from_str(data).unwrap();
-            assert_eq!(json["error"]["code"], code.text());
+            let event = |format| StreamEnding::new(format).event(code, "r");
+            let chat = event(StreamFormat::Done);
+            let (name, json) = parts(&chat);
+            assert_eq!((name, &json["error"]["code"]), (None, &code.text().into()));
             assert!(json["error"]["param"].is_null());
-            let failed = error_event(code, Some(&StreamState::default()), "r");
-            assert!(failed.starts_with("event: response.failed\n"));
-            let data = failed.split_once("data: ").unwrap().1;
-            let failed: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(event(StreamFormat::Plain), chat);
+            let failed = event(StreamFormat::Responses);
+            let (name, failed) = parts(&failed);
+            assert_eq!(name, Some("response.failed"));
             assert_eq!(failed["error"], json["error"], "both SDKs raise this error");
+            let message = event(StreamFormat::Messages);
+            let (name, message) = parts(&message);
+            let kind = if code == Code::Draining { "overloaded_error" } else { "api_error" };
+            assert_eq!((name, &message["type"]), (Some("error"), &"error".into()));
+            assert_eq!(message["error"]["type"], kind);
+            assert_eq!(message["error"]["message"], json["error"]["message"]);
         }
     }
 }

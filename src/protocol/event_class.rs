@@ -8,12 +8,12 @@ use std::sync::LazyLock;
 
 use memchr::memmem::{Finder, find};
 use memchr::{memchr, memchr2, memrchr};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_shape::text_length;
 use crate::protocol::redact::Redactor;
-use crate::protocol::usage::Usage;
+use crate::protocol::usage::UsageParts;
 
 /// The status of an error inside a stream or a body that names none.
 const DEFAULT_STATUS: u16 = 502;
@@ -43,8 +43,8 @@ pub(crate) enum Class {
 pub(crate) struct Said {
     /// What the event means.
     pub class: Class,
-    /// The token counts in it.
-    pub usage: Option<Usage>,
+    /// The token counts in it, if they are a usage.
+    pub usage: Option<UsageParts>,
     /// The length of the text of the model in it, in bytes.
     pub text: u64,
     /// Whether its data is JSON.
@@ -71,11 +71,16 @@ pub(crate) fn read_event(format: StreamFormat, event: &[u8]) -> Said {
     let class = match format {
         _ if fields.name == b"error" || has_error(&json) => Class::Error(error_status(&json)),
         StreamFormat::Done => of_chunk(&json),
+        StreamFormat::Messages => of_message_event(fields.name, &json),
         StreamFormat::Plain => Class::Content,
         StreamFormat::Responses => of_response_event(fields.name, &json),
     };
-    let usage = if format == StreamFormat::Responses { &json["response"]["usage"] } else { &json["usage"] };
-    Said { class, usage: Usage::of_json(usage), text: text_length(format, &json), is_json: true }
+    let usage = match format {
+        StreamFormat::Responses => &json["response"]["usage"],
+        StreamFormat::Messages if json["message"].is_object() => &json["message"]["usage"],
+        StreamFormat::Done | StreamFormat::Messages | StreamFormat::Plain => &json["usage"],
+    };
+    Said { class, usage: UsageParts::of_usage(usage), text: text_length(format, &json), is_json: true }
 }
 
 /// The fields of an event that Zap reads.
@@ -170,6 +175,28 @@ fn of_response_event(name: &[u8], json: &Value) -> Class {
     }
 }
 
+/// An event of `/v1/messages`. Its type is the member `type`; the name of the event is the same, or missing.
+fn of_message_event(name: &[u8], json: &Value) -> Class {
+    let name = json["type"].as_str().map_or(name, str::as_bytes);
+    match name {
+        b"message_start" | b"ping" | b"content_block_stop" => Class::Prelude,
+        b"content_block_start" => {
+            let block = &json["content_block"];
+            let is_empty_text = match block["type"].as_str() {
+                Some("text") => is_empty(&block["text"]),
+                Some("thinking") => is_empty(&block["thinking"]),
+                _ => false,
+            };
+            if is_empty_text { Class::Prelude } else { Class::Content }
+        }
+        b"message_delta" if is_empty(&json["delta"]["stop_reason"]) => Class::Prelude,
+        b"message_delta" => Class::Finish,
+        b"message_stop" => Class::Terminal,
+        b"error" => Class::Error(error_status(json)),
+        _ => Class::Content,
+    }
+}
+
 /// Whether an object has a top-level `error` that is not null.
 fn has_error(json: &Value) -> bool {
     json.get("error").is_some_and(|error| !error.is_null())
@@ -196,23 +223,27 @@ fn status_of(error: &Value) -> u16 {
 }
 
 /// The data of an error event as the JSON body of an error response.
-pub(crate) fn error_body(event: &[u8]) -> Vec<u8> {
+pub(crate) fn error_body(format: StreamFormat, event: &[u8]) -> Vec<u8> {
     let data = Fields::of(event).data.unwrap_or_default();
-    match serde_json::from_slice::<Value>(&data) {
-        Ok(json) if has_error(&json) => data.into_owned(),
-        Ok(json) if has_error(&json["response"]) => wrapped(json["response"]["error"].clone()),
-        Ok(json @ Value::Object(_)) => wrapped(json),
+    let error = match serde_json::from_slice::<Value>(&data) {
+        Ok(json) if has_error(&json) => return data.into_owned(),
+        Ok(mut json) if has_error(&json["response"]) => json["response"]["error"].take(),
+        Ok(json @ Value::Object(_)) => json,
         _ => {
             let message = String::from_utf8_lossy(&data);
-            wrapped(serde_json::json!({
-                "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
-            }))
+            match format {
+                StreamFormat::Messages => json!({ "type": "api_error", "message": message }),
+                StreamFormat::Done | StreamFormat::Plain | StreamFormat::Responses => json!({
+                    "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
+                }),
+            }
         }
-    }
-}
-
-fn wrapped(error: Value) -> Vec<u8> {
-    serde_json::json!({ "error": error }).to_string().into_bytes()
+    };
+    let body = match format {
+        StreamFormat::Messages => json!({ "error": error, "type": "error" }),
+        StreamFormat::Done | StreamFormat::Plain | StreamFormat::Responses => json!({ "error": error }),
+    };
+    body.to_string().into_bytes()
 }
 
 /// What a whole JSON body of a successful response says.
@@ -319,9 +350,34 @@ mod tests {
 
     #[test]
     fn classifies_every_row_of_the_table() {
-        use StreamFormat::{Done, Plain, Responses};
+        use StreamFormat::{Done, Messages, Plain, Responses};
         #[rustfmt::skip]
         let rows = [
+            // messages
+            (Messages, "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"content\":[],\"usage\":{\"input_tokens\":3,\"output_tokens\":1}}}", Class::Prelude),
+            (Messages, r#"data: {"type":"message_start","message":{}}"#, Class::Prelude),
+            (Messages, "event: ping\ndata: {\"type\": \"ping\"}", Class::Prelude),
+            (Messages, "event: ping\ndata: {}", Class::Prelude),
+            (Messages, r#"data: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}"#, Class::Prelude),
+            (Messages, r#"data: {"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}"#, Class::Prelude),
+            (Messages, r#"data: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":"a"}}"#, Class::Content),
+            (Messages, r#"data: {"type":"content_block_start","index":1,"content_block":{"type":"tool_use","id":"t","name":"f","input":{}}}"#, Class::Content),
+            (Messages, r#"data: {"type":"content_block_start","index":1,"content_block":{"type":"server_tool_use","id":"t","name":"f","input":{}}}"#, Class::Content),
+            (Messages, r#"data: {"type":"content_block_start","index":1,"content_block":{"type":"redacted_thinking","data":"x"}}"#, Class::Content),
+            (Messages, r#"data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}"#, Class::Content),
+            (Messages, r#"data: {"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"a"}}"#, Class::Content),
+            (Messages, r#"data: {"type":"content_block_stop","index":0}"#, Class::Prelude),
+            (Messages, r#"data: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},"usage":{"output_tokens":15}}"#, Class::Finish),
+            (Messages, r#"data: {"type":"message_delta","delta":{"stop_reason":null},"usage":{"output_tokens":15}}"#, Class::Prelude),
+            (Messages, "event: message_stop\ndata: {\"type\":\"message_stop\"}", Class::Terminal),
+            (Messages, "event: message_stop\ndata: {}", Class::Terminal),
+            (Messages, "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"Overloaded\"}}", Class::Error(502)),
+            (Messages, r#"data: {"type":"error","error":{"type":"api_error","status":529}}"#, Class::Error(529)),
+            (Messages, r#"data: {"type":"error","message":"m"}"#, Class::Error(502)),
+            (Messages, "event: error\ndata: it broke", Class::Error(502)),
+            (Messages, "data: [DONE]", Class::Content),
+            (Messages, "event: something_new\ndata: {\"type\":\"something_new\"}", Class::Content),
+            (Messages, ": ping", Class::Prelude),
             // chat and completions
             (Done, r#"data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":null}]}"#, Class::Prelude),
             (Done, r#"data: {"choices":[{"delta":{"role":"assistant","content":"","reasoning_content":null,"tool_calls":[]}}]}"#, Class::Prelude),
@@ -406,7 +462,27 @@ mod tests {
                 r#"{"error":{"code":"upstream_error","message":"it \"broke\"","param":null,"type":"upstream_error"}}"#,
             ),
         ] {
-            let body: Value = serde_json::from_slice(&error_body(event.as_bytes())).unwrap();
+            let body: Value =
+                serde_json::from_slice(&error_body(StreamFormat::Done, event.as_bytes())).unwrap();
+            assert_eq!(body, serde_json::from_str::<Value>(want).unwrap(), "{event}");
+        }
+    }
+
+    #[test]
+    fn an_error_of_a_message_stream_keeps_the_shape_of_its_dialect() {
+        for (event, want) in [
+            (
+                r#"data: {"type":"error","error":{"type":"overloaded_error","message":"m"},"request_id":"r"}"#,
+                r#"{"type":"error","error":{"type":"overloaded_error","message":"m"},"request_id":"r"}"#,
+            ),
+            (
+                "event: error\ndata: it broke",
+                r#"{"type":"error","error":{"type":"api_error","message":"it broke"}}"#,
+            ),
+            ("event: error\ndata: {\"message\":\"m\"}", r#"{"type":"error","error":{"message":"m"}}"#),
+        ] {
+            let body: Value =
+                serde_json::from_slice(&error_body(StreamFormat::Messages, event.as_bytes())).unwrap();
             assert_eq!(body, serde_json::from_str::<Value>(want).unwrap(), "{event}");
         }
     }

@@ -132,6 +132,7 @@ impl<'e> Level<'e> {
     fn holds_text(self, format: StreamFormat) -> bool {
         match format {
             StreamFormat::Done => self.is_in_delta && is_text(self.key) || self.key == b"text",
+            StreamFormat::Messages => self.is_in_delta && is_text(self.key),
             StreamFormat::Plain | StreamFormat::Responses => self.key == b"delta",
         }
     }

@@ -19,7 +19,7 @@ use crate::protocol::event_lines::{LOOK_BACK, end_of_event, end_of_last_event, i
 use crate::protocol::event_shape::{Shape, null_usage};
 use crate::protocol::oversized_event::OversizedEvent;
 use crate::protocol::redact::{Redactor, holds_key, is_secret};
-use crate::protocol::usage::Usage;
+use crate::protocol::usage::{Usage, UsageParts};
 
 /// Longest unfinished event that is held back, in bytes. A longer one goes out in pieces.
 pub(crate) const MAX_HELD: usize = 64 * 1024;
@@ -78,7 +78,9 @@ pub(crate) struct EventStream {
     redactor: Option<Box<Redactor>>,
     /// Whether a line feed that follows must not go out, since it belongs to an event that did not.
     hides_feed: bool,
-    usage: Option<Usage>,
+    usage: Option<UsageParts>,
+    /// Whether the counts are those of the whole answer.
+    is_usage_whole: bool,
     text: u64,
     is_begun: bool,
     has_events: bool,
@@ -101,6 +103,7 @@ impl EventStream {
             redactor: None,
             hides_feed: false,
             usage: None,
+            is_usage_whole: false,
             text: 0,
             is_begun: false,
             has_events: false,
@@ -150,9 +153,14 @@ impl EventStream {
         joined(end, self.pass(rest.into()))
     }
 
-    /// The token counts that have come last.
+    /// The token counts of the answer.
     pub(crate) fn usage(&self) -> Option<Usage> {
-        self.usage
+        self.usage_so_far().filter(|_| self.is_usage_whole)
+    }
+
+    /// The token counts that have come so far. Unless they are [those of the answer](Self::usage), only the input counts.
+    pub(crate) fn usage_so_far(&self) -> Option<Usage> {
+        self.usage.as_ref()?.usage()
     }
 
     /// The length of the answer's text so far, in bytes.
@@ -186,7 +194,23 @@ impl EventStream {
             StreamFormat::Plain => true,
             // Some providers never send `[DONE]`.
             StreamFormat::Done => self.end == Some(StreamEnd::Complete) || self.is_finished,
-            StreamFormat::Responses => self.end == Some(StreamEnd::Complete),
+            StreamFormat::Messages | StreamFormat::Responses => self.end == Some(StreamEnd::Complete),
+        }
+    }
+
+    /// Takes the token counts of an event.
+    fn told(&mut self, usage: Option<UsageParts>, class: Class) {
+        let Some(usage) = usage else { return };
+        match (self.format, &mut self.usage) {
+            // The counts of a message come in parts, and those at its start are only a beginning.
+            (StreamFormat::Messages, known) => {
+                known.get_or_insert_default().update(&usage);
+                self.is_usage_whole |= class != Class::Prelude;
+            }
+            (StreamFormat::Done | StreamFormat::Plain | StreamFormat::Responses, known) => {
+                *known = Some(usage);
+                self.is_usage_whole = true;
+            }
         }
     }
 
@@ -249,7 +273,7 @@ impl EventStream {
         let Some(event) = self.oversized.take() else { return Bytes::new() };
         self.text += event.text();
         let (class, usage) = event.finish();
-        self.usage = usage.or(self.usage);
+        self.told(usage, class);
         self.note(class, b"");
         self.redactor.as_mut().map(|redactor| redactor.flush()).unwrap_or_default()
     }
@@ -315,7 +339,7 @@ impl EventStream {
         let said = read_event(self.format, event);
         let is_behind = self.end.is_some();
         if !is_behind || self.hides_usage {
-            self.usage = said.usage.or(self.usage);
+            self.told(said.usage, said.class);
         }
         let cut = match said.class {
             _ if !self.hides_usage => None,
@@ -368,7 +392,7 @@ impl EventStream {
             Class::Error(status) => {
                 self.end = Some(StreamEnd::Error);
                 if !self.has_content {
-                    self.early_error = Some(EarlyError { status, body: error_body(event) });
+                    self.early_error = Some(EarlyError { status, body: error_body(self.format, event) });
                 }
             }
         }
@@ -400,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_key_is_in_no_error_of_a_stream_whatever_the_chunking() {
-        use StreamFormat::{Done, Plain, Responses};
+        use StreamFormat::{Done, Messages, Plain, Responses};
         const KEY: &str = "sk-CANARY/0123456789";
         const CHUNK: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"sk-CANARY\"}}]}\n\n";
         let long = "x".repeat(MAX_HELD);
@@ -418,6 +442,17 @@ mod tests {
             (Done, "data: bad KEY".into(), ": KEY\n\n"),
             (Done, "data: [DONE]".into(), "data: {\"error\":{\"message\":\"KEY\"}}\n\n"),
             (Done, format!("data: {{\"x\":\"{long}\",\"error\":\"bad KEY\"}}"), "data: {\"error\":\"KEY\"}"),
+            (
+                Messages,
+                "event: error\ndata: {\"type\":\"error\",\"error\":{\"message\":\"bad KEY\"}}".into(),
+                "event: error\ndata: KEY\n\n",
+            ),
+            (
+                Messages,
+                "event: message_stop\ndata: {\"type\":\"message_stop\"}".into(),
+                "data: {\"type\":\"error\",\"error\":{\"message\":\"KEY\"}}\n\n",
+            ),
+            (Messages, format!("event: error\ndata: {{\"x\":\"{long}\",\"error\":\"KEY\"}}"), ""),
             (Plain, r#"data: {"error":"bad KEY"}"#.into(), ""),
             (Responses, r#"data: {"type":"error","message":"bad KEY"}"#.into(), ""),
             (
@@ -497,6 +532,86 @@ mod tests {
         let error = stream.take_early_error().unwrap();
         assert_eq!((error.status, &error.body[..]), (503, &b"{\"error\":{\"code\":503}}"[..]));
         assert_eq!(run(StreamFormat::Done, &[TEXT, ERROR]).0.take_early_error(), None);
+    }
+
+    const START: &str = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"id\":\"msg_1\",\"type\":\"message\",\"role\":\"assistant\",\"content\":[],\"stop_reason\":null,\"usage\":{\"input_tokens\":25,\"cache_creation_input_tokens\":100,\"cache_read_input_tokens\":300,\"output_tokens\":1}}}\n\n";
+    const MESSAGE_STOP: &str = "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
+
+    fn text_delta(text: &str) -> String {
+        format!(
+            "event: content_block_delta\ndata: {{\"type\":\"content_block_delta\",\"index\":0,\"delta\":{{\"type\":\"text_delta\",\"text\":\"{text}\"}}}}\n\n"
+        )
+    }
+
+    fn message_delta(reason: &str, usage: &str) -> String {
+        format!(
+            "event: message_delta\ndata: {{\"type\":\"message_delta\",\"delta\":{{\"stop_reason\":{reason}}},\"usage\":{usage}}}\n\n"
+        )
+    }
+
+    #[test]
+    fn a_message_tells_its_token_counts_in_parts_and_its_end_in_an_event() {
+        use StreamEnd::{Complete, Error};
+        let block = "event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n";
+        let error = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"m\"}}\n\n";
+        let usage =
+            |input, cached, cache_write, output| Usage { input, cached, cache_write, output, reasoning: 0 };
+        let texts: String = ["Hel", "lo", " \\u00e9\\\"", "!"].iter().map(|text| text_delta(text)).collect();
+        let last = message_delta("\"end_turn\"", "{\"output_tokens\":7}");
+        let all = message_delta(
+            "\"end_turn\"",
+            "{\"input_tokens\":30,\"cache_read_input_tokens\":null,\"output_tokens\":9}",
+        );
+        let early = message_delta("null", "{\"output_tokens\":3}");
+        for (parts, has_content, end, told, begun) in [
+            (vec![START, block], false, None, None, Some(usage(425, 300, 100, 1))),
+            (vec![START, block, &texts], true, None, None, Some(usage(425, 300, 100, 1))),
+            (vec![START, &texts, &early], true, None, None, Some(usage(425, 300, 100, 3))),
+            (vec![START, &texts, &early, &last], true, None, Some(usage(425, 300, 100, 7)), None),
+            (
+                vec![START, &texts, &all, MESSAGE_STOP],
+                true,
+                Some(Complete),
+                Some(usage(430, 300, 100, 9)),
+                None,
+            ),
+            (vec![START, &last, MESSAGE_STOP], true, Some(Complete), Some(usage(425, 300, 100, 7)), None),
+            (vec![START, MESSAGE_STOP], false, Some(Complete), None, Some(usage(425, 300, 100, 1))),
+            (vec![START, &texts, error], true, Some(Error), None, Some(usage(425, 300, 100, 1))),
+            (vec![&texts, &last, MESSAGE_STOP], true, Some(Complete), Some(usage(0, 0, 0, 7)), None),
+        ] {
+            let text = parts.concat();
+            for size in [1, 2, 7, 64, 1000, text.len()] {
+                let pieces: Vec<&str> =
+                    text.as_bytes().chunks(size).map(|piece| std::str::from_utf8(piece).unwrap()).collect();
+                let (stream, out) = run(StreamFormat::Messages, &pieces);
+                assert_eq!(out, text);
+                let said = (stream.has_content(), stream.end(), stream.usage());
+                assert_eq!(said, (has_content, end, told), "{text} in pieces of {size}");
+                assert_eq!(stream.usage_so_far(), told.or(begun));
+                assert_eq!(
+                    stream.is_whole(),
+                    end == Some(Complete),
+                    "the message itself says that it is over"
+                );
+                let length = if text.contains("Hel") { "Hello \u{e9}\"!".len() as u64 } else { 0 };
+                assert_eq!(stream.text(), length, "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_message_event_that_is_too_long_keeps_its_class_its_counts_and_its_text() {
+        let long = "y".repeat(2 * MAX_HELD);
+        let start = START.replace("msg_1", &long);
+        let (stream, _) = run(StreamFormat::Messages, &[&start[..MAX_HELD + 9], &start[MAX_HELD + 9..]]);
+        assert_eq!((stream.has_content(), stream.usage_so_far().unwrap().input), (false, 425));
+        let delta = text_delta(&long);
+        let (stream, _) = run(StreamFormat::Messages, &[&delta[..MAX_HELD + 9], &delta[MAX_HELD + 9..]]);
+        assert!(stream.has_content() && stream.text() >= long.len() as u64);
+        let result = "data: {\"type\":\"content_block_start\",\"content_block\":{\"type\":\"web_search_tool_result\",\"x\":\"";
+        let (stream, _) = run(StreamFormat::Messages, &[result, &long, "\"}}\n\n"]);
+        assert_eq!((stream.has_content(), stream.text()), (true, 0));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The OpenAI API as Zap knows it: endpoints, stream events, rate-limit headers, and redaction of keys.
+//! The APIs of OpenAI and Anthropic as Zap knows them: endpoints, stream events, rate-limit headers, and redaction of keys.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -18,7 +18,13 @@ pub(crate) mod responses;
 
 pub(crate) mod model_list;
 
+pub(crate) mod error_body;
+
 pub(crate) mod error_event;
+
+pub(crate) mod form_header;
+
+pub(crate) mod multipart;
 
 pub(crate) mod rate_limits;
 

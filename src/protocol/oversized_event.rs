@@ -9,7 +9,7 @@ use crate::protocol::body_usage::BodyUsage;
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{Class, read_event};
 use crate::protocol::event_lines::{LOOK_BACK, end_of_event, is_line_end};
-use crate::protocol::usage::Usage;
+use crate::protocol::usage::UsageParts;
 
 /// Bytes of the event in which a word across two pieces is found.
 const TAIL: usize = 64;
@@ -19,7 +19,9 @@ static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new("\"finis
 /// An event that goes out in pieces.
 #[derive(Debug)]
 pub(crate) struct OversizedEvent {
-    format: StreamFormat,
+    is_text: bool,
+    /// Whether the event may have a reason why the model has stopped.
+    may_finish: bool,
     class: Class,
     usage: BodyUsage,
     text: u64,
@@ -31,11 +33,20 @@ pub(crate) struct OversizedEvent {
 impl OversizedEvent {
     /// Starts with the beginning of the event.
     pub(crate) fn new(format: StreamFormat, beginning: &[u8]) -> Self {
-        // A response stands within its event.
-        let objects = if format == StreamFormat::Responses { 2 } else { 1 };
+        let name = name_of(beginning);
+        // A response stands within its event, and so does the message at its start.
+        let is_inside = match format {
+            StreamFormat::Responses => true,
+            StreamFormat::Messages => name == b"message_start",
+            StreamFormat::Done | StreamFormat::Plain => false,
+        };
+        let objects = if is_inside { 2 } else { 1 };
         let mut event = OversizedEvent {
-            format,
-            class: classify_beginning(format, beginning),
+            // Such an event of another endpoint repeats the whole answer, or is no text.
+            is_text: format == StreamFormat::Done
+                || format == StreamFormat::Messages && name == b"content_block_delta",
+            may_finish: format == StreamFormat::Done,
+            class: classify_beginning(format, name),
             usage: BodyUsage::at_depth(objects),
             text: 0,
             has_reason: false,
@@ -64,17 +75,18 @@ impl OversizedEvent {
     }
 
     /// Ends the event. Returns its class, and the token counts in it.
-    pub(crate) fn finish(self) -> (Class, Option<Usage>) {
+    pub(crate) fn finish(self) -> (Class, Option<UsageParts>) {
         let class = if self.has_reason { Class::Finish } else { self.class };
-        (class, self.usage.finish())
+        (class, self.usage.finish_parts())
     }
 
     fn read(&mut self, data: &[u8]) {
         self.usage.push(data);
         self.tail.extend_from_slice(data);
-        // Such an event of another endpoint repeats the whole answer, or is no text.
-        if self.format == StreamFormat::Done {
+        if self.is_text {
             self.text += data.len() as u64;
+        }
+        if self.may_finish {
             self.has_reason |= has_reason(&self.tail);
         }
         let keep = self.tail.len().saturating_sub(TAIL);
@@ -93,17 +105,24 @@ fn has_reason(text: &[u8]) -> bool {
     })
 }
 
-/// Classifies an event by its beginning, since it is too long to be held.
-fn classify_beginning(format: StreamFormat, beginning: &[u8]) -> Class {
-    if format != StreamFormat::Responses {
-        return Class::Content;
+/// Classifies an event by its name, since it is too long to be held.
+fn classify_beginning(format: StreamFormat, name: &[u8]) -> Class {
+    match format {
+        StreamFormat::Done | StreamFormat::Plain => Class::Content,
+        StreamFormat::Messages | StreamFormat::Responses => {
+            read_event(format, &[b"event: ", name, b"\ndata: {}"].concat()).class
+        }
     }
-    // The type stands at the beginning: as the name of the event, or as the first member of its data.
+}
+
+/// The name of an event by its beginning: the type stands there as the name of the event, or as the first member of its
+/// data.
+fn name_of(beginning: &[u8]) -> &[u8] {
     let line_end = |text: &[u8]| text.iter().position(|b| is_line_end(*b)).unwrap_or(text.len());
     let begins = beginning.iter().position(|b| !is_line_end(*b)).unwrap_or(0);
     let line = &beginning[begins..];
     let line = &line[..line_end(line)];
-    let name = match line.strip_prefix(b"event:") {
+    match line.strip_prefix(b"event:") {
         Some(name) => name.trim_ascii(),
         None => {
             let kind = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii_start);
@@ -113,8 +132,7 @@ fn classify_beginning(format: StreamFormat, beginning: &[u8]) -> Class {
             let kind = kind.and_then(|data| data.strip_prefix(b"\"")).unwrap_or_default();
             &kind[..memchr(b'"', kind).unwrap_or(0)]
         }
-    };
-    read_event(format, &[b"event: ", name, b"\ndata: {}"].concat()).class
+    }
 }
 
 #[cfg(test)]
@@ -123,7 +141,8 @@ mod tests {
 
     #[test]
     fn an_endless_event_takes_bounded_memory_and_ends_at_its_empty_line() {
-        for format in [StreamFormat::Done, StreamFormat::Plain, StreamFormat::Responses] {
+        use StreamFormat::{Done, Messages, Plain, Responses};
+        for format in [Done, Messages, Plain, Responses] {
             let mut event = OversizedEvent::new(format, &[b"data: {\"x\":\"", &[b'y'; 70_000][..]].concat());
             for _ in 0..100 {
                 assert_eq!(event.push(&[b'y'; 10_000]), None);

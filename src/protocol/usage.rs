@@ -32,6 +32,7 @@ pub(crate) struct Usage {
 
 impl Usage {
     /// Reads a `usage` object; `None` if it has neither an input, an output nor a total count.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of_json(usage: &Value) -> Option<Usage> {
         UsageParts::of_json(usage).usage()
     }
@@ -145,6 +146,11 @@ impl UsageParts {
         parts
     }
 
+    /// Reads a `usage` object; `None` if it has neither an input, an output nor a total count.
+    pub(crate) fn of_usage(usage: &Value) -> Option<UsageParts> {
+        Some(Self::of_json(usage)).filter(|parts| parts.usage().is_some())
+    }
+
     /// The counts as a [`Usage`]; `None` if there is neither an input, an output nor a total count.
     pub(crate) fn usage(&self) -> Option<Usage> {
         let count = |count| self.get(count);
@@ -178,6 +184,15 @@ impl UsageParts {
             output,
             reasoning: reasoning.min(output),
         })
+    }
+
+    /// Takes the counts that `later`, a later object of the same answer, has. Its counts are those of the whole answer.
+    pub(crate) fn update(&mut self, later: &UsageParts) {
+        for count in Count::ALL {
+            if let Some(value) = later.get(count) {
+                self.set(count, Some(value));
+            }
+        }
     }
 
     /// Sets or clears a count.
@@ -271,6 +286,25 @@ mod tests {
             ("output only", json!({"completion_tokens": 3, "total_tokens": 9}), usage(0, 0, 0, 3, 0)),
         ] {
             assert_eq!(Usage::of_json(&json), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_later_object_replaces_the_counts_that_it_has() {
+        let started = json!({"input_tokens": 10, "cache_read_input_tokens": 30, "output_tokens": 1});
+        for (later, want) in [
+            (json!({"output_tokens": 7}), usage(40, 30, 0, 7, 0)),
+            (
+                json!({"input_tokens": 12, "cache_read_input_tokens": null, "output_tokens": 7}),
+                usage(42, 30, 0, 7, 0),
+            ),
+            (json!({"cache_read_input_tokens": 0, "cache_creation_input_tokens": 5}), usage(15, 0, 5, 1, 0)),
+            (json!({"output_tokens": u64::MAX}), usage(40, 30, 0, 1, 0)),
+            (json!({}), usage(40, 30, 0, 1, 0)),
+        ] {
+            let mut parts = UsageParts::of_json(&started);
+            parts.update(&UsageParts::of_json(&later));
+            assert_eq!(parts.usage(), want, "{later}");
         }
     }
 

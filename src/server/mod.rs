@@ -9,6 +9,8 @@ pub(crate) mod probe;
 
 mod listing;
 
+pub(crate) mod live;
+
 pub(crate) mod drain;
 
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! Active health checks: one loop per backend, on the fleet thread. Each check uses a new connection.
 
-use std::future::poll_fn;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
-use crate::upstream::link::{Http1, Link, LinkError, WireRequest};
+use crate::upstream::get::get;
 
 /// The first checks begin within this time of the start; with more than 100 backends, see [`FIRST_CHECK_SPACING`].
 const FIRST_CHECKS: Duration = Duration::from_millis(200);
@@ -133,32 +132,19 @@ impl Checked {
 /// Runs one check: GET of `health_path` with the backend's key. Returns `None` if this machine has no resources for a
 /// connection, which says nothing about the backend.
 async fn check(upstream: &Upstream, connect: Duration) -> Option<Checked> {
-    let io = match upstream.check_connector().connect(connect).await {
-        Ok(io) => io,
+    let status = match get(upstream, upstream.probe(), connect).await {
+        Ok(got) => got.head.status.as_u16(),
         Err(ConnectError::Exhausted { .. }) => return None,
         Err(ConnectError::Peer(fault)) => return Some(Checked::failed(fault)),
     };
-    let mut link = Http1::new(io);
-    link.start(WireRequest { head: upstream.probe().to_vec(), ..WireRequest::default() });
-    match poll_fn(|cx| link.poll_head(cx)).await {
-        Ok(head) => {
-            if let Some(fault) = upstream.check_connector().proxy_fault(head.status) {
-                return Some(Checked::failed(fault));
-            }
-            let status = head.status.as_u16();
-            let probe = Probe::of_status(status, upstream.conf.forward_authorization);
-            let kind = match probe {
-                Probe::Alive => return Some(Checked { probe, found: Ok(status) }),
-                Probe::BadKey => Code::UpstreamAuthError,
-                Probe::Failed => Code::UpstreamError,
-            };
-            let cause = format!("HTTP {status} to GET {}", upstream.health_path());
-            Some(Checked { probe, found: Err(Fault::new(kind, cause)) })
-        }
-        Err(LinkError::Broken(fault) | LinkError::HungUp(fault) | LinkError::Unsent(_, fault)) => {
-            Some(Checked::failed(fault))
-        }
-    }
+    let probe = Probe::of_status(status, upstream.conf.forward_authorization);
+    let kind = match probe {
+        Probe::Alive => return Some(Checked { probe, found: Ok(status) }),
+        Probe::BadKey => Code::UpstreamAuthError,
+        Probe::Failed => Code::UpstreamError,
+    };
+    let cause = format!("HTTP {status} to GET {}", upstream.health_path());
+    Some(Checked { probe, found: Err(Fault::new(kind, cause)) })
 }
 
 #[cfg(test)]

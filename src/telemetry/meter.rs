@@ -29,6 +29,8 @@ pub(crate) struct Meter {
     pub lengths: Lengths,
     /// The token counts that the provider has told.
     pub usage: Option<Usage>,
+    /// The token counts that the provider had told before the answer was cut: those of the input are known.
+    pub begun: Option<Usage>,
     /// When the first content came; only of a stream.
     pub first_content: Option<Nanos>,
     /// What the request has reserved at its backend.
@@ -61,16 +63,20 @@ impl Meter {
         lane: &BackendLane,
         (started, now): (Nanos, Nanos),
     ) -> Option<(Used, Option<Box<BackendReservation>>)> {
-        let Meter { key, label, model, metering, lengths, usage, first_content, reservation } = self;
+        let Meter { key, label, model, metering, lengths, usage, begun, first_content, reservation } = self;
         let ratios = &upstream.state.ratios;
         let (usage, is_estimate) = match (usage, metering) {
             (Some(usage), _) => {
                 ratios.learn(key, lengths, &usage);
                 (usage, false)
             }
-            (None, Metering::Told) => return None,
+            (None, Metering::Told | Metering::Off) => return None,
             (None, Metering::Input) => (ratios.estimate(key, Lengths { text: 0, ..lengths }), true),
-            (None, Metering::Full) => (ratios.estimate(key, lengths), true),
+            (None, Metering::Full) => {
+                let estimate = ratios.estimate(key, lengths);
+                let output = |begun: &Usage| estimate.output.max(begun.output);
+                (begun.map_or(estimate, |begun| Usage { output: output(&begun), ..begun }), true)
+            }
         };
         let cost = upstream.cost(model.as_deref(), &usage);
         lane.tokens.add(&label, &TokenCount::new(&usage, cost));

@@ -3,28 +3,27 @@
 //! All snapshots of one configuration share the routes. The schedules depend on the state of the backends, and are
 //! rebuilt when that changes. So a pick by round robin costs the same for two targets and for two hundred.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::clock;
 use crate::config;
 use crate::config::{Config, Strategy};
 use crate::json::members::Watch;
-use crate::policy::balance::{BackendId, Cursor, Schedule, rendezvous};
+use crate::policy::balance::{BackendId, Schedule, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
 use crate::policy::ratio::Demand;
-use crate::policy::route::{Route, RouteId, Sent, Serves, Table, Target, TargetId};
+use crate::policy::route::{Route, RouteId, Sent, Table, Target, TargetId};
 use crate::protocol::Endpoint;
-use crate::protocol::request_limits;
-use crate::protocol::usage_request::STREAM_OPTIONS;
+use crate::protocol::endpoint::Protocol;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
 use crate::upstream::in_flight::QuotaWait;
 use crate::upstream::limits::Candidate;
 use crate::upstream::rotation::{RotationSet, TargetSet};
+use crate::upstream::routing::Routing;
 
 /// A load that is above that of every backend in use: such a target is asked last.
 const LAST: f64 = 1e12;
@@ -40,28 +39,6 @@ pub(crate) struct Snapshot {
     /// The schedules of each [`TargetSet`].
     rotations: Box<[RotationSet]>,
 }
-
-/// The part of a snapshot that depends on the configuration only.
-#[derive(Debug)]
-struct Routing {
-    table: Table,
-    /// The members of a request body that the scanner must find.
-    watch: Watch,
-    /// Whether anything is limited by tokens or money.
-    limits_tokens: bool,
-    /// Whether a request may have to reserve something of its client's limits, or is too large for a backend's.
-    limits_clients: bool,
-    /// `drops[backend][index]`: whether member `index` of `watch` is not sent to the backend.
-    drops: Box<[Box<[bool]>]>,
-    sets: Vec<TargetSet>,
-    /// For each route: the index of its set for chat, and for the other endpoints.
-    set_of: Vec<[usize; 2]>,
-    /// For each route and each index of a schedule: a cursor for each endpoint. Endpoints that share a cursor would skip
-    /// targets.
-    cursors: Vec<Box<[EndpointCursors]>>,
-}
-
-type EndpointCursors = [Cursor; Endpoint::COUNT];
 
 /// The facts about a request on which the choice of a target depends.
 #[derive(Clone, Copy, Debug)]
@@ -183,6 +160,12 @@ impl Snapshot {
         &self.backends[target.backend]
     }
 
+    /// Whether a target of a route speaks a protocol, though it may be drained or down.
+    pub(crate) fn speaks(&self, route: RouteId, protocol: Protocol) -> bool {
+        let targets = &self.routing.table.route(route).targets;
+        targets.iter().any(|target| self.upstream(target).conf.protocols.contains(&protocol))
+    }
+
     /// The numbers of failures and successes that change a backend's state.
     pub(crate) fn thresholds(&self) -> Thresholds {
         let health = &self.config.health;
@@ -238,8 +221,7 @@ impl Snapshot {
     }
 
     fn rotations_of(&self, ask: &Ask<'_>) -> &RotationSet {
-        let class = usize::from(ask.endpoint != Endpoint::Chat);
-        &self.rotations[self.routing.set_of[ask.route][class]]
+        &self.rotations[self.routing.set_of[ask.route][self.routing.class_of[ask.endpoint as usize]]]
     }
 
     /// A schedule, with the cursor of its `index` for the route and the endpoint of `ask`.
@@ -351,68 +333,6 @@ impl Fleet for View<'_> {
 
     fn is_waiting(&self) -> bool {
         self.is_waiting
-    }
-}
-
-impl Routing {
-    /// Creates the routing. The cursors of `before`, whose backends have the same names, are kept for equal routes.
-    fn new(config: &Config, backends: &[Arc<Upstream>], before: Option<&Routing>) -> Self {
-        let serves = |b: &crate::config::Backend| Serves {
-            models: b.models.clone(),
-            default_model: b.default_model.clone(),
-            weight: b.weight,
-            priority: b.priority,
-        };
-        let table = Table::new(&config.backends.iter().map(serves).collect::<Vec<_>>(), &config.routes);
-        let mut droppable: Vec<Box<str>> =
-            config.backends.iter().flat_map(|b| b.drop_fields.iter().cloned()).collect();
-        if backends.iter().any(|b| b.asks_for_usage()) {
-            droppable.push(STREAM_OPTIONS.into());
-        }
-        let limits_tokens = config.limits_tokens();
-        if limits_tokens {
-            droppable.extend(request_limits::members().map(Into::into));
-        }
-        droppable.sort_unstable();
-        droppable.dedup();
-        let drops =
-            config.backends.iter().map(|b| droppable.iter().map(|d| b.drop_fields.contains(d)).collect());
-        let drops = drops.collect();
-        let watch = Watch { affinity: config.strategy == Strategy::PrefixHash, droppable };
-        let mut known = HashMap::new();
-        let mut sets = Vec::new();
-        let mut intern = |set: TargetSet| {
-            *known.entry(set).or_insert_with_key(|set| {
-                sets.push(set.clone());
-                sets.len() - 1
-            })
-        };
-        let set_of = table.routes().iter().map(|route| {
-            [false, true]
-                .map(|others| intern(TargetSet::new(route, |t| !others || backends[t.backend].serves_all())))
-        });
-        let set_of: Vec<[usize; 2]> = set_of.collect();
-        let sets_of = |routing: &Routing, route: RouteId| {
-            Some(routing.set_of.get(route)?.map(|set| routing.sets[set].clone()))
-        };
-        let limits_clients =
-            limits_tokens || config.clients.iter().any(|client| client.max_in_flight.is_some());
-        let mut routing =
-            Routing { table, watch, limits_tokens, limits_clients, drops, sets, set_of, cursors: Vec::new() };
-        let cursors = |route: RouteId| {
-            let counts = routing.set_of[route].map(|set| routing.sets[set].schedule_count());
-            let known = before.filter(|b| sets_of(b, route) == sets_of(&routing, route));
-            let cursor = |index: usize, endpoint: usize| {
-                let resumed = known.map(|b| Cursor::resumed(&b.cursors[route][index][endpoint]));
-                let start = if routing.table.is_by_name(route) { route + endpoint } else { endpoint };
-                resumed.unwrap_or_else(|| Cursor::starting_at(start as u64))
-            };
-            (0..counts[0].max(counts[1]))
-                .map(|index| std::array::from_fn(|endpoint| cursor(index, endpoint)))
-                .collect()
-        };
-        routing.cursors = (0..routing.set_of.len()).map(cursors).collect();
-        routing
     }
 }
 

@@ -8,7 +8,11 @@ pub(crate) mod proxy;
 
 pub(crate) mod fault;
 
+pub(crate) mod get;
+
 pub(crate) mod link;
+
+pub(crate) mod paths;
 
 pub(crate) mod resolver;
 
@@ -16,11 +20,13 @@ pub(crate) mod pool;
 
 pub(crate) mod send;
 
-mod listing;
+pub(crate) mod listing;
 
 mod account;
 
 pub(crate) mod fleet;
+
+mod heads;
 
 pub(crate) mod in_flight;
 
@@ -28,26 +34,24 @@ pub(crate) mod limits;
 
 mod rotation;
 
+mod routing;
+
 pub(crate) mod counters;
 
 pub(crate) mod token_counters;
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
-use http::header::{ACCEPT, AUTHORIZATION, HOST, USER_AGENT};
-use http::{HeaderName, HeaderValue, Uri};
+use http::{HeaderName, HeaderValue};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::clock;
 use crate::config;
-use crate::config::HEALTH_PATH;
 use crate::config::UsageMode;
-use crate::http1::headers::X_REQUEST_ID;
 use crate::policy::balance::Penalty;
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
@@ -65,12 +69,9 @@ use crate::upstream::account::is_same_account;
 use crate::upstream::connect::Connector;
 use crate::upstream::counters::BackendLane;
 use crate::upstream::fault::Fault;
+use crate::upstream::heads::Heads;
 use crate::upstream::limits::{Candidate, quota_limits};
-use crate::upstream::link::write_header;
-
-/// Headers of a health check beside a backend's own.
-const PROBE_HEADERS: &[(HeaderName, &str)] =
-    &[(ACCEPT, "*/*"), (USER_AGENT, concat!("zap/", env!("CARGO_PKG_VERSION")))];
+use crate::upstream::paths::joined;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
@@ -83,12 +84,7 @@ pub(crate) struct Upstream {
     pub state: Arc<BackendState>,
     /// The counters, one lane for each worker. They survive a reload if the name stays the same.
     pub lanes: Arc<[CachePadded<BackendLane>]>,
-    /// The start of the request head for each endpoint, by discriminant; `None` if the endpoint is not served.
-    heads: [Option<HeadStart>; Endpoint::COUNT],
-    /// The head of a health check.
-    probe: HeadStart,
-    /// Names of the headers in [`head_start`](Self::head_start). The client's headers of these names are not sent.
-    own_headers: Vec<HeaderName>,
+    heads: Heads,
     /// The value of `x-zap-backend`.
     pub label: HeaderValue,
     /// A hash of the name, the same in every process.
@@ -104,25 +100,6 @@ pub(crate) struct Upstream {
     asks_for_usage: bool,
     /// Whether the backend is not sent a maximum of output.
     drops_maximum: bool,
-}
-
-/// The start of a request head, with the backend's key in it.
-struct HeadStart(Vec<u8>);
-
-impl fmt::Debug for HeadStart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl HeadStart {
-    /// `origin` is empty, or for a proxy the scheme and the authority.
-    fn new(method: &str, origin: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
-        let path = target.path_and_query().map_or("/", |p| p.as_str());
-        let mut head = format!("{method} {origin}{path} HTTP/1.1\r\n").into_bytes();
-        headers.iter().for_each(|(name, value)| write_header(&mut head, name, value.as_bytes()));
-        HeadStart(head)
-    }
 }
 
 /// The state of a backend across reloads.
@@ -188,31 +165,8 @@ impl Upstream {
     ) -> Result<Self, String> {
         let name = conf.name.clone();
         let bad = |what: &str| format!("backend {name}: {what}");
-        let path =
-            |tail: &str| joined(&conf.url.path, tail).parse().map_err(|_| bad("its path is not valid"));
         let connector = Connector::new(&conf, roots).map_err(|e| bad(&e))?;
-        let host = HeaderValue::from_str(&conf.url.authority).map_err(|_| bad("its host is not valid"))?;
-        let key = conf.api_key.as_ref().map(|key| match &conf.auth_header {
-            Some(name) => (name.clone(), key.bare()),
-            None => (AUTHORIZATION, key.bearer()),
-        });
-        let mut own = vec![(HOST, host)];
-        own.extend(key);
-        // `extra_headers` replace headers of the same name.
-        own.retain(|(name, _)| conf.extra_headers.iter().all(|(extra, _)| extra != name));
-        own.extend(conf.extra_headers.iter().filter(|(name, _)| *name != X_REQUEST_ID).cloned());
-        let targets = targets(&conf).map_err(bad)?;
-        let origin = proxy::origin(&conf);
-        own.extend(proxy::authorization(&conf));
-        let head = |target| HeadStart::new("POST", &origin, &target, &own);
-        let heads = targets.map(|target| target.map(head));
-        let mut probe = HeadStart::new("GET", &origin, &path(&conf.health_path)?, &own);
-        for (name, value) in PROBE_HEADERS {
-            if own.iter().all(|(known, _)| known != name) {
-                write_header(&mut probe.0, name, value.as_bytes());
-            }
-        }
-        probe.0.extend_from_slice(b"connection: close\r\n\r\n");
+        let heads = Heads::new(&conf).map_err(bad)?;
         let lanes = before.map(|b| b.lanes.clone());
         let same =
             before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.has_same_roots(&connector));
@@ -228,8 +182,6 @@ impl Upstream {
             state: same.map_or_else(|| Arc::new(BackendState::new()), |b| b.state.clone()),
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
             heads,
-            probe,
-            own_headers: own.into_iter().map(|(name, _)| name).collect(),
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),
             check_connector: connector.with_own_rotation(),
@@ -304,17 +256,22 @@ impl Upstream {
     /// The start of a request head: the request line and the backend's own headers. `None` if the backend does not serve
     /// the endpoint.
     pub(crate) fn head_start(&self, endpoint: Endpoint) -> Option<&[u8]> {
-        self.heads[endpoint as usize].as_ref().map(|head| &head.0[..])
+        self.heads.request(endpoint)
     }
 
     /// Whether [`head_start`](Self::head_start) has a header of this name.
     pub(crate) fn has_own_header(&self, name: &HeaderName) -> bool {
-        self.own_headers.contains(name)
+        self.heads.has_header(name)
     }
 
     /// The head of a health check.
     pub(crate) fn probe(&self) -> &[u8] {
-        &self.probe.0
+        self.heads.probe()
+    }
+
+    /// The head of a request for the list of models; `None` if the backend serves chat only.
+    pub(crate) fn models_request(&self) -> Option<&[u8]> {
+        self.heads.models()
     }
 
     /// The path of health checks, without the query: the query may hold a key.
@@ -323,9 +280,9 @@ impl Upstream {
         path.split('?').next().unwrap_or_default().to_owned()
     }
 
-    /// Whether the backend serves all endpoints, not just chat.
-    pub(crate) fn serves_all(&self) -> bool {
-        self.head_start(Endpoint::Completions).is_some()
+    /// Whether the backend serves an endpoint.
+    pub(crate) fn serves(&self, endpoint: Endpoint) -> bool {
+        self.head_start(endpoint).is_some()
     }
 
     /// Checks whether the backend can take a request.
@@ -412,31 +369,4 @@ impl Upstream {
 /// not dropped.
 fn asks_for_usage(conf: &config::Backend) -> bool {
     conf.usage == UsageMode::Inject && !conf.drop_fields.iter().any(|field| **field == *STREAM_OPTIONS)
-}
-
-/// The request target of each endpoint. The base is the chat path without `/chat/completions`; a backend whose chat path
-/// ends differently serves chat only.
-fn targets(conf: &config::Backend) -> Result<[Option<Uri>; Endpoint::COUNT], &'static str> {
-    let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
-    let tail = |endpoint: Endpoint| endpoint.api().map(|api| api.tail);
-    let base = tail(Endpoint::Chat).and_then(|tail| chat.strip_suffix(tail));
-    let mut targets = [const { None }; Endpoint::COUNT];
-    for endpoint in Endpoint::ALL {
-        let path = match (endpoint, base, tail(endpoint)) {
-            (Endpoint::Chat, ..) => joined(&conf.url.path, &conf.chat_path),
-            (_, Some(base), Some(tail)) => joined(&conf.url.path, &format!("{base}{tail}{query}")),
-            _ => continue,
-        };
-        targets[endpoint as usize] = Some(path.parse().map_err(|_| "its path is not valid")?);
-    }
-    Ok(targets)
-}
-
-/// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result has
-/// it once: SDKs call `https://api.openai.com/v1` the base URL, so operators write it as `url`. The default health path
-/// is at the root, where inference engines serve it.
-fn joined(base: &str, path: &str) -> String {
-    let is_of_root = path.starts_with("/v1/") || path == HEALTH_PATH;
-    let base = base.strip_suffix("/v1").filter(|_| is_of_root).unwrap_or(base);
-    format!("{base}{path}")
 }

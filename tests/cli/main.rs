@@ -5,7 +5,9 @@
 mod causes;
 mod chaos;
 mod faults;
+mod live;
 mod manual;
+mod mistakes;
 #[path = "../gateway/support/tls_server.rs"]
 mod tls_server;
 
@@ -18,7 +20,7 @@ use std::time::{Duration, Instant};
 fn zap() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_zap"));
     command.stdin(Stdio::null()).current_dir(std::env::temp_dir());
-    for key in ["GROQ_API_KEY", "CEREBRAS_API_KEY", "OPENAI_API_KEY"] {
+    for key in ["GROQ_API_KEY", "CEREBRAS_API_KEY", "OPENAI_API_KEY", "ZAP_CONFIG"] {
         command.env_remove(key);
     }
     command

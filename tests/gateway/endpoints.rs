@@ -3,7 +3,7 @@
 use crate::support::provider::{After, chunk, end_chunks, reply, start_events};
 use crate::support::{Provider, Zap};
 
-const FORWARDED: [(&str, &str); 7] = [
+const FORWARDED: [(&str, &str); 9] = [
     ("/v1/audio/speech", "speech"),
     ("/v1/completions", "completions"),
     ("/v1/embeddings", "embeddings"),
@@ -11,6 +11,8 @@ const FORWARDED: [(&str, &str); 7] = [
     ("/v1/moderations", "moderations"),
     ("/v1/rerank", "rerank"),
     ("/v1/responses", "responses"),
+    ("/v1/responses/compact", "compact"),
+    ("/v1/responses/input_tokens", "input_tokens"),
 ];
 
 #[test]
@@ -78,7 +80,7 @@ fn the_default_model_is_inserted_for_completions_and_responses_only() {
     for (path, _) in FORWARDED {
         client.post(path, "", r#"{"input":"x","model":null}"#);
         let answer = client.response();
-        if matches!(path, "/v1/completions" | "/v1/responses") {
+        if path == "/v1/completions" || path.starts_with("/v1/responses") {
             assert_eq!((answer.status, answer.text()), (200, r#"{"input":"x","model":"d"}"#), "{path}");
         } else {
             assert_eq!((answer.status, answer.code().as_str()), (400, "missing_model"), "{path}");
@@ -86,6 +88,62 @@ fn the_default_model_is_inserted_for_completions_and_responses_only() {
         client.post(path, "", r#"{"model":"m","stream":1}"#);
         assert_eq!(client.response().code(), "invalid_type", "{path}");
     }
+}
+
+#[test]
+fn a_path_without_v1_is_the_same_endpoint() {
+    let a = Provider::start(|seen, stream| {
+        reply(stream, 200, "", &seen.body);
+        After::Keep
+    });
+    let keys = "[[client_keys]]\nname = \"c\"\nkey = \"sk-c\"\n";
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]"), keys.into()]);
+    let mut client = zap.client();
+    let body = r#"{"messages":[],"model":"m"}"#;
+    let paths = FORWARDED.iter().chain(&[("/v1/chat/completions", "chat")]);
+    for (path, name) in paths {
+        let short = path.strip_prefix("/v1").unwrap();
+        client.post(short, "", body);
+        assert_eq!(client.response().status, 401, "{short} needs a key");
+        client.post(short, "authorization: Bearer sk-c\r\n", body);
+        assert_eq!(
+            (client.response().text(), a.seen().pop().unwrap().line),
+            (body, format!("POST {path} HTTP/1.1"))
+        );
+        let series = format!("zap_requests_total{{endpoint=\"{name}\",backend=\"a\",status=\"200\"}}");
+        assert_eq!(zap.metric(&series), 1.0, "{name}");
+    }
+    let mut get = |path: &str, key: &str| {
+        client.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\nauthorization: Bearer {key}\r\n\r\n"));
+        client.response()
+    };
+    assert_eq!(get("/models", "wrong").status, 401);
+    assert_eq!(get("/models", "sk-c").json(), get("/v1/models", "sk-c").json());
+    assert_eq!(get("/models/m", "sk-c").json()["id"], "m");
+}
+
+#[test]
+fn the_state_of_a_provider_is_refused_with_a_sentence_that_says_so() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    let paths = [
+        "/v1/files",
+        "/files/f/content",
+        "/v1/batches",
+        "/v1/realtime",
+        "/v1/assistants",
+        "/v1/messages/batches",
+    ];
+    for path in paths {
+        let mut client = zap.client();
+        client.post(path, "", "{}");
+        for answer in [client.response(), client.get(path)] {
+            assert_eq!((answer.status, answer.code().as_str()), (404, "unknown_url"), "{path}");
+            assert!(answer.text().contains("one provider's state"), "{}", answer.text());
+        }
+    }
+    assert!(!zap.client().get("/v1/other").text().contains("one provider's state"));
+    assert_eq!(a.count(), 0);
 }
 
 #[test]

@@ -30,6 +30,8 @@ mod faults_upstreams;
 
 mod fleet;
 
+mod forms;
+
 mod headers;
 
 mod health;
@@ -38,6 +40,8 @@ mod json_suite;
 
 mod ledger;
 mod limit;
+
+mod messages;
 
 mod models;
 

@@ -475,3 +475,95 @@ fn a_reload_that_removes_a_limit_lets_its_waiting_requests_go() {
     assert_eq!(first.response().status, 200);
     zap.wait_until_idle();
 }
+
+/// Answers as Anthropic's API does, with 100 input tokens and as many output tokens as the request asks for.
+fn message(seen: &Seen, stream: &mut TcpStream) -> After {
+    let (input, output) = (INPUT, used(seen));
+    let answer = match seen.line.contains("count_tokens") {
+        true => format!("{{\"input_tokens\":{input}}}"),
+        false => format!(
+            "{{\"type\":\"message\",\"content\":[],\"usage\":{{\"input_tokens\":{input},\"output_tokens\":{output}}}}}"
+        ),
+    };
+    reply(stream, 200, JSON, answer.as_bytes());
+    After::Keep
+}
+
+fn post_message(zap: &Zap, path: &str, body: &str) -> Response {
+    let mut client = zap.client();
+    client.post(path, "x-api-key: zk-team\r\n", body);
+    client.response()
+}
+
+/// The type and the code of an error in the shape of Anthropic's API.
+fn message_error(response: &Response) -> (String, String) {
+    let json = response.json();
+    assert_eq!((response.status, &json["type"]), (429, &"error".into()), "{}", response.text());
+    let text = |name: &str| json["error"][name].as_str().unwrap().to_owned();
+    (text("type"), text("code"))
+}
+
+#[test]
+fn limits_hold_for_messages_and_refuse_in_the_shape_of_their_api() {
+    const MESSAGES: &str = "/v1/messages";
+    let (a, other) = (Provider::start(message), Provider::named("other"));
+    let zap = Zap::with(
+        &keys("tokens_per_minute = 1000"),
+        &[
+            other.backend("other", "models = [\"m\"]"),
+            a.backend("a", "models = [\"m\"]\nprotocols = [\"anthropic\"]\ntokens_per_minute = 950"),
+        ],
+    );
+    let first = post_message(&zap, MESSAGES, &body(50, &max(400)));
+    assert_eq!((first.status, &token_headers(&first)[1][..]), (200, "500"), "100 and 400 are reserved");
+    assert_eq!(left(&zap, "clients", "team"), 850, "100 and 50 are used");
+
+    let refused = post_message(&zap, MESSAGES, &body(1, &max(751)));
+    let limit = ("rate_limit_error".to_owned(), "rate_limit_exceeded".to_owned());
+    assert_eq!(message_error(&refused), limit);
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((55..=60).contains(&wait), "{wait}");
+    assert_eq!(refused.header("x-should-retry"), None);
+
+    // The other backend has no limit, but does not speak the protocol.
+    let large = post_message(&zap, MESSAGES, &body(1, &max(851)));
+    let too_large = ("rate_limit_error".to_owned(), "request_too_large_for_limit".to_owned());
+    assert_eq!(message_error(&large), too_large);
+    assert!(large.text().contains("950 tokens per minute"), "{}", large.text());
+    assert_eq!((large.header("x-should-retry"), large.header("retry-after")), (Some("false"), None));
+
+    let counted = post_message(&zap, "/v1/messages/count_tokens", &body(1, &max(751)));
+    assert_eq!((counted.status, counted.text()), (200, "{\"input_tokens\":100}"));
+    assert_eq!(left(&zap, "clients", "team"), 850, "a count uses nothing");
+    assert_eq!((a.count(), other.count()), (2, 0));
+
+    let prices = "models = [\"m\"]\nprotocols = [\"anthropic\"]\nprices = { m = { input = 1, output = 10 } }";
+    let zap = Zap::with(&keys("budget = { usd = 0.0041, per = \"month\" }"), &[a.backend("a", prices)]);
+    assert_eq!(post_message(&zap, MESSAGES, &body(300, &max(400))).status, 200, "0.0031 USD");
+    let spent = post_message(&zap, MESSAGES, &body(1, &max(100)));
+    let quota = ("rate_limit_error".to_owned(), "insufficient_quota".to_owned());
+    assert_eq!(message_error(&spent), quota);
+    assert_eq!((spent.header("retry-after"), spent.header("x-should-retry")), (Some("59"), Some("false")));
+}
+
+#[test]
+fn a_file_in_a_form_is_no_text_and_does_not_count_against_a_limit_of_tokens() {
+    let a =
+        Provider::fixed(200, JSON, "{\"text\":\"hi\",\"usage\":{\"input_tokens\":14,\"output_tokens\":6}}");
+    let zap = Zap::with(&keys("tokens_per_minute = 1000"), &[a.backend("a", "models = [\"m\"]")]);
+    let form = |size: usize| {
+        format!(
+            "--b\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nm\r\n--b\r\n\
+             content-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n{}\r\n--b--\r\n",
+            "a ".repeat(size / 2)
+        )
+    };
+    let headers = "authorization: Bearer zk-team\r\ncontent-type: multipart/form-data; boundary=b\r\n";
+    let mut client = zap.client();
+    for left_over in [980, 960] {
+        client.post("/v1/audio/transcriptions", headers, form(100_000));
+        let answer = client.response();
+        assert_eq!((answer.status, &token_headers(&answer)[0][..]), (200, "1000"), "{}", answer.text());
+        assert_eq!(left(&zap, "clients", "team"), left_over, "what the provider tells counts");
+    }
+}

@@ -1,0 +1,71 @@
+//! Settings that are allowed but unwise.
+
+use std::net::IpAddr;
+
+use crate::config::charges::is_served;
+use crate::config::text::key_name;
+use crate::config::{Backend, Config, Server};
+
+/// One line for each unwise setting.
+pub(super) fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let Config { server, backends, clients, routes, .. } = config;
+    let has_budget = backends.iter().map(|b| &b.budget).chain(clients.iter().map(|c| &c.budget));
+    if config.ledger.is_none() && has_budget.flatten().next().is_some() {
+        warnings
+            .push("a budget starts at zero at each start without a `[ledger]`; set `ledger.path`".to_owned());
+    }
+    if !backends.is_empty() && backends.iter().all(|backend| backend.weight == 0) {
+        warnings.push(
+            "no backend gets a request, since all have `weight = 0`; set a weight of 1 or more".to_owned(),
+        );
+    }
+    for route in routes {
+        let has_weight = |target: &crate::policy::route::NamedTarget| {
+            target.weight != Some(0) && backends[target.backend].weight > 0
+        };
+        if !route.targets.iter().any(has_weight) && backends.iter().any(|backend| backend.weight > 0) {
+            let name = key_name(&route.name).unwrap_or_else(|| "<name>".to_owned());
+            warnings.push(format!(
+                "`models.{name}` serves no request, since all its targets have weight 0; \
+                 set a weight of 1 or more for a target and its backend"
+            ));
+        }
+    }
+    for (index, client) in clients.iter().enumerate() {
+        for (at, pattern) in client.models.iter().flatten().enumerate().filter(|(_, p)| !is_served(config, p))
+        {
+            let shown =
+                key_name(&format!("{}{}", pattern.stem(), if pattern.is_prefix() { "*" } else { "" }));
+            warnings.push(format!(
+                "`client_keys[{index}].models[{at}]` is {}, which no backend and no route serves; \
+                 the client gets 404 for it",
+                shown.map_or("a name".to_owned(), |shown| format!("\"{}\"", shown.trim_matches('"'))),
+            ));
+        }
+    }
+    let has_keys = backends.iter().any(|backend| backend.api_key.is_some());
+    if server.host.is_unspecified() && has_keys && clients.is_empty() {
+        warnings.push(format!(
+            "every machine that reaches port {} can spend the keys of the backends, since `server.host` is \"{}\" and \
+             there is no `[[client_keys]]`; set `host = \"127.0.0.1\"`, or add client keys",
+            server.port, server.host
+        ));
+    }
+    for (index, _) in backends.iter().enumerate().filter(|(_, backend)| is_itself(server, backend)) {
+        warnings.push(format!(
+            "`backends[{index}].url` is the address of Zap itself, so requests go round in a circle; \
+             set the address of the provider, or another `server.port`"
+        ));
+    }
+    warnings
+}
+
+/// Whether the backend has the address that Zap listens on.
+fn is_itself(server: &Server, backend: &Backend) -> bool {
+    let is_here = match backend.url.host.parse::<IpAddr>() {
+        Ok(address) => address.is_loopback() || address.is_unspecified() || address == server.host,
+        Err(_) => backend.url.host == "localhost",
+    };
+    is_here && !backend.url.https && backend.url.port == server.port
+}
