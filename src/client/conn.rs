@@ -69,6 +69,11 @@ impl Conn {
         self.reader.is_in_body()
     }
 
+    /// Whether hyper has a chunked body as a whole.
+    pub(crate) fn has_whole_chunked_body(&self) -> bool {
+        self.reader.has_whole_chunked_body()
+    }
+
     /// Whether the client has closed its side, or the socket has failed.
     pub(crate) fn has_ended(&self) -> bool {
         self.reader.has_ended()
@@ -144,8 +149,7 @@ impl Conn {
                 return true;
             }
         }
-        let is_blocked =
-            self.reader.is_blocked() && (!self.reader.is_chunked() || self.poll_readable(cx).is_ready());
+        let is_blocked = self.reader.is_blocked();
         self.deadline.set_wake_on_sweep(is_blocked);
         if !is_blocked {
             return false;

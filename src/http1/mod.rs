@@ -8,7 +8,7 @@ pub(crate) mod header_rules;
 
 pub(crate) mod headers;
 
-mod chunked;
+pub(crate) mod chunked;
 
 pub(crate) mod decode;
 

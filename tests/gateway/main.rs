@@ -16,6 +16,8 @@ mod body;
 
 mod cancel;
 
+mod chunked;
+
 mod clients;
 
 mod drain;
