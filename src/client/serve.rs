@@ -56,7 +56,7 @@ pub(crate) trait Service: 'static {
         B: http_body::Body<Data = Bytes> + Unpin;
 
     /// The response to a request whose handler panicked.
-    fn panicked(&self) -> Response<Body<Self::Stream>>;
+    fn panicked(&self, head: &Parts) -> Response<Body<Self::Stream>>;
 
     /// Whether connections close after their response.
     fn is_stopping(&self) -> bool;
@@ -138,7 +138,7 @@ async fn guarded<S: Service>(
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    response.await.unwrap_or_else(|| gateway.panicked())
+    response.await.unwrap_or_else(|| gateway.panicked(head))
 }
 
 /// Runs hyper on a connection. Returns whether hyper ended it; otherwise a deadline or the client did, and nobody waits for

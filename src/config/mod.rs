@@ -10,13 +10,14 @@
 //! - `suggest` guesses which known key an unknown key means.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced.
-//! - `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `browsers`, `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `secret` keeps a key from being printed.
 //!
 //! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or
 //! `money`.
 
 mod backend;
+mod browsers;
 mod charges;
 mod clients;
 mod common;
@@ -56,6 +57,7 @@ pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
+use crate::http1::origin::{Hosts, Origins};
 use crate::policy::route::{Named, Pattern, Rule};
 use crate::policy::spend::Period;
 
@@ -119,6 +121,10 @@ pub struct Server {
     pub keep_alive: Duration,
     /// Peers whose `x-forwarded-for` header is trusted.
     pub trusted_proxies: Vec<IpNet>,
+    /// The origins whose web pages may use Zap.
+    pub cors_origins: Origins,
+    /// The names that `Host` may have; empty: any.
+    pub allowed_hosts: Hosts,
 }
 
 impl Server {
@@ -134,6 +140,8 @@ impl Server {
             ("server.drain_delay_secs", self.drain_delay != other.drain_delay),
             ("server.keep_alive_secs", self.keep_alive != other.keep_alive),
             ("server.trusted_proxies", self.trusted_proxies != other.trusted_proxies),
+            ("server.cors_origins", self.cors_origins != other.cors_origins),
+            ("server.allowed_hosts", self.allowed_hosts != other.allowed_hosts),
         ]
         .into_iter()
         .filter_map(|(key, differs)| differs.then_some(key))

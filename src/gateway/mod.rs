@@ -2,6 +2,8 @@
 
 pub(crate) mod endpoints;
 
+pub(crate) mod browser;
+
 pub(crate) mod caller;
 
 pub(crate) mod reserve;
@@ -165,6 +167,13 @@ impl Gateway {
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext { exchange, version: head.version, decision: None, tokens: None };
         let generation = self.shared().current.load_full();
+        let is_open = generation.clients.is_open();
+        if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, is_open) {
+            return self.refuse(&GatewayError::Site(refusal), record, &context);
+        }
+        if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
+            return self.finish(response, record, &context);
+        }
         if is_guarded(path) {
             match caller::identify(self.shared(), &generation.clients, &head.headers) {
                 Ok(caller) => record.caller = caller,
@@ -392,11 +401,15 @@ impl Service for Gateway {
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
-        self.respond(head, body, exchange).await
+        let mut response = self.respond(head, body, exchange).await;
+        browser::expose(&self.server.cors_origins, &head.headers, response.headers_mut());
+        response
     }
 
-    fn panicked(&self) -> ClientResponse {
-        self.internal_error()
+    fn panicked(&self, head: &Parts) -> ClientResponse {
+        let mut response = self.internal_error();
+        browser::expose(&self.server.cors_origins, &head.headers, response.headers_mut());
+        response
     }
 
     fn is_stopping(&self) -> bool {

@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use crate::client::respond::{self, ErrorBody};
 use crate::code::Code;
 use crate::gateway::ClientResponse;
+use crate::gateway::browser::SiteRefusal;
 use crate::gateway::error_row::{ErrorRow, LIMIT};
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::wording::{format_number, model_not_found, unless_misleading};
@@ -62,6 +63,8 @@ pub(crate) enum GatewayError {
     BadQuery(String),
     /// The ledger cannot be read now; the message.
     LedgerUnavailable(Cow<'static, str>),
+    /// The request comes from elsewhere, or is meant for another host.
+    Site(SiteRefusal),
     /// The body stalled, or the deadline passed before it was complete.
     RequestTimeout,
     /// The body is larger than the limit; the limit, in bytes.
@@ -324,6 +327,7 @@ impl GatewayError {
                 Code::RequestTimeout,
                 "The request body arrived too slowly; send it without long pauses.".into(),
             )),
+            E::Site(refusal) => refusal.row(),
             E::TooLarge(limit) => closing(row(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 INVALID,
@@ -484,6 +488,8 @@ mod tests {
             (E::Limited(L::TooLarge { tokens: 9, limit: 8 }), 429, LIMIT, "request_too_large_for_limit", None, None, false),
             (E::RequestTimeout, 408, INVALID, "request_timeout", None, None, true),
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
+            (E::Site(SiteRefusal::Host), 421, INVALID, "misdirected_request", None, None, false),
+            (E::Site(SiteRefusal::Origin), 403, INVALID, "origin_not_allowed", None, None, false),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
             (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
             (E::UpgradeRequired, 426, INVALID, "upgrade_required", None, None, false),

@@ -229,7 +229,7 @@ fn same_authority(target: &[u8], host: &[u8]) -> Result<(), HeadFault> {
 }
 
 /// Whether a value is `host [":" port]` with the characters of RFC 3986, without userinfo.
-fn is_host(value: &[u8]) -> bool {
+pub(super) fn is_host(value: &[u8]) -> bool {
     let colon = if value.starts_with(b"[") {
         match memchr(b']', value) {
             Some(end) if end + 1 == value.len() => None,

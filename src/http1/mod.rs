@@ -8,6 +8,8 @@ pub(crate) mod header_rules;
 
 pub(crate) mod headers;
 
+pub(crate) mod origin;
+
 pub(crate) mod chunked;
 
 pub(crate) mod decode;

@@ -14,6 +14,8 @@ mod balance;
 
 mod body;
 
+mod browsers;
+
 mod cancel;
 
 mod chunked;
