@@ -166,8 +166,9 @@ def _():
 @case("a page without an origin of its own is refused")
 def _():
     before = posts()
-    frame = json.dumps(f"""<script>fetch("{open_zap.url}/chat", {{ method: "POST", mode: "no-cors", body: "{{}}" }})
-      .then((answer) => parent.postMessage(answer.type, "*"), (error) => parent.postMessage(error.name, "*"))</script>""")
+    frame = json.dumps("""<script>fetch("%s/chat", { method: "POST", mode: "no-cors", body: '{"messages":[]}' })
+      .then((answer) => parent.postMessage(answer.type, "*"), (error) => parent.postMessage(error.name, "*"))</script>"""
+                       % open_zap.url)
     got = run(listed, open_zap, """
       const told = new Promise((done) => addEventListener("message", (event) => done([event.origin, event.data])));
       const frame = document.createElement("iframe");
