@@ -21,6 +21,7 @@ use crate::config::{
     Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream, Timeouts,
     backend, charges, clients, models,
 };
+use crate::http1::origin::Origins;
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const PORT: Number<u16> = Range::new(0, u16::MAX).or(8000);
@@ -61,6 +62,9 @@ const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
 const NO_LEDGER: &str = "a budget starts at zero at each start without a `[ledger]`; set `ledger.path`";
+
+const ANY_PAGE: &str = "`server.cors_origins` has \"*\" and there are no client keys: every web page may spend the keys \
+    of the backends; list the origins, or add `[[client_keys]]`";
 
 /// A configuration; valid only if its sink has no fault.
 pub(super) struct ReadConfig {
@@ -148,6 +152,9 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         config.backends.iter().map(|b| &b.budget).chain(config.clients.iter().map(|c| &c.budget));
     if config.ledger.is_none() && has_budget.flatten().next().is_some() {
         config.warnings.push(NO_LEDGER.to_owned());
+    }
+    if config.server.cors_origins == Origins::Any && config.clients.is_empty() {
+        config.warnings.push(ANY_PAGE.to_owned());
     }
     ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
 }

@@ -995,6 +995,18 @@ fn mangled_texts_cause_no_panic_and_no_fault_shows_the_key() {
 }
 
 #[test]
+fn all_origins_without_client_keys_get_a_warning() {
+    let key = "[[client_keys]]\nname = \"a\"\nkey = \"k\"\n";
+    for (origins, more, warnings) in
+        [("\"*\"", "", 1), ("\"*\"", key, 0), ("\"https://a\"", "", 0), ("", "", 0)]
+    {
+        let text = format!("[server]\ncors_origins = [{origins}]\n{BACKEND}{more}");
+        let config = Config::parse(&text, "t", Path::new(""), &|_| None).unwrap();
+        assert_eq!(config.warnings.len(), warnings, "{origins} {more}");
+    }
+}
+
+#[test]
 fn deep_nesting_is_refused_without_recursion() {
     for unit in ["a.", "a=[", "[", "a={", "[a.", "[[a."] {
         assert!(parse(&unit.repeat(100_000)).is_err());
