@@ -64,6 +64,11 @@ impl Conn {
         self.reader.refusal()
     }
 
+    /// Whether the head of the request has `Origin` or `Sec-Fetch-Site`, by which a browser tells of the page behind it.
+    pub(crate) fn tells_page(&self) -> bool {
+        self.reader.tells_page()
+    }
+
     /// Whether the connection must close after the response, since the beginning of the next request is unknown.
     pub(crate) fn must_close(&self) -> bool {
         self.reader.is_in_body()

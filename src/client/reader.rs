@@ -42,15 +42,18 @@ pub(super) struct Reader {
     next: Cell<bool>,
     /// Whether the client has closed its side.
     eof: Cell<bool>,
-    /// Whether the body of the current message is chunked.
-    chunked: Cell<bool>,
+    /// Whether the current head tells of the page behind the request.
+    tells_page: Cell<bool>,
+    /// The current message, if its body is chunked. Not a part of `position`, which is looked at with every piece of a
+    /// response.
+    chunked: Cell<Option<ChunkedMessage>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ReadPosition {
     /// In a message with a chunked body, or behind the byte that breaks the coding: hyper gets the end of the stream
     /// there.
-    Chunked(ChunkedMessage),
+    Chunked,
     /// After the message. Further bytes are kept back.
     Done,
     /// In a head; `ahead` holds its beginning.
@@ -73,7 +76,8 @@ impl Reader {
             refused: Cell::new(None),
             next: Cell::new(false),
             eof: Cell::new(false),
-            chunked: Cell::new(false),
+            tells_page: Cell::new(false),
+            chunked: Cell::new(None),
         }
     }
 
@@ -82,17 +86,22 @@ impl Reader {
         self.refused.get()
     }
 
+    /// Whether the current head has `Origin` or `Sec-Fetch-Site`.
+    pub(super) fn tells_page(&self) -> bool {
+        self.tells_page.get()
+    }
+
     /// Whether the beginning of the next request is unknown, since the current message is incomplete or broken.
     pub(super) fn is_in_body(&self) -> bool {
         matches!(
             self.position.get(),
-            ReadPosition::Chunked(_) | ReadPosition::Length(_) | ReadPosition::TooLarge
+            ReadPosition::Chunked | ReadPosition::Length(_) | ReadPosition::TooLarge
         )
     }
 
     /// Whether hyper has a chunked body as a whole.
     pub(super) fn has_whole_chunked_body(&self) -> bool {
-        self.chunked.get() && self.is_done()
+        self.is_done() && self.chunked.get().is_some()
     }
 
     /// Whether the client has closed its side, or the socket has failed.
@@ -211,13 +220,15 @@ impl Reader {
                     self.took(left, wanted);
                     return Poll::Ready(Ok(()));
                 }
-                // The end of the stream, within a body: hyper fails the body.
-                ReadPosition::Chunked(message) if message.is_broken() => return Poll::Ready(Ok(())),
-                ReadPosition::Chunked(message) => {
+                ReadPosition::Chunked => {
+                    if self.chunked.get().is_none_or(ChunkedMessage::is_broken) {
+                        // The end of the stream, within a body: hyper fails the body.
+                        return Poll::Ready(Ok(()));
+                    }
                     let mut ahead = self.ahead.borrow_mut();
                     if !ahead.is_empty() {
                         let most = ahead.len().min(buf.remaining());
-                        let n = self.took_chunked(message, &ahead[..most]);
+                        let n = self.took_chunked(&ahead[..most]);
                         drop(ahead);
                         self.give(buf, n);
                         if n > 0 || most == 0 {
@@ -228,7 +239,7 @@ impl Reader {
                     if ready!(self.poll_socket(socket, cx, buf))? == 0 {
                         return Poll::Ready(Ok(()));
                     }
-                    let n = self.took_chunked(message, &buf.filled()[start..]);
+                    let n = self.took_chunked(&buf.filled()[start..]);
                     ahead.extend_from_slice(&buf.filled()[start + n..]);
                     buf.set_filled(start + n);
                     if n > 0 {
@@ -271,8 +282,8 @@ impl Reader {
                     // hyper's buffer is smaller than head and body: the body comes with the next read.
                     match head.framing {
                         Framing::Chunked => {
-                            let message = ChunkedMessage::new(head.len);
-                            self.took_chunked(message, &self.ahead.borrow()[..buf.remaining()]);
+                            self.chunked.set(Some(ChunkedMessage::new(head.len)));
+                            self.took_chunked(&self.ahead.borrow()[..buf.remaining()]);
                         }
                         Framing::Length(length) => self.took(length + head.len as u64, buf.remaining()),
                     }
@@ -302,10 +313,14 @@ impl Reader {
     /// Begins a message with a valid head. Returns how many of the bytes `available`, head included, belong to it.
     fn begin(&self, head: RequestHead, available: &[u8]) -> usize {
         self.next.set(false);
-        self.chunked.set(head.framing == Framing::Chunked);
+        self.tells_page.set(head.tells_page);
         match head.framing {
-            Framing::Chunked => self.took_chunked(ChunkedMessage::new(head.len), available),
+            Framing::Chunked => {
+                self.chunked.set(Some(ChunkedMessage::new(head.len)));
+                self.took_chunked(available)
+            }
             Framing::Length(length) => {
+                self.chunked.set(None);
                 let body = length.min((available.len() - head.len) as u64);
                 self.took(length, body as usize);
                 head.len + body as usize
@@ -313,14 +328,12 @@ impl Reader {
         }
     }
 
-    /// Records that hyper gets those of the next `bytes` that belong to a chunked `message`. Returns their number.
-    fn took_chunked(&self, mut message: ChunkedMessage, bytes: &[u8]) -> usize {
+    /// Records that hyper gets those of the next `bytes` that belong to the chunked message. Returns their number.
+    fn took_chunked(&self, bytes: &[u8]) -> usize {
+        let Some(mut message) = self.chunked.get() else { return 0 };
         let n = message.take(bytes);
-        self.position.set(if message.is_done() {
-            ReadPosition::Done
-        } else {
-            ReadPosition::Chunked(message)
-        });
+        self.chunked.set(Some(message));
+        self.position.set(if message.is_done() { ReadPosition::Done } else { ReadPosition::Chunked });
         n
     }
 

@@ -66,18 +66,18 @@ impl SiteRefusal {
 
 /// Checks where a request comes from and where it is meant to go. Probes are exempt: they call by address.
 ///
-/// `is_open`: no client keys are configured, so that any program that reaches Zap may use it.
+/// `may_spend`: the request tells of a page, and there are no client keys to keep the page out.
 pub(crate) fn check(
     server: &Server,
     headers: &HeaderMap,
     endpoint: Endpoint,
-    is_open: bool,
+    may_spend: bool,
 ) -> Result<(), SiteRefusal> {
     if matches!(endpoint, Endpoint::Health | Endpoint::Ready) {
         Ok(())
     } else if !server.allowed_hosts.allow(headers) {
         Err(SiteRefusal::Host)
-    } else if is_open && is_foreign(headers, &server.cors_origins) {
+    } else if may_spend && is_foreign(headers, &server.cors_origins) {
         Err(SiteRefusal::Origin)
     } else {
         Ok(())

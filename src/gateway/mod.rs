@@ -165,10 +165,10 @@ impl Gateway {
         let method = Some(&head.method);
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
-        let context = ResponseContext { exchange, version: head.version, decision: None, tokens: None };
+        let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
-        let is_open = generation.clients.is_open();
-        if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, is_open) {
+        let may_spend = exchange.tells_page() && generation.clients.is_open();
+        if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, may_spend) {
             return self.refuse(&GatewayError::Site(refusal), record, &context);
         }
         if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
@@ -401,15 +401,11 @@ impl Service for Gateway {
     where
         B: http_body::Body<Data = Bytes> + Unpin,
     {
-        let mut response = self.respond(head, body, exchange).await;
-        browser::expose(&self.server.cors_origins, &head.headers, response.headers_mut());
-        response
+        self.respond(head, body, exchange).await
     }
 
     fn panicked(&self, head: &Parts) -> ClientResponse {
-        let mut response = self.internal_error();
-        browser::expose(&self.server.cors_origins, &head.headers, response.headers_mut());
-        response
+        self.internal_error(&head.headers)
     }
 
     fn is_stopping(&self) -> bool {

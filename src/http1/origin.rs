@@ -6,7 +6,8 @@ use http::header::{HOST, HeaderMap, ORIGIN};
 
 use crate::http1::head::is_host;
 
-const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+/// A static: a constant would be built and dropped with each look-up.
+static SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The origins whose pages may use Zap.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -88,7 +89,7 @@ pub(crate) fn is_foreign(headers: &HeaderMap, listed: &Origins) -> bool {
             !listed.allow(origin.as_bytes()) && !is_own()
         }
         None => {
-            let site = headers.get(SEC_FETCH_SITE);
+            let site = headers.get(&SEC_FETCH_SITE);
             site.is_some_and(|site| site == "cross-site") && *listed != Origins::Any
         }
     }
