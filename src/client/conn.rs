@@ -64,9 +64,19 @@ impl Conn {
         self.reader.refusal()
     }
 
+    /// Whether the head of the request has `Origin` or `Sec-Fetch-Site`, by which a browser tells of the page behind it.
+    pub(crate) fn tells_page(&self) -> bool {
+        self.reader.tells_page()
+    }
+
     /// Whether the connection must close after the response, since the beginning of the next request is unknown.
     pub(crate) fn must_close(&self) -> bool {
         self.reader.is_in_body()
+    }
+
+    /// Whether hyper has a chunked body as a whole.
+    pub(crate) fn has_whole_chunked_body(&self) -> bool {
+        self.reader.has_whole_chunked_body()
     }
 
     /// Whether the client has closed its side, or the socket has failed.
@@ -144,8 +154,7 @@ impl Conn {
                 return true;
             }
         }
-        let is_blocked =
-            self.reader.is_blocked() && (!self.reader.is_chunked() || self.poll_readable(cx).is_ready());
+        let is_blocked = self.reader.is_blocked();
         self.deadline.set_wake_on_sweep(is_blocked);
         if !is_blocked {
             return false;

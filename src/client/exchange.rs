@@ -101,6 +101,11 @@ impl Exchange {
         self.0.reset_on_close();
     }
 
+    /// Whether the head of the request has `Origin` or `Sec-Fetch-Site`, by which a browser tells of the page behind it.
+    pub(crate) fn tells_page(&self) -> bool {
+        self.0.tells_page()
+    }
+
     /// Whether the connection must close after the response, since the beginning of the next request is unknown.
     pub(crate) fn must_close(&self) -> bool {
         self.0.must_close()

@@ -2,7 +2,7 @@
 //!
 //! A head is held back until it is complete and has passed [`crate::http1::head`]. An invalid head is replaced by a
 //! request that the gateway refuses. Bytes after the current message are kept back, so that they cannot hide that the
-//! client has disconnected.
+//! client has disconnected, and so that hyper and Zap never differ in where a message ends.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -13,7 +13,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::http1::head::{Framing, inspect, is_worth_parsing};
+use crate::http1::chunked::ChunkedMessage;
+use crate::http1::head::{Framing, RequestHead, inspect, is_worth_parsing};
 
 /// Largest head that is held back. A larger one goes to hyper, which refuses it.
 const MAX_HEAD: usize = 64 * 1024;
@@ -41,11 +42,17 @@ pub(super) struct Reader {
     next: Cell<bool>,
     /// Whether the client has closed its side.
     eof: Cell<bool>,
+    /// Whether the current head tells of the page behind the request.
+    tells_page: Cell<bool>,
+    /// The current message, if its body is chunked. Not a part of `position`, which is looked at with every piece of a
+    /// response.
+    chunked: Cell<Option<ChunkedMessage>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ReadPosition {
-    /// In a chunked body, whose end only hyper knows: the connection closes after the response.
+    /// In a message with a chunked body, or behind the byte that breaks the coding: hyper gets the end of the stream
+    /// there.
     Chunked,
     /// After the message. Further bytes are kept back.
     Done,
@@ -55,6 +62,8 @@ enum ReadPosition {
     Length(u64),
     /// After an invalid head: hyper reads no more.
     Refused,
+    /// In a head that is too large: hyper gets all that comes, and refuses it.
+    TooLarge,
 }
 
 impl Reader {
@@ -67,6 +76,8 @@ impl Reader {
             refused: Cell::new(None),
             next: Cell::new(false),
             eof: Cell::new(false),
+            tells_page: Cell::new(false),
+            chunked: Cell::new(None),
         }
     }
 
@@ -75,9 +86,22 @@ impl Reader {
         self.refused.get()
     }
 
-    /// Whether the beginning of the next request is unknown, since the current body is chunked or incomplete.
+    /// Whether the current head has `Origin` or `Sec-Fetch-Site`.
+    pub(super) fn tells_page(&self) -> bool {
+        self.tells_page.get()
+    }
+
+    /// Whether the beginning of the next request is unknown, since the current message is incomplete or broken.
     pub(super) fn is_in_body(&self) -> bool {
-        matches!(self.position.get(), ReadPosition::Chunked | ReadPosition::Length(_))
+        matches!(
+            self.position.get(),
+            ReadPosition::Chunked | ReadPosition::Length(_) | ReadPosition::TooLarge
+        )
+    }
+
+    /// Whether hyper has a chunked body as a whole.
+    pub(super) fn has_whole_chunked_body(&self) -> bool {
+        self.is_done() && self.chunked.get().is_some()
     }
 
     /// Whether the client has closed its side, or the socket has failed.
@@ -133,18 +157,9 @@ impl Reader {
         self.position.get() == ReadPosition::Done
     }
 
-    /// Whether nothing more can be read until the response: in a chunked body, or with as much kept back as allowed.
+    /// Whether nothing more can be read until the response: as much is kept back as allowed.
     pub(super) fn is_blocked(&self) -> bool {
-        match self.position.get() {
-            ReadPosition::Chunked => true,
-            ReadPosition::Done => self.ahead.borrow().len() >= MAX_AHEAD,
-            ReadPosition::Head | ReadPosition::Length(_) | ReadPosition::Refused => false,
-        }
-    }
-
-    /// Whether the current body is chunked.
-    pub(super) fn is_chunked(&self) -> bool {
-        self.position.get() == ReadPosition::Chunked
+        self.is_done() && self.ahead.borrow().len() >= MAX_AHEAD
     }
 
     /// Reads for hyper. `head_begins` is called when the first bytes of a head are here.
@@ -179,7 +194,7 @@ impl Reader {
                         // Usually the whole head is here and stays where it was read to.
                         match inspect(&buf.filled()[start..]) {
                             Ok(Some(head)) => {
-                                let rest = self.begin(head.len, head.framing, n);
+                                let rest = self.begin(head, &buf.filled()[start..]);
                                 ahead.extend_from_slice(&buf.filled()[start + rest..]);
                                 buf.set_filled(start + rest);
                                 return Poll::Ready(Ok(()));
@@ -206,6 +221,32 @@ impl Reader {
                     return Poll::Ready(Ok(()));
                 }
                 ReadPosition::Chunked => {
+                    if self.chunked.get().is_none_or(ChunkedMessage::is_broken) {
+                        // The end of the stream, within a body: hyper fails the body.
+                        return Poll::Ready(Ok(()));
+                    }
+                    let mut ahead = self.ahead.borrow_mut();
+                    if !ahead.is_empty() {
+                        let most = ahead.len().min(buf.remaining());
+                        let n = self.took_chunked(&ahead[..most]);
+                        drop(ahead);
+                        self.give(buf, n);
+                        if n > 0 || most == 0 {
+                            return Poll::Ready(Ok(()));
+                        }
+                        continue;
+                    }
+                    if ready!(self.poll_socket(socket, cx, buf))? == 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                    let n = self.took_chunked(&buf.filled()[start..]);
+                    ahead.extend_from_slice(&buf.filled()[start + n..]);
+                    buf.set_filled(start + n);
+                    if n > 0 {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+                ReadPosition::TooLarge => {
                     if !self.ahead.borrow().is_empty() {
                         self.give(buf, usize::MAX);
                         return Poll::Ready(Ok(()));
@@ -231,20 +272,20 @@ impl Reader {
         match head {
             Ok(None) if length < MAX_HEAD => return false,
             Ok(None) => {
-                self.position.set(ReadPosition::Chunked);
+                self.position.set(ReadPosition::TooLarge);
                 self.next.set(false);
                 self.give(buf, usize::MAX);
             }
             Ok(Some(head)) => {
-                let n = self.begin(head.len, head.framing, length);
+                let n = self.begin(head, &self.ahead.borrow());
                 if n > buf.remaining() {
                     // hyper's buffer is smaller than head and body: the body comes with the next read.
-                    self.position.set(match head.framing {
-                        Framing::Chunked => ReadPosition::Chunked,
-                        Framing::Length(length) => ReadPosition::Length(length + head.len as u64),
-                    });
-                    if let ReadPosition::Length(left) = self.position.get() {
-                        self.took(left, buf.remaining());
+                    match head.framing {
+                        Framing::Chunked => {
+                            self.chunked.set(Some(ChunkedMessage::new(head.len)));
+                            self.took_chunked(&self.ahead.borrow()[..buf.remaining()]);
+                        }
+                        Framing::Length(length) => self.took(length + head.len as u64, buf.remaining()),
                     }
                 }
                 self.give(buf, n);
@@ -269,20 +310,31 @@ impl Reader {
         n
     }
 
-    /// Begins a message with a valid head of `len` bytes. Returns how many of the `available` bytes belong to it.
-    fn begin(&self, len: usize, framing: Framing, available: usize) -> usize {
+    /// Begins a message with a valid head. Returns how many of the bytes `available`, head included, belong to it.
+    fn begin(&self, head: RequestHead, available: &[u8]) -> usize {
         self.next.set(false);
-        match framing {
+        self.tells_page.set(head.tells_page);
+        match head.framing {
             Framing::Chunked => {
-                self.position.set(ReadPosition::Chunked);
-                available
+                self.chunked.set(Some(ChunkedMessage::new(head.len)));
+                self.took_chunked(available)
             }
             Framing::Length(length) => {
-                let body = length.min((available - len) as u64);
+                self.chunked.set(None);
+                let body = length.min((available.len() - head.len) as u64);
                 self.took(length, body as usize);
-                len + body as usize
+                head.len + body as usize
             }
         }
+    }
+
+    /// Records that hyper gets those of the next `bytes` that belong to the chunked message. Returns their number.
+    fn took_chunked(&self, bytes: &[u8]) -> usize {
+        let Some(mut message) = self.chunked.get() else { return 0 };
+        let n = message.take(bytes);
+        self.chunked.set(Some(message));
+        self.position.set(if message.is_done() { ReadPosition::Done } else { ReadPosition::Chunked });
+        n
     }
 
     /// Records that hyper got `n` of the `left` bytes of a body.

@@ -4,13 +4,14 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::Poll;
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::{Request, Response};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{HttpService, service_fn};
@@ -55,7 +56,7 @@ pub(crate) trait Service: 'static {
         B: http_body::Body<Data = Bytes> + Unpin;
 
     /// The response to a request whose handler panicked.
-    fn panicked(&self) -> Response<Body<Self::Stream>>;
+    fn panicked(&self, head: &Parts) -> Response<Body<Self::Stream>>;
 
     /// Whether connections close after their response.
     fn is_stopping(&self) -> bool;
@@ -112,7 +113,14 @@ pub(crate) async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox
     loop {
         let (request, conn) = mailbox.next().await;
         let (head, body) = request.into_parts();
-        let response = guarded(&gateway, &head, body, &Exchange::new(conn)).await;
+        let mut body = body;
+        let response = guarded(&gateway, &head, &mut body, &Exchange::new(conn.clone())).await;
+        if conn.has_whole_chunked_body() {
+            // hyper gives up a body that is left with more than one piece, and closes the connection. All pieces are
+            // here: a refused request must not cost its connection.
+            while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {}
+        }
+        drop(body);
         header_map_pool::give_back(head.headers);
         mailbox.reply(response);
     }
@@ -122,7 +130,7 @@ pub(crate) async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox
 async fn guarded<S: Service>(
     gateway: &Rc<S>,
     head: &Parts,
-    body: Incoming,
+    body: &mut Incoming,
     exchange: &Exchange,
 ) -> ServiceResponse<S> {
     let mut handling = pin!(gateway.handle(head, body, exchange));
@@ -130,7 +138,7 @@ async fn guarded<S: Service>(
         Ok(polled) => polled.map(Some),
         Err(_) => Poll::Ready(None),
     });
-    response.await.unwrap_or_else(|| gateway.panicked())
+    response.await.unwrap_or_else(|| gateway.panicked(head))
 }
 
 /// Runs hyper on a connection. Returns whether hyper ended it; otherwise a deadline or the client did, and nobody waits for

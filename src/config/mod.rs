@@ -13,7 +13,7 @@
 //! - `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced.
-//! - `base_url`, `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `base_url`, `browsers`, `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `warnings` finds settings that are allowed but unwise.
 //! - `secret` keeps a key from being printed.
 //!
@@ -23,6 +23,7 @@
 mod aliases;
 mod backend;
 mod base_url;
+mod browsers;
 mod charges;
 mod clients;
 mod common;
@@ -65,6 +66,7 @@ pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::text::{is_like_a_key, key_name};
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
+use crate::http1::origin::{Hosts, Origins};
 use crate::policy::pattern::Pattern;
 use crate::policy::route::{Named, Rule};
 use crate::policy::spend::Period;
@@ -130,6 +132,10 @@ pub struct Server {
     pub keep_alive: Duration,
     /// Peers whose `x-forwarded-for` header is trusted.
     pub trusted_proxies: Vec<IpNet>,
+    /// The origins whose web pages may use Zap.
+    pub cors_origins: Origins,
+    /// The names that `Host` may have; empty: any.
+    pub allowed_hosts: Hosts,
 }
 
 impl Server {
@@ -145,6 +151,8 @@ impl Server {
             ("server.drain_delay_secs", self.drain_delay != other.drain_delay),
             ("server.keep_alive_secs", self.keep_alive != other.keep_alive),
             ("server.trusted_proxies", self.trusted_proxies != other.trusted_proxies),
+            ("server.cors_origins", self.cors_origins != other.cors_origins),
+            ("server.allowed_hosts", self.allowed_hosts != other.allowed_hosts),
         ]
         .into_iter()
         .filter_map(|(key, differs)| differs.then_some(key))

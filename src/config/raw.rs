@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::config::backend::ReadBackends;
+use crate::config::browsers::{allowed_hosts, cors_origins};
 use crate::config::charges::Lines;
 use crate::config::clients::ReadClients;
 use crate::config::common::{
@@ -172,6 +173,8 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         drain_delay: t.seconds("drain_delay_secs", DRAIN_DELAY_SECS),
         keep_alive: t.seconds("keep_alive_secs", KEEP_ALIVE_SECS),
         trusted_proxies: trusted_proxies(t),
+        cors_origins: cors_origins(t),
+        allowed_hosts: allowed_hosts(t),
     }
 }
 

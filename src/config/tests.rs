@@ -18,6 +18,8 @@ max_connections = 5
 drain_secs = 0
 keep_alive_secs = 7
 trusted_proxies = ["10.0.0.0/8", "::1"]
+cors_origins = ["https://App.example:443", "app://obsidian.md"]
+allowed_hosts = ["zap.example", "[::1]:8000"]
 
 [queue]
 max_size = 0
@@ -334,6 +336,9 @@ fn every_key_is_read() {
     assert_eq!((c.clients[0].digest[0], c.clients[1].digest[..3].to_vec()), (0x8F, vec![0xE3, 0xB0, 0xC4]));
     let proxies: Vec<_> = c.server.trusted_proxies.iter().map(ToString::to_string).collect();
     assert_eq!(proxies, ["10.0.0.0/8", "::1/128"]);
+    let origins = vec!["https://app.example".into(), "app://obsidian.md".into()];
+    assert_eq!(c.server.cors_origins, Origins::Listed(origins));
+    assert_eq!(c.server.allowed_hosts.0.len(), 2);
     assert_eq!(c.backends[0].default_model.as_deref(), Some("m"));
     assert_eq!(c.backends[1].url.authority, "[::1]:9000");
     assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
@@ -436,6 +441,27 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
             "[server]\ntrusted_proxies = [\"10.0.0.0/8\",\n\"sk-CANARY\"]",
             "3: `server.trusted_proxies[1]` is not valid; must be an address such as `10.0.0.1` \
              or a network such as `10.0.0.0/8`",
+        ),
+        (
+            "[server]\ncors_origins = [\"*\", \"https://app.example/\"]",
+            "2: `server.cors_origins` contains an invalid value; \
+             each element must be `*` or an origin such as `https://app.example`, without a slash at its end",
+        ),
+        (
+            "[server]\ncors_origins = [\"https://app.example/chat\"]",
+            "2: `server.cors_origins` contains an invalid value; \
+             each element must be `*` or an origin such as `https://app.example`, without a path",
+        ),
+        (
+            "[server]\ncors_origins = [\"app://obsidian.md\",\n\"localhost\"]",
+            "3: `server.cors_origins` contains \"localhost\"; \
+             each element must be `*` or an origin such as `https://app.example`, with its scheme",
+        ),
+        (
+            "[server]\nallowed_hosts = [\"zap.example:8000\", \"http://zap.example\"]",
+            "2: `server.allowed_hosts` contains an invalid value; \
+             each element must be a host such as `zap.example`, `zap.example:8000` or `[::1]`, \
+             without scheme and path",
         ),
         (
             "[server]\ntrusted_proxies = \"10.0.0.1\"",
@@ -1006,6 +1032,18 @@ fn mangled_texts_cause_no_panic_and_no_fault_shows_the_key() {
         });
     }
     assert!(valid > 1000 && invalid > 1000, "{valid} {invalid}");
+}
+
+#[test]
+fn all_origins_without_client_keys_get_a_warning() {
+    let key = "[[client_keys]]\nname = \"a\"\nkey = \"k\"\n";
+    for (origins, more, warnings) in
+        [("\"*\"", "", 1), ("\"*\"", key, 0), ("\"https://a\"", "", 0), ("", "", 0)]
+    {
+        let text = format!("[server]\ncors_origins = [{origins}]\n{BACKEND}{more}");
+        let config = Config::parse(&text, "t", Path::new(""), &|_| None).unwrap();
+        assert_eq!(config.warnings.len(), warnings, "{origins} {more}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use crate::config::charges::is_served;
 use crate::config::text::key_name;
 use crate::config::{Backend, Config, Server};
+use crate::http1::origin::Origins;
 
 /// One line for each unwise setting.
 pub(super) fn warnings(config: &Config) -> Vec<String> {
@@ -43,6 +44,13 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
                 shown.map_or("a name".to_owned(), |shown| format!("\"{}\"", shown.trim_matches('"'))),
             ));
         }
+    }
+    if server.cors_origins == Origins::Any && clients.is_empty() {
+        warnings.push(
+            "`server.cors_origins` has \"*\" and there are no client keys: every web page may spend the keys \
+             of the backends; list the origins, or add `[[client_keys]]`"
+                .to_owned(),
+        );
     }
     let has_keys = backends.iter().any(|backend| backend.api_key.is_some());
     if server.host.is_unspecified() && has_keys && clients.is_empty() {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use crate::gateway::browser::SiteRefusal;
 use crate::gateway::limit_error::LimitError;
 use crate::protocol::endpoint::is_provider_state;
 use crate::time::Nanos;
@@ -51,6 +52,8 @@ pub(crate) enum GatewayError {
     BadQuery(String),
     /// The ledger cannot be read now; the message.
     LedgerUnavailable(Cow<'static, str>),
+    /// The request comes from elsewhere, or is meant for another host.
+    Site(SiteRefusal),
     /// The body stalled, or the deadline passed before it was complete.
     RequestTimeout,
     /// The body is larger than the limit; the limit, in bytes.

@@ -2,6 +2,8 @@
 
 pub(crate) mod endpoints;
 
+pub(crate) mod browser;
+
 pub(crate) mod caller;
 
 pub(crate) mod reserve;
@@ -165,8 +167,15 @@ impl Gateway {
         let method = Some(&head.method);
         let arrival = Arrival { method, path, endpoint, request_id, peer: exchange.peer() };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
-        let context = ResponseContext { exchange, version: head.version, decision: None, tokens: None };
+        let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
+        let may_spend = exchange.tells_page() && generation.clients.is_open();
+        if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, may_spend) {
+            return self.refuse(&GatewayError::Site(refusal), record, &context);
+        }
+        if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
+            return self.finish(response, record, &context);
+        }
         if endpoint.is_guarded(path) {
             match caller::identify(self.shared(), &generation.clients, &head.headers) {
                 Ok(caller) => record.caller = caller,
@@ -412,8 +421,8 @@ impl Service for Gateway {
         self.respond(head, body, exchange).await
     }
 
-    fn panicked(&self) -> ClientResponse {
-        self.internal_error()
+    fn panicked(&self, head: &Parts) -> ClientResponse {
+        self.internal_error(&head.headers)
     }
 
     fn is_stopping(&self) -> bool {

@@ -250,6 +250,7 @@ impl GatewayError {
                 Code::RequestTimeout,
                 "The request body arrived too slowly; send it without long pauses.".into(),
             )),
+            E::Site(refusal) => refusal.row(),
             E::TooLarge(limit) => closing(row(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 INVALID,
@@ -367,6 +368,7 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::gateway::browser::SiteRefusal;
     use crate::gateway::wording::is_misleading;
     use crate::policy::spend::Period;
     use crate::policy::token_window::TokenDecision;
@@ -425,6 +427,8 @@ mod tests {
             (E::Limited(L::TooLarge { tokens: 9, limit: 8 }), 429, LIMIT, "request_too_large_for_limit", None, None, false),
             (E::RequestTimeout, 408, INVALID, "request_timeout", None, None, true),
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
+            (E::Site(SiteRefusal::Host), 421, INVALID, "misdirected_request", None, None, false),
+            (E::Site(SiteRefusal::Origin), 403, INVALID, "origin_not_allowed", None, None, false),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
             (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
             (E::UpgradeRequired, 426, INVALID, "upgrade_required", None, None, false),

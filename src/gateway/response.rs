@@ -15,7 +15,7 @@ use crate::gateway::attempt::{Delivery, OpenedResponse};
 use crate::gateway::refusal::{GatewayError, X_SHOULD_RETRY};
 use crate::gateway::relay::RelayBody;
 use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
-use crate::gateway::{ClientResponse, Gateway};
+use crate::gateway::{ClientResponse, Gateway, browser};
 use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
 use crate::policy::token_window::TokenDecision;
@@ -46,10 +46,19 @@ pub(super) struct ResponseContext<'a> {
     pub(super) exchange: &'a Exchange,
     /// The HTTP version of the request.
     pub(super) version: Version,
+    /// The headers of the request.
+    headers: &'a HeaderMap,
     /// The decision of the rate limiter, if a limit of requests applies.
     pub(super) decision: Option<Decision>,
     /// The state of the client's limit of tokens, if there is one.
     pub(super) tokens: Option<TokenDecision>,
+}
+
+impl<'a> ResponseContext<'a> {
+    /// The facts about a request before any limit was looked at.
+    pub(super) fn new(exchange: &'a Exchange, version: Version, headers: &'a HeaderMap) -> Self {
+        ResponseContext { exchange, version, headers, decision: None, tokens: None }
+    }
 }
 
 impl Gateway {
@@ -154,6 +163,7 @@ impl Gateway {
             headers.insert(REMAINING_TOKENS, headers::number(d.remaining));
             headers.insert(RESET_TOKENS, headers::reset(d.reset));
         }
+        browser::expose(&self.server().cors_origins, context.headers, headers);
         if context.exchange.must_close() || self.shared().is_stopping() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -197,7 +207,8 @@ impl Gateway {
     }
 
     /// Builds the response to a request that panicked. The record was reported when the panic dropped it.
-    pub(super) fn internal_error(&self) -> ClientResponse {
+    /// `request`: the headers of the request.
+    pub(super) fn internal_error(&self, request: &HeaderMap) -> ClientResponse {
         let mut response = GatewayError::Internal
             .response(Protocol::default(), !self.shared().budget.has_room(clock::now()));
         let panicked = self.recorder.panicked.take();
@@ -206,6 +217,7 @@ impl Gateway {
         response.headers_mut().insert(headers::X_REQUEST_ID, id);
         response.headers_mut().insert(X_ZAP_ATTEMPTS, headers::number(tries));
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        browser::expose(&self.server().cors_origins, request, response.headers_mut());
         response
     }
 
@@ -221,7 +233,8 @@ impl Gateway {
         };
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         record.is_suppressed = !self.refused_heads.borrow_mut().take(record.started, MAX_REFUSED_LINES);
-        let context = ResponseContext { exchange, version: Version::HTTP_11, decision: None, tokens: None };
+        let headers = HeaderMap::new();
+        let context = ResponseContext::new(exchange, Version::HTTP_11, &headers);
         self.refuse(&GatewayError::BadRequest(why), record, &context)
     }
 }

@@ -29,14 +29,17 @@ pub(crate) struct RequestHead {
     pub len: usize,
     /// Framing of the body.
     pub framing: Framing,
+    /// Whether the head has `Origin` or `Sec-Fetch-Site`, by which a browser tells of the page behind a request.
+    pub tells_page: bool,
 }
 
-/// The headers that determine the framing and the authority.
+/// The headers that determine the framing and the authority, and whether there are any of a page.
 #[derive(Default)]
 struct KeyHeaders<'a> {
     host: Option<&'a [u8]>,
     length: Option<u64>,
     chunked: bool,
+    page: bool,
 }
 
 /// Checks the bytes received so far. Returns `None` while the head is incomplete.
@@ -77,7 +80,7 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
         None => {}
         Some(host) => same_authority(target, host)?,
     }
-    Ok(Some(RequestHead { len: lines.at, framing }))
+    Ok(Some(RequestHead { len: lines.at, framing, tells_page: seen.page }))
 }
 
 /// Whether an incomplete head, of which the first `parsed` bytes were parsed already, should be parsed again: if it
@@ -179,7 +182,7 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
         return Err(HeadFault("a header name is not a token (RFC 9110, section 5.6.2)"));
     }
     // The length excludes most of the other names.
-    if !matches!(name.len(), 4 | 14 | 17) {
+    if !matches!(name.len(), 4 | 6 | 14 | 17) {
         return Ok(());
     }
     let value = value[1..].trim_ascii();
@@ -207,6 +210,8 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
             return Err(HeadFault("Transfer-Encoding must be chunked, and only with HTTP/1.1"));
         }
         seen.chunked = true;
+    } else {
+        seen.page |= name.eq_ignore_ascii_case(b"origin") || name.eq_ignore_ascii_case(b"sec-fetch-site");
     }
     Ok(())
 }
@@ -229,7 +234,7 @@ fn same_authority(target: &[u8], host: &[u8]) -> Result<(), HeadFault> {
 }
 
 /// Whether a value is `host [":" port]` with the characters of RFC 3986, without userinfo.
-fn is_host(value: &[u8]) -> bool {
+pub(super) fn is_host(value: &[u8]) -> bool {
     let colon = if value.starts_with(b"[") {
         match memchr(b']', value) {
             Some(end) if end + 1 == value.len() => None,
@@ -297,11 +302,15 @@ mod tests {
             ("GET /v1/models/a:b@c~d%C3%A9 HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
             ("GET /chat?a[]={b}|^c&d='(e)!$*+,;=? HTTP/1.1\r\nHost: a\r\n\r\n", Framing::Length(0)),
         ] {
-            assert_eq!(verdict(head), Ok(Some(RequestHead { len: head.len(), framing })), "{head:?}");
+            assert_eq!(
+                verdict(head),
+                Ok(Some(RequestHead { len: head.len(), framing, tells_page: false })),
+                "{head:?}"
+            );
             let with_body = format!("{head}{{}}");
             assert_eq!(
                 verdict(&with_body),
-                Ok(Some(RequestHead { len: head.len(), framing })),
+                Ok(Some(RequestHead { len: head.len(), framing, tells_page: false })),
                 "{with_body:?}"
             );
             for cut in 0..head.len() {
@@ -396,7 +405,7 @@ mod tests {
     fn a_line_may_end_anywhere_in_a_block() {
         for length in 0..40 {
             let head = format!("GET / HTTP/1.1\r\nx: {}\r\nhost: a\r\n\r\n", "v".repeat(length));
-            let want = RequestHead { len: head.len(), framing: Framing::Length(0) };
+            let want = RequestHead { len: head.len(), framing: Framing::Length(0), tells_page: false };
             assert_eq!(verdict(&head), Ok(Some(want)), "{length}");
             (0..head.len()).for_each(|cut| assert_eq!(verdict(&head[..cut]), Ok(None), "{length}, {cut}"));
             let bare = head.replacen("v\r\n", "v\n", 1).replacen("x: \r\n", "x: \n", 1);
@@ -415,6 +424,21 @@ mod tests {
                 let got = inspect(&head(&value));
                 assert_eq!(matches!(got, Ok(Some(_))), good, "{b:#x} at {place}: {got:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_head_tells_of_a_page_if_it_has_one_of_two_headers() {
+        for (headers, tells) in [
+            ("origin: http://b\r\n", true),
+            ("ORIGIN:\r\n", true),
+            ("x: y\r\nSec-Fetch-Site: cross-site\r\naccept: */*\r\n", true),
+            ("content-length: 0\r\norigin: null\r\ncontent-type: a\r\n", true),
+            ("sec-fetch-mode: cors\r\naccept: */*\r\nrefere: a\r\n", false),
+            ("x-origin: a\r\norigins: a\r\n", false),
+        ] {
+            let head = format!("GET / HTTP/1.1\r\nhost: a\r\n{headers}\r\n");
+            assert_eq!(inspect(head.as_bytes()).map(|h| h.unwrap().tells_page), Ok(tells), "{headers}");
         }
     }
 

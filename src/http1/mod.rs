@@ -8,7 +8,9 @@ pub(crate) mod header_rules;
 
 pub(crate) mod headers;
 
-mod chunked;
+pub(crate) mod origin;
+
+pub(crate) mod chunked;
 
 pub(crate) mod decode;
 

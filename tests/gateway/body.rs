@@ -156,7 +156,7 @@ fn a_chunked_body_arrives_complete_and_without_its_trailers() {
     client.send("0\r\nx-t: secret\r\n\r\n");
     let answer = client.response();
     assert_eq!(answer.text(), format!("{{\"model\":\"m\",{}", &CHAT[1..]));
-    assert_eq!(answer.header("connection"), Some("close"));
+    assert_eq!(answer.header("connection"), None);
     let seen = &provider.seen()[0];
     assert_eq!(
         (seen.header("x-t"), seen.header("transfer-encoding"), seen.header("trailer")),

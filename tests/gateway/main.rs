@@ -14,7 +14,11 @@ mod balance;
 
 mod body;
 
+mod browsers;
+
 mod cancel;
+
+mod chunked;
 
 mod clients;
 
