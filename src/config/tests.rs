@@ -444,23 +444,21 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ),
         (
             "[server]\ncors_origins = [\"*\", \"https://app.example/\"]",
-            "2: `server.cors_origins` contains an invalid value; \
-             each element must be `*` or an origin such as `https://app.example`, without a slash at its end",
+            "2: `server.cors_origins[1]` is \"https://app.example/\"; must be `*` or an origin such as \
+             `https://app.example`, without a slash at its end",
         ),
         (
             "[server]\ncors_origins = [\"https://app.example/chat\"]",
-            "2: `server.cors_origins` contains an invalid value; \
-             each element must be `*` or an origin such as `https://app.example`, without a path",
+            "2: `server.cors_origins[0]` is \"https://app.example/chat\"; must be `*` or an origin such as \
+             `https://app.example`, without a path",
         ),
         (
             "[server]\ncors_origins = [\"app://obsidian.md\",\n\"localhost\"]",
-            "3: `server.cors_origins` contains \"localhost\"; \
-             each element must be `*` or an origin such as `https://app.example`, with its scheme",
+            "3: `server.cors_origins[1]` is \"localhost\"; must be `*` or an origin such as `https://app.example`, with its scheme",
         ),
         (
             "[server]\nallowed_hosts = [\"zap.example:8000\", \"http://zap.example\"]",
-            "2: `server.allowed_hosts` contains an invalid value; \
-             each element must be a host such as `zap.example`, `zap.example:8000` or `[::1]`, \
+            "2: `server.allowed_hosts[1]` is \"http://zap.example\"; must be a host such as `zap.example`, `zap.example:8000` or `[::1]`, \
              without scheme and path",
         ),
         (
