@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::provider::{After, chunk, end_chunks, reply, start_events, wait_closed};
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
 use crate::support::{Client, Provider, Response, Zap, eventually};
 
 const SPEAKS: &str = "protocols = [\"anthropic\"]";
@@ -240,7 +240,13 @@ fn before_content_an_error_a_cut_or_an_empty_message_goes_to_the_next_backend() 
 #[test]
 fn the_last_error_of_a_provider_goes_to_the_client_as_it_came() {
     let error = r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#;
-    let a = stream_of(&[START, OVERLOADED], Ending::Clean);
+    // In one piece: without another target, a stream is held only until its first event.
+    let a = Provider::start(|_, stream| {
+        start_events(stream);
+        let _ = chunk(stream, &[START, OVERLOADED].concat());
+        end_chunks(stream);
+        After::Keep
+    });
     let answer = ask(
         &Zap::with("[retry]\nmax_retries = 0", &[a.backend("a", SPEAKS)]),
         "/v1/messages",
@@ -257,6 +263,28 @@ fn the_last_error_of_a_provider_goes_to_the_client_as_it_came() {
         let answer = ask(&zap, "/v1/messages", "", ASK);
         assert_eq!((answer.status, answer.text()), (status, error));
     }
+}
+
+#[test]
+fn without_another_backend_an_error_behind_the_first_event_passes_in_the_stream() {
+    let gate = Gate::default();
+    let theirs = gate.clone();
+    let a = Provider::start(move |_, stream| {
+        start_events(stream);
+        let _ = chunk(stream, START);
+        theirs.pass();
+        let _ = chunk(stream, OVERLOADED);
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("[retry]\nmax_retries = 0", &[a.backend("a", SPEAKS)]);
+    let mut client = zap.client();
+    client.post("/v1/messages", "", ASK_STREAM);
+    assert_eq!(client.head().status, 200);
+    assert_eq!(client.chunk().unwrap(), START.as_bytes(), "the start has gone out before the error comes");
+    gate.open(1);
+    assert_eq!(client.chunk().unwrap(), OVERLOADED.as_bytes());
+    assert_eq!(client.chunk().unwrap(), b"", "a clean end");
 }
 
 #[test]
