@@ -32,6 +32,17 @@ pub(crate) fn health() -> ClientResponse {
     text(StatusCode::OK, "application/json", "{\"status\":\"ok\"}".into())
 }
 
+/// `/`: what is here.
+pub(crate) fn root() -> ClientResponse {
+    const TEXT: &str = concat!(
+        "Zap ",
+        env!("CARGO_PKG_VERSION"),
+        ", an LLM inference gateway. Clients: the base URL is /v1 here. Operators: /v1/models /status /usage /metrics \
+         /health /ready, and `zap help`.\n"
+    );
+    text(StatusCode::OK, "text/plain; charset=utf-8", TEXT.into())
+}
+
 /// `/ready`: Zap takes new requests; 503 while it drains.
 pub(crate) fn ready(shared: &Shared) -> ClientResponse {
     if shared.is_stopping() {

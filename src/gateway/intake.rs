@@ -195,7 +195,7 @@ fn body_error(fault: BodyFault) -> GatewayError {
 
 impl ChatRequest {
     /// Returns a hash that identifies the conversation, of the first of these that is present: the header
-    /// `x-zap-session`, the members `prompt_cache_key` and `user`, the model with at most `max_bytes` of the opening
+    /// of a session, the members `prompt_cache_key` and `user`, the model with at most `max_bytes` of the opening
     /// messages. The hash is the same for every request of the conversation and in every process. `None` if none of
     /// these is present.
     pub(crate) fn affinity(

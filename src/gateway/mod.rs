@@ -99,7 +99,13 @@ const MAX_REPORTS: u64 = 20;
 /// The path of a model, up to its id.
 const MODELS: &str = "/models/";
 
-const X_ZAP_SESSION: HeaderName = HeaderName::from_static("x-zap-session");
+/// Headers that identify a conversation, the first one first: Zap's own, Claude Code's and Codex's.
+const SESSION: [HeaderName; 4] = [
+    HeaderName::from_static("x-zap-session"),
+    HeaderName::from_static("x-claude-code-session-id"),
+    HeaderName::from_static("session-id"),
+    HeaderName::from_static("thread-id"),
+];
 
 /// A response to a client.
 pub(crate) type ClientResponse = Response<Body<RelayBody>>;
@@ -216,6 +222,7 @@ impl Gateway {
             Page::Metrics => endpoints::metrics(self.shared()),
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
+            Page::Root => endpoints::root(),
             Page::Status => endpoints::status(self.shared()),
             Page::Usage => {
                 let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
@@ -363,7 +370,8 @@ impl Gateway {
             return Err(GatewayError::NotSpoken(protocol.name()));
         }
         let affinity = if snapshot.config.strategy == Strategy::PrefixHash {
-            chat.affinity(headers.get(X_ZAP_SESSION), model, snapshot.config.prefix_bytes)
+            let session = SESSION.iter().filter_map(|name| headers.get(name)).find(|value| !value.is_empty());
+            chat.affinity(session, model, snapshot.config.prefix_bytes)
         } else {
             None
         };

@@ -83,10 +83,12 @@ impl ClientLimits<'_> {
         &self,
         record: &mut RequestRecord,
     ) -> Result<Option<TokenDecision>, GatewayError> {
-        let limit = token_limit(self.snapshot, record);
+        // A request that only counts tokens uses none.
+        let is_metered = self.ask.endpoint.api().is_some_and(|api| api.metering != Metering::Off);
+        let limit = token_limit(self.snapshot, record).filter(|_| is_metered);
         let client = known_client(&record.caller);
         let admission = client.and_then(|client| client.admission.clone());
-        let budget = client.and_then(|client| client.budget.clone());
+        let budget = client.filter(|_| is_metered).and_then(|client| client.budget.clone());
         self.check_size(limit)?;
         let mut reserved = ClientReservation::default();
         if let Some(admission) = &admission {

@@ -31,6 +31,7 @@ pub(crate) enum Endpoint {
     Ready,
     Rerank,
     Responses,
+    Root,
     Speech,
     Status,
     Transcriptions,
@@ -70,6 +71,7 @@ pub(crate) enum Page {
     Metrics,
     Models,
     Ready,
+    Root,
     Status,
     Usage,
 }
@@ -236,6 +238,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             ..Api::at("/responses")
         },
     ),
+    Row::page(Endpoint::Root, "root", &["/"], Page::Root),
     Row::api(Endpoint::Speech, "speech", &["/v1/audio/speech"], Api::at("/audio/speech")),
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
     Row::api(
@@ -331,7 +334,7 @@ impl Row {
 impl Endpoint {
     /// Number of endpoints. This is a literal because array types use it: a constant computed from the table would make
     /// the optimizing compiler fail with an evaluation cycle.
-    pub(crate) const COUNT: usize = 23;
+    pub(crate) const COUNT: usize = 24;
 
     /// All endpoints, in the order of their discriminants.
     pub(crate) const ALL: [Endpoint; Endpoint::COUNT] = {
@@ -431,7 +434,6 @@ mod tests {
             "/v1//chat",
             "/%63hat",
             "/Chat",
-            "/",
             "",
             "/v1/chat",
             "/v1",
@@ -466,7 +468,7 @@ mod tests {
             ("/v1/messages/batches/b", true),
             ("/v1/filesystem", false),
             ("/v1/other", false),
-            ("/", false),
+            ("//", false),
         ] {
             assert_eq!(is_provider_state(path), want, "{path}");
             assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");

@@ -104,7 +104,10 @@ fn a_session_header_a_cache_key_or_a_user_identifies_the_conversation() {
         homes.len()
     };
     assert!(homes("", "") > 1, "twelve conversations are spread over several backends");
-    assert_eq!(homes("x-zap-session: s1\r\n", ""), 1);
+    for header in ["x-zap-session", "x-claude-code-session-id", "session-id", "thread-id"] {
+        assert_eq!(homes(&format!("{header}: s1\r\n"), ""), 1, "{header}");
+    }
+    assert_eq!(homes("x-zap-session:\r\nthread-id: s1\r\n", ""), 1, "an empty one identifies nothing");
     assert_eq!(homes("", ",\"prompt_cache_key\":\"k1\""), 1);
     assert_eq!(homes("", ",\"user\":\"u1\""), 1);
     let twice = zap.chat("{\"messages\":[],\"user\":\"a\",\"user\":\"b\"}");

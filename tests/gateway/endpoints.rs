@@ -180,3 +180,13 @@ fn a_v1_responses_stream_ends_without_done() {
         assert_eq!(zap.metric("zap_streams_interrupted_total{side=\"upstream\"}"), interrupted, "{path}");
     }
 }
+
+#[test]
+fn the_root_says_what_is_here() {
+    let a = Provider::named("a");
+    let zap = Zap::with("[[client_keys]]\nname = \"team\"\nkey = \"zk\"\n", &[a.backend("a", "")]);
+    let page = zap.client().get("/");
+    assert_eq!((page.status, page.header("content-type")), (200, Some("text/plain; charset=utf-8")));
+    assert!(page.text().starts_with("Zap ") && page.text().contains("/status"), "{}", page.text());
+    assert_eq!(zap.client().chat("", "{}").status, 401);
+}

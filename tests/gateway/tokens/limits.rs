@@ -541,6 +541,8 @@ fn limits_hold_for_messages_and_refuse_in_the_shape_of_their_api() {
     let zap = Zap::with(&keys("budget = { usd = 0.0041, per = \"month\" }"), &[a.backend("a", prices)]);
     assert_eq!(post_message(&zap, MESSAGES, &body(300, &max(400))).status, 200, "0.0031 USD");
     let spent = post_message(&zap, MESSAGES, &body(1, &max(100)));
+    let counted = post_message(&zap, "/v1/messages/count_tokens", &body(1, &max(100)));
+    assert_eq!(counted.status, 200, "a count costs nothing");
     let quota = ("rate_limit_error".to_owned(), "insufficient_quota".to_owned());
     assert_eq!(message_error(&spent), quota);
     assert_eq!((spent.header("retry-after"), spent.header("x-should-retry")), (Some("59"), Some("false")));
