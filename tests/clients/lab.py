@@ -44,6 +44,17 @@ name = "little-money"
 key = "little-money-key"
 budget = { usd = 0.1, per = "month" }
 """),
+    "MESSAGES": (["alpha", "beta"], NEVER_EJECT + """[[client_keys]]
+name = "team"
+key = "team-key"
+[[client_keys]]
+name = "few-tokens"
+key = "few-tokens-key"
+tokens_per_minute = 30
+models = ["m-1"]
+[models.claude]
+targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "claude-own", priority = 1 }]
+"""),
     "ROUTES": (["alpha", "beta"], """[[client_keys]]
 name = "team"
 key = "team-key"
@@ -57,6 +68,7 @@ targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", mode
 }
 # Models that the backends of a case serve in addition to their default model.
 SERVES = {
+    "MESSAGES": {name: 'protocols = ["openai", "anthropic"]' for name in ("alpha", "beta")},
     "MONEY": {"alpha": 'prices = { "*" = { input = 1000, output = 10000 } }'},
     "ROUTES": {"alpha": 'models = ["meta/llama"]', "beta": 'models = { "meta/llama" = "llama-of-beta", other = "o" }'},
 }
@@ -212,7 +224,7 @@ def main():
     if not os.access(zap_binary(), os.X_OK):
         print(f"FAIL no binary {zap_binary()}: run cargo build, or set ZAP_BIN\n0 passed, 1 failed")
         return 1
-    mocked = {"python": [sys.executable, "test_python.py"], "node": ["node", "test_node.mjs"],
+    mocked = {"python": [sys.executable, "test_python.py"], "anthropic": [sys.executable, "test_anthropic.py"], "node": ["node", "test_node.mjs"],
               "codex": [sys.executable, "test_codex.py"]}
     passed = failed = 0
     for name, command in mocked.items():

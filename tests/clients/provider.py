@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A scripted mock provider of chat completions and of /v1/responses. The last user message, or else the model, selects
+"""A scripted mock provider of chat completions, of /v1/responses, of Anthropic's /v1/messages and of forms. The last user message, or else the model, selects
 the response:
 
   status:NNN   status NNN with an OpenAI error body, code mock_NNN (429: retry-after 7)
@@ -19,7 +19,7 @@ the response:
 
 GET /health: 200. GET /_seen: counts, keys and headers of the received requests, as JSON. Standalone: provider.py [PORT]
 """
-import collections, json, select, socket, sys, threading, time
+import collections, email, json, select, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -91,6 +91,28 @@ class Responses:
         return before, content, after
 
 
+class Messages:
+    """A message of Anthropic's API, with the members of Chat."""
+
+    def __init__(self, model, text):
+        self.text = text
+        self.answer = {"id": "msg_mock", "type": "message", "role": "assistant", "model": model, "stop_reason": "end_turn",
+                       "stop_sequence": None, "content": [{"type": "text", "text": text}],
+                       "usage": {"input_tokens": 3, "output_tokens": 5}}
+
+    def events(self):
+        begun = {**self.answer, "content": [], "stop_reason": None, "usage": {"input_tokens": 3, "output_tokens": 1}}
+        before = [{"type": "message_start", "message": begun},
+                  {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]
+        content = [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": piece}}
+                   for piece in pieces(self.text)]
+        after = [{"type": "content_block_stop", "index": 0},
+                 {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+                  "usage": {"output_tokens": 5}},
+                 {"type": "message_stop"}]
+        return before, content, after
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -130,8 +152,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200 if path == "/health" else 404, {})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = self.rfile.read(int(self.headers["content-length"]))
         self.record()
+        if self.headers["content-type"].startswith("multipart/"):
+            return self.form(body)
+        body = json.loads(body)
         model, said = body.get("model"), last_user_message(body)
         orders = (text.partition(":") for text in (said, model or ""))
         verb, arg = next(((verb, arg) for verb, _, arg in orders if verb in VERBS), ("", ""))
@@ -147,13 +172,22 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "slow":
             self.wait_for_disconnect()
         text = f"{self.server.name} got {model}: {said}"
-        dialect = Responses(model, text) if self.path.endswith("/responses") else Chat(model, text)
+        kind = {"responses": Responses, "messages": Messages}.get(self.path.rpartition("/")[2], Chat)
+        dialect = kind(model, text)
         if body.get("stream"):
             self.stream(dialect, verb, arg)
         elif verb in ("error", "late-error"):
             self.send(200, self.error_inside(arg))
         else:
             self.send(200, dialect.answer, missing=int(arg) if verb == "short" else 0)
+
+    def form(self, body):
+        """Answers a form with its model and the length of each file."""
+        message = email.message_from_bytes(b"content-type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + body)
+        parts = {part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
+                 for part in message.get_payload()}
+        said = f"{self.server.name} got {parts['model'].decode()}: {len(parts.get('file') or parts.get('image'))} bytes"
+        self.send(200, {"text": said} if "audio" in self.path else {"created": 1, "data": [{"url": said}]})
 
     def error(self, status, retry_after):
         extra = [("retry-after", str(retry_after))] if status == 429 else []
