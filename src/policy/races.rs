@@ -211,7 +211,7 @@ fn reserved_tokens_never_exceed_the_limit_and_none_are_leaked() {
                 assert!(held.fetch_add(amount, Ordering::SeqCst) + amount <= 10);
                 held.fetch_sub(amount - used.unwrap_or(0) as usize, Ordering::SeqCst);
                 match used {
-                    Some(used) => hold.settle(used, 2),
+                    Some(used) => assert_eq!(hold.settle(used, 2), 0),
                     None => drop(hold),
                 }
                 used.unwrap_or(0)
@@ -233,7 +233,7 @@ fn the_number_of_free_tokens_is_that_of_the_last_change() {
         let theirs = quota.clone();
         let reserves = thread::spawn(move || {
             let hold = theirs.take(1, 4, None).expect("there is room");
-            hold.settle(4, 1);
+            assert_eq!(hold.settle(4, 1), 0);
         });
         drop(refunded);
         reserves.join().unwrap();
