@@ -1,5 +1,7 @@
 //! `models` of a backend, and the named routes of `[models.NAME]`.
 
+use std::collections::HashSet;
+
 use crate::config::Backend;
 use crate::config::common::{PRIORITY, WEIGHT};
 use crate::config::text::{Text, shown_name};
@@ -39,10 +41,10 @@ pub(super) fn rules(t: &mut Section<'_, '_>) -> Option<Vec<Rule>> {
         let what = "is empty; must be left out if the backend serves any model";
         t.fault(line.unwrap_or(t.line()), "models", what);
     }
-    let mut rules: Vec<Rule> = Vec::new();
+    let (mut rules, mut known) = (Vec::new(), HashSet::new());
     for (public, own) in entries {
         let Some(pattern) = pattern(t, &public) else { continue };
-        if rules.iter().any(|rule| rule.public == pattern) {
+        if !known.insert(public.value.clone()) {
             t.fault_of(&public, "repeats a name; each name must be listed once");
         }
         let own = own.and_then(|own| own_name(t, own, &pattern));

@@ -96,7 +96,12 @@ fn proxy_of(t: &Section<'_, '_>, text: &Text) -> (Option<Proxy>, bool) {
     match Proxy::parse(&text.value, ProxySource::File) {
         Ok(proxy) => (Some(proxy), text.value.contains('@') && !text.is_variable()),
         Err(what) => {
-            let found = match text.shown() {
+            // A variable is shown by its name, unless a default stands beside it.
+            let may_show = |shown: &String| match text.is_variable() {
+                true => !shown.contains(":-"),
+                false => has_no_password(&text.value),
+            };
+            let found = match text.shown().filter(may_show) {
                 Some(shown) if text.is_variable() => format!("is {shown}, whose value {what}"),
                 Some(shown) => format!("is {shown}, which {what}"),
                 None => what.to_owned(),
@@ -105,6 +110,13 @@ fn proxy_of(t: &Section<'_, '_>, text: &Text) -> (Option<Proxy>, bool) {
             (None, false)
         }
     }
+}
+
+/// Whether nothing in a value that is no proxy looks like a user with a password: people write `host:port:user:password`.
+fn has_no_password(value: &str) -> bool {
+    let rest = value.split_once("://").map_or(value, |(_, rest)| rest);
+    let is_port = |port: &str| port.trim_end_matches('/').bytes().all(|b| b.is_ascii_digit());
+    rest.split_once(':').is_none_or(|(_, port)| is_port(port))
 }
 
 impl Proxy {
@@ -304,6 +316,12 @@ mod tests {
                 ),
                 "{fault}"
             );
+            assert!(!fault.contains("CANARY"), "{fault}");
+        }
+        for value in
+            ["p:3128:u:CANARY", "socks5://u:CANARY", "u:CANARY:1", "${P:-p:3128:u:CANARY}", "p:CANARY"]
+        {
+            let fault = read("https://a", &format!("proxy = \"{value}\""), &[]).unwrap_err();
             assert!(!fault.contains("CANARY"), "{fault}");
         }
         let fault = read("https://a", "proxy = \"socks5://u:sk-CANARY@p\"", &[]).unwrap_err();

@@ -1,6 +1,9 @@
 //! The list of models that a backend serves, as `GET /v1/models` returns it.
 
+use std::collections::{BTreeMap, HashSet};
+
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::json::members::MAX_NAME;
 
@@ -11,17 +14,25 @@ const MAX_NAMES: usize = 10_000;
 /// the list itself, as some providers send it. Returns `None` if `json` is no such list. Names that no request may have
 /// are left out.
 pub(crate) fn names(json: &[u8]) -> Option<Vec<Box<str>>> {
-    let list: Value = serde_json::from_slice(json).ok()?;
-    let members = list.get("data").unwrap_or(&list).as_array()?;
-    let mut names: Vec<Box<str>> = Vec::new();
-    let mut known = std::collections::HashSet::new();
-    for name in members.iter().filter_map(|member| member.get("id")?.as_str()) {
+    let (mut names, mut known) = (Vec::<Box<str>>::new(), HashSet::new());
+    for member in members(json)? {
+        let Ok(Value::Object(member)) = serde_json::from_str(member.get()) else { continue };
+        let Some(name) = member.get("id").and_then(Value::as_str) else { continue };
         let is_valid = (1..=MAX_NAME).contains(&name.len()) && !name.chars().any(char::is_control);
-        if is_valid && names.len() < MAX_NAMES && known.insert(name) {
+        if is_valid && names.len() < MAX_NAMES && known.insert(name.to_owned()) {
             names.push(name.into());
         }
     }
     Some(names)
+}
+
+/// The members of a list, unread: a provider's list may be long.
+fn members(json: &[u8]) -> Option<Vec<&RawValue>> {
+    let whole: &RawValue = serde_json::from_slice(json).ok()?;
+    serde_json::from_str(whole.get()).ok().or_else(|| {
+        let object: BTreeMap<String, &RawValue> = serde_json::from_str(whole.get()).ok()?;
+        serde_json::from_str(object.get("data")?.get()).ok()
+    })
 }
 
 #[cfg(test)]

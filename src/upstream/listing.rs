@@ -9,7 +9,7 @@ use crate::upstream::Upstream;
 use crate::upstream::get::get;
 
 /// Largest list, in bytes.
-pub(crate) const MAX_LIST: usize = 8 << 20;
+pub(crate) const MAX_LIST: usize = 4 << 20;
 
 impl Upstream {
     /// Whether the backend can be asked for its models: it takes requests for any name, with a key of its own or without
