@@ -255,7 +255,12 @@ impl Attempts<'_> {
             true => Event::Unfit(Unfit::OtherModel(status)),
             false => Event::Head { status, own_key, is_alive: is_alive(asked, status, (head, text)) },
         };
-        let Verdict::Failed(failure) = self.dispatch.on(event) else { return None };
+        let Verdict::Failed(failure) = self.dispatch.on(event) else {
+            if (400..500).contains(&status) {
+                self.pass_on(asked.in_flight);
+            }
+            return None;
+        };
         self.mark(asked, (status, head, text), failure);
         let mut fault = Fault::status(failure.code, status);
         if failure.mark == Some(Mark::BadKey)
@@ -312,12 +317,20 @@ impl Attempts<'_> {
                 None => self.cool_down(in_flight, DEFAULT_COOLING),
             },
             Some(Mark::Busy) => drop(pairs.busy(in_flight.key(), now)),
+            None if (400..500).contains(&status) => self.pass_on(in_flight),
             None => {}
         }
         if failure.code == Code::UpstreamError
             && let Some(wait) = rate_limits::retry_after(&head.headers, SystemTime::now)
         {
             self.cool_down(in_flight, wait);
+        }
+    }
+
+    /// Lets another request go in the place of one that was refused for its own sake.
+    fn pass_on(&self, in_flight: &InFlight) {
+        if in_flight.upstream().state.breaker.pairs.pass_on(in_flight.key(), clock::now()) {
+            self.gateway.shared().reopened.notify_waiters();
         }
     }
 

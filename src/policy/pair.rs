@@ -248,6 +248,17 @@ impl Pairs {
         }
     }
 
+    /// Reports a request that was refused for its own sake, which says nothing about the pair: while the pair reopens, the next
+    /// request may go in its place. Returns whether one may.
+    pub(crate) fn pass_on(&self, key: u64, now: Nanos) -> bool {
+        self.closed.load(Ordering::Acquire) > 0
+            && self.update(key, now, |pair| {
+                let Gate::Reopening { free, next, pace: None } = pair.gate else { return false };
+                pair.gate = Gate::Reopening { free: free + 1, next, pace: None };
+                true
+            })
+    }
+
     /// Reports a request that succeeded. Returns the change, and whether more requests may go than before.
     pub(crate) fn success(&self, key: u64, now: Nanos) -> (Option<PairChange>, bool) {
         self.update(key, now, |pair| {
@@ -561,6 +572,9 @@ mod tests {
         pairs.cool(A, 200, 110);
         assert_eq!((admitted(200), admitted(201)), (1, 0));
         assert_eq!(admitted(200 + PATIENCE), 1, "one more goes if the first does not end");
+        assert!(pairs.pass_on(A, 210 + PATIENCE));
+        assert_eq!(admitted(210 + PATIENCE), 1, "one more goes if the first was refused for its own sake");
+        assert!(!Pairs::default().pass_on(A, 0), "an open pair needs no such report");
     }
 
     #[test]
