@@ -1,5 +1,5 @@
 """Tests of the Python SDK through Zap to two real model servers; one of them is killed under load."""
-import concurrent.futures, json, os, pathlib, signal, socket, subprocess, sys, tempfile
+import concurrent.futures, json, os, pathlib, signal, socket, subprocess, sys, tempfile, time
 import openai
 from cases import case, finish
 from lab import REPO, Zap, config, dead_port
@@ -61,8 +61,13 @@ def _():
         told = [chunk.model_extra["timings"] for chunk in chunks if (chunk.model_extra or {}).get("timings")][-1]
         true["input"] += told["prompt_n"]
         true["output"] += told["predicted_n"]
-    lines = [json.loads(line) for line in zap_passive.log.read_text().splitlines() if line.startswith("{")]
-    tokens = [line["tokens"] for line in lines if line.get("stream") and line["tokens"]]
+    deadline = time.monotonic() + 5
+    while True:  # a line is written just after the end of its response
+        whole = [line for line in zap_passive.log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        tokens = [line["tokens"] for line in map(json.loads, whole) if line.get("stream") and line["tokens"]]
+        if len(tokens) == 30 or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
     assert len(tokens) == 30 and {told["source"] for told in tokens} == {"estimate"}, tokens
     for kind, n in true.items():
         estimate = sum(told[kind] for told in tokens)
