@@ -7,8 +7,9 @@
 //! real request after 1 s, 2 s, 4 s and so on, and comes back with the first answer.
 
 use crate::policy::balance::SLOW_START;
+use crate::policy::gate::MAX_TRIAL;
 pub use crate::policy::pair::Status;
-use crate::policy::pair::{FIRST_TRIAL, MAX_TRIAL, Pairs};
+use crate::policy::pair::{FIRST_TRIAL, Pairs};
 use crate::policy::sync::{AtomicU64, Ordering};
 use crate::time::{Nanos, SECOND};
 

@@ -36,6 +36,8 @@ pub(crate) mod dispatch;
 
 pub(crate) mod breaker;
 
+mod gate;
+
 pub(crate) mod pair;
 
 pub(crate) mod ratio;
