@@ -247,7 +247,8 @@ impl BackendQueues {
 fn most_tokens(snapshot: &Snapshot, ask: &Ask<'_>, id: BackendId) -> u64 {
     let of = |target| {
         let (target, demand) = (Some((target, ask.model)), &ask.demand);
-        snapshot.backends[id].expected(&Candidate { target, demand, now: clock::now(), ticket: None }).total()
+        let candidate = Candidate { target, demand, now: clock::now(), ticket: None };
+        snapshot.backends[id].need(&candidate).expected.total()
     };
     snapshot.targets(ask).filter(|target| target.backend == id).map(of).max().unwrap_or(0)
 }

@@ -20,8 +20,7 @@ use crate::protocol::request_limits::{is_member, most_output};
 use crate::protocol::usage::Usage;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
-use crate::time::Nanos;
-use crate::upstream::Upstream;
+use crate::time::{Day, Nanos};
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::limits::Candidate;
 
@@ -89,23 +88,23 @@ impl ClientLimits<'_> {
         let client = known_client(&record.caller);
         let admission = client.and_then(|client| client.admission.clone());
         let budget = client.filter(|_| is_metered).and_then(|client| client.budget.clone());
-        self.check_size(limit)?;
-        let mut reserved = ClientReservation::default();
+        let cost_limit = budget.as_ref().map(|budget| budget.limit());
+        let needs = needs(self.snapshot, self.ask, (limit.is_some() || budget.is_some(), cost_limit));
+        self.check_size(&needs, limit)?;
+        let mut reserved = ClientReservation { expected: needs.expected, ..ClientReservation::default() };
         if let Some(admission) = &admission {
             reserved.permit = Some(self.permit(admission, record).await?);
         }
         if let Some(budget) = &budget {
-            let cost;
-            (reserved.expected, cost) = self.expected(budget.limit());
-            reserved.spend = Some(spend(budget, cost)?);
+            reserved.spend = Some(spend(budget, needs.cost)?);
         }
         let mut decision = None;
         if let Some(limit) = limit {
-            let (shared, expected) = (self.gateway.shared(), self.expected(0).0);
+            let shared = self.gateway.shared();
             let key = limit_key(shared, &record.caller);
-            let result = shared.tokens.reserve(key, limit, expected.total(), clock::now());
+            let result = shared.tokens.reserve(key, limit, needs.expected.total(), clock::now());
             let (reservation, state) = result.map_err(|d| GatewayError::Limited(LimitError::Tokens(d)))?;
-            (reserved.expected, reserved.tokens, decision) = (expected, Some(reservation), Some(state));
+            (reserved.tokens, decision) = (Some(reservation), Some(state));
         }
         if reserved.permit.is_some() || reserved.spend.is_some() || reserved.tokens.is_some() {
             record.reserved = Some(Box::new(reserved));
@@ -113,34 +112,12 @@ impl ClientLimits<'_> {
         Ok(decision)
     }
 
-    /// The most that the request is expected to use and to cost at any of its targets. `budget`: see
-    /// [`Upstream::expected_cost`].
-    fn expected(&self, budget: u64) -> (Usage, u64) {
-        let (mut most, mut cost) = (Usage::default(), 0);
-        for (upstream, candidate) in candidates(self.snapshot, self.ask) {
-            let expected = upstream.expected(&candidate);
-            cost = cost.max(upstream.expected_cost(&candidate, &expected, budget));
-            if expected.total() > most.total() {
-                most = expected;
-            }
-        }
-        (most, cost)
-    }
-
     /// Refuses a request whose input and stated maximum of output are above the limit of its client, or of every backend
     /// that could serve it: no wait helps.
-    fn check_size(&self, limit: Option<u64>) -> Result<(), GatewayError> {
-        let too_large = |tokens, limit| Err(GatewayError::Limited(LimitError::TooLarge { tokens, limit }));
-        if let Some(limit) = limit {
-            let stated = candidates(self.snapshot, self.ask)
-                .map(|(upstream, candidate)| upstream.stated(&candidate))
-                .max();
-            if let Some(stated) = stated.filter(|stated| *stated > limit) {
-                return too_large(stated, limit);
-            }
-        }
-        match too_large_for_all(candidates(self.snapshot, self.ask)) {
-            Some((tokens, limit)) => too_large(tokens, limit),
+    fn check_size(&self, needs: &Needs, limit: Option<u64>) -> Result<(), GatewayError> {
+        let above_own = limit.filter(|limit| needs.stated > *limit).map(|limit| (limit, needs.stated));
+        match above_own.or(needs.exceeded.filter(|_| !needs.fits)) {
+            Some((limit, tokens)) => Err(GatewayError::Limited(LimitError::TooLarge { tokens, limit })),
             None => Ok(()),
         }
     }
@@ -164,55 +141,69 @@ impl ClientLimits<'_> {
     }
 }
 
-/// The request as a candidate for each target that may serve it.
-fn candidates<'a>(
-    snapshot: &'a Snapshot,
-    ask: &'a Ask<'_>,
-) -> impl Iterator<Item = (&'a Upstream, Candidate<'a>)> {
+/// What a request needs at the targets that may serve it.
+#[derive(Debug, Default)]
+struct Needs {
+    /// The most that it is expected to use at any of them.
+    expected: Usage,
+    /// The most that it is expected to cost at any of them, in nano-USD.
+    cost: u64,
+    /// Its input and its stated maximum of output, in tokens: the most at any of them.
+    stated: u64,
+    /// Whether one of them has no limit that it exceeds.
+    fits: bool,
+    /// The largest limit that it exceeds, and its tokens there.
+    exceeded: Option<(u64, u64)>,
+}
+
+/// What the request needs at its targets. `is_limited`: the client's tokens or money are limited; otherwise a target where
+/// the request fits ends the search. The cost is computed only with a `budget`, see
+/// [`expected_cost`](crate::upstream::Upstream::expected_cost).
+fn needs(snapshot: &Snapshot, ask: &Ask<'_>, (is_limited, budget): (bool, Option<u64>)) -> Needs {
+    let mut needs = Needs::default();
+    if !snapshot.limits_tokens() {
+        return needs;
+    }
     let now = clock::now();
-    snapshot.targets(ask).map(move |target| {
-        let (target_and_model, demand) = (Some((target, ask.model)), &ask.demand);
-        let candidate = Candidate { target: target_and_model, demand, now, ticket: None };
-        (&**snapshot.upstream(target), candidate)
-    })
+    for target in snapshot.targets(ask) {
+        let (upstream, target) = (snapshot.upstream(target), Some((target, ask.model)));
+        let candidate = Candidate { target, demand: &ask.demand, now, ticket: None };
+        let need = upstream.need(&candidate);
+        needs.stated = needs.stated.max(need.stated);
+        if need.expected.total() > needs.expected.total() {
+            needs.expected = need.expected;
+        }
+        if let Some(budget) = budget {
+            needs.cost = needs.cost.max(upstream.expected_cost(&candidate, &need, budget));
+        }
+        match upstream.exceeded(&need) {
+            Some(limit) => needs.exceeded = needs.exceeded.max(Some((limit, need.stated))),
+            None => needs.fits = true,
+        }
+        if needs.fits && !is_limited {
+            break;
+        }
+    }
+    needs
 }
 
 /// The error for a request that is too large for every backend that is left.
 pub(crate) fn too_large(snapshot: &Snapshot, ask: &Ask<'_>) -> GatewayError {
-    let limits = candidates(snapshot, ask).filter(|(upstream, candidate)| upstream.is_too_large(candidate));
-    let limits =
-        limits.map(|(upstream, c)| (upstream.conf.tokens_per_minute.unwrap_or(0), upstream.stated(&c)));
-    let (limit, tokens) = limits.max().unwrap_or_default();
+    let (limit, tokens) = needs(snapshot, ask, (true, None)).exceeded.unwrap_or_default();
     GatewayError::Limited(LimitError::TooLarge { tokens, limit })
-}
-
-/// The tokens of a request that is too large for every backend that could serve it, and the largest of their limits.
-fn too_large_for_all<'a>(
-    candidates: impl Iterator<Item = (&'a Upstream, Candidate<'a>)>,
-) -> Option<(u64, u64)> {
-    let mut largest = None;
-    for (upstream, candidate) in candidates {
-        let limit = upstream.conf.tokens_per_minute.filter(|_| upstream.is_too_large(&candidate))?;
-        largest = largest.max(Some((limit, upstream.stated(&candidate))));
-    }
-    largest.map(|(limit, tokens)| (tokens, limit))
 }
 
 fn spend(budget: &Arc<SpendLimit>, cost: u64) -> Result<SpendReservation, GatewayError> {
     let today = clock::today();
-    budget.reserve(cost, today).map_err(|why| match why {
-        Refused::Spent if cost > budget.limit() => {
-            let (limit, per) = (budget.limit(), budget.period());
-            GatewayError::Limited(LimitError::AboveBudget { cost, limit, per })
-        }
-        Refused::Reserved => GatewayError::Limited(LimitError::BudgetReserved),
-        Refused::Spent => {
-            let opens = budget.period().next(today);
-            GatewayError::Limited(LimitError::BudgetSpent {
-                limit: budget.limit(),
-                per: budget.period(),
-                opens,
-            })
-        }
+    budget.reserve(cost, today).map_err(|why| budget_error(budget, (cost, today), why))
+}
+
+/// The error for a request of this cost that its client's budget refuses.
+fn budget_error(budget: &SpendLimit, (cost, today): (u64, Day), why: Refused) -> GatewayError {
+    let (limit, per) = (budget.limit(), budget.period());
+    GatewayError::Limited(match why {
+        Refused::Spent if cost > limit => LimitError::AboveBudget { cost, limit, per },
+        Refused::Spent => LimitError::BudgetSpent { limit, per, opens: per.next(today) },
+        Refused::Reserved => LimitError::BudgetReserved,
     })
 }

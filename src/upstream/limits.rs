@@ -40,6 +40,17 @@ impl Candidate<'_> {
     }
 }
 
+/// What a request needs of the limits of a backend.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Need {
+    /// What it is expected to use.
+    pub expected: Usage,
+    /// Its input and its stated maximum of output, in tokens.
+    pub stated: u64,
+    /// Whether what it may use has a maximum.
+    is_bounded: bool,
+}
+
 /// What a request has taken of its backend's quota and budget. Dropping it refunds the tokens and the money.
 #[derive(Debug)]
 #[must_use = "dropping it refunds the tokens and the money"]
@@ -55,30 +66,25 @@ impl BackendReservation {
     /// reservation.
     pub(crate) fn settle(mut self, usage: &Usage, cost: u64, (now, today): (Nanos, Day)) -> u64 {
         let is_dearer = self.spend.take().is_some_and(|spend| spend.settle(cost, today) > 0);
-        let mut overrun = beyond(usage, &self.expected, is_dearer);
-        if let Some(quota) = self.quota.take() {
-            let has_tokens = quota.has_tokens();
-            overrun = overrun.max(quota.settle(usage.total(), now));
-            self.notify(has_tokens);
-        }
-        overrun
+        let overrun = self.end_quota(|quota| quota.settle(usage.total(), now));
+        overrun.max(beyond(usage, &self.expected, is_dearer))
     }
 
-    /// Wakes the requests that wait for tokens.
-    fn notify(&self, is_freed: bool) {
-        if is_freed {
+    /// Ends the hold on the quota, and wakes the requests that wait for its tokens.
+    fn end_quota<T: Default>(&mut self, end: impl FnOnce(QuotaHold) -> T) -> T {
+        let Some(quota) = self.quota.take() else { return T::default() };
+        let has_tokens = quota.has_tokens();
+        let result = end(quota);
+        if has_tokens {
             self.state.quota_changed.notify_waiters();
         }
+        result
     }
 }
 
 impl Drop for BackendReservation {
     fn drop(&mut self) {
-        if let Some(quota) = self.quota.take() {
-            let has_tokens = quota.has_tokens();
-            drop(quota);
-            self.notify(has_tokens);
-        }
+        self.end_quota(drop);
     }
 }
 
@@ -93,7 +99,7 @@ impl Upstream {
         self.quota.as_ref()?.tokens_left(now)
     }
 
-    /// Lifts the limits, since the next configuration has none of this backend: who waits for them need not wait longer.
+    /// Lifts the limits, since the next configuration has none of this backend. Requests that wait for them go on.
     pub(crate) fn lift_limits(&self, next: Option<&Upstream>, now: Nanos) {
         let is_kept = |quota: &Arc<Quota>| {
             next.and_then(|next| next.quota.as_ref()).is_some_and(|next| Arc::ptr_eq(quota, next))
@@ -104,16 +110,15 @@ impl Upstream {
         }
     }
 
-    /// What the request is expected to use.
-    pub(crate) fn expected(&self, candidate: &Candidate<'_>) -> Usage {
-        self.state.ratios.expect(candidate.key(), &self.demand(candidate))
-    }
-
-    /// The input and the stated maximum of output.
-    pub(crate) fn stated(&self, candidate: &Candidate<'_>) -> u64 {
+    /// What the request needs here.
+    pub(crate) fn need(&self, candidate: &Candidate<'_>) -> Need {
         let demand = self.demand(candidate);
-        let output = if let Output::AtMost(_) = demand.output { demand.output } else { Output::None };
-        self.state.ratios.expect(candidate.key(), &Demand { output, ..demand }).total()
+        let expected = self.state.ratios.expect(candidate.key(), &demand);
+        let stated = match demand.output {
+            Output::AtMost(_) => expected.total(),
+            Output::None | Output::Unstated => expected.input,
+        };
+        Need { expected, stated, is_bounded: demand.output != Output::Unstated }
     }
 
     /// What the request may use here: a maximum that the backend is not sent does not count.
@@ -126,23 +131,26 @@ impl Upstream {
         }
     }
 
-    /// Whether a request is counted by its tokens or its cost.
-    fn limits_tokens(&self) -> bool {
-        self.conf.tokens_per_minute.is_some() || self.budget.is_some()
+    /// What the request needs here, if tokens or money are limited here; nothing otherwise.
+    fn limited_need(&self, candidate: &Candidate<'_>) -> Need {
+        match self.conf.tokens_per_minute.is_some() || self.budget.is_some() {
+            true => self.need(candidate),
+            false => Need::default(),
+        }
     }
 
-    /// Whether the input and the stated maximum of output alone are above the limit of tokens.
-    pub(crate) fn is_too_large(&self, candidate: &Candidate<'_>) -> bool {
-        self.conf.tokens_per_minute.is_some_and(|limit| self.stated(candidate) > limit)
+    /// The limit of tokens, if the request is too large for it.
+    pub(crate) fn exceeded(&self, need: &Need) -> Option<u64> {
+        self.conf.tokens_per_minute.filter(|limit| need.stated > *limit)
     }
 
     /// The most that the request is expected to cost, in nano-USD. A request without a maximum costs at most the whole
     /// `budget`, so that it fits into one of which nothing is spent.
-    pub(crate) fn expected_cost(&self, candidate: &Candidate<'_>, expected: &Usage, budget: u64) -> u64 {
+    pub(crate) fn expected_cost(&self, candidate: &Candidate<'_>, need: &Need, budget: u64) -> u64 {
         // A request may go out without a model; the price of all models counts for it too.
         let price = self.prices.price(candidate.model().as_deref().unwrap_or_default());
-        let cost = price.map_or(0, |price| price.most(expected));
-        if self.demand(candidate).output == Output::Unstated { cost.min(budget) } else { cost }
+        let cost = price.map_or(0, |price| price.most(&need.expected));
+        if need.is_bounded { cost } else { cost.min(budget) }
     }
 
     /// Checks whether the quota and the budget have room for the request.
@@ -150,19 +158,19 @@ impl Upstream {
         if self.quota.is_none() && self.budget.is_none() {
             return Ok(());
         }
-        let expected = if self.limits_tokens() { self.expected(candidate) } else { Usage::default() };
-        if self.is_too_large(candidate) {
+        let need = self.limited_need(candidate);
+        if self.exceeded(&need).is_some() {
             return Err(Closed::TooLarge);
         }
         if let Some(quota) = &self.quota {
-            match quota.opens_at(candidate.now, expected.total(), candidate.ticket) {
+            match quota.opens_at(candidate.now, need.expected.total(), candidate.ticket) {
                 Some(at) if at <= candidate.now => {}
                 Some(at) => return Err(Closed::Quota(at)),
                 None => return Err(Closed::Reserved),
             }
         }
         let Some(budget) = &self.budget else { return Ok(()) };
-        let cost = self.expected_cost(candidate, &expected, budget.limit());
+        let cost = self.expected_cost(candidate, &need, budget.limit());
         budget.check(cost, clock::today()).map_err(Closed::Budget)
     }
 
@@ -171,14 +179,15 @@ impl Upstream {
         if self.quota.is_none() && self.budget.is_none() {
             return Some(None);
         }
-        let expected = if self.limits_tokens() { self.expected(candidate) } else { Usage::default() };
+        let need = self.limited_need(candidate);
         let spend = match &self.budget {
             Some(budget) => {
-                let cost = self.expected_cost(candidate, &expected, budget.limit());
+                let cost = self.expected_cost(candidate, &need, budget.limit());
                 Some(budget.reserve(cost, clock::today()).ok()?)
             }
             None => None,
         };
+        let expected = need.expected;
         let quota = match &self.quota {
             Some(quota) => Some(quota.take(candidate.now, expected.total(), candidate.ticket)?),
             None => None,
