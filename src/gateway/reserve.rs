@@ -93,6 +93,9 @@ impl ClientLimits<'_> {
         self.check_size(&needs, limit)?;
         let mut reserved = ClientReservation { expected: needs.expected, ..ClientReservation::default() };
         if let Some(admission) = &admission {
+            if let Some(budget) = &budget {
+                check_budget(budget, needs.cost)?;
+            }
             reserved.permit = Some(self.permit(admission, record).await?);
         }
         if let Some(budget) = &budget {
@@ -191,6 +194,15 @@ fn needs(snapshot: &Snapshot, ask: &Ask<'_>, (is_limited, budget): (bool, Option
 pub(crate) fn too_large(snapshot: &Snapshot, ask: &Ask<'_>) -> GatewayError {
     let (limit, tokens) = needs(snapshot, ask, (true, None)).exceeded.unwrap_or_default();
     GatewayError::Limited(LimitError::TooLarge { tokens, limit })
+}
+
+/// Refuses a request that no wait helps, since the budget does not pay for it.
+fn check_budget(budget: &SpendLimit, cost: u64) -> Result<(), GatewayError> {
+    let today = clock::today();
+    match budget.check(cost, today) {
+        Err(Refused::Spent) => Err(budget_error(budget, (cost, today), Refused::Spent)),
+        Err(Refused::Reserved) | Ok(()) => Ok(()),
+    }
 }
 
 fn spend(budget: &Arc<SpendLimit>, cost: u64) -> Result<SpendReservation, GatewayError> {

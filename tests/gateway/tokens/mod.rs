@@ -5,6 +5,7 @@ mod asking;
 mod budgets;
 mod limits;
 mod mixed;
+mod waits;
 
 use std::collections::HashMap;
 use std::io::Write;
