@@ -176,9 +176,12 @@ impl Dispatch {
         budget: &Budget,
         random: impl FnOnce() -> u64,
     ) -> Do {
-        let may_return = !self.waited.is_empty() && self.returns < MAX_RETURNS;
-        if self.is_over || self.is_spent() && !may_return || self.tries > 0 && now >= self.rules.deadline {
+        if self.is_over || self.tries > 0 && now >= self.rules.deadline {
             return self.end();
+        }
+        // All tries have been made.
+        if self.tries > self.rules.max_retries {
+            return self.come_back(now, fleet);
         }
         match self.select(now, fleet) {
             Selection::Target { target, panic } => {
@@ -223,11 +226,6 @@ impl Dispatch {
     /// Whether the request waits for one of these busy targets after a failed try.
     fn opens_in_time(&self, busy: &Busy) -> bool {
         busy.is_open_ended() || busy.opens.is_some_and(|(at, ..)| at <= self.rules.wait_until)
-    }
-
-    /// Whether all tries have been made, so that the request can only come back to a target.
-    fn is_spent(&self) -> bool {
-        self.tries > self.rules.max_retries
     }
 
     /// Whether another target is left at `now` if the present try fails: the client then need not get its response.
@@ -359,8 +357,7 @@ impl Dispatch {
         let missed = std::mem::take(&mut self.missed);
         // In a later round, a reopened target that was never tried comes before targets that failed.
         let tried = if self.rounds == 0 { &self.tried } else { &self.order };
-        let is_spent = self.is_spent();
-        let known = |id: TargetId| tried.contains(&id) || is_spent && !self.waited.contains(&id);
+        let known = |id: TargetId| tried.contains(&id);
         let skip = |id: TargetId| known(id) || missed.contains(&id);
         // Only the first try moves the rotation.
         let (is_first, advances) = (tried.is_empty(), self.tries == 0);
@@ -382,7 +379,7 @@ impl Dispatch {
                 () => Selection::Busy { busy, panic: true },
             };
         }
-        let is_left = |id: &TargetId| !is_spent && !self.tried.contains(id) && !missed.contains(id);
+        let is_left = |id: &TargetId| !self.tried.contains(id) && !missed.contains(id);
         let rest = self.order.iter().copied().filter(|_| self.rounds > 0).filter(is_left);
         if let Some(target) = choose::in_order(fleet, rest) {
             self.missed = missed;
@@ -419,7 +416,7 @@ impl Dispatch {
         let wait = backoff(base_delay, max_delay, self.rounds, random).as_nanos();
         let until = now.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX));
         if until >= deadline || !self.charge(now, budget) {
-            return self.end();
+            return self.come_back(now, fleet);
         }
         self.tried.clone_from(&self.excluded);
         self.rounds += 1;

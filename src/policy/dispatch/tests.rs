@@ -497,12 +497,26 @@ fn a_target_is_judged_by_more_than_one_request() {
         ("a wrong key that others use", "a", "a:401", "a401 upstream_auth_error", ""),
         ("served by itself", "a", "a:500,200", "a500 backoff a200 ok", ""),
         ("501 behind a failure", "a b", "a:500 b:501", "a500 b501 ok", "a"),
+        ("all tries made, one waits", "a b c", "a:429 b:500 c:500", "a429 b500 c500 wait(0@5 full [])", ""),
         ("each target costs a try", "a b c d", "a:429 b:429 c:429 d:200", "a429 b429 c429 wait(0@5 full [])", ""),
     ];
     for (description, targets, results, steps, blamed) in rows {
         let found = whole_trace(RULES, &TableFleet::new(targets), results, &Budget::new(100));
         assert_eq!(found, (steps.to_owned(), blamed.to_owned()), "{description}: {targets}, {results}");
     }
+}
+
+#[test]
+fn a_request_without_a_further_try_comes_back_to_the_target_that_made_it_wait() {
+    let run = |rules, budget: &Budget| trace(rules, &TableFleet::new("a b"), "a:429 b:500", budget);
+    let waits = "a429 b500 wait(0@5 full [])";
+    assert_eq!(run(Rules { max_retries: 1, ..RULES }, &Budget::new(100)), waits);
+    // The budget pays for the second target, and not for another round.
+    let withdraw = |budget: &Budget, most| (0..most).take_while(|_| budget.try_withdraw(0)).count();
+    let all = withdraw(&Budget::new(0), usize::MAX);
+    let budget = Budget::new(0);
+    withdraw(&budget, all - 1);
+    assert_eq!(run(RULES, &budget), waits);
 }
 
 #[test]
