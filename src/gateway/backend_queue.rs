@@ -196,12 +196,13 @@ impl BackendQueues {
         let is_full = |id: &BackendId| busy.full.contains(id);
         let (mut at, mut is_open_ended) = (None::<Nanos>, !self.tickets.is_empty());
         let mut note = |opens: Nanos| at = Some(at.map_or(opens, |at| at.min(opens)));
-        for (_, wait) in self.quotas.iter().filter(|(id, _)| !is_full(id)) {
-            match wait.opens_at(now) {
+        let quotas = self.quotas.iter().filter(|(id, _)| !is_full(id));
+        for ticket in quotas.filter_map(|(_, wait)| wait.ticket()) {
+            match ticket.opens_at(now) {
                 Some(opens) => note(opens),
                 None => {
                     is_open_ended = true;
-                    wait.opens_for_sure(now).into_iter().for_each(&mut note);
+                    ticket.opens_for_sure(now).into_iter().for_each(&mut note);
                 }
             }
         }

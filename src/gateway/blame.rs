@@ -39,6 +39,14 @@ impl Gateway {
         }
     }
 
+    /// Records that a request ended without a result of its target: its client has left, or it was refused for what it
+    /// asks for. If it was a trial, another request may go in its place.
+    pub(crate) fn record_no_result(&self, in_flight: &InFlight) {
+        if in_flight.undo_trial(clock::now()) {
+            self.shared().reopened.notify_waiters();
+        }
+    }
+
     /// Counts a strike against a pair: the backend and the model with this key. `model`: its name, for the log.
     pub(crate) fn strike(&self, upstream: &Upstream, key: u64, model: &str, fault: &Fault) {
         let now = clock::now();

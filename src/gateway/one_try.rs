@@ -99,6 +99,9 @@ impl Attempts<'_> {
         let (status, body, is_whole) = match self.open(head, about, lease, &asked).await {
             Ok(Opening { first, events }) => {
                 (opened.first, opened.events) = (first, events);
+                if opened.head.status.as_u16() >= 400 {
+                    self.gateway.record_no_result(&opened.in_flight);
+                }
                 return Ok(opened);
             }
             Err(Unopened::Failed(problem)) => return Err(self.fail(problem, &opened.in_flight)),
@@ -256,9 +259,6 @@ impl Attempts<'_> {
             false => Event::Head { status, own_key, is_alive: is_alive(asked, status, (head, text)) },
         };
         let Verdict::Failed(failure) = self.dispatch.on(event) else {
-            if (400..500).contains(&status) {
-                self.pass_on(asked.in_flight);
-            }
             return None;
         };
         self.mark(asked, (status, head, text), failure);
@@ -317,20 +317,13 @@ impl Attempts<'_> {
                 None => self.cool_down(in_flight, DEFAULT_COOLING),
             },
             Some(Mark::Busy) => drop(pairs.busy(in_flight.key(), now)),
-            None if (400..500).contains(&status) => self.pass_on(in_flight),
+            Some(Mark::NoResult) => self.gateway.record_no_result(in_flight),
             None => {}
         }
         if failure.code == Code::UpstreamError
             && let Some(wait) = rate_limits::retry_after(&head.headers, SystemTime::now)
         {
             self.cool_down(in_flight, wait);
-        }
-    }
-
-    /// Lets another request go in the place of one that was refused for its own sake.
-    fn pass_on(&self, in_flight: &InFlight) {
-        if in_flight.upstream().state.breaker.pairs.pass_on(in_flight.key(), clock::now()) {
-            self.gateway.shared().reopened.notify_waiters();
         }
     }
 
@@ -406,7 +399,9 @@ impl Drop for Unanswered<'_> {
         }
         let now = clock::now();
         let (upstream, key) = (self.in_flight.upstream(), self.in_flight.key());
-        if now >= self.since + PATIENCE && upstream.state.breaker.pairs.gave_up(key, now) {
+        if now < self.since + PATIENCE {
+            self.gateway.record_no_result(self.in_flight);
+        } else if upstream.state.breaker.pairs.gave_up(key, now) {
             let fault =
                 Fault::new(Code::UpstreamTimeout, "clients gave up, one after the other, without a response");
             upstream.note_error(&fault);

@@ -439,6 +439,9 @@ impl Drop for RelayBody {
         } else {
             // The client has left.
             self.settle_usage();
+            if let Some(in_flight) = self.guards.as_ref().and_then(|guards| guards.in_flight.as_ref()) {
+                self.gateway.record_no_result(in_flight);
+            }
         }
     }
 }

@@ -7,10 +7,10 @@
 //! real request after 1 s, 2 s, 4 s and so on, and comes back with the first answer.
 
 use crate::policy::balance::SLOW_START;
-use crate::policy::gate::MAX_TRIAL;
+use crate::policy::gate::{Passage, trial_wait};
+use crate::policy::pair::Pairs;
 pub use crate::policy::pair::Status;
-use crate::policy::pair::{FIRST_TRIAL, Pairs};
-use crate::policy::sync::{AtomicU64, Ordering};
+use crate::policy::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::time::{Nanos, SECOND};
 
 /// How long a backend that refused Zap's key gets no requests.
@@ -81,8 +81,8 @@ pub struct Breaker {
     ejected_at: AtomicU64,
     /// When a real request may try the backend; 0: none may, since the backend is up or its probes decide.
     trial_at: AtomicU64,
-    /// The time from the last trial, or from the ejection, to that one.
-    trial_interval: AtomicU64,
+    /// The number of trials since the ejection.
+    trials: AtomicU32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +152,7 @@ impl Breaker {
             up_since: AtomicU64::new(0),
             ejected_at: AtomicU64::new(0),
             trial_at: AtomicU64::new(0),
-            trial_interval: AtomicU64::new(0),
+            trials: AtomicU32::new(0),
         }
     }
 
@@ -239,8 +239,8 @@ impl Breaker {
     pub(crate) fn begin_trials(&self, now: Nanos) {
         let is_up = PackedState::unpack(self.word.load(Ordering::Relaxed)).state == HealthState::Up;
         if !is_up && self.trial_at.load(Ordering::Relaxed) == 0 {
-            self.trial_interval.store(FIRST_TRIAL, Ordering::Relaxed);
-            self.trial_at.store(now + FIRST_TRIAL, Ordering::Relaxed);
+            self.trials.store(0, Ordering::Relaxed);
+            self.trial_at.store(now + trial_wait(0), Ordering::Relaxed);
         }
     }
 
@@ -253,23 +253,33 @@ impl Breaker {
         self.trial_at.store(0, Ordering::Relaxed);
     }
 
-    /// Lets a request pass. Returns `false` if the backend is on trial and another request has come first. `panic`: the
+    /// Lets a request pass. Returns `None` if the backend is on trial and another request has come first. `panic`: the
     /// request comes in panic mode.
-    pub(crate) fn enter(&self, now: Nanos, panic: bool) -> bool {
+    pub(crate) fn enter(&self, now: Nanos, panic: bool) -> Option<Passage> {
         let at = self.trial_at.load(Ordering::Relaxed);
         if at == 0 {
-            return true;
+            return Some(Passage::Free);
         }
-        let interval = self.trial_interval.load(Ordering::Relaxed).saturating_mul(2).min(MAX_TRIAL);
-        let is_first = at <= now
-            && self
-                .trial_at
-                .compare_exchange(at, now + interval, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok();
-        if is_first {
-            self.trial_interval.store(interval, Ordering::Relaxed);
+        let trials = self.trials.load(Ordering::Relaxed).saturating_add(1);
+        let next = now + trial_wait(trials);
+        if at <= now && self.trial_at.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            self.trials.store(trials, Ordering::Relaxed);
+            return Some(Passage::Trial);
         }
-        is_first || panic
+        panic.then_some(Passage::Free)
+    }
+
+    /// Reports a trial that ended without a result. Returns whether another request may go in its place.
+    pub(crate) fn undo_trial(&self, now: Nanos) -> bool {
+        let at = self.trial_at.load(Ordering::Relaxed);
+        let is_undone =
+            at > now && self.trial_at.compare_exchange(at, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if is_undone {
+            let trials = self.trials.load(Ordering::Relaxed);
+            self.trials.store(trials.saturating_sub(1), Ordering::Relaxed);
+        }
+        is_undone
     }
 
     /// Reports the head of a response to a request that came to the backend at `entered`. It brings a backend on trial
@@ -512,7 +522,7 @@ mod tests {
     fn a_backend_without_probes_is_tried_by_one_request_after_growing_times() {
         let b = Breaker::new();
         b.begin_trials(1);
-        assert!(b.enter(1, false) && b.reopens_at(1).is_none(), "it is up");
+        assert!(b.enter(1, false) == Some(Passage::Free) && b.reopens_at(1).is_none(), "it is up");
         let ejected = 5 * SECOND;
         (0..3).for_each(|_| {
             b.failure(LIMITS, ejected);
@@ -522,10 +532,12 @@ mod tests {
         for secs in [1, 2, 4, 8, 16, 32, 60, 60] {
             let due = now + secs * SECOND;
             assert_eq!(b.reopens_at(now), Some(due));
-            assert_eq!((b.status_of_backend(due - 1), b.enter(due - 1, false)), (Status::Ejected, false));
+            assert_eq!((b.status_of_backend(due - 1), b.enter(due - 1, false)), (Status::Ejected, None));
             assert_eq!((b.status_of_backend(due), b.status(due)), (Status::Healthy, Status::Ejected));
-            assert!(b.enter(due, false) && !b.enter(due, false), "one request tries it");
-            assert!(b.enter(due, true), "in panic mode all may");
+            assert_eq!((b.enter(due, false), b.enter(due, false)), (Some(Passage::Trial), None));
+            assert_eq!(b.enter(due, true), Some(Passage::Free), "in panic mode all may");
+            assert!(b.undo_trial(due), "it ended without a result");
+            assert_eq!((b.enter(due, false), b.enter(due, false)), (Some(Passage::Trial), None));
             assert_eq!(b.failure(LIMITS, due), None);
             b.begin_trials(due);
             now = due;
@@ -540,6 +552,7 @@ mod tests {
         assert_eq!(b.reopens_at(now + 2), Some(now + 2 + SECOND), "the first time is short again");
         b.end_trials();
         assert_eq!((b.status_of_backend(u64::MAX), b.answered(now + 3, now + 4)), (Status::Ejected, None));
+        assert!(!b.undo_trial(now + 5), "its probes decide");
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub(crate) mod dispatch;
 
 pub(crate) mod breaker;
 
-mod gate;
+pub(crate) mod gate;
 
 pub(crate) mod pair;
 

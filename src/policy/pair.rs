@@ -10,8 +10,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use crate::policy::gate::Gate;
 pub use crate::policy::gate::Status;
+use crate::policy::gate::{FIRST_TRIAL, Gate, Passage};
 use crate::policy::sync::{AtomicUsize, Mutex, Ordering};
 use crate::time::{MILLI, Nanos, SECOND};
 
@@ -26,9 +26,6 @@ const FIRST_BUSY: Nanos = 100 * MILLI;
 
 /// Longest cooldown of a busy pair.
 const MAX_BUSY: Nanos = 5 * SECOND;
-
-/// The time until an ejected pair, or a backend without checks, is tried; each further one is twice as long.
-pub(crate) const FIRST_TRIAL: Nanos = SECOND;
 
 /// A pair is in use if it has had a result in this time.
 const IN_USE: Nanos = 300 * SECOND;
@@ -147,33 +144,31 @@ impl Pairs {
         all.values().filter_map(until).max()
     }
 
-    /// Lets a request pass. Returns `false` if it may not, since others have come first.
-    pub(crate) fn enter(&self, entry: Entry) -> bool {
+    /// Lets a request pass. Returns `None` if it may not, since others have come first.
+    pub(crate) fn enter(&self, entry: Entry) -> Option<Passage> {
         let Entry { key, now, panic } = entry;
         if self.closed.load(Ordering::Acquire) == 0 {
-            return true;
+            return Some(Passage::Free);
         }
         let mut all = self.all.lock();
-        let Some(pair) = all.get_mut(&key) else { return true };
-        match pair.gate.passed(now, panic) {
-            Some(gate) => {
-                recount(&self.closed, pair.gate != Gate::Open, gate != Gate::Open);
-                pair.gate = gate;
+        let Some(pair) = all.get_mut(&key) else { return Some(Passage::Free) };
+        let (gate, passage) = pair.gate.passed(now, panic)?;
+        recount(&self.closed, pair.gate != Gate::Open, gate != Gate::Open);
+        pair.gate = gate;
+        Some(passage)
+    }
+
+    /// Reports a trial that ended without a result. Returns whether another request may go in its place.
+    pub(crate) fn undo_trial(&self, key: u64, now: Nanos) -> bool {
+        let mut all = self.all.lock();
+        let gate = all.get_mut(&key).map(|pair| &mut pair.gate);
+        match gate.and_then(|gate| gate.undone(now).map(|undone| (gate, undone))) {
+            Some((gate, undone)) => {
+                *gate = undone;
                 true
             }
             None => false,
         }
-    }
-
-    /// Reports a request that was refused for its own sake, which says nothing about the pair: while the pair reopens, the next
-    /// request may go in its place. Returns whether one may.
-    pub(crate) fn pass_on(&self, key: u64, now: Nanos) -> bool {
-        self.closed.load(Ordering::Acquire) > 0
-            && self.update(key, now, |pair| {
-                let Gate::Reopening { free, next, pace: None } = pair.gate else { return false };
-                pair.gate = Gate::Reopening { free: free + 1, next, pace: None };
-                true
-            })
     }
 
     /// Reports a request that succeeded. Returns the change, and whether more requests may go than before.
@@ -210,7 +205,7 @@ impl Pairs {
                 _ => 0,
             };
             let trial = cools_until.max(now + FIRST_TRIAL);
-            pair.gate = Gate::Ejected { since: now, trial, interval: FIRST_TRIAL, cools_until };
+            pair.gate = Gate::Ejected { since: now, trial, trials: 0, cools_until };
             Some(PairChange::Down)
         })
     }
@@ -359,12 +354,9 @@ impl Pair {
     fn cool(&mut self, until: Nanos, pace: Option<Nanos>) {
         self.gate = match self.gate {
             // The strikes weigh more: the trial comes after the cooldown.
-            Gate::Ejected { since, trial, interval, cools_until } => Gate::Ejected {
-                since,
-                trial: trial.max(until),
-                interval,
-                cools_until: cools_until.max(until),
-            },
+            Gate::Ejected { since, trial, trials, cools_until } => {
+                Gate::Ejected { since, trial: trial.max(until), trials, cools_until: cools_until.max(until) }
+            }
             Gate::Cooling { until: other, pace: other_pace } if other >= until => {
                 Gate::Cooling { until: other, pace: other_pace }
             }
@@ -387,7 +379,7 @@ mod tests {
     }
 
     fn enter(pairs: &Pairs, now: Nanos) -> bool {
-        pairs.enter(Entry { key: A, now, panic: false })
+        pairs.enter(Entry { key: A, now, panic: false }).is_some()
     }
 
     fn status(pairs: &Pairs, now: Nanos) -> Status {
@@ -417,7 +409,10 @@ mod tests {
         for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
             now += wait * SECOND;
             assert!(!enter(&pairs, now - 1), "before {wait} s");
-            assert!(pairs.enter(Entry { key: A, now: now - 1, panic: true }), "any number in panic mode");
+            assert!(
+                pairs.enter(Entry { key: A, now: now - 1, panic: true }).is_some(),
+                "any number in panic mode"
+            );
             assert!(enter(&pairs, now) && !enter(&pairs, now), "one after {wait} s");
             pairs.strike(A, 2, now);
         }
@@ -439,7 +434,7 @@ mod tests {
                 eject();
                 cool();
             }
-            let in_panic = |now| pairs.enter(Entry { key: A, now, panic: true });
+            let in_panic = |now| pairs.enter(Entry { key: A, now, panic: true }).is_some();
             let status = |now| (status(&pairs, now), pairs.status_in_panic(|| A, now));
             let cooling = (Status::Ejected, Status::Cooling(5 * SECOND));
             assert_eq!((status(2 * SECOND), in_panic(2 * SECOND)), (cooling, false));
@@ -490,9 +485,26 @@ mod tests {
         pairs.cool(A, 200, 110);
         assert_eq!((admitted(200), admitted(201)), (1, 0));
         assert_eq!(admitted(200 + PATIENCE), 1, "one more goes if the first does not end");
-        assert!(pairs.pass_on(A, 210 + PATIENCE));
-        assert_eq!(admitted(210 + PATIENCE), 1, "one more goes if the first was refused for its own sake");
-        assert!(!Pairs::default().pass_on(A, 0), "an open pair needs no such report");
+        assert!(pairs.undo_trial(A, 210 + PATIENCE));
+        assert_eq!(admitted(210 + PATIENCE), 1, "one more goes if the first ended without a result");
+    }
+
+    #[test]
+    fn a_trial_without_a_result_leaves_the_gate_as_it_was() {
+        let mut gate = Gate::Ejected { since: 0, trial: 4, trials: 2, cools_until: 0 };
+        let (passed, passage) = gate.passed(10, false).unwrap();
+        assert_eq!((passage, passed.status(10)), (Passage::Trial, Status::Ejected));
+        gate = passed.undone(20).unwrap();
+        assert_eq!(gate, Gate::Ejected { since: 0, trial: 20, trials: 2, cools_until: 0 });
+        assert_eq!(Gate::Open.passed(0, false), Some((Gate::Open, Passage::Free)));
+        assert_eq!(Gate::Open.undone(0), None);
+        let paced = Gate::Cooling { until: 5, pace: Some(7) };
+        let (passed, passage) = paced.passed(5, false).unwrap();
+        assert_eq!(
+            (passage, passed.undone(6)),
+            (Passage::Free, None),
+            "the provider has counted the request"
+        );
     }
 
     #[test]

@@ -62,7 +62,7 @@ struct Waiting {
     tokens: u64,
 }
 
-/// The requests ahead of one request: how many, and the tokens that they will reserve.
+/// The requests ahead of one request: how many, and the tokens that they will reserve, up to the limit of tokens at least.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ahead {
     requests: usize,
@@ -122,12 +122,17 @@ impl Quota {
         Some(self.tokens.load(Ordering::Relaxed)).filter(|limit| *limit > 0)
     }
 
+    /// The limit of tokens for a request for `tokens`: a request for none is not limited by them.
+    fn token_limit_of(&self, tokens: u64) -> Option<u64> {
+        self.token_limit().filter(|_| tokens > 0)
+    }
+
     /// Returns when a request for `tokens` is admitted, behind all that wait; with a `ticket` of this quota, when its holder
     /// is admitted, with the tokens of the ticket. A time that is not after `now` means at once; a later one that the request
     /// is not admitted before, whatever other requests use; `None` that only what other requests reserve is in the way.
     pub(crate) fn opens_at(&self, now: Nanos, tokens: u64, ticket: Option<&QuotaTicket>) -> Option<Nanos> {
         let is_known = ticket.is_some_and(|ticket| ticket.is_of(self));
-        if !is_known && tokens.max(1) <= self.free.load(Ordering::Acquire) {
+        if !is_known && tokens <= self.free.load(Ordering::Acquire) {
             return Some(self.opens.load(Ordering::Acquire));
         }
         let mut state = self.state.lock();
@@ -139,9 +144,9 @@ impl Quota {
     /// them.
     pub(crate) fn opens_for_sure(&self, now: Nanos, ticket: &QuotaTicket) -> Option<Nanos> {
         let mut state = self.state.lock();
-        let limit = self.token_limit()?;
         let (ahead, own) = self.place(&state, 0, Some(ticket));
-        let needed = ahead.tokens.saturating_add(own.clamp(1, limit));
+        let limit = self.token_limit_of(own)?;
+        let needed = ahead.tokens.saturating_add(own.min(limit));
         let wait = state.tokens.fits_in(limit, needed, now).filter(|_| needed <= limit)?;
         Some(self.opens_for_requests(&mut state, now, ahead.requests).max(now.saturating_add(wait)))
     }
@@ -157,9 +162,9 @@ impl Quota {
     ) -> Option<QuotaHold> {
         let (stamp, tokens) = self.change(now, |state| {
             let (ahead, tokens) = self.place(state, tokens, ticket);
-            let limit = self.token_limit();
+            let limit = self.token_limit_of(tokens);
             let has_room = limit.is_none_or(|limit| {
-                let needed = ahead.tokens.saturating_add(tokens.clamp(1, limit));
+                let needed = ahead.tokens.saturating_add(tokens.min(limit));
                 state.tokens.look(limit, tokens, now).remaining >= needed
             });
             if !has_room {
@@ -187,7 +192,7 @@ impl Quota {
 
     /// Joins the queue at `now` with a request for `tokens`.
     pub(crate) fn wait(self: &Arc<Self>, now: Nanos, tokens: u64) -> QuotaTicket {
-        let tokens = self.token_limit().map_or(0, |limit| tokens.clamp(1, limit));
+        let tokens = self.token_limit().map_or(0, |limit| tokens.min(limit));
         let number = self.change(now, |state| {
             let number = state.next_number;
             state.next_number += 1;
@@ -210,8 +215,8 @@ impl Quota {
         let at = ticket.filter(|ticket| ticket.is_of(self)).and_then(|ticket| state.find(ticket.number));
         match at {
             Some(at) => {
-                let tokens = state.waiting.iter().take(at).map(|waiting| waiting.tokens).sum();
-                (Ahead { requests: at, tokens }, state.waiting[at].tokens)
+                let limit = self.token_limit().unwrap_or(0);
+                (Ahead { requests: at, tokens: state.tokens_before(at, limit) }, state.waiting[at].tokens)
             }
             None => (Ahead { requests: state.waiting.len(), tokens: state.waiting_tokens }, tokens),
         }
@@ -259,8 +264,8 @@ impl Quota {
         (ahead, tokens): (Ahead, u64),
     ) -> Option<Nanos> {
         let by_requests = self.opens_for_requests(state, now, ahead.requests);
-        let Some(limit) = self.token_limit() else { return Some(by_requests) };
-        let own = tokens.clamp(1, limit);
+        let Some(limit) = self.token_limit_of(tokens) else { return Some(by_requests) };
+        let own = tokens.min(limit);
         let decision = state.tokens.look(limit, own, now);
         match decision.opens_in? {
             0 if decision.remaining >= ahead.tokens.saturating_add(own) => Some(by_requests),
@@ -285,6 +290,26 @@ impl QuotaState {
         self.waiting.binary_search_by_key(&number, |waiting| waiting.number).ok()
     }
 
+    /// The sum of the tokens of the first `count` waiting requests; more than `most` is not counted to its end.
+    fn tokens_before(&self, count: usize, most: u64) -> u64 {
+        let mut sum = 0u64;
+        for waiting in self.waiting.iter().take(count) {
+            sum = sum.saturating_add(waiting.tokens);
+            if sum >= most {
+                break;
+            }
+        }
+        sum
+    }
+
+    /// Gives a waiting request its place back.
+    fn put_back(&mut self, waiting: Waiting) {
+        if let Err(at) = self.waiting.binary_search_by_key(&waiting.number, |other| other.number) {
+            self.waiting.insert(at, waiting);
+            self.waiting_tokens = self.waiting_tokens.saturating_add(waiting.tokens);
+        }
+    }
+
     fn remove(&mut self, number: u64) {
         let waiting = self.find(number).and_then(|at| self.waiting.remove(at));
         self.waiting_tokens = self.waiting_tokens.saturating_sub(waiting.map_or(0, |w| w.tokens));
@@ -302,15 +327,27 @@ impl QuotaTicket {
         self.quota.change(now, |state| state.remove(self.number));
     }
 
-    /// Changes the tokens that the holder will take. It keeps its place.
-    pub(crate) fn set_tokens(&self, tokens: u64, now: Nanos) {
-        let Some(limit) = self.quota.token_limit() else { return };
-        let tokens = tokens.clamp(1, limit);
+    /// As [`Quota::opens_at`], for the holder.
+    pub(crate) fn opens_at(&self, now: Nanos) -> Option<Nanos> {
+        self.quota.opens_at(now, 0, Some(self))
+    }
+
+    /// As [`Quota::opens_for_sure`], for the holder.
+    pub(crate) fn opens_for_sure(&self, now: Nanos) -> Option<Nanos> {
+        self.quota.opens_for_sure(now, self)
+    }
+
+    /// Changes the tokens that the holder will take. It keeps its place. Returns whether the requests behind it have fewer
+    /// tokens ahead than before.
+    pub(crate) fn set_tokens(&self, tokens: u64, now: Nanos) -> bool {
+        let Some(limit) = self.quota.token_limit() else { return false };
+        let tokens = tokens.min(limit);
         self.quota.change(now, |state| {
-            let Some(at) = state.find(self.number) else { return };
+            let Some(at) = state.find(self.number) else { return false };
             let before = std::mem::replace(&mut state.waiting[at].tokens, tokens);
             state.waiting_tokens = state.waiting_tokens.saturating_sub(before).saturating_add(tokens);
-        });
+            tokens < before
+        })
     }
 }
 
@@ -333,12 +370,22 @@ impl QuotaHold {
         }
     }
 
-    /// Gives back the request and the tokens: the provider was sent nothing.
-    pub(crate) fn cancel(self, now: Nanos) {
-        let stamp = self.stamp.get();
-        if stamp > 0 {
-            self.quota.change(now, |state| state.requests.refund(stamp));
-        }
+    /// Gives back the request and the tokens at `now`: the provider was sent nothing. The holder of the `ticket` gets its
+    /// place in the queue back.
+    pub(crate) fn cancel(self, now: Nanos, ticket: Option<&QuotaTicket>) {
+        let (stamp, tokens) = (self.stamp.get(), self.tokens.take());
+        self.quota.change(now, |state| {
+            if stamp > 0 {
+                state.requests.refund(stamp);
+            }
+            if let Some(ticket) = ticket.filter(|ticket| ticket.is_of(&self.quota)) {
+                let tokens = tokens.as_ref().map_or(0, Stamp::tokens);
+                state.put_back(Waiting { number: ticket.number, tokens });
+            }
+            if let Some(stamp) = tokens {
+                state.tokens.refund(stamp);
+            }
+        });
     }
 
     /// Takes another request at `now`, for a second request that the provider gets on behalf of this one. Returns `false`
@@ -423,6 +470,40 @@ mod tests {
         second.leave(WINDOW + LEEWAY);
         assert!(q.take(WINDOW + SECOND + LEEWAY, 0, None).is_some());
         assert_eq!(q.state.lock().waiting.len(), 0);
+    }
+
+    #[test]
+    fn a_request_that_gives_its_admission_back_keeps_its_place() {
+        let q = Quota::new(QuotaLimits { requests: Some(2), tokens: Some(100) }).expect("it has limits");
+        let (first, second) = (q.wait(0, 60), q.wait(0, 60));
+        let taken = |ticket| q.take(SECOND, 0, Some(ticket));
+        taken(&first).unwrap().cancel(SECOND, Some(&first));
+        assert!(taken(&second).is_none(), "it is not overtaken");
+        let held = taken(&first).unwrap();
+        assert_eq!(q.state.lock().waiting_tokens, 60, "the second waits");
+        held.cancel(SECOND, None);
+        assert!(taken(&second).is_some(), "the first has left");
+    }
+
+    #[test]
+    fn fewer_tokens_of_one_let_those_behind_move_up() {
+        let q = Quota::new(QuotaLimits { requests: None, tokens: Some(100) }).expect("it has limits");
+        let (first, second) = (q.wait(0, 60), q.wait(0, 60));
+        assert!(q.take(0, 0, Some(&second)).is_none() && !first.set_tokens(60, 0));
+        assert!(first.set_tokens(40, 0), "the second must look again");
+        assert!(q.take(0, 0, Some(&second)).is_some());
+    }
+
+    #[test]
+    fn a_request_for_no_tokens_is_limited_by_requests_alone() {
+        let q = Quota::new(QuotaLimits { requests: Some(3), tokens: Some(100) }).expect("it has limits");
+        let all = q.take(0, 100, None).unwrap();
+        assert!(q.take(0, 1, None).is_none());
+        assert_eq!((q.opens_at(0, 1, None), q.opens_at(0, 0, None)), (None, Some(0)));
+        assert!(q.take(0, 0, None).is_some_and(|hold| !hold.has_tokens()));
+        let ticket = q.wait(0, 0);
+        assert!(q.take(0, 0, Some(&ticket)).is_some() && q.take(0, 0, None).is_none(), "three requests");
+        drop(all);
     }
 
     #[test]

@@ -9,7 +9,7 @@ pub use modelled::*;
 
 #[cfg(not(all(test, zap_loom)))]
 mod real {
-    pub(crate) use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     pub(crate) use crossbeam_queue::ArrayQueue;
     pub(crate) use parking_lot::Mutex;
@@ -19,7 +19,7 @@ mod real {
 mod modelled {
     use std::collections::VecDeque;
 
-    pub use loom::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+    pub use loom::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     /// loom's mutex with the interface of parking_lot's.
     #[derive(Debug, Default)]

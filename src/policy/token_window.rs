@@ -41,6 +41,11 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
+    /// The tokens that are reserved.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
     /// Moves the reservation to the time `at`, unless it is stamped later already.
     pub(crate) fn restamp(&mut self, at: Nanos) {
         self.at = self.at.max(at);

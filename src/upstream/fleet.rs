@@ -446,4 +446,20 @@ mod tests {
             assert!((90..=130).contains(&picks[1]), "a fifth: {picks:?} by {strategy}");
         }
     }
+
+    #[test]
+    fn a_request_undoes_its_trial_once() {
+        let snapshot = fleet("round_robin");
+        let request = ask(&snapshot, "two", None);
+        let view = view(&snapshot, &request);
+        let target = choose::pick(&view, true, |_| false).unwrap();
+        let candidate = view.candidate(target);
+        let upstream = snapshot.upstream(&snapshot.route(&request).targets[target]);
+        upstream.state.breaker.pairs.cool(candidate.key(), candidate.now, candidate.now - 1);
+        let enter = || upstream.enter(&candidate, false);
+        let trial = enter().unwrap();
+        assert!(enter().is_none(), "one request in a second");
+        assert!(trial.undo_trial(candidate.now) && !trial.undo_trial(candidate.now));
+        assert!(enter().is_some() && enter().is_none());
+    }
 }

@@ -1,12 +1,14 @@
 //! A request at a backend, and a request that waits for the backend's quota. Dropping either releases what it holds.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::clock;
+use crate::policy::gate::Passage;
 use crate::policy::pair::Entry;
 use crate::policy::queue::Permit;
-use crate::policy::quota::{Quota, QuotaHold, QuotaTicket};
+use crate::policy::quota::{QuotaHold, QuotaTicket};
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::limits::{BackendReservation, Candidate};
@@ -25,6 +27,14 @@ pub(crate) struct InFlight {
     key: u64,
     /// When the request came to the backend.
     entered: Nanos,
+    passages: Cell<Passages>,
+}
+
+/// How a request has passed the gates of its target. Both are free once the trials are undone.
+#[derive(Clone, Copy, Debug)]
+struct Passages {
+    backend: Passage,
+    pair: Passage,
 }
 
 /// A place in the queue of a backend's quota. Dropping it lets the requests behind it move up.
@@ -33,23 +43,21 @@ pub(crate) struct InFlight {
 pub(crate) struct QuotaWait {
     /// `None` once the queue has been left.
     ticket: Option<QuotaTicket>,
-    quota: Arc<Quota>,
     upstream: Arc<Upstream>,
-    served: bool,
 }
 
 impl QuotaWait {
     /// Joins the queue of the backend's quota, to take `tokens`; `None` if the backend has no quota.
     pub(crate) fn new(upstream: &Arc<Upstream>, tokens: u64) -> Option<Self> {
-        let quota = upstream.quota.clone()?;
-        let ticket = Some(quota.wait(clock::now(), tokens));
-        Some(QuotaWait { ticket, quota, upstream: upstream.clone(), served: false })
+        let ticket = Some(upstream.quota.as_ref()?.wait(clock::now(), tokens));
+        Some(QuotaWait { ticket, upstream: upstream.clone() })
     }
 
-    /// Changes the tokens that the request will take, since what it is expected to use has changed. It keeps its place.
+    /// Changes the tokens that the request will take, since what it is expected to use has changed. It keeps its place. The
+    /// requests behind it look again if they have fewer tokens ahead.
     pub(crate) fn set_tokens(&self, tokens: u64) {
-        if let Some(ticket) = &self.ticket {
-            ticket.set_tokens(tokens, clock::now());
+        if self.ticket.as_ref().is_some_and(|ticket| ticket.set_tokens(tokens, clock::now())) {
+            self.upstream.state.quota_changed.notify_waiters();
         }
     }
 
@@ -58,30 +66,21 @@ impl QuotaWait {
         self.ticket.as_ref()
     }
 
-    /// The time before which the quota does not admit the request, as far as is known at `now`; `None` if only what other
-    /// requests reserve is in the way.
-    pub(crate) fn opens_at(&self, now: Nanos) -> Option<Nanos> {
-        self.quota.opens_at(now, 0, self.ticket())
-    }
-
-    /// When the quota admits the request for sure, as far as is known at `now`.
-    pub(crate) fn opens_for_sure(&self, now: Nanos) -> Option<Nanos> {
-        self.quota.opens_for_sure(now, self.ticket()?)
-    }
-
     /// Leaves the queue because the quota has admitted the request. The requests behind it wait as long as before, so
     /// they are not woken.
     pub(crate) fn served(mut self) {
-        self.served = true;
+        self.leave();
+    }
+
+    /// Leaves the queue. Returns whether the request was in it.
+    fn leave(&mut self) -> bool {
+        self.ticket.take().map(|ticket| ticket.leave(clock::now())).is_some()
     }
 }
 
 impl Drop for QuotaWait {
     fn drop(&mut self) {
-        if let Some(ticket) = self.ticket.take() {
-            ticket.leave(clock::now());
-        }
-        if !self.served {
+        if self.leave() {
             self.upstream.state.quota_changed.notify_waiters();
         }
     }
@@ -121,6 +120,16 @@ impl InFlight {
     pub(crate) fn answered(&self, now: Nanos) {
         self.upstream.state.hear(now);
         self.upstream.state.breaker.pairs.answered(self.key, now);
+    }
+
+    /// Reports that the request ends without a result of its target. If it was a trial, another request may go in its place:
+    /// returns whether one may.
+    pub(crate) fn undo_trial(&self, now: Nanos) -> bool {
+        let Passages { backend, pair } =
+            self.passages.replace(Passages { backend: Passage::Free, pair: Passage::Free });
+        let breaker = &self.upstream.state.breaker;
+        let is_undone = backend == Passage::Trial && breaker.undo_trial(now);
+        pair == Passage::Trial && breaker.pairs.undo_trial(self.key, now) || is_undone
     }
 
     /// Releases the permit, the tokens and the money: the backend is done with the request and has used nothing. Its
@@ -180,14 +189,20 @@ impl Upstream {
         let (key, now) = (candidate.key(), candidate.now);
         let mut reservation = self.reserve(candidate)?;
         let breaker = &self.state.breaker;
-        if !breaker.enter(now, panic) || !breaker.pairs.enter(Entry { key, now, panic }) {
+        let backend = breaker.enter(now, panic);
+        let pair = backend.and_then(|_| breaker.pairs.enter(Entry { key, now, panic }));
+        let (Some(backend), Some(pair)) = (backend, pair) else {
+            if backend == Some(Passage::Trial) {
+                breaker.undo_trial(now);
+            }
             if let Some(quota) = reservation.as_mut().and_then(|reservation| reservation.quota.take()) {
-                quota.cancel(now);
+                quota.cancel(now, candidate.ticket);
                 self.state.quota_changed.notify_waiters();
             }
             return None;
-        }
+        };
         self.state.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(InFlight { upstream: self.clone(), reservation, permit, key, entered: now })
+        let passages = Cell::new(Passages { backend, pair });
+        Some(InFlight { upstream: self.clone(), reservation, permit, key, entered: now, passages })
     }
 }

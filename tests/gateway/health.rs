@@ -504,3 +504,43 @@ fn a_reload_switches_the_checks_off_and_on() {
     assert!(zap.reload());
     eventually("the check ejects it again", || state(&zap, 0) == "ejected");
 }
+
+/// A response that is about the request, or a client that has left, says nothing about the target of a trial.
+#[test]
+fn a_trial_that_ends_without_a_result_is_given_to_the_next_request() {
+    let body = |content: &str| CHAT.replace("hi", content);
+    let is_limited = AtomicBool::new(true);
+    let a = Provider::start(move |seen, stream| {
+        let is_about = |content: &str| String::from_utf8_lossy(&seen.body).contains(content);
+        match () {
+            () if is_limited.swap(false, Ordering::SeqCst) => {
+                reply(stream, 429, "retry-after: 1\r\n", b"wait")
+            }
+            () if is_about("bad") => reply(stream, 400, "", b"{}"),
+            () if is_about("unknown") => reply(stream, 501, "", b"{}"),
+            () if is_about("slow") => {
+                wait_closed(stream);
+                return After::Close;
+            }
+            () => reply(stream, 200, "", b"a"),
+        }
+        After::Keep
+    });
+    let b = Provider::named("b");
+    let settings = "[health]\ninterval_secs = 600\n";
+    let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "priority = 1")]);
+    assert_eq!(zap.chat(CHAT).text(), "b");
+    // The gate lets one request pass in a second, unless that one ends without a result.
+    eventually("the cooldown ends", || zap.chat(&body("bad")).status == 400);
+    for content in ["bad", "unknown"] {
+        let refused = zap.chat(&body(content));
+        assert!(matches!(refused.status, 400 | 501), "{content}: {}", refused.text());
+    }
+    let asked = a.count();
+    let mut client = zap.client();
+    client.post("/chat", "", &body("slow"));
+    eventually("the trial is at the backend", || a.count() > asked);
+    drop(client);
+    zap.wait_until_idle();
+    assert_eq!(zap.chat(CHAT).text(), "a");
+}

@@ -89,6 +89,8 @@ pub(crate) enum Mark {
     Busy,
     /// Let the target cool down for as long as the response says, or for the default time.
     Limited,
+    /// The response is about the request, not about the target: if the try was a trial, another request may go in its place.
+    NoResult,
 }
 
 impl Failure {
@@ -159,7 +161,9 @@ impl Failure {
             }
             Unfit::OtherModel(status) => {
                 let answer = Answer::Refused(status);
-                Failure { keep: true, no_retry: true, ..Failure::new(Code::UpstreamRefused, answer) }
+                // A model that is not there is not there for the next request either.
+                let mark = (status != 404).then_some(Mark::NoResult);
+                Failure { keep: true, no_retry: true, mark, ..Failure::new(Code::UpstreamRefused, answer) }
             }
             Unfit::Silent => Failure { no_retry: true, ..Failure::new(Code::UpstreamTimeout, Answer::None) },
         }

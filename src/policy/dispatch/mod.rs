@@ -279,7 +279,7 @@ impl Dispatch {
             (Verdict::Failed(failure), Event::Head { status: 429, is_alive: true, .. })
                 if self.has_returned() =>
             {
-                Verdict::Failed(Failure { mark: None, no_retry: true, ..failure })
+                Verdict::Failed(Failure { mark: Some(Mark::NoResult), no_retry: true, ..failure })
             }
             (verdict, _) => verdict,
         };

@@ -261,7 +261,7 @@ fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget)
                     Some(Mark::BadKey) => table.set(name, Err(Closed::Out(Status::Unauthorized))),
                     Some(Mark::Limited) => table.set(name, Err(Closed::Cooling(now + 5 * SECOND))),
                     Some(Mark::Busy) => table.set(name, Err(Closed::Cooling(now + SECOND))),
-                    None => {}
+                    Some(Mark::NoResult) | None => {}
                 }
                 if is_out {
                     table.set(name, Err(Closed::Out(Status::Ejected)));
