@@ -159,7 +159,7 @@ impl BackendQueues {
                 Some(_) => {}
             }
             // A request that waits anyway tries an ejected target as soon as one may be tried.
-            let wake = at.into_iter().chain(busy.trial.filter(|_| is_open_ended)).min();
+            let wake = at.into_iter().chain(busy.trial).min();
             let mut opened = pin!(wake.map(|at| sleep(time_until(at, now))));
             let (tickets, granted) = (&mut self.tickets, &mut self.granted);
             let woken = poll_fn(|cx| {
@@ -249,7 +249,7 @@ fn most_tokens(snapshot: &Snapshot, ask: &Ask<'_>, id: BackendId) -> u64 {
     let of = |target| {
         let (target, demand) = (Some((target, ask.model)), &ask.demand);
         let candidate = Candidate { target, demand, now: clock::now(), ticket: None };
-        snapshot.backends[id].need(&candidate).expected.total()
+        snapshot.backends[id].need(&candidate).tokens()
     };
     snapshot.targets(ask).filter(|target| target.backend == id).map(of).max().unwrap_or(0)
 }

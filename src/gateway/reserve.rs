@@ -38,7 +38,7 @@ pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Dema
         (Metering::Full, Some(most)) => Output::AtMost(most),
         (Metering::Full, None) => Output::Unstated,
     };
-    Demand { asked: chat.text_length(), output }
+    Demand { asked: chat.text_length(), output, is_metered: true }
 }
 
 /// The limits of the client of a request, as far as the request is concerned.

@@ -41,15 +41,18 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// Lifts the limits that `next` does not have, so that a request that waits for one goes on.
+    /// Lifts the limits that `next` does not have, so that a request that waits for one goes on. A backend that is removed
+    /// keeps its limits for the requests that are left.
     fn lift_limits_without(&self, next: &Generation, now: Nanos) {
         for backend in self.backends.iter() {
-            backend.lift_limits(next.backends.iter().find(|b| b.name() == backend.name()).map(|b| &**b), now);
+            if let Some(next) = next.backends.iter().find(|next| next.name() == backend.name()) {
+                backend.lift_limits(next, now);
+            }
         }
         for client in self.clients.iter() {
-            let next = next.clients.iter().find(|c| c.conf.name == client.conf.name);
-            let is_lifted = next.is_none_or(|next| next.admission.is_none());
-            if let Some(admission) = client.admission.as_ref().filter(|_| is_lifted) {
+            let Some(admission) = &client.admission else { continue };
+            let next = next.clients.iter().find(|next| next.conf.name == client.conf.name);
+            if next.is_none_or(|next| next.admission.is_none()) {
                 admission.resize(MAX_SLOTS, 0);
             }
         }

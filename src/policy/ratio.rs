@@ -37,6 +37,8 @@ pub(crate) struct Demand {
     pub asked: u64,
     /// The output tokens of the answer.
     pub output: Output,
+    /// Whether the request uses tokens at all.
+    pub is_metered: bool,
 }
 
 /// The output tokens that a request may use.
@@ -195,7 +197,7 @@ mod tests {
     #[test]
     fn expects_what_the_request_states_or_what_the_pair_answered_before() {
         let ratios = Ratios::default();
-        let demand = |output| Demand { asked: 40, output };
+        let demand = |output| Demand { asked: 40, output, is_metered: true };
         assert_eq!(ratios.expect(1, &demand(Output::Unstated)), usage(10, DEFAULT_OUTPUT));
         ratios.learn(1, Lengths { asked: 400, text: 90 }, &usage(200, 30));
         ratios.learn(1, Lengths { asked: 400, text: 0 }, &usage(200, 31));

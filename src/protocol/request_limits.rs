@@ -28,6 +28,11 @@ pub(crate) fn is_member(name: &str) -> bool {
     members().any(|member| member == name)
 }
 
+/// Whether a member limits the output tokens of one choice.
+pub(crate) fn is_limit(name: &str) -> bool {
+    LIMITS.contains(&name)
+}
+
 /// The most output tokens of a request with these members, each from its key to its value: the smallest limit times the
 /// number of choices. `None`: the request has no limit.
 pub(crate) fn most_output<'a>(members: impl Iterator<Item = &'a [u8]>) -> Option<u64> {

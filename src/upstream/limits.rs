@@ -6,7 +6,8 @@ use std::sync::Arc;
 use crate::clock;
 use crate::config;
 use crate::policy::choose::Closed;
-use crate::policy::quota::{Quota, QuotaHold, QuotaLimits, QuotaTicket};
+use crate::policy::queue::MAX as MAX_SLOTS;
+use crate::policy::quota::{QuotaHold, QuotaLimits, QuotaTicket};
 use crate::policy::ratio::{Demand, Output};
 use crate::policy::reservation::beyond;
 use crate::policy::route::Target;
@@ -49,6 +50,14 @@ pub(crate) struct Need {
     pub stated: u64,
     /// Whether what it may use has a maximum.
     is_bounded: bool,
+    is_metered: bool,
+}
+
+impl Need {
+    /// The tokens that it reserves; 0 if the request uses none.
+    pub(crate) fn tokens(&self) -> u64 {
+        if self.is_metered { self.expected.total().max(1) } else { 0 }
+    }
 }
 
 /// What a request has taken of its backend's quota and budget. Dropping it refunds the tokens and the money.
@@ -99,14 +108,14 @@ impl Upstream {
         self.quota.as_ref()?.tokens_left(now)
     }
 
-    /// Lifts the limits, since the next configuration has none of this backend. Requests that wait for them go on.
-    pub(crate) fn lift_limits(&self, next: Option<&Upstream>, now: Nanos) {
-        let is_kept = |quota: &Arc<Quota>| {
-            next.and_then(|next| next.quota.as_ref()).is_some_and(|next| Arc::ptr_eq(quota, next))
-        };
-        if let Some(quota) = self.quota.as_ref().filter(|quota| !is_kept(quota)) {
+    /// Lifts the limits that the `next` configuration of this backend does not have. Requests that wait for them go on.
+    pub(crate) fn lift_limits(&self, next: &Upstream, now: Nanos) {
+        if let Some(quota) = self.quota.as_ref().filter(|_| next.quota.is_none()) {
             quota.set_limits(QuotaLimits::default(), now);
             self.state.quota_changed.notify_waiters();
+        }
+        if let Some(admission) = self.admission.as_ref().filter(|_| next.admission.is_none()) {
+            admission.resize(MAX_SLOTS, 0);
         }
     }
 
@@ -118,7 +127,8 @@ impl Upstream {
             Output::AtMost(_) => expected.total(),
             Output::None | Output::Unstated => expected.input,
         };
-        Need { expected, stated, is_bounded: demand.output != Output::Unstated }
+        let is_bounded = demand.output != Output::Unstated;
+        Need { expected, stated, is_bounded, is_metered: demand.is_metered }
     }
 
     /// What the request may use here: a maximum that the backend is not sent does not count.
@@ -153,6 +163,11 @@ impl Upstream {
         if need.is_bounded { cost } else { cost.min(budget) }
     }
 
+    /// The budget, if the request uses tokens.
+    fn budget_of(&self, candidate: &Candidate<'_>) -> Option<&Arc<SpendLimit>> {
+        self.budget.as_ref().filter(|_| candidate.demand.is_metered)
+    }
+
     /// Checks whether the quota and the budget have room for the request.
     pub(super) fn check_limits(&self, candidate: &Candidate<'_>) -> Result<(), Closed> {
         if self.quota.is_none() && self.budget.is_none() {
@@ -163,13 +178,13 @@ impl Upstream {
             return Err(Closed::TooLarge);
         }
         if let Some(quota) = &self.quota {
-            match quota.opens_at(candidate.now, need.expected.total(), candidate.ticket) {
+            match quota.opens_at(candidate.now, need.tokens(), candidate.ticket) {
                 Some(at) if at <= candidate.now => {}
                 Some(at) => return Err(Closed::Quota(at)),
                 None => return Err(Closed::Reserved),
             }
         }
-        let Some(budget) = &self.budget else { return Ok(()) };
+        let Some(budget) = self.budget_of(candidate) else { return Ok(()) };
         let cost = self.expected_cost(candidate, &need, budget.limit());
         budget.check(cost, clock::today()).map_err(Closed::Budget)
     }
@@ -180,7 +195,7 @@ impl Upstream {
             return Some(None);
         }
         let need = self.limited_need(candidate);
-        let spend = match &self.budget {
+        let spend = match self.budget_of(candidate) {
             Some(budget) => {
                 let cost = self.expected_cost(candidate, &need, budget.limit());
                 Some(budget.reserve(cost, clock::today()).ok()?)
@@ -189,7 +204,7 @@ impl Upstream {
         };
         let expected = need.expected;
         let quota = match &self.quota {
-            Some(quota) => Some(quota.take(candidate.now, expected.total(), candidate.ticket)?),
+            Some(quota) => Some(quota.take(candidate.now, need.tokens(), candidate.ticket)?),
             None => None,
         };
         Some(Some(Box::new(BackendReservation { quota, spend, expected, state: self.state.clone() })))

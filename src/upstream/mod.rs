@@ -191,7 +191,7 @@ impl Upstream {
             budget,
             prices: PriceTable::new(conf.prices.iter().map(|(model, price)| (&**model, Price::of(*price)))),
             asks_for_usage: asks_for_usage(&conf),
-            drops_maximum: conf.drop_fields.iter().any(|field| request_limits::is_member(field)),
+            drops_maximum: conf.drop_fields.iter().any(|field| request_limits::is_limit(field)),
             conf,
         })
     }
@@ -319,11 +319,13 @@ impl Upstream {
         self.check_full()
     }
 
-    /// When the pair, which is ejected, may be tried; `None` if nothing says when.
+    /// When the pair or its backend, which is out, may be tried; `None` if nothing says when.
     pub(crate) fn trial(&self, candidate: &Candidate<'_>) -> Option<Nanos> {
         let breaker = &self.state.breaker;
-        let is_up = breaker.status_of_backend(candidate.now) == Status::Healthy;
-        is_up.then(|| breaker.pairs.trial_at(|| candidate.key())).flatten()
+        match breaker.status_of_backend(candidate.now) {
+            Status::Healthy => breaker.pairs.trial_at(|| candidate.key()),
+            _ => breaker.reopens_at(candidate.now),
+        }
     }
 
     /// [`check`](Self::check) for a request that already holds a permit.

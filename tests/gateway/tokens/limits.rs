@@ -546,6 +546,12 @@ fn limits_hold_for_messages_and_refuse_in_the_shape_of_their_api() {
     let quota = ("rate_limit_error".to_owned(), "insufficient_quota".to_owned());
     assert_eq!(message_error(&spent), quota);
     assert_eq!((spent.header("retry-after"), spent.header("x-should-retry")), (Some("59"), Some("false")));
+
+    let limits = format!("{prices}\ntokens_per_minute = 400\nbudget = {{ usd = 0.0031, per = \"month\" }}");
+    let zap = Zap::with("", &[a.backend("a", &limits)]);
+    assert_eq!(post_message(&zap, MESSAGES, &body(300, &max(300))).status, 200, "400 tokens, 0.0031 USD");
+    let counted = post_message(&zap, "/v1/messages/count_tokens", &body(1, &max(100)));
+    assert_eq!((counted.status, counted.text()), (200, "{\"input_tokens\":100}"), "its backend is used up");
 }
 
 #[test]
