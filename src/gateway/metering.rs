@@ -92,6 +92,7 @@ impl Attempts<'_> {
             usage: None,
             begun: None,
             first_content: has_content.then(clock::now),
+            is_whole: false,
             reservation: response.in_flight.take_reservation(),
         });
     }

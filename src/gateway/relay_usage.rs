@@ -4,7 +4,7 @@ use crate::clock;
 use crate::protocol::answer_text::answer_text;
 use crate::protocol::body_usage::BodyUsage;
 use crate::protocol::endpoint::Metering;
-use crate::protocol::event_stream::EventStream;
+use crate::protocol::event_stream::{EventStream, StreamEnd};
 use crate::protocol::usage::Usage;
 use crate::telemetry::record::RequestRecord;
 
@@ -59,6 +59,7 @@ impl RelayUsage {
             (Some(events), _) => {
                 (meter.usage, meter.lengths.text) = (events.usage(), events.text());
                 meter.begun = events.usage_so_far();
+                meter.is_whole = events.is_whole() && events.end() != Some(StreamEnd::Error);
             }
             (None, RelayUsage::Passing(usage)) => {
                 (meter.usage, meter.lengths.text) = (usage.finish(), record.bytes);

@@ -165,8 +165,8 @@ impl Breaker {
         }
     }
 
-    /// Returns the state at `now` over all models, as far as it is proven: [`Status::Cooling`] until the last cool-down of any model ends, and
-    /// [`Status::Ejected`] also if every model in use is out.
+    /// Returns the state at `now` over all models, as far as it is proven: [`Status::Cooling`] until the last cooldown of any
+    /// model ends, and [`Status::Ejected`] also if every model in use is out.
     pub fn status(&self, now: Nanos) -> Status {
         match self.known_status(now) {
             Status::Healthy if self.pairs.are_out(now) => Status::Ejected,

@@ -34,7 +34,7 @@ impl ClientReservation {
     }
 }
 
-/// The tokens of an answer that made it dearer than was expected: all beyond the expected ones, or those of its output alone.
+/// The tokens by which an answer cost more than was expected: all beyond the expected ones, or those of its output alone.
 pub(crate) fn beyond(usage: &Usage, expected: &Usage, is_dearer: bool) -> u64 {
     let all = usage.total().saturating_sub(expected.total());
     if is_dearer { all.max(usage.output.saturating_sub(expected.output)) } else { 0 }

@@ -33,6 +33,8 @@ pub(crate) struct Meter {
     pub begun: Option<Usage>,
     /// When the first content came; only of a stream.
     pub first_content: Option<Nanos>,
+    /// Whether a stream has come whole and without an error.
+    pub is_whole: bool,
     /// What the request has reserved at its backend.
     pub reservation: Option<Box<BackendReservation>>,
 }
@@ -63,7 +65,18 @@ impl Meter {
         lane: &BackendLane,
         (started, now): (Nanos, Nanos),
     ) -> Option<(Used, Option<Box<BackendReservation>>)> {
-        let Meter { key, label, model, metering, lengths, usage, begun, first_content, reservation } = self;
+        let Meter {
+            key,
+            label,
+            model,
+            metering,
+            lengths,
+            usage,
+            begun,
+            first_content,
+            is_whole,
+            reservation,
+        } = self;
         let ratios = &upstream.state.ratios;
         let (usage, is_estimate) = match (usage, metering) {
             (Some(usage), _) => {
@@ -86,7 +99,8 @@ impl Meter {
         }
         if let Some(first) = first_content {
             lane.first_token.record(first.saturating_sub(started));
-            if usage.output > 1 {
+            // The wait before a cut says nothing about the pace of the tokens.
+            if is_whole && usage.output > 1 {
                 lane.per_output_token.record(now.saturating_sub(first) / (usage.output - 1));
             }
         }

@@ -531,14 +531,14 @@ fn a_trial_that_ends_without_a_result_is_given_to_the_next_request() {
     let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "priority = 1")]);
     assert_eq!(zap.chat(CHAT).text(), "b");
     // The gate lets one request pass in a second, unless that one ends without a result.
-    eventually("the cooldown ends", || zap.chat(&body("bad")).status == 400);
+    eventually("the cooldown ends", || zap.chat(body("bad")).status == 400);
     for content in ["bad", "unknown"] {
-        let refused = zap.chat(&body(content));
+        let refused = zap.chat(body(content));
         assert!(matches!(refused.status, 400 | 501), "{content}: {}", refused.text());
     }
     let asked = a.count();
     let mut client = zap.client();
-    client.post("/chat", "", &body("slow"));
+    client.post("/chat", "", body("slow"));
     eventually("the trial is at the backend", || a.count() > asked);
     drop(client);
     zap.wait_until_idle();

@@ -32,7 +32,7 @@ pub(super) struct Survey {
     pub(super) has_ejected: bool,
     /// Whether the request is too large for an untried target.
     pub(super) is_too_large: bool,
-    /// Why the budgets of untried targets do not pay for the request; rather that it waits for others' reservations.
+    /// Why the budgets of untried targets refuse the request; [`Refused::Reserved`] takes precedence.
     pub(super) budget: Option<Refused>,
 }
 

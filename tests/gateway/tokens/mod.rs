@@ -391,10 +391,30 @@ fn the_usage_of_a_response_that_is_incomplete_or_failed_is_counted() {
         let answer = send(&mut client, ALL[5], &ALL[5].body("m", &format!(",\"user\":\"{end}\"")));
         assert!(answer.whole && answer.text().contains(&format!("response.{end}")));
     }
-    assert_eq!(tokens(&zap.metrics(), "a", "m"), [20, 4, 6, 2]);
+    let metrics = zap.metrics();
+    assert_eq!(tokens(&metrics, "a", "m"), [20, 4, 6, 2]);
+    assert_eq!(metrics["zap_time_per_output_token_seconds_count{backend=\"a\"}"], 1.0, "not of an error");
     for line in zap.lines(2) {
         assert_eq!(logged(&line), provider([10, 2, 3, 1]), "{line}");
     }
+}
+
+#[test]
+fn a_stream_that_is_cut_has_a_first_token_and_no_pace() {
+    let a = Provider::start(|seen, stream| {
+        let (content, _) = Ask::of(seen).events("some words and more", false, None);
+        start_events(stream);
+        chunk(stream, &content);
+        After::Close
+    });
+    let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]")]);
+    let mut client = zap.client();
+    assert!(!send(&mut client, ALL[1], &ALL[1].body("m", "")).whole);
+    zap.wait_until_idle();
+    let metrics = zap.metrics();
+    let count = |what: &str| metrics[&format!("zap_time_{what}_token_seconds_count{{backend=\"a\"}}")];
+    assert_eq!((count("to_first"), count("per_output")), (1.0, 0.0));
+    assert!(tokens(&metrics, "a", "m")[2] > 1, "the output is estimated");
 }
 
 #[test]
