@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use http::header::ACCEPT;
 use http::{HeaderName, HeaderValue};
 
 use crate::config::base_url::base_url;
@@ -21,6 +22,7 @@ use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 use crate::config::url::is_path;
 use crate::config::{Backend, BackendHealth, UsageMode};
+use crate::http1::header_rules::is_reserved;
 use crate::json::members::same_but_for_case;
 use crate::protocol::endpoint::Protocol;
 
@@ -36,26 +38,6 @@ const USAGE_MODES: [(&str, UsageMode); 4] = [
 const PROTOCOLS: [(&str, Protocol); 2] = [("openai", Protocol::OpenAi), ("anthropic", Protocol::Anthropic)];
 /// Members that are never dropped.
 const REQUIRED_FIELDS: [&str; 3] = ["messages", "model", "stream"];
-/// Headers that the operator may not set: those that Zap sets itself, hop-by-hop headers and proxy headers.
-const RESERVED_HEADERS: [&str; 16] = [
-    "accept",
-    "accept-encoding",
-    "connection",
-    "content-encoding",
-    "content-length",
-    "content-type",
-    "expect",
-    "host",
-    "keep-alive",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "x-request-id",
-];
-
 /// A backend whose name may still be missing.
 struct Unnamed {
     name: Option<Text>,
@@ -222,12 +204,17 @@ fn health(t: &mut Section<'_, '_>) -> (String, BackendHealth) {
     (new.unwrap_or(old), health)
 }
 
+/// Whether the operator may set a header: it is not one of the connection, and Zap does not set it itself.
+fn is_settable(name: &HeaderName) -> bool {
+    *name != ACCEPT && !is_reserved(name.as_str())
+}
+
 /// Reads the header that carries the key without a scheme, in place of `Authorization: Bearer`. `Authorization` is
 /// allowed: some gateways expect the key there without a scheme.
 fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
     let text = t.text("auth_header")?;
     let name = HeaderName::from_bytes(text.value.as_bytes()).ok();
-    let name = name.filter(|name| !RESERVED_HEADERS.contains(&name.as_str()));
+    let name = name.filter(is_settable);
     if name.is_none() {
         t.invalid(&text, "must be a header that Zap does not set itself, such as `api-key`");
     }
@@ -246,7 +233,7 @@ fn extra_headers(t: &mut Section<'_, '_>, key_header: Option<&HeaderName>) -> Ve
     let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
     for (name, value) in t.pairs("extra_headers").unwrap_or_default() {
         let name = HeaderName::from_bytes(name.value.as_bytes()).ok();
-        let name = name.filter(|n| !RESERVED_HEADERS.contains(&n.as_str()));
+        let name = name.filter(is_settable);
         if name.is_some() && name.as_ref() == key_header {
             t.fault_of(&value, "is the header of `api_key`; must be only one of the two");
         }

@@ -59,4 +59,35 @@ mod tests {
             assert_eq!(fault, format!("test:4: `backends[0].{key}` {ARRAY}"));
         }
     }
+
+    #[test]
+    fn the_operator_sets_no_header_of_the_connection_and_none_that_zap_sets() {
+        for name in [
+            "Accept",
+            "Accept-Encoding",
+            "Connection",
+            "Content-Encoding",
+            "Content-Length",
+            "Content-Type",
+            "Expect",
+            "Host",
+            "HTTP2-Settings",
+            "Keep-Alive",
+            "Proxy-Authenticate",
+            "Proxy-Authorization",
+            "Proxy-Connection",
+            "TE",
+            "Trailer",
+            "Transfer-Encoding",
+            "Upgrade",
+            "X-Request-Id",
+        ] {
+            let fault = read(&format!("extra_headers = {{ {name} = \"sk-CANARY\" }}")).unwrap_err();
+            let what = "must be a header that Zap does not set itself and that is not hop-by-hop";
+            assert_eq!(fault, format!("test:4: `backends[0].extra_headers.{name}` cannot be added; {what}"));
+            let fault = read(&format!("auth_header = \"{name}\"\napi_key = \"k\"")).unwrap_err();
+            let what = "must be a header that Zap does not set itself, such as `api-key`";
+            assert_eq!(fault, format!("test:4: `backends[0].auth_header` is \"{name}\"; {what}"));
+        }
+    }
 }

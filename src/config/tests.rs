@@ -663,41 +663,6 @@ fn faults_of_backends_name_the_line_and_never_show_a_secret() {
              one of the two",
         ),
         (
-            "extra_headers = { Expect = \"100-continue\" }",
-            "`backends[0].extra_headers.Expect` cannot be added; must be a header that Zap does \
-             not set itself and that is not hop-by-hop",
-        ),
-        (
-            "extra_headers = { Trailer = \"x\" }",
-            "`backends[0].extra_headers.Trailer` cannot be added; must be a header that Zap does \
-             not set itself and that is not hop-by-hop",
-        ),
-        (
-            "extra_headers = { Keep-Alive = \"timeout=5\" }",
-            "`backends[0].extra_headers.Keep-Alive` cannot be added; must be a header that Zap \
-             does not set itself and that is not hop-by-hop",
-        ),
-        (
-            "extra_headers = { Proxy-Connection = \"close\" }",
-            "`backends[0].extra_headers.Proxy-Connection` cannot be added; must be a header that \
-             Zap does not set itself and that is not hop-by-hop",
-        ),
-        (
-            "extra_headers = { Proxy-Authorization = \"sk-CANARY\" }",
-            "`backends[0].extra_headers.Proxy-Authorization` cannot be added; must be a header \
-             that Zap does not set itself and that is not hop-by-hop",
-        ),
-        (
-            "extra_headers = { Content-Encoding = \"gzip\" }",
-            "`backends[0].extra_headers.Content-Encoding` cannot be added; must be a header that \
-             Zap does not set itself and that is not hop-by-hop",
-        ),
-        (
-            "api_key = \"k\"\nauth_header = \"Proxy-Authorization\"",
-            "`backends[0].auth_header` is \"Proxy-Authorization\"; must be a header that Zap does \
-             not set itself, such as `api-key`",
-        ),
-        (
             "extra_headers = { X-A = \"sk-CANARY\", \"x-a\" = \"2\" }",
             "`backends[0].extra_headers.x-a` repeats a header; must be different names, and case \
              does not count",

@@ -92,6 +92,11 @@ impl HeaderRules {
     }
 }
 
+/// Whether a header belongs to the connection, or Zap sets it itself. `name` is in lower case.
+pub(crate) fn is_reserved(name: &str) -> bool {
+    NOT_THE_CLIENTS.contains(&name)
+}
+
 /// Whether a header never passes by a rule. `name` is in lower case. A name is taken for a credential by its words, since
 /// every gateway and provider has its own.
 fn is_withheld(name: &str) -> bool {
@@ -101,7 +106,7 @@ fn is_withheld(name: &str) -> bool {
     let has_part = |part: &&str| {
         name.match_indices(*part).any(|(at, _)| *part != "token" || !name[at + part.len()..].starts_with('s'))
     };
-    NOT_THE_CLIENTS.contains(&name)
+    is_reserved(name)
         || CREDENTIAL_PARTS.iter().any(has_part)
         || words().any(|word| CREDENTIAL_WORDS.contains(&word)) && !is_harmless_key()
 }
