@@ -4,16 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use http::header::ACCEPT;
-use http::{HeaderName, HeaderValue};
-
 use crate::config::base_url::base_url;
 use crate::config::charges::BackendLines;
 use crate::config::common::{
     Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, WEIGHT,
     is_name_char, name, open_regular, secret, unreadable,
 };
-use crate::config::header_lists::header_rules;
+use crate::config::headers::{auth_header, extra_headers, header_rules};
 use crate::config::identity::{client_identity, server_name};
 use crate::config::models::{model_name, rules};
 use crate::config::money::{budget, prices};
@@ -22,7 +19,6 @@ use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 use crate::config::url::is_path;
 use crate::config::{Backend, BackendHealth, UsageMode};
-use crate::http1::header_rules::is_reserved;
 use crate::json::members::same_but_for_case;
 use crate::protocol::endpoint::Protocol;
 
@@ -202,63 +198,6 @@ fn health(t: &mut Section<'_, '_>) -> (String, BackendHealth) {
         t.fault(line, "health_path", "is set and `health.path` too; must be only one of the two");
     }
     (new.unwrap_or(old), health)
-}
-
-/// Whether the operator may set a header: it is not one of the connection, and Zap does not set it itself.
-fn is_settable(name: &HeaderName) -> bool {
-    *name != ACCEPT && !is_reserved(name.as_str())
-}
-
-/// Reads the header that carries the key without a scheme, in place of `Authorization: Bearer`. `Authorization` is
-/// allowed: some gateways expect the key there without a scheme.
-fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
-    let text = t.text("auth_header")?;
-    let name = HeaderName::from_bytes(text.value.as_bytes()).ok();
-    let name = name.filter(is_settable);
-    if name.is_none() {
-        t.invalid(&text, "must be a header that Zap does not set itself, such as `api-key`");
-    }
-    if !has_key {
-        t.fault(
-            text.line,
-            "auth_header",
-            "is set without `api_key`; must be set with `api_key` or not at all",
-        );
-    }
-    name
-}
-
-/// Reads the headers to send in addition to Zap's own. They replace the client's headers of the same name.
-fn extra_headers(t: &mut Section<'_, '_>, key_header: Option<&HeaderName>) -> Vec<(HeaderName, HeaderValue)> {
-    let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
-    for (name, value) in t.pairs("extra_headers").unwrap_or_default() {
-        let name = HeaderName::from_bytes(name.value.as_bytes()).ok();
-        let name = name.filter(is_settable);
-        if name.is_some() && name.as_ref() == key_header {
-            t.fault_of(&value, "is the header of `api_key`; must be only one of the two");
-        }
-        if name.is_none() {
-            let what =
-                "cannot be added; must be a header that Zap does not set itself and that is not hop-by-hop";
-            t.fault_of(&value, what);
-        }
-        if name.as_ref().is_some_and(|name| headers.iter().any(|(other, _)| other == name)) {
-            let what = "repeats a header; must be different names, and case does not count";
-            t.fault_of(&value, what);
-        }
-        match (name, HeaderValue::from_str(&value.value)) {
-            (Some(name), Ok(mut text)) => {
-                text.set_sensitive(true);
-                headers.push((name, text));
-            }
-            (_, Err(_)) => {
-                let what = "has a value with a control character; must be visible ASCII and spaces";
-                t.fault_of(&value, what);
-            }
-            (None, Ok(_)) => {}
-        }
-    }
-    headers
 }
 
 /// Reads the protocols that the backend speaks.

@@ -13,7 +13,7 @@
 //! - `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced.
-//! - `base_url`, `browsers`, `header_lists`, `proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `base_url`, `browsers`, `headers`, `proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `warnings` finds settings that are allowed but unwise.
 //! - `secret` keeps a key from being printed.
 //!
@@ -30,7 +30,7 @@ mod common;
 mod expand;
 mod fault_sink;
 mod file;
-mod header_lists;
+mod headers;
 mod identity;
 mod models;
 mod money;

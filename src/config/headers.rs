@@ -1,9 +1,72 @@
-//! `backends.forward_headers` and `backends.drop_headers`: which of the client's headers a backend gets.
+//! Reads the keys of a backend that set, pass on or drop headers.
+
+use http::header::ACCEPT;
+use http::{HeaderName, HeaderValue};
 
 use crate::config::toml_reader::Section;
-use crate::http1::header_rules::{HeaderRules, NamePattern};
+use crate::http1::header_rules::{HeaderRules, NamePattern, is_reserved};
 
-/// Reads both lists.
+/// Reads the header that carries the key without a scheme, in place of `Authorization: Bearer`. `Authorization` is
+/// allowed: some gateways expect the key there without a scheme.
+pub(super) fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<HeaderName> {
+    let text = t.text("auth_header")?;
+    let name = HeaderName::from_bytes(text.value.as_bytes()).ok();
+    let name = name.filter(is_settable);
+    if name.is_none() {
+        t.invalid(&text, "must be a header that Zap does not set itself, such as `api-key`");
+    }
+    if !has_key {
+        t.fault(
+            text.line,
+            "auth_header",
+            "is set without `api_key`; must be set with `api_key` or not at all",
+        );
+    }
+    name
+}
+
+/// Reads the headers to send in addition to Zap's own. They replace the client's headers of the same name.
+pub(super) fn extra_headers(
+    t: &mut Section<'_, '_>,
+    key_header: Option<&HeaderName>,
+) -> Vec<(HeaderName, HeaderValue)> {
+    let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
+    for (name, value) in t.pairs("extra_headers").unwrap_or_default() {
+        let name = HeaderName::from_bytes(name.value.as_bytes()).ok();
+        let name = name.filter(is_settable);
+        if name.is_some() && name.as_ref() == key_header {
+            t.fault_of(&value, "is the header of `api_key`; must be only one of the two");
+        }
+        if name.is_none() {
+            let what =
+                "cannot be added; must be a header that Zap does not set itself and that is not hop-by-hop";
+            t.fault_of(&value, what);
+        }
+        if name.as_ref().is_some_and(|name| headers.iter().any(|(other, _)| other == name)) {
+            let what = "repeats a header; must be different names, and case does not count";
+            t.fault_of(&value, what);
+        }
+        match (name, HeaderValue::from_str(&value.value)) {
+            (Some(name), Ok(mut text)) => {
+                text.set_sensitive(true);
+                headers.push((name, text));
+            }
+            (_, Err(_)) => {
+                let what = "has a value with a control character; must be visible ASCII and spaces";
+                t.fault_of(&value, what);
+            }
+            (None, Ok(_)) => {}
+        }
+    }
+    headers
+}
+
+/// Whether the operator may set a header: it is not one of the connection, and Zap does not set it itself.
+fn is_settable(name: &HeaderName) -> bool {
+    *name != ACCEPT && !is_reserved(name.as_str())
+}
+
+/// Reads `forward_headers` and `drop_headers`.
 pub(super) fn header_rules(t: &mut Section<'_, '_>) -> HeaderRules {
     HeaderRules { forward: patterns(t, "forward_headers"), drop: patterns(t, "drop_headers") }
 }
