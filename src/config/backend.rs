@@ -210,12 +210,10 @@ fn protocols(t: &mut Section<'_, '_>) -> Vec<Protocol> {
     }
     let mut protocols = Vec::new();
     for text in texts {
-        match PROTOCOLS.iter().find(|(word, _)| *word == text.value) {
-            Some((_, protocol)) if !protocols.contains(protocol) => protocols.push(*protocol),
-            Some(_) => {}
-            None => {
-                t.invalid(&text, "must be one of \"openai\", \"anthropic\"");
-            }
+        if let Some(protocol) = t.word(&text, &PROTOCOLS)
+            && !protocols.contains(&protocol)
+        {
+            protocols.push(protocol);
         }
     }
     protocols

@@ -27,15 +27,7 @@ pub(super) fn cors_origins(t: &mut Section<'_, '_>) -> Origins {
 
 /// Reads `allowed_hosts`.
 pub(super) fn allowed_hosts(t: &mut Section<'_, '_>) -> Hosts {
-    let mut hosts = Vec::new();
-    for text in t.texts("allowed_hosts").unwrap_or_default() {
-        match HostName::parse(&text.value) {
-            Some(host) => hosts.push(host),
-            None => {
-                let allowed = "must be a host such as `zap.example`, `zap.example:8000` or `[::1]`, without scheme and path";
-                t.invalid(&text, allowed);
-            }
-        }
-    }
-    Hosts(hosts)
+    let allowed =
+        "must be a host such as `zap.example`, `zap.example:8000` or `[::1]`, without scheme and path";
+    Hosts(t.parsed_texts("allowed_hosts", allowed, HostName::parse))
 }

@@ -68,22 +68,10 @@ fn is_settable(name: &HeaderName) -> bool {
 
 /// Reads `forward_headers` and `drop_headers`.
 pub(super) fn header_rules(t: &mut Section<'_, '_>) -> HeaderRules {
-    HeaderRules { forward: patterns(t, "forward_headers"), drop: patterns(t, "drop_headers") }
-}
-
-fn patterns(t: &mut Section<'_, '_>, key: &'static str) -> Vec<NamePattern> {
-    let mut patterns = Vec::new();
-    for text in t.texts(key).unwrap_or_default() {
-        match NamePattern::parse(&text.value) {
-            Some(pattern) => patterns.push(pattern),
-            None => {
-                let allowed = "must be the name of a header, with or without a `*` at its end, and not a credential, \
-                               a cookie, a hop-by-hop header or a header that Zap sets itself";
-                t.invalid(&text, allowed);
-            }
-        }
-    }
-    patterns
+    const ALLOWED: &str = "must be the name of a header, with or without a `*` at its end, and not a credential, \
+                           a cookie, a hop-by-hop header or a header that Zap sets itself";
+    let mut patterns = |key| t.parsed_texts(key, ALLOWED, NamePattern::parse);
+    HeaderRules { forward: patterns("forward_headers"), drop: patterns("drop_headers") }
 }
 
 #[cfg(test)]

@@ -172,24 +172,14 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         drain: t.seconds("drain_secs", DRAIN_SECS),
         drain_delay: t.seconds("drain_delay_secs", DRAIN_DELAY_SECS),
         keep_alive: t.seconds("keep_alive_secs", KEEP_ALIVE_SECS),
-        trusted_proxies: trusted_proxies(t),
+        trusted_proxies: {
+            let parse = |text: &str| text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).ok();
+            let allowed = "must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`";
+            t.parsed_texts("trusted_proxies", allowed, parse)
+        },
         cors_origins: cors_origins(t),
         allowed_hosts: allowed_hosts(t),
     }
-}
-
-fn trusted_proxies(t: &mut Section<'_, '_>) -> Vec<IpNet> {
-    let mut nets = Vec::new();
-    for text in t.texts("trusted_proxies").unwrap_or_default() {
-        let value = &text.value;
-        match value.parse().or_else(|_| value.parse::<IpAddr>().map(IpNet::from)) {
-            Ok(net) => nets.push(net),
-            Err(_) => {
-                t.invalid(&text, "must be an address such as `10.0.0.1` or a network such as `10.0.0.0/8`");
-            }
-        }
-    }
-    nets
 }
 
 fn retry(t: &mut Section<'_, '_>) -> Retry {

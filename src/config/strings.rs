@@ -53,15 +53,17 @@ impl<'s> Section<'s, '_> {
 
     /// Reads a string that must be one of `words`, or returns the default.
     pub(super) fn choice<T: Copy>(&mut self, key: &'static str, default: T, words: &[(&str, T)]) -> T {
-        let Some(text) = self.text(key) else {
-            return default;
-        };
-        if let Some((_, chosen)) = words.iter().find(|(word, _)| *word == text.value) {
-            return *chosen;
+        self.text(key).and_then(|text| self.word(&text, words)).unwrap_or(default)
+    }
+
+    /// Returns the value of a word. If `text` is none of `words`, records a fault and returns `None`.
+    pub(super) fn word<T: Copy>(&self, text: &Text, words: &[(&str, T)]) -> Option<T> {
+        let chosen = words.iter().find(|(word, _)| *word == text.value).map(|(_, value)| *value);
+        if chosen.is_none() {
+            let words: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
+            self.invalid(text, &format!("must be one of {}", words.join(", ")));
         }
-        let words: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
-        self.invalid(&text, &format!("must be one of {}", words.join(", ")));
-        default
+        chosen
     }
 
     /// Reads an array of strings. An element that is not a string is a fault and left out.
@@ -73,6 +75,24 @@ impl<'s> Section<'s, '_> {
                 None
             }
         }
+    }
+
+    /// Reads an array of strings with `parse`. A string that `parse` refuses is a fault and left out; `allowed` says what
+    /// it must be.
+    pub(super) fn parsed_texts<T>(
+        &mut self,
+        key: &'static str,
+        allowed: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Vec<T> {
+        let mut values = Vec::new();
+        for text in self.texts(key).unwrap_or_default() {
+            match parse(&text.value) {
+                Some(value) => values.push(value),
+                None => self.invalid(&text, allowed),
+            }
+        }
+        values
     }
 
     /// Reads a table of strings, in the order of the file.
