@@ -63,7 +63,7 @@ pub(crate) use crate::config::identity::ClientIdentity;
 pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
-pub(crate) use crate::config::text::{is_like_a_key, key_name};
+pub(crate) use crate::config::text::{is_like_a_key, quoted};
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
 use crate::http1::origin::{Hosts, Origins};

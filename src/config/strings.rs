@@ -4,7 +4,7 @@ use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
 use crate::config::expand::expand;
-use crate::config::text::{Text, key_name};
+use crate::config::text::{Text, key_name, shown_name};
 use crate::config::toml_reader::{Field, Section};
 
 impl<'s> Section<'s, '_> {
@@ -174,8 +174,8 @@ impl<'s> Section<'s, '_> {
 
     /// Records that a name was written with a dot and without quotes. TOML reads it as tables in one another.
     pub(super) fn dotted_name(&self, outer: &Text, whole: &str) {
-        let name = key_name(whole).unwrap_or_else(|| "\"<name>\"".to_owned());
-        self.fault_of(outer, &format!("is a table; a name with a dot needs quotes: `{name}`"));
+        let name = shown_name(whole);
+        self.fault_of(outer, &format!("is a table; a name with a dot needs quotes: `{name:?}`"));
     }
 
     /// The entries of a table in the order of the file; the TOML parser sorts them by name.
@@ -185,8 +185,7 @@ impl<'s> Section<'s, '_> {
         let text = |(name, value): (Spanned<DeString<'v>>, Spanned<DeValue<'v>>)| {
             let (line, _) = self.sink.position(name.span().start);
             let name = name.into_inner().into_owned();
-            let shown = key_name(&name).unwrap_or_else(|| "<name>".to_owned());
-            let place = format!("{}.{shown}", self.place_of(key));
+            let place = format!("{}.{}", self.place_of(key), key_name(&name));
             (Text::new(name, None, place, line), value.into_inner())
         };
         entries.into_iter().map(text).collect()

@@ -12,6 +12,9 @@ const RANDOM: usize = 16;
 /// So is a run of letters or of digits of this length.
 const LONG: usize = 24;
 
+/// Stands for a name that a message may not show.
+const STAND_IN: &str = "<name>";
+
 /// A string of the file, in which variables are expanded.
 pub(super) struct Text {
     pub(super) value: String,
@@ -40,7 +43,7 @@ impl Text {
 
     /// The string in quotes, if a message may show it.
     pub(super) fn shown(&self) -> Option<String> {
-        may_show(self.written()).then(|| format!("{:?}", self.written()))
+        quoted(self.written())
     }
 
     /// What a message says of this string if it is wrong.
@@ -73,18 +76,23 @@ pub(crate) fn is_like_a_key(text: &str) -> bool {
         || text.split(|c: char| !c.is_ascii_alphanumeric()).any(is_random)
 }
 
-/// A name in a message, or a stand-in if a message may not show it.
-pub(super) fn shown_name(text: &str) -> &str {
-    if may_show(text) { text } else { "<name>" }
+/// A string in quotes, if a message may show it.
+pub(crate) fn quoted(text: &str) -> Option<String> {
+    may_show(text).then(|| format!("{text:?}"))
 }
 
-/// One part of a place, as TOML writes it: in quotes if it is not a bare key. `None` if a message may not show it.
-pub(crate) fn key_name(text: &str) -> Option<String> {
+/// A name in a message, or a stand-in if a message may not show it.
+pub(super) fn shown_name(text: &str) -> &str {
+    if may_show(text) { text } else { STAND_IN }
+}
+
+/// One part of a place, as TOML writes it: in quotes if it is not a bare key; a stand-in if a message may not show it.
+pub(super) fn key_name(text: &str) -> String {
     let is_bare = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-    may_show(text).then(|| match !text.is_empty() && text.bytes().all(is_bare) {
-        true => text.to_owned(),
-        false => format!("{text:?}"),
-    })
+    match !text.is_empty() && text.bytes().all(is_bare) {
+        true => shown_name(text).to_owned(),
+        false => quoted(text).unwrap_or_else(|| STAND_IN.to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -125,9 +133,14 @@ mod tests {
         ] {
             assert!(!may_show(text), "{text}");
         }
-        assert_eq!(key_name("smart").as_deref(), Some("smart"));
-        assert_eq!(key_name("gpt-4.1").as_deref(), Some("\"gpt-4.1\""));
-        assert_eq!(key_name(""), Some("\"\"".to_owned()));
-        assert_eq!(key_name("sk-x"), None);
+        for (text, part, in_quotes) in [
+            ("smart", "smart", Some("\"smart\"")),
+            ("gpt-4.1", "\"gpt-4.1\"", Some("\"gpt-4.1\"")),
+            ("", "\"\"", Some("\"\"")),
+            ("sk-x", "<name>", None),
+            ("sk-x.y", "<name>", None),
+        ] {
+            assert_eq!((key_name(text).as_str(), quoted(text).as_deref()), (part, in_quotes), "{text}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use crate::config::fault_sink::Sink;
 use crate::config::range::{Number, Range};
 use crate::config::suggest::{hint, nearest};
 use crate::config::syntax;
-use crate::config::text::{Text, key_name};
+use crate::config::text::{Text, key_name, may_show, shown_name};
 
 /// A table that is being read.
 pub(super) struct Section<'s, 'i> {
@@ -335,10 +335,10 @@ impl<'s, 'i> Section<'s, 'i> {
             let whole = format!("{name}.{}", part.get_ref());
             let DeValue::Table(mut inner) = value.into_inner() else { continue };
             if !self.split_names(key, &whole, &mut inner, members) || !inner.is_empty() {
-                let quoted = key_name(&whole).unwrap_or_else(|| "\"<name>\"".to_owned());
+                let name = shown_name(&whole);
                 let (as_written, fixed) = match self.prefix.as_str() {
-                    "" => (format!("[{key}.{}]", quoted.trim_matches('"')), format!("[{key}.{quoted}]")),
-                    _ => (self.place_of(key), quoted),
+                    "" => (format!("[{key}.{name}]"), format!("[{key}.{name:?}]")),
+                    _ => (self.place_of(key), format!("{name:?}")),
                 };
                 let what = format!("`{as_written}`: a name with a dot needs quotes: `{fixed}`");
                 self.sink.fault(line, what);
@@ -398,8 +398,8 @@ impl<'s, 'i> Section<'s, 'i> {
         for key in self.table.keys() {
             let (line, _) = self.sink.position(key.span().start);
             let written = key.get_ref().as_ref();
-            let name = match (key_name(written), self.place()) {
-                (Some(name), _) => format!("unknown key `{}{name}`", self.prefix),
+            let name = match (may_show(written), self.place()) {
+                (true, _) => format!("unknown key `{}{}`", self.prefix, key_name(written)),
                 (_, "") => "unknown key at the top level".to_owned(),
                 (_, section) => format!("unknown key in `{section}`"),
             };

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::config::charges::is_served;
-use crate::config::text::key_name;
+use crate::config::text::{key_name, quoted};
 use crate::config::{Backend, Config, Server};
 use crate::http1::origin::Origins;
 
@@ -26,22 +26,21 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
             target.weight != Some(0) && backends[target.backend].weight > 0
         };
         if !route.targets.iter().any(has_weight) && backends.iter().any(|backend| backend.weight > 0) {
-            let name = key_name(&route.name).unwrap_or_else(|| "<name>".to_owned());
             warnings.push(format!(
-                "`models.{name}` serves no request, since all its targets have weight 0; \
-                 set a weight of 1 or more for a target and its backend"
+                "`models.{}` serves no request, since all its targets have weight 0; \
+                 set a weight of 1 or more for a target and its backend",
+                key_name(&route.name)
             ));
         }
     }
     for (index, client) in clients.iter().enumerate() {
         for (at, pattern) in client.models.iter().flatten().enumerate().filter(|(_, p)| !is_served(config, p))
         {
-            let shown =
-                key_name(&format!("{}{}", pattern.stem(), if pattern.is_prefix() { "*" } else { "" }));
+            let name = format!("{}{}", pattern.stem(), if pattern.is_prefix() { "*" } else { "" });
             warnings.push(format!(
                 "`client_keys[{index}].models[{at}]` is {}, which no backend and no route serves; \
                  the client gets 404 for it",
-                shown.map_or("a name".to_owned(), |shown| format!("\"{}\"", shown.trim_matches('"'))),
+                quoted(&name).unwrap_or_else(|| "a name".to_owned()),
             ));
         }
     }

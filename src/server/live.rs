@@ -10,7 +10,7 @@ use tokio::task::{LocalSet, spawn_local};
 
 use crate::clock;
 use crate::clock::LimitExpired;
-use crate::config::{Config, key_name};
+use crate::config::{Config, quoted};
 use crate::policy::breaker::Probe;
 use crate::protocol::model_list;
 use crate::upstream::Upstream;
@@ -166,8 +166,8 @@ fn models_in_words(
     let is_listed = |name: &str| {
         listed.iter().any(|id| **id == *name || id.rsplit_once('/').is_some_and(|(_, id)| id == name))
     };
-    let quoted = |name: &&str| Some(format!("\"{}\"", key_name(name)?.trim_matches('"')));
-    let missing: Vec<String> = names.iter().filter(|name| !is_listed(name)).filter_map(quoted).collect();
+    let missing: Vec<String> =
+        names.iter().filter(|name| !is_listed(name)).filter_map(|name| quoted(name)).collect();
     let more = match missing.len() {
         0 => String::new(),
         n => format!(
