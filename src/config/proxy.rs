@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use crate::config::text::Text;
 use crate::config::toml_reader::Section;
-use crate::config::url::BaseUrl;
+use crate::config::url::{BaseUrl, split_port};
 
 /// The port of a proxy whose URL names none, as curl has it.
 const PROXY_PORT: u16 = 1080;
@@ -138,16 +138,13 @@ impl Proxy {
             Some((user, address)) => (Some(user), address),
             None => (None, authority),
         };
-        // A port of the default is spelled out, since the rules of a URL hide it.
-        let after_address = address.rfind(']').map_or(0, |bracket| bracket + 1);
-        let has_port = address.get(after_address..).is_some_and(|rest| rest.contains(':'));
         let url = BaseUrl::parse(&format!("http://{address}")).map_err(|_| "is not valid")?;
+        let (_, port) = split_port(address).map_err(|_| "is not valid")?;
         let authorization = match user {
             Some(user) => Some(basic(user).ok_or("has a user or a password that is not valid")?),
             None => None,
         };
-        let port = if has_port { url.port } else { PROXY_PORT };
-        Ok(Proxy { host: url.host, port, authorization, source })
+        Ok(Proxy { host: url.host, port: port.unwrap_or(PROXY_PORT), authorization, source })
     }
 }
 
@@ -211,7 +208,7 @@ fn exempts(part: &str, host: &str, port: u16) -> bool {
     if let Ok(address) = host.parse::<IpAddr>() {
         return exempts_address(part, address, port);
     }
-    let (part, only) = split_port(part);
+    let (part, only) = host_and_port(part);
     let part = part.strip_suffix('.').unwrap_or(part);
     let part = part.strip_prefix('.').unwrap_or(part).to_ascii_lowercase();
     let host = host.strip_suffix('.').unwrap_or(host);
@@ -229,12 +226,12 @@ fn exempts_address(part: &str, address: IpAddr, port: u16) -> bool {
     if is_same(part) {
         return true;
     }
-    let (part, only) = split_port(part);
+    let (part, only) = host_and_port(part);
     only == Some(port) && is_same(part)
 }
 
 /// Splits off the port, if there is one.
-fn split_port(part: &str) -> (&str, Option<u16>) {
+fn host_and_port(part: &str) -> (&str, Option<u16>) {
     match part.rsplit_once(':').map(|(host, port)| (host, port.parse())) {
         Some((host, Ok(port))) => (host, Some(port)),
         _ => (part, None),

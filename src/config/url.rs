@@ -78,7 +78,7 @@ pub(super) fn is_path(text: &str) -> bool {
 }
 
 /// Splits off the port, if there is one. The host keeps its brackets.
-fn split_port(authority: &str) -> Result<(&str, Option<u16>), &'static str> {
+pub(super) fn split_port(authority: &str) -> Result<(&str, Option<u16>), &'static str> {
     let after_address = authority.rfind(']').map_or(0, |bracket| bracket + 1);
     let (host, port) = match authority.rfind(':') {
         Some(colon) if colon >= after_address => {
