@@ -70,7 +70,7 @@ pub(super) fn proxy(t: &mut Section<'_, '_>, url: Option<&BaseUrl>) -> (Option<P
         None if is_set => return (None, false),
         None => {}
     }
-    let Some(url) = url.filter(|url| !is_loopback(&url.host)) else { return (None, false) };
+    let Some(url) = url.filter(|url| !url.is_loopback()) else { return (None, false) };
     let set =
         |name: &&'static str| (t.env)(name).filter(|value| !value.is_empty()).map(|value| (*name, value));
     let Some((name, value)) = variables(url.https).iter().find_map(set) else { return (None, false) };
@@ -186,15 +186,6 @@ fn base64(bytes: &[u8]) -> String {
         }
     }
     text
-}
-
-/// Whether `host` is this machine: `localhost`, a name below it, or a loopback address.
-fn is_loopback(host: &str) -> bool {
-    let name = host.strip_suffix('.').unwrap_or(host);
-    match host.parse::<IpAddr>() {
-        Ok(address) => address.to_canonical().is_loopback(),
-        Err(_) => name == "localhost" || name.ends_with(".localhost"),
-    }
 }
 
 /// Whether `list`, the value of `NO_PROXY`, exempts a backend: `*` exempts all; else each part is a name that also stands

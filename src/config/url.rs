@@ -1,6 +1,6 @@
 //! The base URL of a backend: the part of RFC 3986 that a provider's address needs.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use http::uri::{Authority, PathAndQuery};
 
@@ -61,6 +61,15 @@ impl BaseUrl {
             return Err("has an invalid character in its path; must be percent-encoded there");
         }
         Ok(Self { https, host, port, authority, path: path.to_owned() })
+    }
+
+    /// Whether the host is this machine: `localhost`, a name below it, or a loopback address.
+    pub(super) fn is_loopback(&self) -> bool {
+        let name = self.host.strip_suffix('.').unwrap_or(&self.host);
+        match self.host.parse::<IpAddr>() {
+            Ok(address) => address.to_canonical().is_loopback(),
+            Err(_) => name == "localhost" || name.ends_with(".localhost"),
+        }
     }
 }
 
@@ -146,6 +155,24 @@ mod tests {
                 path: path.to_owned(),
             };
             assert_eq!(BaseUrl::parse(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn localhost_names_below_it_and_loopback_addresses_are_this_machine() {
+        for (url, want) in [
+            ("http://localhost", true),
+            ("http://LOCALHOST.:9", true),
+            ("http://x.localhost", true),
+            ("http://127.8.9.1", true),
+            ("http://[::1]", true),
+            ("http://[::ffff:127.0.0.1]", true),
+            ("http://xlocalhost", false),
+            ("http://localhost.a", false),
+            ("http://0.0.0.0", false),
+            ("http://10.0.0.1", false),
+        ] {
+            assert_eq!(BaseUrl::parse(url).unwrap().is_loopback(), want, "{url}");
         }
     }
 

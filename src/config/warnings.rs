@@ -70,9 +70,8 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
 
 /// Whether the backend has the address that Zap listens on.
 fn is_itself(server: &Server, backend: &Backend) -> bool {
-    let is_here = match backend.url.host.parse::<IpAddr>() {
-        Ok(address) => address.is_loopback() || address.is_unspecified() || address == server.host,
-        Err(_) => backend.url.host == "localhost",
-    };
-    is_here && !backend.url.https && backend.url.port == server.port
+    let url = &backend.url;
+    let is_own = |address: IpAddr| address.is_unspecified() || address == server.host;
+    let is_here = url.is_loopback() || url.host.parse().is_ok_and(is_own);
+    is_here && !url.https && url.port == server.port
 }
