@@ -3,12 +3,7 @@
 use crate::config::BaseUrl;
 use crate::config::text::{Text, may_show};
 use crate::config::toml_reader::Section;
-use crate::protocol::Endpoint;
-
-/// The endpoint that every backend serves.
-const CHAT: &str = "/chat/completions";
-/// The end of the list of models, which no row of the endpoint table forwards.
-const MODELS: &str = "/models";
+use crate::protocol::{Endpoint, model_list};
 
 /// Reads `url`. Returns `None` if it is not set, or if it is not valid: then a fault is recorded.
 pub(super) fn base_url(t: &mut Section<'_, '_>) -> Option<BaseUrl> {
@@ -45,19 +40,21 @@ fn without_scheme(text: &Text) -> Option<String> {
 
 /// What is wrong if the URL is that of an endpoint. `path` is its path.
 fn whole_endpoint(text: &Text, path: &str) -> Option<String> {
-    let table = Endpoint::ALL.into_iter().filter_map(|endpoint| Some(endpoint.api()?.tail));
-    let tails = std::iter::once(CHAT).chain(table).chain([MODELS]);
+    let chat = Endpoint::Chat.api()?.tail;
+    // The endpoint table forwards no list of models.
+    let tails = Endpoint::ALL.into_iter().filter_map(|endpoint| Some(endpoint.api()?.tail));
+    let tails = tails.chain([model_list::TAIL]);
     let (tail, base) =
         tails.filter_map(|tail| Some((tail, path.strip_suffix(tail)?))).find(|(tail, base)| {
             let last = base.rsplit('/').next().unwrap_or_default();
             // `/models` alone may be the path of a proxy.
-            *tail == CHAT
+            *tail == chat
                 || last == "openai"
                 || last.starts_with('v') && last[1..].starts_with(|c: char| c.is_ascii_digit())
         })?;
     let (cut, chat_path) = match base.ends_with("/v1") {
         true => (format!("/v1{tail}"), None),
-        false => (format!("{base}{tail}"), Some(format!("{base}{CHAT}"))),
+        false => (format!("{base}{tail}"), Some(format!("{base}{chat}"))),
     };
     let fixed = text.written().trim_end_matches('/').strip_suffix(&cut).filter(|fixed| may_show(fixed));
     let allowed = match (fixed, chat_path.filter(|path| may_show(path))) {

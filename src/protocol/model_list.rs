@@ -7,6 +7,9 @@ use serde_json::value::RawValue;
 
 use crate::json::members::MAX_NAME;
 
+/// How the path of the list ends, behind the version of the API.
+pub(crate) const TAIL: &str = "/models";
+
 /// Most names that are kept of one list.
 const MAX_NAMES: usize = 10_000;
 

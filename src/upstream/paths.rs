@@ -4,7 +4,7 @@ use http::Uri;
 
 use crate::config;
 use crate::config::{HEALTH_PATH, is_like_a_key};
-use crate::protocol::Endpoint;
+use crate::protocol::{Endpoint, model_list};
 
 /// The endpoints that a backend serves, with their request targets.
 ///
@@ -42,7 +42,7 @@ pub(crate) fn joined(base: &str, path: &str) -> String {
 
 /// The path of the list of models, which is next to the chat endpoint; `None` if the backend serves chat only.
 pub(crate) fn models_path(conf: &config::Backend) -> Option<String> {
-    Some(joined(&conf.url.path, &beside_chat(conf, "/models")?))
+    Some(joined(&conf.url.path, &beside_chat(conf, model_list::TAIL)?))
 }
 
 /// The whole URL of `path`, which is appended to that of the backend, for the operator: without the query, and without
