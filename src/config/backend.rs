@@ -240,12 +240,12 @@ fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
 }
 
 fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
-    let Text { value, line, .. } = t.text("ca_file")?;
-    let path = ctx.base.join(value);
+    let text = t.text("ca_file")?;
+    let path = ctx.base.join(&text.value);
     match open_regular(&path) {
         Ok(_) => Some(path),
         Err(error) => {
-            t.fault(line, "ca_file", &unreadable(&error));
+            t.fault_of(&text, &unreadable(&error));
             None
         }
     }

@@ -8,7 +8,6 @@ use crate::config::ClientKey;
 use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name, secret};
 use crate::config::models::pattern;
 use crate::config::money::budget;
-use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 
 /// The name of requests without a client key.
@@ -58,26 +57,24 @@ pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadClie
 fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
     let line = t.line();
     if t.line_of("name").is_none() {
-        t.fault(line, "name", "is missing; a string is required");
+        t.missing("name", "a string");
     }
-    let name_line = t.line_of("name");
     let name = name(t);
-    if name.as_ref().is_some_and(|name| name.value == ANONYMOUS) {
-        let what = "is \"anonymous\", the name of requests without a key; must be another name";
-        t.fault(name_line.unwrap_or(line), "name", what);
+    if let Some(name) = name.as_ref().filter(|name| name.value == ANONYMOUS) {
+        t.fault_of(name, "is \"anonymous\", the name of requests without a key; must be another name");
     }
     let hash_line = t.line_of("sha256");
     let (key, inline) = secret(t, "key", ctx);
-    let hash = t.text("sha256").and_then(|Text { value, line, .. }| {
-        let hash = parse_hex(&value);
+    let hash = t.text("sha256").and_then(|text| {
+        let hash = parse_hex(&text.value);
         if hash.is_none() {
             let what = "is not a SHA-256; must be 64 hexadecimal digits: `printf %s KEY | sha256sum`";
-            t.fault(line, "sha256", what);
+            t.fault_of(&text, what);
         }
         hash
     });
     match (inline, hash_line) {
-        (None, None) => t.fault(line, "key", "is missing; either `key` or `sha256` is required"),
+        (None, None) => t.missing("key", "either `key` or `sha256`"),
         (Some(_), Some(line)) => {
             t.fault(line, "sha256", "is set and `key` is set; must be only one of the two");
         }

@@ -116,8 +116,8 @@ fn not_a_key(key: &str, source: Source) -> Option<String> {
 
 /// Reads the content of the file that `{ file = "path" }` names, without its last newline.
 fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
-    let Text { value, line, .. } = t.required_text("file")?;
-    let read = open_regular(&ctx.base.join(value)).and_then(|file| {
+    let path = t.required_text("file")?;
+    let read = open_regular(&ctx.base.join(&path.value)).and_then(|file| {
         let mut key = String::new();
         file.take(MAX_KEY_FILE as u64 + 1).read_to_string(&mut key)?;
         Ok(key)
@@ -125,7 +125,7 @@ fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
     match read {
         Ok(key) if key.len() > MAX_KEY_FILE => {
             let what = format!("is too large; must be at most {MAX_KEY_FILE} bytes");
-            t.fault(line, "file", &what);
+            t.fault_of(&path, &what);
             None
         }
         Ok(mut key) => {
@@ -138,7 +138,7 @@ fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
             Some(key)
         }
         Err(error) => {
-            t.fault(line, "file", &unreadable(&error));
+            t.fault_of(&path, &unreadable(&error));
             None
         }
     }
@@ -147,11 +147,11 @@ fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
 /// Reads `path` of `[ledger]`: a file that may not exist yet. Returns `None` if it is not set, or if it is not valid:
 /// then a fault is recorded.
 pub(super) fn ledger_path(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
-    let Text { value, line, .. } = t.text("path")?;
-    let path = ctx.base.join(&value);
+    let text = t.text("path")?;
+    let path = ctx.base.join(&text.value);
     let found = match path.metadata() {
-        _ if value.is_empty() => "is empty".to_owned(),
-        _ if value.ends_with('/') => "is a directory".to_owned(),
+        _ if text.value.is_empty() => "is empty".to_owned(),
+        _ if text.value.ends_with('/') => "is a directory".to_owned(),
         Ok(found) if found.is_file() => return Some(path),
         Ok(found) if found.is_dir() => "is a directory".to_owned(),
         Ok(_) => "is not a regular file".to_owned(),
@@ -160,7 +160,7 @@ pub(super) fn ledger_path(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<
         Err(error) => format!("cannot be used ({})", error.kind()),
     };
     let allowed = "must be the path of a file, relative to the directory of the configuration";
-    t.fault(line, "path", &format!("{found}; {allowed}"));
+    t.fault_of(&text, &format!("{found}; {allowed}"));
     None
 }
 

@@ -16,11 +16,7 @@ pub(super) fn auth_header(t: &mut Section<'_, '_>, has_key: bool) -> Option<Head
         t.invalid(&text, "must be a header that Zap does not set itself, such as `api-key`");
     }
     if !has_key {
-        t.fault(
-            text.line,
-            "auth_header",
-            "is set without `api_key`; must be set with `api_key` or not at all",
-        );
+        t.fault_of(&text, "is set without `api_key`; must be set with `api_key` or not at all");
     }
     name
 }

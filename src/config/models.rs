@@ -64,10 +64,7 @@ pub(super) fn pattern(t: &Section<'_, '_>, text: &Text) -> Option<Pattern> {
 
 /// Reads the backend's own name for `public`.
 fn own_name(t: &Section<'_, '_>, text: Text, public: &Pattern) -> Option<Box<str>> {
-    if Pattern::parse(&text.value).is_none() {
-        t.invalid(&text, &must_be(", `*` only at the end"));
-        return None;
-    }
+    pattern(t, &text)?;
     if text.value.ends_with('*') && !public.is_prefix() {
         let what = "maps a name without `*` to a name that ends in `*`; both names must end in `*`";
         t.fault_of(&text, what);
