@@ -76,9 +76,11 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Help) => print(HELP),
         Ok(Command::Version) => print(&format!("zap {}\n", env!("CARGO_PKG_VERSION"))),
         Ok(Command::Manual(None)) => print(&manual::overview()),
-        Ok(Command::Manual(Some(word))) => look_up(&word),
+        Ok(Command::Manual(Some(word))) => {
+            answer(manual::look_up(&word).map_err(|what| format!("{what}\n  zap help   lists the topics")))
+        }
         Ok(Command::Check { file, is_live }) => check(&file, is_live),
-        Ok(Command::Example(names)) => example(&names),
+        Ok(Command::Example(names)) => answer(manual::example::example(&names)),
         Ok(Command::Demo { port, is_chaos }) => demo(port, is_chaos),
         Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
@@ -100,18 +102,8 @@ fn print(text: &str) -> ExitCode {
     }
 }
 
-fn look_up(word: &str) -> ExitCode {
-    match manual::look_up(word) {
-        Ok(text) => print(&text),
-        Err(what) => {
-            eprintln!("zap: {what}\n  zap help   lists the topics");
-            ExitCode::from(BAD_USAGE)
-        }
-    }
-}
-
-fn example(names: &[String]) -> ExitCode {
-    match manual::example::example(names) {
+fn answer(text: Result<String, String>) -> ExitCode {
+    match text {
         Ok(text) => print(&text),
         Err(what) => {
             eprintln!("zap: {what}");
@@ -150,11 +142,10 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
     let variable = variable.filter(|file| !file.is_empty()).map(PathBuf::from);
     let file = file.or(variable).unwrap_or_else(|| "config.toml".into());
     match subcommand.as_deref() {
-        Some("demo") if is_live => Err("--live works only with check".into()),
+        other if is_live && other != Some("check") => Err("--live works only with check".into()),
         Some("demo") if has_file => Err("demo does not take --config".into()),
         Some("demo") => Ok(Command::Demo { port: port.unwrap_or(8000), is_chaos }),
         _ if is_chaos => Err("--chaos works only with demo".into()),
-        None if is_live => Err("--live works only with check".into()),
         _ if port.is_some() => {
             Err("--port works only with demo; set server.port in the configuration".into())
         }
@@ -188,7 +179,7 @@ fn load(file: &Path) -> Result<Config, ExitCode> {
                 let is_named =
                     std::env::var_os(CONFIG_VARIABLE).is_some_and(|named| Path::new(&named) == path);
                 let named = if is_named { ", which ZAP_CONFIG names" } else { "" };
-                eprintln!("zap: no configuration file at {}{named}\n{MISSING}", path.display());
+                eprintln!("zap: {error}{named}\n{MISSING}");
             }
             LoadError::Invalid(faults) => eprintln!("{faults}"),
         }
@@ -384,6 +375,7 @@ mod tests {
             assert!(!error.contains('\u{1b}'), "{args:?}");
         }
     }
+
     #[test]
     fn the_variable_names_the_file_unless_an_argument_does() {
         for (args, variable, want) in [
