@@ -253,19 +253,12 @@ fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use crate::config::Config;
-
-    fn read(more: &str) -> Result<Config, String> {
-        let text = format!("[[backends]]\nurl = \"http://a\"\nweight = 1\n{more}\n");
-        Config::parse(&text, "test", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
-    }
 
     #[test]
     fn health_may_differ_by_backend_and_names_the_path_once() {
         let of = |more: &str| {
-            let backend = read(more).unwrap().backends.remove(0);
+            let backend = Config::of_backend(more).unwrap().backends.remove(0);
             (backend.health_path, backend.health.interval.map(|t| t.as_secs()), backend.health.is_enabled)
         };
         assert_eq!(of(""), ("/health".into(), None, true));
@@ -286,9 +279,9 @@ mod tests {
             ),
             ("health = true", "4: `backends[0].health` is a boolean; must be a table, `health = { … }`"),
         ] {
-            assert_eq!(read(more).unwrap_err(), format!("test:{want}"));
+            assert_eq!(Config::of_backend(more).unwrap_err(), format!("test:{want}"));
         }
-        let path = read("health = { path = \"x\" }").unwrap_err();
+        let path = Config::of_backend("health = { path = \"x\" }").unwrap_err();
         assert!(
             path.starts_with("test:4: `backends[0].health.path` is \"x\"; must begin with `/`"),
             "{path}"

@@ -278,8 +278,6 @@ fn ways(id: BackendId, backend: &Backend, routes: &[Named]) -> Vec<Way> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     const BUDGET: &str = "budget = { usd = 1, per = \"day\" }";
@@ -296,8 +294,8 @@ mod tests {
         for (name, keys) in ["team", "other"].iter().zip(clients) {
             text += &format!("[[client_keys]]\nname = \"{name}\"\nkey = \"{name}\"\n{keys}\n");
         }
-        let read = Config::parse(&text, "f", Path::new(""), &|_| None);
-        read.err().map_or(Vec::new(), |faults| faults.lines().to_vec())
+        let faults = Config::of(&text).err().unwrap_or_default();
+        faults.lines().map(str::to_owned).collect()
     }
 
     /// `prices` with these names.
@@ -352,7 +350,7 @@ mod tests {
             let line = 7 + more.lines().count().max(1) + keys.lines().count().max(1) - 2;
             let expected = (!missing.is_empty()).then(|| {
                 format!(
-                    "f:{line}: `backends[0].budget` of `a` may be charged for models of the backend `a` that have no \
+                    "test:{line}: `backends[0].budget` of `a` may be charged for models of the backend `a` that have no \
                      price: {missing}; each must have a price in `backends[0].prices`; the name `\"*\"` there is for all others"
                 )
             });
@@ -441,7 +439,7 @@ mod tests {
                 .iter()
                 .map(|(backend, names)| {
                     format!(
-                        "f:{line}: `client_keys[0].budget` of `team` may be charged for models of the backend \
+                        "test:{line}: `client_keys[0].budget` of `team` may be charged for models of the backend \
                          `{backend}` that have no price: {names}; each must have a price in \
                          `backends[{}].prices`; the name `\"*\"` there is for all others",
                         if *backend == "a" { 0 } else { 1 }
@@ -488,7 +486,7 @@ mod tests {
             let line = 4 + more.split('\n').count();
             let expected = (!needs.is_empty()).then(|| {
                 format!(
-                    "f:{line}: `backends[0].usage` of `a` is \"off\", but its answers are counted by {needs}; \
+                    "test:{line}: `backends[0].usage` of `a` is \"off\", but its answers are counted by {needs}; \
                      must be \"auto\", \"inject\" or \"passive\""
                 )
             });
@@ -505,6 +503,6 @@ mod tests {
     #[test]
     fn other_faults_hide_the_checks_since_keys_may_be_missing() {
         let found = faults(&[&format!("{BUDGET}\nprices = 1")], &[], "");
-        assert_eq!(found, ["f:6: `backends[0].prices` is an integer; must be a table of tables"]);
+        assert_eq!(found, ["test:6: `backends[0].prices` is an integer; must be a table of tables"]);
     }
 }

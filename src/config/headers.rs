@@ -72,22 +72,16 @@ pub(super) fn header_rules(t: &mut Section<'_, '_>) -> HeaderRules {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use crate::config::Config;
-
-    fn read(more: &str) -> Result<Config, String> {
-        let text = format!("[[backends]]\nurl = \"http://a\"\nweight = 1\n{more}\n");
-        Config::parse(&text, "test", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
-    }
 
     #[test]
     fn both_lists_are_read_and_default_to_nothing() {
-        let config =
-            read("forward_headers = [\"X-Title\", \"x-codex-*\"]\ndrop_headers = [\"x-stainless-*\"]");
+        let config = Config::of_backend(
+            "forward_headers = [\"X-Title\", \"x-codex-*\"]\ndrop_headers = [\"x-stainless-*\"]",
+        );
         let rules = config.unwrap().backends[0].header_rules.clone();
         assert!(rules.forwards("x-title") && rules.forwards("x-codex-a") && rules.drops("x-stainless-os"));
-        assert_eq!(read("").unwrap().backends[0].header_rules, Default::default());
+        assert_eq!(Config::of_backend("").unwrap().backends[0].header_rules, Default::default());
     }
 
     #[test]
@@ -97,12 +91,12 @@ mod tests {
         const ARRAY: &str = "is a string; must be an array of strings, such as `[\"a\", \"b\"]`";
         for key in ["forward_headers", "drop_headers"] {
             for name in ["Cookie", "x-api-key", "te"] {
-                let fault = read(&format!("{key} = [\n\"x-title\",\n\"{name}\"]")).unwrap_err();
+                let fault = Config::of_backend(&format!("{key} = [\n\"x-title\",\n\"{name}\"]")).unwrap_err();
                 assert_eq!(fault, format!("test:6: `backends[0].{key}[1]` is \"{name}\"; {ALLOWED}"));
             }
-            let fault = read(&format!("{key} = [\"sk-CANARY:\"]")).unwrap_err();
+            let fault = Config::of_backend(&format!("{key} = [\"sk-CANARY:\"]")).unwrap_err();
             assert_eq!(fault, format!("test:4: `backends[0].{key}[0]` is not valid; {ALLOWED}"));
-            let fault = read(&format!("{key} = \"x-title\"")).unwrap_err();
+            let fault = Config::of_backend(&format!("{key} = \"x-title\"")).unwrap_err();
             assert_eq!(fault, format!("test:4: `backends[0].{key}` {ARRAY}"));
         }
     }
@@ -129,10 +123,12 @@ mod tests {
             "Upgrade",
             "X-Request-Id",
         ] {
-            let fault = read(&format!("extra_headers = {{ {name} = \"sk-CANARY\" }}")).unwrap_err();
+            let fault =
+                Config::of_backend(&format!("extra_headers = {{ {name} = \"sk-CANARY\" }}")).unwrap_err();
             let what = "must be a header that Zap does not set itself and that is not hop-by-hop";
             assert_eq!(fault, format!("test:4: `backends[0].extra_headers.{name}` cannot be added; {what}"));
-            let fault = read(&format!("auth_header = \"{name}\"\napi_key = \"k\"")).unwrap_err();
+            let fault =
+                Config::of_backend(&format!("auth_header = \"{name}\"\napi_key = \"k\"")).unwrap_err();
             let what = "must be a header that Zap does not set itself, such as `api-key`";
             assert_eq!(fault, format!("test:4: `backends[0].auth_header` is \"{name}\"; {what}"));
         }

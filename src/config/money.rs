@@ -122,8 +122,6 @@ fn shown(amount: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::config::{Backend, Config};
 
@@ -131,13 +129,9 @@ mod tests {
     const AMOUNT: &str = "must be from 0 to 1000000, with at most six decimals";
     const USD_AMOUNT: &str = "must be from 0.000001 to 1000000000, with at most six decimals";
 
-    fn parse(text: &str) -> Result<Config, String> {
-        Config::parse(text, "f", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
-    }
-
     /// Reads `text` at line 4 of a backend.
     fn backend(text: &str) -> Result<Backend, String> {
-        parse(&format!("{BACKEND}{text}\n")).map(|config| config.backends[0].clone())
+        Config::of_backend(text).map(|config| config.backends[0].clone())
     }
 
     #[test]
@@ -166,7 +160,7 @@ mod tests {
 
     #[test]
     fn faults_of_prices_name_the_line_and_what_is_allowed() {
-        let fault = |key: &str, what: &str| format!("f:4: `backends[0].prices.gpt-4o.{key}` {what}");
+        let fault = |key: &str, what: &str| format!("test:4: `backends[0].prices.gpt-4o.{key}` {what}");
         for (text, expected) in [
             ("{ input = -1, output = 1 }", fault("input", &format!("is -1; {AMOUNT}"))),
             (
@@ -194,9 +188,12 @@ mod tests {
             ("{ input = 1 }", fault("output", "is missing; a number from 0 to 1000000 is required")),
             (
                 "{ input = 1, outptu = 1, output = 1 }",
-                "f:4: unknown key `backends[0].prices.gpt-4o.outptu`; did you mean `output`?".to_owned(),
+                "test:4: unknown key `backends[0].prices.gpt-4o.outptu`; did you mean `output`?".to_owned(),
             ),
-            ("1", "f:4: `backends[0].prices.gpt-4o` is an integer; must be a table with `input`".to_owned()),
+            (
+                "1",
+                "test:4: `backends[0].prices.gpt-4o` is an integer; must be a table with `input`".to_owned(),
+            ),
         ] {
             let read = backend(&format!("prices = {{ \"gpt-4o\" = {text} }}"));
             assert_eq!(read.unwrap_err(), expected, "{text}");
@@ -209,13 +206,16 @@ mod tests {
             let read = backend(&format!("prices = {{ \"{name}\" = {{ input = 1, output = 1 }} }}"));
             assert_eq!(
                 read.unwrap_err(),
-                format!("f:4: `backends[0].prices.{shown}` is not a valid name; {what}")
+                format!("test:4: `backends[0].prices.{shown}` is not a valid name; {what}")
             );
         }
         let twice = backend("prices.a = { input = 1, output = 1 }\nprices.\"a\" = { input = 1, output = 1 }");
-        assert!(twice.unwrap_err().starts_with("f:5: syntax error at column 8: duplicate key"));
+        assert!(twice.unwrap_err().starts_with("test:5: syntax error at column 8: duplicate key"));
         let read = backend("prices = 1");
-        assert_eq!(read.unwrap_err(), "f:4: `backends[0].prices` is an integer; must be a table of tables");
+        assert_eq!(
+            read.unwrap_err(),
+            "test:4: `backends[0].prices` is an integer; must be a table of tables"
+        );
     }
 
     #[test]
@@ -231,7 +231,7 @@ mod tests {
             let expected = Some(Budget { nano_usd, per });
             assert_eq!(backend(&format!("{text}\n{price}")).unwrap().budget, expected, "{text}");
             let client = format!("{BACKEND}{price}\n[[client_keys]]\nname = \"t\"\nkey = \"k\"\n{text}\n");
-            assert_eq!(parse(&client).unwrap().clients[0].budget, expected, "{text}");
+            assert_eq!(Config::of(&client).unwrap().clients[0].budget, expected, "{text}");
         }
         for (text, expected) in [
             ("{ usd = 0, per = \"day\" }", format!("`backends[0].budget.usd` is 0; {USD_AMOUNT}")),
@@ -259,7 +259,7 @@ mod tests {
             ("50", "`backends[0].budget` is an integer; must be a table, `budget = { … }`".to_owned()),
         ] {
             let read = backend(&format!("budget = {text}\n{price}"));
-            assert_eq!(read.unwrap_err(), format!("f:4: {expected}"), "{text}");
+            assert_eq!(read.unwrap_err(), format!("test:4: {expected}"), "{text}");
         }
     }
 
@@ -277,7 +277,7 @@ mod tests {
             (format!("{BACKEND}{price}\n{budget}\n{client}"), vec![warning]),
             (format!("{ledger}{BACKEND}{price}\n{budget}\n{client}"), vec![]),
         ] {
-            assert_eq!(parse(&text).unwrap().warnings, expected, "{text}");
+            assert_eq!(Config::of(&text).unwrap().warnings, expected, "{text}");
         }
     }
 

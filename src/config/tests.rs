@@ -137,6 +137,18 @@ fn faults(text: &str) -> Vec<String> {
     parse(text).err().map_or(Vec::new(), |faults| faults.0)
 }
 
+impl Config {
+    /// Reads a text without variables and files.
+    pub(crate) fn of(text: &str) -> Result<Self, String> {
+        Config::parse(text, "test", Path::new(""), &|_| None).map_err(|faults| faults.to_string())
+    }
+
+    /// Reads one backend with further lines, which begin at line 4.
+    pub(crate) fn of_backend(more: &str) -> Result<Self, String> {
+        Config::of(&format!("{BACKEND}{more}\n"))
+    }
+}
+
 /// A fresh directory; dropping it deletes the directory.
 struct Directory(PathBuf);
 
@@ -1004,7 +1016,7 @@ fn all_origins_without_client_keys_get_a_warning() {
         [("\"*\"", "", 1), ("\"*\"", key, 0), ("\"https://a\"", "", 0), ("", "", 0)]
     {
         let text = format!("[server]\ncors_origins = [{origins}]\n{BACKEND}{more}");
-        let config = Config::parse(&text, "t", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(&text).unwrap();
         assert_eq!(config.warnings.len(), warnings, "{origins} {more}");
     }
 }

@@ -188,7 +188,6 @@ fn cells(line: &str) -> Option<Vec<&str>> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::time::Duration;
 
     use super::*;
@@ -240,7 +239,7 @@ mod tests {
     #[test]
     fn every_default_is_that_of_the_parser() {
         let text = "[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n";
-        let c = Config::parse(text, "test", Path::new(""), &|_| None).unwrap();
+        let c = Config::of(text).unwrap();
         let b = &c.backends[0];
         let (secs, ms) = (|d: Duration| d.as_secs().to_string(), |d: Duration| d.as_millis().to_string());
         let word = |word: &dyn std::fmt::Debug| format!("{word:?}");

@@ -200,8 +200,6 @@ fn names(config: &Config, id: usize) -> BTreeSet<&str> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
@@ -210,7 +208,7 @@ mod tests {
             [[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\ndefault_model = \"d\"\n\
             models = { one = \"own\", \"p*\" = \"q*\" }\n\
             [[backends]]\nname = \"b\"\nurl = \"http://b\"\nweight = 1\nmodels = [\"m\", \"n*\"]\n";
-        let config = Config::parse(text, "test", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(text).unwrap();
         assert_eq!(names(&config, 0), BTreeSet::from(["big", "d", "own"]));
         assert_eq!(names(&config, 1), BTreeSet::from(["c", "m"]));
     }

@@ -235,7 +235,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
-        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(&text).unwrap();
         let connector = Connector::new(&config.backends[0], &Roots::load(&config.backends)).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let io = runtime.block_on(connector.connect(Duration::from_secs(5))).unwrap();

@@ -369,8 +369,6 @@ pub(crate) fn prepare(mut config: Config, before: Option<&Snapshot>) -> Result<S
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, where `big` has three times the weight of `small`,
@@ -391,7 +389,7 @@ mod tests {
             ),
             ["a", "b", "c"].map(backend).concat(),
         ];
-        let config = Config::parse(&text.concat(), "test", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(&text.concat()).unwrap();
         prepare(config, None).unwrap()
     }
 
@@ -411,7 +409,7 @@ mod tests {
         let route = "[models.two]\ntargets = [{ backend = \"x\", model = \"x\" }, { backend = \"y\", model = \"y\" }, { backend = \"x\", model = \"y\" }, { backend = \"y\", model = \"x\" }]\n";
         let text =
             ["[load_balancer]\nstrategy = \"prefix_hash\"\n", route, &backend("x"), &backend("y")].concat();
-        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(&text).unwrap();
         let snapshot = prepare(config, None).unwrap();
         let mut picks = [0; 4];
         for n in 0..1000u64 {

@@ -133,14 +133,12 @@ fn own_headers(
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::config::Config;
 
     fn heads(more: &str) -> Heads {
         let text = format!("[[backends]]\nurl = \"http://a/api/v1\"\nweight = 1\n{more}");
-        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(&text).unwrap();
         Heads::new(&config.backends[0]).unwrap()
     }
 

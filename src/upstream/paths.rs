@@ -57,8 +57,6 @@ pub(crate) fn shown_url(conf: &config::Backend, path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::config::Config;
 
@@ -103,7 +101,7 @@ mod tests {
             ("http://a", "chat_path = \"/chat\"", "http://a/chat", "http://a/health", None),
         ] {
             let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n{more}\n");
-            let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+            let config = Config::of(&text).unwrap();
             let conf = &config.backends[0];
             assert_eq!(shown_url(conf, &conf.chat_path), chat);
             assert_eq!(shown_url(conf, &conf.health_path), health);

@@ -197,7 +197,6 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::time::Duration;
 
     use super::*;
@@ -209,7 +208,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
-        let config = Config::parse(&text, "test", Path::new(""), &|_| None).unwrap();
+        let config = Config::of(&text).unwrap();
         let roots = Roots::load(&config.backends);
         let upstream = Upstream::new(config.backends[0].clone(), 1, &roots, 1, None).unwrap();
         (listener, Arc::new(upstream))
