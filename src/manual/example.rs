@@ -53,6 +53,9 @@ fn find(name: &str) -> Result<&'static Recipe, String> {
         "azureopenai" => "azure",
         "llama" | "llamaserver" => "llamacpp",
         "togetherai" => "together",
+        "fireworksai" => "fireworks",
+        "hf" => "huggingface",
+        "nim" | "nvidianim" => "nvidia",
         other => other,
     };
     RECIPES.iter().find(|recipe| recipe.name == meant).ok_or_else(|| {
@@ -97,7 +100,7 @@ mod tests {
     use crate::config::Config;
 
     fn load(text: &str) -> Config {
-        let env = |name: &str| name.ends_with("_API_KEY").then(|| "key".to_owned());
+        let env = |name: &str| RECIPES.iter().any(|r| r.key == Some(name)).then(|| "key".to_owned());
         Config::parse(text, "example", Path::new(""), &env)
             .unwrap_or_else(|faults| panic!("{faults}\n{text}"))
     }
@@ -105,7 +108,7 @@ mod tests {
     #[test]
     fn every_recipe_loads_without_a_warning_and_has_the_urls_of_its_provider() {
         use crate::upstream::paths::shown_url;
-        for (name, chat, health) in [
+        let rows = [
             (
                 "groq",
                 "https://api.groq.com/openai/v1/chat/completions",
@@ -145,11 +148,34 @@ mod tests {
                 "https://api.deepseek.com/v1/models",
             ),
             ("xai", "https://api.x.ai/v1/chat/completions", "https://api.x.ai/v1/models"),
+            (
+                "fireworks",
+                "https://api.fireworks.ai/inference/v1/chat/completions",
+                "https://api.fireworks.ai/inference/v1/models",
+            ),
+            (
+                "sambanova",
+                "https://api.sambanova.ai/v1/chat/completions",
+                "https://api.sambanova.ai/v1/models",
+            ),
+            (
+                "nvidia",
+                "https://integrate.api.nvidia.com/v1/chat/completions",
+                "https://integrate.api.nvidia.com/v1/models",
+            ),
+            (
+                "huggingface",
+                "https://router.huggingface.co/v1/chat/completions",
+                "https://router.huggingface.co/v1/models",
+            ),
             ("ollama", "http://localhost:11434/v1/chat/completions", "http://localhost:11434/"),
             ("vllm", "http://localhost:8001/v1/chat/completions", "http://localhost:8001/health"),
+            ("sglang", "http://localhost:30000/v1/chat/completions", "http://localhost:30000/health"),
             ("llamacpp", "http://localhost:8080/v1/chat/completions", "http://localhost:8080/health"),
             ("lmstudio", "http://localhost:1234/v1/chat/completions", "http://localhost:1234/v1/models"),
-        ] {
+        ];
+        assert_eq!(rows.map(|(name, ..)| name), RECIPES.map(|recipe| recipe.name));
+        for (name, chat, health) in rows {
             let config = load(&example(&[name.to_owned()]).unwrap());
             let [backend] = &config.backends[..] else { panic!("{name} has another number of backends") };
             assert_eq!(backend.name, name);

@@ -199,7 +199,7 @@ fn an_example_of_every_provider_passes_the_check() {
     let list = String::from_utf8(run(&["example"]).stdout).unwrap();
     let (_, names) = list.split_once("prints other providers: ").unwrap();
     let names: Vec<&str> = names.lines().next().unwrap().trim_end_matches('.').split(", ").collect();
-    assert_eq!(names.len(), 15, "{names:?}");
+    assert_eq!(names.len(), 20, "{names:?}");
     let output = run(&[&["example"], &names[..]].concat());
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let file = File::new("example", &String::from_utf8(output.stdout).unwrap());
@@ -208,6 +208,7 @@ fn an_example_of_every_provider_passes_the_check() {
     assert!(stderr(&unset).contains("`XAI_API_KEY`, which is unset or empty"), "{}", stderr(&unset));
     let keys = names.iter().map(|name| match *name {
         "azure" => "AZURE_OPENAI_API_KEY".to_owned(),
+        "huggingface" => "HF_TOKEN".to_owned(),
         name => format!("{}_API_KEY", name.to_uppercase()),
     });
     let mut command = zap();
