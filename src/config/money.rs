@@ -256,7 +256,6 @@ mod tests {
                 "{ usd = 1, per = \"year\" }",
                 "`backends[0].budget.per` is \"year\"; must be one of \"day\", \"month\"".to_owned(),
             ),
-            ("50", "`backends[0].budget` is an integer; must be a table, `budget = { … }`".to_owned()),
         ] {
             let read = backend(&format!("budget = {text}\n{price}"));
             assert_eq!(read.unwrap_err(), format!("test:4: {expected}"), "{text}");
