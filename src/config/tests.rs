@@ -7,22 +7,25 @@ use crate::config::file::MAX_FILE_BYTES;
 
 const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";
 
-/// A configuration that sets every key; the secret is `sk-CANARY`.
-const FULL: &str = r#"# every key
+/// A configuration that sets every key but those that name files other than the ledger; the secret is `sk-CANARY`.
+const FULL: &str = r#"# every key that names no file
+models_from = "config"
+
 [server]
 host = "::1"
 port = 0
 workers = 3
 max_body_bytes = 1_024
 max_connections = 5
-drain_secs = 0
+drain_secs = 44
+drain_delay_secs = 45
 keep_alive_secs = 7
 trusted_proxies = ["10.0.0.0/8", "::1"]
 cors_origins = ["https://App.example:443", "app://obsidian.md"]
 allowed_hosts = ["zap.example", "[::1]:8000"]
 
 [queue]
-max_size = 0
+max_size = 46
 max_in_flight = 8
 max_wait_secs = 9
 timeout_secs = 10
@@ -38,10 +41,10 @@ failure_threshold = 13
 success_threshold = 14
 
 [retry]
-max_retries = 0
+max_retries = 6
 base_delay_ms = 15
-max_delay_ms = 15
-budget_percent = 0
+max_delay_ms = 47
+budget_percent = 48
 
 [timeouts]
 connect_ms = 16
@@ -91,11 +94,16 @@ name = "Main_1"
 url = "https://api.example.com/v1/"
 weight = 1000
 health_path = "/h"
+health = { interval_secs = 49, enabled = false }
 api_key = "sk-CANARY"
 default_model = "m"
 chat_path = "/c?v=1"
 auth_header = "api-key"
 extra_headers = { X-Title = "it ${PORT}", "HTTP-Referer" = "sk-CANARY" }
+forward_headers = ["X-Trace"]
+drop_headers = ["x-stainless-*"]
+proxy = "http://u:sk-CANARY@p:1"
+server_name = "tls.example"
 drop_fields = ["store", "n", "store"]
 models = { "z*" = "own/*", "a" = "b" }
 priority = 20
@@ -115,6 +123,7 @@ models = ["m-1", "m-*"]
 [[backends]]
 url = "http://b"
 weight = 1
+health = { path = "/hp" }
 forward_authorization = true
 protocols = ["anthropic", "openai", "anthropic"]
 "#;
@@ -307,17 +316,18 @@ fn every_key_is_read() {
         c.clients[0].tokens_per_minute.unwrap(),
         c.clients[0].max_in_flight.unwrap() as u64,
         c.rate_limit.tokens_per_minute.unwrap(),
+        c.timeouts.first_byte.as_secs(),
+        c.timeouts.first_token.as_secs(),
+        c.stream.hold.as_secs(),
+        c.stream.heartbeat.as_secs(),
+        c.server.drain_delay.as_secs(),
+        c.backends[0].health.interval.unwrap().as_secs(),
     ];
     let expected = [
-        3, 1024, 5, 0, 7, 0, 8, 9, 10, 11, 12, 13, 14, 0, 15, 15, 0, 16, 17, 18, 19, 1000, 20, 21, 22, 23,
-        24, 25, 26, 27, 28, 29, 30, 31,
+        3, 1024, 5, 44, 7, 46, 8, 9, 10, 11, 12, 13, 14, 6, 15, 47, 48, 16, 17, 18, 19, 1000, 20, 21, 22, 23,
+        24, 25, 26, 27, 28, 29, 30, 31, 40, 41, 42, 43, 45, 49,
     ];
     assert_eq!(numbers, expected);
-    assert_eq!(
-        (c.timeouts.first_byte, c.timeouts.first_token),
-        (Duration::from_secs(40), Duration::from_secs(41))
-    );
-    assert_eq!((c.stream.hold, c.stream.heartbeat), (Duration::from_secs(42), Duration::from_secs(43)));
     assert_eq!(c.server.host.to_string(), "::1");
     assert_eq!(c.strategy, Strategy::LeastLoaded);
     assert!(!c.log.requests);
@@ -325,7 +335,13 @@ fn every_key_is_read() {
     let names: Vec<_> = c.backends.iter().map(|b| b.name.as_str()).collect();
     assert_eq!(names, ["Main_1", "--1", "b"]);
     assert_eq!(c.backends[0].url.path, "/v1");
-    assert_eq!(c.backends[0].health_path, "/h");
+    let health: Vec<_> = c.backends.iter().map(|b| (b.health_path.as_str(), b.health.is_enabled)).collect();
+    assert_eq!(health, [("/h", false), ("/health", true), ("/hp", true)]);
+    let rules = &c.backends[0].header_rules;
+    assert!(rules.forwards("x-trace") && rules.drops("x-stainless-os"));
+    assert_eq!(c.backends[0].proxy.as_ref().unwrap().to_string(), "http://p:1");
+    assert_eq!(c.backends[0].server_name.as_ref().unwrap().to_str(), "tls.example");
+    assert_eq!(c.models_from, ModelsFrom::Config);
     assert_eq!(c.backends[0].chat_path, "/c?v=1");
     assert_eq!(c.backends[0].auth_header.as_ref().unwrap(), "api-key");
     let extra: Vec<_> = c.backends[0].extra_headers.iter().map(|(n, v)| (n.as_str(), v.as_bytes())).collect();
