@@ -75,3 +75,22 @@ fn is_itself(server: &Server, backend: &Backend) -> bool {
     let is_here = url.is_loopback() || url.host.parse().is_ok_and(is_own);
     is_here && !url.https && url.port == server.port
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_origins_without_client_keys_get_a_warning() {
+        let key = "[[client_keys]]\nname = \"a\"\nkey = \"k\"\n";
+        for (origins, more, warnings) in
+            [("\"*\"", "", 1), ("\"*\"", key, 0), ("\"https://a\"", "", 0), ("", "", 0)]
+        {
+            let text = format!(
+                "[server]\ncors_origins = [{origins}]\n[[backends]]\nurl = \"http://a\"\nweight = 1\n{more}"
+            );
+            let config = Config::of(&text).unwrap();
+            assert_eq!(config.warnings.len(), warnings, "{origins} {more}");
+        }
+    }
+}
