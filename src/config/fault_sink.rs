@@ -98,3 +98,26 @@ impl fmt::Display for LoadError {
 }
 
 impl std::error::Error for LoadError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_count_from_one() {
+        let sink = Sink::new("a\nüb\n\nc", "f");
+        for (offset, expected) in [
+            (0, (1, 1)),
+            (1, (1, 2)),
+            (2, (2, 1)),
+            (3, (2, 1)),
+            (4, (2, 2)),
+            (6, (3, 1)),
+            (7, (4, 1)),
+            (8, (4, 2)),
+            (99, (4, 2)),
+        ] {
+            assert_eq!(sink.position(offset), expected, "{offset}");
+        }
+    }
+}

@@ -7,7 +7,7 @@
 //!
 //! - `file` reads the text.
 //! - `fault_sink` collects the faults, each with its line.
-//! - `toml_reader` walks the spanned tree and checks types, ranges and unknown keys; `strings` reads the strings.
+//! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
 //! - `text` is a string with its place, and knows which strings a message may show.
 //! - `syntax` explains a text that is not TOML.
 //! - `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
@@ -34,6 +34,7 @@ mod headers;
 mod identity;
 mod models;
 mod money;
+mod numbers;
 mod proxy;
 mod range;
 mod raw;

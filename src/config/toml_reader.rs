@@ -5,14 +5,10 @@
 //! returns the default, so that reading continues. A message shows a string value only
 //! if the value cannot be a key ([`Text::shown`]).
 
-use std::fmt::Display;
-use std::time::Duration;
-
 use toml::de::{DeTable, DeValue};
 
 use crate::config::expand::Env;
 use crate::config::fault_sink::Sink;
-use crate::config::range::{Number, Range};
 use crate::config::suggest::{hint, nearest};
 use crate::config::syntax;
 use crate::config::text::{Text, key_name, may_show, shown_name};
@@ -98,123 +94,6 @@ impl<'s, 'i> Section<'s, 'i> {
     pub(super) fn fault(&self, line: usize, key: &str, what: &str) {
         let prefix = &self.prefix;
         self.sink.fault(line, format!("`{prefix}{key}` {what}"));
-    }
-
-    /// Reads a number, or returns its default.
-    pub(super) fn number<T>(&mut self, key: &'static str, number: Number<T>) -> T
-    where
-        T: Copy + Display + PartialOrd + TryFrom<i128>,
-    {
-        self.optional(key, number.range).unwrap_or(number.default)
-    }
-
-    /// Reads an optional number.
-    pub(super) fn optional<T>(&mut self, key: &'static str, range: Range<T>) -> Option<T>
-    where
-        T: Copy + Display + PartialOrd + TryFrom<i128>,
-    {
-        self.integer(key, range, "")
-    }
-
-    /// Reads an optional number that limits something.
-    pub(super) fn limit<T>(&mut self, key: &'static str, range: Range<T>) -> Option<T>
-    where
-        T: Copy + Display + PartialOrd + TryFrom<i128>,
-    {
-        self.integer(key, range, ", or left out for no limit")
-    }
-
-    /// Reads an optional number; `more` says what is allowed beside `range`.
-    fn integer<T>(&mut self, key: &'static str, range: Range<T>, more: &str) -> Option<T>
-    where
-        T: Copy + Display + PartialOrd + TryFrom<i128>,
-    {
-        let field = self.take(key)?;
-        let line = field.line;
-        let Range { min, max } = range;
-        let needed = format!("an integer from {min} to {max}");
-        let wide = match self.unquoted(key, field, &needed)? {
-            Ok(DeValue::Integer(integer)) => i128::from_str_radix(integer.as_str(), integer.radix()).ok(),
-            Ok(other) => {
-                self.wrong_type(line, key, &other, &needed);
-                return None;
-            }
-            Err(text) => {
-                let number = text.value.parse().ok();
-                if number.is_none() {
-                    self.invalid(&text, &format!("must be {needed}"));
-                    return None;
-                }
-                number
-            }
-        };
-        let number = wide.and_then(|wide| T::try_from(wide).ok());
-        let number = number.filter(|number| (min..=max).contains(number));
-        if number.is_none() {
-            let found = wide.map_or("far out of range".to_owned(), |wide| wide.to_string());
-            self.fault(line, key, &format!("is {found}; must be from {min} to {max}{more}"));
-        }
-        number
-    }
-
-    /// The value of a key that is not a string; or `Err` with a string, if it has a variable: so `"${PORT}"` may be a
-    /// number. Any other string is a fault, and `needed` says what the value must be.
-    pub(super) fn unquoted(
-        &self,
-        key: &str,
-        field: Field<'i>,
-        needed: &str,
-    ) -> Option<Result<DeValue<'i>, Text>> {
-        let line = field.line;
-        let DeValue::String(text) = field.value else { return Some(Ok(field.value)) };
-        let text = self.read_text(text.into_owned(), self.place_of(key), line)?;
-        if text.is_variable() {
-            return Some(Err(text));
-        }
-        let found = text.shown().map_or("a string".to_owned(), |shown| format!("the string {shown}"));
-        self.fault(line, key, &format!("is {found}; must be {needed}, without quotes"));
-        None
-    }
-
-    /// Reads a required number. If it is missing or not valid, records a fault and returns `None`.
-    pub(super) fn required<T>(&mut self, key: &'static str, range: Range<T>) -> Option<T>
-    where
-        T: Copy + Display + PartialOrd + TryFrom<i128>,
-    {
-        if !self.table.contains_key(key) {
-            let Range { min, max } = range;
-            self.missing(key, &format!("an integer from {min} to {max}"));
-        }
-        self.optional(key, range)
-    }
-
-    /// Reads a number of seconds, or returns its default.
-    pub(super) fn seconds(&mut self, key: &'static str, number: Number<u64>) -> Duration {
-        Duration::from_secs(self.number(key, number))
-    }
-
-    /// Reads a number of milliseconds, or returns its default.
-    pub(super) fn millis(&mut self, key: &'static str, number: Number<u64>) -> Duration {
-        Duration::from_millis(self.number(key, number))
-    }
-
-    /// Reads `true` or `false`, or returns the default.
-    pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
-        const NEEDED: &str = "`true` or `false`";
-        let Some(field) = self.take(key) else { return default };
-        let line = field.line;
-        match self.unquoted(key, field, NEEDED) {
-            Some(Ok(DeValue::Boolean(boolean))) => boolean,
-            Some(Ok(other)) => {
-                self.wrong_type(line, key, &other, NEEDED);
-                default
-            }
-            Some(Err(text)) => text.value.parse().unwrap_or_else(|_invalid| {
-                self.invalid(&text, &format!("must be {NEEDED}"));
-                default
-            }),
-            None => default,
-        }
     }
 
     /// Reads a table. If it is not set, `read` gets an empty one.
@@ -419,28 +298,5 @@ fn type_name(value: &DeValue<'_>) -> &'static str {
         DeValue::Datetime(_) => "a date or time",
         DeValue::Array(_) => "an array",
         DeValue::Table(_) => "a table",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn positions_count_from_one() {
-        let sink = Sink::new("a\nüb\n\nc", "f");
-        for (offset, expected) in [
-            (0, (1, 1)),
-            (1, (1, 2)),
-            (2, (2, 1)),
-            (3, (2, 1)),
-            (4, (2, 2)),
-            (6, (3, 1)),
-            (7, (4, 1)),
-            (8, (4, 2)),
-            (99, (4, 2)),
-        ] {
-            assert_eq!(sink.position(offset), expected, "{offset}");
-        }
     }
 }
