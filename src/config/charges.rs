@@ -1,24 +1,19 @@
-//! Checks that what is limited by tokens or money can be counted: a budget needs a price for every model that it may
-//! be charged for, and both need the usage of the answers.
-//!
-//! The checks ask what a backend may be sent by its `models`, its `default_model` and the routes. Weights do not count:
-//! a file stays valid if a backend is drained and then gets its weight back.
+//! Checks that every budget has prices, and that every budget and token limit has the usage that it counts.
 
 use crate::config::fault_sink::Sink;
+use crate::config::sent_models::{Mapping, Names, mappings, sent};
 use crate::config::text::shown_name;
 use crate::config::{Backend, ClientKey, Config, UsageMode};
 use crate::policy::balance::BackendId;
-use crate::policy::pattern::Pattern;
-use crate::policy::route::{CATCH_ALL, Named};
 
-/// Where a backend's keys are, for messages; the line of its table for a key that is not set.
+/// The lines of a backend's keys, for messages; a key that is not set has the line of its table.
 #[derive(Clone, Copy)]
 pub(super) struct BackendLines {
     pub(super) usage: usize,
     pub(super) budget: usize,
 }
 
-/// Where the keys of all backends and clients are, by their index.
+/// The lines of the checked keys, by index of the backend or the client.
 pub(super) struct Lines {
     pub(super) backends: Vec<BackendLines>,
     /// The line of each client's `budget`.
@@ -29,18 +24,18 @@ pub(super) struct Lines {
 /// `usage = "off"` whose answers a limit or a budget counts.
 pub(super) fn check(sink: &Sink<'_>, config: &Config, lines: &Lines) {
     for (id, (backend, at)) in config.backends.iter().zip(&lines.backends).enumerate() {
-        let ways = ways(id, backend, &config.routes);
+        let mappings = mappings(id, backend, &config.routes);
         if backend.budget.is_some() {
             let owner = format!("`backends[{id}].budget` of `{}`", shown_name(&backend.name));
-            check_prices(sink, at.budget, &owner, (id, backend), sent(&ways, None));
+            check_prices(sink, at.budget, &owner, (id, backend), sent(&mappings, None));
         }
         for (index, (client, line)) in config.clients.iter().zip(&lines.client_budgets).enumerate() {
             if client.budget.is_some() {
                 let owner = format!("`client_keys[{index}].budget` of `{}`", shown_name(&client.name));
-                check_prices(sink, *line, &owner, (id, backend), sent(&ways, client.models.as_deref()));
+                check_prices(sink, *line, &owner, (id, backend), sent(&mappings, client.models.as_deref()));
             }
         }
-        let needs = needs(id, config, &ways);
+        let needs = needs(id, config, &mappings);
         if backend.usage == UsageMode::Off && !needs.is_empty() {
             let what = format!(
                 "`backends[{id}].usage` of `{}` is \"off\", but its answers are counted by {}; \
@@ -65,24 +60,15 @@ impl Config {
     /// depends on them.
     pub(crate) fn usage_of(&self, id: BackendId) -> UsageMode {
         let backend = &self.backends[id];
-        let is_needed =
-            || !backend.prices.is_empty() || !needs(id, self, &ways(id, backend, &self.routes)).is_empty();
+        let is_needed = || {
+            !backend.prices.is_empty() || !needs(id, self, &mappings(id, backend, &self.routes)).is_empty()
+        };
         match backend.usage {
             UsageMode::Auto if is_needed() => UsageMode::Inject,
             UsageMode::Auto => UsageMode::Passive,
             mode => mode,
         }
     }
-}
-
-/// Whether any backend or route serves a name of `pattern`.
-pub(super) fn is_served(config: &Config, pattern: &Pattern) -> bool {
-    let allowed = std::slice::from_ref(pattern);
-    config
-        .backends
-        .iter()
-        .enumerate()
-        .any(|(id, backend)| !sent(&ways(id, backend, &config.routes), Some(allowed)).is_empty())
 }
 
 /// Records a fault if `backend` has no price for one of the models `sent`.
@@ -117,7 +103,7 @@ fn check_prices(
 }
 
 /// The keys that need the usage of the backend's answers, as messages name them.
-fn needs(id: BackendId, config: &Config, ways: &[Way]) -> Vec<String> {
+fn needs(id: BackendId, config: &Config, mappings: &[Mapping]) -> Vec<String> {
     let backend = &config.backends[id];
     let mut needs = Vec::new();
     if backend.budget.is_some() {
@@ -126,7 +112,7 @@ fn needs(id: BackendId, config: &Config, ways: &[Way]) -> Vec<String> {
     if backend.tokens_per_minute.is_some() {
         needs.push(format!("`backends[{id}].tokens_per_minute`"));
     }
-    let reaches = |(_, client): &(usize, &ClientKey)| !sent(ways, client.models.as_deref()).is_empty();
+    let reaches = |(_, client): &(usize, &ClientKey)| !sent(mappings, client.models.as_deref()).is_empty();
     let reaching: Vec<(usize, &ClientKey)> = config.clients.iter().enumerate().filter(reaches).collect();
     let has_default_limit =
         config.clients.is_empty() || reaching.iter().any(|(_, c)| c.tokens_per_minute.is_none());
@@ -141,139 +127,6 @@ fn needs(id: BackendId, config: &Config, ways: &[Way]) -> Vec<String> {
         }
     }
     needs
-}
-
-/// All names that a pattern matches. Two of them overlap only if one contains the other.
-#[derive(Clone)]
-struct Names {
-    stem: String,
-    is_prefix: bool,
-}
-
-impl Names {
-    fn any() -> Self {
-        Self { stem: String::new(), is_prefix: true }
-    }
-
-    /// Only `name`; a `*` in it stands for itself.
-    fn one(name: &str) -> Self {
-        Self { stem: name.to_owned(), is_prefix: false }
-    }
-
-    /// A name, or a prefix that ends in `*`.
-    fn written(text: &str) -> Self {
-        match text.strip_suffix('*') {
-            Some(stem) => Self { stem: stem.to_owned(), is_prefix: true },
-            None => Self::one(text),
-        }
-    }
-
-    fn of(pattern: &Pattern) -> Self {
-        Self { stem: pattern.stem().to_owned(), is_prefix: pattern.is_prefix() }
-    }
-
-    /// Whether all names of `other` are among these.
-    fn contain(&self, other: &Names) -> bool {
-        match self.is_prefix {
-            true => other.stem.starts_with(&self.stem),
-            false => !other.is_prefix && other.stem == self.stem,
-        }
-    }
-
-    /// The names that are in both.
-    fn in_both(&self, other: &Names) -> Option<Names> {
-        let narrower = if self.contain(other) { other } else { self };
-        (self.contain(other) || other.contain(self)).then(|| narrower.clone())
-    }
-
-    fn text(&self) -> String {
-        format!("{}{}", self.stem, if self.is_prefix { "*" } else { "" })
-    }
-}
-
-/// One way on which a backend may be sent a model.
-struct Way {
-    /// What the client asks for; `None`: a request that names no model.
-    asked: Option<Names>,
-    becomes: Becomes,
-}
-
-/// What a backend is sent for the name that a client asked for.
-enum Becomes {
-    /// The same name.
-    Same,
-    /// Another name.
-    Fixed(Names),
-    /// The name with its first `cut` bytes replaced by `head`.
-    Rest { cut: usize, head: String },
-}
-
-impl Way {
-    /// The names that the backend is sent for requests that ask for `asked`.
-    fn sent(&self, asked: &Names) -> Names {
-        match &self.becomes {
-            Becomes::Same => asked.clone(),
-            Becomes::Fixed(names) => names.clone(),
-            Becomes::Rest { cut, head } => {
-                let rest = asked.stem.get(*cut..).unwrap_or_default();
-                Names { stem: format!("{head}{rest}"), is_prefix: asked.is_prefix }
-            }
-        }
-    }
-}
-
-/// The names that the backend may be sent by a client that may use only `allowed`; `None`: every model, and requests
-/// that name none.
-fn sent(ways: &[Way], allowed: Option<&[Pattern]>) -> Vec<Names> {
-    let of_way = |way: &Way| -> Vec<Names> {
-        match (allowed, &way.asked) {
-            (None, asked) => vec![way.sent(asked.as_ref().unwrap_or(&Names::any()))],
-            (Some(_), None) => Vec::new(),
-            (Some(allowed), Some(asked)) => {
-                let both = allowed.iter().filter_map(|pattern| Names::of(pattern).in_both(asked));
-                both.map(|names| way.sent(&names)).collect()
-            }
-        }
-    };
-    ways.iter().flat_map(of_way).collect()
-}
-
-/// All ways on which the backend `id` may be sent a model. They may be more than the routes really have: a route hides
-/// backends' own models of its name.
-fn ways(id: BackendId, backend: &Backend, routes: &[Named]) -> Vec<Way> {
-    let mut ways = Vec::new();
-    let mut add = |asked: Option<Names>, becomes: Becomes| ways.push(Way { asked, becomes });
-    match &backend.models {
-        None => add(Some(Names::any()), Becomes::Same),
-        Some(rules) => {
-            for rule in rules {
-                let becomes = match rule.own.as_deref() {
-                    None => Becomes::Same,
-                    Some(own) => match own.strip_suffix('*') {
-                        Some(head) => Becomes::Rest { cut: rule.public.stem().len(), head: head.to_owned() },
-                        None => Becomes::Fixed(Names::one(own)),
-                    },
-                };
-                add(Some(Names::of(&rule.public)), becomes);
-            }
-        }
-    }
-    if let Some(name) = &backend.default_model {
-        add(None, Becomes::Fixed(Names::one(name)));
-        // A client may also ask for it by its name, if `models` does not make another name of it.
-        if !backend.models.iter().flatten().any(|rule| rule.public.matches(name)) {
-            add(Some(Names::one(name)), Becomes::Same);
-        }
-    }
-    for route in routes {
-        for target in route.targets.iter().filter(|target| target.backend == id) {
-            let asked = if route.name == CATCH_ALL { Names::any() } else { Names::one(&route.name) };
-            let becomes =
-                target.model.as_deref().map_or(Becomes::Same, |model| Becomes::Fixed(Names::one(model)));
-            add(Some(asked), becomes);
-        }
-    }
-    ways
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@
 //! - `syntax` explains a text that is not TOML.
 //! - `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
-//! - `charges` checks that what is limited by tokens or money can be read and priced.
+//! - `charges` checks that what is limited by tokens or money can be read and priced; `sent_models` says which models a
+//!   backend may be sent.
 //! - `base_url`, `browsers`, `headers`, `proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `warnings` finds settings that are allowed but unwise.
 //! - `secret` keeps a key from being printed.
@@ -39,6 +40,7 @@ mod proxy;
 mod range;
 mod raw;
 mod secret;
+mod sent_models;
 mod strings;
 mod suggest;
 mod syntax;

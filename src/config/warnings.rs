@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
-use crate::config::charges::is_served;
+use crate::config::sent_models::is_served;
 use crate::config::text::{key_name, quoted};
 use crate::config::{Backend, Config, Server};
 use crate::http1::origin::Origins;
+use crate::policy::route::NamedTarget;
 
 /// One line for each unwise setting.
 pub(super) fn warnings(config: &Config) -> Vec<String> {
@@ -16,15 +17,14 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
         warnings
             .push("a budget starts at zero at each start without a `[ledger]`; set `ledger.path`".to_owned());
     }
-    if !backends.is_empty() && backends.iter().all(|backend| backend.weight == 0) {
+    if backends.iter().all(|backend| backend.weight == 0) {
         warnings.push(
             "no backend gets a request, since all have `weight = 0`; set a weight of 1 or more".to_owned(),
         );
     }
     for route in routes {
-        let has_weight = |target: &crate::policy::route::NamedTarget| {
-            target.weight != Some(0) && backends[target.backend].weight > 0
-        };
+        let has_weight =
+            |target: &NamedTarget| target.weight != Some(0) && backends[target.backend].weight > 0;
         if !route.targets.iter().any(has_weight) && backends.iter().any(|backend| backend.weight > 0) {
             warnings.push(format!(
                 "`models.{}` serves no request, since all its targets have weight 0; \
