@@ -14,7 +14,7 @@
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced; `sent_models` says which models a
 //!   backend may be sent.
-//! - `base_url`, `browsers`, `headers`, `proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `warnings` finds settings that are allowed but unwise.
 //! - `secret` keeps a key from being printed.
 //!
@@ -35,6 +35,7 @@ mod headers;
 mod identity;
 mod models;
 mod money;
+mod no_proxy;
 mod numbers;
 mod proxy;
 mod range;
