@@ -1,17 +1,18 @@
 //! `[[backends]]`: every key by name, with its default and its range.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::base_url::base_url;
 use crate::config::charges::BackendLines;
 use crate::config::common::{
     Context, IN_FLIGHT, MAX_NAME, PRIORITY, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, WEIGHT,
-    is_name_char, name, open_regular, secret, unreadable,
+    is_name_char, name,
 };
+use crate::config::file::ca_file;
 use crate::config::headers::{auth_header, extra_headers, header_rules};
 use crate::config::identity::{client_identity, server_name};
+use crate::config::keys::read_key;
 use crate::config::models::{model_name, rules};
 use crate::config::money::{budget, prices};
 use crate::config::proxy::proxy;
@@ -106,9 +107,9 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let url = base_url(t);
     let weight = t.required("weight", WEIGHT);
     let (health_path, health) = health(t);
-    let (api_key, inline_key) = secret(t, "api_key", ctx);
-    let auth_header = auth_header(t, inline_key.is_some());
-    let key_header = inline_key.is_some().then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
+    let api_key = read_key(t, "api_key", ctx);
+    let auth_header = auth_header(t, api_key.is_set);
+    let key_header = api_key.is_set.then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
     let extra_headers = extra_headers(t, key_header.as_ref());
     let header_rules = header_rules(t);
     let drop_fields = drop_fields(t);
@@ -131,21 +132,21 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let protocols = protocols(t);
     let forward_line = t.line_of("forward_authorization");
     let forward_authorization = t.boolean("forward_authorization", false);
-    if forward_authorization && inline_key.is_some() {
+    if forward_authorization && api_key.is_set {
         let what = "is true and `api_key` is set; must be only one of the two";
         t.fault(forward_line.unwrap_or(t.line()), "forward_authorization", what);
     }
     Some(Unnamed {
         name,
         lines,
-        inline_key: inline_key.unwrap_or(false) || inline_password,
+        inline_key: api_key.is_inline || inline_password,
         backend: Backend {
             name: String::new(),
             url: url?,
             weight: weight?,
             health_path,
             health,
-            api_key,
+            api_key: api_key.key,
             auth_header,
             extra_headers,
             header_rules,
@@ -237,18 +238,6 @@ fn drop_fields(t: &mut Section<'_, '_>) -> Vec<Box<str>> {
         }
     }
     fields
-}
-
-fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
-    let text = t.text("ca_file")?;
-    let path = ctx.base.join(&text.value);
-    match open_regular(&path) {
-        Ok(_) => Some(path),
-        Err(error) => {
-            t.fault_of(&text, &unreadable(&error));
-            None
-        }
-    }
 }
 
 #[cfg(test)]

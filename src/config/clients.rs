@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use ring::digest::{SHA256, digest};
 
 use crate::config::ClientKey;
-use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name, secret};
+use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name};
+use crate::config::keys::read_key;
 use crate::config::models::pattern;
 use crate::config::money::budget;
 use crate::config::toml_reader::Section;
@@ -64,7 +65,7 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         t.fault_of(name, "is \"anonymous\", the name of requests without a key; must be another name");
     }
     let hash_line = t.line_of("sha256");
-    let (key, inline) = secret(t, "key", ctx);
+    let key = read_key(t, "key", ctx);
     let hash = t.text("sha256").and_then(|text| {
         let hash = parse_hex(&text.value);
         if hash.is_none() {
@@ -73,9 +74,9 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         }
         hash
     });
-    match (inline, hash_line) {
-        (None, None) => t.missing("key", "either `key` or `sha256`"),
-        (Some(_), Some(line)) => {
+    match (key.is_set, hash_line) {
+        (false, None) => t.missing("key", "either `key` or `sha256`"),
+        (true, Some(line)) => {
             t.fault(line, "sha256", "is set and `key` is set; must be only one of the two");
         }
         _ => {}
@@ -86,7 +87,8 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
     let budget_line = t.line_of("budget").unwrap_or(line);
     let budget = budget(t);
     let models = t.texts("models").map(|texts| texts.iter().filter_map(|text| pattern(t, text)).collect());
-    let key_digest = key.and_then(|key| digest(&SHA256, key.expose().as_bytes()).as_ref().try_into().ok());
+    let key_digest =
+        key.key.and_then(|key| digest(&SHA256, key.expose().as_bytes()).as_ref().try_into().ok());
     let digest = key_digest.or(hash)?;
     let client = ClientKey {
         name: name?.value,
@@ -97,13 +99,7 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         budget,
         models,
     };
-    Some(ReadClient {
-        client,
-        place: t.place().to_owned(),
-        line,
-        budget_line,
-        inline_key: inline == Some(true),
-    })
+    Some(ReadClient { client, place: t.place().to_owned(), line, budget_line, inline_key: key.is_inline })
 }
 
 fn parse_hex(text: &str) -> Option<[u8; 32]> {

@@ -9,7 +9,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::sign::CertifiedKey;
 
-use crate::config::common::{Context, open_regular, unreadable};
+use crate::config::common::Context;
+use crate::config::file::{open_regular, unreadable};
 use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 use crate::config::url::BaseUrl;

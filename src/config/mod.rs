@@ -5,7 +5,7 @@
 //!
 //! # Layout
 //!
-//! - `file` reads the text.
+//! - `file` reads the text, and the files that it names.
 //! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
 //! - `text` is a string with its place, and knows which strings a message may show.
@@ -16,7 +16,7 @@
 //!   backend may be sent.
 //! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `warnings` finds settings that are allowed but unwise.
-//! - `secret` keeps a key from being printed.
+//! - `keys` reads the keys of backends and clients; `secret` keeps a key from being printed.
 //!
 //! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or
 //! `money`.
@@ -33,6 +33,7 @@ mod fault_sink;
 mod file;
 mod headers;
 mod identity;
+mod keys;
 mod models;
 mod money;
 mod no_proxy;

@@ -12,9 +12,8 @@ use crate::config::backend::ReadBackends;
 use crate::config::browsers::{allowed_hosts, cors_origins};
 use crate::config::charges::Lines;
 use crate::config::clients::ReadClients;
-use crate::config::common::{
-    Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, ledger_path,
-};
+use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE};
+use crate::config::file::ledger_path;
 use crate::config::range::{Number, Range};
 use crate::config::toml_reader::Section;
 use crate::config::warnings::warnings;

@@ -7,6 +7,13 @@ use crate::config::expand::expand;
 use crate::config::text::{Text, key_name, shown_name};
 use crate::config::toml_reader::{Field, Section};
 
+/// The value of a key that may be either.
+pub(super) enum TextOrTable<R> {
+    Text(Text),
+    /// What was read from the table.
+    Table(R),
+}
+
 impl<'s> Section<'s, '_> {
     /// Expands the variables of a string. If that fails, records faults and returns `None`.
     pub(super) fn read_text(&self, value: String, place: String, line: usize) -> Option<Text> {
@@ -125,18 +132,19 @@ impl<'s> Section<'s, '_> {
         }
     }
 
-    /// Reads a string, or a table with `read`. `Err` holds the string, or nothing if a fault is recorded. Returns `None`
-    /// if the key is not set or is neither of the two.
-    pub(super) fn text_or_section<R>(
+    /// Reads a string, or a table with `read`. Returns `None` if the key is not set, or if a fault is recorded.
+    pub(super) fn text_or_table<R>(
         &mut self,
         key: &'static str,
-        read: impl FnOnce(&mut Section<'s, '_>) -> R,
-    ) -> Option<Result<R, Option<Text>>> {
+        read: impl FnOnce(&mut Section<'s, '_>) -> Option<R>,
+    ) -> Option<TextOrTable<R>> {
         match self.take(key)? {
             Field { value: DeValue::String(text), line } => {
-                Some(Err(self.read_text(text.into_owned(), self.place_of(key), line)))
+                self.read_text(text.into_owned(), self.place_of(key), line).map(TextOrTable::Text)
             }
-            Field { value: DeValue::Table(table), line } => Some(Ok(self.child(key, table, line, read))),
+            Field { value: DeValue::Table(table), line } => {
+                self.child(key, table, line, read).map(TextOrTable::Table)
+            }
             Field { value, line } => {
                 self.wrong_type(line, key, &value, "a string, in quotes, or `{ file = \"path\" }`");
                 None

@@ -238,6 +238,11 @@ const MISTAKES: &[(&str, &str)] = &[
          variable",
     ),
     (
+        "{B}api_key = \"process.env.OPENAI_API_KEY\"\n",
+        "4: `backends[0].api_key` begins with `process.env.`; must be the key itself, or `${NAME}` for an \
+         environment variable",
+    ),
+    (
         "{B}api_key = \"{{ openai_key }}\"\n",
         "4: `backends[0].api_key` begins with `{{`, a template that was not filled in; must be the key itself, \
          or `${NAME}` for an environment variable",
