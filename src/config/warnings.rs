@@ -61,7 +61,7 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
     }
     for (index, _) in backends.iter().enumerate().filter(|(_, backend)| is_itself(server, backend)) {
         warnings.push(format!(
-            "`backends[{index}].url` is the address of Zap itself, so requests go round in a circle; \
+            "`backends[{index}].url` is the address of Zap itself, so Zap would send requests to itself; \
              set the address of the provider, or another `server.port`"
         ));
     }

@@ -1,4 +1,4 @@
-//! `zap check --live`: asks each backend for its health and its models, and says in words what came back.
+//! `zap check --live`: sends each backend a health check and a request for its models, and reports the results.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -63,7 +63,7 @@ async fn report(config: Arc<Config>, id: usize, upstream: Arc<Upstream>) -> Repo
         false => ("not asked, since `health.enabled` is false".to_owned(), true),
     };
     let (models, has_models) = match upstream.models_request() {
-        // A backend that is not there is not asked twice.
+        // A backend that failed its health check is not asked for its models.
         _ if !is_up => ("not asked".to_owned(), true),
         None => ("not asked, since `chat_path` does not end in `/chat/completions`".to_owned(), true),
         Some(request) => {
@@ -102,7 +102,7 @@ async fn ask(config: &Config, upstream: &Upstream, request: &[u8], max: usize) -
     }
 }
 
-/// What the answer to a health check means, and whether the backend passed.
+/// Describes the response to a health check. Returns whether the backend passed, too.
 fn health_in_words(upstream: &Upstream, answer: Result<StatusCode, String>) -> (String, bool) {
     let status = match answer {
         Ok(status) => status,
@@ -115,22 +115,22 @@ fn health_in_words(upstream: &Upstream, answer: Result<StatusCode, String>) -> (
     let probe = Probe::of_status(number, upstream.conf.forward_authorization);
     let what = match number {
         200..=299 => "up",
-        401 | 403 => "up; it needs the key of a client",
-        404 | 405 => "up, but it has no such path; set `health_path`",
+        401 | 403 => "up; requires a client's key",
+        404 | 405 => "up, but the path does not exist; set `health_path`",
         429 => "up, but it takes no requests now: too many, or no credit",
         _ if probe == Probe::Alive => "up",
-        _ => "it is down, or something between here and there",
+        _ => "the backend, or a proxy in front of it, is down",
     };
     (format!("HTTP {number}, {what}"), probe == Probe::Alive)
 }
 
-/// Why a status means that no request can succeed, if it does.
+/// Describes a redirect or a refused key; `None` for another status.
 fn refused(upstream: &Upstream, status: StatusCode) -> Option<String> {
     let number = status.as_u16();
     let what = match number {
         300..=399 => "it redirects, and Zap does not follow; set the address that it redirects to as `url`",
         401 | 403 if upstream.conf.forward_authorization => return None,
-        401 | 403 if upstream.conf.api_key.is_none() => "it wants a key; set `api_key`",
+        401 | 403 if upstream.conf.api_key.is_none() => "requires a key; set `api_key`",
         401 => "it refuses the key; check `api_key` and `auth_header`",
         403 => "it refuses the key, or this key may not do that; check `api_key`",
         _ => return None,
@@ -157,7 +157,7 @@ fn models_in_words(
     let Some(listed) = listed else {
         let what = match number {
             200..=299 => "but that is no list of models",
-            401 | 403 => "it needs the key of a client",
+            401 | 403 => "requires a client's key",
             _ => "it lists no models",
         };
         return (format!("HTTP {number}, {what}"), number < 500);

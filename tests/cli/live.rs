@@ -59,7 +59,7 @@ fn a_live_check_says_what_each_backend_answered() {
         (
             good,
             "health_path = \"/healthz?key=sk-CANARY\"",
-            "HTTP 404, up, but it has no such path; set `health_path`",
+            "HTTP 404, up, but the path does not exist; set `health_path`",
             "HTTP 200, 2 models",
             0,
         ),
@@ -101,7 +101,7 @@ fn a_live_check_says_what_each_backend_answered() {
         (
             models_provider(&[("/health", "503 X\nno")]),
             "",
-            "HTTP 503, it is down, or something between here and there",
+            "HTTP 503, the backend, or a proxy in front of it, is down",
             "not asked",
             1,
         ),
@@ -117,7 +117,7 @@ fn a_live_check_says_what_each_backend_answered() {
         (
             good,
             "health = { path = \"/healthz\" }",
-            "HTTP 404, up, but it has no such path; set `health_path`",
+            "HTTP 404, up, but the path does not exist; set `health_path`",
             "HTTP 200, 2 models",
             0,
         ),

@@ -501,13 +501,13 @@ const MISTAKES: &[(&str, &str)] = &[
 const UNWISE: &[(&str, &str)] = &[
     (
         "[server]\nport = 8001\nhost = \"127.0.0.1\"\n[[backends]]\nurl = \"http://localhost:8001\"\nweight = 1\n",
-        "`backends[0].url` is the address of Zap itself, so requests go round in a circle; set the address of \
-         the provider, or another `server.port`",
+        "`backends[0].url` is the address of Zap itself, so Zap would send requests to itself; set the address \
+         of the provider, or another `server.port`",
     ),
     (
         "[server]\nport = 8001\nhost = \"127.0.0.1\"\n[[backends]]\nurl = \"http://zap.localhost:8001\"\nweight = 1\n",
-        "`backends[0].url` is the address of Zap itself, so requests go round in a circle; set the address of \
-         the provider, or another `server.port`",
+        "`backends[0].url` is the address of Zap itself, so Zap would send requests to itself; set the address \
+         of the provider, or another `server.port`",
     ),
     (
         "[[backends]]\nurl = \"http://a\"\nweight = 0\n",
