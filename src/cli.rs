@@ -35,7 +35,7 @@ The variable ZAP_CONFIG names the FILE where --config does not.
 Exit codes: 0 success, 1 runtime failure or a backend that failed `check --live`, 2 bad configuration or usage.
 ";
 
-/// What to do without a configuration file.
+/// Commands that the error for a missing configuration file suggests.
 const MISSING: &str =
     "  zap example groq >config.toml        to configure a provider; zap example lists the others
   cp config.example.toml config.toml   to start from a file with every key

@@ -1,7 +1,7 @@
 //! Zap: an LLM inference gateway. One OpenAI-compatible endpoint in front of many providers.
 //!
 //! # How a request travels
-//! Read the rooms in this order to follow a request. `cargo doc --document-private-items` shows all of them.
+//! Read the modules in this order to follow a request. `cargo doc --document-private-items` shows all of them.
 //!
 //! 1. [`server`] accepts connections on the control thread and gives each to the worker with the fewest. A worker is a
 //!    thread with a runtime of its own. It owns its client connections and its upstream connections, so a request never
@@ -21,9 +21,9 @@
 //!    try on a pooled or fresh connection, [`upstream::fault`] names the cause of a failure.
 //! 6. [`telemetry`] takes one record of each finished request and makes metrics and a log line of it.
 //!
-//! Below these stand rooms that know nothing of a request: [`config`] is the operator's file, valid by construction;
+//! Below these stand modules that know nothing of a request: [`config`] is the operator's file, valid by construction;
 //! [`protocol`] knows the OpenAI API; [`json`] scans and patches bodies; [`http1`] reads and writes heads; [`code`] lists
-//! the codes; [`clock`], [`time`] and [`counter`] serve all. Each room imports only from rooms below it; `tests/layers.rs`
+//! the codes; [`clock`], [`time`] and [`counter`] serve all. Each module imports only from modules below it; `tests/layers.rs`
 //! holds the order.
 //!
 //! Where to change what:
@@ -41,7 +41,7 @@
 //!
 //! Beside them: [`cli`] is the command line, [`manual`] what `zap help` prints, [`demo`] the built-in mock providers.
 
-// The rooms are private; their documentation links to one another.
+// The modules are private; their documentation links to one another.
 #![allow(rustdoc::private_intra_doc_links)]
 
 mod time;

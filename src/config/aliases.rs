@@ -1,6 +1,6 @@
-//! The names that users of other programs write: litellm, the OpenAI SDKs, nginx, HAProxy, Envoy.
+//! Names of keys in other programs: litellm, the OpenAI SDKs, nginx, HAProxy, Envoy.
 
-/// A table as the manual writes it, the names that are no keys of it, and the key that is meant, or a sentence.
+/// A table, names that other programs use there, and Zap's key or a sentence.
 type Row = (&'static str, &'static [&'static str], &'static str);
 
 /// Names are written without `_` and `-`, in lower case.
@@ -127,10 +127,10 @@ const ALIASES: &[Row] = &[
             "openaiapikey",
             "password",
             "accesstoken",
+            "apikey",
         ],
         "api_key",
     ),
-    ("backends", &["apikey"], "api_key"),
     ("backends", &["rpm", "ratelimit", "maxrpm", "requestsperminute", "rate"], "requests_per_minute"),
     ("backends", &["tpm", "maxtpm", "tokensperminute"], "tokens_per_minute"),
     (

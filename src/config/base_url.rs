@@ -1,4 +1,4 @@
-//! `url` of a backend: the URL, and the fix for what people paste in its place.
+//! Reads `url` of a backend, and suggests a fix for common mistakes.
 
 use crate::config::BaseUrl;
 use crate::config::text::{Text, may_show};
@@ -26,7 +26,7 @@ pub(super) fn base_url(t: &mut Section<'_, '_>) -> Option<BaseUrl> {
     }
 }
 
-/// What is wrong if the URL lacks only its scheme.
+/// Returns a message with the fixed URL if only the scheme is missing.
 fn without_scheme(text: &Text) -> Option<String> {
     let (written, shown) = (text.written(), text.shown()?);
     let is_whole = !text.is_variable() && !written.contains("://") && written.contains(['.', ':']);
@@ -38,7 +38,7 @@ fn without_scheme(text: &Text) -> Option<String> {
     })
 }
 
-/// What is wrong if the URL is that of an endpoint. `path` is its path.
+/// Returns a message if the URL ends in the path of an endpoint. `path` is the path of the URL.
 fn whole_endpoint(text: &Text, path: &str) -> Option<String> {
     let chat = Endpoint::Chat.api()?.tail;
     // The endpoint table forwards no list of models.

@@ -1,4 +1,4 @@
-//! What web pages may do: `server.cors_origins` and `server.allowed_hosts`.
+//! Reads `server.cors_origins` and `server.allowed_hosts`, which limit requests from web pages.
 
 use crate::config::toml_reader::Section;
 use crate::http1::origin::{HostName, Hosts, Origins, parse_origin};

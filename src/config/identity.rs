@@ -1,4 +1,4 @@
-//! `backends.client_cert`, `client_key` and `server_name`: how Zap and a backend prove to each other who they are.
+//! Reads Zap's client certificate for a backend, and the name that the backend's certificate must have.
 
 use std::fmt;
 use std::io;
@@ -18,8 +18,8 @@ use crate::config::url::BaseUrl;
 /// Largest PEM file, in bytes.
 const MAX_PEM_FILE: usize = 1 << 20;
 
-/// A certificate with which Zap shows a backend who it is, and its key. The content of the files counts, not their paths,
-/// so that a reload sees new content.
+/// A client certificate and its key. Equality compares the contents of the files, so a reload detects a renewed
+/// certificate.
 #[derive(Clone, PartialEq)]
 pub struct ClientIdentity {
     /// The certificate, then the certificates of its issuers.

@@ -341,13 +341,13 @@ pub struct BackendHealth {
 /// How the usage of a backend's answers is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UsageMode {
-    /// Read; a stream is asked for its usage where a limit, a budget or a price depends on it.
+    /// Zap requests the usage of a stream if a limit, a budget or a price depends on it.
     Auto,
-    /// Read; every stream is asked for its usage.
+    /// Zap requests the usage of every stream.
     Inject,
-    /// Read; no request is changed.
+    /// Zap reads the usage and changes no request.
     Passive,
-    /// Not read.
+    /// Zap does not read the usage.
     Off,
 }
 

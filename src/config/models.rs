@@ -83,7 +83,7 @@ pub(super) fn model_name(t: &mut Section<'_, '_>, key: &'static str) -> Option<S
     valid.then_some(text.value)
 }
 
-/// Reads `[models.NAME]`. `all_known`: no backend is missing in `backends` because of a fault.
+/// Reads `[models.NAME]`. `all_known`: every backend was read without a fault.
 pub(super) fn named_routes(root: &mut Section<'_, '_>, backends: &[Backend], all_known: bool) -> Vec<Named> {
     root.named_sections("models", &["targets"], |t, name| {
         let valid = name.value == CATCH_ALL

@@ -60,7 +60,7 @@ fn required_amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>
     amount(t, key, range)
 }
 
-/// Reads an optional integer or float. Returns its millionths, which `range` counts too.
+/// Reads an optional number in millionths; `range` is in millionths too.
 fn amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>) -> Option<u64> {
     let Range { min, max } = range;
     let needed = format!("a number from {} to {}", shown(min), shown(max));

@@ -180,7 +180,7 @@ impl<'s> Section<'s, '_> {
         pairs
     }
 
-    /// Records that a name was written with a dot and without quotes. TOML reads it as tables in one another.
+    /// Records that a name with a dot lacks quotes: TOML reads `gpt-4.1` as a table `1` in a table `gpt-4`.
     pub(super) fn dotted_name(&self, outer: &Text, whole: &str) {
         let name = shown_name(whole);
         self.fault_of(outer, &format!("is a table; a name with a dot needs quotes: `{name:?}`"));
@@ -200,7 +200,7 @@ impl<'s> Section<'s, '_> {
     }
 }
 
-/// The name that begins with `name` and goes on in `table`: `gpt-4` with a table of the key `1` is `gpt-4.1`.
+/// Joins a name that TOML split at its dots: `gpt-4` with a table of the key `1` is `gpt-4.1`.
 fn dotted(name: &str, table: DeTable<'_>) -> String {
     let mut name = name.to_owned();
     let mut next = Some(table);

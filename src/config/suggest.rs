@@ -3,7 +3,7 @@
 use crate::config::aliases;
 use crate::policy::near::distance;
 
-/// What an unknown key most likely stands for, or all keys that are known. `kind` is its table, as the manual writes it.
+/// Suggests the key that an unknown key stands for, or lists all keys. `kind` is its table, as the manual writes it.
 pub(super) fn hint(kind: &str, written: &str, known: &[&str]) -> String {
     if let Some(meant) = aliases::meaning(kind, written) {
         return match meant.contains(' ') {

@@ -21,7 +21,7 @@ pub(super) fn record(sink: &Sink<'_>, errors: &[Error]) {
     }
     let mut last = 0;
     for (error, (line, column)) in errors.iter().zip(places) {
-        // The parser stumbles more than once over most mistakes.
+        // The parser reports several errors for most mistakes; the first of a line counts.
         if line != last {
             let written = sink.text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
             let what = in_words(written.trim(), error.message());
@@ -31,8 +31,7 @@ pub(super) fn record(sink: &Sink<'_>, errors: &[Error]) {
     }
 }
 
-/// What is wrong with a line, with the fix where the mistake is a common one; else the message of the parser. Shows
-/// nothing of the line but a key.
+/// Explains the error of a line, with a fix for common mistakes. Shows nothing of the line but a key.
 fn in_words(line: &str, message: &str) -> String {
     let message = message.lines().next().unwrap_or_default();
     let (key, value) = line.split_once('=').map_or((line, ""), |(key, value)| (key.trim(), value.trim()));
@@ -81,7 +80,7 @@ fn in_words(line: &str, message: &str) -> String {
     }
 }
 
-/// The line by which the text looks like another format, and the format.
+/// Guesses another format by the first line that is no comment. Returns the line and the format.
 fn other_format(text: &str) -> Option<(usize, &'static str)> {
     let is_said = |line: &str| !line.is_empty() && !line.starts_with('#');
     let mut lines =
@@ -97,7 +96,6 @@ fn other_format(text: &str) -> Option<(usize, &'static str)> {
     if first.ends_with('{') && !first.contains('=') {
         return Some((number, "a configuration of nginx or Caddy"));
     }
-    // A list of variables, as `docker run --env-file` reads it.
     let is_export = |line: &str| line.trim().starts_with("export ") && line.contains('=');
     is_export(first).then_some((number, "a shell script"))
 }

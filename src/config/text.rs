@@ -9,7 +9,7 @@ const KEY_STARTS: [&str; 17] = [
 ];
 /// A run of letters and digits of this length is random text, not a word.
 const RANDOM: usize = 16;
-/// So is a run of letters or of digits of this length.
+/// A run of letters alone, or digits alone, of this length is random text too.
 const LONG: usize = 24;
 
 /// Stands for a name that a message may not show.
@@ -46,7 +46,7 @@ impl Text {
         quoted(self.written())
     }
 
-    /// What a message says of this string if it is wrong.
+    /// The first half of a message about an invalid string.
     pub(super) fn found(&self) -> String {
         match (self.shown(), self.is_variable()) {
             (Some(shown), false) => format!("is {shown}"),
@@ -62,7 +62,7 @@ pub(super) fn may_show(text: &str) -> bool {
     text.len() <= MAX_SHOWN && text.bytes().all(is_plain) && !is_like_a_key(text)
 }
 
-/// Whether a part of `text` begins as keys do, or is too long or too mixed for a word.
+/// Whether `text` may contain a key: it has the prefix of a provider's keys, or a long run of random characters.
 pub(crate) fn is_like_a_key(text: &str) -> bool {
     let begins_as_key = |part: &str| {
         let part = part.trim_start_matches('-').to_ascii_lowercase();

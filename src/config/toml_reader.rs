@@ -163,8 +163,8 @@ impl<'s, 'i> Section<'s, 'i> {
         Some(results)
     }
 
-    /// Reads a table of tables whose names the operator chooses, in the order of the file. `members` are the keys of
-    /// each of these tables: a table in one of them is the rest of a name with a dot.
+    /// Reads a table of tables whose names the operator chooses, in the order of the file. `members` are the keys
+    /// that each table may have; a table under another key is the rest of a name with a dot.
     pub(super) fn named_sections<R>(
         &mut self,
         key: &'static str,

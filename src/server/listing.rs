@@ -1,4 +1,4 @@
-//! Asks the backends without `models` which models they serve: at start, and every five minutes.
+//! Polls each backend without `models` for its list, at start and every five minutes.
 
 use std::sync::Arc;
 use std::time::Duration;
