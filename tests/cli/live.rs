@@ -234,18 +234,3 @@ fn the_variable_zap_config_names_the_file() {
     let missing = "no configuration file at /nowhere/zap.toml, which ZAP_CONFIG names";
     assert!(stderr(&output).contains(missing), "{}", stderr(&output));
 }
-
-#[test]
-fn a_file_that_is_not_utf8_names_the_line() {
-    for (bytes, line, part) in [
-        (&b"[server]\nport = 1\n# Stra\xdfe\n"[..], 3, "is not UTF-8 at this line"),
-        (&b"\xff\xfe[\0s\0"[..], 1, "is UTF-16, as PowerShell writes it"),
-    ] {
-        let file = File::new("bytes", "");
-        std::fs::write(&file.0, bytes).unwrap();
-        let output = run(&["check", "--config", file.path()]);
-        assert_eq!(output.status.code(), Some(2));
-        let expected = format!("{}:{line}: the file {part}", file.path());
-        assert!(stderr(&output).starts_with(&expected), "{}", stderr(&output));
-    }
-}

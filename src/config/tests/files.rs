@@ -70,10 +70,14 @@ fn load_distinguishes_a_missing_file_from_an_invalid_one() {
     let error = Config::load(&missing).unwrap_err();
     assert_eq!(error, LoadError::Missing(missing));
     let large = vec![b'\n'; MAX_FILE_BYTES as usize + 1];
-    for (name, content) in [("latin1", &b"x = \"\xe4\""[..]), ("large", &large)] {
+    for (name, content, what) in [
+        ("latin1", &b"[server]\nport = 1\n# Stra\xdfe\n"[..], "3: the file is not UTF-8 at this line; "),
+        ("utf16", b"\xff\xfe[\0s\0", "1: the file is UTF-16, as PowerShell writes it; "),
+        ("large", &large, "1: the file is too large; "),
+    ] {
         let path = directory.write(name, content);
         let error = Config::load(&path).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("{}:1: ", path.display())), "{error}");
+        assert!(error.starts_with(&format!("{}:{what}", path.display())), "{error}");
     }
     let error = Config::load(&directory.0).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}:1: ", directory.0.display())), "{error}");
