@@ -57,6 +57,7 @@ codes! {
     RequestTimeout "request_timeout",
     RequestTooLarge "request_too_large",
     RequestTooLargeForLimit "request_too_large_for_limit",
+    ResponseNotFound "response_not_found",
     StreamInterrupted "stream_interrupted",
     UnknownUrl "unknown_url",
     UnsupportedContentEncoding "unsupported_content_encoding",

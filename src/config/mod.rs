@@ -88,6 +88,8 @@ pub struct Config {
     pub strategy: Strategy,
     /// `load_balancer.prefix_bytes`: bytes of a conversation's first messages that identify it, at least 1.
     pub prefix_bytes: usize,
+    /// `affinity.max_ids`: ids of responses, items and conversations whose backend is known, at least 1.
+    pub max_ids: usize,
     /// `[health]`: active checks.
     pub health: Health,
     /// `[retry]`: retries.

@@ -58,6 +58,8 @@ const MAX_RETRIES: Number<u32> = Range::new(0, 10).or(2);
 const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
 
 const PREFIX_BYTES: Number<usize> = Range::new(1, 1 << 20).or(4096);
+/// Ids that are known at once.
+const MAX_IDS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 const MAX_KEYS: Number<usize> = Range::new(1, 10_000_000).or(100_000);
 
 /// A configuration; valid only if its sink has no fault.
@@ -76,6 +78,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         max_wait: t.seconds("max_wait_secs", MAX_WAIT_SECS),
         timeout: t.seconds("timeout_secs", TIMEOUT_SECS),
     });
+    let max_ids = root.section("affinity", |t| t.number("max_ids", MAX_IDS));
     let (strategy, prefix_bytes) = root.section("load_balancer", |t| {
         let words = [
             ("round_robin", Strategy::RoundRobin),
@@ -125,6 +128,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         queue,
         strategy,
         prefix_bytes,
+        max_ids,
         health,
         retry,
         timeouts,

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::request::Parts as RequestParts;
 use http::response::Parts;
 use http::{HeaderMap, StatusCode};
 use smallvec::SmallVec;
@@ -104,8 +105,8 @@ pub(crate) struct Attempts<'a> {
     pub gateway: &'a Gateway,
     /// The exchange on the client connection, for time limits.
     pub exchange: &'a Exchange,
-    /// The headers of the client's request.
-    pub headers: &'a HeaderMap,
+    /// The head of the client's request.
+    pub request: &'a RequestParts,
     /// The body of the client's request.
     pub chat: &'a ChatRequest,
     /// The route, the model and the affinity of the request.
@@ -169,7 +170,7 @@ impl Attempts<'_> {
                             return Ok(Delivery { response, slot, clocks });
                         }
                         Err(newer) => {
-                            if is_sdk_retry(self.headers) {
+                            if is_sdk_retry(&self.request.headers) {
                                 self.dispatch.forbid_rounds();
                             }
                             if newer.is_some() {

@@ -73,6 +73,14 @@ pub(crate) fn limit_key(shared: &Shared, caller: &Caller) -> u64 {
     }
 }
 
+/// The client to which ids belong that an answer has; 0 without client keys.
+pub(crate) fn owner(shared: &Shared, caller: &Caller) -> u64 {
+    match caller {
+        Caller::Known(_) => limit_key(shared, caller),
+        Caller::Anonymous | Caller::Unknown(_) => 0,
+    }
+}
+
 /// Checks the request against the limits of requests of its client and its address, and counts it. A refused request
 /// counts against neither. Returns the stricter decision; `None` if no limit applies. `peer`: the peer address of the
 /// connection.

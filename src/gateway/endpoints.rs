@@ -65,6 +65,7 @@ fn scrape(shared: &Shared) -> Bytes {
         models: current.table().models(),
         clients: &current.clients,
         queue_depth: shared.admission.depth(),
+        known_ids: shared.known_ids.len(),
         rate_limit_keys: shared.limiter.keys(),
     };
     metrics::encode(&scrape).into()

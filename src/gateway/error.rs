@@ -44,6 +44,8 @@ pub(crate) enum GatewayError {
     ModelNotFound(Box<str>, Vec<Box<str>>),
     /// No backend takes requests.
     NoBackend,
+    /// The request refers to a response, an item or a conversation of another client.
+    NotYours,
     /// The queue is full.
     QueueFull,
     /// The deadline passed while the request waited in a queue.

@@ -6,6 +6,7 @@ use std::pin::Pin;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderMap, HeaderValue};
+use memchr::memmem;
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
@@ -80,6 +81,7 @@ pub(crate) struct BodyReader<'a> {
 enum BodyScanner<'a> {
     Form(FormScanner),
     Json(Scanner<'a>, &'a Watch),
+    Nothing,
 }
 
 impl<'a> BodyScanner<'a> {
@@ -92,6 +94,7 @@ impl<'a> BodyScanner<'a> {
                 BodyScanner::Form(FormScanner::new(value.unwrap_or_default()).map_err(form_error)?)
             }
             BodyFormat::Json => BodyScanner::Json(Scanner::new(watch), watch),
+            BodyFormat::Nothing => BodyScanner::Nothing,
         })
     }
 
@@ -99,6 +102,7 @@ impl<'a> BodyScanner<'a> {
         match self {
             BodyScanner::Form(scanner) => scanner.feed(data).map_err(form_error),
             BodyScanner::Json(scanner, watch) => scanner.feed(data).map_err(|error| scan_error(error, watch)),
+            BodyScanner::Nothing => Ok(()),
         }
     }
 
@@ -112,6 +116,7 @@ impl<'a> BodyScanner<'a> {
             BodyScanner::Json(scanner, watch) => {
                 Ok((scanner.finish().map_err(|error| scan_error(error, watch))?, None))
             }
+            BodyScanner::Nothing => Ok((Fields::default(), None)),
         }
     }
 }
@@ -156,7 +161,9 @@ impl BodyReader<'_> {
                 return Err(GatewayError::TooLarge(max));
             }
             scanner.feed(&data)?;
-            chunks.push(data);
+            if api.body != BodyFormat::Nothing {
+                chunks.push(data);
+            }
             if length - checked >= MIN_PROGRESS as u64 && !body.is_end_stream() {
                 checked = length;
                 until = clock::now() + STALL_TIMEOUT;
@@ -231,6 +238,15 @@ impl ChatRequest {
             return 0;
         }
         text_length(self.fields.length, self.chunks.iter().map(|chunk| &chunk[..]))
+    }
+
+    /// Whether a range of the body has this text.
+    pub(crate) fn contains(&self, span: Range<u64>, text: &str) -> bool {
+        let mut parts = self.bytes(span.clone());
+        match (parts.next(), parts.next()) {
+            (Some(only), None) => memmem::find(only, text.as_bytes()).is_some(),
+            _ => memmem::find(&self.copy(span), text.as_bytes()).is_some(),
+        }
     }
 
     /// Copies a range of the body.

@@ -23,13 +23,12 @@ impl Attempts<'_> {
     /// decided itself.
     pub(super) fn usage_splice(&self, in_flight: &InFlight) -> Option<Splice> {
         let (upstream, fields) = (in_flight.upstream(), &self.chat.fields);
-        let can_ask = self.record.stream
-            && upstream.asks_for_usage()
-            && self.ask.endpoint.api().is_some_and(|api| api.stream == StreamFormat::Done);
+        let api = self.ask.endpoint.api().filter(|api| api.stream == StreamFormat::Done)?;
+        let can_ask = self.record.stream && upstream.asks_for_usage();
         if !can_ask || upstream.state.ratios.asking(in_flight.key()) == Asking::Refused {
             return None;
         }
-        let index = self.snapshot.watch().droppable.iter().position(|name| **name == *STREAM_OPTIONS);
+        let index = self.snapshot.watch(api).droppable.iter().position(|name| **name == *STREAM_OPTIONS);
         let Some(member) = fields.droppable.iter().find(|member| Some(member.name) == index) else {
             return ask_for_usage(fields.stream_end, None);
         };

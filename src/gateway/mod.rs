@@ -26,7 +26,10 @@ pub(crate) mod opening;
 
 pub(crate) mod relay;
 
+mod ask;
+
 mod held;
+mod learned_ids;
 mod relay_input;
 mod relay_usage;
 mod response;
@@ -57,7 +60,7 @@ use std::sync::Arc;
 
 use arc_swap::Guard;
 use bytes::Bytes;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::header::HeaderValue;
 use http::request::Parts;
 use http::{Method, Response, Uri};
 use smallvec::SmallVec;
@@ -67,10 +70,10 @@ use crate::client::exchange::Exchange;
 use crate::client::load::{Upload, WorkerState};
 use crate::client::serve::Service;
 use crate::clock;
-use crate::config::{Server, Strategy};
+use crate::config::Server;
 use crate::gateway::attempt::Attempts;
 use crate::gateway::endpoints::ModelLists;
-use crate::gateway::intake::{BodyReader, ChatRequest};
+use crate::gateway::intake::BodyReader;
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::relay::RelayBody;
@@ -81,12 +84,11 @@ use crate::http1::headers;
 use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
 use crate::policy::dispatch::Dispatch;
-use crate::policy::ratio::Demand;
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Page, ServedBy};
+use crate::protocol::stored::{NotStored, Stored};
 use crate::telemetry::Recorder;
 use crate::telemetry::record::{Arrival, RequestRecord};
-use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::pool::Pool;
 
 /// Searches for similar model names that a worker may run in a second. Any client can cause one by naming an unknown
@@ -98,14 +100,6 @@ const MAX_REPORTS: u64 = 20;
 
 /// The path of a model, up to its id.
 const MODELS: &str = "/models/";
-
-/// Headers that identify a conversation, the first one first: Zap's own, Claude Code's and Codex's.
-const SESSION: [HeaderName; 4] = [
-    HeaderName::from_static("x-zap-session"),
-    HeaderName::from_static("x-claude-code-session-id"),
-    HeaderName::from_static("session-id"),
-    HeaderName::from_static("thread-id"),
-];
 
 /// A response to a client.
 pub(crate) type ClientResponse = Response<Body<RelayBody>>;
@@ -192,11 +186,18 @@ impl Gateway {
             ServedBy::Backends(api) if head.method == Method::POST => {
                 self.forward(Forward { head, body, api, generation }, record, context).await
             }
-            ServedBy::Backends(_)
+            ServedBy::Backends(_) | ServedBy::Stored(_)
                 if head.method == Method::GET && headers::wants_websocket(&head.headers) =>
             {
                 self.refuse(&GatewayError::UpgradeRequired, record, &context)
             }
+            ServedBy::Stored(api) => match Stored::of(&head.method, path) {
+                Ok(_) => self.forward(Forward { head, body, api, generation }, record, context).await,
+                Err(NotStored::Method(allow)) => {
+                    self.refuse(&GatewayError::MethodNotAllowed(allow), record, &context)
+                }
+                Err(NotStored::Path) => self.refuse(&GatewayError::UnknownUrl, record, &context),
+            },
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
                 match self.page(*page, &head.uri, &record, &generation).await {
                     Ok(response) => self.finish(response, record, &context),
@@ -273,8 +274,8 @@ impl Gateway {
                 return Err(GatewayError::Limited(LimitError::Requests(refused.reset)));
             }
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
-            let reader =
-                BodyReader { gateway: self, exchange, watch: generation.watch(), headers: &head.headers };
+            let watch = generation.watch(api);
+            let reader = BodyReader { gateway: self, exchange, watch, headers: &head.headers };
             let (chat, upload) = reader.read(body, api, &mut record).await?;
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };
@@ -283,8 +284,7 @@ impl Gateway {
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
             }
-            let demand = reserve::demand(&generation, api, &chat);
-            let ask = Ask { demand, ..self.ask(&generation, &head.headers, &chat, &record)? };
+            let ask = self.ask(&generation, head, (api, &chat), &record)?;
             if generation.limits_clients() {
                 let snapshot = &*generation;
                 let limits = ClientLimits { gateway: self, exchange, snapshot, ask: &ask, deadline };
@@ -296,7 +296,7 @@ impl Gateway {
             let attempts = Attempts {
                 gateway: self,
                 exchange,
-                headers: &head.headers,
+                request: head,
                 chat: &chat,
                 ask,
                 dispatch: Dispatch::new(attempt::rules(&generation.config, deadline)),
@@ -336,46 +336,6 @@ impl Gateway {
     /// Whether the worker may search for similar model names now: any client can cause a search.
     fn may_search(&self, record: &RequestRecord) -> bool {
         self.searches.borrow_mut().take(record.started, MAX_SEARCHES)
-    }
-
-    /// Returns what to ask of the fleet: the route of the requested model.
-    ///
-    /// # Errors
-    /// [`GatewayError::ModelNotFound`] or [`GatewayError::MissingModel`] if there is no route or the client may not use
-    /// it; [`GatewayError::NotSpoken`] if no target of the route speaks the endpoint's protocol.
-    fn ask<'c>(
-        &self,
-        snapshot: &Snapshot,
-        headers: &HeaderMap,
-        chat: &'c ChatRequest,
-        record: &RequestRecord,
-    ) -> Result<Ask<'c>, GatewayError> {
-        let (model, whole) = match &chat.fields.model {
-            Model::Named { name, whole, .. } => (Some(&**name), *whole),
-            _ => (None, true),
-        };
-        let client = caller::known_client(&record.caller).map(|client| &**client);
-        let not_found = || match model {
-            Some(name) => endpoints::model_not_found(snapshot, client, name, self.may_search(record)),
-            None => GatewayError::MissingModel,
-        };
-        let is_allowed = client.is_none_or(|c| match model {
-            Some(name) => c.may_use(name, whole),
-            None => c.conf.models.is_none(),
-        });
-        let route = Some(()).filter(|()| is_allowed).and_then(|()| snapshot.table().find(model, whole));
-        let route = route.ok_or_else(not_found)?;
-        let protocol = record.endpoint.protocol();
-        if !snapshot.speaks(route, protocol) {
-            return Err(GatewayError::NotSpoken(protocol.name()));
-        }
-        let affinity = if snapshot.config.strategy == Strategy::PrefixHash {
-            let session = SESSION.iter().filter_map(|name| headers.get(name)).find(|value| !value.is_empty());
-            chat.affinity(session, model, snapshot.config.prefix_bytes)
-        } else {
-            None
-        };
-        Ok(Ask { endpoint: record.endpoint, route, model, affinity, demand: Demand::default() })
     }
 
     /// The state that all workers share.

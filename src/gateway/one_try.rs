@@ -20,11 +20,14 @@ use crate::http1::headers::{Passing, ResponseFacts};
 use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
+use crate::policy::known_ids::MadeBy;
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
+use crate::protocol::Endpoint;
 use crate::protocol::event_class::{error_message, is_request_too_large};
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
+use crate::protocol::stored::is_not_found;
 use crate::telemetry::phase::Phase;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
@@ -127,7 +130,7 @@ impl Attempts<'_> {
                     Unfit::CutShort => Some(NoAnswer::Cut),
                     Unfit::Empty => Some(NoAnswer::Empty),
                     Unfit::Silent => Some(NoAnswer::Timeout),
-                    Unfit::Error { .. } | Unfit::OtherModel(_) => None,
+                    Unfit::Error { .. } | Unfit::NotHere(_) | Unfit::OtherModel(_) => None,
                 };
                 (Event::Unfit(unfit), fault)
             }
@@ -213,13 +216,16 @@ impl Attempts<'_> {
         let upstream = asked.in_flight.upstream();
         let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
         let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
+        if self.ask.endpoint == Endpoint::StoredResponse {
+            upstream.write_stored_line(self.request, &mut head);
+        }
         head.extend_from_slice(begin);
         let passing = Passing {
             authorization: upstream.conf.forward_authorization,
             more: self.ask.endpoint.protocol().headers(),
             content_type: self.chat.form.is_some(),
         };
-        headers::to_backend(self.headers, passing, &upstream.conf.header_rules, |name, value| {
+        headers::to_backend(&self.request.headers, passing, &upstream.conf.header_rules, |name, value| {
             if !upstream.has_own_header(name) {
                 write_header(&mut head, name, value.as_bytes());
             }
@@ -254,9 +260,11 @@ impl Attempts<'_> {
         {
             self.cool_down(asked.in_flight, wait);
         }
-        let event = match status == 429 && text.is_some_and(is_request_too_large) {
-            true => Event::Unfit(Unfit::OtherModel(status)),
-            false => Event::Head { status, own_key, is_alive: is_alive(asked, status, (head, text)) },
+        let event = match status {
+            429 if text.is_some_and(is_request_too_large) => Event::Unfit(Unfit::OtherModel(status)),
+            404 if self.ask.made_by == MadeBy::Unknown => Event::Unfit(Unfit::NotHere(status)),
+            400 if text.is_some_and(is_not_found) => Event::Unfit(Unfit::NotHere(status)),
+            _ => Event::Head { status, own_key, is_alive: is_alive(asked, status, (head, text)) },
         };
         let Verdict::Failed(failure) = self.dispatch.on(event) else {
             return None;

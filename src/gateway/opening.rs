@@ -20,6 +20,7 @@ use crate::gateway::state::Generation;
 use crate::http1::headers::ResponseFacts;
 use crate::json::patch::Splice;
 use crate::policy::dispatch::{Dispatch, Unfit};
+use crate::policy::known_ids::MadeBy;
 use crate::policy::route::TargetId;
 use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::event_class::{BodyClass, classify_body, needs_other_model};
@@ -180,7 +181,7 @@ impl Attempts<'_> {
         BodyStart { place, lease, asked, deadline: self.deadline, may_move: true }
     }
 
-    /// Reads the body of an error that may say how long to wait, or why the key is refused. `None` if the status does not
+    /// Reads the body of an error that may say how long to wait, why the key is refused, or what is not there. `None` if the status does not
     /// call for it, or nothing came in time.
     pub(super) async fn error_text(
         &self,
@@ -191,6 +192,7 @@ impl Attempts<'_> {
         let is_wanted = match head.status.as_u16() {
             429 => rate_limits::retry_after(&head.headers, SystemTime::now).is_none(),
             401 => asked.in_flight.upstream().conf.api_key.is_some(),
+            400 => self.ask.made_by == MadeBy::Unknown,
             _ => false,
         };
         if !is_wanted {

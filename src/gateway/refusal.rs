@@ -207,6 +207,12 @@ impl GatewayError {
                     "No backend can take the request: all backends are drained. See /status.".into(),
                 ),
             ),
+            E::NotYours => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::ResponseNotFound,
+                "No response, item or conversation with this id belongs to this key; use the key that made it.".into(),
+            ),
             E::QueueFull => after(
                 &SECOND,
                 row(
@@ -429,6 +435,7 @@ mod tests {
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
             (E::Site(SiteRefusal::Host), 421, INVALID, "misdirected_request", None, None, false),
             (E::Site(SiteRefusal::Origin), 403, INVALID, "origin_not_allowed", None, None, false),
+            (E::NotYours, 404, INVALID, "response_not_found", None, None, false),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
             (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
             (E::UpgradeRequired, 426, INVALID, "upgrade_required", None, None, false),

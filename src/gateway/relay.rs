@@ -21,6 +21,7 @@ use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::failpoint;
+use crate::gateway::learned_ids::IdLearner;
 use crate::gateway::relay_input::{BodyKind, RelayInput, RequestGuards};
 use crate::gateway::relay_usage::{RelayUsage, note_content};
 use crate::gateway::silence::Silence;
@@ -51,6 +52,7 @@ pub(crate) struct RelayBody {
     redactor: Option<Box<Redactor>>,
     kind: BodyKind,
     silence: Silence,
+    ids: Option<Box<IdLearner>>,
     /// Reads the token counts of a JSON body that is not there as a whole.
     usage: RelayUsage,
     /// What an error event needs to know of the stream.
@@ -87,12 +89,13 @@ impl RelayBody {
         exchange: Exchange,
         input: RelayInput,
     ) -> Self {
-        let RelayInput { first, events, ending, has_usage, redactor, kind, clocks } = input;
+        let RelayInput { first, events, ending, has_usage, ids, redactor, kind, clocks } = input;
         let mut relay = RelayBody {
             first,
             ending,
             events,
             redactor,
+            ids,
             usage: RelayUsage::default(),
             kind,
             silence: Silence::new(clocks, exchange.coarse_now()),
@@ -101,9 +104,7 @@ impl RelayBody {
             gateway,
             exchange,
         };
-        if has_usage {
-            relay.begin_usage();
-        }
+        relay.begin_reading(has_usage);
         if relay.events.is_some() {
             relay.exchange.nudge_at(relay.silence.first());
         } else if relay.first.is_none() && relay.redactor.is_none() && relay.is_upstream_done() {
@@ -112,9 +113,10 @@ impl RelayBody {
         relay
     }
 
-    fn begin_usage(&mut self) {
+    fn begin_reading(&mut self, has_usage: bool) {
         let (is_whole, first) = (self.is_upstream_done(), self.first.as_deref().unwrap_or_default());
-        let Some(guards) = &mut self.guards else { return };
+        self.ids.as_mut().into_iter().for_each(|ids| ids.push(first));
+        let Some(guards) = self.guards.as_mut().filter(|_| has_usage) else { return };
         let random = || self.gateway.random();
         self.usage = RelayUsage::of_body(&mut guards.record, first, is_whole, random);
     }
@@ -180,6 +182,7 @@ impl RelayBody {
         }
         if is_new {
             self.usage.push(&data);
+            self.ids.as_mut().into_iter().for_each(|ids| ids.push(&data));
         }
         match (&mut self.redactor, &mut self.events) {
             (Some(redactor), _) => redactor.push(&data),

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use http::Version;
 
+use crate::gateway::learned_ids::IdLearner;
 use crate::gateway::silence::StreamClocks;
 use crate::policy::queue::Permit;
 use crate::protocol::error_event::StreamEnding;
@@ -47,6 +48,8 @@ pub(crate) struct RelayInput {
     pub ending: StreamEnding,
     /// Whether the body is JSON with token counts to read.
     pub has_usage: bool,
+    /// Learns the ids of the answer; `None` if no request can refer to it.
+    pub ids: Option<Box<IdLearner>>,
     /// Redacts the backend's key in error responses. Boxed, since it is large and rarely present.
     pub redactor: Option<Box<Redactor>>,
     /// The kind of the body.

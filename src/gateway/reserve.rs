@@ -30,7 +30,7 @@ pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Dema
     if !snapshot.limits_tokens() || api.metering == Metering::Off {
         return Demand::default();
     }
-    let watched = &snapshot.watch().droppable;
+    let watched = &snapshot.watch(api).droppable;
     let found = chat.fields.droppable.iter().filter(|member| is_member(&watched[member.name]));
     let found: Vec<_> = found.map(|member| chat.copy(member.span.clone())).collect();
     let output = match (api.metering, most_output(found.iter().map(|member| &member[..]))) {

@@ -14,6 +14,7 @@ use crate::gateway::pages::Pages;
 use crate::gateway::served_models::ServedModels;
 use crate::policy::breaker::Change;
 use crate::policy::choose;
+use crate::policy::known_ids::{KnownIds, MadeBy};
 use crate::policy::limit::Limiter;
 use crate::policy::pair::PairChange;
 use crate::policy::queue::{Admission, MAX as MAX_SLOTS};
@@ -82,6 +83,8 @@ pub struct Shared {
     pub(crate) budget: Budget,
     /// The metrics and the log.
     pub(crate) telemetry: Arc<Telemetry>,
+    /// Which backends made the responses, items and conversations that requests refer to.
+    pub(crate) known_ids: KnownIds,
     /// What backends without `models` say they serve.
     pub(crate) served_models: ServedModels,
     /// The pages that are expensive to render.
@@ -123,6 +126,7 @@ impl Shared {
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
             telemetry: Telemetry::new(config.server.workers, (log, config.log.requests), ledger),
+            known_ids: KnownIds::new(config.max_ids),
             served_models: ServedModels::default(),
             pages: Pages::default(),
             fleet_changed: Notify::new(),
@@ -148,6 +152,7 @@ impl Shared {
         let config = &next.config;
         self.limiter.set_max_keys(config.rate_limit.max_keys);
         self.tokens.set_max_keys(config.rate_limit.max_keys);
+        self.known_ids.set_max(config.max_ids);
         self.admission.resize(config.queue.max_in_flight, config.queue.max_size);
         self.budget.set_percent(config.retry.budget_percent);
         self.telemetry.configure(&config.log);
@@ -247,7 +252,8 @@ impl Shared {
         let snapshot = self.current.load();
         let Some(route) = snapshot.table().find(Some(model), true) else { return false };
         let (affinity, demand) = (Some(affinity), Demand::default());
-        let ask = Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity, demand };
+        let (endpoint, made_by) = (Endpoint::Chat, MadeBy::Anybody);
+        let ask = Ask { endpoint, route, model: Some(model), affinity, demand, made_by };
         let view =
             View { snapshot: &snapshot, ask: &ask, now, tickets: &[], granted: None, is_waiting: false };
         let Some(picked) = choose::pick(&view, true, |_| false) else { return false };

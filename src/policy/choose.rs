@@ -31,6 +31,8 @@ pub(crate) enum Closed {
     Out(Status),
     /// The backend's budget does not pay for this request.
     Budget(Refused),
+    /// Another backend made what the request refers to.
+    Elsewhere,
     /// The request may use more tokens than the backend's quota has.
     TooLarge,
     /// The quota has room for this request at this time.

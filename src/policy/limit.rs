@@ -8,12 +8,13 @@
 //! [windows of tokens](crate::policy::token_window).
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
 use dashmap::DashMap;
 
+use crate::policy::key_hasher::KeyHasher;
 use crate::policy::use_order::{NONE, Node, Shard};
 use crate::time::{Nanos, SECOND};
 
@@ -182,7 +183,7 @@ impl KeyWindow for Window {
 /// The windows of all keys.
 #[derive(Debug)]
 pub struct Limiter<W = Window> {
-    map: DashMap<u64, Tracked<W>, BuildHasherDefault<Identity>>,
+    map: DashMap<u64, Tracked<W>, BuildHasherDefault<KeyHasher>>,
     order: Box<[CachePadded<Shard>]>,
     len: AtomicUsize,
     next_sequence: CachePadded<AtomicU64>,
@@ -344,26 +345,6 @@ impl Limiter {
     /// Takes back the admission with this stamp, for a request of `key` that was refused later on.
     pub fn refund(&self, key: u64, stamp: Nanos) {
         self.update_known(key, None, |window| window.refund(stamp));
-    }
-}
-
-/// A hasher that returns the key itself, which is already a good hash.
-#[derive(Default)]
-struct Identity(u64);
-
-impl Hasher for Identity {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for b in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*b);
-        }
-    }
-
-    fn write_u64(&mut self, n: u64) {
-        self.0 = n;
     }
 }
 

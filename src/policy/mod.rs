@@ -6,6 +6,8 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub(crate) mod key_hasher;
+
 mod use_order;
 
 pub(crate) mod limit;
@@ -39,6 +41,8 @@ pub(crate) mod breaker;
 pub(crate) mod gate;
 
 pub(crate) mod pair;
+
+pub(crate) mod known_ids;
 
 pub(crate) mod ratio;
 

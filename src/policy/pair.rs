@@ -8,10 +8,11 @@
 //! Nearly always no pair is closed, and then a check reads one atomic. The table is bounded.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 
 pub use crate::policy::gate::Status;
 use crate::policy::gate::{FIRST_TRIAL, Gate, Passage};
+use crate::policy::key_hasher::KeyHasher;
 use crate::policy::sync::{AtomicUsize, Mutex, Ordering};
 use crate::time::{MILLI, Nanos, SECOND};
 
@@ -64,24 +65,6 @@ pub(crate) struct Pairs {
     /// Number of pairs that are silent, in one way or the other.
     doubted: AtomicUsize,
     all: Mutex<HashMap<u64, Pair, BuildHasherDefault<KeyHasher>>>,
-}
-
-/// The keys are hashes already.
-#[derive(Debug, Default)]
-pub(crate) struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
-    }
-
-    fn write_u64(&mut self, n: u64) {
-        self.0 ^= n;
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }
 
 #[derive(Debug, Default)]

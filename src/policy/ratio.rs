@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
-use crate::policy::pair::KeyHasher;
+use crate::policy::key_hasher::KeyHasher;
 use crate::policy::sync::Mutex;
 use crate::protocol::usage::Usage;
 

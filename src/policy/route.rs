@@ -140,6 +140,8 @@ pub(crate) struct Table {
     unnamed: Option<RouteId>,
     /// The named route [`CATCH_ALL`].
     catch_all: Option<RouteId>,
+    /// For requests that have nothing to do with a model: all backends.
+    any_backend: Option<RouteId>,
     listed: Vec<Listed>,
     models: Vec<ConfiguredModel>,
 }
@@ -263,6 +265,7 @@ impl Table {
             (None, None) => Some(Sent::AsIs),
             (None, Some(_)) => None,
         });
+        table.any_backend = table.add_shared(backends, |_| Some(Sent::AsIs));
         table.names = vec![None; table.routes.len()];
         for (name, id) in &table.exact {
             table.names[*id] = Some(name.clone());
@@ -282,6 +285,11 @@ impl Table {
         known.or(self.any_model).or(self.catch_all)
     }
 
+    /// Returns the route to all backends, for requests that have nothing to do with a model.
+    pub(crate) fn any_backend(&self) -> Option<RouteId> {
+        self.any_backend
+    }
+
     /// Returns a route by its index.
     pub(crate) fn route(&self, id: RouteId) -> &Route {
         &self.routes[id]
@@ -289,7 +297,7 @@ impl Table {
 
     /// Whether a route is for one name or prefix, and not a fallback for names without a route, or for no name.
     pub(crate) fn is_by_name(&self, id: RouteId) -> bool {
-        ![self.any_model, self.unnamed, self.catch_all].contains(&Some(id))
+        ![self.any_model, self.unnamed, self.catch_all, self.any_backend].contains(&Some(id))
     }
 
     /// Returns all routes, by index.

@@ -34,6 +34,7 @@ pub(crate) enum Endpoint {
     Root,
     Speech,
     Status,
+    StoredResponse,
     Transcriptions,
     Translations,
     Usage,
@@ -57,6 +58,8 @@ pub(crate) struct Row {
 pub(crate) enum ServedBy {
     /// A backend. The method is POST.
     Backends(Api),
+    /// The backend that has a stored response; [`crate::protocol::stored`] knows the paths and the methods.
+    Stored(Api),
     /// Zap itself. The methods are GET and HEAD.
     Zap(Page),
     /// Nothing: the path is unknown.
@@ -93,6 +96,8 @@ pub(crate) struct Api {
     pub(crate) stream: StreamFormat,
     /// What can be known of an answer's tokens.
     pub(crate) metering: Metering,
+    /// Whether a provider may store the answers, so that later requests refer to them by their ids.
+    pub(crate) is_stored: bool,
 }
 
 /// The format of a request's body.
@@ -102,6 +107,8 @@ pub(crate) enum BodyFormat {
     Form,
     /// A JSON object.
     Json,
+    /// There is none. A body that a client sends is not forwarded.
+    Nothing,
 }
 
 /// The family of APIs that an endpoint belongs to: it decides which backends can serve the endpoint, which headers pass
@@ -157,7 +164,12 @@ const TABLE: [Row; Endpoint::COUNT] = [
         Endpoint::Compact,
         "compact",
         &["/v1/responses/compact"],
-        Api { has_default_model: true, metering: Metering::Full, ..Api::at("/responses/compact") },
+        Api {
+            has_default_model: true,
+            metering: Metering::Full,
+            is_stored: true,
+            ..Api::at("/responses/compact")
+        },
     ),
     Row::api(
         Endpoint::Completions,
@@ -201,7 +213,12 @@ const TABLE: [Row; Endpoint::COUNT] = [
         Endpoint::InputTokens,
         "input_tokens",
         &["/v1/responses/input_tokens"],
-        Api { has_default_model: true, metering: Metering::Off, ..Api::at("/responses/input_tokens") },
+        Api {
+            has_default_model: true,
+            metering: Metering::Off,
+            is_stored: true,
+            ..Api::at("/responses/input_tokens")
+        },
     ),
     Row::api(
         Endpoint::Messages,
@@ -235,12 +252,27 @@ const TABLE: [Row; Endpoint::COUNT] = [
             has_default_model: true,
             stream: StreamFormat::Responses,
             metering: Metering::Full,
+            is_stored: true,
             ..Api::at("/responses")
         },
     ),
     Row::page(Endpoint::Root, "root", &["/"], Page::Root),
     Row::api(Endpoint::Speech, "speech", &["/v1/audio/speech"], Api::at("/audio/speech")),
     Row::page(Endpoint::Status, "status", &["/status"], Page::Status),
+    Row {
+        endpoint: Endpoint::StoredResponse,
+        name: "stored_response",
+        // Behind the paths below it that have a row of their own.
+        paths: &["/v1/responses/*"],
+        served: ServedBy::Stored(Api {
+            body: BodyFormat::Nothing,
+            has_default_model: true,
+            stream: StreamFormat::Responses,
+            metering: Metering::Off,
+            is_stored: true,
+            ..Api::at("/responses")
+        }),
+    },
     Row::api(
         Endpoint::Transcriptions,
         "transcriptions",
@@ -285,6 +317,7 @@ impl Api {
             needs_messages: false,
             stream: StreamFormat::Plain,
             metering: Metering::Told,
+            is_stored: false,
         }
     }
 
@@ -321,11 +354,12 @@ impl Row {
             .any(|known| is(known, path) || known.strip_prefix(VERSION).is_some_and(|known| is(known, path)))
     }
 
-    /// The allowed methods, as the value of the `Allow` header.
+    /// The allowed methods, as the value of the `Allow` header. Not each path of a stored response has all of them.
     pub(crate) fn allow(&self) -> &'static str {
         match self.served {
             ServedBy::Backends(_) => "POST",
             ServedBy::Zap(_) => "GET, HEAD",
+            ServedBy::Stored(_) => "GET, DELETE, POST",
             ServedBy::Nobody => "",
         }
     }
@@ -334,7 +368,7 @@ impl Row {
 impl Endpoint {
     /// Number of endpoints. This is a literal because array types use it: a constant computed from the table would make
     /// the optimizing compiler fail with an evaluation cycle.
-    pub(crate) const COUNT: usize = 24;
+    pub(crate) const COUNT: usize = 25;
 
     /// All endpoints, in the order of their discriminants.
     pub(crate) const ALL: [Endpoint; Endpoint::COUNT] = {
@@ -365,7 +399,7 @@ impl Endpoint {
     /// The requests and responses of the endpoint; `None` if backends do not serve it.
     pub(crate) fn api(self) -> Option<&'static Api> {
         match &self.row().served {
-            ServedBy::Backends(api) => Some(api),
+            ServedBy::Backends(api) | ServedBy::Stored(api) => Some(api),
             ServedBy::Zap(_) | ServedBy::Nobody => None,
         }
     }
@@ -379,7 +413,7 @@ impl Endpoint {
     /// `/v1/` need one too.
     pub(crate) fn is_guarded(self, path: &str) -> bool {
         let is_own = match self.row().served {
-            ServedBy::Backends(_) | ServedBy::Zap(Page::Models) => true,
+            ServedBy::Backends(_) | ServedBy::Stored(_) | ServedBy::Zap(Page::Models) => true,
             ServedBy::Zap(_) | ServedBy::Nobody => false,
         };
         is_own || path.strip_prefix(VERSION).is_some_and(|rest| rest.starts_with('/'))

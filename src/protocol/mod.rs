@@ -30,7 +30,11 @@ pub(crate) mod rate_limits;
 
 pub(crate) mod redact;
 
+pub(crate) mod answer_ids;
+
 pub(crate) mod answer_text;
+
+pub(crate) mod stored;
 
 pub(crate) mod null_member;
 

@@ -131,6 +131,8 @@ pub(crate) struct Scrape<'a> {
     pub queue_depth: usize,
     /// Number of client keys that the rate limiter tracks.
     pub rate_limit_keys: usize,
+    /// Ids whose backend is known.
+    pub known_ids: usize,
 }
 
 /// Encodes the text of `/metrics`.
@@ -225,6 +227,12 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         e.family(name, kind, help);
         e.sample(name, &[], value);
     };
+    one(
+        "zap_known_ids",
+        "gauge",
+        "Ids of responses, items and conversations whose backend is known.",
+        scrape.known_ids as u64,
+    );
     one("zap_queue_depth", "gauge", "Requests in the queue.", scrape.queue_depth as u64);
     one(
         "zap_rate_limit_keys",

@@ -66,6 +66,7 @@ fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
         Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
         Passed::Closed(Closed::Full) => "full".into(),
         Passed::Closed(Closed::Budget(_)) => "budget".into(),
+        Passed::Closed(Closed::Elsewhere) => "elsewhere".into(),
         Passed::Closed(Closed::Reserved) => "quota".into(),
         Passed::Closed(Closed::TooLarge) => "too_large".into(),
         Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),

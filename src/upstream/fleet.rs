@@ -13,10 +13,11 @@ use crate::policy::balance::{BackendId, Schedule, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
+use crate::policy::known_ids::MadeBy;
 use crate::policy::ratio::Demand;
 use crate::policy::route::{Route, RouteId, Sent, Table, Target, TargetId};
 use crate::protocol::Endpoint;
-use crate::protocol::endpoint::Protocol;
+use crate::protocol::endpoint::{Api, Protocol};
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::Roots;
@@ -53,6 +54,8 @@ pub(crate) struct Ask<'a> {
     pub affinity: Option<u64>,
     /// What the request may use.
     pub demand: Demand,
+    /// The backend that made what the request refers to.
+    pub made_by: MadeBy,
 }
 
 /// The targets of one request at one moment, as [`choose`] and [`dispatch`](crate::policy::dispatch) see them.
@@ -135,9 +138,9 @@ impl Snapshot {
         self.rotations_of(ask).all.members().iter().map(move |(id, _)| &targets[*id])
     }
 
-    /// The members of a request body that the scanner must find.
-    pub(crate) fn watch(&self) -> &Watch {
-        &self.routing.watch
+    /// The members of the body of a request to `api` that the scanner must find.
+    pub(crate) fn watch(&self, api: &Api) -> &Watch {
+        if api.is_stored { &self.routing.watch_stored } else { &self.routing.watch }
     }
 
     /// Whether anything is limited by tokens or money.
@@ -182,12 +185,21 @@ impl Snapshot {
     /// Returns the reason if the target cannot.
     pub(crate) fn check(&self, now: Nanos, ask: &Ask<'_>, target: TargetId) -> Result<(), Closed> {
         let t = &self.route(ask).targets[target];
+        self.check_made_by(ask, t)?;
         self.upstream(t).check(&Candidate {
             target: Some((t, ask.model)),
             demand: &ask.demand,
             now,
             ticket: None,
         })
+    }
+
+    /// Checks whether a target made what the request refers to, as far as that is known.
+    fn check_made_by(&self, ask: &Ask<'_>, target: &Target) -> Result<(), Closed> {
+        match ask.made_by {
+            MadeBy::Backend(id) if self.upstream(target).state.id != id => Err(Closed::Elsewhere),
+            MadeBy::Anybody | MadeBy::Backend(_) | MadeBy::Unknown => Ok(()),
+        }
     }
 
     /// The targets that were passed over for `chosen`: targets of the same or a lower priority value that cannot take the
@@ -307,6 +319,7 @@ impl Fleet for View<'_> {
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
         let t = self.target(target);
+        self.snapshot.check_made_by(self.ask, t)?;
         let (upstream, candidate) = (self.snapshot.upstream(t), self.candidate(target));
         match self.granted {
             Some(backend) if backend == t.backend => upstream.check_with_permit(&candidate),
@@ -315,6 +328,7 @@ impl Fleet for View<'_> {
     }
 
     fn check_ejected(&self, target: TargetId) -> Result<(), Closed> {
+        self.snapshot.check_made_by(self.ask, self.target(target))?;
         self.upstream(target).check_ejected(&self.candidate(target))
     }
 
@@ -395,7 +409,14 @@ mod tests {
 
     fn ask<'a>(snapshot: &Snapshot, model: &'a str, affinity: Option<u64>) -> Ask<'a> {
         let route = snapshot.table().find(Some(model), true).unwrap();
-        Ask { endpoint: Endpoint::Chat, route, model: Some(model), affinity, demand: Demand::default() }
+        Ask {
+            endpoint: Endpoint::Chat,
+            route,
+            model: Some(model),
+            affinity,
+            demand: Demand::default(),
+            made_by: MadeBy::Anybody,
+        }
     }
 
     fn view<'a>(snapshot: &'a Snapshot, ask: &'a Ask<'a>) -> View<'a> {

@@ -3,12 +3,14 @@
 use std::fmt;
 
 use http::header::{ACCEPT, AUTHORIZATION, HOST, USER_AGENT};
+use http::request::Parts;
 use http::{HeaderName, HeaderValue, Uri};
 
 use crate::config;
 use crate::http1::headers::X_REQUEST_ID;
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::Protocol;
+use crate::protocol::stored::Stored;
 use crate::upstream::link::write_header;
 use crate::upstream::paths::{joined, models_path, targets};
 use crate::upstream::proxy;
@@ -33,8 +35,22 @@ pub(super) struct Heads {
     probe: HeadStart,
     /// The whole head of a request for the list of models; `None` if the backend serves chat only.
     models: Option<HeadStart>,
+    /// The target of stored responses: the origin with the path, and the query; `None` if they are not served.
+    stored: Option<StoredTarget>,
     /// Names of the headers in them. The client's headers of these names are not sent.
     own_headers: Vec<HeaderName>,
+}
+
+/// The target of requests for stored responses. The path may have a key in it.
+struct StoredTarget {
+    path: String,
+    query: Option<String>,
+}
+
+impl fmt::Debug for StoredTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
 }
 
 /// The start of a request head, with the backend's key in it.
@@ -50,7 +66,13 @@ impl HeadStart {
     /// `origin` is empty, or for a proxy the scheme and the authority.
     fn new(method: &str, origin: &str, target: &Uri, headers: &[(HeaderName, HeaderValue)]) -> Self {
         let path = target.path_and_query().map_or("/", |p| p.as_str());
-        let mut head = format!("{method} {origin}{path} HTTP/1.1\r\n").into_bytes();
+        let line = format!("{method} {origin}{path} HTTP/1.1\r\n");
+        HeadStart([line.into_bytes(), Self::headers(headers).0].concat())
+    }
+
+    /// A start that has headers alone.
+    fn headers(headers: &[(HeaderName, HeaderValue)]) -> Self {
+        let mut head = Vec::new();
         headers.iter().for_each(|(name, value)| write_header(&mut head, name, value.as_bytes()));
         HeadStart(head)
     }
@@ -65,10 +87,17 @@ impl Heads {
         let host = HeaderValue::from_str(&conf.url.authority).map_err(|_| "its host is not valid")?;
         let own = |protocol| own_headers(conf, &host, protocol);
         let origin = proxy::origin(conf);
-        let mut requests = [const { None }; Endpoint::COUNT];
+        let (mut requests, mut stored) = ([const { None }; Endpoint::COUNT], None);
         for (endpoint, target) in targets(conf)? {
-            let head = HeadStart::new("POST", &origin, &target, &own(endpoint.protocol()));
-            requests[endpoint as usize] = Some(head);
+            let own = own(endpoint.protocol());
+            requests[endpoint as usize] = Some(match endpoint {
+                Endpoint::StoredResponse => {
+                    let (path, query) = (format!("{origin}{}", target.path()), target.query());
+                    stored = Some(StoredTarget { path, query: query.map(str::to_owned) });
+                    HeadStart::headers(&own)
+                }
+                _ => HeadStart::new("POST", &origin, &target, &own),
+            });
         }
         let speaks_openai = conf.protocols.contains(&Protocol::OpenAi);
         let mut checked = own(if speaks_openai { Protocol::OpenAi } else { Protocol::Anthropic });
@@ -87,10 +116,24 @@ impl Heads {
         let probe = get(joined(&conf.url.path, &conf.health_path))?;
         let models = models_path(conf).map(get).transpose()?;
         let names = conf.protocols.iter().flat_map(|protocol| own(*protocol)).map(|(name, _)| name);
-        Ok(Heads { requests, probe, models, own_headers: names.collect() })
+        Ok(Heads { requests, probe, models, stored, own_headers: names.collect() })
     }
 
-    /// The start of a request head; `None` if the backend does not serve the endpoint.
+    /// Writes the request line of a `request` for a stored response, with the client's query.
+    pub(super) fn write_stored_line(&self, request: &Parts, head: &mut Vec<u8>) {
+        let stored = Stored::of(&request.method, request.uri.path());
+        let (Some(StoredTarget { path, query }), Ok(Stored { tail, .. })) = (&self.stored, stored) else {
+            return;
+        };
+        let parts = [query.as_deref(), request.uri.query()].into_iter().flatten().filter(|q| !q.is_empty());
+        let query = parts.collect::<Vec<_>>().join("&");
+        let mark = if query.is_empty() { "" } else { "?" };
+        let line = format!("{} {path}/{tail}{mark}{query} HTTP/1.1\r\n", request.method);
+        head.extend_from_slice(line.as_bytes());
+    }
+
+    /// The start of a request head, without the request line for a stored response; `None` if the backend does not serve
+    /// the endpoint.
     pub(super) fn request(&self, endpoint: Endpoint) -> Option<&[u8]> {
         self.requests[endpoint as usize].as_ref().map(|head| &head.0[..])
     }

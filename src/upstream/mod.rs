@@ -44,6 +44,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam_utils::CachePadded;
+use http::request::Parts;
 use http::{HeaderName, HeaderValue};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -257,6 +258,11 @@ impl Upstream {
     /// the endpoint.
     pub(crate) fn head_start(&self, endpoint: Endpoint) -> Option<&[u8]> {
         self.heads.request(endpoint)
+    }
+
+    /// Writes the request line of a `request` for a stored response, which [`head_start`](Self::head_start) does not have.
+    pub(crate) fn write_stored_line(&self, request: &Parts, head: &mut Vec<u8>) {
+        self.heads.write_stored_line(request, head);
     }
 
     /// Whether [`head_start`](Self::head_start) has a header of this name.

@@ -10,6 +10,7 @@ use crate::policy::balance::Cursor;
 use crate::policy::route::{RouteId, Serves, Table};
 use crate::protocol::Endpoint;
 use crate::protocol::request_limits;
+use crate::protocol::stored;
 use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::upstream::Upstream;
 use crate::upstream::rotation::TargetSet;
@@ -21,11 +22,13 @@ pub(super) struct Routing {
     pub(super) table: Table,
     /// The members of a request body that the scanner must find.
     pub(super) watch: Watch,
+    /// The same, and those that refer to what a provider has stored.
+    pub(super) watch_stored: Watch,
     /// Whether anything is limited by tokens or money.
     pub(super) limits_tokens: bool,
     /// Whether a request may have to reserve something of its client's limits, or is too large for a backend's.
     pub(super) limits_clients: bool,
-    /// `drops[backend][index]`: whether member `index` of `watch` is not sent to the backend.
+    /// `drops[backend][index]`: whether member `index` of a watch is not sent to the backend.
     pub(super) drops: Box<[Box<[bool]>]>,
     /// The distinct sets of targets.
     pub(super) sets: Vec<TargetSet>,
@@ -61,10 +64,17 @@ impl Routing {
         }
         droppable.sort_unstable();
         droppable.dedup();
+        // The index of a member is the same in both lists.
+        let mut and_stored = droppable.clone();
+        let further =
+            stored::MEMBERS.into_iter().filter(|name| !droppable.iter().any(|known| **known == **name));
+        and_stored.extend(further.map(Into::into));
         let drops =
-            config.backends.iter().map(|b| droppable.iter().map(|d| b.drop_fields.contains(d)).collect());
+            config.backends.iter().map(|b| and_stored.iter().map(|d| b.drop_fields.contains(d)).collect());
         let drops = drops.collect();
-        let watch = Watch { affinity: config.strategy == Strategy::PrefixHash, droppable };
+        let affinity = config.strategy == Strategy::PrefixHash;
+        let watch = Watch { affinity, droppable };
+        let watch_stored = Watch { affinity, droppable: and_stored };
         let mut known = HashMap::new();
         let mut sets = Vec::new();
         let mut intern = |set: TargetSet| {
@@ -81,8 +91,18 @@ impl Routing {
         let limits_clients =
             limits_tokens || config.clients.iter().any(|client| client.max_in_flight.is_some());
         let cursors = Vec::new();
-        let mut routing =
-            Routing { table, watch, limits_tokens, limits_clients, drops, sets, class_of, set_of, cursors };
+        let mut routing = Routing {
+            table,
+            watch,
+            watch_stored,
+            limits_tokens,
+            limits_clients,
+            drops,
+            sets,
+            class_of,
+            set_of,
+            cursors,
+        };
         let cursors = |route: RouteId| {
             let counts = routing.set_of[route].iter().map(|set| routing.sets[*set].schedule_count());
             let known = before.filter(|b| {

@@ -61,6 +61,8 @@ mod reload;
 
 mod retries;
 
+mod stored;
+
 mod streams;
 
 mod tls;

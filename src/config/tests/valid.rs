@@ -30,6 +30,9 @@ max_in_flight = 8
 max_wait_secs = 9
 timeout_secs = 10
 
+[affinity]
+max_ids = 61
+
 [load_balancer]
 strategy = "least_loaded"
 prefix_bytes = 23

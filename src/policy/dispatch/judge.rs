@@ -48,6 +48,8 @@ pub(crate) enum Unfit {
     },
     /// A 4xx that says that the model is not there, or that the request is too long for it.
     OtherModel(u16),
+    /// The target does not have what the request refers to. Nobody knows which target does.
+    NotHere(u16),
     /// No content arrived in time.
     Silent,
 }
@@ -78,6 +80,8 @@ pub(crate) struct Failure {
     pub(super) is_fatal: bool,
     /// Whether this target is excluded from further rounds.
     pub(super) no_retry: bool,
+    /// Whether the try costs neither a try nor budget.
+    pub(super) is_free: bool,
 }
 
 /// What a response means for further requests to its target.
@@ -103,6 +107,7 @@ impl Failure {
             keep: false,
             is_fatal: false,
             no_retry: false,
+            is_free: false,
         }
     }
 
@@ -165,6 +170,13 @@ impl Failure {
                 let mark = (status != 404).then_some(Mark::NoResult);
                 Failure { keep: true, no_retry: true, mark, ..Failure::new(Code::UpstreamRefused, answer) }
             }
+            Unfit::NotHere(status) => Failure {
+                keep: true,
+                no_retry: true,
+                is_free: true,
+                mark: Some(Mark::NoResult),
+                ..Failure::new(Code::UpstreamRefused, Answer::Refused(status))
+            },
             Unfit::Silent => Failure { no_retry: true, ..Failure::new(Code::UpstreamTimeout, Answer::None) },
         }
     }

@@ -328,8 +328,10 @@ impl Dispatch {
             return;
         }
         self.waited.retain(|id| *id != target);
-        self.tries += 1;
-        self.is_charged = self.is_next_charged.take();
+        if !failure.is_free {
+            self.tries += 1;
+            self.is_charged = self.is_next_charged.take();
+        }
         self.tried.push(target);
         if failure.no_retry {
             self.excluded.push(target);

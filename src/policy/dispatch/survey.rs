@@ -49,7 +49,7 @@ impl Survey {
                     survey.budget = Some(why);
                 }
                 Err(Closed::TooLarge) => survey.is_too_large |= !is_known,
-                Err(Closed::Budget(_)) => {}
+                Err(Closed::Budget(_) | Closed::Elsewhere) => {}
                 _ => survey.is_up = true,
             }
             if !is_known {
@@ -92,7 +92,14 @@ impl Busy {
             Err(Closed::Quota(at)) => self.opens(at, backend, true),
             Err(Closed::Full) if !self.full.contains(&backend) => self.full.push(backend),
             Err(Closed::Reserved) if !self.reserved.contains(&backend) => self.reserved.push(backend),
-            Err(Closed::Full | Closed::Reserved | Closed::Out(_) | Closed::Budget(_) | Closed::TooLarge) => {}
+            Err(
+                Closed::Full
+                | Closed::Reserved
+                | Closed::Out(_)
+                | Closed::Budget(_)
+                | Closed::Elsewhere
+                | Closed::TooLarge,
+            ) => {}
             // The backend has reopened since it was passed over.
             Ok(()) => self.opens(now, backend, false),
         }

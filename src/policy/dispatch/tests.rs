@@ -175,7 +175,7 @@ const RULES: Rules = Rules {
 /// The results of each target's tries in order: `a:500,200 b:refused`. The last result repeats. A result is a status or
 /// one of: `refused`, `timeout` (no response in time), `files` (this machine has no free file), `missed` (another
 /// request took the last permit), `cut` (Zap shuts down), `ejected` (while the request waited). After a good head:
-/// `body` (the body fails), `empty`, `silent`, `model` (a 404 of the model), `in503` (an error inside a 200). `alive503`:
+/// `body` (the body fails), `empty`, `silent`, `model` (a 404 of the model), `unknown` (a 404 of what the request refers to), `in503` (an error inside a 200). `alive503`:
 /// 503 of a target that serves others. With the suffix `+out` the failure also ejects the target.
 struct Results(Vec<(char, RefCell<VecDeque<String>>)>);
 
@@ -232,7 +232,7 @@ fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget)
                     "cut" => Event::Cut,
                     "ejected" => Event::Ejected,
                     "body" | "empty" | "silent" | "in503" | "in400" => head(200, false),
-                    "model" => head(404, false),
+                    "model" | "unknown" => head(404, false),
                     status => match status.strip_prefix("alive") {
                         Some(status) => head(status.parse().unwrap(), true),
                         None => head(status.parse().unwrap(), false),
@@ -246,6 +246,7 @@ fn whole_trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget)
                     "in503" => Some(Unfit::Error { status: 503, own_key: true, is_alive: false }),
                     "in400" => Some(Unfit::Error { status: 400, own_key: true, is_alive: false }),
                     "model" => Some(Unfit::OtherModel(404)),
+                    "unknown" => Some(Unfit::NotHere(404)),
                     _ => None,
                 };
                 if let Some(unfit) = unfit {
@@ -497,6 +498,9 @@ fn a_target_is_judged_by_more_than_one_request() {
         ("a wrong key that others use", "a", "a:401", "a401 upstream_auth_error", ""),
         ("served by itself", "a", "a:500,200", "a500 backoff a200 ok", ""),
         ("501 behind a failure", "a b", "a:500 b:501", "a500 b501 ok", "a"),
+        ("who has it is asked of all", "a b c d e", "a:unknown b:unknown c:unknown d:unknown e:200", "aunknown bunknown cunknown dunknown e200 ok", ""),
+        ("nobody has it", "a b c d", "a:unknown b:unknown c:unknown d:unknown", "aunknown bunknown cunknown dunknown deliver", ""),
+        ("a search has its tries too", "a b c d e", "a:unknown b:500 c:500 d:500 e:200", "aunknown b500 c500 d500 deliver", ""),
         ("all tries made, one waits", "a b c", "a:429 b:500 c:500", "a429 b500 c500 wait(0@5 full [])", ""),
         ("each target costs a try", "a b c d", "a:429 b:429 c:429 d:200", "a429 b429 c429 wait(0@5 full [])", ""),
     ];

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
-use crate::policy::pair::KeyHasher;
+use crate::policy::key_hasher::KeyHasher;
 use crate::telemetry::ledger::table::{Amounts, Labels, Table};
 use crate::time::Day;
 

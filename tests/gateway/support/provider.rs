@@ -153,7 +153,7 @@ fn serve(inner: &Inner, mut stream: TcpStream) {
     stream.set_nodelay(true).unwrap();
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     while let Some(request) = read_request(&mut reader) {
-        if request.line.starts_with("GET") {
+        if request.line.starts_with("GET") && !request.line.contains("/responses/") {
             inner.probes.lock().unwrap().push(request);
             let status = inner.health.load(Ordering::SeqCst);
             let list = *inner.list.lock().unwrap();
