@@ -170,6 +170,9 @@ impl NaiveScan {
                 "messages" => Some(Member::Messages),
                 "stream" => Some(Member::Stream),
                 "model" => Some(Member::Model),
+                "input" if watch.affinity => Some(Member::Input),
+                "metadata" if watch.affinity => Some(Member::Metadata),
+                "prompt" if watch.affinity => Some(Member::Prompt),
                 "prompt_cache_key" if watch.affinity => Some(Member::PromptCacheKey),
                 "user" if watch.affinity => Some(Member::User),
                 _ => None,
@@ -191,8 +194,22 @@ impl NaiveScan {
                 Some(Member::Messages) => {
                     fields.messages = kind;
                     if watch.affinity && kind == ValueKind::Array {
-                        fields.affinity.opening = Some(offsets.start..span.start as u64 + opening(value));
+                        let found = offsets.start..span.start as u64 + opening(value);
+                        fields.affinity.opening.get_or_insert(found);
                     }
+                }
+                Some(Member::Input | Member::Prompt) => {
+                    let end = match &value[..1] {
+                        "[" => Some(span.start as u64 + opening(value)),
+                        "\"" => Some(offsets.end),
+                        _ => None,
+                    };
+                    if let Some(end) = end {
+                        fields.affinity.opening.get_or_insert(offsets.start..end);
+                    }
+                }
+                Some(Member::Metadata) => {
+                    fields.affinity.metadata = Some(offsets.clone()).filter(|_| value.starts_with('{'));
                 }
                 Some(Member::Stream) => (fields.stream, fields.stream_end) = (kind, span.end as u64),
                 Some(Member::PromptCacheKey) => fields.affinity.cache_key = mark(),
@@ -236,7 +253,7 @@ fn case_variant(key: &str, watch: &Watch) -> Option<Member> {
     let (key, folds_to): (String, _) = (fold(key), |name: &str, key: &str| fold(name) == key);
     let mut read = vec![Member::Messages, Member::Model, Member::Stream];
     if watch.affinity {
-        read.extend([Member::PromptCacheKey, Member::User]);
+        read.extend([Member::Input, Member::Metadata, Member::Prompt, Member::PromptCacheKey, Member::User]);
     }
     read.extend((0..watch.droppable.len()).map(Member::Droppable));
     read.into_iter().find(|member| folds_to(member.name(watch), &key))

@@ -10,7 +10,7 @@ use crate::gateway::{Gateway, caller, endpoints, learned_ids, reserve};
 use crate::json::members::Model;
 use crate::policy::known_ids::MadeBy;
 use crate::policy::route::RouteId;
-use crate::protocol::endpoint::{Api, BodyFormat};
+use crate::protocol::endpoint::{Api, BodyFormat, Metering};
 use crate::protocol::stored;
 use crate::protocol::stored::Stored;
 use crate::telemetry::clients::Client;
@@ -57,8 +57,10 @@ impl Gateway {
         }
         let affinity = match snapshot.config.strategy {
             Strategy::PrefixHash => {
-                let session = session(&request.headers);
-                chat.affinity(session, model, snapshot.config.prefix_bytes)
+                // What is embedded, spoken or drawn is no conversation.
+                let is_conversation = matches!(api.metering, Metering::Full | Metering::Off);
+                let max_bytes = is_conversation.then_some(snapshot.config.prefix_bytes);
+                chat.affinity(session(&request.headers), model, max_bytes)
             }
             _ => None,
         };

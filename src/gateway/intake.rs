@@ -7,6 +7,7 @@ use std::pin::Pin;
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderMap, HeaderValue};
 use memchr::memmem;
+use serde_json::Value;
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
@@ -32,6 +33,9 @@ const MIN_PROGRESS: usize = 1024;
 /// Chunks smaller than this are copied into a shared buffer, except the first. A chunk keeps the whole read buffer that
 /// it points into alive, so a body sent byte by byte would take much more memory than one sent at once.
 const SMALL_CHUNK: usize = 4096;
+
+/// Longest `metadata` that is read, in bytes.
+const MAX_METADATA: u64 = 16 * 1024;
 
 /// The chunks of a body: usually one.
 pub(crate) type Chunks = SmallVec<[Bytes; 1]>;
@@ -202,16 +206,16 @@ fn body_error(fault: BodyFault) -> GatewayError {
 
 impl ChatRequest {
     /// Returns a hash that identifies the conversation, of the first of these that is present: the header
-    /// of a session, the members `prompt_cache_key` and `user`, the model with at most `max_bytes` of the opening
-    /// messages. The hash is the same for every request of the conversation and in every process. `None` if none of
+    /// of a session, the members `prompt_cache_key`, `metadata.user_id` and `user`, the model with at most `max_bytes` of
+    /// the opening of `messages`, `input` or `prompt`, unless `max_bytes` is `None`. The hash is the same for every request of the conversation and in every process. `None` if none of
     /// these is present.
     pub(crate) fn affinity(
         &self,
         session: Option<&HeaderValue>,
         model: Option<&str>,
-        max_bytes: usize,
+        max_bytes: Option<usize>,
     ) -> Option<u64> {
-        let Affinity { cache_key, user, opening } = &self.fields.affinity;
+        let Affinity { cache_key, user, metadata, opening } = &self.fields.affinity;
         // A seed for each kind of key, so that equal texts of two kinds have different hashes.
         let hash = |seed, first: &[u8], span: Range<u64>| {
             let mut hash = Xxh64::new(seed);
@@ -225,11 +229,22 @@ impl ChatRequest {
         if let Some(span) = cache_key {
             return Some(hash(1, b"", span.clone()));
         }
+        let user_id = metadata.as_ref().and_then(|span| self.user_id(span.clone()));
+        if let Some(id) = user_id {
+            return Some(hash(4, id.as_bytes(), 0..0));
+        }
         if let Some(span) = user {
             return Some(hash(2, b"", span.clone()));
         }
-        let Range { start, end } = opening.clone()?;
-        Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + max_bytes as u64)))
+        let (Range { start, end }, max_bytes) = (opening.clone()?, max_bytes? as u64);
+        Some(hash(3, model.unwrap_or_default().as_bytes(), start..end.min(start + max_bytes)))
+    }
+
+    /// The string `user_id` in a short `metadata`.
+    fn user_id(&self, span: Range<u64>) -> Option<String> {
+        let metadata = Some(span).filter(|span| span.end - span.start <= MAX_METADATA)?;
+        let metadata: Value = serde_json::from_slice(&self.copy(metadata)).ok()?;
+        metadata["user_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned)
     }
 
     /// The length of the body's text in bytes, for estimates of its tokens; 0 for a form, which is a file for the most part.
@@ -320,13 +335,13 @@ mod tests {
         let turn = |more: &str| format!(r#"{{"messages":[{opening}{more}],"model":"m"}}"#);
         let first = turn("");
         let later = turn(r#",{"role":"assistant","content":"hi"},{"role":"user","content":"and?"}"#);
-        let key = |body: &str, size| scan(body, size).affinity(None, Some("m"), 4096);
+        let key = |body: &str, size| scan(body, size).affinity(None, Some("m"), Some(4096));
         for size in [1, 7, 1000] {
             assert_eq!(key(&first, size), key(&later, 64));
         }
         assert_ne!(key(&first, 9), key(&first.replace("hello", "hallo"), 9));
-        assert_ne!(key(&first, 9), scan(&first, 9).affinity(None, Some("other"), 4096));
-        let short = |body: &str| scan(body, 9).affinity(None, Some("m"), 40);
+        assert_ne!(key(&first, 9), scan(&first, 9).affinity(None, Some("other"), Some(4096)));
+        let short = |body: &str| scan(body, 9).affinity(None, Some("m"), Some(40));
         assert_eq!(
             short(&first),
             short(&first.replace("hello", "hallo")),
@@ -335,17 +350,23 @@ mod tests {
     }
 
     #[test]
-    fn affinity_prefers_the_session_to_the_cache_key_to_the_user_to_the_messages() {
+    fn affinity_prefers_the_session_to_the_cache_key_to_the_users_to_the_messages() {
         let body = |more: &str| format!(r#"{{"messages":[]{more}}}"#);
         let session = HeaderValue::from_static("x");
-        let key = |more: &str, session| scan(&body(more), 8).affinity(session, None, 9);
-        let all = r#","user":"x","prompt_cache_key":"x""#;
-        let keys = [key(all, Some(&session)), key(all, None), key(r#","user":"x""#, None), key("", None)];
+        let key = |more: &str, session| scan(&body(more), 8).affinity(session, None, Some(9));
+        let all = r#","user":"x","metadata":{"user_id":"x"},"prompt_cache_key":"x""#;
+        let keys = [
+            key(all, Some(&session)),
+            key(all, None),
+            key(r#","user":"x","metadata":{"user_id":"x"}"#, None),
+            key(r#","user":"x","metadata":{"user_id":7}"#, None),
+            key("", None),
+        ];
         for (i, one) in keys.iter().enumerate() {
             assert!(one.is_some() && !keys[..i].contains(one), "{keys:?}");
         }
         assert_eq!(keys[0], key("", Some(&session)));
-        assert_eq!(scan("{}", 8).affinity(None, Some("m"), 9), None, "the body has nothing to hash");
+        assert_eq!(scan("{}", 8).affinity(None, Some("m"), Some(9)), None, "the body has nothing to hash");
     }
 
     #[test]

@@ -62,10 +62,16 @@ pub(super) static WATCH_NONE: Watch = Watch { affinity: false, droppable: Vec::n
 pub enum Member {
     /// A member of [`Watch::droppable`], by its index.
     Droppable(usize),
+    /// `input`
+    Input,
     /// `messages`
     Messages,
+    /// `metadata`
+    Metadata,
     /// `model`
     Model,
+    /// `prompt`
+    Prompt,
     /// `prompt_cache_key`
     PromptCacheKey,
     /// `stream`
@@ -79,8 +85,11 @@ impl Member {
     pub fn name(self, watch: &Watch) -> &str {
         match self {
             Member::Droppable(index) => watch.droppable.get(index).map_or("", |name| name),
+            Member::Input => "input",
             Member::Messages => "messages",
+            Member::Metadata => "metadata",
             Member::Model => "model",
+            Member::Prompt => "prompt",
             Member::PromptCacheKey => "prompt_cache_key",
             Member::Stream => "stream",
             Member::User => "user",
@@ -92,6 +101,9 @@ impl Member {
             b"messages" => Some(Member::Messages),
             b"model" => Some(Member::Model),
             b"stream" => Some(Member::Stream),
+            b"input" if affinity => Some(Member::Input),
+            b"metadata" if affinity => Some(Member::Metadata),
+            b"prompt" if affinity => Some(Member::Prompt),
             b"prompt_cache_key" if affinity => Some(Member::PromptCacheKey),
             b"user" if affinity => Some(Member::User),
             _ => None,
@@ -108,7 +120,7 @@ impl Member {
         };
         matches!(
             [first | 0x20, second | 0x20],
-            [b'm', b'e' | b'o'] | [b'p', b'r'] | [b's', b't'] | [b'u', b's']
+            [b'i', b'n'] | [b'm', b'e' | b'o'] | [b'p', b'r'] | [b's', b't'] | [b'u', b's']
         ) || [first, second].contains(&0xC5)
     }
 
@@ -124,10 +136,13 @@ impl Member {
 }
 
 /// The keys that Zap reads; `true`: always, `false`: only for affinity.
-const READ: [(&str, Member, bool); 5] = [
+const READ: [(&str, Member, bool); 8] = [
     ("messages", Member::Messages, true),
     ("model", Member::Model, true),
     ("stream", Member::Stream, true),
+    ("input", Member::Input, false),
+    ("metadata", Member::Metadata, false),
+    ("prompt", Member::Prompt, false),
     ("prompt_cache_key", Member::PromptCacheKey, false),
     ("user", Member::User, false),
 ];
@@ -178,8 +193,11 @@ pub struct Affinity {
     pub cache_key: Option<Range<u64>>,
     /// `user`
     pub user: Option<Range<u64>>,
-    /// The opening of the conversation: from the start of `messages` to the end of the first message whose `role` is
-    /// `user`, or to the end of `messages` if there is none.
+    /// `metadata`, if it is an object.
+    pub metadata: Option<Range<u64>>,
+    /// The opening of the conversation, in the first of `messages`, `input` and `prompt` that has one: of an array, from
+    /// its start to the end of the first message whose `role` is `user`, or to its end if there is none. A string, which
+    /// `messages` cannot be, is an opening as a whole.
     pub opening: Option<Range<u64>>,
 }
 

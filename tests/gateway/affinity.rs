@@ -127,3 +127,47 @@ fn requests_without_a_conversation_use_round_robin() {
     }
     assert_eq!((providers[0].count(), providers[1].count()), (2, 2));
 }
+
+/// Each API has its own place for the conversation, and its users.
+#[test]
+fn conversations_of_every_api_stay_on_their_backend() {
+    let names = ["a", "b", "c", "d"];
+    let providers = names.map(Provider::named);
+    let both = "protocols = [\"openai\", \"anthropic\"]";
+    let backends: Vec<_> = providers.iter().zip(names).map(|(p, name)| p.backend(name, both)).collect();
+    let zap = Zap::with(STICKY, &backends);
+    let mut client = zap.client();
+    let first = |n: usize| format!("{{\"role\":\"user\",\"content\":\"conversation {n}\"}}");
+    let apis: [(&str, &dyn Fn(usize, usize) -> String); 5] = [
+        ("/v1/responses", &|n, turn| {
+            let later = ",{\"role\":\"user\",\"content\":\"x\"}".repeat(turn);
+            format!("{{\"model\":\"m\",\"input\":[{}{later}]}}", first(n))
+        }),
+        ("/v1/responses", &|n, turn| format!("{{\"model\":\"m\",\"input\":\"question {n}\",\"n\":{turn}}}")),
+        ("/v1/completions", &|n, turn| format!("{{\"model\":\"m\",\"prompt\":\"prompt {n}\",\"n\":{turn}}}")),
+        ("/v1/messages", &|n, turn| {
+            let later = ",{\"role\":\"user\",\"content\":\"x\"}".repeat(turn);
+            format!("{{\"model\":\"m\",\"messages\":[{}{later}]}}", first(n))
+        }),
+        ("/v1/messages", &|n, turn| {
+            format!(
+                "{{\"model\":\"m\",\"messages\":[{}],\"metadata\":{{\"user_id\":\"session {n}\"}}}}",
+                first(turn)
+            )
+        }),
+    ];
+    for (i, (path, body)) in apis.iter().enumerate() {
+        let mut homes = std::collections::HashSet::new();
+        for n in 0..20 {
+            let of_turn: Vec<_> = (0..3)
+                .map(|turn| {
+                    client.post(path, "", body(n, turn));
+                    client.response().text().to_owned()
+                })
+                .collect();
+            assert!(of_turn.iter().all(|home| *home == of_turn[0]), "{i} {path}: {of_turn:?}");
+            homes.extend(of_turn);
+        }
+        assert!(homes.len() > 1, "{i} {path}: all conversations are at {homes:?}");
+    }
+}

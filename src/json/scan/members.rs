@@ -79,7 +79,16 @@ impl Scanner<'_> {
             Some(Member::Messages) => self.fields.messages = kind,
             Some(Member::Stream) => self.fields.stream = kind,
             Some(Member::Model) if b != b'n' && b != b'"' => self.fields.model = Model::Other,
-            Some(Member::Droppable(_) | Member::Model | Member::PromptCacheKey | Member::User) | None => {}
+            Some(
+                Member::Droppable(_)
+                | Member::Input
+                | Member::Metadata
+                | Member::Model
+                | Member::Prompt
+                | Member::PromptCacheKey
+                | Member::User,
+            )
+            | None => {}
         }
     }
 
@@ -111,9 +120,17 @@ impl Scanner<'_> {
             }
             Some(Member::PromptCacheKey) => self.fields.affinity.cache_key = text.then_some(span),
             Some(Member::User) => self.fields.affinity.user = text.then_some(span),
-            Some(Member::Messages) if self.opening != Opening::Off => self.opening_ends(end),
+            Some(Member::Input | Member::Messages | Member::Prompt) if self.opening != Opening::Off => {
+                self.opening_ends(end);
+            }
+            Some(Member::Metadata) => {
+                self.fields.affinity.metadata.iter_mut().for_each(|metadata| metadata.end = end);
+            }
             Some(Member::Stream) => self.fields.stream_end = end,
-            Some(Member::Droppable(_) | Member::Messages | Member::Model) | None => {}
+            Some(
+                Member::Droppable(_) | Member::Input | Member::Messages | Member::Model | Member::Prompt,
+            )
+            | None => {}
         }
         if let Some(name) = self.droppable.take() {
             let nth = self.fields.members - 1;
@@ -130,6 +147,24 @@ impl Scanner<'_> {
             && last.nth + 1 == self.fields.members
         {
             last.next = Some(offset + 1);
+        }
+    }
+
+    /// Begins the value of a member that may identify the conversation: a container that begins with `b`.
+    pub(super) fn mark_begins(&mut self, b: u8) {
+        match self.member {
+            Some(Member::Input | Member::Messages | Member::Prompt) if b == b'[' => self.opening_begins(),
+            Some(Member::Metadata) if b == b'{' => {
+                self.fields.affinity.metadata = Some(self.value_start..self.value_start);
+            }
+            _ => {}
+        }
+    }
+
+    /// Begins the opening of the conversation, unless the body has had one.
+    pub(super) fn opening_begins(&mut self) {
+        if self.fields.affinity.opening.is_none() {
+            self.opening = Opening::Seeking;
         }
     }
 
@@ -191,15 +226,25 @@ impl Scanner<'_> {
         }
     }
 
+    /// Notes a member by its bit. Returns whether it was noted before.
+    fn see(&mut self, bit: u8) -> bool {
+        let seen = self.seen;
+        self.seen |= 1 << bit;
+        seen == self.seen
+    }
+
     /// Refuses a member whose key has appeared before.
     pub(super) fn note_member(&mut self, member: Member) -> Result<(), BoxedError> {
         let seen = match member {
             Member::Droppable(name) => self.fields.droppable.iter().any(|span| span.name == name),
             Member::Messages => self.fields.messages != ValueKind::Absent,
             Member::Model => self.fields.model != Model::Absent,
-            Member::PromptCacheKey => std::mem::replace(&mut self.seen.0, true),
             Member::Stream => self.fields.stream != ValueKind::Absent,
-            Member::User => std::mem::replace(&mut self.seen.1, true),
+            Member::Input => self.see(0),
+            Member::Metadata => self.see(1),
+            Member::Prompt => self.see(2),
+            Member::PromptCacheKey => self.see(3),
+            Member::User => self.see(4),
         };
         if seen { Err(Box::new(ScanError::Duplicate(member))) } else { Ok(()) }
     }

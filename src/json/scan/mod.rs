@@ -52,8 +52,8 @@ pub struct Scanner<'w> {
     /// Offset of the last comma at the top level.
     comma: u64,
     opening: Opening,
-    /// Whether `prompt_cache_key` and `user` have appeared already, with any value.
-    seen: (bool, bool),
+    /// The members of [`Affinity`](crate::json::members::Affinity) that have appeared already, with any value: a bit each.
+    seen: u8,
     fields: Fields,
 }
 
@@ -193,7 +193,7 @@ impl<'w> Scanner<'w> {
             key_start: 0,
             comma: 0,
             opening: Opening::Off,
-            seen: (false, false),
+            seen: 0,
             fields: Fields::default(),
         }
     }
@@ -386,6 +386,7 @@ impl<'w> Scanner<'w> {
         match self.member {
             Some(Member::Model) if self.depth == 1 => self.start_keeping(Keep::Name),
             Some(Member::PromptCacheKey | Member::User) if self.depth == 1 => self.start_keeping(Keep::Value),
+            Some(Member::Input | Member::Prompt) if self.depth == 1 => self.opening_begins(),
             _ if self.depth == 3 && self.opening == Opening::Role => self.start_keeping(Keep::Value),
             _ => {}
         }
@@ -414,8 +415,8 @@ impl<'w> Scanner<'w> {
         } else if NOTED && self.depth == 1 {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
-            if self.watch.affinity && self.member == Some(Member::Messages) {
-                self.opening = if b == b'[' { Opening::Seeking } else { Opening::Off };
+            if self.watch.affinity && self.member.is_some() {
+                self.mark_begins(b);
             }
         }
         // The enclosing container is kept as one bit.

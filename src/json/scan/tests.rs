@@ -34,7 +34,7 @@ fn finds_the_values_that_identify_a_conversation() {
     let found = |body: &str| {
         let fields = scan_for(&watch, body.as_bytes()).unwrap();
         let text = |span: Option<Range<u64>>| span.map(|s| body[s.start as usize..s.end as usize].to_owned());
-        let Affinity { cache_key, user, opening } = fields.affinity;
+        let Affinity { cache_key, user, opening, .. } = fields.affinity;
         (text(cache_key), text(user), text(opening))
     };
     for (body, want) in [
@@ -43,6 +43,13 @@ fn finds_the_values_that_identify_a_conversation() {
         (r#"{"us\u0065r":"u","prompt_cache_key":""}"#, (None, Some(r#""u""#), None)),
         (r#"{"us\\u0065r":"u","prompt_cache_key":null}"#, (None, None, None)),
         (r#"{"user":7,"x":{"user":"v"}}"#, (None, None, None)),
+        (r#"{"input":"hi","model":"m"}"#, (None, None, Some(r#""hi""#))),
+        (r#"{"prompt":["a","b"]}"#, (None, None, Some(r#"["a","b"]"#))),
+        (r#"{"input":{"role":"user"},"prompt":7}"#, (None, None, None)),
+        (
+            r#"{"input":[{"role":"user","content":"x"},{"role":"user"}],"messages":[1],"prompt":"z"}"#,
+            (None, None, Some(r#"[{"role":"user","content":"x"}"#)),
+        ),
         (
             r#"{"messages":[{"role":"system","content":"s"},{"content":[{"role":"user"}],"role":"\u0075ser"},{"role":"user"}]}"#,
             (
@@ -68,6 +75,9 @@ fn finds_the_values_that_identify_a_conversation() {
     }
     for (body, member) in [
         (r#"{"user":null,"user":"u"}"#, Member::User),
+        (r#"{"input":null,"prompt":"x","input":"u"}"#, Member::Input),
+        (r#"{"metadata":null,"metadata":{}}"#, Member::Metadata),
+        (r#"{"prompt":1,"prompt":2}"#, Member::Prompt),
         (r#"{"prompt_cache_key":1,"prompt_cache_key":2}"#, Member::PromptCacheKey),
     ] {
         assert_eq!(scan_for(&watch, body.as_bytes()), Err(ScanError::Duplicate(member)), "{body}");
