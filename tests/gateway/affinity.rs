@@ -138,7 +138,8 @@ fn conversations_of_every_api_stay_on_their_backend() {
     let zap = Zap::with(STICKY, &backends);
     let mut client = zap.client();
     let first = |n: usize| format!("{{\"role\":\"user\",\"content\":\"conversation {n}\"}}");
-    let apis: [(&str, &dyn Fn(usize, usize) -> String); 5] = [
+    type Body<'a> = &'a dyn Fn(usize, usize) -> String;
+    let apis: [(&str, Body<'_>); 5] = [
         ("/v1/responses", &|n, turn| {
             let later = ",{\"role\":\"user\",\"content\":\"x\"}".repeat(turn);
             format!("{{\"model\":\"m\",\"input\":[{}{later}]}}", first(n))

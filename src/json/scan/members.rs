@@ -152,7 +152,7 @@ impl Scanner<'_> {
 
     /// Begins the value of a member that may identify the conversation: a container that begins with `b`.
     pub(super) fn mark_begins(&mut self, b: u8) {
-        match self.member {
+        match self.member.filter(|_| self.watch.affinity) {
             Some(Member::Input | Member::Messages | Member::Prompt) if b == b'[' => self.opening_begins(),
             Some(Member::Metadata) if b == b'{' => {
                 self.fields.affinity.metadata = Some(self.value_start..self.value_start);

@@ -415,9 +415,7 @@ impl<'w> Scanner<'w> {
         } else if NOTED && self.depth == 1 {
             self.value_start = self.base + i as u64;
             self.note_kind(b);
-            if self.watch.affinity && self.member.is_some() {
-                self.mark_begins(b);
-            }
+            self.mark_begins(b);
         }
         // The enclosing container is kept as one bit.
         self.objects = self.objects << 1 | u128::from(self.is_object);
