@@ -1,7 +1,7 @@
 """Tests of Anthropic's Python SDK, and of forms with OpenAI's, against Zap in front of mock providers; lab.py starts both."""
 import json
 import anthropic, openai
-from cases import case, fetch, finish, mocks, total, zap_url
+from cases import case, fetch, finish, mocks, raises, zap_url
 
 SAID = [{"role": "user", "content": "hello"}]
 
@@ -13,14 +13,6 @@ def client(key="team-key"):
 def ask(text="hello", model="m-1", key="team-key", **more):
     said = [{"role": "user", "content": text}]
     return client(key).messages.create(model=model, max_tokens=8, messages=said, **more)
-
-
-def raises(kind, call):
-    try:
-        value = call()
-    except kind as error:
-        return error
-    raise AssertionError(f"expected {kind.__name__}, got {value!r}")
 
 
 @case("a plain message, with its token counts")

@@ -1,6 +1,6 @@
 """Tests of the Codex CLI against Zap in front of mock providers; lab.py starts both."""
-import json, os, pathlib, signal, subprocess, sys, tempfile
-from cases import case, fetch, finish, total, zap_url
+import json, os, pathlib, subprocess, tempfile
+from cases import case, fetch, finish, running, total, zap_url
 
 CODEX = pathlib.Path(__file__).resolve().parent / ".work/node/node_modules/.bin/codex"
 TURN_SECS = 30
@@ -29,18 +29,10 @@ def turn(said, retries=0, websockets="false"):
     with tempfile.TemporaryDirectory(prefix="zap-codex.") as home:
         text = CONFIG.format(url=zap_url("CUT"), retries=retries, websockets=websockets)
         (pathlib.Path(home) / "config.toml").write_text(text)
-        codex = subprocess.Popen([CODEX, "exec", "--json", "--skip-git-repo-check", said], cwd=home, text=True,
-                                 env={**os.environ, "HOME": home, "CODEX_HOME": home, "CLIENT_KEY": "client-key"},
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 start_new_session=True)
-        try:
+        with running([CODEX, "exec", "--json", "--skip-git-repo-check", said], cwd=home, text=True,
+                     env={**os.environ, "HOME": home, "CODEX_HOME": home, "CLIENT_KEY": "client-key"},
+                     stdout=subprocess.PIPE, stderr=subprocess.PIPE) as codex:
             out, err = codex.communicate(timeout=TURN_SECS)
-        finally:
-            try:
-                os.killpg(codex.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            codex.wait()
     assert out, err
     events = [json.loads(line) for line in out.splitlines()]
     items = [event["item"] for event in events if event["type"] == "item.completed"]
@@ -78,5 +70,4 @@ def _():
     assert 'zap_requests_total{endpoint="responses",backend="",status="426"} 1\n' in fetch(zap_url("CUT") + "/metrics")
 
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 finish("codex")

@@ -1,16 +1,11 @@
 // Tests of the official Node SDK against Zap in front of mock providers; lab.py starts both.
 import assert from "node:assert/strict";
-import { createRequire } from "node:module";
-const OpenAI = createRequire(new URL(".work/node/", import.meta.url))("openai").OpenAI;
+import { env, finish, get, installed, mocks, raises, total } from "./cases.mjs";
+const { OpenAI } = installed("openai");
 
 const CLIENT_KEY = "client-key-that-must-not-leak";
-const env = (name) => process.env[name] ?? assert.fail(`${name} is not set`);
 const client = (name, options = {}) =>
   new OpenAI({ baseURL: env(`ZAP_${name}`) + "/v1", apiKey: CLIENT_KEY, maxRetries: 0, timeout: 20_000, ...options });
-const get = async (url) => (await fetch(url)).json();
-const mocks = (name) => env(`MOCKS_${name}`).split(" ");
-const total = async (name, what) =>
-  (await Promise.all(mocks(name).map((url) => get(`${url}/_seen`)))).reduce((sum, seen) => sum + seen[what], 0);
 const ask = (zap, text, { model = "m-1", api = "chat", ...more } = {}, options = {}) =>
   api === "chat"
     ? zap.chat.completions.create({ model, messages: [{ role: "user", content: text }], ...more }, options)
@@ -26,17 +21,6 @@ function textOf(event) {
 // Adds the pieces of text of a stream to `parts`, one by one, so that they are there if the stream raises an error.
 async function read(stream, parts) {
   for await (const event of await stream) if (textOf(event)) parts.push(textOf(event));
-}
-
-async function raises(kind, call) {
-  let value;
-  try {
-    value = await call();
-  } catch (error) {
-    assert.ok(error instanceof kind, `expected ${kind.name}, got ${error?.constructor?.name}: ${error?.message}`);
-    return error;
-  }
-  assert.fail(`expected ${kind.name}, got ${JSON.stringify(value)}`);
 }
 
 function checkRetryAfter(header, low, high) {
@@ -281,16 +265,4 @@ for (const api of ["chat", "responses"]) {
   }
 }
 
-let failed = 0;
-for (const [what, test] of Object.entries(cases)) {
-  try {
-    await test();
-    console.log(`ok   node: ${what}`);
-  } catch (error) {
-    failed++;
-    const at = /test_node\.mjs:\d+/.exec(error.stack ?? "")?.[0];
-    console.log(`FAIL node: ${what}: ${error.name} ${String(error.message).replaceAll("\n", " ")} (${at})`);
-  }
-}
-console.log(`node: ${Object.keys(cases).length - failed} passed, ${failed} failed`);
-process.exit(failed ? 1 : 0);
+await finish("node", cases);
