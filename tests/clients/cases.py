@@ -1,5 +1,7 @@
 """A minimal test runner: mark each test with @case("description"), then call finish("suite").
 
+A description that begins with [plain], [stream], [failover], [429] or [cut] counts in that column of the table
+that lab.py prints.
 `zap_url`, `mocks` and `total` tell about one of the CASES that lab.py has started.
 """
 import contextlib, json, os, re, signal, subprocess, sys, traceback, urllib.request
@@ -55,6 +57,39 @@ def running(command, **options):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def sdk(ask, stream, limited, broken):
+    """Adds the cases of a client of chats. `ask(text, key)` returns a text; `stream(text, key)` yields the pieces of one.
+
+    `limited` and `broken` are what the client raises for a 429, and for a stream that is cut.
+    """
+    @case("[plain] a response")
+    def _():
+        assert ask("hello", "team-key") == "alpha got m-1: hello"
+
+    @case("[stream] the pieces arrive one by one, to the end")
+    def _():
+        parts = []
+        for piece in stream("gated:sdk", "team-key"):
+            parts.append(piece)
+            # The provider sends the next piece only after this: a gateway that buffers never gets it.
+            fetch(f"{mocks('SDK')[0]}/_next?sdk")
+        assert len(parts) == 5 and "".join(parts) == "alpha got m-1: gated:sdk", parts
+
+    @case("[429] the limit of the key, which the client tells and does not retry")
+    def _():
+        error = raises(limited, lambda: ask("x" * 4000, "few-tokens-key"))
+        assert "lower the maximum, or shorten the input" in str(error), error
+        assert rejected(zap_url("SDK"), "request_too_large_for_limit") == 1, "the client has retried"
+
+    for verb, where in {"cut": "after content", "half": "inside an event"}.items():
+        @case(f"[cut] a stream cut {where} raises an error after the received text")
+        def _(verb=verb):
+            parts = []
+            error = raises(broken, lambda: parts.extend(stream(verb, "team-key")) or parts)
+            assert "The stream was cut before its end" in str(error), repr(error)
+            assert parts and f"alpha got m-1: {verb}".startswith("".join(parts)), parts
 
 
 def finish(suite, skip=False):

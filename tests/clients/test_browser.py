@@ -79,7 +79,7 @@ def posts():
     return json.loads(fetch(mock.url + "/_seen"))["requests"]
 
 
-@case("a page of a listed origin reads a response and its headers")
+@case("[plain] a page of a listed origin reads a response and its headers")
 def _():
     got = run(listed, open_zap, """
       const answer = await ask("hello", { headers: { authorization: "Bearer any" } });
@@ -90,7 +90,7 @@ def _():
     assert got == {"status": 200, "text": "mock got m-1: hello", "backend": "mock", "models": "list"}, got
 
 
-@case("a page reads a stream piece by piece")
+@case("[stream] a page reads a stream piece by piece")
 def _():
     # The provider sends each next piece only when the page has read the one before.
     got = run(listed, open_zap, """
@@ -114,7 +114,7 @@ def _():
     assert got == {"status": 200, "type": "text/event-stream", "pieces": 5, "text": "mock got m-1: gated:page"}, got
 
 
-@case("a page reads errors of Zap and of a provider, with their headers")
+@case("[429] a page reads errors of Zap and of a provider, with their headers")
 def _():
     got = run(listed, keyed_zap, """
       const seen = async (answer) => [answer.status, (await answer.json()).error.code, answer.headers.get("retry-after"),

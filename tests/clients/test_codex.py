@@ -42,13 +42,13 @@ def turn(said, retries=0, websockets="false"):
     return codex.returncode, messages, [error for error in errors if "Model metadata" not in error]
 
 
-@case("a response")
+@case("[stream] a response")
 def _():
     assert turn("hello") == (0, ["alpha got m-1: hello"], [])
 
 
 for verb, where in {"cut": "after content", "half": "inside an event"}.items():
-    @case(f"a stream cut {where} fails the turn with Zap's message")
+    @case(f"[cut] a stream cut {where} fails the turn with Zap's message")
     def _(verb=verb):
         status, messages, errors = turn(verb)
         assert (status, messages, len(errors)) == (1, [], 1) and "The stream was cut before its end" in errors[0], errors
