@@ -12,7 +12,7 @@ REPO = HERE.parent.parent
 SUITE_SECS = 300
 # A client that looks for a host outside this machine asks a proxy that does not exist.
 OFFLINE = {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
-COLUMNS = "plain", "stream", "failover", "429", "cut"
+COLUMNS = "plain", "stream", "tools", "failover", "429", "cut"
 NEVER_EJECT = "failure_threshold = 1000\n"  # belongs to [health], which config() has begun
 KEYS = """[[client_keys]]
 name = "team"
@@ -60,6 +60,33 @@ budget = { usd = 0.1, per = "month" }
 targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "claude-own", priority = 1 }]
 """),
     "SDK": (["alpha"], NEVER_EJECT + KEYS),
+    "AGENT": (["alpha", "beta"], NEVER_EJECT + """[retry]
+budget_percent = 100
+[rate_limit]
+requests_per_minute = 1000
+[[client_keys]]
+name = "team"
+key = "team-key"
+models = ["direct", "busy", "broken"]
+tokens_per_minute = 10000000
+budget = { usd = 1000, per = "month" }
+[[client_keys]]
+name = "one-request"
+key = "one-request-key"
+requests_per_minute = 1
+[[client_keys]]
+name = "few-tokens"
+key = "few-tokens-key"
+tokens_per_minute = 30
+[models.direct]
+targets = [{ backend = "alpha", model = "m-1" }]
+[models.unused]
+targets = [{ backend = "alpha", model = "m-3" }]
+[models.busy]
+targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "m-2", priority = 1 }]
+[models.broken]
+targets = [{ backend = "alpha", model = "drop" }, { backend = "beta", model = "m-2", priority = 1 }]
+"""),
     "ROUTES": (["alpha", "beta"], """[[client_keys]]
 name = "team"
 key = "team-key"
@@ -74,10 +101,12 @@ targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", mode
 # Models that the backends of a case serve in addition to their default model.
 SERVES = {
     "MESSAGES": {name: 'protocols = ["openai", "anthropic"]' for name in ("alpha", "beta")},
+    "AGENT": {name: 'protocols = ["openai", "anthropic"]\nprices = { "*" = { input = 1, output = 1 } }'
+              for name in ("alpha", "beta")},
     "MONEY": {"alpha": 'prices = { "*" = { input = 1000, output = 10000 } }'},
     "ROUTES": {"alpha": 'models = ["meta/llama"]', "beta": 'models = { "meta/llama" = "llama-of-beta", other = "o" }'},
 }
-OPENAI = [name for name in CASES if name not in ("MESSAGES", "SDK")]
+OPENAI = [name for name in CASES if name not in ("MESSAGES", "SDK", "AGENT")]
 # name: (command, names of its cases)
 SUITES = {
     "openai-python": ([sys.executable, "test_python.py"], OPENAI),
@@ -88,7 +117,8 @@ SUITES = {
     "pydantic-ai": ([sys.executable, "test_pydantic_ai.py"], ["SDK"]),
     "litellm": ([sys.executable, "test_litellm.py"], ["SDK"]),
     "ai-sdk": (["node", "test_ai.mjs"], ["SDK"]),
-    "codex": ([sys.executable, "test_codex.py"], ["CUT"]),
+    "codex": ([sys.executable, "test_codex.py"], ["AGENT"]),
+    "claude-code": ([sys.executable, "test_claude.py"], ["AGENT"]),
 }
 # These start what they need by themselves.
 OWN = {"browser": [sys.executable, "test_browser.py"], "real-llm": [sys.executable, "test_real_llm.py"]}
