@@ -2,7 +2,7 @@
 """Starts a Zap instance with mock providers for each group of cases that would disturb the others, and runs the suites.
 
 Environment of a suite: ZAP_<CASE> is the base URL of an instance, MOCKS_<CASE> are the URLs of its providers.
-The last line on stdout is the total of all suites: `N passed, N failed`.
+Prints a table of the cases that each client must pass; the last line is the total of all suites: `N passed, N failed`.
 """
 import os, pathlib, re, signal, socket, subprocess, sys, tempfile, time
 from provider import Provider
@@ -10,7 +10,18 @@ from provider import Provider
 HERE = pathlib.Path(__file__).resolve().parent
 REPO = HERE.parent.parent
 SUITE_SECS = 300
+# A client that looks for a host outside this machine asks a proxy that does not exist.
+OFFLINE = {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+COLUMNS = "plain", "stream", "tools", "failover", "429", "cut"
 NEVER_EJECT = "failure_threshold = 1000\n"  # belongs to [health], which config() has begun
+KEYS = """[[client_keys]]
+name = "team"
+key = "team-key"
+[[client_keys]]
+name = "few-tokens"
+key = "few-tokens-key"
+tokens_per_minute = 30
+"""
 # name: (names of the running providers, extra configuration)
 CASES = {
     "MAIN": (["alpha", "beta"], ""),
@@ -44,16 +55,37 @@ name = "little-money"
 key = "little-money-key"
 budget = { usd = 0.1, per = "month" }
 """),
-    "MESSAGES": (["alpha", "beta"], NEVER_EJECT + """[[client_keys]]
+    "MESSAGES": (["alpha", "beta"], NEVER_EJECT + KEYS + """models = ["m-1"]
+[models.claude]
+targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "claude-own", priority = 1 }]
+"""),
+    "SDK": (["alpha"], NEVER_EJECT + KEYS),
+    "AGENT": (["alpha", "beta"], NEVER_EJECT + """[retry]
+budget_percent = 100
+[rate_limit]
+requests_per_minute = 1000
+[[client_keys]]
 name = "team"
 key = "team-key"
+models = ["direct", "busy", "broken"]
+tokens_per_minute = 10000000
+budget = { usd = 1000, per = "month" }
+[[client_keys]]
+name = "one-request"
+key = "one-request-key"
+requests_per_minute = 1
 [[client_keys]]
 name = "few-tokens"
 key = "few-tokens-key"
 tokens_per_minute = 30
-models = ["m-1"]
-[models.claude]
-targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "claude-own", priority = 1 }]
+[models.direct]
+targets = [{ backend = "alpha", model = "m-1" }]
+[models.unused]
+targets = [{ backend = "alpha", model = "m-3" }]
+[models.busy]
+targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", model = "m-2", priority = 1 }]
+[models.broken]
+targets = [{ backend = "alpha", model = "drop" }, { backend = "beta", model = "m-2", priority = 1 }]
 """),
     "ROUTES": (["alpha", "beta"], """[[client_keys]]
 name = "team"
@@ -69,9 +101,27 @@ targets = [{ backend = "alpha", model = "status:503" }, { backend = "beta", mode
 # Models that the backends of a case serve in addition to their default model.
 SERVES = {
     "MESSAGES": {name: 'protocols = ["openai", "anthropic"]' for name in ("alpha", "beta")},
+    "AGENT": {name: 'protocols = ["openai", "anthropic"]\nprices = { "*" = { input = 1, output = 1 } }'
+              for name in ("alpha", "beta")},
     "MONEY": {"alpha": 'prices = { "*" = { input = 1000, output = 10000 } }'},
     "ROUTES": {"alpha": 'models = ["meta/llama"]', "beta": 'models = { "meta/llama" = "llama-of-beta", other = "o" }'},
 }
+OPENAI = [name for name in CASES if name not in ("MESSAGES", "SDK", "AGENT")]
+# name: (command, names of its cases)
+SUITES = {
+    "openai-python": ([sys.executable, "test_python.py"], OPENAI),
+    "openai-node": (["node", "test_node.mjs"], OPENAI),
+    "anthropic": ([sys.executable, "test_anthropic.py"], ["MESSAGES"]),
+    "llm": ([sys.executable, "test_llm.py"], ["SDK"]),
+    "langchain-openai": ([sys.executable, "test_langchain.py"], ["SDK"]),
+    "pydantic-ai": ([sys.executable, "test_pydantic_ai.py"], ["SDK"]),
+    "litellm": ([sys.executable, "test_litellm.py"], ["SDK"]),
+    "ai-sdk": (["node", "test_ai.mjs"], ["SDK"]),
+    "codex": ([sys.executable, "test_codex.py"], ["AGENT"]),
+    "claude-code": ([sys.executable, "test_claude.py"], ["AGENT"]),
+}
+# These start what they need by themselves.
+OWN = {"browser": [sys.executable, "test_browser.py"], "real-llm": [sys.executable, "test_real_llm.py"]}
 
 
 def zap_binary():
@@ -166,10 +216,11 @@ http {{ access_log off;{temp} server {{ listen {address}; location / {{ proxy_pa
         self.url = f"http://{address}"
 
 
-def build(folder, opened):
-    """Starts all instances of CASES; returns the suite's environment. Adds each opened resource to `opened` at once."""
-    env = {}
-    for case, (names, extra) in CASES.items():
+def build(cases, folder, opened):
+    """Starts an instance for each of `cases`; returns the suite's environment. Adds each resource to `opened` at once."""
+    env = dict(OFFLINE)
+    for case in cases:
+        names, extra = CASES[case]
         mocks = []
         for name in names:
             mocks.append(Provider(name))
@@ -190,7 +241,10 @@ def build(folder, opened):
 
 
 def run_suite(name, command, env):
-    """Returns (passed, failed) from the suite's last line; a suite that ends early adds one failure."""
+    """Returns (passed, failed) from the suite's last line, and the outcome of each column of the table as a dict.
+
+    A suite that ends early adds one failure, and fails every column that it has not passed.
+    """
     print(f"== {name}", flush=True)
     child = subprocess.Popen(command, env={**os.environ, "NO_PROXY": "127.0.0.1", **env}, cwd=HERE,
                              stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -198,10 +252,12 @@ def run_suite(name, command, env):
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(child.pid, signal.SIGTERM))
     signal.alarm(SUITE_SECS)
     passed = failed = 0
-    reported = False
+    reported, cells = False, {}
     try:
         for line in child.stdout:
             print(line, end="", flush=True)
+            if found := re.match(rf"(ok  |FAIL) {name}: \[(\w+)\]", line):
+                cells[found[2]] = "failed" if found[1] == "FAIL" else cells.get(found[2], "ok")
             if counts := re.fullmatch(rf"{name}: (\d+) passed, (\d+) failed\n", line):
                 passed, failed, reported = int(counts[1]), int(counts[2]), True
         status = child.wait()
@@ -216,7 +272,16 @@ def run_suite(name, command, env):
     if not reported or (status != 0 and failed == 0):
         print(f"FAIL {name}: ended early with {status}", flush=True)
         failed += 1
-    return passed, failed
+        cells = {**dict.fromkeys(COLUMNS, "failed"), **cells}
+    return passed, failed, cells
+
+
+def print_table(rows):
+    width = max(map(len, rows), default=0)
+    print("\n== the clients\n" + "  ".join(["client".ljust(width), *(column.ljust(8) for column in COLUMNS)]).rstrip())
+    for name, cells in rows.items():
+        print("  ".join([name.ljust(width), *(cells.get(column, "-").ljust(8) for column in COLUMNS)]).rstrip())
+    print()
 
 
 def main():
@@ -224,14 +289,13 @@ def main():
     if not os.access(zap_binary(), os.X_OK):
         print(f"FAIL no binary {zap_binary()}: run cargo build, or set ZAP_BIN\n0 passed, 1 failed")
         return 1
-    mocked = {"python": [sys.executable, "test_python.py"], "anthropic": [sys.executable, "test_anthropic.py"], "node": ["node", "test_node.mjs"],
-              "codex": [sys.executable, "test_codex.py"]}
     passed = failed = 0
-    for name, command in mocked.items():
+    rows = {}
+    for name, (command, cases) in SUITES.items():
         opened = []
         with tempfile.TemporaryDirectory(prefix="zap-clients.") as folder:
             try:
-                p, f = run_suite(name, command, build(pathlib.Path(folder), opened))
+                p, f, rows[name] = run_suite(name, command, build(cases, pathlib.Path(folder), opened))
                 for process in (o for o in opened if isinstance(o, Process)):
                     if process.process.poll() is not None:
                         print(f"FAIL {name}: a process of {process.log.parent.name} ended with {process.process.returncode}")
@@ -240,15 +304,15 @@ def main():
                         print(f"  last log lines of {process.log.parent.name}:\n{process.tail()}")
             except RuntimeError as error:
                 print(f"FAIL {name}: {error}")
-                p, f = 0, 1
+                p, f, rows[name] = 0, 1, dict.fromkeys(COLUMNS, "failed")
             finally:
                 for resource in reversed(opened):
                     resource.close()
         passed, failed = passed + p, failed + f
-    # These start what they need by themselves.
-    for name, script in {"browser": "test_browser.py", "real-llm": "test_real_llm.py"}.items():
-        p, f = run_suite(name, [sys.executable, script], {})
+    for name, command in OWN.items():
+        p, f, rows[name] = run_suite(name, command, {})
         passed, failed = passed + p, failed + f
+    print_table(rows)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A scripted mock provider of chat completions, of /v1/responses, of Anthropic's /v1/messages and of forms. The last user message, or else the model, selects
-the response:
+"""A scripted mock provider of chat completions, of /v1/responses, of Anthropic's /v1/messages and of forms.
+
+The model, or else the last user message, selects the response:
 
   status:NNN   status NNN with an OpenAI error body, code mock_NNN (429: retry-after 7)
   once:ID      429 with retry-after 1 on this provider's first request with ID, then a normal response
@@ -9,13 +10,16 @@ the response:
   cut          a stream: 3 content chunks, then the connection closes without the terminating chunk
   cut-once:ID  as cut on this provider's first request with ID, then a normal response
   cut-clean    as cut, with the terminating chunk
+  drop         as cut, before the first content
   half         as cut, with half of the next event before the connection closes
   cut-error    as cut, with an error event before the connection closes
   no-done      a stream that ends without [DONE]
   short:N      a content-length N larger than what is sent, then the connection closes
   slow         wait up to 10 s for the client to disconnect (counted as `disconnected`), then a normal response
+  run:COMMAND  a call of the shell tool of Codex or Claude Code, unless the request brings the result of a call
   gated:ID     a stream in which each chunk after the first waits for a GET /_next?ID
-  other        the text "NAME got MODEL: MESSAGE", streamed in 5 chunks if `stream` is true
+  other        the text "NAME got MODEL: MESSAGE", streamed in 5 chunks if `stream` is true; the message is the result of
+               the call if the request brings one
 
 GET /health: 200. GET /_seen: counts, keys and headers of the received requests, as JSON. Standalone: provider.py [PORT]
 """
@@ -23,7 +27,7 @@ import collections, email, json, select, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-VERBS = set("status once error late-error cut cut-once cut-clean cut-error half no-done short slow gated".split())
+VERBS = set("status once error late-error cut cut-once cut-clean cut-error drop half no-done short slow run gated".split())
 
 
 def last_user_message(body):
@@ -32,6 +36,20 @@ def last_user_message(body):
     for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
         said = item["content"] if item.get("role") == "user" else said
     return said if isinstance(said, str) else said[-1].get("text", "")
+
+
+def result_of_call(body):
+    """The result of a tool's call at the end of a request of /v1/responses or /v1/messages; None if there is none."""
+    items = body.get("messages") or body.get("input")
+    if not isinstance(items, list):
+        return None
+    for item in items[::-1]:
+        for part in [item, *(item["content"] if isinstance(item.get("content"), list) else [])]:
+            if part.get("type") in ("function_call_output", "tool_result"):
+                return str(part.get("output") or part.get("content"))
+        if item.get("role") in ("user", "assistant"):
+            return None
+    return None
 
 
 def pieces(text):
@@ -68,10 +86,16 @@ class Responses:
     USAGE = {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5,
              "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 8}
 
-    def __init__(self, model, text):
+    def __init__(self, model, text, command=None):
         self.model, self.text = model, text
+        self.delta, self.begun = "response.output_text.delta", {"content": []}
         self.item = {"id": "msg_mock", "type": "message", "role": "assistant", "status": "completed",
                      "content": [{"type": "output_text", "text": text, "annotations": []}]}
+        if command:
+            self.text = json.dumps({"cmd": command})
+            self.delta, self.begun = "response.function_call_arguments.delta", {"arguments": ""}
+            self.item = {"id": "fc_mock", "type": "function_call", "status": "completed", "call_id": "call_mock",
+                         "name": "exec_command", "arguments": self.text}
         self.answer = self.frame("completed", [self.item])
 
     def frame(self, status, output):
@@ -79,11 +103,11 @@ class Responses:
                 "output": output, "error": None, "usage": self.USAGE if output else None}
 
     def events(self):
-        at = {"item_id": "msg_mock", "output_index": 0, "content_index": 0}
+        at = {"item_id": self.item["id"], "output_index": 0, "content_index": 0}
         before = [{"type": "response.created", "response": self.frame("in_progress", [])},
                   {"type": "response.output_item.added", "output_index": 0,
-                   "item": {**self.item, "status": "in_progress", "content": []}}]
-        content = [{"type": "response.output_text.delta", **at, "delta": piece} for piece in pieces(self.text)]
+                   "item": {**self.item, "status": "in_progress", **self.begun}}]
+        content = [{"type": self.delta, **at, "delta": piece} for piece in pieces(self.text)]
         after = [{"type": "response.output_item.done", "output_index": 0, "item": self.item},
                  {"type": "response.completed", "response": self.answer}]
         for n, event in enumerate(before + content + after):
@@ -94,20 +118,27 @@ class Responses:
 class Messages:
     """A message of Anthropic's API, with the members of Chat."""
 
-    def __init__(self, model, text):
-        self.text = text
-        self.answer = {"id": "msg_mock", "type": "message", "role": "assistant", "model": model, "stop_reason": "end_turn",
-                       "stop_sequence": None, "content": [{"type": "text", "text": text}],
+    def __init__(self, model, text, command=None):
+        self.text = json.dumps({"command": command}) if command else text
+        self.block, self.delta, self.reason = {"type": "text", "text": ""}, ("text_delta", "text"), "end_turn"
+        whole = {"text": text}
+        if command:
+            self.block = {"type": "tool_use", "id": "toolu_mock", "name": "Bash", "input": {}}
+            self.delta, self.reason = ("input_json_delta", "partial_json"), "tool_use"
+            whole = {"input": {"command": command}}
+        self.answer = {"id": "msg_mock", "type": "message", "role": "assistant", "model": model, "stop_reason": self.reason,
+                       "stop_sequence": None, "content": [{**self.block, **whole}],
                        "usage": {"input_tokens": 3, "output_tokens": 5}}
 
     def events(self):
         begun = {**self.answer, "content": [], "stop_reason": None, "usage": {"input_tokens": 3, "output_tokens": 1}}
         before = [{"type": "message_start", "message": begun},
-                  {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]
-        content = [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": piece}}
+                  {"type": "content_block_start", "index": 0, "content_block": self.block}]
+        kind, member = self.delta
+        content = [{"type": "content_block_delta", "index": 0, "delta": {"type": kind, member: piece}}
                    for piece in pieces(self.text)]
         after = [{"type": "content_block_stop", "index": 0},
-                 {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+                 {"type": "message_delta", "delta": {"stop_reason": self.reason, "stop_sequence": None},
                   "usage": {"output_tokens": 5}},
                  {"type": "message_stop"}]
         return before, content, after
@@ -157,8 +188,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["content-type"].startswith("multipart/"):
             return self.form(body)
         body = json.loads(body)
-        model, said = body.get("model"), last_user_message(body)
-        orders = (text.partition(":") for text in (said, model or ""))
+        model, result = body.get("model"), result_of_call(body)
+        said = last_user_message(body) if result is None else result
+        orders = (text.partition(":") for text in (model or "", said))
         verb, arg = next(((verb, arg) for verb, _, arg in orders if verb in VERBS), ("", ""))
         if verb == "status":
             return self.error(int(arg), 7)
@@ -172,8 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "slow":
             self.wait_for_disconnect()
         text = f"{self.server.name} got {model}: {said}"
-        kind = {"responses": Responses, "messages": Messages}.get(self.path.rpartition("/")[2], Chat)
-        dialect = kind(model, text)
+        kind = {"responses": Responses, "messages": Messages}.get(self.path.partition("?")[0].rpartition("/")[2], Chat)
+        dialect = kind(model, text, arg) if verb == "run" else kind(model, text)
         if body.get("stream"):
             self.stream(dialect, verb, arg)
         elif verb in ("error", "late-error"):
@@ -208,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         for value in before:
             self.event(value)
         for n, value in enumerate(content):
-            if n == 3 and verb in ("cut", "cut-clean", "cut-error", "half"):
+            if n == (0 if verb == "drop" else 3) and verb in ("cut", "cut-clean", "cut-error", "drop", "half"):
                 if verb == "cut-clean":
                     self.wfile.write(b"0\r\n\r\n")
                 if verb == "cut-error":

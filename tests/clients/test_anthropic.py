@@ -1,7 +1,7 @@
 """Tests of Anthropic's Python SDK, and of forms with OpenAI's, against Zap in front of mock providers; lab.py starts both."""
 import json
 import anthropic, openai
-from cases import case, fetch, finish, mocks, total, zap_url
+from cases import case, fetch, finish, mocks, raises, zap_url
 
 SAID = [{"role": "user", "content": "hello"}]
 
@@ -15,15 +15,7 @@ def ask(text="hello", model="m-1", key="team-key", **more):
     return client(key).messages.create(model=model, max_tokens=8, messages=said, **more)
 
 
-def raises(kind, call):
-    try:
-        value = call()
-    except kind as error:
-        return error
-    raise AssertionError(f"expected {kind.__name__}, got {value!r}")
-
-
-@case("a plain message, with its token counts")
+@case("[plain] a plain message, with its token counts")
 def _():
     answer = ask()
     assert answer.content[0].text.endswith(" got m-1: hello") and answer.stop_reason == "end_turn", answer
@@ -37,7 +29,7 @@ def _():
     assert "key-of-" in seen and "team-key" not in seen and "anthropic-version" in seen, seen
 
 
-@case("a streamed message arrives whole, event by event")
+@case("[stream] a streamed message arrives whole, event by event")
 def _():
     with client().messages.stream(model="m-1", max_tokens=8, messages=SAID) as stream:
         parts = list(stream.text_stream)
@@ -46,7 +38,7 @@ def _():
     assert (final.usage.output_tokens, final.stop_reason) == (5, "end_turn"), final
 
 
-@case("another backend serves after a failure")
+@case("[failover] another backend serves after a failure")
 def _():
     assert ask(model="claude").content[0].text == "beta got claude-own: hello"
 
@@ -57,7 +49,7 @@ def _():
     assert "says 400" in str(error.body), error.body
 
 
-@case("AuthenticationError, NotFoundError and RateLimitError have the shape of Anthropic's API")
+@case("[429] AuthenticationError, NotFoundError and RateLimitError have the shape of Anthropic's API")
 def _():
     for kind, name, call in (
             (anthropic.AuthenticationError, "authentication_error", lambda: ask(key="wrong")),
@@ -68,7 +60,7 @@ def _():
 
 
 for verb, where in {"cut": "after content", "half": "inside an event"}.items():
-    @case(f"a stream cut {where} raises an error of the API after the received text")
+    @case(f"[cut] a stream cut {where} raises an error of the API after the received text")
     def _(verb=verb):
         parts = []
 

@@ -2,8 +2,8 @@
 
 Each test opens a page that runs a piece of JavaScript and sends its result, as JSON, to the server that it came from.
 """
-import http.server, json, os, pathlib, queue, re, shutil, signal, subprocess, sys, tempfile, threading
-from cases import case, fetch, finish
+import http.server, json, os, pathlib, queue, shutil, tempfile, threading
+from cases import case, fetch, finish, rejected, running
 from lab import Zap, config
 from provider import Provider
 
@@ -68,31 +68,18 @@ def run(pages, zap, script):
                    f"--user-data-dir={home}", "--no-proxy-server", "--disable-background-networking",
                    "--disable-component-update", "--disable-sync", "--remote-debugging-port=0", pages.url]
         log = pathlib.Path(home) / "log"
-        with log.open("wb") as out:
-            browser = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                       env={**os.environ, "HOME": home}, start_new_session=True)
-        try:
-            return pages.results.get(timeout=PAGE_SECS)
-        except queue.Empty:
-            raise AssertionError(f"no result from the page:\n{log.read_text(errors='replace')[-2000:]}") from None
-        finally:
+        with log.open("wb") as out, running(command, stdout=out, stderr=out, env={**os.environ, "HOME": home}):
             try:
-                os.killpg(browser.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            browser.wait()
+                return pages.results.get(timeout=PAGE_SECS)
+            except queue.Empty:
+                raise AssertionError(f"no result from the page:\n{log.read_text(errors='replace')[-2000:]}") from None
 
 
 def posts():
     return json.loads(fetch(mock.url + "/_seen"))["requests"]
 
 
-def rejected(zap):
-    found = re.search(r'zap_rejected_total\{reason="origin_not_allowed"\} (\d+)', fetch(zap.url + "/metrics"))
-    return int(found[1])
-
-
-@case("a page of a listed origin reads a response and its headers")
+@case("[plain] a page of a listed origin reads a response and its headers")
 def _():
     got = run(listed, open_zap, """
       const answer = await ask("hello", { headers: { authorization: "Bearer any" } });
@@ -103,7 +90,7 @@ def _():
     assert got == {"status": 200, "text": "mock got m-1: hello", "backend": "mock", "models": "list"}, got
 
 
-@case("a page reads a stream piece by piece")
+@case("[stream] a page reads a stream piece by piece")
 def _():
     # The provider sends each next piece only when the page has read the one before.
     got = run(listed, open_zap, """
@@ -127,7 +114,7 @@ def _():
     assert got == {"status": 200, "type": "text/event-stream", "pieces": 5, "text": "mock got m-1: gated:page"}, got
 
 
-@case("a page reads errors of Zap and of a provider, with their headers")
+@case("[429] a page reads errors of Zap and of a provider, with their headers")
 def _():
     got = run(listed, keyed_zap, """
       const seen = async (answer) => [answer.status, (await answer.json()).error.code, answer.headers.get("retry-after"),
@@ -144,7 +131,7 @@ def _():
 
 @case("a page of another origin can neither read nor spend anything")
 def _():
-    before, refused = posts(), rejected(open_zap)
+    before, refused = posts(), rejected(open_zap.url, "origin_not_allowed")
     # Requests without a preflight, which a browser sends without asking: a form's type, a beacon, an image.
     got = run(other, open_zap, """
       const tries = {}, body = JSON.stringify({ model: "m-1", messages: [{ role: "user", content: "hello" }] });
@@ -160,7 +147,7 @@ def _():
     assert got == {"asked": fails, "plain": fails, "blind": "opaque", "read": fails, "health": fails}, got
     assert posts() == before, "the provider has seen a request of the page"
     # The preflight, two chats, the list and the image. /health is served, but the page cannot read it.
-    assert rejected(open_zap) - refused == 5, rejected(open_zap)
+    assert rejected(open_zap.url, "origin_not_allowed") - refused == 5
 
 
 @case("a page without an origin of its own is refused")
@@ -180,7 +167,6 @@ def _():
     assert posts() == before
 
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 if not CHROMIUM:
     print("skipped: chromium is not installed")
     finish("browser", skip=True)

@@ -1,16 +1,11 @@
 // Tests of the official Node SDK against Zap in front of mock providers; lab.py starts both.
 import assert from "node:assert/strict";
-import { createRequire } from "node:module";
-const OpenAI = createRequire(new URL(".work/node/", import.meta.url))("openai").OpenAI;
+import { env, finish, get, installed, mocks, raises, total } from "./cases.mjs";
+const { OpenAI } = installed("openai");
 
 const CLIENT_KEY = "client-key-that-must-not-leak";
-const env = (name) => process.env[name] ?? assert.fail(`${name} is not set`);
 const client = (name, options = {}) =>
   new OpenAI({ baseURL: env(`ZAP_${name}`) + "/v1", apiKey: CLIENT_KEY, maxRetries: 0, timeout: 20_000, ...options });
-const get = async (url) => (await fetch(url)).json();
-const mocks = (name) => env(`MOCKS_${name}`).split(" ");
-const total = async (name, what) =>
-  (await Promise.all(mocks(name).map((url) => get(`${url}/_seen`)))).reduce((sum, seen) => sum + seen[what], 0);
 const ask = (zap, text, { model = "m-1", api = "chat", ...more } = {}, options = {}) =>
   api === "chat"
     ? zap.chat.completions.create({ model, messages: [{ role: "user", content: text }], ...more }, options)
@@ -28,24 +23,13 @@ async function read(stream, parts) {
   for await (const event of await stream) if (textOf(event)) parts.push(textOf(event));
 }
 
-async function raises(kind, call) {
-  let value;
-  try {
-    value = await call();
-  } catch (error) {
-    assert.ok(error instanceof kind, `expected ${kind.name}, got ${error?.constructor?.name}: ${error?.message}`);
-    return error;
-  }
-  assert.fail(`expected ${kind.name}, got ${JSON.stringify(value)}`);
-}
-
 function checkRetryAfter(header, low, high) {
   assert.match(header ?? "none", /^\d+$/);
   assert.ok(low <= +header && +header <= high, `retry-after ${header}`);
 }
 
 const cases = {
-  async "a plain response"() {
+  async "[plain] a response"() {
     const { data, response } = await raw(client("MAIN"), "hello");
     assert.deepEqual([data.model, data.usage.total_tokens, data.choices[0].finish_reason], ["m-1", 8, "stop"]);
     assert.equal(data.choices[0].message.content, `${response.headers.get("x-zap-backend")} got m-1: hello`);
@@ -60,7 +44,7 @@ const cases = {
     }
   },
 
-  async "chat: a stream with finish_reason but without [DONE] is whole"() {
+  async "[stream] chat: a stream with finish_reason but without [DONE] is whole"() {
     const events = [];
     for await (const event of await ask(client("CUT"), "no-done", { stream: true })) events.push(event);
     assert.equal(events.map(textOf).join(""), "alpha got m-1: no-done");
@@ -110,7 +94,7 @@ const cases = {
     }
   },
 
-  async "RateLimitError: Zap's own limit, for each key"() {
+  async "[429] RateLimitError: Zap's own limit, for each key"() {
     for (let n = 0; n < 5; n++) {
       const { headers } = (await raw(client("LIMIT"), "hello")).response;
       assert.equal(headers.get("x-ratelimit-limit-requests"), "5");
@@ -122,7 +106,7 @@ const cases = {
     assert.ok((await ask(client("LIMIT", { apiKey: "another" }), "hello")).choices);
   },
 
-  async "RateLimitError: the limit of tokens, with a true wait"() {
+  async "[429] RateLimitError: the limit of tokens, with a true wait"() {
     const zap = client("MONEY", { apiKey: "few-tokens-key" });
     for (let n = 0; n < 5; n++) {
       const { headers } = (await raw(zap, "hello", { max_tokens: 5 })).response;
@@ -133,7 +117,7 @@ const cases = {
     checkRetryAfter(error.headers.get("retry-after"), 50, 60);
   },
 
-  async "RateLimitError: a spent budget, which the SDK does not retry"() {
+  async "[429] RateLimitError: a spent budget, which the SDK does not retry"() {
     const zap = client("MONEY", { apiKey: "little-money-key", maxRetries: 3 });
     assert.ok((await ask(zap, "hello", { max_tokens: 5 })).choices);
     const error = await raises(OpenAI.RateLimitError, () => ask(zap, "hello", { max_tokens: 5 }));
@@ -142,7 +126,7 @@ const cases = {
     assert.match(metrics, /^zap_rejected_total{reason="insufficient_quota"} 1$/m, "the SDK has retried");
   },
 
-  async "RateLimitError: the upstream's error, once every backend cools down"() {
+  async "[429] RateLimitError: the upstream's error, once every backend cools down"() {
     let error = await raises(OpenAI.RateLimitError, () => ask(client("COOL"), "status:429"));
     assert.deepEqual([error.code, error.headers.get("x-zap-attempts")], ["mock_429", "2"]);
     checkRetryAfter(error.headers.get("retry-after"), 1, 7);
@@ -204,7 +188,7 @@ const cases = {
     assert.deepEqual([error.code, error.param], ["model_not_found", "model"]);
   },
 
-  async "a route falls back to another backend's model"() {
+  async "[failover] a route falls back to another backend's model"() {
     const { data, response } = await raw(client("ROUTES", { apiKey: "all-key" }), "hello", { model: "smart" });
     assert.equal(data.choices[0].message.content, "beta got big: hello");
     assert.equal(response.headers.get("x-zap-attempts"), "2");
@@ -223,7 +207,7 @@ const cases = {
 for (const api of ["chat", "responses"]) {
   for (const name of ["MAIN", "NGINX"]) {
     const behind = name === "NGINX" ? " behind nginx" : "";
-    cases[`${api}: a stream arrives chunk by chunk and ends whole${behind}`] = async () => {
+    cases[`[stream] ${api}: a stream arrives chunk by chunk and ends whole${behind}`] = async () => {
       const parts = [], events = [];
       for await (const event of await ask(client(name), `gated:js-${api}`, { stream: true, api }, { timeout: 8000 })) {
         events.push(event);
@@ -243,7 +227,7 @@ for (const api of ["chat", "responses"]) {
   }
 
   for (const [verb, where] of [["cut", "after content"], ["half", "inside an event"], ["cut-clean", "by a clean end"]])
-    cases[`${api}: a stream cut ${where} raises stream_interrupted after the received text`] = async () => {
+    cases[`[cut] ${api}: a stream cut ${where} raises stream_interrupted after the received text`] = async () => {
       const parts = [];
       const error = await raises(OpenAI.APIError, () => read(ask(client("CUT"), verb, { stream: true, api }), parts));
       assert.equal(error.code, "stream_interrupted");
@@ -269,7 +253,7 @@ for (const api of ["chat", "responses"]) {
       }
     };
 
-    cases[`${what}: another provider serves after an error inside a 200`] = async () => {
+    cases[`[failover] ${what}: another provider serves after an error inside a 200`] = async () => {
       for (const model of ["first", "late"]) {
         const { data, response } = await raw(client("ERROR"), "hello", { model, api, stream });
         assert.deepEqual(["x-zap-backend", "x-zap-attempts"].map((name) => response.headers.get(name)), ["beta", "2"]);
@@ -281,16 +265,4 @@ for (const api of ["chat", "responses"]) {
   }
 }
 
-let failed = 0;
-for (const [what, test] of Object.entries(cases)) {
-  try {
-    await test();
-    console.log(`ok   node: ${what}`);
-  } catch (error) {
-    failed++;
-    const at = /test_node\.mjs:\d+/.exec(error.stack ?? "")?.[0];
-    console.log(`FAIL node: ${what}: ${error.name} ${String(error.message).replaceAll("\n", " ")} (${at})`);
-  }
-}
-console.log(`node: ${Object.keys(cases).length - failed} passed, ${failed} failed`);
-process.exit(failed ? 1 : 0);
+await finish("openai-node", cases);

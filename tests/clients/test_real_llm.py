@@ -1,5 +1,5 @@
 """Tests of the Python SDK through Zap to two real model servers; one of them is killed under load."""
-import concurrent.futures, json, os, pathlib, signal, socket, subprocess, sys, tempfile, time
+import concurrent.futures, json, os, pathlib, signal, socket, subprocess, tempfile, time
 import openai
 from cases import case, finish
 from lab import REPO, Zap, config, dead_port
@@ -27,13 +27,13 @@ def ask(text, **more):
     return client.chat.completions.create(model="", max_tokens=8, messages=[{"role": "user", "content": text}], **more)
 
 
-@case("a plain response")
+@case("[plain] a response")
 def _():
     answer = ask("Say hello.")
     assert answer.choices[0].message.content.strip() and answer.usage.completion_tokens > 0
 
 
-@case("a streamed response in several chunks, with finish_reason")
+@case("[stream] a streamed response in several chunks, with finish_reason")
 def _():
     chunks = [c for c in ask("Count from one to ten.", stream=True) if c.choices]
     parts = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
@@ -75,7 +75,7 @@ def _():
         assert abs(estimate - n) <= 0.15 * n, (kind, estimate, n)
 
 
-@case("20 calls, with one server killed meanwhile: none fails")
+@case("[failover] 20 calls, with one server killed meanwhile: none fails")
 def _():
     victim = int((HOME / f"run/{ports[0]}.pid").read_text())
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -91,7 +91,6 @@ def _():
 if not UP.exists():
     print(f"skipped: {UP} does not exist")
     finish("real-llm", skip=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with tempfile.TemporaryDirectory(prefix="zap-real-llm.") as folder:
     try:
         for _ in range(2):
