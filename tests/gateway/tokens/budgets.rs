@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::limits::{answer, body, post, used};
 use super::*;
 use crate::support::File;
 
@@ -16,10 +15,6 @@ fn key(name: &str, limits: &str) -> String {
 
 fn budget(usd: &str, per: &str) -> String {
     format!("budget = {{ usd = {usd}, per = \"{per}\" }}")
-}
-
-fn max(tokens: u64) -> String {
-    format!(",\"max_tokens\":{tokens}")
 }
 
 /// What `/status` shows of a budget: what is spent and what is left.

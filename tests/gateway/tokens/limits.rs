@@ -5,41 +5,10 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::support::provider::wait_closed;
 
-/// Input tokens of each request: a body of 400 bytes, at four bytes a token.
-const INPUT: u64 = 100;
-
-/// A body of 400 bytes with these members. A request for `use-N` uses N output tokens.
-pub(super) fn body(used: u64, more: &str) -> String {
-    let head = format!("{{\"model\":\"m\",\"user\":\"use-{used}\"{more},\"messages\":[{{\"content\":\"");
-    let tail = "\"}]}";
-    let room = (4 * INPUT as usize).saturating_sub(head.len() + tail.len());
-    format!("{head}{}{tail}", "a ".repeat(room / 2) + if room % 2 == 1 { "b" } else { "" })
-}
-
-fn max(tokens: u64) -> String {
-    format!(",\"max_tokens\":{tokens}")
-}
-
-/// The output tokens that a request is to use.
-pub(super) fn used(seen: &Seen) -> u64 {
-    let text = String::from_utf8_lossy(&seen.body);
-    let (_, rest) = text.split_once("use-").unwrap();
-    rest.split('"').next().unwrap().parse().unwrap()
-}
-
-/// Answers with 100 input tokens and as many output tokens as the request asks for.
-pub(super) fn answer(seen: &Seen, stream: &mut TcpStream) -> After {
-    serve(seen, stream, "some text", Some([INPUT, 0, used(seen), 0]))
-}
-
 fn keys(limits: &str) -> String {
     format!(
         "[[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\n{limits}\n[[client_keys]]\nname = \"other\"\nkey = \"zk-other\"\n"
     )
-}
-
-pub(super) fn post(client: &mut Client, key: &str, body: &str) -> Response {
-    client.chat(&format!("authorization: Bearer {key}\r\n"), body)
 }
 
 /// Limit, remaining and reset of the tokens in a response.

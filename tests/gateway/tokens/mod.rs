@@ -33,6 +33,9 @@ const ASKS: &str = "\"stream_options\":{\"include_usage\":true}";
 
 const DONE: &str = "data: [DONE]\n\n";
 
+/// Input tokens of each [`body`] of 400 bytes, at four bytes a token.
+const INPUT: u64 = 100;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Api {
     Chat,
@@ -230,6 +233,36 @@ fn number_of(seen: &Seen) -> usize {
 /// A provider that answers each request with `text` and these counts.
 fn teller(text: &'static str, counts: Option<Counts>) -> Provider {
     Provider::start(move |seen, stream| serve(seen, stream, text, counts))
+}
+
+/// A body of 400 bytes with these members. A request for `use-N` uses N output tokens.
+fn body(used: u64, more: &str) -> String {
+    let head = format!("{{\"model\":\"m\",\"user\":\"use-{used}\"{more},\"messages\":[{{\"content\":\"");
+    let tail = "\"}]}";
+    let room = (4 * INPUT as usize).saturating_sub(head.len() + tail.len());
+    format!("{head}{}{tail}", "a ".repeat(room / 2) + if room % 2 == 1 { "b" } else { "" })
+}
+
+/// The member that states a maximum of output tokens.
+fn max(tokens: u64) -> String {
+    format!(",\"max_tokens\":{tokens}")
+}
+
+/// The output tokens that a request is to use.
+fn used(seen: &Seen) -> u64 {
+    let text = String::from_utf8_lossy(&seen.body);
+    let (_, rest) = text.split_once("use-").unwrap();
+    rest.split('"').next().unwrap().parse().unwrap()
+}
+
+/// Answers with 100 input tokens and as many output tokens as the request asks for.
+fn answer(seen: &Seen, stream: &mut TcpStream) -> After {
+    serve(seen, stream, "some text", Some([INPUT, 0, used(seen), 0]))
+}
+
+/// Posts a chat with this key.
+fn post(client: &mut Client, key: &str, body: &str) -> Response {
+    client.chat(&format!("authorization: Bearer {key}\r\n"), body)
 }
 
 fn send(client: &mut Client, ask: Ask, body: &str) -> Response {

@@ -1,6 +1,5 @@
 //! Requests that wait for limits of tokens, or that no wait helps.
 
-use super::limits::{answer, body, post, used};
 use super::*;
 
 /// A provider that answers a request for `use-1` when the gate opens, and all others at once.
