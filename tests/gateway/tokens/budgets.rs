@@ -56,11 +56,7 @@ fn a_spent_budget_refuses_and_says_when_it_opens() {
 #[test]
 fn two_requests_at_the_edge_cannot_both_pass() {
     let gate = Gate::default();
-    let held = gate.clone();
-    let a = Provider::start(move |seen, stream| {
-        held.pass();
-        answer(seen, stream)
-    });
+    let a = holding(&gate, 0..u64::MAX);
     let zap = Zap::with(&key("team", &budget("1", "day")), &[a.backend("a", PRICES)]);
     let (mut first, mut second) = (zap.client(), zap.client());
     first.post("/chat", "authorization: Bearer zk-team\r\n", body(10, &max(50)));

@@ -266,13 +266,7 @@ fn a_backend_gets_no_more_tokens_than_its_quota_and_others_take_the_rest() {
 #[test]
 fn a_request_waits_for_reserved_tokens_and_is_woken_by_their_refund() {
     let gate = Gate::default();
-    let held = gate.clone();
-    let a = Provider::start(move |seen, stream| {
-        if used(seen) < 10 {
-            held.pass();
-        }
-        answer(seen, stream)
-    });
+    let a = holding(&gate, 0..10);
     let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]\ntokens_per_minute = 1000")]);
     let mut clients = [zap.client(), zap.client(), zap.client()];
     clients[0].post("/chat", "", body(1, &max(800)));
@@ -293,14 +287,7 @@ fn a_request_waits_for_reserved_tokens_and_is_woken_by_their_refund() {
 #[test]
 fn waiting_requests_are_served_by_whichever_backend_frees_its_tokens() {
     let gates = [Gate::default(), Gate::default()];
-    let provider = |gate: &Gate| {
-        let gate = gate.clone();
-        Provider::start(move |seen, stream| {
-            gate.pass();
-            answer(seen, stream)
-        })
-    };
-    let (a, b) = (provider(&gates[0]), provider(&gates[1]));
+    let [a, b] = gates.each_ref().map(|gate| holding(gate, 0..u64::MAX));
     let more = "models = [\"m\"]\ntokens_per_minute = 1000";
     let zap = Zap::with("", &[a.backend("a", more), b.backend("b", more)]);
     let mut clients = [zap.client(), zap.client(), zap.client()];
@@ -332,11 +319,7 @@ fn with_all_quotas_of_tokens_used_a_request_is_told_when_to_come_back() {
 #[test]
 fn a_client_has_no_more_requests_at_once_than_its_limit() {
     let gate = Gate::default();
-    let held = gate.clone();
-    let a = Provider::start(move |seen, stream| {
-        held.pass();
-        answer(seen, stream)
-    });
+    let a = holding(&gate, 0..u64::MAX);
     let zap = Zap::with(
         &format!("[queue]\nmax_size = 2\n{}", keys("max_in_flight = 2\nrequests_per_minute = 100")),
         &[a.backend("a", "models = [\"m\"]")],
@@ -399,13 +382,7 @@ fn a_maximum_that_the_backend_is_not_sent_does_not_count() {
 #[test]
 fn a_request_for_a_drained_target_and_another_of_one_backend_waits_without_looking_again_and_again() {
     let gate = Gate::default();
-    let held = gate.clone();
-    let a = Provider::start(move |seen, stream| {
-        if used(seen) == 1 {
-            held.pass();
-        }
-        answer(seen, stream)
-    });
+    let a = holding(&gate, 1..2);
     let route = "[models.m]\ntargets = [{ backend = \"a\", model = \"small\", weight = 0 }, { backend = \"a\", model = \"big\" }]\n";
     let zap = Zap::with(route, &[a.backend("a", "tokens_per_minute = 1000")]);
     let mut clients = [zap.client(), zap.client()];
@@ -421,13 +398,7 @@ fn a_request_for_a_drained_target_and_another_of_one_backend_waits_without_looki
 #[test]
 fn a_reload_that_removes_a_limit_lets_its_waiting_requests_go() {
     let gate = Gate::default();
-    let held = gate.clone();
-    let a = Provider::start(move |seen, stream| {
-        if used(seen) == 1 {
-            held.pass();
-        }
-        answer(seen, stream)
-    });
+    let a = holding(&gate, 1..2);
     let file = crate::support::File::new();
     let backend = |more: &str| a.backend("a", &format!("models = [\"m\"]\n{more}"));
     let zap = Zap::with_file(&file, &keys("max_in_flight = 1"), &[backend("tokens_per_minute = 1000")]);

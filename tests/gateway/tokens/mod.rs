@@ -10,6 +10,7 @@ mod waits;
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::TcpStream;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -258,6 +259,17 @@ fn used(seen: &Seen) -> u64 {
 /// Answers with 100 input tokens and as many output tokens as the request asks for.
 fn answer(seen: &Seen, stream: &mut TcpStream) -> After {
     serve(seen, stream, "some text", Some([INPUT, 0, used(seen), 0]))
+}
+
+/// A provider that [answers](answer), and holds the requests that use so many output tokens until `gate` is opened.
+fn holding(gate: &Gate, uses: Range<u64>) -> Provider {
+    let gate = gate.clone();
+    Provider::start(move |seen, stream| {
+        if uses.contains(&used(seen)) {
+            gate.pass();
+        }
+        answer(seen, stream)
+    })
 }
 
 /// Posts a chat with this key.

@@ -2,21 +2,10 @@
 
 use super::*;
 
-/// A provider that answers a request for `use-1` when the gate opens, and all others at once.
-fn holding(gate: &Gate) -> Provider {
-    let gate = gate.clone();
-    Provider::start(move |seen, stream| {
-        if used(seen) == 1 {
-            gate.pass();
-        }
-        answer(seen, stream)
-    })
-}
-
 #[test]
 fn a_request_that_its_budget_cannot_pay_does_not_wait_for_one_of_its_clients_requests_to_end() {
     let gate = Gate::default();
-    let a = holding(&gate);
+    let a = holding(&gate, 1..2);
     let key = "[[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\nmax_in_flight = 1\n\
                budget = { usd = 1, per = \"month\" }\n";
     let prices = "models = [\"m\"]\nprices = { m = { input = 1000, output = 10000 } }";
@@ -34,7 +23,7 @@ fn a_request_that_its_budget_cannot_pay_does_not_wait_for_one_of_its_clients_req
 #[test]
 fn a_reload_that_removes_the_limit_of_requests_at_once_lets_the_waiting_ones_go() {
     let gate = Gate::default();
-    let a = holding(&gate);
+    let a = holding(&gate, 1..2);
     let file = crate::support::File::new();
     let zap = Zap::with_file(&file, "", &[a.backend("a", "max_in_flight = 1")]);
     let (mut first, mut second) = (zap.client(), zap.client());
@@ -54,7 +43,7 @@ fn a_reload_that_removes_the_limit_of_requests_at_once_lets_the_waiting_ones_go(
 #[test]
 fn a_reload_with_another_key_does_not_lift_the_limit_that_requests_wait_for() {
     let gate = Gate::default();
-    let a = holding(&gate);
+    let a = holding(&gate, 1..2);
     let file = crate::support::File::new();
     let backend = |key: &str| [a.backend("a", &format!("api_key = \"sk-{key}\"\ntokens_per_minute = 1000"))];
     let zap = Zap::with_file(&file, "", &backend("one"));
