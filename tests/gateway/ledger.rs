@@ -1,10 +1,8 @@
 //! The ledger and `GET /usage`.
 
-use std::path::PathBuf;
-
 use zap::internals::Order;
 
-use crate::support::{CHAT, Provider, Zap, eventually};
+use crate::support::{CHAT, Ledger, Provider, Zap, eventually};
 
 const ANSWER: &str = r#"{"choices":[{"message":{"content":"hi"}}],"usage":{"prompt_tokens":10,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":1}}}"#;
 
@@ -13,38 +11,6 @@ const PRICES: &str = "prices = { \"m\" = { input = 2.5, cached = 1.25, output = 
 
 fn provider() -> Provider {
     Provider::fixed(200, "content-type: application/json\r\n", ANSWER)
-}
-
-/// A file for a ledger; removed when dropped.
-struct Ledger(PathBuf);
-
-impl Ledger {
-    fn new() -> Self {
-        Ledger(std::env::temp_dir().join(format!(
-            "zap-ledger-{}-{:x}.db",
-            std::process::id(),
-            fastrand::u64(..)
-        )))
-    }
-
-    fn settings(&self) -> String {
-        format!("[ledger]\npath = \"{}\"\n", self.0.display())
-    }
-
-    /// Sums over the rows of the file: requests, input, cost.
-    fn sums(&self) -> (i64, i64, i64) {
-        let file = rusqlite::Connection::open(&self.0).unwrap();
-        let query = "SELECT sum(requests), sum(input), sum(cost_nano_usd) FROM usage WHERE client = 'team' AND model = 'm'";
-        file.query_row(query, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap()
-    }
-}
-
-impl Drop for Ledger {
-    fn drop(&mut self) {
-        for end in ["", "-wal", "-shm"] {
-            let _ = std::fs::remove_file(format!("{}{end}", self.0.display()));
-        }
-    }
 }
 
 const KEYS: &str = "[[client_keys]]\nname = \"team\"\nkey = \"sk-team\"\n";
@@ -83,7 +49,8 @@ fn usage_and_cost_outlive_the_process_to_the_nano_dollar() {
         );
         zap.order(Order::Drain);
         assert!(zap.join());
-        assert_eq!(ledger.sums(), (n, 10 * n, 50_000 * n));
+        let columns = ["requests", "input", "cost_nano_usd"];
+        assert_eq!(columns.map(|column| ledger.sum(column)), [n, 10 * n, 50_000 * n]);
     }
 }
 
@@ -93,8 +60,7 @@ fn a_row_is_in_the_file_after_a_second() {
     let zap = Zap::with(&format!("{}{KEYS}", ledger.settings()), &[a.backend("a", "default_model = \"m\"")]);
     ask(&zap, 1);
     eventually("the row is written", || {
-        let file = rusqlite::Connection::open(&ledger.0).unwrap();
-        file.query_row("SELECT count(*) FROM usage", [], |row| row.get::<_, i64>(0)).unwrap() == 1
+        ledger.open().query_row("SELECT count(*) FROM usage", [], |row| row.get::<_, i64>(0)).unwrap() == 1
     });
     assert_eq!(zap.metric("zap_ledger_errors_total"), 0.0);
 }

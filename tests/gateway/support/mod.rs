@@ -1,5 +1,7 @@
 //! Test support: Zap inside the test process, scripted providers, and a client with control of every byte.
 
+pub(crate) mod ledger;
+
 pub(crate) mod lies;
 
 pub(crate) mod provider;
@@ -12,6 +14,7 @@ pub(crate) mod zap;
 
 use std::time::{Duration, Instant};
 
+pub(crate) use self::ledger::Ledger;
 pub(crate) use self::provider::Provider;
 pub(crate) use self::wire::{Client, Response};
 pub(crate) use self::zap::{File, Zap};

@@ -5,25 +5,6 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::support::provider::wait_closed;
 
-fn keys(limits: &str) -> String {
-    format!(
-        "[[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\n{limits}\n[[client_keys]]\nname = \"other\"\nkey = \"zk-other\"\n"
-    )
-}
-
-/// Limit, remaining and reset of the tokens in a response.
-fn token_headers(response: &Response) -> [String; 3] {
-    ["limit", "remaining", "reset"]
-        .map(|what| response.header(&format!("x-ratelimit-{what}-tokens")).unwrap_or("none").to_owned())
-}
-
-/// What is left of a limit in `/status`.
-fn left(zap: &Zap, owners: &str, name: &str) -> u64 {
-    let status = zap.client().get("/status").json();
-    let owner = status[owners].as_array().unwrap().iter().find(|owner| owner["name"] == name).unwrap();
-    owner["tokens_per_minute"]["left"].as_u64().unwrap()
-}
-
 #[test]
 fn a_client_reserves_what_it_may_use_and_pays_what_it_used() {
     let a = Provider::start(answer);

@@ -37,6 +37,9 @@ const DONE: &str = "data: [DONE]\n\n";
 /// Input tokens of each [`body`] of 400 bytes, at four bytes a token.
 const INPUT: u64 = 100;
 
+/// 100 input tokens cost 0.1 USD, and so do 10 output tokens.
+const PRICES: &str = "models = [\"m\"]\nprices = { \"*\" = { input = 1000, output = 10000 } }\n";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Api {
     Chat,
@@ -275,6 +278,39 @@ fn holding(gate: &Gate, uses: Range<u64>) -> Provider {
 /// Posts a chat with this key.
 fn post(client: &mut Client, key: &str, body: &str) -> Response {
     client.chat(&format!("authorization: Bearer {key}\r\n"), body)
+}
+
+/// The client keys `zk-team` with these limits, and `zk-other` without.
+fn keys(limits: &str) -> String {
+    format!(
+        "[[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\n{limits}\n[[client_keys]]\nname = \"other\"\nkey = \"zk-other\"\n"
+    )
+}
+
+/// The member of a budget of so many USD.
+fn budget(usd: &str, per: &str) -> String {
+    format!("budget = {{ usd = {usd}, per = \"{per}\" }}")
+}
+
+/// Limit, remaining and reset of the tokens in a response.
+fn token_headers(response: &Response) -> [String; 3] {
+    ["limit", "remaining", "reset"]
+        .map(|what| response.header(&format!("x-ratelimit-{what}-tokens")).unwrap_or("none").to_owned())
+}
+
+/// What is left of a limit in `/status`.
+fn left(zap: &Zap, owners: &str, name: &str) -> u64 {
+    let status = zap.client().get("/status").json();
+    let owner = status[owners].as_array().unwrap().iter().find(|owner| owner["name"] == name).unwrap();
+    owner["tokens_per_minute"]["left"].as_u64().unwrap()
+}
+
+/// What `/status` shows of a budget: what is spent and what is left.
+fn state(zap: &Zap, owners: &str, name: &str) -> (String, String) {
+    let status = zap.client().get("/status").json();
+    let owner = status[owners].as_array().unwrap().iter().find(|owner| owner["name"] == name).unwrap();
+    let text = |what: &str| owner["budget"][what].as_str().unwrap().to_owned();
+    (text("spent_usd"), text("left_usd"))
 }
 
 fn send(client: &mut Client, ask: Ask, body: &str) -> Response {
