@@ -3,6 +3,7 @@
 
 mod asking;
 mod budgets;
+mod ends;
 mod limits;
 mod mixed;
 mod waits;
