@@ -6,6 +6,7 @@ mod budgets;
 mod ends;
 mod limits;
 mod mixed;
+mod reserve;
 mod waits;
 
 use std::collections::HashMap;
