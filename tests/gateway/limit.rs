@@ -1,5 +1,6 @@
 //! Rate limits per client key.
 
+use crate::support::provider::{backend, blackhole};
 use crate::support::{CHAT, Provider, Zap};
 
 fn start(limit: u32) -> (Provider, Zap) {
@@ -87,4 +88,28 @@ fn without_a_limit_the_rate_limit_headers_of_the_upstream_pass() {
     let provider = Provider::fixed(200, "x-ratelimit-remaining-requests: 77\r\n", "ok");
     let zap = Zap::with("", &[provider.backend("a", "")]);
     assert_eq!(zap.chat(CHAT).header("x-ratelimit-remaining-requests"), Some("77"));
+}
+
+#[test]
+fn a_request_that_no_backend_answers_gives_its_place_back() {
+    let (silent, _held) = blackhole();
+    let model = |name: &str| format!("models = [\"{name}\"]");
+    let backends = [
+        backend(silent, "silent", &model("silent")),
+        backend(Provider::closed_port(), "closed", &model("closed")),
+        backend(Provider::closed_port(), "drained", &format!("{}\nweight = 0", model("drained"))),
+    ];
+    let settings = "[timeouts]\nconnect_ms = 100\n[retry]\nmax_retries = 0\n\
+        [[client_keys]]\nname = \"team\"\nkey = \"zk-team\"\nrequests_per_minute = 2\n";
+    let zap = Zap::with(settings, &backends);
+    for (model, status, code) in [
+        ("drained", 503, "no_backend"),
+        ("closed", 502, "upstream_unreachable"),
+        ("silent", 504, "upstream_timeout"),
+    ] {
+        let body = CHAT.replacen('{', &format!("{{\"model\":\"{model}\","), 1);
+        let refused = zap.client().chat("authorization: Bearer zk-team\r\n", body);
+        assert_eq!((refused.status, refused.code().as_str()), (status, code));
+        assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("2"), "{code}");
+    }
 }

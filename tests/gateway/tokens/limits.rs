@@ -14,8 +14,9 @@ fn a_client_reserves_what_it_may_use_and_pays_what_it_used() {
     );
     let mut client = zap.client();
     let first = post(&mut client, "zk-team", &body(50, &max(400)));
-    assert_eq!(token_headers(&first)[..2], ["1000", "500"], "100 and 400 are reserved");
+    assert_eq!(token_headers(&first), ["1000", "500", "60s"], "100 and 400 are reserved");
     assert_eq!(left(&zap, "clients", "team"), 850, "100 and 50 are used");
+    let before = Instant::now();
     let second = post(&mut client, "zk-team", &body(550, &max(750)));
     assert_eq!((second.status, &token_headers(&second)[1][..]), (200, "0"));
     assert_eq!(left(&zap, "clients", "team"), 200);
@@ -27,6 +28,9 @@ fn a_client_reserves_what_it_may_use_and_pays_what_it_used() {
     assert!((55..=60).contains(&wait), "the first request's tokens expire 60 s after it: {wait}");
     assert_eq!(refused.header("x-should-retry"), None);
     assert_eq!(token_headers(&refused)[..2], ["1000", "200"]);
+    let reset: f64 = token_headers(&refused)[2].strip_suffix('s').unwrap().parse().unwrap();
+    let (latest, passed) = (60.0, before.elapsed().as_secs_f64());
+    assert!((latest - passed..=latest).contains(&reset), "the second request's tokens expire last: {reset}");
     assert_eq!(refused.header("x-ratelimit-remaining-requests"), Some("3"), "its place is given back");
     let third = post(&mut client, "zk-team", &body(100, &max(100)));
     assert_eq!((third.status, third.header("x-ratelimit-remaining-requests")), (200, Some("2")));
@@ -91,8 +95,8 @@ fn a_request_that_can_never_fit_is_refused_at_once_and_not_retried() {
         assert_eq!(refused.header("x-should-retry"), Some("false"));
         assert_eq!(refused.header("retry-after"), None);
         assert!(refused.text().contains(&format!("{limit} tokens per minute")), "{}", refused.text());
-        let limited = if key == "zk-team" { "1000" } else { "none" };
-        assert_eq!(token_headers(&refused)[0], limited);
+        let all_is_free = if key == "zk-team" { ["1000", "1000", "0s"] } else { ["none"; 3] };
+        assert_eq!(token_headers(&refused), all_is_free);
     }
     for _ in 0..3 {
         // It fits into b alone.
