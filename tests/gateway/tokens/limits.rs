@@ -365,7 +365,7 @@ fn a_maximum_that_the_backend_is_not_sent_does_not_count() {
 }
 
 #[test]
-fn a_request_for_a_drained_target_and_another_of_one_backend_waits_without_looking_again_and_again() {
+fn a_request_for_a_drained_target_and_another_of_one_backend_waits_and_is_served() {
     let gate = Gate::default();
     let a = holding(&gate, 1..2);
     let route = "[models.m]\ntargets = [{ backend = \"a\", model = \"small\", weight = 0 }, { backend = \"a\", model = \"big\" }]\n";
