@@ -2,6 +2,7 @@
 
 use zap::internals::Order;
 
+use crate::support::provider::{After, reply};
 use crate::support::{CHAT, Ledger, Provider, Zap, eventually};
 
 const ANSWER: &str = r#"{"choices":[{"message":{"content":"hi"}}],"usage":{"prompt_tokens":10,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":1}}}"#;
@@ -106,4 +107,79 @@ fn a_request_without_a_model_has_the_price_of_all_models() {
     assert_eq!(zap.chat(r#"{"messages":[]}"#).status, 200);
     let cost = zap.metric("zap_cost_usd_total{backend=\"a\",model=\"other\"}");
     assert_eq!(format!("{cost:.9}"), "0.000013000");
+}
+
+#[test]
+fn an_estimate_is_marked_in_the_log_in_the_report_and_in_the_file() {
+    let a = Provider::start(|seen, stream| {
+        let is_silent = memchr::memmem::find(&seen.body, b"silent").is_some();
+        let answer = if is_silent { r#"{"choices":[{"message":{"content":"hi"}}]}"# } else { ANSWER };
+        reply(stream, 200, "content-type: application/json\r\n", answer.as_bytes());
+        After::Keep
+    });
+    let ledger = Ledger::new();
+    let zap =
+        Zap::with_log(&format!("{}{KEYS}", ledger.settings()), &[a.backend("a", "default_model = \"m\"")]);
+    ask(&zap, 2);
+    let silent = CHAT.replace("hi", "silent");
+    assert_eq!(zap.client().chat("authorization: Bearer sk-team\r\n", silent).status, 200);
+    let sources: Vec<_> = zap.lines(3).iter().map(|line| line["tokens"]["source"].clone()).collect();
+    assert_eq!(sources, ["provider", "provider", "estimate"]);
+    let row = &zap.client().get("/usage").json()["rows"][0];
+    assert_eq!((&row["requests"], &row["estimated"]), (&3.into(), &1.into()));
+    assert!(row["input"].as_u64() > Some(20), "{row}");
+    eventually("the rows are written", || ledger.sum("requests") == 3);
+    assert_eq!(ledger.sum("estimated"), 1);
+    assert_eq!(ledger.sum("input"), row["input"].as_i64().unwrap());
+}
+
+#[test]
+fn a_ledger_that_is_locked_is_in_no_requests_way_and_loses_nothing() {
+    let (a, ledger) = (provider(), Ledger::new());
+    let zap = Zap::with(&format!("{}{KEYS}", ledger.settings()), &[a.backend("a", "default_model = \"m\"")]);
+    ask(&zap, 1);
+    eventually("the ledger works", || ledger.sum("requests") == 1);
+    let other = ledger.open();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    ask(&zap, 3);
+    eventually("writes fail", || zap.metric("zap_ledger_errors_total") >= 2.0);
+    ask(&zap, 4);
+    let usage = zap.client().get("/usage").json();
+    assert_eq!(usage["rows"][0]["requests"], 8, "the report has the rows that are not yet written");
+    assert_eq!(ledger.sum("requests"), 1);
+    other.execute_batch("COMMIT").unwrap();
+    eventually("the rows are written", || ledger.sum("requests") == 8);
+    let errors = zap.metric("zap_ledger_errors_total");
+    ask(&zap, 1);
+    eventually("the next row is written", || ledger.sum("requests") == 9);
+    assert_eq!(zap.metric("zap_ledger_errors_total"), errors);
+}
+
+#[test]
+fn the_sql_of_the_manual_runs_against_a_ledger() {
+    let manual = include_str!("../../src/manual/usage.md");
+    let (_, rest) = manual.split_once("```sql\n").unwrap();
+    let (create, rest) = rest.split_once("```").unwrap();
+    let (_, rest) = rest.split_once("sqlite3 -header -column zap.db \"").unwrap();
+    let (select, rest) = rest.split_once('"').unwrap();
+    assert!(!rest.contains("SELECT"), "this test runs one query");
+
+    let (a, ledger) = (provider(), Ledger::new());
+    let backend = a.backend("a", &format!("default_model = \"m\"\n{PRICES}"));
+    let zap = Zap::with(&format!("{}{KEYS}", ledger.settings()), &[backend]);
+    ask(&zap, 2);
+    eventually("the rows are written", || ledger.sum("requests") == 2);
+    let row = ledger.open().query_row(select, [], |row| {
+        Ok((row.get("client")?, row.get("requests")?, row.get("input")?, row.get("output")?, row.get("usd")?))
+    });
+    assert_eq!(row.unwrap(), ("team".to_owned(), 2, 20, 6, 0.0001));
+
+    let columns = |file: &rusqlite::Connection| -> Vec<(String, String, i64)> {
+        let mut query = file.prepare("SELECT name, type, pk FROM pragma_table_info('usage')").unwrap();
+        let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap();
+        rows.map(Result::unwrap).collect()
+    };
+    let theirs = rusqlite::Connection::open_in_memory().unwrap();
+    theirs.execute_batch(create).unwrap();
+    assert_eq!(columns(&ledger.open()), columns(&theirs));
 }
