@@ -196,6 +196,22 @@ fn a_missing_configuration_is_reported_with_both_ways_to_start() {
 }
 
 #[test]
+fn a_ledger_that_cannot_be_opened_ends_the_start_with_2() {
+    let notes = File::new("notes", "These are no rows.\n");
+    let gone = "/nowhere/zap.db";
+    for (path, cause) in [(gone, "nowhere"), (notes.path(), "it is not an SQLite file")] {
+        let text = config(provider(OK, Duration::ZERO), &format!("[ledger]\npath = \"{path}\""));
+        let file = File::new(&format!("ledger-{:x}", fastrand::u64(..)), &text);
+        let output = run(&["--config", file.path()]);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains(&format!("cannot use the ledger {path}: ")) && text.contains(cause), "{text}");
+        assert!(!text.contains("listening on"), "{text}");
+    }
+    assert_eq!(std::fs::read_to_string(&notes.0).unwrap(), "These are no rows.\n");
+}
+
+#[test]
 fn all_faults_of_a_configuration_are_reported_without_keys() {
     let text = "[server]\nport = 70000\nworker = 1\n[queue]\nmax_sise = 1\n[[backends]]\nurl = \"ftp://x\"\napi_key = \"sk-CANARY one\"\n";
     let file = File::new("faults", text);
