@@ -70,3 +70,5 @@ mod tls;
 mod tokens;
 
 mod truth;
+
+mod withheld;
