@@ -22,9 +22,9 @@ impl Mixed {
         ][i % 16];
         let turn = i / 16;
         let ask = match fate {
-            Cut | Left => STREAMS[turn % 3],
-            Untold => ALL[turn % 8],
-            _ => ALL[turn % 9],
+            Cut | Left => STREAMS[turn % STREAMS.len()],
+            Untold => ALL[turn % ESTIMATED],
+            _ => ALL[turn % ALL.len()],
         };
         let n = i as u64;
         let (input, output) = (20 + n % 997, 1 + n % 311);
@@ -54,7 +54,7 @@ impl Mixed {
     /// Sends the request with `client`, and checks the answer. `arrived`: the requests that the provider has got.
     fn run(&self, client: &mut Client, arrived: &Mutex<Vec<usize>>) -> Option<Response> {
         let Mixed { i, fate, ask, .. } = self;
-        client.post(ask.path(), &format!("x-request-id: mixed-{i}\r\n"), self.body());
+        client.post(ask.path(), &format!("{}x-request-id: mixed-{i}\r\n", ask.headers()), self.body());
         if *fate == Fate::Gone {
             eventually("the provider has the request", || arrived.lock().unwrap().contains(i));
             return None;
@@ -141,10 +141,10 @@ fn the_sum_of_a_mixed_load_is_what_the_providers_told_and_all_else_is_an_estimat
     let zap = Zap::with_log(
         "[health]\nfailure_threshold = 1000\ninterval_secs = 600\n[retry]\nbudget_percent = 100\nbase_delay_ms = 1\n",
         &[
-            bad.backend("bad", "usage = \"inject\"\nmodels = [\"moved\"]"),
+            bad.backend("bad", &format!("{BOTH}usage = \"inject\"\nmodels = [\"moved\"]")),
             good.backend(
                 "good",
-                "usage = \"inject\"\npriority = 1\nmodels = [\"told\", \"guessed\", \"moved\", \"nothing\"]",
+                &format!("{BOTH}usage = \"inject\"\npriority = 1\nmodels = [\"told\", \"guessed\", \"moved\", \"nothing\"]"),
             ),
         ],
     );

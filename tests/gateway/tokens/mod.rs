@@ -3,6 +3,7 @@
 
 mod asking;
 mod budgets;
+mod dialects;
 mod ends;
 mod limits;
 mod mixed;
@@ -19,6 +20,7 @@ use std::thread;
 
 use serde_json::Value;
 
+use self::dialects::{ALL, Api, Ask, BOTH, ESTIMATED, STREAMS, ask};
 use crate::support::provider::{After, Gate, Seen, chunk, end_chunks, reply, start_events, wait_closed};
 use crate::support::{Client, Provider, Response, Zap, eventually};
 
@@ -41,175 +43,6 @@ const INPUT: u64 = 100;
 
 /// 100 input tokens cost 0.1 USD, and so do 10 output tokens.
 const PRICES: &str = "models = [\"m\"]\nprices = { \"*\" = { input = 1000, output = 10000 } }\n";
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Api {
-    Chat,
-    Completions,
-    Responses,
-    Embeddings,
-    Rerank,
-    Images,
-}
-
-/// An endpoint, and whether its answer is streamed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Ask {
-    api: Api,
-    is_stream: bool,
-}
-
-const fn ask(api: Api, is_stream: bool) -> Ask {
-    Ask { api, is_stream }
-}
-
-const STREAMS: [Ask; 3] = [ask(Api::Chat, true), ask(Api::Completions, true), ask(Api::Responses, true)];
-
-/// All answers. An image comes last: without token counts nothing is known of it.
-const ALL: [Ask; 9] = [
-    ask(Api::Chat, false),
-    STREAMS[0],
-    ask(Api::Completions, false),
-    STREAMS[1],
-    ask(Api::Responses, false),
-    STREAMS[2],
-    ask(Api::Embeddings, false),
-    ask(Api::Rerank, false),
-    ask(Api::Images, false),
-];
-
-impl Ask {
-    /// Recognizes a request that a provider got.
-    fn of(seen: &Seen) -> Ask {
-        let path = seen.line.split(' ').nth(1).unwrap();
-        let of_path = |ask: &&Ask| path == ask.path();
-        let api = ALL.iter().find(of_path).unwrap().api;
-        ask(api, ["\"stream\":true", "\"stream\" : true"].iter().any(|member| has(&seen.body, member)))
-    }
-
-    fn path(self) -> &'static str {
-        match self.api {
-            Api::Chat => "/v1/chat/completions",
-            Api::Completions => "/v1/completions",
-            Api::Responses => "/v1/responses",
-            Api::Embeddings => "/v1/embeddings",
-            Api::Rerank => "/v1/rerank",
-            Api::Images => "/v1/images/generations",
-        }
-    }
-
-    /// Whether the client decides whether it gets the token counts.
-    fn has_options(self) -> bool {
-        self.is_stream && self.api != Api::Responses
-    }
-
-    /// The body of a request for `model`, with the members `more`, which begin with a comma.
-    fn body(self, model: &str, more: &str) -> String {
-        let stream = self.is_stream;
-        let content = match self.api {
-            Api::Chat => r#""messages":[{"role":"user","content":"hi"}]"#,
-            Api::Completions | Api::Images => r#""prompt":"hi""#,
-            Api::Responses | Api::Embeddings => r#""input":"hi""#,
-            Api::Rerank => r#""query":"hi","documents":["a"]"#,
-        };
-        format!("{{\"model\":\"{model}\",\"stream\":{stream},{content}{more}}}")
-    }
-
-    /// The counts that an answer of this kind can tell.
-    fn told(self, [input, cached, output, reasoning]: Counts) -> Counts {
-        match self.api {
-            Api::Embeddings | Api::Rerank => [input, 0, 0, 0],
-            Api::Images => [input, 0, output, 0],
-            Api::Chat | Api::Completions | Api::Responses => [input, cached, output, reasoning],
-        }
-    }
-
-    fn usage(self, [input, cached, output, reasoning]: Counts) -> String {
-        let total = input + output;
-        match self.api {
-            Api::Chat | Api::Completions => format!(
-                "{{\"prompt_tokens\":{input},\"completion_tokens\":{output},\"total_tokens\":{total},\"prompt_tokens_details\":{{\"cached_tokens\":{cached}}},\"completion_tokens_details\":{{\"reasoning_tokens\":{reasoning}}}}}"
-            ),
-            Api::Responses => format!(
-                "{{\"input_tokens\":{input},\"input_tokens_details\":{{\"cached_tokens\":{cached}}},\"output_tokens\":{output},\"output_tokens_details\":{{\"reasoning_tokens\":{reasoning}}},\"total_tokens\":{total}}}"
-            ),
-            Api::Embeddings => format!("{{\"prompt_tokens\":{input},\"total_tokens\":{input}}}"),
-            Api::Rerank => format!("{{\"total_tokens\":{input}}}"),
-            Api::Images => {
-                format!("{{\"input_tokens\":{input},\"output_tokens\":{output},\"total_tokens\":{total}}}")
-            }
-        }
-    }
-
-    /// An answer that is not streamed.
-    fn json(self, text: &str, counts: Option<Counts>) -> String {
-        let usage = counts.map(|counts| format!(",\"usage\":{}", self.usage(counts))).unwrap_or_default();
-        let content = match self.api {
-            Api::Chat => format!(
-                "\"choices\":[{{\"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":\"{text}\"}},\"finish_reason\":\"stop\"}}]"
-            ),
-            Api::Completions => {
-                format!("\"choices\":[{{\"text\":\"{text}\",\"index\":0,\"finish_reason\":\"stop\"}}]")
-            }
-            Api::Responses => format!(
-                "\"output\":[{{\"type\":\"message\",\"content\":[{{\"type\":\"output_text\",\"text\":\"{text}\"}}]}}]"
-            ),
-            Api::Embeddings => "\"data\":[{\"embedding\":[0.5]}]".to_owned(),
-            Api::Rerank => "\"results\":[{\"index\":0,\"relevance_score\":0.5}]".to_owned(),
-            Api::Images => "\"data\":[{\"b64_json\":\"AAAA\"}]".to_owned(),
-        };
-        format!("{{\"id\":\"x\",{content}{usage}}}")
-    }
-
-    /// The events of a streamed answer, up to its last content and behind it. `asked`: a chunk without token counts says
-    /// so, as OpenAI's do.
-    fn events(self, text: &str, asked: bool, counts: Option<Counts>) -> (String, String) {
-        let null = if asked { ",\"usage\":null" } else { "" };
-        let usage = counts.map(|counts| self.usage(counts));
-        let words = || text.split_inclusive(' ');
-        if self.api == Api::Responses {
-            let usage = usage.map(|usage| format!(",\"usage\":{usage}")).unwrap_or_default();
-            let event = |kind: &str, more: &str| {
-                format!("event: response.{kind}\ndata: {{\"type\":\"response.{kind}\"{more}}}\n\n")
-            };
-            let delta = |word: &str| event("output_text.delta", &format!(",\"delta\":\"{word}\""));
-            let begin = event("created", ",\"response\":{\"id\":\"r\",\"usage\":null}");
-            let response = format!(",\"response\":{{\"id\":\"r\",\"status\":\"completed\"{usage}}}");
-            return (begin + &words().map(delta).collect::<String>(), event("completed", &response));
-        }
-        let event = |choice: &str, finish: &str| {
-            format!(
-                "data: {{\"id\":\"x\",\"choices\":[{{\"index\":0,{choice},\"finish_reason\":{finish}}}]{null}}}\n\n"
-            )
-        };
-        let word = |word: &str| match self.api {
-            Api::Chat => event(&format!("\"delta\":{{\"content\":\"{word}\"}}"), "null"),
-            _ => event(&format!("\"text\":\"{word}\""), "null"),
-        };
-        let (begin, end) = match self.api {
-            Api::Chat => {
-                (event("\"delta\":{\"role\":\"assistant\",\"content\":\"\"}", "null"), "\"delta\":{}")
-            }
-            _ => (word(""), "\"text\":\"\""),
-        };
-        let usage = usage.map(|usage| format!("data: {{\"id\":\"x\",\"choices\":[],\"usage\":{usage}}}\n\n"));
-        let behind = [event(end, "\"stop\""), usage.unwrap_or_default(), DONE.to_owned()].concat();
-        (begin + &words().map(word).collect::<String>(), behind)
-    }
-
-    /// The body of an answer. `asked`: the receiver has asked for the token counts of a stream.
-    fn answer(self, text: &str, asked: bool, counts: Option<Counts>) -> String {
-        match self.is_stream {
-            false => self.json(text, counts),
-            true => {
-                let asked = self.has_options() && asked;
-                let counts = counts.filter(|_| asked || !self.has_options());
-                let (content, behind) = self.events(text, asked, counts);
-                content + &behind
-            }
-        }
-    }
-}
 
 fn has(body: &[u8], what: &str) -> bool {
     memchr::memmem::find(body, what.as_bytes()).is_some()
@@ -316,7 +149,7 @@ fn state(zap: &Zap, owners: &str, name: &str) -> (String, String) {
 }
 
 fn send(client: &mut Client, ask: Ask, body: &str) -> Response {
-    client.post(ask.path(), "", body);
+    client.post(ask.path(), ask.headers(), body);
     client.response()
 }
 
@@ -354,7 +187,7 @@ fn the_usage_of_every_dialect_is_counted_and_logged() {
     let a = teller("four words are enough", Some(counts));
     let names: Vec<_> = (0..ALL.len()).map(|i| format!("\"m{i}\" = \"own-{i}\"")).collect();
     let more = format!(
-        "models = {{ {} }}\nprices = {{ \"own-*\" = {{ input = 1, cached = 0.5, output = 2 }} }}",
+        "{BOTH}models = {{ {} }}\nprices = {{ \"own-*\" = {{ input = 1, cached = 0.5, output = 2 }} }}",
         names.join(", ")
     );
     let zap = Zap::with_log("", &[a.backend("a", &more)]);
@@ -380,8 +213,8 @@ fn the_usage_of_every_dialect_is_counted_and_logged() {
     }
     assert_eq!(client_tokens(&metrics, "anonymous"), all);
     assert_eq!(metrics["zap_usage_missing_total{backend=\"a\"}"], 0.0);
-    assert_eq!(metrics["zap_time_to_first_token_seconds_count{backend=\"a\"}"], 3.0);
-    assert_eq!(metrics["zap_time_per_output_token_seconds_count{backend=\"a\"}"], 3.0);
+    assert_eq!(metrics["zap_time_to_first_token_seconds_count{backend=\"a\"}"], STREAMS.len() as f64);
+    assert_eq!(metrics["zap_time_per_output_token_seconds_count{backend=\"a\"}"], STREAMS.len() as f64);
 }
 
 /// What becomes of a request of the mixed load.
@@ -503,7 +336,7 @@ fn a_stream_that_is_cut_has_a_first_token_and_no_pace() {
 #[test]
 fn a_backend_whose_usage_is_off_counts_nothing() {
     let a = teller("one", Some([10, 2, 3, 1]));
-    let zap = Zap::with_log("", &[a.backend("a", "usage = \"off\"\nmodels = [\"m\"]")]);
+    let zap = Zap::with_log("", &[a.backend("a", &format!("{BOTH}usage = \"off\"\nmodels = [\"m\"]"))]);
     let mut client = zap.client();
     for ask in ALL {
         assert_eq!(send(&mut client, ask, &ask.body("m", "")).status, 200);
