@@ -167,16 +167,20 @@ fn with_both_limits_used_up_the_later_reset_is_reported() {
         (reset.parse::<f64>().unwrap(), answer.header("retry-after").unwrap().parse::<f64>().unwrap())
     };
     assert_eq!(ask("early", "1.1.1.1").status, 200);
-    std::thread::sleep(std::time::Duration::from_millis(2500));
+    let since = std::time::Instant::now();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let gap = since.elapsed().as_secs_f64();
     assert_eq!(ask("late", "2.2.2.2").status, 200);
-    for (key, address) in [("late", "1.1.1.1"), ("early", "2.2.2.2")] {
+    let mixed = [("late", "1.1.1.1"), ("early", "2.2.2.2")].map(|(key, address)| {
         let refused = ask(key, address);
         assert_eq!(refused.status, 429);
         let (reset, after) = reset(&refused);
-        assert!(reset > 58.5 && after >= reset, "{key} from {address}: {reset} {after}");
-    }
-    let (reset, _) = reset(&ask("early", "1.1.1.1"));
-    assert!(reset < 58.0, "{reset}");
+        assert!(reset <= 60.0 && after >= reset, "{key} from {address}: {reset} {after}");
+        reset
+    });
+    // It is asked last, so that a slow machine only adds to the difference. A reset is a number of milliseconds.
+    let (early, _) = reset(&ask("early", "1.1.1.1"));
+    assert!(mixed.iter().all(|mixed| mixed - early >= gap - 0.001), "{mixed:?} {early} {gap}");
 }
 
 #[test]

@@ -33,6 +33,13 @@ pub(crate) fn eventually(what: &str, done: impl FnMut() -> bool) {
     within(TIMEOUT, what, done);
 }
 
+/// Asserts what `retry-after` says of a wait of `secs` that began after `since`.
+pub(crate) fn assert_wait(response: &Response, secs: u64, since: Instant) {
+    let wait: u64 = response.header("retry-after").unwrap().parse().unwrap();
+    let least = secs.saturating_sub(since.elapsed().as_secs());
+    assert!((least..=secs).contains(&wait), "{wait} s, should be {least} to {secs}");
+}
+
 /// Waits until `done` returns true; panics after `limit`.
 pub(crate) fn within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + limit;

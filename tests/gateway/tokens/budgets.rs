@@ -41,7 +41,7 @@ fn a_spent_budget_refuses_and_says_when_it_opens() {
 fn two_requests_at_the_edge_cannot_both_pass() {
     let gate = Gate::default();
     let a = holding(&gate, 0..u64::MAX);
-    let zap = Zap::with(&key("team", &budget("1", "day")), &[a.backend("a", PRICES)]);
+    let zap = Zap::with(&key("team", &budget("1", "month")), &[a.backend("a", PRICES)]);
     let (mut first, mut second) = (zap.client(), zap.client());
     first.post("/chat", "authorization: Bearer zk-team\r\n", body(10, &max(50)));
     eventually("0.6 USD are reserved", || gate.waiting() == 1);
@@ -57,7 +57,7 @@ fn two_requests_at_the_edge_cannot_both_pass() {
 #[test]
 fn a_budget_is_passed_by_the_overrun_of_the_requests_in_flight_alone_and_it_is_counted() {
     let a = Provider::start(answer);
-    let zap = Zap::with(&key("team", &budget("1", "day")), &[a.backend("a", PRICES)]);
+    let zap = Zap::with(&key("team", &budget("1", "month")), &[a.backend("a", PRICES)]);
     let mut client = zap.client();
     assert_eq!(post(&mut client, "zk-team", &body(30, &max(30))).status, 200);
     // It states 20 tokens and uses 90.
@@ -71,7 +71,7 @@ fn a_budget_is_passed_by_the_overrun_of_the_requests_in_flight_alone_and_it_is_c
 fn output_that_is_dearer_than_the_input_that_was_expected_is_counted() {
     // It expects 100 input tokens and 1 output token, and uses 1 and 100.
     let a = Provider::start(|seen, stream| serve(seen, stream, "some text", Some([1, 0, 100, 0])));
-    let zap = Zap::with(&key("team", &budget("1", "day")), &[a.backend("a", PRICES)]);
+    let zap = Zap::with(&key("team", &budget("1", "month")), &[a.backend("a", PRICES)]);
     assert_eq!(post(&mut zap.client(), "zk-team", &body(0, &max(1))).status, 200);
     assert_eq!(state(&zap, "clients", "team").0, "1.001000000");
     assert_eq!(zap.metric("zap_token_overrun_total{client=\"team\"}"), 99.0);
@@ -80,11 +80,11 @@ fn output_that_is_dearer_than_the_input_that_was_expected_is_counted() {
 #[test]
 fn a_request_above_the_whole_budget_is_told_so_and_one_without_a_maximum_takes_all_of_it() {
     let a = Provider::start(answer);
-    let zap = Zap::with(&key("team", &budget("0.5", "day")), &[a.backend("a", PRICES)]);
+    let zap = Zap::with(&key("team", &budget("0.5", "month")), &[a.backend("a", PRICES)]);
     let refused = post(&mut zap.client(), "zk-team", &body(1, &max(50)));
     assert_spent(&refused);
     assert!(
-        refused.text().contains("may cost 0.6 USD, more than this key's whole budget of 0.5 USD a day"),
+        refused.text().contains("may cost 0.6 USD, more than this key's whole budget of 0.5 USD a month"),
         "{}",
         refused.text()
     );
@@ -115,7 +115,7 @@ fn spend_is_the_same_in_every_place_to_the_nano_dollar() {
 #[test]
 fn a_spent_backend_is_passed_over_until_all_are_spent() {
     let (a, b) = (Provider::start(answer), Provider::start(answer));
-    let with = |usd: &str| format!("{PRICES}{}", budget(usd, "day"));
+    let with = |usd: &str| format!("{PRICES}{}", budget(usd, "month"));
     let zap = Zap::with_log(
         "",
         &[a.backend("a", &with("0.5")), b.backend("b", &format!("{}\npriority = 1", with("0.3")))],
@@ -144,8 +144,8 @@ fn an_answer_that_failed_costs_nothing_of_a_budget() {
         }
         _ => answer(seen, stream),
     });
-    let settings = format!("[retry]\nmax_retries = 0\n{}", key("team", &budget("1", "day")));
-    let zap = Zap::with(&settings, &[a.backend("a", &format!("{PRICES}{}", budget("1", "day")))]);
+    let settings = format!("[retry]\nmax_retries = 0\n{}", key("team", &budget("1", "month")));
+    let zap = Zap::with(&settings, &[a.backend("a", &format!("{PRICES}{}", budget("1", "month")))]);
     for _ in 0..3 {
         assert_eq!(post(&mut zap.client(), "zk-team", &body(0, &max(80))).status, 500);
     }
