@@ -2,22 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events};
+use crate::support::provider::{After, Gate, chunk, end_chunks, start_events};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
-
-fn gated(gate: &Gate) -> Provider {
-    let gate = gate.clone();
-    Provider::start(move |_, stream| {
-        gate.pass();
-        reply(stream, 200, "", b"ok");
-        After::Keep
-    })
-}
 
 #[test]
 fn requests_beyond_max_in_flight_and_max_size_are_refused_at_once() {
     let gate = Gate::default();
-    let provider = gated(&gate);
+    let provider = Provider::gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 4\nmax_size = 10", &[provider.backend("a", "")]);
     let mut clients: Vec<_> = (0..60).map(|_| zap.client()).collect();
     clients.iter_mut().for_each(|c| c.post("/chat", "", CHAT));
@@ -39,7 +30,7 @@ fn requests_beyond_max_in_flight_and_max_size_are_refused_at_once() {
 #[test]
 fn a_queue_of_size_0_refuses_the_next_request() {
     let gate = Gate::default();
-    let provider = gated(&gate);
+    let provider = Provider::gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 1\nmax_size = 0", &[provider.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
@@ -54,7 +45,7 @@ fn a_queue_of_size_0_refuses_the_next_request() {
 #[test]
 fn queued_requests_are_served_in_order_of_arrival() {
     let gate = Gate::default();
-    let provider = gated(&gate);
+    let provider = Provider::gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 1", &[provider.backend("a", "")]);
     let mut clients: Vec<_> = (0..6)
         .map(|i| {
@@ -105,7 +96,7 @@ fn a_queued_request_that_reaches_its_deadline_gets_a_504_and_is_not_sent() {
 #[test]
 fn a_client_that_disconnects_while_queued_leaves_the_queue() {
     let gate = Gate::default();
-    let provider = gated(&gate);
+    let provider = Provider::gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 1\nmax_size = 1", &[provider.backend("a", "")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);

@@ -5,16 +5,6 @@ use std::time::{Duration, Instant};
 use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events};
 use crate::support::{CHAT, Provider, STREAM, Zap, assert_wait, eventually};
 
-/// A provider that holds each request until `gate` is opened, and responds with the request body.
-fn gated(gate: &Gate) -> Provider {
-    let held = gate.clone();
-    Provider::start(move |seen, stream| {
-        held.pass();
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    })
-}
-
 fn ask(model: &str) -> String {
     format!("{{\"messages\":[],\"model\":\"{model}\"}}")
 }
@@ -22,7 +12,7 @@ fn ask(model: &str) -> String {
 #[test]
 fn requests_that_wait_for_a_full_backend_are_served_in_order() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let zap = Zap::with("[server]\nworkers = 2", &[a.backend("a", "max_in_flight = 1")]);
     let mut clients = Vec::new();
     for i in 0..8 {
@@ -45,7 +35,7 @@ fn requests_that_wait_for_a_full_backend_are_served_in_order() {
 #[test]
 fn a_request_that_waits_for_two_backends_takes_the_first_with_room() {
     let (gate_a, gate_b) = (Gate::default(), Gate::default());
-    let (a, b) = (gated(&gate_a), gated(&gate_b));
+    let (a, b) = (Provider::gated(&gate_a), Provider::gated(&gate_b));
     let backends = [a.backend("a", "max_in_flight = 1"), b.backend("b", "max_in_flight = 1")];
     let zap = Zap::with("", &backends);
     let mut clients: Vec<_> = (0..3).map(|_| zap.client()).collect();
@@ -66,7 +56,7 @@ fn a_request_that_waits_for_two_backends_takes_the_first_with_room() {
 #[test]
 fn requests_that_wait_for_a_full_backend_are_served_by_one_that_comes_back() {
     let gate = Gate::default();
-    let (a, b) = (Provider::named("a"), gated(&gate));
+    let (a, b) = (Provider::named("a"), Provider::gated(&gate));
     a.set_health(503);
     let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1";
     let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "max_in_flight = 1")]);
@@ -113,7 +103,7 @@ fn a_wait_for_a_cooldown_continues_if_the_backend_is_ejected() {
 #[test]
 fn a_client_that_leaves_the_queue_does_not_block_the_next() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1")]);
     let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
     for (i, client) in clients.iter_mut().enumerate() {
@@ -134,7 +124,7 @@ fn a_client_that_leaves_the_queue_does_not_block_the_next() {
 #[test]
 fn requests_that_wait_for_one_model_never_block_another_model() {
     let gate = Gate::default();
-    let (slow, free) = (gated(&gate), Provider::named("free"));
+    let (slow, free) = (Provider::gated(&gate), Provider::named("free"));
     let backends = [
         slow.backend("slow", "max_in_flight = 1\nmodels = [\"slow\"]"),
         free.backend("free", "models = [\"free\"]"),
@@ -243,7 +233,7 @@ fn a_quota_that_refills_too_late_refuses_at_once_with_retry_after() {
 #[test]
 fn a_full_backend_is_shown_as_full() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let zap = Zap::with("", &[a.backend("a", "max_in_flight = 1")]);
     let mut client = zap.client();
     client.post("/chat", "", CHAT);
@@ -266,7 +256,7 @@ fn wait_before_a_full_backend(status: u16, headers: &'static str, settings: &str
         }
         After::Keep
     });
-    let b = gated(&gate);
+    let b = Provider::gated(&gate);
     let zap = Zap::with(
         &format!("[health]\nfailure_threshold = 1\n{settings}"),
         &[a.backend("a", ""), b.backend("b", "priority = 1\nmax_in_flight = 1")],

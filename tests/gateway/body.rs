@@ -4,16 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::{CHAT, Provider, Zap, eventually, within};
 
-fn echo() -> Provider {
-    Provider::start(|seen, stream| {
-        crate::support::provider::reply(stream, 200, "", &seen.body);
-        crate::support::provider::After::Keep
-    })
-}
-
 #[test]
 fn the_default_model_is_inserted_if_the_body_has_none_and_nothing_else_changes() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "default_model = \"m\\\"1\"")]);
     for (body, want) in [
         (r#"{"messages":[]}"#, r#"{"model":"m\"1","messages":[]}"#),
@@ -32,7 +25,7 @@ fn the_default_model_is_inserted_if_the_body_has_none_and_nothing_else_changes()
 
 #[test]
 fn without_a_default_model_the_body_passes_unchanged() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     for body in [r#"{"messages":[]}"#, r#"{"model":null,"messages":[]}"#, r#"{"model":"","messages":[]}"#] {
         assert_eq!(zap.chat(body).text(), body);
@@ -41,7 +34,7 @@ fn without_a_default_model_the_body_passes_unchanged() {
 
 #[test]
 fn each_invalid_body_gets_its_error_and_is_not_sent() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let deep = format!("{{\"messages\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
     let half = "{\"messages\":[\"".repeat(700_000);
@@ -87,7 +80,7 @@ fn each_invalid_body_gets_its_error_and_is_not_sent() {
 
 #[test]
 fn the_connection_survives_an_invalid_body() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let mut client = zap.client();
     assert_eq!(client.chat("", "{").status, 400);
@@ -96,7 +89,7 @@ fn the_connection_survives_an_invalid_body() {
 
 #[test]
 fn a_body_over_the_limit_is_refused_as_soon_as_its_size_is_known() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("[server]\nmax_body_bytes = 2048", &[provider.backend("a", "")]);
     let mut announced = zap.client();
     announced.send("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: 2049\r\n\r\n");
@@ -125,7 +118,7 @@ fn a_body_over_the_limit_is_refused_as_soon_as_its_size_is_known() {
 
 #[test]
 fn encodings_and_expectations_are_checked_before_the_body() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let gzip = zap.client().chat("content-encoding: gzip\r\n", CHAT);
     assert_eq!((gzip.status, gzip.code().as_str()), (415, "unsupported_content_encoding"));
@@ -146,7 +139,7 @@ fn encodings_and_expectations_are_checked_before_the_body() {
 
 #[test]
 fn a_chunked_body_arrives_complete_and_without_its_trailers() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "default_model = \"m\"")]);
     let mut client = zap.client();
     client.send("POST /chat HTTP/1.1\r\nhost: zap\r\ntransfer-encoding: chunked\r\ntrailer: x-t\r\n\r\n");
@@ -166,7 +159,7 @@ fn a_chunked_body_arrives_complete_and_without_its_trailers() {
 
 #[test]
 fn a_large_body_passes_byte_for_byte() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "default_model = \"m\"")]);
     let text: String = (0..400_000).map(|i| char::from(b'a' + (i % 26) as u8)).collect();
     let body = format!("{{\"messages\":[\"{text}é中😀\"],\"model\":null}}");
@@ -175,7 +168,7 @@ fn a_large_body_passes_byte_for_byte() {
 
 #[test]
 fn a_client_that_disconnects_in_its_body_is_counted() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     for (n, framing) in
         [(1.0, "content-length: 100\r\n\r\n"), (2.0, "transfer-encoding: chunked\r\n\r\n40\r\n")]
@@ -194,7 +187,7 @@ fn a_client_that_disconnects_in_its_body_is_counted() {
 
 #[test]
 fn the_clock_of_a_request_starts_when_its_body_is_whole() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("[queue]\ntimeout_secs = 1", &[provider.backend("a", "")]);
     let mut client = zap.client();
     client.send(format!("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n\r\n", CHAT.len()));
@@ -209,7 +202,7 @@ fn the_clock_of_a_request_starts_when_its_body_is_whole() {
 
 #[test]
 fn a_stalled_body_gets_a_408() {
-    let provider = echo();
+    let provider = Provider::echo();
     // The clock of a request does not run yet: an upload has only its own rule, 1 KiB in 30 s.
     let zap = Zap::with("[queue]\ntimeout_secs = 1", &[provider.backend("a", "")]);
     let mut client = zap.client();

@@ -1,18 +1,10 @@
 //! Chunked request bodies: the connection stays open behind them, and no byte of a body is ever read as a request.
 
-use crate::support::provider::{After, reply};
 use crate::support::{CHAT, Client, Provider, Zap};
 
 const HEAD: &str = "POST /chat HTTP/1.1\r\nhost: zap\r\ntransfer-encoding: chunked\r\n\r\n";
 
 const HEALTH: &str = "GET /health HTTP/1.1\r\nhost: a\r\n\r\n";
-
-fn echo() -> Provider {
-    Provider::start(|seen, stream| {
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    })
-}
 
 /// `body` in chunks of `size` bytes, without a head.
 fn chunks(body: &str, size: usize) -> String {
@@ -29,7 +21,7 @@ fn assert_ok(client: &mut Client, body: &str, what: &str) {
 
 #[test]
 fn a_connection_serves_many_chunked_requests() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let mut client = zap.client();
     let large = format!("{{\"messages\":[\"{}\"]}}", "x".repeat(200_000));
@@ -51,7 +43,7 @@ fn a_connection_serves_many_chunked_requests() {
 
 #[test]
 fn chunked_requests_may_be_pipelined_and_cut_anywhere() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     // A head that is larger than hyper's first buffer, and trailers.
     let wide = format!(
@@ -81,7 +73,7 @@ fn chunked_requests_may_be_pipelined_and_cut_anywhere() {
 
 #[test]
 fn a_chunked_request_that_is_refused_keeps_its_connection_if_it_is_whole() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     for (path, body) in [
         ("/nothing", CHAT),
@@ -113,7 +105,7 @@ fn a_chunked_request_that_is_refused_keeps_its_connection_if_it_is_whole() {
 
 #[test]
 fn a_body_that_breaks_the_coding_is_refused_and_nothing_behind_it_is_read() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let size = format!("{:x}", CHAT.len());
     let whole = chunks(CHAT, 1000);
@@ -176,7 +168,7 @@ fn a_body_that_breaks_the_coding_is_refused_and_nothing_behind_it_is_read() {
 
 #[test]
 fn a_request_inside_a_chunked_body_is_data() {
-    let provider = echo();
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let inner = "POST /chat HTTP/1.1\\r\\nhost: b\\r\\n\\r\\n0\\r\\n\\r\\n";
     // White space around the JSON has the bytes of an end.

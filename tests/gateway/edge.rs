@@ -88,10 +88,7 @@ fn a_response_before_the_end_of_the_body_closes_the_connection() {
 
 #[test]
 fn a_large_head_and_body_in_one_write_arrive_complete() {
-    let provider = Provider::start(|seen, stream| {
-        crate::support::provider::reply(stream, 200, "", &seen.body);
-        crate::support::provider::After::Keep
-    });
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let body = format!("{{\"messages\":[\"{}\"]}}", "x".repeat(100_000));
     let mut client = zap.client();

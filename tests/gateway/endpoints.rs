@@ -1,6 +1,6 @@
 //! The JSON endpoints other than chat: the same rules, each with its own path.
 
-use crate::support::provider::{After, chunk, end_chunks, reply, start_events};
+use crate::support::provider::{After, chunk, end_chunks, start_events};
 use crate::support::{Provider, Zap};
 
 const FORWARDED: [(&str, &str); 9] = [
@@ -45,10 +45,7 @@ fn a_websocket_upgrade_is_refused_with_a_hint_to_use_http() {
 
 #[test]
 fn each_endpoint_goes_to_its_path_under_the_api_base_byte_for_byte() {
-    let a = Provider::start(|seen, stream| {
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    });
+    let a = Provider::echo();
     let more = "chat_path = \"/api/v2/chat/completions\"\napi_key = \"sk-a\"";
     let zap = Zap::with("[rate_limit]\nrequests_per_minute = 100", &[a.backend("a", more)]);
     let mut client = zap.client();
@@ -71,10 +68,7 @@ fn each_endpoint_goes_to_its_path_under_the_api_base_byte_for_byte() {
 
 #[test]
 fn the_default_model_is_inserted_for_completions_and_responses_only() {
-    let a = Provider::start(|seen, stream| {
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    });
+    let a = Provider::echo();
     let zap = Zap::with("", &[a.backend("a", "default_model = \"d\"")]);
     let mut client = zap.client();
     for (path, _) in FORWARDED {
@@ -92,10 +86,7 @@ fn the_default_model_is_inserted_for_completions_and_responses_only() {
 
 #[test]
 fn a_path_without_v1_is_the_same_endpoint() {
-    let a = Provider::start(|seen, stream| {
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    });
+    let a = Provider::echo();
     let keys = "[[client_keys]]\nname = \"c\"\nkey = \"sk-c\"\n";
     let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]"), keys.into()]);
     let mut client = zap.client();

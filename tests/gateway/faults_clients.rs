@@ -26,16 +26,6 @@ fn silent() -> Provider {
     })
 }
 
-/// Responds with 200 when the gate is opened.
-fn gated(gate: &Gate) -> Provider {
-    let gate = gate.clone();
-    Provider::start(move |_, stream| {
-        gate.pass();
-        reply(stream, 200, "", b"ok");
-        After::Keep
-    })
-}
-
 /// A chat of `size` bytes and a few more.
 fn chat_of(size: usize) -> String {
     format!("{{\"messages\":[\"{}\"]}}", "x".repeat(size))
@@ -89,7 +79,7 @@ fn queued_disconnects(zap: &Zap) -> f64 {
 #[test]
 fn c1_client_disconnects_while_queued() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let settings = format!("{NO_PROBES}[queue]\nmax_in_flight = 1\n");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
     let mut first = zap.client();
@@ -135,7 +125,7 @@ fn c1_client_disconnects_while_it_waits_for_quota() {
 #[test]
 fn c1_client_disconnects_while_the_backend_is_full() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let zap = Zap::with(NO_PROBES, &[a.backend("a", "max_in_flight = 1")]);
     let mut first = zap.client();
     first.post("/chat", "", CHAT);
@@ -211,7 +201,7 @@ fn c5_a_half_close_during_a_stream_is_a_disconnect() {
 #[test]
 fn c5_a_half_close_while_queued_is_a_disconnect() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let settings = format!("{NO_PROBES}[queue]\nmax_in_flight = 1\n");
     let zap = Zap::with(&settings, &[a.backend("a", "")]);
     let (mut first, mut second) = (zap.client(), zap.client());
@@ -629,7 +619,7 @@ fn c19_random_bytes_are_closed_in_time_and_the_next_client_is_served() {
 #[test]
 fn o1_of_200_concurrent_requests_all_beyond_14_are_refused() {
     let gate = Gate::default();
-    let a = gated(&gate);
+    let a = Provider::gated(&gate);
     let zap = Zap::with("[queue]\nmax_in_flight = 4\nmax_size = 10", &[a.backend("a", "")]);
     let mut clients: Vec<Client> = (0..200).map(|_| zap.client()).collect();
     std::thread::scope(|s| {

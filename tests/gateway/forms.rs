@@ -1,6 +1,5 @@
 //! Forms: the model is read and replaced, all other bytes pass as they come.
 
-use crate::support::provider::{After, reply};
 use crate::support::{Client, Provider, Response, Zap};
 
 const PATHS: [(&str, &str); 4] = [
@@ -36,13 +35,6 @@ fn file() -> Vec<u8> {
     [&head[..], &sound, b"\r\n--x\r\n--x \r\n\n-"].concat()
 }
 
-fn echo() -> Provider {
-    Provider::start(|seen, stream| {
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    })
-}
-
 fn post(zap: &Zap, path: &str, headers: &str, body: &[u8]) -> Response {
     let mut client: Client = zap.client();
     client.post(path, headers, body);
@@ -51,7 +43,7 @@ fn post(zap: &Zap, path: &str, headers: &str, body: &[u8]) -> Response {
 
 #[test]
 fn a_form_passes_byte_for_byte_with_its_content_type() {
-    let a = echo();
+    let a = Provider::echo();
     let zap = Zap::with("", &[a.backend("a", "api_key = \"sk-a\"")]);
     let body = form(&[&file(), &model("whisper-1")]);
     for (path, name) in PATHS {
@@ -71,7 +63,7 @@ fn a_form_passes_byte_for_byte_with_its_content_type() {
 
 #[test]
 fn the_model_routes_a_form_and_is_replaced_in_it() {
-    let (a, b) = (echo(), echo());
+    let (a, b) = (Provider::echo(), Provider::echo());
     let zap = Zap::with(
         "",
         &[
@@ -100,7 +92,7 @@ fn the_model_routes_a_form_and_is_replaced_in_it() {
 
 #[test]
 fn a_form_that_can_be_read_in_two_ways_is_refused() {
-    let a = echo();
+    let a = Provider::echo();
     let zap = Zap::with("", &[a.backend("a", "")]);
     let good = form(&[&model("m")]);
     let cut = &good[..good.len() - 20];
@@ -132,7 +124,7 @@ fn a_form_that_can_be_read_in_two_ways_is_refused() {
 #[test]
 fn a_form_is_sent_to_the_next_backend_with_that_ones_model() {
     let down = Provider::fixed(500, JSON, "{}");
-    let b = echo();
+    let b = Provider::echo();
     let route = "[models.speech]\ntargets = [{ backend = \"a\", model = \"one\" }, { backend = \"b\", model = \"two\", priority = 1 }]\n";
     let zap = Zap::with(route, &[down.backend("a", ""), b.backend("b", "")]);
     let file = file();

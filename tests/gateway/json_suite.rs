@@ -1,6 +1,5 @@
 //! All of JSONTestSuite (github.com/nst/JSONTestSuite, MIT), read from the fuzzing corpus.
 
-use crate::support::provider::{After, reply};
 use crate::support::{Provider, Zap};
 
 fn suite(prefix: &str) -> Vec<(String, Vec<u8>)> {
@@ -12,10 +11,7 @@ fn suite(prefix: &str) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn every_valid_text_reaches_the_backend_byte_for_byte() {
-    let provider = Provider::start(|seen, stream| {
-        reply(stream, 200, "", &seen.body);
-        After::Keep
-    });
+    let provider = Provider::echo();
     let zap = Zap::with("", &[provider.backend("a", "")]);
     let mut client = zap.client();
     let valid = suite("y_");

@@ -97,6 +97,24 @@ impl Provider {
         Self::fixed(200, "content-type: application/json\r\n", name)
     }
 
+    /// Starts a provider that responds to every request with 200 and its body.
+    pub(crate) fn echo() -> Self {
+        Self::start(|seen, stream| {
+            reply(stream, 200, "", &seen.body);
+            After::Keep
+        })
+    }
+
+    /// Starts a provider that holds each request until `gate` is opened for it, and then [echoes](Self::echo) it.
+    pub(crate) fn gated(gate: &Gate) -> Self {
+        let gate = gate.clone();
+        Self::start(move |seen, stream| {
+            gate.pass();
+            reply(stream, 200, "", &seen.body);
+            After::Keep
+        })
+    }
+
     /// An address without a listener: connects are refused.
     pub(crate) fn closed_port() -> SocketAddr {
         TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
