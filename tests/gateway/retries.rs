@@ -464,7 +464,7 @@ fn a_key_echoed_in_an_error_is_redacted() {
 }
 
 #[test]
-fn no_piece_of_a_key_is_quoted_wherever_the_message_of_a_401_is_cut() {
+fn no_piece_of_a_key_is_quoted_or_logged_wherever_the_message_of_a_401_is_cut() {
     const KEY: &str = "sk-CANARY-0123456789-abcdefghijklmnopqrstuv";
     let pieces: Vec<&str> = (0..=KEY.len() - 8).map(|at| &KEY[at..at + 8]).collect();
     let padding = AtomicUsize::new(100);
@@ -479,7 +479,7 @@ fn no_piece_of_a_key_is_quoted_wherever_the_message_of_a_401_is_cut() {
         .map(|_| {
             let more = format!("api_key = \"{KEY}\"\nmodels = [\"mNN\"]");
             let one = |n: usize| a.backend(&format!("b{n}"), &more.replace("NN", &n.to_string()));
-            Zap::with("[health]\ninterval_secs = 600\n", &(0..10).map(one).collect::<Vec<_>>())
+            Zap::with_log("[health]\ninterval_secs = 600\n", &(0..10).map(one).collect::<Vec<_>>())
         })
         .collect();
     for zap in &zaps {
@@ -492,6 +492,11 @@ fn no_piece_of_a_key_is_quoted_wherever_the_message_of_a_401_is_cut() {
                 assert!(!pieces.iter().any(|piece| text.contains(piece)), "{text}");
             }
         }
+        let messages = zap.lines(10).iter().filter(|line| line.to_string().contains("HTTP 401: xxx")).count();
+        assert_eq!(messages, 10, "each line has the provider's message");
+        eventually("each backend is closed", || zap.log().matches("backend_misconfigured").count() == 10);
+        let log = zap.log();
+        assert!(!pieces.iter().any(|piece| log.contains(piece)), "{log}");
     }
     assert_eq!(a.count(), 100);
 }

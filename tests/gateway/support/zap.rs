@@ -135,11 +135,16 @@ impl Zap {
         *all.get(series).unwrap_or_else(|| panic!("no series {series}"))
     }
 
+    /// All that was logged: events and requests.
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8(self.lines.0.lock().unwrap().clone()).unwrap()
+    }
+
     /// Waits until `count` requests to `/v1` or `/chat` are logged. Returns their lines, in order.
     pub(crate) fn lines(&self, count: usize) -> Vec<serde_json::Value> {
         let mut lines = Vec::new();
         eventually("the requests are logged", || {
-            let logged = String::from_utf8(self.lines.0.lock().unwrap().clone()).unwrap();
+            let logged = self.log();
             // The last line may be incomplete.
             let whole = &logged[..logged.rfind('\n').map_or(0, |at| at + 1)];
             let served = whole
