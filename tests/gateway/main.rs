@@ -8,6 +8,8 @@ mod admission;
 
 mod affinity;
 
+mod backend_keys;
+
 mod backend_queue;
 
 mod balance;
@@ -21,6 +23,8 @@ mod cancel;
 mod chunked;
 
 mod clients;
+
+mod cooldowns;
 
 mod drain;
 
