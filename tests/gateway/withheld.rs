@@ -205,6 +205,14 @@ const OPENAI_PATHS: [&str; 9] = [
     "/v1/audio/transcriptions",
 ];
 
+/// Requests for a stored response. Its id gets the number of the request.
+const STORED: [(&str, &str); 4] = [
+    ("GET", "/v1/responses/resp_"),
+    ("DELETE", "/v1/responses/resp_"),
+    ("POST", "/v1/responses/resp_/cancel"),
+    ("GET", "/v1/responses/resp_/input_items"),
+];
+
 const ANTHROPIC_PATHS: [&str; 2] = ["/v1/messages", "/v1/messages/count_tokens"];
 
 const FORM: &str = "multipart/form-data; boundary=b";
@@ -255,10 +263,31 @@ struct Header {
     is_secret: bool,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// The backend of this number.
+    Backend(usize),
+    /// The route `any`.
+    Route,
+    /// The maker of a response that Zap does not know.
+    Maker,
+}
+
+impl Target {
+    /// Whether a request may come to the backend `name`.
+    fn allows(self, name: &str) -> bool {
+        match self {
+            Target::Backend(number) => BACKENDS[number].name == name,
+            Target::Route => ["ruled", "flaky"].contains(&name),
+            Target::Maker => name != "claude",
+        }
+    }
+}
+
 /// A random request of a client.
 struct Request {
-    /// Its target is the backend of this number; the route `any` comes behind the last one.
-    target: usize,
+    target: Target,
+    method: &'static str,
     path: &'static str,
     headers: Vec<Header>,
     /// A header that `Connection` nominates, in lower case.
@@ -271,12 +300,19 @@ impl Request {
     /// Makes request `n`: the same one each time.
     fn new(seed: u64, n: usize) -> Self {
         let mut rng = Rng::with_seed(seed.wrapping_add(n as u64));
-        let target = rng.usize(0..=BACKENDS.len());
         // A request for "flaky" itself would fail.
-        let target = if target == 5 { 6 } else { target };
-        let speaks_anthropic = BACKENDS.get(target).is_some_and(|rules| rules.speaks_anthropic);
-        let paths = if speaks_anthropic { &ANTHROPIC_PATHS[..] } else { &OPENAI_PATHS };
-        let path = paths[rng.usize(..paths.len())];
+        let target = match rng.usize(..8) {
+            number @ 0..5 => Target::Backend(number),
+            5 | 6 => Target::Route,
+            _ => Target::Maker,
+        };
+        let (method, path) = match target {
+            Target::Maker => STORED[rng.usize(..STORED.len())],
+            Target::Backend(number) if BACKENDS[number].speaks_anthropic => {
+                ("POST", ANTHROPIC_PATHS[rng.usize(..ANTHROPIC_PATHS.len())])
+            }
+            _ => ("POST", OPENAI_PATHS[rng.usize(..OPENAI_PATHS.len())]),
+        };
         let mut headers = Vec::new();
         let mut add = |rng: &mut Rng, name: &str, value: String, is_secret| {
             let cased = |c: char| if rng.bool() { c.to_ascii_uppercase() } else { c };
@@ -315,11 +351,17 @@ impl Request {
         let nominated = nominated.map(|header| header.name.to_ascii_lowercase());
         let is_form = path.ends_with("transcriptions");
         let is_streamed = rng.bool() && ["/chat", "/v1/chat/completions", "/v1/completions"].contains(&path);
-        Request { target, path, headers, nominated, is_streamed, is_chunked: !is_form && rng.u8(..4) == 0 }
+        let is_chunked = !is_form && target != Target::Maker && rng.u8(..4) == 0;
+        Request { target, method, path, headers, nominated, is_streamed, is_chunked }
     }
 
     fn body(&self, n: usize) -> String {
-        let model = BACKENDS.get(self.target).map_or("any", |rules| rules.name);
+        let model = match self.target {
+            Target::Backend(number) => BACKENDS[number].name,
+            Target::Route => "any",
+            Target::Maker if self.method == "POST" => return format!("{{\"user\":\"sk-client-{n}\"}}"),
+            Target::Maker => return String::new(),
+        };
         if self.path.ends_with("transcriptions") {
             return format!(
                 "--b\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\n{model}\r\n--b--\r\n"
@@ -335,8 +377,15 @@ impl Request {
 
     /// All bytes of the request.
     fn bytes(&self, n: usize) -> String {
-        let query = if n.is_multiple_of(3) { format!("?key=sk-client-{n}") } else { String::new() };
-        let mut head = format!("POST {}{query} HTTP/1.1\r\nhost: zap\r\nx-request-id: n-{n}\r\n", self.path);
+        let path = self.path.replace("resp_", &format!("resp_{n}"));
+        let query = match self.target {
+            // The one query that is forwarded.
+            Target::Maker => "?include=all".to_owned(),
+            _ if n.is_multiple_of(3) => format!("?key=sk-client-{n}"),
+            _ => String::new(),
+        };
+        let line = format!("{} {path}{query} HTTP/1.1", self.method);
+        let mut head = format!("{line}\r\nhost: zap\r\nx-request-id: n-{n}\r\n");
         if self.path.ends_with("transcriptions") {
             head += &format!("content-type: {FORM}\r\n");
         } else if n.is_multiple_of(2) {
@@ -449,7 +498,10 @@ fn no_header_of_a_client_reaches_a_backend_that_the_configuration_does_not_name(
         for mut seen in provider.seen() {
             let (n, name) = (number_of(&seen), rules.name);
             let request = Request::new(seed, n);
-            assert!(!seen.line.contains('?'), "seed {seed}: {}", seen.line);
+            let (is_stored, query) = (request.target == Target::Maker, seen.line.split_once('?'));
+            let query = query.map(|(_, query)| query.split(' ').next().unwrap());
+            assert_eq!(query, is_stored.then_some("include=all"), "seed {seed}: {}", seen.line);
+            assert!(!is_stored || seen.body.is_empty(), "seed {seed}: {}", seen.line);
             seen.headers.retain(|(name, _)| !["host", "content-length"].contains(&&**name));
             seen.headers.sort();
             let expected = request.expected(n, rules);
@@ -462,10 +514,7 @@ fn no_header_of_a_client_reaches_a_backend_that_the_configuration_does_not_name(
     let mut moved = 0;
     for n in 0..REQUESTS {
         let (target, tries) = (Request::new(seed, n).target, &tries[&n]);
-        match BACKENDS.get(target) {
-            Some(rules) => assert_eq!(tries, &[rules.name], "seed {seed}: {n}"),
-            None => assert!(tries.iter().all(|name| ["ruled", "flaky"].contains(name)), "{tries:?}"),
-        }
+        assert!(tries.iter().all(|name| target.allows(name)), "seed {seed}: {n} came to {tries:?}");
         moved += usize::from(tries.len() == 2);
     }
     assert!(moved > REQUESTS / 50, "{moved} requests were tried at two backends");
