@@ -128,7 +128,7 @@ const WITHHELD: [&str; 22] = [
 ];
 
 /// Headers that pass where the standard list or a rule names them.
-const OPEN: [&str; 36] = [
+const OPEN: [&str; 40] = [
     "x-title",
     "x-titles",
     "x-codex-a",
@@ -165,6 +165,10 @@ const OPEN: [&str; 36] = [
     "x-max-tokens",
     "x-cache-key",
     "priority",
+    "x-zap-session",
+    "x-claude-code-session-id",
+    "session-id",
+    "thread-id",
 ];
 
 /// Words of made-up names. A name with one of the last ten is that of a credential.
