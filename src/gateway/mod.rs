@@ -390,7 +390,7 @@ impl Service for Gateway {
     }
 
     fn panicked(&self, head: &Parts) -> ClientResponse {
-        self.internal_error(&head.headers)
+        self.internal_error(head)
     }
 
     fn is_stopping(&self) -> bool {

@@ -6,6 +6,7 @@ use http::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH, CONTENT_RANGE,
     CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
 };
+use http::request::Parts;
 use http::{Response, Version};
 
 use crate::client::body::Body;
@@ -21,7 +22,7 @@ use crate::http1::headers::{self, ResponseFacts};
 use crate::policy::limit::Decision;
 use crate::policy::token_window::TokenDecision;
 use crate::protocol::Endpoint;
-use crate::protocol::endpoint::{Protocol, StreamFormat};
+use crate::protocol::endpoint::StreamFormat;
 use crate::protocol::error_event::StreamEnding;
 use crate::protocol::event_class::mentions_error;
 use crate::protocol::redact::{Redactor, holds_key};
@@ -211,18 +212,18 @@ impl Gateway {
         error.response(record.endpoint.protocol(), is_budget_spent)
     }
 
-    /// Builds the response to a request that panicked. The record was reported when the panic dropped it.
-    /// `request`: the headers of the request.
-    pub(super) fn internal_error(&self, request: &HeaderMap) -> ClientResponse {
-        let mut response = GatewayError::Internal
-            .response(Protocol::default(), !self.shared().budget.has_room(clock::now()));
+    /// Builds the response to a request that panicked, from its head. The record was reported when the panic dropped it.
+    pub(super) fn internal_error(&self, head: &Parts) -> ClientResponse {
+        let protocol = Endpoint::of(head.uri.path()).protocol();
+        let is_budget_spent = !self.shared().budget.has_room(clock::now());
+        let mut response = GatewayError::Internal.response(protocol, is_budget_spent);
         let panicked = self.recorder.panicked.take();
         let (id, tries) =
             panicked.unwrap_or_else(|| (headers::new_request_id(self.rng.borrow_mut().u128(..)), 0));
         response.headers_mut().insert(headers::X_REQUEST_ID, id);
         response.headers_mut().insert(X_ZAP_ATTEMPTS, headers::number(tries));
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        browser::expose(&self.server().cors_origins, request, response.headers_mut());
+        browser::expose(&self.server().cors_origins, &head.headers, response.headers_mut());
         response
     }
 

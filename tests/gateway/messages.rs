@@ -188,6 +188,21 @@ fn errors_of_zaps_own_have_the_shape_and_the_status_of_the_dialect() {
 }
 
 #[test]
+#[cfg(debug_assertions)]
+fn a_request_that_panicked_is_answered_in_the_shape_of_the_dialect() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", SPEAKS)]);
+    zap::internals::failpoint::arm_panic("try", http::HeaderValue::from_static("bug-dialect"));
+    let answer = ask(&zap, "/v1/messages", "x-request-id: bug-dialect\r\n", ASK);
+    assert_eq!((answer.status, answer.code().as_str()), (500, "internal_error"));
+    assert_eq!(
+        (&answer.json()["type"], &answer.json()["error"]["type"]),
+        (&"error".into(), &"api_error".into())
+    );
+    zap.wait_until_idle();
+}
+
+#[test]
 fn a_stream_passes_unchanged_and_its_parts_are_counted() {
     let a = stream_of(&WHOLE, Ending::Clean);
     let zap = Zap::with_log("", &[a.backend("a", &format!("{SPEAKS}\nusage = \"inject\""))]);
