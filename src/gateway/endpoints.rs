@@ -37,8 +37,8 @@ pub(crate) fn root() -> ClientResponse {
     const TEXT: &str = concat!(
         "Zap ",
         env!("CARGO_PKG_VERSION"),
-        ", an LLM inference gateway. Clients: the base URL is /v1 here. Operators: /v1/models /status /usage /metrics \
-         /health /ready, and `zap help`.\n"
+        ", an LLM inference gateway. Base URL: /v1 for OpenAI's SDKs, / for Anthropic's. Operators: /v1/models /status \
+         /usage /metrics /health /ready, and `zap help`.\n"
     );
     text(StatusCode::OK, "text/plain; charset=utf-8", TEXT.into())
 }

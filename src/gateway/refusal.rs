@@ -282,7 +282,7 @@ impl GatewayError {
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::UnknownUrl,
-                "This path does not exist. Chat completions are at POST /v1/chat/completions.".into(),
+                "This path does not exist. Chat completions are at POST /v1/chat/completions, messages at POST /v1/messages.".into(),
             ),
             E::UnsupportedEncoding => closing(row(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,

@@ -133,7 +133,9 @@ fn the_state_of_a_provider_is_refused_with_a_sentence_that_says_so() {
             assert!(answer.text().contains("one provider's state"), "{}", answer.text());
         }
     }
-    assert!(!zap.client().get("/v1/other").text().contains("one provider's state"));
+    let other = zap.client().get("/v1/other");
+    assert!(!other.text().contains("one provider's state"));
+    assert!(other.text().contains("POST /v1/chat/completions, messages at POST /v1/messages"));
     assert_eq!(a.count(), 0);
 }
 
@@ -179,5 +181,6 @@ fn the_root_says_what_is_here() {
     let page = zap.client().get("/");
     assert_eq!((page.status, page.header("content-type")), (200, Some("text/plain; charset=utf-8")));
     assert!(page.text().starts_with("Zap ") && page.text().contains("/status"), "{}", page.text());
+    assert!(page.text().contains("/v1 for OpenAI's SDKs, / for Anthropic's"), "{}", page.text());
     assert_eq!(zap.client().chat("", "{}").status, 401);
 }
