@@ -77,7 +77,7 @@ impl Gateway {
         let ResponseFacts { has_id, is_events, is_json, is_encoded, has_length } = about;
         // Where Zap takes something out, the client may get less than the backend sends.
         let may_change = events.as_ref().is_some_and(|events| events.may_change());
-        if may_change {
+        if may_change && has_length {
             head.headers.remove(CONTENT_LENGTH);
         }
         let kind = BodyKind {

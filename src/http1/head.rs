@@ -182,8 +182,14 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
         return Err(HeadFault("a header name is not a token (RFC 9110, section 5.6.2)"));
     }
     // The length excludes most of the other names.
-    if !matches!(name.len(), 4 | 6 | 14 | 17) {
-        return Ok(());
+    match name.len() {
+        4 | 14 | 17 => {}
+        // No value is needed: `accept` is in every request.
+        6 => {
+            seen.page |= name.eq_ignore_ascii_case(b"origin");
+            return Ok(());
+        }
+        _ => return Ok(()),
     }
     let value = value[1..].trim_ascii();
     if name.eq_ignore_ascii_case(b"host") {
@@ -211,7 +217,7 @@ fn header<'a>(line: &'a [u8], seen: &mut KeyHeaders<'a>, is_11: bool) -> Result<
         }
         seen.chunked = true;
     } else {
-        seen.page |= name.eq_ignore_ascii_case(b"origin") || name.eq_ignore_ascii_case(b"sec-fetch-site");
+        seen.page |= name.eq_ignore_ascii_case(b"sec-fetch-site");
     }
     Ok(())
 }

@@ -130,7 +130,8 @@ pub(crate) fn to_backend(
     if !has_user_agent {
         put(&USER_AGENT, &HeaderValue::from_static("zap"));
     }
-    match client.get(CONTENT_TYPE).filter(|_| passing.content_type) {
+    let own = if passing.content_type { client.get(CONTENT_TYPE) } else { None };
+    match own {
         Some(own) => put(&CONTENT_TYPE, own),
         // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
         // form.

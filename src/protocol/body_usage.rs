@@ -279,7 +279,7 @@ impl BodyUsage {
         }
         let end = data.len().min(at + MAX_VALUE);
         if let Some((parts, length)) = plain_parts(&data[at..end]) {
-            self.usage = Some(parts).filter(|parts| parts.usage().is_some());
+            self.usage = parts.if_usage();
             return at + length;
         }
         self.is_capturing = true;

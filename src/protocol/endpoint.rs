@@ -343,15 +343,15 @@ impl Row {
         Row { endpoint, name, paths, served: ServedBy::Zap(page) }
     }
 
-    /// Whether the row is that of a path.
-    fn has(&self, path: &str) -> bool {
-        let is = |known: &str, path: &str| match known.strip_suffix('*') {
-            Some(stem) => path.starts_with(stem),
-            None => path == known,
-        };
-        self.paths
-            .iter()
-            .any(|known| is(known, path) || known.strip_prefix(VERSION).is_some_and(|known| is(known, path)))
+    /// Whether the row is that of a path. `has_version`: the path is below [`VERSION`].
+    fn has(&self, path: &str, has_version: bool) -> bool {
+        self.paths.iter().any(|known| {
+            let known = if has_version { known } else { known.strip_prefix(VERSION).unwrap_or(known) };
+            match known.strip_suffix('*') {
+                Some(stem) => path.starts_with(stem),
+                None => path == known,
+            }
+        })
     }
 
     /// The allowed methods, as the value of the `Allow` header. Not each path of a stored response has all of them.
@@ -383,7 +383,8 @@ impl Endpoint {
 
     /// The endpoint that a path belongs to.
     pub(crate) fn of(path: &str) -> Self {
-        TABLE.iter().find(|row| row.has(path)).map_or(Endpoint::Other, |row| row.endpoint)
+        let has_version = is_below_version(path);
+        TABLE.iter().find(|row| row.has(path, has_version)).map_or(Endpoint::Other, |row| row.endpoint)
     }
 
     /// The endpoint's row in the table.
@@ -416,8 +417,12 @@ impl Endpoint {
             ServedBy::Backends(_) | ServedBy::Stored(_) | ServedBy::Zap(Page::Models) => true,
             ServedBy::Zap(_) | ServedBy::Nobody => false,
         };
-        is_own || path.strip_prefix(VERSION).is_some_and(|rest| rest.starts_with('/'))
+        is_own || is_below_version(path)
     }
+}
+
+fn is_below_version(path: &str) -> bool {
+    path.strip_prefix(VERSION).is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// The resources that are the state of one provider: no other backend has them, so Zap serves none.

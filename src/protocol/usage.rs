@@ -148,7 +148,14 @@ impl UsageParts {
 
     /// Reads a `usage` object; `None` if it has neither an input, an output nor a total count.
     pub(crate) fn of_usage(usage: &Value) -> Option<UsageParts> {
-        Some(Self::of_json(usage)).filter(|parts| parts.usage().is_some())
+        // Most events have none.
+        usage.as_object()?;
+        Self::of_json(usage).if_usage()
+    }
+
+    /// The counts, if they are a [usage](Self::usage).
+    pub(crate) fn if_usage(self) -> Option<UsageParts> {
+        self.usage().is_some().then_some(self)
     }
 
     /// The counts as a [`Usage`]; `None` if there is neither an input, an output nor a total count.
