@@ -17,7 +17,7 @@ use crate::client::body::Body;
 use crate::code::Code;
 use crate::config::Server;
 use crate::gateway::ClientResponse;
-use crate::gateway::error_row::ErrorRow;
+use crate::gateway::error_row::{ErrorRow, row};
 use crate::http1::origin::{Origins, is_foreign};
 use crate::protocol::Endpoint;
 
@@ -58,7 +58,7 @@ impl SiteRefusal {
                 "A browser sent this for a page of another origin; the operator can list the page's origin in server.cors_origins.",
             ),
         };
-        ErrorRow::new(status, "invalid_request_error", code, message.into())
+        row(status, "invalid_request_error", code, message)
     }
 }
 

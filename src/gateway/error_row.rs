@@ -1,5 +1,7 @@
 //! One row of the table of errors: the response to an error of Zap's own.
 
+use std::borrow::Cow;
+
 use http::StatusCode;
 
 use crate::code::Code;
@@ -18,19 +20,24 @@ pub(crate) struct ErrorRow {
     /// The `code`.
     pub code: Code,
     /// The message.
-    pub message: String,
+    pub message: Cow<'static, str>,
     /// The time for `Retry-After`.
     pub retry_after: Option<Nanos>,
     /// Whether the connection closes after the response.
     pub close: bool,
 }
 
-impl ErrorRow {
-    /// A row without `Retry-After`, after which the connection stays open.
-    pub(crate) fn new(status: StatusCode, kind: &'static str, code: Code, message: String) -> Self {
-        ErrorRow { status, kind, code, message, retry_after: None, close: false }
-    }
+/// A row without `Retry-After`, after which the connection stays open.
+pub(crate) fn row(
+    status: StatusCode,
+    kind: &'static str,
+    code: Code,
+    message: impl Into<Cow<'static, str>>,
+) -> ErrorRow {
+    ErrorRow { status, kind, code, message: message.into(), retry_after: None, close: false }
+}
 
+impl ErrorRow {
     /// The row with a `Retry-After`.
     pub(crate) fn after(self, wait: Nanos) -> Self {
         ErrorRow { retry_after: Some(wait), ..self }

@@ -1,9 +1,11 @@
 //! Why a limit refuses a request, and the response to it: a 429.
 
+use std::borrow::Cow;
+
 use http::StatusCode;
 
 use crate::code::Code;
-use crate::gateway::error_row::{ErrorRow, LIMIT};
+use crate::gateway::error_row::{self, ErrorRow, LIMIT};
 use crate::policy::prices::usd;
 use crate::policy::retry::retry_after_secs;
 use crate::policy::spend::Period;
@@ -68,15 +70,17 @@ impl LimitError {
 
     /// The response.
     pub(crate) fn row(&self) -> ErrorRow {
-        let row = |kind, code, message| ErrorRow::new(StatusCode::TOO_MANY_REQUESTS, kind, code, message);
-        let wait_for = |what: String, wait: Nanos| {
+        fn row(kind: &'static str, code: Code, message: impl Into<Cow<'static, str>>) -> ErrorRow {
+            error_row::row(StatusCode::TOO_MANY_REQUESTS, kind, code, message)
+        }
+        let wait_for = |what: Cow<'static, str>, wait: Nanos| {
             let message = format!("{what}; try again in {} s.", retry_after_secs(wait));
             row(LIMIT, Code::RateLimitExceeded, message).after(wait)
         };
         match self {
             LimitError::BackendBudgetsSpent => {
                 let message = "The budgets of all backends that serve this model are spent. See /status.";
-                row(QUOTA, Code::InsufficientQuota, message.into()).after(BUDGET_RETRY)
+                row(QUOTA, Code::InsufficientQuota, message).after(BUDGET_RETRY)
             }
             LimitError::BudgetReserved => {
                 let what = "What is left of the budget is reserved for requests that are being served";
@@ -102,7 +106,7 @@ impl LimitError {
             // If only open reservations are in the way, nobody knows when they end.
             LimitError::Tokens(TokenDecision { limit, opens_in, .. }) => {
                 let what = format!("The limit of {limit} tokens per minute is reached");
-                wait_for(what, opens_in.unwrap_or(SECOND))
+                wait_for(what.into(), opens_in.unwrap_or(SECOND))
             }
             LimitError::TooLarge { tokens, limit } => {
                 let message = format!(

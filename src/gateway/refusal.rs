@@ -10,7 +10,7 @@ use crate::client::respond;
 use crate::code::Code;
 use crate::gateway::ClientResponse;
 pub(crate) use crate::gateway::error::GatewayError;
-use crate::gateway::error_row::{ErrorRow, LIMIT};
+use crate::gateway::error_row::{ErrorRow, LIMIT, row};
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::wording::{format_number, model_not_found, unless_misleading};
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
@@ -82,12 +82,12 @@ impl GatewayError {
     /// Whether the request could have been served: then it does not count against the limit of requests.
     pub(crate) fn is_no_fault_of_the_client(&self) -> bool {
         let is_of_limit = matches!(self, GatewayError::Limited(LimitError::Requests(_)));
-        !is_of_limit && (self.status().is_server_error() || self.status() == StatusCode::TOO_MANY_REQUESTS)
+        let status = self.status();
+        !is_of_limit && (status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS)
     }
 
     fn row(&self) -> ErrorRow {
         use GatewayError as E;
-        let row = ErrorRow::new;
         let closing = |row: ErrorRow| ErrorRow { close: true, ..row };
         let after = |wait: &Nanos, row: ErrorRow| row.after(*wait);
         match self {
@@ -95,13 +95,15 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::BadRequest,
-                format!("The request is not valid HTTP: {why}; check the client, or a proxy in front of the gateway."),
+                format!(
+                    "The request is not valid HTTP: {why}; check the client, or a proxy in front of the gateway."
+                ),
             )),
             E::BodyIncomplete => closing(row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::BadRequest,
-                "The request body ended early or is not valid HTTP/1.1; send the whole body, with a Content-Length or chunked.".into(),
+                "The request body ended early or is not valid HTTP/1.1; send the whole body, with a Content-Length or chunked.",
             )),
             E::Draining => closing(after(
                 &SECOND,
@@ -109,7 +111,7 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::Draining,
-                    "The gateway is shutting down; send the request again.".into(),
+                    "The gateway is shutting down; send the request again.",
                 ),
             )),
             E::DuplicateKey(key) => row(
@@ -125,19 +127,19 @@ impl GatewayError {
                 StatusCode::EXPECTATION_FAILED,
                 INVALID,
                 Code::ExpectationFailed,
-                "Only \"Expect: 100-continue\" is supported.".into(),
+                "Only \"Expect: 100-continue\" is supported.",
             )),
             E::Internal => closing(row(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 SERVER,
                 Code::InternalError,
-                "The gateway failed to handle this request; its log has the details.".into(),
+                "The gateway failed to handle this request; its log has the details.",
             )),
             E::InvalidApiKey => row(
                 StatusCode::UNAUTHORIZED,
                 AUTHENTICATION,
                 Code::InvalidApiKey,
-                "The API key is missing or not valid; send a key of this gateway in the header Authorization: Bearer.".into(),
+                "The API key is missing or not valid; send a key of this gateway in the header Authorization: Bearer.",
             ),
             E::InvalidJson(offset) => row(
                 StatusCode::BAD_REQUEST,
@@ -152,7 +154,9 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::InvalidMultipart,
-                format!("The body is not a valid form (RFC 7578): {why}; let an HTTP library write the form."),
+                format!(
+                    "The body is not a valid form (RFC 7578): {why}; let an HTTP library write the form."
+                ),
             ),
             E::InvalidType(key, expected) => row(
                 StatusCode::BAD_REQUEST,
@@ -182,21 +186,17 @@ impl GatewayError {
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::MissingMessages,
-                "\"messages\" is missing or is not an array; send the conversation in it.".into(),
+                "\"messages\" is missing or is not an array; send the conversation in it.",
             ),
             E::MissingModel => row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
                 Code::MissingModel,
-                "\"model\" is missing and there is no default for this request; send one that GET /v1/models lists."
-                    .into(),
+                "\"model\" is missing and there is no default for this request; send one that GET /v1/models lists.",
             ),
-            E::ModelNotFound(name, near) => row(
-                StatusCode::NOT_FOUND,
-                INVALID,
-                Code::ModelNotFound,
-                model_not_found(name, near),
-            ),
+            E::ModelNotFound(name, near) => {
+                row(StatusCode::NOT_FOUND, INVALID, Code::ModelNotFound, model_not_found(name, near))
+            }
             // Only a reload opens a backend.
             E::NoBackend => after(
                 &MAX_RETRY_AFTER,
@@ -204,14 +204,14 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::NoBackend,
-                    "No backend can take the request: all backends are drained. See /status.".into(),
+                    "No backend can take the request: all backends are drained. See /status.",
                 ),
             ),
             E::NotYours => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::ResponseNotFound,
-                "No response, item or conversation with this id belongs to this key; use the key that made it.".into(),
+                "No response, item or conversation with this id belongs to this key; use the key that made it.",
             ),
             E::QueueFull => after(
                 &SECOND,
@@ -219,7 +219,7 @@ impl GatewayError {
                     StatusCode::SERVICE_UNAVAILABLE,
                     SERVER,
                     Code::QueueFull,
-                    "The queue is full; try again shortly.".into(),
+                    "The queue is full; try again shortly.",
                 ),
             ),
             E::QueueTimeout => after(
@@ -228,8 +228,7 @@ impl GatewayError {
                     StatusCode::GATEWAY_TIMEOUT,
                     SERVER,
                     Code::QueueTimeout,
-                    "The request waited in the queue until its deadline; it was not sent to a backend."
-                        .into(),
+                    "The request waited in the queue until its deadline; it was not sent to a backend.",
                 ),
             ),
             E::BadQuery(why) => row(
@@ -254,7 +253,7 @@ impl GatewayError {
                 StatusCode::REQUEST_TIMEOUT,
                 INVALID,
                 Code::RequestTimeout,
-                "The request body arrived too slowly; send it without long pauses.".into(),
+                "The request body arrived too slowly; send it without long pauses.",
             )),
             E::Site(refusal) => refusal.row(),
             E::TooLarge(limit) => closing(row(
@@ -270,31 +269,33 @@ impl GatewayError {
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::ModelNotFound,
-                format!("No backend for this model speaks the {api} API; send the request to another endpoint, or ask the operator to check backends.protocols."),
+                format!(
+                    "No backend for this model speaks the {api} API; send the request to another endpoint, or ask the operator to check backends.protocols."
+                ),
             ),
             E::ProviderState => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::UnknownUrl,
-                "Files, batches, realtime sockets and assistants are one provider's state and are not served here; call the provider.".into(),
+                "Files, batches, realtime sockets and assistants are one provider's state and are not served here; call the provider.",
             ),
             E::UnknownUrl => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::UnknownUrl,
-                "This path does not exist. Chat completions are at POST /v1/chat/completions, messages at POST /v1/messages.".into(),
+                "This path does not exist. Chat completions are at POST /v1/chat/completions, messages at POST /v1/messages.",
             ),
             E::UnsupportedEncoding => closing(row(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 INVALID,
                 Code::UnsupportedContentEncoding,
-                "Send the body without a Content-Encoding.".into(),
+                "Send the body without a Content-Encoding.",
             )),
             E::UpgradeRequired => row(
                 StatusCode::UPGRADE_REQUIRED,
                 INVALID,
                 Code::UpgradeRequired,
-                "This path supports HTTP only, not WebSocket; send the request as a POST.".into(),
+                "This path supports HTTP only, not WebSocket; send the request as a POST.",
             ),
             E::UpstreamAuth(cause) => row(
                 StatusCode::BAD_GATEWAY,
@@ -314,14 +315,13 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamEmpty,
-                "The provider's response is successful and empty; try again, or ask the operator to check the backend."
-                    .into(),
+                "The provider's response is successful and empty; try again, or ask the operator to check the backend.",
             ),
             E::UpstreamInvalid => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamInvalidResponse,
-                "The provider's response is not valid HTTP/1.1; the operator must check the backend's url.".into(),
+                "The provider's response is not valid HTTP/1.1; the operator must check the backend's url.",
             ),
             E::UpstreamRateLimited(wait) => after(
                 &(*wait).min(MAX_RETRY_AFTER),
@@ -336,26 +336,25 @@ impl GatewayError {
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamRedirect,
-                "The provider responded with a redirect, which the gateway never follows; the operator must check the backend's url."
-                    .into(),
+                "The provider responded with a redirect, which the gateway never follows; the operator must check the backend's url.",
             ),
             E::UpstreamTimeout => row(
                 StatusCode::GATEWAY_TIMEOUT,
                 SERVER,
                 Code::UpstreamTimeout,
-                "No provider responded in time; try again, or ask the operator for a longer queue.timeout_secs.".into(),
+                "No provider responded in time; try again, or ask the operator for a longer queue.timeout_secs.",
             ),
             E::UpstreamTls => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamTlsError,
-                "The TLS handshake with the provider failed; the operator must check the backend's url and ca_file.".into(),
+                "The TLS handshake with the provider failed; the operator must check the backend's url and ca_file.",
             ),
             E::UpstreamUnreachable => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
                 Code::UpstreamUnreachable,
-                "The provider cannot be reached, or its connection broke before the response was whole; try again shortly. /status shows its state.".into(),
+                "The provider cannot be reached, or its connection broke before the response was whole; try again shortly. /status shows its state.",
             ),
         }
     }

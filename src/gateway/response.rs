@@ -196,7 +196,7 @@ impl Gateway {
     }
 
     fn error_response(&self, error: &GatewayError, record: &mut RequestRecord) -> ClientResponse {
-        let code = error.code();
+        let (code, status) = (error.code(), error.status());
         self.recorder.lane().rejected(code);
         record.refused = Some(code);
         if matches!(
@@ -204,11 +204,10 @@ impl Gateway {
             GatewayError::QueueTimeout | GatewayError::RequestTimeout | GatewayError::UpstreamTimeout
         ) {
             record.end = End::Timeout;
-        } else if error.status().as_u16() == 502 {
+        } else if status.as_u16() == 502 {
             record.end = End::UpstreamError;
         }
-        let is_budget_spent =
-            error.status().is_server_error() && !self.shared().budget.has_room(clock::now());
+        let is_budget_spent = status.is_server_error() && !self.shared().budget.has_room(clock::now());
         error.response(record.endpoint.protocol(), is_budget_spent)
     }
 

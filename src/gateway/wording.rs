@@ -4,6 +4,8 @@
 //! A message may repeat text of the client, the configuration or the provider. Where such text has one of the words, the
 //! message goes without the text.
 
+use std::borrow::Cow;
+
 /// Whether a message has a word that frameworks match on.
 pub(super) fn is_misleading(message: &str) -> bool {
     let message = message.to_lowercase().replace(['_', '-'], " ");
@@ -22,8 +24,8 @@ pub(super) fn is_misleading(message: &str) -> bool {
 }
 
 /// `message`, or `otherwise` if `message` is misleading.
-pub(super) fn unless_misleading(message: String, otherwise: &str) -> String {
-    if is_misleading(&message) { otherwise.into() } else { message }
+pub(super) fn unless_misleading(message: String, otherwise: &'static str) -> Cow<'static, str> {
+    if is_misleading(&message) { otherwise.into() } else { message.into() }
 }
 
 /// The message for a model that is not served. `near`: similar names.
