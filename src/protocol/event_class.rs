@@ -289,7 +289,8 @@ pub(crate) fn error_message(body: &[u8], key: Option<&str>) -> Option<String> {
     let error = &json["error"];
     let message = error["message"].as_str().or(error.as_str()).or(json["message"].as_str())?;
     // Before the cut: the rest of a key that the cut divides would not be found.
-    let message = key.and_then(Redactor::new).map_or(message.into(), |redactor| redactor.text(message));
+    let redactor = key.and_then(Redactor::new);
+    let message = redactor.map_or_else(|| message.to_owned(), |redactor| redactor.text(message));
     let message = &message[..message.floor_char_boundary(MAX_MESSAGE)];
     Some(message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
 }

@@ -18,7 +18,7 @@ use crate::protocol::event_class::{Class, Said, error_body, mentions_error, read
 use crate::protocol::event_lines::{LOOK_BACK, end_of_event, end_of_last_event, is_line_end};
 use crate::protocol::event_shape::{Shape, null_usage};
 use crate::protocol::oversized_event::OversizedEvent;
-use crate::protocol::redact::{Redactor, holds_key, is_secret};
+use crate::protocol::redact::Redactor;
 use crate::protocol::usage::{Usage, UsageParts};
 
 /// Longest unfinished event that is held back, in bytes. A longer one goes out in pieces.
@@ -72,10 +72,8 @@ pub(crate) struct EventStream {
     shape: Shape,
     /// Whether Zap has asked for the token counts, so that they must not go out.
     hides_usage: bool,
-    /// The backend's key, which is taken out of errors, of what follows them, and of oversized events, which may be errors.
-    key: Option<Arc<str>>,
-    /// Takes [`key`](Self::key) out. Boxed and made late, since it is large and rarely used.
-    redactor: Option<Box<Redactor>>,
+    /// Takes the backend's key out of errors, of what follows them, and of oversized events, which may be errors.
+    redactor: Option<Redactor>,
     /// Whether a line feed that follows must not go out, since it belongs to an event that did not.
     hides_feed: bool,
     usage: Option<UsageParts>,
@@ -99,7 +97,6 @@ impl EventStream {
             oversized: None,
             shape: Shape::default(),
             hides_usage,
-            key: None,
             redactor: None,
             hides_feed: false,
             usage: None,
@@ -116,7 +113,7 @@ impl EventStream {
 
     /// Takes `key` out of error events.
     pub(crate) fn without_key(self, key: Option<Arc<str>>) -> Self {
-        EventStream { key: key.filter(|key| is_secret(key)), ..self }
+        EventStream { redactor: key.and_then(Redactor::new), ..self }
     }
 
     /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the token
@@ -170,7 +167,7 @@ impl EventStream {
 
     /// Whether parts of the stream may go out otherwise than they came, so that its length may change.
     pub(crate) fn may_change(&self) -> bool {
-        self.hides_usage || self.key.is_some()
+        self.hides_usage || self.redactor.is_some()
     }
 
     /// Whether a whole event has come. A comment is none.
@@ -241,17 +238,10 @@ impl EventStream {
 
     /// Returns what may go out of a part of an oversized event.
     fn redacted(&mut self, part: Bytes) -> Bytes {
-        match self.redactor() {
+        match &mut self.redactor {
             Some(redactor) => redactor.push(&part),
             None => part,
         }
-    }
-
-    fn redactor(&mut self) -> Option<&mut Redactor> {
-        if self.redactor.is_none() {
-            self.redactor = self.key.as_deref().and_then(Redactor::new).map(Box::new);
-        }
-        self.redactor.as_deref_mut()
     }
 
     /// Passes an event on that is too long to be held, up to its end.
@@ -362,16 +352,15 @@ impl EventStream {
 
     /// Returns an event without the key and without `cut`; `None` if the event is no error, or has no key in it.
     fn without_key_in(&mut self, event: &[u8], said: &Said, cut: Option<Range<usize>>) -> Option<Edit> {
-        let key = self.key.as_deref()?;
+        let redactor = self.redactor.as_mut()?;
         // An error may also be text alone, or stand within a choice.
         let may_be_error = self.end.is_some()
             || !said.is_json
             || matches!(said.class, Class::Error(_))
             || mentions_error(event);
-        if !may_be_error || !holds_key(key.as_bytes(), event) {
+        if !may_be_error || !redactor.is_in(event) {
             return None;
         }
-        let redactor = self.redactor()?;
         let cut = cut.unwrap_or_default();
         let parts = [&event[..cut.start], &event[cut.end..]].map(|part| redactor.push(part));
         let with = [&parts[0][..], &parts[1], &redactor.flush()].concat().into();

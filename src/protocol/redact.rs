@@ -3,7 +3,7 @@
 //! The key is found verbatim and in every JSON spelling (RFC 8259, section 7), with any chunking. Valid JSON stays
 //! valid: an escape is replaced as a whole, quotes stay, and digits outside a string become other digits.
 
-use std::borrow::Cow;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use memchr::{memchr2_iter, memchr3};
@@ -14,7 +14,7 @@ const MIN_KEY: usize = 8;
 /// Replaces one key in a byte stream. Holds back at most six bytes per byte of the key, plus one escape.
 #[derive(Debug)]
 pub(crate) struct Redactor {
-    key: Box<[u8]>,
+    key: Arc<str>,
     /// Bytes held back: a possible beginning of the key.
     held: Vec<u8>,
     /// Whether `held` begins inside a JSON string, if the text is JSON.
@@ -32,13 +32,14 @@ enum Match {
 
 impl Redactor {
     /// Creates a redactor for `key`; `None` if the key is too short to be a secret.
-    pub(crate) fn new(key: &str) -> Option<Self> {
-        is_secret(key).then(|| Redactor { key: key.as_bytes().into(), held: Vec::new(), in_string: false })
+    pub(crate) fn new(key: impl Into<Arc<str>> + AsRef<str>) -> Option<Self> {
+        let is_secret = key.as_ref().len() >= MIN_KEY;
+        is_secret.then(|| Redactor { key: key.into(), held: Vec::new(), in_string: false })
     }
 
-    /// Whether a header's `value` contains the key.
-    pub(crate) fn is_in(&self, value: &[u8]) -> bool {
-        holds_key(&self.key, value)
+    /// Whether `text` contains the key.
+    pub(crate) fn is_in(&self, text: &[u8]) -> bool {
+        holds_key(self.key.as_bytes(), text)
     }
 
     /// Reads the next chunk and returns the bytes that can be sent.
@@ -48,9 +49,9 @@ impl Redactor {
     }
 
     /// Returns `text` without the key.
-    pub(crate) fn text(mut self, text: &str) -> Cow<'_, str> {
+    pub(crate) fn text(mut self, text: &str) -> String {
         let begin = self.push(text.as_bytes());
-        String::from_utf8_lossy(&[begin, self.finish()].concat()).into_owned().into()
+        String::from_utf8_lossy(&[begin, self.finish()].concat()).into_owned()
     }
 
     /// Ends the stream and returns the bytes held back.
@@ -77,7 +78,7 @@ impl Redactor {
         let mut at = 0;
         loop {
             // No key begins before one of these bytes, and no unit of more than one byte.
-            let plain = memchr3(self.key[0], b'\\', b'"', &text[at..]).unwrap_or(text.len() - at);
+            let plain = memchr3(self.key.as_bytes()[0], b'\\', b'"', &text[at..]).unwrap_or(text.len() - at);
             out.extend_from_slice(&text[at..at + plain]);
             at += plain;
             let rest = &text[at..];
@@ -103,7 +104,7 @@ impl Redactor {
     /// an escape is invalid JSON.
     fn find(&self, text: &[u8], unit_len: usize, end: bool) -> Match {
         for skip in 0..unit_len {
-            let key_end = match find_at(&self.key, &text[skip..]) {
+            let key_end = match find_at(self.key.as_bytes(), &text[skip..]) {
                 Match::Key(length) => skip + length,
                 Match::Perhaps if !end => return Match::Perhaps,
                 _ => continue,
@@ -134,11 +135,6 @@ impl Redactor {
         }
         mask_run(&span[from..], self.in_string, out);
     }
-}
-
-/// Whether a key is long enough to be a secret.
-pub(crate) fn is_secret(key: &str) -> bool {
-    key.len() >= MIN_KEY
 }
 
 /// Whether a header's `value` contains `key`; false if the key is a dummy.
@@ -316,7 +312,7 @@ mod tests {
             let once = redact(&key, text.as_bytes(), text.len());
             let value: Value = serde_json::from_str(&once).map_err(|e| TestCaseError::fail(format!("{once}: {e}")))?;
             prop_assert!(!holds(&value, &key), "{}", once);
-            let mut redactor = Redactor::new(&key).unwrap();
+            let mut redactor = Redactor::new(key.as_str()).unwrap();
             let (mut rest, mut out, mut cuts) = (text.as_bytes(), Vec::new(), cuts.iter().cycle());
             while !rest.is_empty() {
                 let (piece, more) = rest.split_at(rest.len().min(*cuts.next().unwrap()));
