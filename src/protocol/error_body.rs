@@ -1,7 +1,5 @@
 //! The body and the status of an error of Zap's own, in the shape of the endpoint's protocol.
 
-use std::borrow::Cow;
-
 use serde_json::Value;
 
 use crate::code::Code;
@@ -11,7 +9,7 @@ use crate::protocol::endpoint::Protocol;
 pub(crate) const API_ERROR: &str = "api_error";
 
 /// Anthropic's type of an error that says that the server has no room now.
-pub(crate) const OVERLOADED: &str = "overloaded_error";
+const OVERLOADED: &str = "overloaded_error";
 
 /// The status that goes with [`OVERLOADED`]. It is not registered; Anthropic's SDKs know it.
 const OVERLOADED_STATUS: u16 = 529;
@@ -48,9 +46,7 @@ impl ErrorBody<'_> {
         let (message, code) = (Value::from(self.message), self.code.text());
         match protocol {
             Protocol::OpenAi => {
-                let param: Cow<'_, str> =
-                    self.param.map_or("null".into(), |param| Value::from(param).to_string().into());
-                let kind = self.kind;
+                let (kind, param) = (self.kind, self.param.map_or(Value::Null, Value::from));
                 format!(
                     "{{\"error\":{{\"message\":{message},\"type\":\"{kind}\",\"param\":{param},\"code\":\"{code}\"}}}}"
                 )

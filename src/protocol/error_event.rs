@@ -1,10 +1,10 @@
 //! The error event that Zap puts at the end of a stream that it cuts, in the format of the endpoint.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::code::Code;
-use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::error_body::{API_ERROR, OVERLOADED};
+use crate::protocol::endpoint::{Protocol, StreamFormat};
+use crate::protocol::error_body::{ErrorBody, error_status};
 use crate::protocol::responses::StreamState;
 
 /// What Zap must know of a stream to end it with an error event.
@@ -50,20 +50,13 @@ impl StreamEnding {
             ),
             _ => ("The stream was cut before its end; the response is incomplete.", "upstream_error"),
         };
-        let name = code.text();
-        // The members in the order of the APIs. No text needs an escape.
+        let error = ErrorBody { message, kind, param: None, code };
+        let json = |protocol| error.write(protocol, error_status(protocol, code, 502));
         match self {
-            StreamEnding::OpenAi => format!(
-                "data: {{\"error\":{{\"message\":\"{message}\",\"type\":\"{kind}\",\"param\":null,\"code\":\"{name}\"}}}}\n\n"
-            ),
-            StreamEnding::Messages => {
-                let kind = if code == Code::Draining { OVERLOADED } else { API_ERROR };
-                format!(
-                    "event: error\ndata: {{\"type\":\"error\",\"error\":{{\"type\":\"{kind}\",\"message\":\"{message}\",\"code\":\"{name}\"}}}}\n\n"
-                )
-            }
+            StreamEnding::OpenAi => format!("data: {}\n\n", json(Protocol::OpenAi)),
+            StreamEnding::Messages => format!("event: error\ndata: {}\n\n", json(Protocol::Anthropic)),
             StreamEnding::Responses(seen) => {
-                let error: Value = json!({ "message": message, "type": kind, "param": null, "code": name });
+                let error = json!({ "message": message, "type": kind, "param": null, "code": code.text() });
                 seen.failed(request_id, &error)
             }
         }
@@ -72,6 +65,8 @@ impl StreamEnding {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     /// The name of an event, and its data.

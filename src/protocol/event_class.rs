@@ -11,6 +11,7 @@ use memchr::{memchr, memchr2, memrchr};
 use serde_json::{Value, json};
 
 use crate::protocol::endpoint::StreamFormat;
+use crate::protocol::error_body::API_ERROR;
 use crate::protocol::event_shape::text_length;
 use crate::protocol::redact::Redactor;
 use crate::protocol::usage::UsageParts;
@@ -232,7 +233,7 @@ pub(crate) fn error_body(format: StreamFormat, event: &[u8]) -> Vec<u8> {
         _ => {
             let message = String::from_utf8_lossy(&data);
             match format {
-                StreamFormat::Messages => json!({ "type": "api_error", "message": message }),
+                StreamFormat::Messages => json!({ "type": API_ERROR, "message": message }),
                 StreamFormat::Done | StreamFormat::Plain | StreamFormat::Responses => json!({
                     "message": message, "type": "upstream_error", "param": null, "code": "upstream_error",
                 }),
