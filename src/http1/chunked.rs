@@ -1,6 +1,8 @@
 //! The position in an HTTP/1.1 message, the chunked transfer coding (RFC 9112, section 7.1) as its transitions, and the
 //! end of a chunked message.
 
+use crate::http1::head::is_token;
+
 /// Why the input is not a valid HTTP/1.1 response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Invalid(pub &'static str);
@@ -52,8 +54,8 @@ pub(super) enum Position {
 
 /// A message with a chunked body, of which only the end is searched.
 ///
-/// The grammar is that of [`Position::after`], stricter than hyper's: where hyper takes what this refuses, the end of the
-/// message is unknown to Zap.
+/// The grammar is that of [`Position::after`], which is stricter than hyper's. If hyper accepts a coding that Zap refuses,
+/// Zap does not know where the message ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ChunkedMessage {
     /// Bytes of the head that are still to come.
@@ -162,10 +164,9 @@ impl Position {
 impl Trailer {
     /// Returns the position after the byte `b` in a line of the trailers.
     fn after(self, b: u8) -> Result<Position, Invalid> {
-        let is_token = b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
         let line = match (self.line, b) {
             (TrailerLine::Empty | TrailerLine::Value, b'\r') => return Ok(Position::TrailerLf(self)),
-            (TrailerLine::Empty | TrailerLine::Name, _) if is_token => TrailerLine::Name,
+            (TrailerLine::Empty | TrailerLine::Name, _) if is_token(b) => TrailerLine::Name,
             (TrailerLine::Name, b':') => TrailerLine::Value,
             (TrailerLine::Value, b'\t' | b' '..=b'~' | 0x80..) => TrailerLine::Value,
             _ => return Err(BAD_TRAILER),

@@ -261,7 +261,7 @@ pub(super) fn is_host(value: &[u8]) -> bool {
 }
 
 /// Whether a byte is a `tchar` of RFC 9110, section 5.6.2.
-fn is_token(b: u8) -> bool {
+pub(crate) fn is_token(b: u8) -> bool {
     TOKEN[usize::from(b)]
 }
 

@@ -5,6 +5,8 @@
 
 use std::borrow::Cow;
 
+use crate::http1::head::is_token;
+
 /// Longest boundary (RFC 2046, section 5.1.1), in bytes.
 pub(crate) const MAX_BOUNDARY: usize = 70;
 
@@ -71,7 +73,7 @@ fn split(header: &[u8]) -> Option<(&[u8], Vec<Param<'_>>)> {
         }
         let (name, value) = more.split_at(more.iter().position(|b| *b == b'=')?);
         let name = name.trim_ascii_end();
-        if name.is_empty() || !name.iter().all(|b| is_token_char(*b)) {
+        if name.is_empty() || !name.iter().all(|b| is_token(*b)) {
             return None;
         }
         let value = value[1..].trim_ascii_start();
@@ -91,10 +93,6 @@ fn split(header: &[u8]) -> Option<(&[u8], Vec<Param<'_>>)> {
         rest = after.trim_ascii_start();
     }
     if rest.is_empty() || rest.trim_ascii() == b";" { Some((kind, params)) } else { None }
-}
-
-fn is_token_char(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
 }
 
 /// The value of a quoted string, whose text behind its first quote is given, and what follows it; `None` if it has no end.
