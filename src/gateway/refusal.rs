@@ -12,7 +12,7 @@ use crate::gateway::ClientResponse;
 pub(crate) use crate::gateway::error::GatewayError;
 use crate::gateway::error_row::{ErrorRow, LIMIT, row};
 use crate::gateway::limit_error::LimitError;
-use crate::gateway::wording::{format_number, model_not_found, unless_misleading};
+use crate::gateway::wording::{format_number, is_misleading, model_not_found, unless_misleading};
 use crate::policy::retry::{MAX_RETRY_AFTER, retry_after_secs};
 use crate::protocol::endpoint::Protocol;
 use crate::protocol::error_body::ErrorBody;
@@ -25,9 +25,6 @@ const AUTHENTICATION: &str = "authentication_error";
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
 const UPSTREAM: &str = "upstream_error";
-
-const KEY_REFUSED: &str =
-    "The provider refuses the gateway's key, not yours; the gateway's operator must check /status.";
 
 impl GatewayError {
     /// The code in the response and in `zap_rejected_total`.
@@ -297,20 +294,18 @@ impl GatewayError {
                 Code::UpgradeRequired,
                 "This path supports HTTP only, not WebSocket; send the request as a POST.",
             ),
-            E::UpstreamAuth(cause) => row(
-                StatusCode::BAD_GATEWAY,
-                UPSTREAM,
-                Code::UpstreamAuthError,
-                match &**cause {
-                    "" => KEY_REFUSED.into(),
-                    cause => unless_misleading(
-                        format!(
-                            "The provider refuses the gateway's key, not yours ({cause}); the gateway's operator must check /status."
-                        ),
-                        KEY_REFUSED,
+            E::UpstreamAuth(cause) => {
+                let is_unfit = cause.is_empty() || is_misleading(cause);
+                let cause = if is_unfit { String::new() } else { format!(" ({cause})") };
+                row(
+                    StatusCode::BAD_GATEWAY,
+                    UPSTREAM,
+                    Code::UpstreamAuthError,
+                    format!(
+                        "The provider refuses the gateway's key, not yours{cause}; the gateway's operator must check /status."
                     ),
-                },
-            ),
+                )
+            }
             E::UpstreamEmpty => row(
                 StatusCode::BAD_GATEWAY,
                 UPSTREAM,
@@ -374,7 +369,6 @@ mod tests {
 
     use super::*;
     use crate::gateway::browser::SiteRefusal;
-    use crate::gateway::wording::is_misleading;
     use crate::policy::spend::Period;
     use crate::policy::token_window::TokenDecision;
     use crate::protocol::endpoint::StreamFormat;
