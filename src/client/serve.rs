@@ -4,14 +4,14 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
 use bytes::Bytes;
 use http::request::Parts;
 use http::{Request, Response};
-use http_body::Body as _;
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{HttpService, service_fn};
@@ -112,13 +112,12 @@ pub(crate) async fn serve<S: Service, F: Future>(
 pub(crate) async fn run_requests<S: Service>(gateway: Rc<S>, mailbox: Rc<Mailbox<Job, ServiceResponse<S>>>) {
     loop {
         let (request, conn) = mailbox.next().await;
-        let (head, body) = request.into_parts();
-        let mut body = body;
+        let (head, mut body) = request.into_parts();
         let response = guarded(&gateway, &head, &mut body, &Exchange::new(conn.clone())).await;
         if conn.has_whole_chunked_body() {
             // hyper gives up a body that is left with more than one piece, and closes the connection. All pieces are
             // here: a refused request must not cost its connection.
-            while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {}
+            while let Some(Ok(_)) = body.frame().await {}
         }
         drop(body);
         header_map_pool::give_back(head.headers);
