@@ -24,7 +24,7 @@ use crate::policy::known_ids::MadeBy;
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
 use crate::protocol::Endpoint;
-use crate::protocol::event_class::{error_message, is_request_too_large};
+use crate::protocol::body_class::{error_message, is_request_too_large};
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
 use crate::protocol::stored::is_not_found;

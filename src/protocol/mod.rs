@@ -4,6 +4,8 @@
 
 pub(crate) mod endpoint;
 
+pub(crate) mod body_class;
+
 pub(crate) mod event_class;
 
 pub(crate) mod event_lines;
