@@ -20,9 +20,9 @@ use crate::http1::headers::is_encoded;
 use crate::json::members::{Affinity, Fields, ScanError, Watch};
 use crate::json::patch::BodyFault;
 use crate::json::scan::Scanner;
+use crate::protocol::body_text::prose_length;
 use crate::protocol::endpoint::{Api, BodyFormat};
 use crate::protocol::multipart::{Form, FormError, FormScanner, MODEL};
-use crate::protocol::request_limits::text_length;
 use crate::telemetry::record::RequestRecord;
 use crate::time::{Nanos, SECOND};
 
@@ -252,7 +252,7 @@ impl ChatRequest {
         if self.form.is_some() {
             return 0;
         }
-        text_length(self.fields.length, self.chunks.iter().map(|chunk| &chunk[..]))
+        prose_length(self.fields.length, self.chunks.iter().map(|chunk| &chunk[..]))
     }
 
     /// Whether a range of the body has this text.

@@ -46,6 +46,8 @@ pub(crate) mod usage_request;
 
 pub(crate) mod request_limits;
 
+pub(crate) mod body_text;
+
 mod plain_usage;
 
 pub(crate) mod body_usage;
