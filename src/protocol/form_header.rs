@@ -1,17 +1,64 @@
-//! The headers of forms (RFC 7578): the boundary in `Content-Type`, and the name of a part in `Content-Disposition`.
+//! The headers of forms (RFC 7578): the boundary in `Content-Type`, and what the headers of a part say.
 //!
 //! Parsers of forms differ where a header is unusual. What two of them may read differently is refused, so that no backend
 //! finds another model in a form than Zap does.
 
 use std::borrow::Cow;
 
+use memchr::memchr;
+
 use crate::http1::head::is_token;
 
 /// Longest boundary (RFC 2046, section 5.1.1), in bytes.
 pub(crate) const MAX_BOUNDARY: usize = 70;
 
+const MALFORMED: &str = "a header of a part is malformed";
+
 /// A parameter of a header, with its value without quotes and escapes.
 type Param<'h> = (&'h [u8], Cow<'h, [u8]>);
+
+/// What the headers of a part say.
+#[derive(Debug)]
+pub(crate) struct PartHeaders<'h> {
+    /// The name of the part.
+    pub name: &'h [u8],
+    /// Whether the value is written as it is.
+    pub is_plain: bool,
+}
+
+impl<'h> PartHeaders<'h> {
+    /// Reads the headers with the empty line behind them.
+    ///
+    /// # Errors
+    /// A header is malformed, or the name can be read in two ways; says why.
+    pub(crate) fn of(headers: &'h [u8]) -> Result<Self, &'static str> {
+        let (mut name, mut is_plain) = (None, true);
+        let mut rest = headers.strip_suffix(b"\r\n").unwrap_or_default();
+        while !rest.is_empty() {
+            let end = memchr(b'\r', rest).ok_or(MALFORMED)?;
+            let line = &rest[..end];
+            rest = rest[end..].strip_prefix(b"\r\n").ok_or(MALFORMED)?;
+            let (key, value) = line.split_at(memchr(b':', line).ok_or(MALFORMED)?);
+            let is_token = |key: &[u8]| key.iter().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(b));
+            if key.is_empty() || key.starts_with(b"-") || !is_token(key) {
+                return Err(MALFORMED);
+            }
+            if value.iter().any(|b| b.is_ascii_control() && *b != b'\t') {
+                return Err(MALFORMED);
+            }
+            let value = value[1..].trim_ascii();
+            if key.eq_ignore_ascii_case(b"content-disposition") {
+                if name.replace(part_name(value)?).is_some() {
+                    return Err("a part has two Content-Dispositions");
+                }
+            } else if key.eq_ignore_ascii_case(b"content-transfer-encoding") {
+                is_plain &= [&b"7bit"[..], b"8bit", b"binary"].iter().any(|e| value.eq_ignore_ascii_case(e));
+            }
+        }
+        let name = name.ok_or("a part has no Content-Disposition")?;
+        Ok(PartHeaders { name, is_plain })
+    }
+}
 
 /// The boundary in the value of a `Content-Type`; `None` if that is no form with a valid boundary.
 pub(crate) fn boundary(content_type: &[u8]) -> Option<Vec<u8>> {
@@ -34,7 +81,7 @@ fn is_boundary_char(b: u8) -> bool {
 /// The name in the value of a `Content-Disposition`.
 ///
 /// # Errors
-/// The header is none of a part of a form, or its name can be read in two ways; says why.
+/// The header is not that of a part of a form, or its name can be read in two ways; says why.
 pub(crate) fn part_name(disposition: &[u8]) -> Result<&[u8], &'static str> {
     let (kind, params) = split(disposition).ok_or("a Content-Disposition is malformed")?;
     if !kind.eq_ignore_ascii_case(b"form-data") {

@@ -2,17 +2,17 @@
 //! the part `model`.
 //!
 //! A delimiter is a line that begins with two hyphens and the boundary. It must end with the boundary, white space aside, or
-//! with two hyphens that close the form. Lines end with CRLF. Parsers of forms differ in what they make of anything else
-//! (other text behind a boundary, a delimiter behind a bare line feed, a folded or nameless header), so it is refused: no
-//! backend may find another model in a form than Zap does.
+//! with two hyphens that close the form. Lines end with CRLF. Parsers of forms disagree about anything else (other text
+//! behind a boundary, a delimiter behind a bare line feed, a folded or nameless header), so it is refused: a backend must not
+//! find another model than Zap does.
 
 use bytes::Bytes;
 use memchr::memmem::Finder;
-use memchr::{memchr, memrchr};
+use memchr::memrchr;
 
 use crate::json::members::{MAX_NAME, Model, same_but_for_case};
 use crate::json::patch::Splice;
-use crate::protocol::form_header::{boundary, part_name};
+use crate::protocol::form_header::{PartHeaders, boundary};
 
 /// Most parts of a form.
 pub(crate) const MAX_PARTS: usize = 256;
@@ -285,7 +285,7 @@ impl FormScanner {
 
     /// Begins the value of a part, whose headers are whole, at `start`.
     fn begin_part(&mut self, start: u64) -> Result<(), FormError> {
-        let headers = PartHeaders::of(&self.headers)?;
+        let headers = PartHeaders::of(&self.headers).map_err(FormError::Invalid)?;
         self.is_model = headers.name == MODEL.as_bytes();
         if self.is_model {
             if self.model != Model::Absent {
@@ -322,46 +322,6 @@ impl FormScanner {
             name => Model::Named { span, name: name.into(), whole },
         };
         Ok(())
-    }
-}
-
-/// What the headers of a part say.
-#[derive(Debug)]
-struct PartHeaders<'h> {
-    name: &'h [u8],
-    /// Whether the value is written as it is.
-    is_plain: bool,
-}
-
-impl<'h> PartHeaders<'h> {
-    /// Reads the headers with the empty line behind them.
-    fn of(headers: &'h [u8]) -> Result<Self, FormError> {
-        const MALFORMED: FormError = FormError::Invalid("a header of a part is malformed");
-        let (mut name, mut is_plain) = (None, true);
-        let mut rest = headers.strip_suffix(b"\r\n").unwrap_or_default();
-        while !rest.is_empty() {
-            let end = memchr(b'\r', rest).ok_or(MALFORMED)?;
-            let line = &rest[..end];
-            rest = rest[end..].strip_prefix(b"\r\n").ok_or(MALFORMED)?;
-            let (key, value) = line.split_at(memchr(b':', line).ok_or(MALFORMED)?);
-            let is_token = |key: &[u8]| key.iter().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(b));
-            if key.is_empty() || key.starts_with(b"-") || !is_token(key) {
-                return Err(MALFORMED);
-            }
-            if value.iter().any(|b| b.is_ascii_control() && *b != b'\t') {
-                return Err(MALFORMED);
-            }
-            let value = value[1..].trim_ascii();
-            if key.eq_ignore_ascii_case(b"content-disposition") {
-                if name.replace(part_name(value).map_err(FormError::Invalid)?).is_some() {
-                    return Err(FormError::Invalid("a part has two Content-Dispositions"));
-                }
-            } else if key.eq_ignore_ascii_case(b"content-transfer-encoding") {
-                is_plain &= [&b"7bit"[..], b"8bit", b"binary"].iter().any(|e| value.eq_ignore_ascii_case(e));
-            }
-        }
-        let name = name.ok_or(FormError::Invalid("a part has no Content-Disposition"))?;
-        Ok(PartHeaders { name, is_plain })
     }
 }
 
