@@ -457,13 +457,23 @@ mod tests {
             .collect();
         assert!(reasons.len() > 16, "{reasons:?}");
         // The same of forms.
-        let forms: Vec<_> = include_str!("../protocol/multipart.rs")
+        let of_multipart = include_str!("../protocol/multipart.rs")
             .split("FormError::Invalid(\"")
             .skip(1)
             .filter_map(|rest| rest.split_once('"'))
-            .map(|(why, _)| (E::InvalidForm(why), 400, INVALID, "invalid_multipart", None, None, false))
+            .map(|(why, _)| why);
+        // Each text of this file with more than one word is a reason.
+        let (form_header, _) = include_str!("../protocol/form_header.rs").split_once("mod tests").unwrap();
+        let of_headers = form_header
+            .lines()
+            .filter(|line| !line.contains("b\"") && !line.trim_start().starts_with("//"))
+            .flat_map(|line| line.split('"').skip(1).step_by(2))
+            .filter(|text| text.contains(' ') && text.starts_with(char::is_alphabetic));
+        let forms: Vec<_> = of_multipart
+            .chain(of_headers)
+            .map(|why| (E::InvalidForm(why), 400, INVALID, "invalid_multipart", None, None, false))
             .collect();
-        assert!(forms.len() > 10, "{forms:?}");
+        assert!(forms.len() > 20, "{forms:?}");
         let table: Vec<_> = table.into_iter().chain(reasons).chain(forms).collect();
         // Every code has a row here, except codes that only label metrics.
         for code in Code::ALL {
