@@ -7,6 +7,7 @@ use crate::protocol::event_class::{Class, read_event};
 use crate::protocol::event_lines::end_of_event;
 use crate::protocol::event_shape::null_usage;
 use crate::protocol::event_stream::{EventStream, MAX_HELD, StreamEnd};
+use crate::protocol::redact::holds_key;
 use crate::protocol::usage::{Usage, UsageParts};
 
 /// The result of a naive reader that has the whole text.
@@ -22,17 +23,20 @@ struct Said {
 const FORMATS: [StreamFormat; 4] =
     [StreamFormat::Done, StreamFormat::Plain, StreamFormat::Responses, StreamFormat::Messages];
 
+const KEY: &str = "sk-key-of-the-backend";
+
 /// Fuzzes [`EventStream`]: any chunking passes the same bytes and gives the verdict of a naive reading, line by line. The
-/// first byte chooses the endpoint, and whether Zap has asked for the token counts; the next seven choose the lengths of the
-/// chunks; the rest is the stream.
+/// first byte chooses the endpoint, whether Zap has asked for the token counts (128), and whether a key is taken out of
+/// errors (64), which changes nothing in a stream without the key; the next seven choose the lengths of the chunks; the rest
+/// is the stream.
 pub fn events(data: &[u8]) {
     let Some((header, text)) = data.split_at_checked(8) else { return };
     let format = FORMATS[header[0] as usize % FORMATS.len()];
-    if text.len() > MAX_HELD {
+    let (hides, has_key) = (header[0] & 128 != 0, header[0] & 64 != 0);
+    if text.len() > MAX_HELD || has_key && holds_key(KEY.as_bytes(), text) {
         return;
     }
-    let hides = header[0] & 128 != 0;
-    let mut stream = EventStream::new(format, hides);
+    let mut stream = EventStream::new(format, hides).without_key(has_key.then(|| KEY.into()));
     let (mut rest, mut out, mut lengths) = (text, Vec::new(), header[1..].iter().cycle());
     while !rest.is_empty() {
         let length = lengths.next().map_or(1, |n| 1 + *n as usize);
@@ -192,9 +196,10 @@ mod tests {
         fn a_message_is_read_as_a_naive_reader_does(
             lengths in any::<[u8; 7]>(),
             hides in any::<bool>(),
+            has_key in any::<bool>(),
             parts in prop::collection::vec(select(&EVENTS[..]), 0..12),
         ) {
-            let header = 3 | u8::from(hides) << 7;
+            let header = 3 | u8::from(hides) << 7 | u8::from(has_key) << 6;
             events(&[&[header][..], &lengths, parts.concat().as_bytes()].concat());
         }
     }

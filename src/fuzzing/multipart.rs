@@ -124,6 +124,7 @@ fn headers(text: &[u8]) -> Option<bool> {
             "content-disposition" if name.is_some() => return None,
             "content-disposition" => {
                 let value = value.trim_matches([' ', '\t']).as_bytes();
+                // Production's own: this reader checks the framing, not the values of headers.
                 name = Some(String::from_utf8_lossy(part_name(value).ok()?).into_owned());
             }
             "content-transfer-encoding" => {
