@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use zap::internals::{Decision, Limiter, WINDOW};
 
-use crate::support::lies::Ask;
+use crate::support::lies::{Api, Ask};
 use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
 use crate::support::{CHAT, Client, Provider, Response, STREAM, Zap, eventually, within};
 
@@ -797,7 +797,7 @@ fn raw(zap: &Zap, request: &str) -> String {
 #[test]
 fn s1_a_backend_key_is_in_no_response_whatever_fails() {
     let a = Provider::start(|seen, stream| {
-        let key = seen.header("authorization").unwrap_or_default();
+        let key = seen.header("authorization").or(seen.header("x-api-key")).unwrap_or_default();
         let body: serde_json::Value = serde_json::from_slice(&seen.body).unwrap();
         match body["model"].as_str().unwrap() {
             "cut" => {
@@ -809,11 +809,14 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
                 let ask = Ask::of(seen.line.split(' ').nth(1).unwrap(), &seen.body);
                 let (before, content, _) = ask.parts();
                 let error = format!("{{\"message\":\"bad {key}\",\"code\":\"bad\"}}");
-                let error = match ask.path() {
-                    "/v1/responses" => format!(
+                let error = match ask.api {
+                    Api::Messages => {
+                        format!("event: error\ndata: {{\"type\":\"error\",\"error\":{error}}}\n\n")
+                    }
+                    Api::Responses => format!(
                         "event: response.failed\ndata: {{\"type\":\"response.failed\",\"response\":{{\"error\":{error}}}}}\n\n"
                     ),
-                    _ => format!("data: {{\"error\":{error}}}\n\n"),
+                    Api::Chat | Api::Completions => format!("data: {{\"error\":{error}}}\n\n"),
                 };
                 start_events(stream);
                 let events = [&before, content, &error, &error].concat();
@@ -881,7 +884,8 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
         assert_eq!(key, Some("Bearer sk-CANARY-0123456789"), "{fault}");
     }
     // Another gateway, since the last fault has closed the backend.
-    let of_streams = Zap::with(settings, &[a.backend("a", "api_key = \"sk-CANARY-0123456789\"")]);
+    let both = "protocols = [\"openai\", \"anthropic\"]\napi_key = \"sk-CANARY-0123456789\"";
+    let of_streams = Zap::with(settings, &[a.backend("a", both)]);
     for (ask, size) in
         Ask::ALL.iter().filter(|ask| ask.is_stream).flat_map(|ask| [(ask, 1), (ask, 9), (ask, 999)])
     {
@@ -890,7 +894,8 @@ fn s1_a_backend_key_is_in_no_response_whatever_fails() {
         let answer = String::from_utf8_lossy(&client.rest().0).into_owned();
         assert!(answer.contains("good"), "the error is behind content: {answer}");
         let text: String = answer.split("\r\n").collect();
-        assert_eq!(text.matches("\"message\":\"bad Bearer ***\"").count(), 2, "{answer}");
+        let key = if ask.api == Api::Messages { "***" } else { "Bearer ***" };
+        assert_eq!(text.matches(&format!("\"message\":\"bad {key}\"")).count(), 2, "{answer}");
         answers.push((answer, 200));
     }
     for (answer, status) in &answers {

@@ -20,6 +20,9 @@ use crate::support::{Provider, Response, Zap, eventually};
 const PATIENT: &str =
     "[health]\nfailure_threshold = 1000\ninterval_secs = 600\n[retry]\nbudget_percent = 100\n";
 
+/// What a backend needs that serves the mixed load.
+const ALL_PROTOCOLS: &str = "protocols = [\"openai\", \"anthropic\"]";
+
 /// A model for which the bad provider serves every other request, and has no room for the others.
 const BUSY_MODEL: &str = "busy";
 
@@ -144,12 +147,12 @@ fn load(
 
 /// Request `i` of the mixed load: its endpoint, and its model.
 fn mixed(i: usize) -> (Ask, &'static str) {
-    // Half of the requests are chats.
-    let ask = Ask::ALL[[0, 1, 0, 1, 2, 3, 4, 5][i % 8]];
+    // Two of five requests are chats.
+    let ask = Ask::ALL[[0, 1, 0, 1, 2, 3, 4, 5, 6, 7][i % 10]];
     let model = match i % 9 {
         0 => BUSY_MODEL,
         4 => FINE_MODEL,
-        _ => MODELS[i / 8 % MODELS.len()],
+        _ => MODELS[i / 10 % MODELS.len()],
     };
     (ask, model)
 }
@@ -201,7 +204,7 @@ fn no_request_fails_over_a_provider_that_lies_in_every_way_and_each_rescue_is_co
     const REQUESTS: usize = 10_000;
     let (liar, good) = (Arc::new(Liar::default()), good());
     let bad = liar.start();
-    let zap = Zap::with(PATIENT, &[bad.backend("bad", ""), good.backend("good", "")]);
+    let zap = Zap::with(PATIENT, &[bad.backend("bad", ALL_PROTOCOLS), good.backend("good", ALL_PROTOCOLS)]);
     let responses = load(&zap, 16, REQUESTS, sent);
     assert_answers(&responses, |i| mixed(i).0);
     let lies = liar.told(|lie| Some(lie.name));
@@ -256,7 +259,7 @@ fn with_the_defaults_a_provider_that_lies_is_ejected_and_no_request_fails() {
     const CLIENTS: usize = 8;
     let (liar, good) = (Arc::new(Liar::default()), good());
     let bad = liar.start();
-    let zap = Zap::with("", &[bad.backend("bad", ""), good.backend("good", "")]);
+    let zap = Zap::with("", &[bad.backend("bad", ALL_PROTOCOLS), good.backend("good", ALL_PROTOCOLS)]);
     let request = |i: usize| (mixed(i).0, "m");
     let responses = load(&zap, CLIENTS, 1000, |i| {
         let (ask, model) = request(i);
@@ -296,7 +299,7 @@ fn one_percent_of_poisonous_requests_changes_nothing_for_the_others() {
     let backends: Vec<_> = providers
         .iter()
         .zip(["a", "b", "c"])
-        .map(|(p, name)| p.backend(name, "api_key = \"sk-CANARY\""))
+        .map(|(p, name)| p.backend(name, &format!("{ALL_PROTOCOLS}\napi_key = \"sk-CANARY\"")))
         .collect();
     // One strike would eject.
     let zap = Zap::with("[health]\nfailure_threshold = 1\ninterval_secs = 600\n", &backends);
@@ -392,7 +395,7 @@ fn slow_but_healthy_providers_get_each_request_once() {
     let providers = [slow(), slow()];
     let zap = Zap::with(
         "[timeouts]\nfirst_byte_secs = 2\nfirst_token_secs = 2\n[health]\ninterval_secs = 600\n",
-        &[providers[0].backend("a", ""), providers[1].backend("b", "")],
+        &[providers[0].backend("a", ALL_PROTOCOLS), providers[1].backend("b", ALL_PROTOCOLS)],
     );
     let responses = load(&zap, REQUESTS, REQUESTS, sent);
     assert_answers(&responses, |i| mixed(i).0);
@@ -414,17 +417,19 @@ fn a_stream_that_ends_badly_after_content_reaches_no_second_provider() {
         });
         let other = good();
         let settings = format!("{PATIENT}[timeouts]\nfirst_token_secs = 1\nstream_idle_secs = 1\n");
-        let zap = Zap::with(&settings, &[bad.backend("bad", ""), other.backend("good", "priority = 1")]);
-        let streams = [Ask::ALL[1], Ask::ALL[3], Ask::ALL[5]];
-        let responses = load(&zap, 30, 30, |i| (streams[i % 3].path(), streams[i % 3].body("m")));
+        let second = format!("priority = 1\n{ALL_PROTOCOLS}");
+        let zap = Zap::with(&settings, &[bad.backend("bad", ALL_PROTOCOLS), other.backend("good", &second)]);
+        let streams = [Ask::ALL[1], Ask::ALL[3], Ask::ALL[5], Ask::ALL[7]];
+        let responses = load(&zap, 32, 32, |i| (streams[i % 4].path(), streams[i % 4].body("m")));
         for (i, response) in responses.iter().enumerate() {
             let text = response.text();
             assert!(text.contains("good") && text.contains("stream_interrupted"), "{end:?}: {text}");
-            // An error event of `/v1/responses` is read only if the stream ends cleanly.
-            assert_eq!(response.whole, i % 3 == 2, "{end:?}: {text}");
-            assert_eq!(text.contains("event: response.failed"), i % 3 == 2, "{end:?}: {text}");
+            // An error event of `/v1/responses` or `/v1/messages` is read only if the stream ends cleanly.
+            assert_eq!(response.whole, i % 4 >= 2, "{end:?}: {text}");
+            assert_eq!(text.contains("event: response.failed"), i % 4 == 2, "{end:?}: {text}");
+            assert_eq!(text.contains("event: error"), i % 4 == 3, "{end:?}: {text}");
         }
-        assert_eq!((bad.count(), other.count(), attempts(&responses)), (30, 0, 30), "{end:?}");
+        assert_eq!((bad.count(), other.count(), attempts(&responses)), (32, 0, 32), "{end:?}");
         zap.wait_until_idle();
     }
 }

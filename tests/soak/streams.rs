@@ -44,7 +44,7 @@ pub(crate) async fn run(secs: u64) -> bool {
             let mut tasks = Vec::new();
             for i in 0..STREAMS {
                 let (tally, address) = (tally.clone(), zap.address);
-                let api = [Api::Chat, Api::Responses, Api::Completions, Api::Chat][i % 4];
+                let api = [Api::Chat, Api::Responses, Api::Completions, Api::Messages][i % 4];
                 tasks.push(spawn_local(async move {
                     // Spread the beginnings over the length of a stream.
                     sleep(Duration::from_secs_f64(10.0 * i as f64 / STREAMS as f64)).await;
@@ -108,7 +108,11 @@ fn judge(ask: Ask, answer: Result<Answer, String>, tally: &Tally) {
 
 /// Whether the stream is a prefix of the right one and then the error event of its endpoint.
 fn is_cut(api: Api, answer: &Answer, count: impl Fn(&[u8]) -> Option<usize>) -> bool {
-    let begin = if api == Api::Responses { "event: response.failed\ndata: " } else { "data: {\"error\"" };
+    let begin = match api {
+        Api::Chat | Api::Completions => "data: {\"error\"",
+        Api::Messages => "event: error\ndata: ",
+        Api::Responses => "event: response.failed\ndata: ",
+    };
     let Some(at) = memmem::find(&answer.body, begin.as_bytes()) else { return false };
     let (begin, error) = answer.body.split_at(at);
     let Some(events) = count(begin) else { return false };
@@ -122,10 +126,11 @@ fn is_cut(api: Api, answer: &Answer, count: impl Fn(&[u8]) -> Option<usize>) -> 
                 && json["response"]["id"] == "resp_1"
                 && json["response"]["status"] == "failed"
         }
+        Api::Messages => json["type"] == "error",
         Api::Chat | Api::Completions => true,
     };
-    // Codex reads `response.failed` only if the stream ends cleanly; other clients know a cut by its end.
-    let is_clean = api == Api::Responses;
+    // Anthropic's SDKs and Codex read the error only if the stream ends cleanly; other clients know a cut by its end.
+    let is_clean = matches!(api, Api::Messages | Api::Responses);
     answer.status == 200
         && answer.whole == is_clean
         && is_right

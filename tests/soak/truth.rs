@@ -171,9 +171,9 @@ async fn lies() -> bool {
     let (failed, _) = load(&zap, REQUESTS, |i| match i {
         // Only a stream goes elsewhere when it has waited for long.
         _ if i.is_multiple_of(500) => (Ask::ALL[1], "stall".to_owned()),
-        _ if i.is_multiple_of(9) => (Ask::ALL[i % 6], "busy".to_owned()),
-        _ if i % 9 == 4 => (Ask::ALL[i % 6], "fine".to_owned()),
-        _ => (Ask::ALL[[0, 1, 0, 1, 2, 3, 4, 5][i % 8]], format!("m{}", i / 8 % 8)),
+        _ if i.is_multiple_of(9) => (Ask::ALL[i % 8], "busy".to_owned()),
+        _ if i % 9 == 4 => (Ask::ALL[i % 8], "fine".to_owned()),
+        _ => (Ask::ALL[[0, 1, 0, 1, 2, 3, 4, 5, 6, 7][i % 10]], format!("m{}", i / 10 % 8)),
     })
     .await;
     failed.iter().take(5).for_each(|what| println!("    {what}"));
@@ -224,9 +224,9 @@ async fn poison() -> bool {
         settings,
         &[("a", ports[0], ""), ("b", ports[1], ""), ("c", ports[2], "")],
     )));
-    let request = |i: usize| (Ask::ALL[i % 6], "m".to_owned());
+    let request = |i: usize| (Ask::ALL[i % 8], "m".to_owned());
     // The first requests open connections.
-    load(&zap, CLIENTS * 6, request).await;
+    load(&zap, CLIENTS * 8, request).await;
     let (failed_before, before) = load(&zap, REQUESTS, request).await;
     let tries = zap.metric("zap_retries_total", "").await;
     let (theirs, wrong) = (zap.clone(), Rc::new(Cell::new(0)));

@@ -122,7 +122,7 @@ pub(crate) fn config(settings: &str, backends: &[(&str, u16, &str)]) -> String {
     for (name, port, more) in backends {
         let weight = if more.contains("weight") { "" } else { "weight = 1\n" };
         text += &format!(
-            "[[backends]]\nname = \"{name}\"\nurl = \"http://127.0.0.1:{port}\"\napi_key = \"sk-soak\"\ndefault_model = \"m\"\n{weight}{more}\n"
+            "[[backends]]\nname = \"{name}\"\nurl = \"http://127.0.0.1:{port}\"\nprotocols = [\"openai\", \"anthropic\"]\napi_key = \"sk-soak\"\ndefault_model = \"m\"\n{weight}{more}\n"
         );
     }
     text

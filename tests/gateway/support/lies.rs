@@ -12,6 +12,7 @@ pub(crate) struct Ask {
 pub(crate) enum Api {
     Chat,
     Completions,
+    Messages,
     Responses,
 }
 
@@ -133,6 +134,11 @@ const FAILED: &str = "event: response.failed\ndata: {\"type\":\"response.failed\
 const ERROR: &str = "data: {\"error\":{\"message\":\"no\",\"type\":\"server_error\",\"code\":500}}\n\n";
 /// As OpenRouter sends it: beside `choices`.
 const ERROR_BESIDE: &str = "data: {\"error\":{\"code\":502,\"message\":\"no\"},\"choices\":[{\"index\":0,\"delta\":{\"content\":\"\"},\"finish_reason\":\"error\"}]}\n\n";
+const MESSAGE: &str = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"id\":\"msg_1\",\"type\":\"message\",\"role\":\"assistant\",\"model\":\"m\",\"content\":[],\"usage\":{\"input_tokens\":5,\"output_tokens\":1}}}\n\n";
+const PING: &str = "event: ping\ndata: {\"type\":\"ping\"}\n\n";
+const BLOCK: &str = "event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n";
+const MESSAGE_STOP: &str = "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
+const OVERLOADED: &str = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"Overloaded\"}}\n\n";
 const NAMED_ERROR: &str = "event: error\ndata: not JSON\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
@@ -206,6 +212,17 @@ const COMPLETIONS_STREAM: [Lie; 5] = [
     empty_stream("a stream without events", &[]),
 ];
 
+const MESSAGES_STREAM: [Lie; 8] = [
+    error_event("an error event first", &[OVERLOADED]),
+    error_event("an error event after message_start", &[MESSAGE, PING, BLOCK, OVERLOADED]),
+    error_event("an error event by name", &[MESSAGE, NAMED_ERROR]),
+    cut_stream("message_start, then a cut", &[MESSAGE, PING, BLOCK], End::Close),
+    cut_stream("message_start, then a reset", &[MESSAGE], End::Reset),
+    empty_stream("message_start and no more", &[MESSAGE]),
+    empty_stream("message_start and message_stop", &[MESSAGE, MESSAGE_STOP]),
+    empty_stream("a stream without events", &[]),
+];
+
 const RESPONSES_STREAM: [Lie; 7] = [
     error_event("an error event first", &[ERROR]),
     error_event("response.failed after response.created", &[CREATED, FAILED]),
@@ -238,13 +255,15 @@ pub(crate) const BUSY: [Lie; 3] = [
 ];
 
 impl Ask {
-    pub(crate) const ALL: [Ask; 6] = [
+    pub(crate) const ALL: [Ask; 8] = [
         Ask { api: Api::Chat, is_stream: false },
         Ask { api: Api::Chat, is_stream: true },
         Ask { api: Api::Completions, is_stream: false },
         Ask { api: Api::Completions, is_stream: true },
         Ask { api: Api::Responses, is_stream: false },
         Ask { api: Api::Responses, is_stream: true },
+        Ask { api: Api::Messages, is_stream: false },
+        Ask { api: Api::Messages, is_stream: true },
     ];
 
     /// Recognizes a request by the path and the body that a provider gets.
@@ -252,6 +271,7 @@ impl Ask {
         let api = match path {
             _ if path.ends_with("/chat/completions") => Api::Chat,
             _ if path.ends_with("/completions") => Api::Completions,
+            _ if path.ends_with("/messages") => Api::Messages,
             _ => Api::Responses,
         };
         Ask { api, is_stream: memchr::memmem::find(body, b"\"stream\":true").is_some() }
@@ -261,6 +281,7 @@ impl Ask {
         match self.api {
             Api::Chat => "/v1/chat/completions",
             Api::Completions => "/v1/completions",
+            Api::Messages => "/v1/messages",
             Api::Responses => "/v1/responses",
         }
     }
@@ -271,6 +292,7 @@ impl Ask {
         let content = match self.api {
             Api::Chat => r#""messages":[{"role":"user","content":"hi"}]"#,
             Api::Completions => r#""prompt":"hi""#,
+            Api::Messages => r#""max_tokens":9,"messages":[{"role":"user","content":"hi"}]"#,
             Api::Responses => r#""input":"hi""#,
         };
         format!("{{\"model\":\"{model}\",\"stream\":{stream},{content}}}")
@@ -281,9 +303,10 @@ impl Ask {
         let more: [&'static [Lie]; 2] = match (self.api, self.is_stream) {
             (Api::Chat, true) => [&CHAT_STREAM, &[]],
             (Api::Completions, true) => [&COMPLETIONS_STREAM, &[]],
+            (Api::Messages, true) => [&MESSAGES_STREAM, &[]],
             (Api::Responses, true) => [&RESPONSES_STREAM, &[]],
             (Api::Chat | Api::Completions, false) => [&PLAIN, &PLAIN_CHOICES],
-            (Api::Responses, false) => [&PLAIN, &[]],
+            (Api::Messages | Api::Responses, false) => [&PLAIN, &[]],
         };
         ANY.iter().chain(more.into_iter().flatten())
     }
@@ -302,6 +325,15 @@ impl Ask {
                 "data: {\"choices\":[{\"text\":\"good\",\"index\":0,\"finish_reason\":null}]}\n\n",
                 "data: {\"choices\":[{\"text\":\"\",\"index\":0,\"finish_reason\":\"stop\"}]}\n\n",
                 DONE,
+            ],
+            Api::Messages => &[
+                MESSAGE,
+                PING,
+                BLOCK,
+                "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"good\"}}\n\n",
+                "event: content_block_stop\ndata: {\"type\":\"content_block_stop\",\"index\":0}\n\n",
+                "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":2}}\n\n",
+                MESSAGE_STOP,
             ],
             Api::Responses => &[
                 CREATED,
@@ -322,6 +354,9 @@ impl Ask {
             (false, Api::Completions) => {
                 r#"{"id":"c","choices":[{"text":"good","index":0,"finish_reason":"stop"}]}"#.to_owned()
             }
+            (false, Api::Messages) => {
+                r#"{"id":"m","type":"message","role":"assistant","content":[{"type":"text","text":"good"}],"stop_reason":"end_turn"}"#.to_owned()
+            }
             (false, Api::Responses) => {
                 r#"{"id":"r","output":[{"type":"message","content":[{"type":"output_text","text":"good"}]}]}"#.to_owned()
             }
@@ -339,7 +374,12 @@ impl Ask {
 
     /// The events of a right stream: before its content, its content, and behind it.
     pub(crate) fn parts(self) -> (String, &'static str, String) {
-        let (pieces, content) = (self.pieces(), if self.api == Api::Responses { 2 } else { 1 });
+        let pieces = self.pieces();
+        let content = match self.api {
+            Api::Chat | Api::Completions => 1,
+            Api::Messages => 3,
+            Api::Responses => 2,
+        };
         (pieces[..content].concat(), pieces[content], pieces[content + 1..].concat())
     }
 
