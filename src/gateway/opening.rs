@@ -222,7 +222,7 @@ impl Attempts<'_> {
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
                 Some(format) => body.stream(Box::new(asked.events(format)), None).await,
-                // What Zap cannot read is an answer with its first byte.
+                // Zap cannot classify this stream: its first byte commits the try.
                 None => match body.first_byte().await? {
                     None if status != 204 => Err(empty()),
                     first => Ok(Opening { first, events: None }),

@@ -49,7 +49,7 @@ impl Watch {
     }
 }
 
-/// Whether two bytes differ in case only. Two bytes of longer characters may.
+/// Whether two bytes are equal, differ only in ASCII case, or belong to longer characters, which the caller compares.
 fn may_be_equal(a: u8, b: u8) -> bool {
     a.eq_ignore_ascii_case(&b) || a >= 0x80 || b >= 0x80
 }

@@ -130,7 +130,7 @@ pub(crate) enum Metering {
     Input,
     /// Nothing.
     Told,
-    /// Nothing, and what the provider tells is no use of tokens.
+    /// Nothing; the counts in the answer are not what the request used.
     Off,
 }
 
