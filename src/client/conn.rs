@@ -64,9 +64,9 @@ impl Conn {
         self.reader.refusal()
     }
 
-    /// Whether the head of the request has `Origin` or `Sec-Fetch-Site`, by which a browser tells of the page behind it.
-    pub(crate) fn tells_page(&self) -> bool {
-        self.reader.tells_page()
+    /// Whether the head has `Origin` or `Sec-Fetch-Site`, which browsers send about the page that made the request.
+    pub(crate) fn has_page_headers(&self) -> bool {
+        self.reader.has_page_headers()
     }
 
     /// Whether the connection must close after the response, since the beginning of the next request is unknown.

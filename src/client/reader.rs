@@ -42,8 +42,8 @@ pub(super) struct Reader {
     next: Cell<bool>,
     /// Whether the client has closed its side.
     eof: Cell<bool>,
-    /// Whether the current head tells of the page behind the request.
-    tells_page: Cell<bool>,
+    /// Whether the current head has `Origin` or `Sec-Fetch-Site`.
+    has_page_headers: Cell<bool>,
     /// The current message, if its body is chunked. Not a part of `position`, which is looked at with every piece of a
     /// response.
     chunked: Cell<Option<ChunkedMessage>>,
@@ -76,7 +76,7 @@ impl Reader {
             refused: Cell::new(None),
             next: Cell::new(false),
             eof: Cell::new(false),
-            tells_page: Cell::new(false),
+            has_page_headers: Cell::new(false),
             chunked: Cell::new(None),
         }
     }
@@ -87,8 +87,8 @@ impl Reader {
     }
 
     /// Whether the current head has `Origin` or `Sec-Fetch-Site`.
-    pub(super) fn tells_page(&self) -> bool {
-        self.tells_page.get()
+    pub(super) fn has_page_headers(&self) -> bool {
+        self.has_page_headers.get()
     }
 
     /// Whether the beginning of the next request is unknown, since the current message is incomplete or broken.
@@ -313,7 +313,7 @@ impl Reader {
     /// Begins a message with a valid head. Returns how many of the bytes `available`, head included, belong to it.
     fn begin(&self, head: RequestHead, available: &[u8]) -> usize {
         self.next.set(false);
-        self.tells_page.set(head.tells_page);
+        self.has_page_headers.set(head.has_page_headers);
         match head.framing {
             Framing::Chunked => {
                 self.chunked.set(Some(ChunkedMessage::new(head.len)));

@@ -64,18 +64,18 @@ impl SiteRefusal {
 
 /// Checks where a request comes from and where it is meant to go. Probes are exempt: they call by address.
 ///
-/// `may_spend`: the request tells of a page, and there are no client keys to keep the page out.
+/// `must_check_origin`: a browser sent the request for a page, and there are no client keys to keep the page out.
 pub(crate) fn check(
     server: &Server,
     headers: &HeaderMap,
     endpoint: Endpoint,
-    may_spend: bool,
+    must_check_origin: bool,
 ) -> Result<(), SiteRefusal> {
     if matches!(endpoint, Endpoint::Health | Endpoint::Ready) {
         Ok(())
     } else if !server.allowed_hosts.allow(headers) {
         Err(SiteRefusal::Host)
-    } else if may_spend && is_foreign(headers, &server.cors_origins) {
+    } else if must_check_origin && is_foreign(headers, &server.cors_origins) {
         Err(SiteRefusal::Origin)
     } else {
         Ok(())

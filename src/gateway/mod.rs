@@ -169,8 +169,8 @@ impl Gateway {
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
-        let may_spend = exchange.tells_page() && generation.clients.is_open();
-        if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, may_spend) {
+        let must_check_origin = exchange.has_page_headers() && generation.clients.is_open();
+        if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, must_check_origin) {
             return self.refuse(&GatewayError::Site(refusal), record, &context);
         }
         if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
@@ -320,7 +320,7 @@ impl Gateway {
             Err(error) => {
                 // The drain cut this request, whatever phase it was in.
                 let error = if self.is_cut() { GatewayError::Draining } else { error };
-                if error.is_no_fault_of_the_client() {
+                if error.is_refundable() {
                     context.decision = caller::refund(self.shared(), &mut record).or(context.decision);
                 }
                 let current = self.current();

@@ -76,8 +76,8 @@ impl GatewayError {
         headers
     }
 
-    /// Whether the request could have been served: then it does not count against the limit of requests.
-    pub(crate) fn is_no_fault_of_the_client(&self) -> bool {
+    /// Whether the refused request is taken back from the limit of requests.
+    pub(crate) fn is_refundable(&self) -> bool {
         let is_of_limit = matches!(self, GatewayError::Limited(LimitError::Requests(_)));
         let status = self.status();
         !is_of_limit && (status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS)

@@ -29,11 +29,11 @@ pub(crate) struct RequestHead {
     pub len: usize,
     /// Framing of the body.
     pub framing: Framing,
-    /// Whether the head has `Origin` or `Sec-Fetch-Site`, by which a browser tells of the page behind a request.
-    pub tells_page: bool,
+    /// Whether the head has `Origin` or `Sec-Fetch-Site`, which browsers send about the page that made the request.
+    pub has_page_headers: bool,
 }
 
-/// The headers that determine the framing and the authority, and whether there are any of a page.
+/// The headers that determine the framing and the authority, and whether there are any about a page.
 #[derive(Default)]
 struct KeyHeaders<'a> {
     host: Option<&'a [u8]>,
@@ -80,7 +80,7 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Option<RequestHead>, HeadFault> {
         None => {}
         Some(host) => same_authority(target, host)?,
     }
-    Ok(Some(RequestHead { len: lines.at, framing, tells_page: seen.page }))
+    Ok(Some(RequestHead { len: lines.at, framing, has_page_headers: seen.page }))
 }
 
 /// Whether an incomplete head, of which the first `parsed` bytes were parsed already, should be parsed again: if it
@@ -310,13 +310,13 @@ mod tests {
         ] {
             assert_eq!(
                 verdict(head),
-                Ok(Some(RequestHead { len: head.len(), framing, tells_page: false })),
+                Ok(Some(RequestHead { len: head.len(), framing, has_page_headers: false })),
                 "{head:?}"
             );
             let with_body = format!("{head}{{}}");
             assert_eq!(
                 verdict(&with_body),
-                Ok(Some(RequestHead { len: head.len(), framing, tells_page: false })),
+                Ok(Some(RequestHead { len: head.len(), framing, has_page_headers: false })),
                 "{with_body:?}"
             );
             for cut in 0..head.len() {
@@ -411,7 +411,7 @@ mod tests {
     fn a_line_may_end_anywhere_in_a_block() {
         for length in 0..40 {
             let head = format!("GET / HTTP/1.1\r\nx: {}\r\nhost: a\r\n\r\n", "v".repeat(length));
-            let want = RequestHead { len: head.len(), framing: Framing::Length(0), tells_page: false };
+            let want = RequestHead { len: head.len(), framing: Framing::Length(0), has_page_headers: false };
             assert_eq!(verdict(&head), Ok(Some(want)), "{length}");
             (0..head.len()).for_each(|cut| assert_eq!(verdict(&head[..cut]), Ok(None), "{length}, {cut}"));
             let bare = head.replacen("v\r\n", "v\n", 1).replacen("x: \r\n", "x: \n", 1);
@@ -434,8 +434,8 @@ mod tests {
     }
 
     #[test]
-    fn a_head_tells_of_a_page_if_it_has_one_of_two_headers() {
-        for (headers, tells) in [
+    fn either_of_two_headers_is_about_a_page() {
+        for (headers, want) in [
             ("origin: http://b\r\n", true),
             ("ORIGIN:\r\n", true),
             ("x: y\r\nSec-Fetch-Site: cross-site\r\naccept: */*\r\n", true),
@@ -444,7 +444,7 @@ mod tests {
             ("x-origin: a\r\norigins: a\r\n", false),
         ] {
             let head = format!("GET / HTTP/1.1\r\nhost: a\r\n{headers}\r\n");
-            assert_eq!(inspect(head.as_bytes()).map(|h| h.unwrap().tells_page), Ok(tells), "{headers}");
+            assert_eq!(inspect(head.as_bytes()).map(|h| h.unwrap().has_page_headers), Ok(want), "{headers}");
         }
     }
 

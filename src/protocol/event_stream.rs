@@ -43,7 +43,7 @@ impl Edit {
 
 type Edits = SmallVec<[Edit; 4]>;
 
-/// How a stream has ended, by its own word.
+/// How a stream has ended: which event of its own ended it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StreamEnd {
     /// By its terminal event.
@@ -180,7 +180,7 @@ impl EventStream {
         self.has_content
     }
 
-    /// How the stream has ended by its own word. What comes later does not matter.
+    /// How the stream has ended: which event of its own ended it. What comes later does not matter.
     pub(crate) fn end(&self) -> Option<StreamEnd> {
         self.end
     }
@@ -196,7 +196,7 @@ impl EventStream {
     }
 
     /// Takes the token counts of an event.
-    fn told(&mut self, usage: Option<UsageParts>, class: Class) {
+    fn note_usage(&mut self, usage: Option<UsageParts>, class: Class) {
         let Some(usage) = usage else { return };
         match (self.format, &mut self.usage) {
             // The counts of a message come in parts, and those at its start are only a beginning.
@@ -263,7 +263,7 @@ impl EventStream {
         let Some(event) = self.oversized.take() else { return Bytes::new() };
         self.text += event.text();
         let (class, usage) = event.finish();
-        self.told(usage, class);
+        self.note_usage(usage, class);
         self.note(class, b"");
         self.redactor.as_mut().map(|redactor| redactor.flush()).unwrap_or_default()
     }
@@ -329,7 +329,7 @@ impl EventStream {
         let said = read_event(self.format, event);
         let is_behind = self.end.is_some();
         if !is_behind || self.hides_usage {
-            self.told(said.usage, said.class);
+            self.note_usage(said.usage, said.class);
         }
         let cut = match said.class {
             _ if !self.hides_usage => None,
