@@ -14,6 +14,8 @@ pub(crate) mod event_shape;
 
 pub(crate) mod oversized_event;
 
+mod edits;
+
 pub(crate) mod event_stream;
 
 pub(crate) mod responses;
