@@ -14,9 +14,6 @@ use crate::time::{Nanos, SECOND};
 /// How long an id is kept after its last use.
 pub(crate) const KEPT: Nanos = 3600 * SECOND;
 
-/// Parts of the table with a lock each.
-const SHARDS: usize = 16;
-
 /// What made an id, and for whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Maker {
@@ -41,14 +38,14 @@ pub(crate) enum MadeBy {
 /// The ids of ids.
 #[derive(Debug)]
 pub(crate) struct KnownIds {
-    shards: [Mutex<Shard>; SHARDS],
+    table: Mutex<Table>,
     max: AtomicUsize,
 }
 
 type ByHash = HashMap<u64, Known, BuildHasherDefault<KeyHasher>>;
 
 #[derive(Debug, Default)]
-struct Shard {
+struct Table {
     known: ByHash,
     /// The uses of ids, the oldest first. Only the last use of an id counts, so an earlier one is skipped.
     uses: VecDeque<(u64, Nanos)>,
@@ -63,7 +60,7 @@ struct Known {
 impl KnownIds {
     /// Creates a table for at most `max` ids.
     pub(crate) fn new(max: usize) -> Self {
-        KnownIds { shards: Default::default(), max: AtomicUsize::new(max) }
+        KnownIds { table: Mutex::default(), max: AtomicUsize::new(max) }
     }
 
     /// Changes the largest number of ids.
@@ -74,37 +71,32 @@ impl KnownIds {
     /// Records at `now` that `maker` made the id with this hash. An id that another client has is left to it: ids are the
     /// provider's, and no client takes the id of another one.
     pub(crate) fn learn(&self, id: u64, maker: Maker, now: Nanos) {
-        let max = self.max.load(Ordering::Relaxed).div_ceil(SHARDS);
-        let mut shard = self.shard(id).lock();
-        shard.drop_old(now);
-        if shard.known.get(&id).is_some_and(|known| known.maker.client != maker.client) {
+        let max = self.max.load(Ordering::Relaxed);
+        let mut table = self.table.lock();
+        table.drop_old(now);
+        if table.known.get(&id).is_some_and(|known| known.maker.client != maker.client) {
             return;
         }
-        shard.touch(id, maker, now);
-        while shard.known.len() > max && shard.drop_oldest() {}
+        table.touch(id, maker, now);
+        while table.known.len() > max && table.drop_oldest() {}
     }
 
     /// The maker of the id with this hash, which counts as used at `now`.
     pub(crate) fn find(&self, id: u64, now: Nanos) -> Option<Maker> {
-        let mut shard = self.shard(id).lock();
-        shard.drop_old(now);
-        let maker = shard.known.get(&id)?.maker;
-        shard.touch(id, maker, now);
+        let mut table = self.table.lock();
+        table.drop_old(now);
+        let maker = table.known.get(&id)?.maker;
+        table.touch(id, maker, now);
         Some(maker)
     }
 
     /// The number of ids.
     pub(crate) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().known.len()).sum()
-    }
-
-    fn shard(&self, id: u64) -> &Mutex<Shard> {
-        // The map uses the low bits.
-        &self.shards[(id >> 60) as usize % SHARDS]
+        self.table.lock().known.len()
     }
 }
 
-impl Shard {
+impl Table {
     fn touch(&mut self, id: u64, maker: Maker, now: Nanos) {
         self.known.insert(id, Known { maker, used: now });
         self.uses.push_back((id, now));
@@ -140,19 +132,19 @@ mod tests {
         Maker { backend, client: 1 }
     }
 
-    /// Ids of one shard.
+    /// Ids of one table.
     fn all(known: &KnownIds, ids: std::ops::Range<u64>, now: Nanos) -> Vec<u64> {
         ids.filter(|id| known.find(*id, now).is_some()).collect()
     }
 
     #[test]
     fn the_id_that_was_used_longest_ago_is_dropped_first() {
-        let ids = KnownIds::new(3 * SHARDS);
+        let ids = KnownIds::new(3);
         (0..3).for_each(|id| ids.learn(id, maker(id), id));
         assert_eq!(ids.find(0, 10), Some(maker(0)));
         ids.learn(3, maker(3), 11);
         assert_eq!((all(&ids, 0..9, 12), ids.len()), (vec![0, 2, 3], 3));
-        ids.set_max(SHARDS);
+        ids.set_max(1);
         ids.learn(4, maker(4), 13);
         assert_eq!(all(&ids, 0..9, 14), [4]);
     }
@@ -180,7 +172,7 @@ mod tests {
     fn uses_of_few_ids_take_little_memory() {
         let ids = KnownIds::new(1000);
         (0..10_000u64).for_each(|n| ids.learn(n % 3, maker(0), n));
-        assert!(ids.shards[0].lock().uses.len() < 50);
+        assert!(ids.table.lock().uses.len() < 50);
         assert_eq!(ids.len(), 3);
     }
 }
