@@ -13,6 +13,7 @@ use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
 use crate::telemetry::log::Log;
+use crate::upstream::Upstream;
 use crate::upstream::fleet::{Snapshot, prepare};
 use crate::upstream::paths::{path, shown_url};
 use crate::{RunError, demo, manual};
@@ -197,7 +198,8 @@ fn check(file: &Path, is_live: bool) -> ExitCode {
             for warning in &fleet.config.warnings {
                 eprintln!("warning: {warning}");
             }
-            let valid = format!("{}: valid, {} backends\n", file.display(), fleet.backends.len());
+            let count = configured(&fleet).count();
+            let valid = format!("{}: valid, {count} backends\n", file.display());
             match is_live {
                 true => ask_backends(&valid, &fleet),
                 false => print(&(valid + &urls(&fleet))),
@@ -210,12 +212,19 @@ fn check(file: &Path, is_live: bool) -> ExitCode {
     }
 }
 
+/// The backends of the configuration: of several keys, the first.
+fn configured(fleet: &Snapshot) -> impl Iterator<Item = &Upstream> {
+    let all = fleet.backends.iter().enumerate();
+    all.filter(|(id, backend)| backend.pool(*id) == *id).map(|(_, backend)| &**backend)
+}
+
 /// The URLs of each backend that chats, messages and health checks go to.
 fn urls(fleet: &Snapshot) -> String {
     let mut lines = String::new();
-    for backend in fleet.backends.iter() {
+    for backend in configured(fleet) {
         let conf = &backend.conf;
-        lines.push_str(&format!("  {}\n", backend.name()));
+        let keys = conf.pool.as_ref().map_or(String::new(), |pool| format!(" ({} keys)", pool.size));
+        lines.push_str(&format!("  {}{keys}\n", backend.configured_name()));
         for (name, endpoint) in [("chat    ", Endpoint::Chat), ("messages", Endpoint::Messages)] {
             if let Some(path) = path(conf, endpoint) {
                 lines.push_str(&format!("    {name}  {}\n", shown_url(conf, &path)));

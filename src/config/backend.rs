@@ -12,7 +12,7 @@ use crate::config::common::{
 use crate::config::file::ca_file;
 use crate::config::headers::{auth_header, extra_headers, header_rules};
 use crate::config::identity::{client_identity, server_name};
-use crate::config::keys::read_key;
+use crate::config::key_pool::{ReadKeys, read_keys};
 use crate::config::models::{model_name, rules};
 use crate::config::money::{budget, prices};
 use crate::config::proxy::proxy;
@@ -107,7 +107,7 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
     let url = base_url(t);
     let weight = t.required("weight", WEIGHT);
     let (health_path, health) = health(t);
-    let api_key = read_key(t, "api_key", ctx);
+    let ReadKeys { first: api_key, pool: key_pool } = read_keys(t, ctx);
     let auth_header = auth_header(t, api_key.is_set);
     let key_header = api_key.is_set.then(|| auth_header.clone().unwrap_or(http::header::AUTHORIZATION));
     let extra_headers = extra_headers(t, key_header.as_ref());
@@ -147,6 +147,8 @@ fn backend(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<Unnamed> {
             health_path,
             health,
             api_key: api_key.key,
+            key_pool,
+            pool: None,
             auth_header,
             extra_headers,
             header_rules,

@@ -6,6 +6,7 @@ use crate::config::Secret;
 use crate::config::common::Context;
 use crate::config::file::{open_regular, unreadable};
 use crate::config::strings::TextOrTable;
+use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 
 /// Largest key file, in bytes.
@@ -24,18 +25,28 @@ pub(super) struct ReadKey {
 /// Reads a key: a string, or `{ file = "path" }`.
 pub(super) fn read_key(t: &mut Section<'_, '_>, name: &'static str, ctx: &Context<'_>) -> ReadKey {
     let line = t.line_of(name);
-    let (key, source) = match t.text_or_table(name, |t| key_file(t, ctx)) {
+    let key = match t.text_or_table(name, |t| key_file(t, ctx)) {
         None => return ReadKey { key: None, is_set: line.is_some(), is_inline: false },
-        Some(TextOrTable::Text(text)) if is_one_variable(text.written()) => (text.value, Source::Variable),
-        Some(TextOrTable::Text(text)) => (text.value, Source::Text),
-        Some(TextOrTable::Table(key)) => (key, Source::File),
+        Some(TextOrTable::Text(text)) => return written_key(t, &text),
+        Some(TextOrTable::Table(key)) => key,
     };
-    let read = match placeholder(&key, source) {
-        Some(what) => Err(what),
-        None => Secret::new(&key).map_err(str::to_owned),
-    };
-    let key = read.map_err(|what| t.fault(line.unwrap_or(t.line()), name, &what)).ok();
+    let key =
+        valid_key(&key, Source::File).map_err(|what| t.fault(line.unwrap_or(t.line()), name, &what)).ok();
+    ReadKey { key, is_set: true, is_inline: false }
+}
+
+/// Takes a string as a key.
+pub(super) fn written_key(t: &Section<'_, '_>, text: &Text) -> ReadKey {
+    let source = if is_one_variable(text.written()) { Source::Variable } else { Source::Text };
+    let key = valid_key(&text.value, source).map_err(|what| t.fault_of(text, &what)).ok();
     ReadKey { key, is_set: true, is_inline: source == Source::Text }
+}
+
+fn valid_key(key: &str, source: Source) -> Result<Secret, String> {
+    match placeholder(key, source) {
+        Some(what) => Err(what),
+        None => Secret::new(key).map_err(str::to_owned),
+    }
 }
 
 /// Where a key comes from.

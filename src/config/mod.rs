@@ -1,7 +1,7 @@
 //! The configuration: strict TOML, read once, valid by construction.
 //!
-//! [`Config::load`] reads a file, [`Config::parse`] reads a text. Both report every
-//! fault at once, each with its line, and no message ever contains a key.
+//! [`Config::load`] reads a file, [`Config::parse`] reads a text. Both report every fault at once, each with its line, and
+//! no message ever contains a key.
 //!
 //! # Layout
 //!
@@ -16,10 +16,9 @@
 //!   backend may be sent.
 //! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `url` and `expand` each read one subject.
 //! - `warnings` finds settings that are allowed but unwise.
-//! - `keys` reads the keys of backends and clients; `secret` keeps a key from being printed.
+//! - `keys` reads the keys of backends and clients; `key_pool` those of one backend; `secret` keeps a key from being printed.
 //!
-//! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or
-//! `money`.
+//! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or `money`.
 
 mod aliases;
 mod backend;
@@ -33,6 +32,7 @@ mod fault_sink;
 mod file;
 mod headers;
 mod identity;
+mod key_pool;
 mod keys;
 mod models;
 mod money;
@@ -65,6 +65,7 @@ pub(crate) use crate::config::clients::ANONYMOUS;
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::identity::ClientIdentity;
+pub(crate) use crate::config::key_pool::{PoolPlace, scale};
 pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
@@ -288,6 +289,10 @@ pub struct Backend {
     pub health: BackendHealth,
     /// Key sent as `Authorization: Bearer`, or in `auth_header`.
     pub api_key: Option<Secret>,
+    /// The keys of `api_keys`, if there are several; `api_key` is the first of them.
+    pub key_pool: Vec<Secret>,
+    /// The place in a pool of a [backend with one of its keys](Config::with_a_backend_per_key).
+    pub pool: Option<PoolPlace>,
     /// Header that carries `api_key` without a scheme; `None`: `Authorization: Bearer`.
     pub auth_header: Option<HeaderName>,
     /// Headers sent in addition to Zap's own; the values are marked sensitive.

@@ -217,10 +217,13 @@ impl BackendQueues {
     fn join(&mut self, snapshot: &Snapshot, ask: &Ask<'_>, busy: &Busy, latest: Nanos) {
         self.tickets.retain(|(id, _)| busy.full.contains(id));
         for id in &busy.full {
-            if self.tickets.iter().any(|(known, _)| known == id) {
+            let upstream = &snapshot.backends[*id];
+            let is_known =
+                |known: BackendId| known == *id || snapshot.backends[known].shares_slots_with(upstream);
+            if self.tickets.iter().any(|(known, _)| is_known(*known)) {
                 continue;
             }
-            match snapshot.backends[*id].queue_for_permit() {
+            match upstream.queue_for_permit() {
                 Ok(Some(Admitted::Queued(ticket))) => self.tickets.push((*id, ticket)),
                 Ok(Some(Admitted::Passed(permit))) => self.granted = Some((*id, permit)),
                 // The queue of this backend is full: wait for the other backends.

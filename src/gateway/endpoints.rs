@@ -156,7 +156,7 @@ fn list_models(snapshot: &Snapshot, client: Option<&Client>, served: &ServedMode
     for b in snapshot.backends.iter() {
         for name in served.of(b.state.id).iter().flat_map(|names| names.iter()) {
             if may_see(name) && known.insert(name.clone()) {
-                data.push(model_object(name, b.name()));
+                data.push(model_object(name, b.configured_name()));
             }
         }
     }
@@ -208,7 +208,7 @@ pub(crate) fn model_not_found(
 
 /// The name of a backend; `zap` without one.
 fn owner(snapshot: &Snapshot, backend: Option<BackendId>) -> &str {
-    backend.and_then(|id| snapshot.backends.get(id)).map_or("zap", |b| b.name())
+    backend.and_then(|id| snapshot.backends.get(id)).map_or("zap", |b| b.configured_name())
 }
 
 fn model_object(name: &str, owner: &str) -> serde_json::Value {

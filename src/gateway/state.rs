@@ -190,7 +190,7 @@ impl Shared {
             });
         };
         current.clients.iter().for_each(|c| sync(c.budget.as_ref(), Payer::Client(&c.conf.name)));
-        current.backends.iter().for_each(|b| sync(b.budget(), Payer::Backend(b.name())));
+        current.backends.iter().for_each(|b| sync(b.budget(), Payer::Backend(b.configured_name())));
     }
 
     /// Logs a change of a backend's state with its `cause`, and requests a rebuild of the schedule.

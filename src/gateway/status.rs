@@ -33,7 +33,7 @@ pub(crate) fn encode(shared: &Shared) -> Bytes {
             let upstream = &snapshot.backends[id];
             let total = TokenCount::sum(tokens_of(upstream).into_values());
             let recent = upstream.lanes.iter().map(|lane| lane.recent_tokens.last_minute(now)).sum();
-            status["used"] = used(&total, recent, spent(Payer::Backend(upstream.name())));
+            status["used"] = used(&total, recent, spent(Payer::Backend(upstream.configured_name())));
             status["tokens_per_minute"] = tokens_left(upstream.tokens_left(now));
             status["budget"] = budget(upstream.budget(), today);
             status

@@ -88,11 +88,15 @@ pub(crate) trait Fleet {
     /// The rotation of all targets with a weight above 0, up or not.
     fn all(&self) -> Rotation<'_>;
 
-    /// The rotation of all targets with the same backend and priority as `target`; `None` if `target` is the only one.
+    /// The rotation of all targets with the same backend, by any of its keys, and the same priority as `target`; `None` if
+    /// `target` is the only one.
     fn siblings(&self, target: TargetId) -> Option<Rotation<'_>>;
 
     /// The backend of a target.
     fn backend(&self, target: TargetId) -> BackendId;
+
+    /// The first of the backends that are one backend with several keys; the target's backend if it has one key.
+    fn pool(&self, target: TargetId) -> BackendId;
 
     /// The weight of a target.
     fn weight(&self, target: TargetId) -> u32;

@@ -224,7 +224,7 @@ impl RequestRecord {
         let Some((used, reservation)) = meter.settle(backend, &backend.lanes[worker], times) else { return };
         let (lane, client) = self.client_lane();
         lane.spend(&TokenCount::new(&used.usage, used.cost), now);
-        let labels = Labels { client, backend: backend.name(), model: &used.label };
+        let labels = Labels { client, backend: backend.configured_name(), model: &used.label };
         let amounts = Amounts::of_request(used.usage, used.is_estimate, used.cost);
         // Where the names stand tells them apart while they are in use, and costs less than a hash of them.
         let key = backend.identity

@@ -300,6 +300,11 @@ impl Fleet for View<'_> {
         self.target(target).backend
     }
 
+    fn pool(&self, target: TargetId) -> BackendId {
+        let t = self.target(target);
+        self.snapshot.upstream(t).pool(t.backend)
+    }
+
     fn weight(&self, target: TargetId) -> u32 {
         self.target(target).weight
     }
@@ -314,7 +319,14 @@ impl Fleet for View<'_> {
         if b.state.breaker.status_of_backend(self.now) == Status::Misconfigured {
             penalty += LAST;
         }
-        TargetLoad { in_flight: b.in_flight(), penalty, up_for }
+        let in_flight = match &b.conf.pool {
+            None => b.in_flight(),
+            Some(pool) => {
+                let keys = &self.snapshot.backends[pool.first..pool.first + pool.size as usize];
+                keys.iter().map(|key| key.in_flight()).sum()
+            }
+        };
+        TargetLoad { in_flight, penalty, up_for }
     }
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
@@ -355,7 +367,8 @@ impl Fleet for View<'_> {
 ///
 /// # Errors
 /// Returns a message for the operator for the first certificate or address that is invalid.
-pub(crate) fn prepare(mut config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
+pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snapshot, String> {
+    let mut config = config.with_a_backend_per_key();
     let roots = Roots::load(&config.backends);
     let needs_roots = |b: &config::Backend| b.url.https && b.ca_file.is_none();
     if roots.is_empty()
@@ -367,18 +380,17 @@ pub(crate) fn prepare(mut config: Config, before: Option<&Snapshot>) -> Result<S
         ));
     }
     let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
-    let backends: Result<Vec<_>, String> = config
-        .backends
-        .iter()
-        .enumerate()
-        .map(|(id, b)| {
-            let conf = config::Backend { usage: config.usage_of(id), ..b.clone() };
-            let upstream =
-                Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known(&b.name));
-            upstream.map(Arc::new)
-        })
-        .collect();
-    Ok(Snapshot::new(Arc::new(config), backends?.into(), before))
+    let mut backends = Vec::<Arc<Upstream>>::new();
+    for (id, b) in config.backends.iter().enumerate() {
+        let conf = config::Backend { usage: config.usage_of(id), ..b.clone() };
+        let mut upstream =
+            Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known(&b.name))?;
+        if let Some(first) = b.pool.as_ref().and_then(|pool| backends.get(pool.first)) {
+            upstream.share_limits_of(first);
+        }
+        backends.push(Arc::new(upstream));
+    }
+    Ok(Snapshot::new(Arc::new(config), backends.into(), before))
 }
 
 #[cfg(test)]

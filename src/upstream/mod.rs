@@ -53,7 +53,7 @@ use xxhash_rust::xxh64::xxh64;
 use crate::clock;
 use crate::config;
 use crate::config::UsageMode;
-use crate::policy::balance::Penalty;
+use crate::policy::balance::{BackendId, Penalty};
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
 use crate::policy::prices::{Price, PriceTable};
@@ -197,6 +197,17 @@ impl Upstream {
         })
     }
 
+    /// Shares the limits of another key of the same backend: of the requests at once, and of the money.
+    pub(crate) fn share_limits_of(&mut self, first: &Upstream) {
+        self.admission.clone_from(&first.admission);
+        self.budget.clone_from(&first.budget);
+    }
+
+    /// Whether both have the same limit of requests at once.
+    pub(crate) fn shares_slots_with(&self, other: &Upstream) -> bool {
+        self.admission.as_ref().zip(other.admission.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b))
+    }
+
     /// Applies the limits of this configuration to the state that is shared with the backend before the reload. At most
     /// `waiters` requests may wait.
     pub(crate) fn apply(&self, waiters: usize, now: Nanos) {
@@ -229,7 +240,17 @@ impl Upstream {
         self.prices.price(model.unwrap_or_default()).map_or(0, |price| price.cost(usage))
     }
 
-    /// The name in labels, headers and logs.
+    /// The first of the backends that are one backend with several keys; `id`, the index of this backend, if it has one key.
+    pub(crate) fn pool(&self, id: BackendId) -> BackendId {
+        self.conf.pool.as_ref().map_or(id, |pool| pool.first)
+    }
+
+    /// The name of the backend in the configuration, which several keys share.
+    pub(crate) fn configured_name(&self) -> &str {
+        self.conf.pool.as_ref().map_or(&self.conf.name, |pool| &pool.backend)
+    }
+
+    /// The name in labels, headers and logs; with several keys, that of the key.
     pub(crate) fn name(&self) -> &str {
         &self.conf.name
     }

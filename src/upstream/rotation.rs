@@ -17,6 +17,8 @@ pub(super) struct TargetSet(Vec<TargetSpec>);
 #[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
 struct TargetSpec {
     backend: BackendId,
+    /// The first of the backends that are one backend with several keys.
+    pool: BackendId,
     /// 0 if the target takes no requests.
     weight: u32,
     priority: u32,
@@ -30,7 +32,7 @@ pub(super) struct RotationSet {
     pub(super) tiers: Vec<Arc<Schedule>>,
     /// Every target with a weight above 0, up or not.
     pub(super) all: Arc<Schedule>,
-    /// For each target: the schedule of all targets with the same backend and priority, and its index; `None` if there
+    /// For each target: the schedule of all targets with the same backend, by any of its keys, and the same priority, and its index; `None` if there
     /// is no other such target.
     pub(super) siblings: Box<[Option<Siblings>]>,
 }
@@ -38,9 +40,15 @@ pub(super) struct RotationSet {
 pub(super) type Siblings = (Arc<Schedule>, usize);
 
 impl TargetSet {
-    pub(super) fn new(route: &Route, fits: impl Fn(&Target) -> bool) -> Self {
+    /// The targets of a route that `fits` holds for. `pool` returns the first of the backends that share their load with one.
+    pub(super) fn new(
+        route: &Route,
+        fits: impl Fn(&Target) -> bool,
+        pool: impl Fn(BackendId) -> BackendId,
+    ) -> Self {
         let spec = |t: &Target| TargetSpec {
             backend: t.backend,
+            pool: pool(t.backend),
             weight: if fits(t) { t.weight } else { 0 },
             priority: t.priority,
         };
@@ -57,11 +65,11 @@ impl TargetSet {
         self.weighted().map(|id| self.0[id].priority).collect()
     }
 
-    /// Groups of two or more targets with the same backend and priority.
+    /// Groups of two or more targets with the same backend, by any of its keys, and the same priority.
     fn siblings(&self) -> impl Iterator<Item = Vec<TargetId>> {
         let mut by_backend = BTreeMap::<_, Vec<TargetId>>::new();
         self.weighted()
-            .for_each(|id| by_backend.entry((self.0[id].backend, self.0[id].priority)).or_default().push(id));
+            .for_each(|id| by_backend.entry((self.0[id].pool, self.0[id].priority)).or_default().push(id));
         by_backend.into_values().filter(|ids| ids.len() > 1)
     }
 

@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::config::{Config, Strategy};
+use crate::config::{Config, Strategy, scale};
 use crate::json::members::Watch;
 use crate::policy::balance::Cursor;
-use crate::policy::route::{RouteId, Serves, Table};
+use crate::policy::route::{Named, NamedTarget, RouteId, Serves, Table};
 use crate::protocol::Endpoint;
 use crate::protocol::request_limits;
 use crate::protocol::stored;
@@ -46,13 +46,23 @@ pub(super) type EndpointCursors = [Cursor; Endpoint::COUNT];
 impl Routing {
     /// Creates the routing. The cursors of `before`, whose backends have the same names, are kept for equal routes.
     pub(super) fn new(config: &Config, backends: &[Arc<Upstream>], before: Option<&Routing>) -> Self {
+        let scale = scale(&config.backends);
         let serves = |b: &crate::config::Backend| Serves {
             models: b.models.clone(),
             default_model: b.default_model.clone(),
-            weight: b.weight,
+            weight: b.share(b.weight, scale),
             priority: b.priority,
         };
-        let table = Table::new(&config.backends.iter().map(serves).collect::<Vec<_>>(), &config.routes);
+        let share = |target: &NamedTarget| {
+            let weight = target.weight.map(|weight| config.backends[target.backend].share(weight, scale));
+            NamedTarget { weight, ..target.clone() }
+        };
+        let named =
+            |route: &Named| Named { targets: route.targets.iter().map(share).collect(), ..route.clone() };
+        let table = Table::new(
+            &config.backends.iter().map(serves).collect::<Vec<_>>(),
+            &config.routes.iter().map(named).collect::<Vec<_>>(),
+        );
         let mut droppable: Vec<Box<str>> =
             config.backends.iter().flat_map(|b| b.drop_fields.iter().cloned()).collect();
         if backends.iter().any(|b| b.asks_for_usage()) {
@@ -85,7 +95,12 @@ impl Routing {
         };
         let (class_of, classes) = classes(backends);
         let sets_of_route = |route| {
-            classes.iter().map(|serves| intern(TargetSet::new(route, |t| serves[t.backend]))).collect()
+            classes
+                .iter()
+                .map(|serves| {
+                    intern(TargetSet::new(route, |t| serves[t.backend], |id| backends[id].pool(id)))
+                })
+                .collect()
         };
         let set_of = table.routes().iter().map(sets_of_route).collect();
         let limits_clients =

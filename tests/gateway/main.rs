@@ -46,7 +46,9 @@ mod health;
 
 mod json_suite;
 
+mod key_pools;
 mod ledger;
+
 mod limit;
 
 mod messages;

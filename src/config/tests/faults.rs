@@ -255,7 +255,11 @@ fn faults_of_backends_name_the_line_and_never_show_a_secret() {
             "`backends[0].ca_file` cannot be read (no such file); must be a readable file, \
              relative to the directory of the configuration",
         ),
-        ("api_keys = \"sk-CANARY\"", "unknown key `backends[0].api_keys`; did you mean `api_key`?"),
+        ("api_kees = \"sk-CANARY\"", "unknown key `backends[0].api_kees`; did you mean `api_keys`?"),
+        (
+            "api_keys = \"sk-CANARY\"",
+            "`backends[0].api_keys` is a string; must be an array of strings, such as `[\"a\", \"b\"]`",
+        ),
         (
             "health_path = \"/h#x\"",
             "`backends[0].health_path` is not valid; must begin with `/` and be visible ASCII \

@@ -120,7 +120,7 @@ budget = { usd = 0.5, per = "day" }
 [[backends]]
 url = "http://[::1]:${PORT}"
 weight = 0
-api_key = "${KEY}"
+api_keys = ["${KEY}", "sk-CANARY-2"]
 models = ["m-1", "m-*"]
 
 [[backends]]
@@ -204,6 +204,8 @@ fn keys_that_are_not_set_have_their_defaults() {
         health_path: "/health".to_owned(),
         health: BackendHealth { interval: None, is_enabled: true },
         api_key: None,
+        key_pool: vec![],
+        pool: None,
         auth_header: None,
         extra_headers: vec![],
         header_rules: Default::default(),
@@ -320,6 +322,10 @@ fn every_key_is_read() {
     assert_eq!(c.backends[0].default_model.as_deref(), Some("m"));
     assert_eq!(c.backends[1].url.authority, "[::1]:9000");
     assert_eq!(c.backends[1].api_key.as_ref().unwrap().expose(), "sk-CANARY");
+    assert_eq!(
+        c.backends[1].key_pool.iter().map(Secret::expose).collect::<Vec<_>>(),
+        ["sk-CANARY", "sk-CANARY-2"]
+    );
     assert!(c.backends[2].forward_authorization);
     assert_eq!(c.backends[2].protocols, [Protocol::Anthropic, Protocol::OpenAi]);
     let modes: Vec<_> = c.backends.iter().map(|b| b.usage).collect();

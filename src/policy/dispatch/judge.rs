@@ -116,6 +116,11 @@ impl Failure {
         matches!(self.mark, Some(Mark::Busy | Mark::Limited))
     }
 
+    /// Whether another key of the backend may succeed.
+    pub(super) fn is_of_key(&self) -> bool {
+        self.is_a_wait() || self.mark == Some(Mark::BadKey)
+    }
+
     /// Judges a response by a status that is a failure; `None` if it is none.
     fn of_status(status: u16, own_key: bool, is_alive: bool) -> Option<Failure> {
         let kept = |code, answer| Failure { keep: true, ..Failure::new(code, answer) };

@@ -8,80 +8,26 @@ mod blame;
 
 mod judge;
 
+mod step;
+
 mod survey;
 
 use std::cell::Cell;
-use std::time::Duration;
 
 use crate::code::Code;
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet};
 use crate::policy::dispatch::blame::{Answer, Answers};
 pub(crate) use crate::policy::dispatch::judge::{Event, Failure, Mark, Unfit, Verdict};
+pub(crate) use crate::policy::dispatch::step::{Do, Refusal, Rules};
 pub(crate) use crate::policy::dispatch::survey::Busy;
 use crate::policy::dispatch::survey::Survey;
 use crate::policy::retry::{Budget, backoff};
 use crate::policy::route::TargetId;
-use crate::policy::spend::Refused;
 use crate::time::Nanos;
 
 /// How often one request comes back to targets that made it wait.
 const MAX_RETURNS: u32 = 10;
-
-/// The limits of one request.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Rules {
-    /// Maximum number of tries after the first.
-    pub max_retries: u32,
-    /// Upper limit of the first backoff. The limit doubles with each further backoff.
-    pub base_delay: Duration,
-    /// Upper limit of every backoff.
-    pub max_delay: Duration,
-    /// When a target that cools down must have reopened, so that the request waits for it.
-    pub wait_until: Nanos,
-    /// When the first byte of the response must be sent.
-    pub deadline: Nanos,
-}
-
-/// The next step of the gateway.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Do {
-    /// Wait, then call [`Dispatch::next`] again.
-    Backoff {
-        /// End of the wait.
-        until: Nanos,
-    },
-    /// Deliver the response that was kept last.
-    Deliver,
-    /// Respond with an error: no target serves the request.
-    Refuse(Refusal),
-    /// Take a permit for this target and send the request. If no permit is left, call [`Dispatch::missed`].
-    Try {
-        /// The target, by its index in the route.
-        target: TargetId,
-        /// Whether this is a try in panic mode: no usable target is up, and this one has the lowest load.
-        panic: bool,
-    },
-    /// Wait until one of these targets is available, then call [`Dispatch::next`] again.
-    Wait(Busy),
-}
-
-/// Why no target serves a request.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// The usable targets are busy, and the request does not wait for them.
-    Busy(Busy),
-    /// The budgets of the usable targets do not pay for the request.
-    Budget(Refused),
-    /// The last try failed with this code, and no response is kept.
-    Failed(Code),
-    /// All targets refuse Zap's key.
-    KeysRefused,
-    /// No target accepts requests.
-    NoBackend,
-    /// The request is too large for every target that is left.
-    TooLarge,
-}
 
 /// The state of one request.
 #[derive(Debug)]
@@ -109,6 +55,10 @@ pub(crate) struct Dispatch {
     is_single_round: bool,
     /// Whether the present try is one in panic mode.
     is_panic: bool,
+    /// Targets that failed in this round in a way that another key of their backend does not change.
+    of_backend: Vec<TargetId>,
+    /// The target whose key has failed the last try, if that counted as a try.
+    of_key: Option<TargetId>,
     /// What the targets answered.
     answers: Answers,
     /// Whether the next try has been charged to the retry budget.
@@ -154,6 +104,8 @@ impl Dispatch {
             tries: 0,
             is_single_round: false,
             is_panic: false,
+            of_backend: Vec::new(),
+            of_key: None,
             answers: Answers::default(),
             is_charged: false,
             is_next_charged: Cell::new(false),
@@ -178,6 +130,12 @@ impl Dispatch {
     ) -> Do {
         if self.is_over || self.tries > 0 && now >= self.rules.deadline {
             return self.end();
+        }
+        // A backend has one try, whichever of its keys fail.
+        if let Some(failed) = self.of_key.take()
+            && self.has_other_key(failed, fleet)
+        {
+            (self.tries, self.is_charged) = (self.tries.saturating_sub(1), true);
         }
         // All tries have been made.
         if self.tries > self.rules.max_retries {
@@ -242,8 +200,24 @@ impl Dispatch {
         is_claimed
     }
 
+    /// Whether another key of the target's backend may be tried.
+    fn has_other_key(&self, failed: TargetId, fleet: &impl Fleet) -> bool {
+        let is_open = |id: TargetId| {
+            id != failed
+                && fleet.pool(id) == fleet.pool(failed)
+                && !self.is_known(id, fleet)
+                && fleet.check(id).is_ok()
+        };
+        fleet.all().targets().any(is_open)
+    }
+
+    /// Whether the target, or its backend, was tried in this round.
+    fn is_known(&self, id: TargetId, fleet: &impl Fleet) -> bool {
+        self.tried.contains(&id) || has_failed(&self.of_backend, id, fleet)
+    }
+
     fn has_next_target(&self, fleet: &impl Fleet) -> bool {
-        let is_left = |id: TargetId| Some(id) != self.current && !self.tried.contains(&id);
+        let is_left = |id: TargetId| Some(id) != self.current && !self.is_known(id, fleet);
         let may_take = |id: TargetId| match self.is_panic {
             true => fleet.check_ejected(id).is_ok(),
             false => fleet.check(id).is_ok(),
@@ -322,6 +296,7 @@ impl Dispatch {
             // The target is closed until it has cooled down; then the request may come back.
             if !has_waited {
                 self.waited.push(target);
+                self.of_key = Some(target);
                 self.tries += 1;
                 self.is_charged = self.is_next_charged.take();
             }
@@ -333,6 +308,10 @@ impl Dispatch {
             self.is_charged = self.is_next_charged.take();
         }
         self.tried.push(target);
+        match failure.is_of_key() {
+            true => self.of_key = Some(target),
+            false => self.of_backend.push(target),
+        }
         if failure.no_retry {
             self.excluded.push(target);
         }
@@ -359,7 +338,7 @@ impl Dispatch {
         let missed = std::mem::take(&mut self.missed);
         // In a later round, a reopened target that was never tried comes before targets that failed.
         let tried = if self.rounds == 0 { &self.tried } else { &self.order };
-        let known = |id: TargetId| tried.contains(&id);
+        let known = |id: TargetId| tried.contains(&id) || has_failed(&self.of_backend, id, fleet);
         let skip = |id: TargetId| known(id) || missed.contains(&id);
         // Only the first try moves the rotation.
         let (is_first, advances) = (tried.is_empty(), self.tries == 0);
@@ -421,6 +400,7 @@ impl Dispatch {
             return self.come_back(now, fleet);
         }
         self.tried.clone_from(&self.excluded);
+        self.of_backend.clear();
         self.rounds += 1;
         Do::Backoff { until }
     }
@@ -438,6 +418,11 @@ impl Dispatch {
             }
         }
     }
+}
+
+/// Whether the backend of a target, by any of its keys, is among those of the `failed` targets.
+fn has_failed(failed: &[TargetId], id: TargetId, fleet: &impl Fleet) -> bool {
+    failed.iter().any(|failed| fleet.pool(*failed) == fleet.pool(id))
 }
 
 #[cfg(test)]

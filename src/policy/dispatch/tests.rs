@@ -2,12 +2,14 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use super::*;
 use crate::policy::balance::{BackendId, Cursor, Schedule};
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::choose::{Choice, Rotation, TargetLoad};
+use crate::policy::spend::Refused;
 use crate::time::{MILLI, SECOND};
 
 /// Targets, parsed from a text such as `a b*3 c/1 d!`. Marks after the name: `*N` weight, `/N` priority, `@b` a further
@@ -25,6 +27,8 @@ struct TableFleet {
     granted: Option<BackendId>,
     is_waiting: bool,
     suspects: Vec<TargetId>,
+    /// Empty: each target has a backend of one key.
+    pools: Vec<BackendId>,
     trials: Vec<(TargetId, Nanos)>,
 }
 
@@ -83,6 +87,7 @@ impl TableFleet {
             granted: None,
             is_waiting: false,
             suspects: Vec::new(),
+            pools: Vec::new(),
             trials,
             closed: RefCell::new(closed),
             names,
@@ -118,6 +123,10 @@ impl Fleet for TableFleet {
 
     fn backend(&self, target: TargetId) -> BackendId {
         self.backends[target]
+    }
+
+    fn pool(&self, target: TargetId) -> BackendId {
+        self.pools.get(target).copied().unwrap_or(self.backends[target])
     }
 
     fn weight(&self, target: TargetId) -> u32 {
@@ -521,6 +530,30 @@ fn a_request_without_a_further_try_comes_back_to_the_target_that_made_it_wait() 
     let budget = Budget::new(0);
     withdraw(&budget, all - 1);
     assert_eq!(run(RULES, &budget), waits);
+}
+
+#[test]
+fn a_backend_with_several_keys_has_one_try() {
+    #[rustfmt::skip]
+    let rows = [
+        // description, results, steps
+        ("a key that waits", "a:429 b:429 c:200", "a429 b429 c200 ok"),
+        ("a key that is refused", "a:401 b:401 c:401 d:200", "a401 b401 c401 d200 ok"),
+        ("all keys wait", "a:429 b:429 c:429 d:500", "a429 b429 c429 d500 wait(0@5 full [])"),
+        ("a failure is the backend's", "a:500 b:200 d:200", "a500 d200 ok"),
+        ("its next round has another key", "a:500 b:200 d:500", "a500 d500 deliver"),
+        ("a key, then the backend", "a:429 b:500 c:200 d:200", "a429 b500 d200 ok"),
+    ];
+    for (description, results, steps) in rows {
+        let mut table = TableFleet::new("a b c d");
+        table.pools = vec![0, 0, 0, 3];
+        let rules = Rules { max_retries: 1, ..RULES };
+        // The first try is free; one more is charged.
+        assert_eq!(trace(rules, &table, results, &Budget::new(100)), steps, "{description}");
+    }
+    let mut table = TableFleet::new("a b c");
+    table.pools = vec![0, 0, 2];
+    assert_eq!(trace(RULES, &table, "a:500 b:200 c:500", &Budget::new(100)), "a500 c500 backoff b200 ok");
 }
 
 #[test]
