@@ -413,8 +413,9 @@ impl Dispatch {
             if is_in_time && !self.excluded.contains(&id) {
                 busy.note(now, fleet.backend(id), state);
                 self.waited.push(id);
-                self.tried.retain(|tried| *tried != id);
-                self.order.retain(|tried| *tried != id);
+                for known in [&mut self.tried, &mut self.order, &mut self.of_backend] {
+                    known.retain(|known| *known != id);
+                }
             }
         }
     }
