@@ -49,9 +49,15 @@ fn wall_epoch(known: Option<SystemTime>, wall: SystemTime, now: Nanos) -> System
     }
 }
 
+/// A clock of the wall time. That of Linux is exact to a few milliseconds, and takes a fraction of the time.
+#[cfg(target_os = "linux")]
+const COARSE: ClockId = ClockId::RealtimeCoarse;
+#[cfg(not(target_os = "linux"))]
+const COARSE: ClockId = ClockId::Realtime;
+
 /// Returns the present day in UTC.
 pub(crate) fn today() -> Day {
-    Day::of(SystemTime::now())
+    Day::of_unix(u64::try_from(clock_gettime(COARSE).tv_sec).unwrap_or_default())
 }
 
 /// Converts a duration to [`Nanos`], saturating at 584 years.

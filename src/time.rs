@@ -22,8 +22,12 @@ pub(crate) struct Day(u32);
 impl Day {
     /// Returns the day of a wall-clock time. A time before 1970 counts as 1970-01-01.
     pub(crate) fn of(wall: SystemTime) -> Day {
-        let since = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Day(u32::try_from(since.as_secs() / 86_400).unwrap_or(u32::MAX))
+        Self::of_unix(wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs())
+    }
+
+    /// The day that is so many seconds after the Unix epoch.
+    pub(crate) fn of_unix(secs: u64) -> Day {
+        Day(u32::try_from(secs / 86_400).unwrap_or(u32::MAX))
     }
 
     /// Reads `2026-11-25`. Returns `None` if the text has another form, or if there is no such day from 1970 to 9999.

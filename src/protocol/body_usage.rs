@@ -29,8 +29,9 @@ const KEY: &[u8] = b"\"usage\"";
 /// [`KEY`] without its first quote.
 const KEY_REST: &[u8] = b"usage\"";
 
-/// The end of a body that usually has its `usage`, in bytes.
-const USUAL_TAIL: usize = 640;
+/// The ends of a body that have its `usage`: a short one with the three counts of most providers, and a longer one with
+/// details. In bytes.
+const USUAL_TAILS: [usize; 2] = [240, 640];
 
 static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
@@ -52,9 +53,13 @@ fn usual(body: &[u8]) -> Option<Option<Usage>> {
     if body.first() != Some(&b'{') {
         return None;
     }
-    let tail = body.len().saturating_sub(USUAL_TAIL);
-    let in_tail = FIND_KEY.find(&body[tail..]).map(|found| tail + found);
-    let Some(found) = in_tail.or_else(|| FIND_KEY.find(body)) else { return Some(None) };
+    // A search of the whole body costs more than all else here.
+    let in_tail = |length: usize| {
+        let tail = body.len().saturating_sub(length);
+        FIND_KEY.find(&body[tail..]).map(|found| tail + found)
+    };
+    let found = USUAL_TAILS.into_iter().find_map(in_tail).or_else(|| FIND_KEY.find(body));
+    let Some(found) = found else { return Some(None) };
     let colon = skip_space(body, found + KEY.len());
     if body[found - 1] == b'\\' || body.get(colon) != Some(&b':') {
         return None;
