@@ -394,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_long_body_is_usually_read_from_its_end() {
-        let text = "a".repeat(USUAL_TAIL);
+        let text = "a".repeat(USUAL_TAILS[1]);
         for (body, is_usual, want) in [
             (format!(r#"{{"a":"{text}","usage":{{"prompt_tokens":1}},"b":["}}"]}}"#), false, Some(1)),
             (format!(r#"{{"a":"{text}","usage":{{"prompt_tokens":1}},"b":["c"]}} "#), true, Some(1)),
