@@ -72,6 +72,8 @@ impl Attempts<'_> {
             None => self.send_request(&mut asked).await,
         };
         unanswered.end();
+        let lane = &in_flight.upstream().lanes[self.gateway.recorder().worker];
+        lane.first_byte.record(clock::now().saturating_sub(in_flight.entered()));
         let Asked { sent, usage, .. } = asked;
         let UpstreamResponse { head, lease } = match response {
             Ok(response) if !self.gateway.is_cut() => response,

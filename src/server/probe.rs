@@ -104,6 +104,7 @@ impl Checked {
     /// Records the result at the backend, and logs a change of its state. `is_first`: the first check after a start or a
     /// reload; its failure is logged at once.
     fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream, is_first: bool) {
+        upstream.checks.add(self.probe);
         let now = clock::now();
         let interval = clock::nanos(interval(snapshot, upstream));
         let limits = Thresholds { interval, ..snapshot.thresholds() };

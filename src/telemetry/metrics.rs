@@ -180,13 +180,13 @@ fn requests(e: &mut Encoder, scrape: &Scrape<'_>) {
         }
     }
     e.family(
-        "zap_time_to_first_byte_seconds",
+        "zap_backend_first_byte_seconds",
         "histogram",
-        "Time from a request's arrival to the head of its response.",
+        "Time from the start of a try to the head of its response, or to its failure.",
     );
     for b in backends {
         let total = Total::of(REQUEST, b.lanes.iter().map(|l| &l.first_byte));
-        e.histogram("zap_time_to_first_byte_seconds", &[("backend", b.name())], &total);
+        e.histogram("zap_backend_first_byte_seconds", &[("backend", b.name())], &total);
     }
     e.family("zap_overhead_seconds", "histogram", "Zap's own share of the time to the first byte.");
     e.histogram("zap_overhead_seconds", &[], &Total::of(OVERHEAD, lanes.iter().map(|l| &l.overhead)));
@@ -315,6 +315,12 @@ fn backends(e: &mut Encoder, backends: &[Arc<Upstream>]) {
     gauge("zap_backend_cooling", "1 while a backend cools down.", &|b| {
         u64::from(matches!(b.state.breaker.status(now), Status::Cooling(_)))
     });
+    e.family("zap_health_checks_total", "counter", "Health checks of a backend, by result.");
+    for b in backends {
+        for (result, n) in b.checks.all() {
+            e.sample("zap_health_checks_total", &[("backend", b.name()), ("result", result)], n);
+        }
+    }
     e.family("zap_upstream_connections", "gauge", "Connections to a backend.");
     for b in backends {
         for (state, n) in

@@ -263,7 +263,6 @@ impl RequestRecord {
         let lane = self.recorder.lane();
         match &self.backend {
             Some(b) => {
-                b.lanes[self.recorder.worker].first_byte.record(first_byte);
                 b.lanes[self.recorder.worker].count_response(self.endpoint, status);
                 lane.overhead.record(first_byte.saturating_sub(self.waited));
             }

@@ -1,9 +1,11 @@
 //! The counters of one worker for one backend.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::code::Code;
 use crate::counter::{Counter, Histogram, PER_TOKEN, REQUEST, Recent};
+use crate::policy::breaker::Probe;
 use crate::protocol::Endpoint;
 use crate::upstream::token_counters::TokenCounters;
 
@@ -29,12 +31,35 @@ impl NoAnswer {
     ];
 }
 
+/// The health checks of one backend, by result.
+#[derive(Debug, Default)]
+pub(crate) struct CheckCounters([AtomicU64; Self::RESULTS.len()]);
+
+impl CheckCounters {
+    /// The results with their names.
+    const RESULTS: [(&str, Probe); 3] =
+        [("failed", Probe::Failed), ("ok", Probe::Alive), ("unauthorized", Probe::BadKey)];
+
+    /// Counts one check.
+    pub(crate) fn add(&self, result: Probe) {
+        for ((_, known), count) in Self::RESULTS.iter().zip(&self.0) {
+            count.fetch_add(u64::from(*known == result), Ordering::Relaxed);
+        }
+    }
+
+    /// The number of checks of each result, by name.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        Self::RESULTS.into_iter().map(|(name, _)| name).zip(counts)
+    }
+}
+
 /// The counters of one worker for one backend.
 #[derive(Debug)]
 pub(crate) struct BackendLane {
     /// Responses delivered to clients.
     pub responses: ResponseCounters,
-    /// Time from a request's arrival to the head of its response.
+    /// Time from the start of a try to the head of its response, or to its failure.
     pub first_byte: Histogram,
     /// Time from a streamed request's arrival to the first content of its response.
     pub first_token: Histogram,

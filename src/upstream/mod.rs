@@ -68,7 +68,7 @@ use crate::protocol::usage_request::STREAM_OPTIONS;
 use crate::time::Nanos;
 use crate::upstream::account::is_same_account;
 use crate::upstream::connect::Connector;
-use crate::upstream::counters::BackendLane;
+use crate::upstream::counters::{BackendLane, CheckCounters};
 use crate::upstream::fault::Fault;
 use crate::upstream::heads::Heads;
 use crate::upstream::limits::{Candidate, quota_limits};
@@ -85,6 +85,8 @@ pub(crate) struct Upstream {
     pub state: Arc<BackendState>,
     /// The counters, one lane for each worker. They survive a reload if the name stays the same.
     pub lanes: Arc<[CachePadded<BackendLane>]>,
+    /// The health checks. They survive a reload if the name stays the same.
+    pub checks: Arc<CheckCounters>,
     heads: Heads,
     /// The value of `x-zap-backend`.
     pub label: HeaderValue,
@@ -182,6 +184,7 @@ impl Upstream {
         Ok(Upstream {
             state: same.map_or_else(|| Arc::new(BackendState::new()), |b| b.state.clone()),
             lanes: lanes.unwrap_or_else(|| (0..workers).map(|_| CachePadded::default()).collect()),
+            checks: before.map(|b| b.checks.clone()).unwrap_or_default(),
             heads,
             label: HeaderValue::from_str(&conf.name).map_err(|_| bad("its name is not valid"))?,
             identity: xxh64(conf.name.as_bytes(), 0),

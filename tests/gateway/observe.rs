@@ -11,7 +11,7 @@ fn every_metric_family_exists_from_the_start() {
     for family in [
         "zap_requests_total",
         "zap_request_duration_seconds",
-        "zap_time_to_first_byte_seconds",
+        "zap_backend_first_byte_seconds",
         "zap_overhead_seconds",
         "zap_queue_depth",
         "zap_queue_wait_seconds",
@@ -44,7 +44,7 @@ fn every_metric_family_exists_from_the_start() {
             all[&format!("zap_requests_total{{endpoint=\"chat\",backend=\"{b}\",status=\"200\"}}")],
             0.0
         );
-        assert_eq!(all[&format!("zap_time_to_first_byte_seconds_count{{backend=\"{b}\"}}")], 0.0);
+        assert_eq!(all[&format!("zap_backend_first_byte_seconds_count{{backend=\"{b}\"}}")], 0.0);
         assert_eq!(all[&format!("zap_backend_up{{backend=\"{b}\"}}")], 1.0);
         assert_eq!(all[&format!("zap_upstream_connections{{backend=\"{b}\",state=\"idle\"}}")], 0.0);
     }
@@ -110,7 +110,7 @@ fn each_request_is_counted_once_under_the_backend_that_responded() {
     assert_eq!(all["zap_requests_total{endpoint=\"chat\",backend=\"\",status=\"400\"}"], 1.0);
     assert_eq!(all["zap_requests_total{endpoint=\"other\",backend=\"\",status=\"404\"}"], 1.0);
     assert_eq!(all["zap_rejected_total{reason=\"invalid_json\"}"], 1.0);
-    assert_eq!(all["zap_time_to_first_byte_seconds_count{backend=\"a\"}"], 1.0);
+    assert_eq!(all["zap_backend_first_byte_seconds_count{backend=\"a\"}"], 1.0);
     assert_eq!(all["zap_overhead_seconds_count"], 1.0);
 }
 
@@ -125,7 +125,7 @@ fn the_overhead_excludes_the_time_of_the_backend() {
     zap.chat(CHAT);
     eventually("the overhead is recorded", || zap.metric("zap_overhead_seconds_count") == 1.0);
     assert!(zap.metric("zap_overhead_seconds_sum") < 0.1);
-    assert!(zap.metric("zap_time_to_first_byte_seconds_sum{backend=\"a\"}") > 0.1);
+    assert!(zap.metric("zap_backend_first_byte_seconds_sum{backend=\"a\"}") > 0.1);
 }
 
 #[test]
@@ -182,4 +182,23 @@ fn status_and_metrics_hold_no_key_and_no_url() {
     let status = zap.client().get("/status").json();
     assert_eq!(status["backends"][0]["name"], "a");
     assert_eq!(status["backends"][0]["last_error"]["code"], "upstream_auth_error");
+}
+
+#[test]
+fn each_try_has_its_time_at_its_own_backend_and_each_check_its_result() {
+    let (a, b) = (Provider::fixed(500, "", "no"), Provider::named("b"));
+    let closed = crate::support::provider::backend(Provider::closed_port(), "closed", "");
+    let settings = "[health]\ninterval_secs = 1\nfailure_threshold = 1000\n";
+    let zap = Zap::with(settings, &[a.backend("a", ""), closed, b.backend("b", "priority = 1")]);
+    assert_eq!(zap.chat(CHAT).text(), "b");
+    let tries = |name| zap.metric(&format!("zap_backend_first_byte_seconds_count{{backend=\"{name}\"}}"));
+    assert_eq!(["a", "closed", "b"].map(tries), [1.0; 3], "failures included");
+    let checks = |name, result| {
+        zap.metric(&format!("zap_health_checks_total{{backend=\"{name}\",result=\"{result}\"}}"))
+    };
+    a.set_health(401);
+    eventually("each backend is checked", || {
+        checks("a", "unauthorized") > 0.0 && checks("b", "ok") > 0.0 && checks("closed", "failed") > 0.0
+    });
+    assert_eq!((checks("b", "failed"), checks("closed", "ok")), (0.0, 0.0));
 }
