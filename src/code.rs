@@ -44,6 +44,7 @@ codes! {
     InvalidMultipart "invalid_multipart",
     InvalidType "invalid_type",
     LedgerUnavailable "ledger_unavailable",
+    MemoryFull "memory_full",
     MethodNotAllowed "method_not_allowed",
     MisdirectedRequest "misdirected_request",
     MissingMessages "missing_messages",

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use crate::config::Backend;
 use crate::config::base_url::base_url;
 use crate::config::charges::BackendLines;
 use crate::config::common::{
@@ -19,7 +20,6 @@ use crate::config::proxy::proxy;
 use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 use crate::config::url::is_path;
-use crate::config::{Backend, BackendHealth, UsageMode};
 use crate::json::members::same_but_for_case;
 use crate::protocol::endpoint::Protocol;
 
@@ -35,6 +35,29 @@ const USAGE_MODES: [(&str, UsageMode); 4] = [
 const PROTOCOLS: [(&str, Protocol); 2] = [("openai", Protocol::OpenAi), ("anthropic", Protocol::Anthropic)];
 /// Members that are never dropped.
 const REQUIRED_FIELDS: [&str; 3] = ["messages", "model", "stream"];
+
+/// `backends.health`: what differs from `[health]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendHealth {
+    /// Time between two checks, in whole seconds; `None`: that of `[health]`.
+    pub interval: Option<Duration>,
+    /// Whether the backend is checked; if not, real requests alone decide.
+    pub is_enabled: bool,
+}
+
+/// How the usage of a backend's answers is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UsageMode {
+    /// Zap requests the usage of a stream if a limit, a budget or a price depends on it.
+    Auto,
+    /// Zap requests the usage of every stream.
+    Inject,
+    /// Zap reads the usage and changes no request.
+    Passive,
+    /// Zap does not read the usage.
+    Off,
+}
+
 /// A backend whose name may still be missing.
 struct Unnamed {
     name: Option<Text>,

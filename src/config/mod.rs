@@ -8,9 +8,8 @@
 //! - `file` reads the text, and the files that it names.
 //! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
-//! - `text` is a string with its place, and knows which strings a message may show.
-//! - `syntax` explains a text that is not TOML.
-//! - `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
+//! - `text` is a string with its place, and knows which strings a message may show; `syntax` explains a text that is not
+//!   TOML; `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced; `sent_models` says which models a
 //!   backend may be sent.
@@ -18,7 +17,7 @@
 //! - `warnings` finds settings that are allowed but unwise.
 //! - `keys` reads the keys of backends and clients; `key_pool` those of one backend; `secret` keeps a key from being printed.
 //!
-//! A new key needs one field here and one line (and a const) in `raw`, `backend`, `models`, `clients` or `money`.
+//! A new key needs a field here and a line (and a const) in `raw`, `backend`, `models`, `clients` or `money`.
 
 mod aliases;
 mod backend;
@@ -60,7 +59,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
-pub(crate) use crate::config::backend::HEALTH_PATH;
+pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
 pub(crate) use crate::config::clients::ANONYMOUS;
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
@@ -130,6 +129,8 @@ pub struct Server {
     pub workers: usize,
     /// Largest request body, in bytes.
     pub max_body_bytes: u64,
+    /// Most bytes of all request bodies together; `None`: half of the memory that the process may use.
+    pub max_buffered_bytes: Option<u64>,
     /// Most open client connections, over all workers.
     pub max_connections: usize,
     /// How long SIGTERM waits for running requests, in whole seconds; may be 0.
@@ -154,6 +155,7 @@ impl Server {
             ("server.port", self.port != other.port),
             ("server.workers", self.workers != other.workers),
             ("server.max_body_bytes", self.max_body_bytes != other.max_body_bytes),
+            ("server.max_buffered_bytes", self.max_buffered_bytes != other.max_buffered_bytes),
             ("server.max_connections", self.max_connections != other.max_connections),
             ("server.drain_secs", self.drain != other.drain),
             ("server.drain_delay_secs", self.drain_delay != other.drain_delay),
@@ -334,28 +336,6 @@ pub struct Backend {
     pub protocols: Vec<Protocol>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
-}
-
-/// `backends.health`: what differs from `[health]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BackendHealth {
-    /// Time between two checks, in whole seconds; `None`: that of `[health]`.
-    pub interval: Option<Duration>,
-    /// Whether the backend is checked; if not, real requests alone decide.
-    pub is_enabled: bool,
-}
-
-/// How the usage of a backend's answers is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UsageMode {
-    /// Zap requests the usage of a stream if a limit, a budget or a price depends on it.
-    Auto,
-    /// Zap requests the usage of every stream.
-    Inject,
-    /// Zap reads the usage and changes no request.
-    Passive,
-    /// Zap does not read the usage.
-    Off,
 }
 
 /// A limit of what may be spent in a day or in a month.

@@ -25,6 +25,7 @@ use crate::config::{
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const PORT: Number<u16> = Range::new(0, u16::MAX).or(8000);
 const WORKERS: Range<usize> = Range::new(1, 1024);
+const MAX_BUFFERED_BYTES: Range<u64> = Range::new(1 << 20, 1 << 50);
 const MAX_BODY_BYTES: Number<u64> = Range::new(1024, 1 << 30).or(32 << 20);
 const MAX_CONNECTIONS: Number<usize> = Range::new(1, 1_000_000).or(10_000);
 
@@ -171,6 +172,7 @@ fn server(t: &mut Section<'_, '_>) -> Server {
         port: t.number("port", PORT),
         workers: t.number("workers", WORKERS.or(cores.clamp(WORKERS.min, WORKERS.max))),
         max_body_bytes: t.number("max_body_bytes", MAX_BODY_BYTES),
+        max_buffered_bytes: t.optional("max_buffered_bytes", MAX_BUFFERED_BYTES),
         max_connections: t.number("max_connections", MAX_CONNECTIONS),
         drain: t.seconds("drain_secs", DRAIN_SECS),
         drain_delay: t.seconds("drain_delay_secs", DRAIN_DELAY_SECS),

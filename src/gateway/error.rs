@@ -34,6 +34,8 @@ pub(crate) enum GatewayError {
     KeyCase(Box<str>, Box<str>),
     /// A member has the wrong type; its key, and the type that it must have.
     InvalidType(&'static str, &'static str),
+    /// There is no memory for the request body.
+    MemoryFull,
     /// The path does not support the method; the methods that it supports.
     MethodNotAllowed(&'static str),
     /// The body has no array `messages`, which the endpoint requires.

@@ -15,6 +15,7 @@ use crate::client::exchange::Exchange;
 use crate::client::load::Upload;
 use crate::clock;
 use crate::gateway::Gateway;
+use crate::gateway::buffered::BodyHold;
 use crate::gateway::refusal::GatewayError;
 use crate::http1::headers::is_encoded;
 use crate::json::members::{Affinity, Fields, ScanError, Watch};
@@ -127,15 +128,17 @@ impl<'a> BodyScanner<'a> {
 
 impl BodyReader<'_> {
     /// Reads and scans the body. Also returns an [`Upload`] if it had to wait for the body: the drain waits for the
-    /// request as long as the caller holds the [`Upload`], which is until the request has a slot.
+    /// request as long as the caller holds the [`Upload`], which is until the request has a slot. `hold` gets the memory of
+    /// the body.
     ///
     /// # Errors
-    /// Returns the error in the body, or [`GatewayError::RequestTimeout`] if the body stalls.
+    /// Returns the error in the body, [`GatewayError::RequestTimeout`] if the body stalls, or
+    /// [`GatewayError::MemoryFull`].
     pub(crate) async fn read(
         &self,
         mut body: impl http_body::Body<Data = Bytes> + Unpin,
         api: &Api,
-        record: &mut RequestRecord,
+        (record, hold): (&mut RequestRecord, &mut BodyHold),
     ) -> Result<(ChatRequest, Option<Upload>), GatewayError> {
         let max = self.gateway.server().max_body_bytes;
         let mut scanner = BodyScanner::new(api.body, self.headers, self.watch)?;
@@ -164,6 +167,9 @@ impl BodyReader<'_> {
             if length > max {
                 return Err(GatewayError::TooLarge(max));
             }
+            let waited = hold.grow(data.len() as u64, self.exchange).await?;
+            record.waited += waited;
+            until += waited;
             scanner.feed(&data)?;
             if api.body != BodyFormat::Nothing {
                 chunks.push(data);

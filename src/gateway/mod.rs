@@ -28,6 +28,7 @@ pub(crate) mod relay;
 
 mod ask;
 
+mod buffered;
 mod held;
 mod learned_ids;
 mod relay_input;
@@ -72,6 +73,7 @@ use crate::client::serve::Service;
 use crate::clock;
 use crate::config::Server;
 use crate::gateway::attempt::Attempts;
+use crate::gateway::buffered::{BodyHold, Buffered};
 use crate::gateway::endpoints::ModelLists;
 use crate::gateway::intake::BodyReader;
 use crate::gateway::limit_error::LimitError;
@@ -121,6 +123,8 @@ pub(crate) struct Gateway {
     /// Reports of usage in this second.
     reports: RefCell<Allowance>,
     lists: RefCell<ModelLists>,
+    /// The memory of request bodies.
+    buffered: Buffered,
 }
 
 /// A request for a backend.
@@ -148,6 +152,7 @@ impl Gateway {
             searches: RefCell::default(),
             reports: RefCell::default(),
             lists: RefCell::default(),
+            buffered: Buffered::default(),
         })
     }
 
@@ -276,7 +281,8 @@ impl Gateway {
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let watch = generation.watch(api);
             let reader = BodyReader { gateway: self, exchange, watch, headers: &head.headers };
-            let (chat, upload) = reader.read(body, api, &mut record).await?;
+            let mut hold = BodyHold::new(self.clone());
+            let (chat, upload) = reader.read(body, api, (&mut record, &mut hold)).await?;
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };
             let deadline = began + clock::nanos(generation.config.queue.timeout);

@@ -173,6 +173,15 @@ impl GatewayError {
                 ),
             ),
             E::Limited(limit) => limit.row(),
+            E::MemoryFull => closing(after(
+                &SECOND,
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::MemoryFull,
+                    "The gateway has no memory left for this request body; try again shortly.",
+                ),
+            )),
             E::MethodNotAllowed(allow) => row(
                 StatusCode::METHOD_NOT_ALLOWED,
                 INVALID,
@@ -415,6 +424,7 @@ mod tests {
             (E::NotSpoken("Anthropic"), 404, INVALID, "model_not_found", Some("model"), None, false),
             (E::ProviderState, 404, INVALID, "unknown_url", None, None, false),
             (E::NoBackend, 503, SERVER, "no_backend", None, Some("59"), false),
+            (E::MemoryFull, 503, SERVER, "memory_full", None, Some("1"), true),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
             (E::Limited(L::BackendBudgetsSpent), 429, "insufficient_quota", "insufficient_quota", None, Some("59"), false),

@@ -9,10 +9,11 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
 use crate::clock;
-use crate::config::Config;
+use crate::config::{Config, Server};
 use crate::gateway::pages::Pages;
 use crate::gateway::served_models::ServedModels;
 use crate::policy::breaker::Change;
+use crate::policy::byte_budget::ByteBudget;
 use crate::policy::choose;
 use crate::policy::known_ids::{KnownIds, MadeBy};
 use crate::policy::limit::Limiter;
@@ -28,6 +29,7 @@ use crate::telemetry::clients::Clients;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::log::Log;
+use crate::telemetry::memory_limit::memory_limit;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
@@ -83,6 +85,10 @@ pub struct Shared {
     pub(crate) budget: Budget,
     /// The metrics and the log.
     pub(crate) telemetry: Arc<Telemetry>,
+    /// The memory of request bodies.
+    pub(crate) buffers: ByteBudget,
+    /// Notified when a request has given memory back.
+    pub(crate) buffer_freed: Notify,
     /// Which backends made the responses, items and conversations that requests refer to.
     pub(crate) known_ids: KnownIds,
     /// What backends without `models` say they serve.
@@ -102,6 +108,15 @@ pub struct Shared {
     stopping: AtomicBool,
     draining: AtomicBool,
     hasher: RandomState,
+}
+
+/// The least memory of request bodies if the configuration does not say how much.
+const MIN_BUFFERED: u64 = 64 << 20;
+
+/// The memory of all request bodies together.
+fn max_buffered(server: &Server) -> u64 {
+    let default = || memory_limit().map_or(MIN_BUFFERED, |limit| limit / 2).max(MIN_BUFFERED);
+    server.max_buffered_bytes.unwrap_or_else(default)
 }
 
 impl Shared {
@@ -126,6 +141,8 @@ impl Shared {
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
             telemetry: Telemetry::new(config.server.workers, (log, config.log.requests), ledger),
+            buffers: ByteBudget::new(max_buffered(&config.server)),
+            buffer_freed: Notify::new(),
             known_ids: KnownIds::new(config.max_ids),
             served_models: ServedModels::default(),
             pages: Pages::default(),

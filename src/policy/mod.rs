@@ -10,6 +10,8 @@ pub(crate) mod key_hasher;
 
 mod use_order;
 
+pub(crate) mod byte_budget;
+
 pub(crate) mod limit;
 
 pub(crate) mod token_window;

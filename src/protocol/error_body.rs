@@ -36,7 +36,7 @@ pub(crate) fn error_status(protocol: Protocol, code: Code, status: u16) -> u16 {
 }
 
 fn is_overload(code: Code) -> bool {
-    matches!(code, Code::Draining | Code::NoBackend | Code::QueueFull)
+    matches!(code, Code::Draining | Code::MemoryFull | Code::NoBackend | Code::QueueFull)
 }
 
 impl ErrorBody<'_> {
@@ -96,6 +96,7 @@ mod tests {
             (500, Code::InternalError, 500, "api_error"),
             (502, Code::UpstreamEmpty, 502, "api_error"),
             (503, Code::QueueFull, 529, "overloaded_error"),
+            (503, Code::MemoryFull, 529, "overloaded_error"),
             (503, Code::NoBackend, 529, "overloaded_error"),
             (503, Code::Draining, 529, "overloaded_error"),
             (504, Code::QueueTimeout, 504, "api_error"),

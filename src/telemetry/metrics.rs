@@ -38,6 +38,8 @@ pub(crate) struct Lane {
     durations: [Histogram; Endpoint::COUNT],
     /// Zap's own share of the time to the first byte.
     pub overhead: Histogram,
+    /// Bytes of request bodies in memory.
+    pub buffered: Counter,
     /// Time in the queue; counts only requests that were queued.
     pub queue_wait: Histogram,
     rejected: [Counter; Code::ALL.len()],
@@ -55,6 +57,7 @@ impl Default for Lane {
             responses: ResponseCounters::default(),
             durations: std::array::from_fn(|_| Histogram::new(REQUEST)),
             overhead: Histogram::new(OVERHEAD),
+            buffered: Counter::default(),
             queue_wait: Histogram::new(REQUEST),
             rejected: std::array::from_fn(|_| Counter::default()),
             interrupted: Default::default(),
@@ -227,6 +230,12 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         e.family(name, kind, help);
         e.sample(name, &[], value);
     };
+    one(
+        "zap_buffered_bytes",
+        "gauge",
+        "Bytes of request bodies in memory.",
+        sum(lanes, |l| l.buffered.get()),
+    );
     one(
         "zap_known_ids",
         "gauge",

@@ -6,6 +6,8 @@ pub(crate) mod phase;
 
 pub(crate) mod passed_over;
 
+pub(crate) mod memory_limit;
+
 pub(crate) mod metrics;
 
 pub(crate) mod token_metrics;

@@ -51,6 +51,8 @@ mod ledger;
 
 mod limit;
 
+mod memory;
+
 mod messages;
 
 mod models;

@@ -63,6 +63,11 @@ impl Client {
         Client { stream, ahead: Vec::new() }
     }
 
+    /// A second handle for writing.
+    pub(crate) fn writer(&self) -> TcpStream {
+        self.stream.try_clone().unwrap()
+    }
+
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream.write_all(bytes.as_ref()).unwrap();
     }

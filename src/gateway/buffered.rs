@@ -1,0 +1,100 @@
+//! The memory that request bodies take: at the bound, Zap stops reading bodies, and then refuses the newest.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use crate::client::exchange::Exchange;
+use crate::clock;
+use crate::gateway::Gateway;
+use crate::gateway::refusal::GatewayError;
+use crate::policy::byte_budget::WorkerBytes;
+use crate::time::{Nanos, SECOND};
+
+/// How long a body waits for room before the newest is refused.
+const PATIENCE: Nanos = 5 * SECOND;
+
+/// How long the next one waits then: what the refused body held may be enough.
+const NEXT: Nanos = SECOND;
+
+/// The bytes that the requests of a worker hold.
+pub(super) type Buffered = RefCell<WorkerBytes>;
+
+/// The bytes that a request holds. Dropping it gives them back.
+pub(crate) struct BodyHold {
+    gateway: Rc<Gateway>,
+    held: u64,
+}
+
+/// A body that waits for room.
+struct Waiter<'a> {
+    gateway: &'a Gateway,
+    number: u64,
+}
+
+impl BodyHold {
+    /// A hold on no bytes.
+    pub(super) fn new(gateway: Rc<Gateway>) -> Self {
+        BodyHold { gateway, held: 0 }
+    }
+
+    /// Takes `n` more bytes. Waits while they are not left; the body is not read meanwhile. Returns how long it waited.
+    ///
+    /// # Errors
+    /// [`GatewayError::MemoryFull`] if there is no room for long, and this is the newest body that waits.
+    pub(super) async fn grow(&mut self, n: u64, exchange: &Exchange) -> Result<Nanos, GatewayError> {
+        if self.try_grow(n) {
+            return Ok(0);
+        }
+        let since = clock::now();
+        self.wait(n, exchange, since + PATIENCE).await?;
+        Ok(clock::now() - since)
+    }
+
+    #[cold]
+    async fn wait(&mut self, n: u64, exchange: &Exchange, mut until: Nanos) -> Result<(), GatewayError> {
+        let gateway = self.gateway.clone();
+        let shared = gateway.shared();
+        let waiter = Waiter { number: shared.buffers.join(), gateway: &gateway };
+        loop {
+            let freed = shared.buffer_freed.notified();
+            if self.try_grow(n) {
+                return Ok(());
+            }
+            if exchange.limit(until, freed).await.is_err() {
+                if shared.buffers.is_newest(waiter.number) || gateway.is_cut() {
+                    return Err(GatewayError::MemoryFull);
+                }
+                until = clock::now() + NEXT;
+            }
+        }
+    }
+
+    fn try_grow(&mut self, n: u64) -> bool {
+        let mut worker = self.gateway.buffered.borrow_mut();
+        let is_taken = self.gateway.shared().buffers.take(&mut worker, n);
+        if is_taken {
+            self.held += n;
+            self.gateway.recorder().lane().buffered.add(n);
+        }
+        is_taken
+    }
+}
+
+impl Drop for BodyHold {
+    fn drop(&mut self) {
+        if self.held == 0 {
+            return;
+        }
+        let shared = self.gateway.shared();
+        self.gateway.recorder().lane().buffered.sub(self.held);
+        if shared.buffers.give(&mut self.gateway.buffered.borrow_mut(), self.held) {
+            shared.buffer_freed.notify_waiters();
+        }
+    }
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.gateway.shared().buffers.leave(self.number);
+    }
+}

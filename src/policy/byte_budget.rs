@@ -1,0 +1,151 @@
+//! A bound for the bytes that all requests hold together, and who gives way when it is reached.
+//!
+//! Workers take bytes in slabs, so that a small body costs no write to what all workers share. Bodies that wait for room
+//! have an order: the newest gives way.
+
+use std::collections::BTreeSet;
+
+use crate::policy::sync::{AtomicU64, Mutex, Ordering};
+
+/// The unit in which a worker takes bytes, if as many are left.
+pub(crate) const SLAB: u64 = 256 * 1024;
+
+/// The bytes that all workers may hold together.
+#[derive(Debug)]
+pub(crate) struct ByteBudget {
+    max: u64,
+    taken: AtomicU64,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    next: u64,
+    numbers: BTreeSet<u64>,
+}
+
+/// The bytes of one worker.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct WorkerBytes {
+    /// Bytes that its requests hold.
+    pub held: u64,
+    /// Bytes that it has taken of the budget; at least as many.
+    taken: u64,
+}
+
+impl ByteBudget {
+    /// Creates a budget of `max` bytes.
+    pub(crate) fn new(max: u64) -> Self {
+        ByteBudget { max, taken: AtomicU64::new(0), waiting: Mutex::default() }
+    }
+
+    /// Takes `n` bytes for a request of the worker. Returns `false` if they are not left.
+    pub(crate) fn take(&self, worker: &mut WorkerBytes, n: u64) -> bool {
+        let missing = (worker.held + n).saturating_sub(worker.taken);
+        let slab = missing.next_multiple_of(SLAB);
+        let taken = match missing {
+            0 => 0,
+            _ if self.try_take(slab) => slab,
+            _ if self.try_take(missing) => missing,
+            _ => return false,
+        };
+        worker.taken += taken;
+        worker.held += n;
+        true
+    }
+
+    /// Gives `n` bytes of the worker back. Returns whether others may find room that was not there.
+    pub(crate) fn give(&self, worker: &mut WorkerBytes, n: u64) -> bool {
+        worker.held -= n;
+        let spare = worker.taken - worker.held;
+        // Some stay, so that one request after another costs nothing here. None stay while others wait.
+        let kept = if self.taken.load(Ordering::Relaxed) + SLAB > self.max { 0 } else { SLAB };
+        if spare < 2 * kept.max(1) {
+            return false;
+        }
+        worker.taken -= spare - kept;
+        self.taken.fetch_sub(spare - kept, Ordering::Release);
+        true
+    }
+
+    fn try_take(&self, n: u64) -> bool {
+        let take = |taken: u64| taken.checked_add(n).filter(|taken| *taken <= self.max);
+        self.taken.fetch_update(Ordering::Acquire, Ordering::Relaxed, take).is_ok()
+    }
+
+    /// Registers a body that waits for room. Returns its number.
+    pub(crate) fn join(&self) -> u64 {
+        let mut waiting = self.waiting.lock();
+        let number = waiting.next;
+        waiting.next += 1;
+        waiting.numbers.insert(number);
+        number
+    }
+
+    /// Whether the body with this number came last of all that wait.
+    pub(crate) fn is_newest(&self, number: u64) -> bool {
+        self.waiting.lock().numbers.last() == Some(&number)
+    }
+
+    /// Ends the wait of the body with this number.
+    pub(crate) fn leave(&self, number: u64) {
+        self.waiting.lock().numbers.remove(&number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_worker_takes_a_slab_while_there_is_one_and_gives_back_what_it_does_not_need() {
+        let budget = ByteBudget::new(4 * SLAB);
+        let (mut a, mut b) = (WorkerBytes::default(), WorkerBytes::default());
+        assert!(budget.take(&mut a, 10) && a.taken == SLAB);
+        assert!(budget.take(&mut b, 3 * SLAB) && !budget.take(&mut b, 1));
+        assert!(budget.take(&mut a, SLAB - 10), "its slab has room");
+        assert!(!budget.take(&mut a, 1));
+        assert!(budget.give(&mut a, 5), "others may need each byte");
+        assert!(budget.take(&mut b, 5) && !budget.take(&mut a, 1));
+        assert!(budget.give(&mut b, 3 * SLAB + 5));
+        assert!(budget.give(&mut a, SLAB - 5) || a.taken <= 2 * SLAB);
+        assert_eq!((a.held, b.held), (0, 0));
+        assert!(budget.take(&mut b, 3 * SLAB), "all but one slab of the other worker");
+    }
+
+    #[test]
+    fn the_newest_of_those_that_wait_gives_way() {
+        let budget = ByteBudget::new(1);
+        let (first, second) = (budget.join(), budget.join());
+        assert!(budget.is_newest(second) && !budget.is_newest(first));
+        budget.leave(second);
+        assert!(budget.is_newest(first));
+    }
+
+    proptest! {
+        #[test]
+        fn workers_never_hold_more_than_the_budget_and_nothing_is_lost(
+            max in 1..6 * SLAB,
+            steps in prop::collection::vec((0..3usize, 0..2 * SLAB, any::<bool>()), 1..80),
+        ) {
+            let budget = ByteBudget::new(max);
+            let (mut workers, mut held) = ([WorkerBytes::default(); 3], [vec![], vec![], vec![]]);
+            for (worker, n, gives) in steps {
+                match held[worker].pop() {
+                    Some(n) if gives => drop(budget.give(&mut workers[worker], n)),
+                    kept => {
+                        held[worker].extend(kept);
+                        if budget.take(&mut workers[worker], n) {
+                            held[worker].push(n);
+                        }
+                    }
+                }
+                prop_assert!(workers.iter().all(|worker| worker.held <= worker.taken));
+                prop_assert_eq!(workers.iter().map(|w| w.taken).sum::<u64>(), budget.taken.load(Ordering::Relaxed));
+                prop_assert!(budget.taken.load(Ordering::Relaxed) <= max);
+            }
+        }
+    }
+}

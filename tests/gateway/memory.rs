@@ -1,0 +1,71 @@
+//! The memory of request bodies is bounded: Zap stops reading them, and refuses the newest after a while.
+
+use crate::support::provider::Gate;
+use crate::support::{Client, Provider, Zap, eventually, within};
+
+const MIB: usize = 1 << 20;
+
+/// A body of so many bytes.
+fn body(length: usize) -> String {
+    let around = "{\"messages\":[\"\"]}".len();
+    format!("{{\"messages\":[\"{}\"]}}", "x".repeat(length - around))
+}
+
+fn buffered(zap: &Zap) -> usize {
+    zap.metric("zap_buffered_bytes") as usize
+}
+
+/// Sends a request with a body of a MiB from another thread, since Zap may stop reading it.
+fn post(zap: &Zap) -> Client {
+    let client = zap.client();
+    let mut writer = client.writer();
+    std::thread::spawn(move || {
+        let body = body(MIB);
+        let head = format!("POST /chat HTTP/1.1\r\nhost: zap\r\ncontent-length: {}\r\n\r\n", body.len());
+        // Zap may refuse the request and close the connection.
+        let _ = std::io::Write::write_all(&mut writer, (head + &body).as_bytes());
+    });
+    client
+}
+
+#[test]
+fn bodies_beyond_the_bound_wait_for_those_before_them() {
+    let gate = Gate::default();
+    let a = Provider::gated(&gate);
+    let zap = Zap::with(&format!("[server]\nmax_buffered_bytes = {}\n", 4 * MIB), &[a.backend("a", "")]);
+    let mut whole: Vec<_> = (0..4).map(|_| post(&zap)).collect();
+    eventually("four are at the backend", || gate.waiting() == 4);
+    assert_eq!(buffered(&zap), 4 * MIB);
+    let mut late: Vec<_> = (0..3).map(|_| post(&zap)).collect();
+    // Small bodies wait too: there is no room at all.
+    eventually("the others wait", || zap.client().get("/status").json()["in_flight"] == 4);
+    assert_eq!(buffered(&zap), 4 * MIB);
+    gate.open(7);
+    for client in whole.iter_mut().chain(&mut late) {
+        assert_eq!(client.response().status, 200);
+    }
+    assert_eq!(a.count(), 7);
+    zap.wait_until_idle();
+    assert_eq!(buffered(&zap), 0);
+}
+
+#[test]
+fn the_newest_body_that_waits_is_refused_and_the_others_go_on() {
+    let gate = Gate::default();
+    let a = Provider::gated(&gate);
+    let zap = Zap::with(&format!("[server]\nmax_buffered_bytes = {}\n", 2 * MIB), &[a.backend("a", "")]);
+    let mut whole = [post(&zap), post(&zap)];
+    eventually("two are at the backend", || gate.waiting() == 2);
+    let mut late = [post(&zap), post(&zap)];
+    let refusals = || zap.metric("zap_rejected_total{reason=\"memory_full\"}");
+    within(std::time::Duration::from_secs(20), "the newest is refused", || refusals() == 1.0);
+    gate.open(3);
+    assert!(whole.iter_mut().all(|client| client.response().status == 200), "what is whole is not lost");
+    let answers = late.each_mut().map(Client::response);
+    let refused = answers.iter().find(|answer| answer.status == 503).expect("one is refused");
+    assert_eq!((refused.code().as_str(), refused.header("retry-after")), ("memory_full", Some("1")));
+    assert_eq!(refused.header("connection"), Some("close"));
+    assert_eq!(answers.iter().filter(|answer| answer.status == 200).count(), 1, "the other was only late");
+    zap.wait_until_idle();
+    assert_eq!(buffered(&zap), 0);
+}
