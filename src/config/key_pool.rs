@@ -112,6 +112,11 @@ pub(crate) fn scale(backends: &[Backend]) -> u32 {
 }
 
 impl Backend {
+    /// The name in the configuration, which all keys of a pool share.
+    pub(crate) fn configured_name(&self) -> &str {
+        self.pool.as_ref().map_or(&self.name, |pool| &pool.backend)
+    }
+
     /// The share of a `weight` that the backend has if its keys have it together, grown by `scale`.
     pub(crate) fn share(&self, weight: u32, scale: u32) -> u32 {
         let size = self.pool.as_ref().map_or(1, |pool| pool.size);

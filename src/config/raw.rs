@@ -25,7 +25,7 @@ use crate::config::{
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const PORT: Number<u16> = Range::new(0, u16::MAX).or(8000);
 const WORKERS: Range<usize> = Range::new(1, 1024);
-const MAX_BUFFERED_BYTES: Range<u64> = Range::new(1 << 20, 1 << 50);
+const MAX_BUFFERED_BYTES: Range<u64> = Range::new(1 << 20, 1 << 43);
 const MAX_BODY_BYTES: Number<u64> = Range::new(1024, 1 << 30).or(32 << 20);
 const MAX_CONNECTIONS: Number<usize> = Range::new(1, 1_000_000).or(10_000);
 

@@ -70,7 +70,9 @@ impl Gateway {
             return Ok(ask);
         }
         let ids = references(snapshot, request, (api, chat));
-        let serves = |id| snapshot.targets(&ask).any(|target| snapshot.upstream(target).state.id == id);
+        // A drained target that made it has it alone: other targets do not answer in its place.
+        let targets = &snapshot.route(&ask).targets;
+        let serves = |id| targets.iter().any(|target| snapshot.upstream(target).state.id == id);
         let made_by = learned_ids::made_by(self.shared(), &record.caller, &ids, serves)?;
         Ok(Ask { made_by, ..ask })
     }

@@ -223,7 +223,10 @@ impl Attempts<'_> {
     fn settle(&mut self, was_served: bool) {
         self.is_settled = true;
         if !self.record.failed.is_empty() && !self.gateway.is_cut() {
-            self.dispatch.blamed(was_served).for_each(|target| self.strike(target));
+            let targets = &self.snapshot.route(&self.ask).targets;
+            let pool =
+                |target: TargetId| self.snapshot.upstream(&targets[target]).pool(targets[target].backend);
+            self.dispatch.blamed(was_served, pool).for_each(|target| self.strike(target));
         }
     }
 
@@ -272,7 +275,7 @@ impl Attempts<'_> {
     ) -> Option<InFlight> {
         let backend = self.snapshot.route(&self.ask).targets[target].backend;
         let upstream = &self.snapshot.backends[backend];
-        let permit = queues.granted.take_if(|(granted, _)| *granted == backend);
+        let permit = queues.granted.take_if(|(granted, _)| *granted == upstream.pool(backend));
         let candidate = view(&self.snapshot, &self.ask, now, queues).candidate(target);
         let in_flight = match permit {
             Some((_, permit)) => upstream.enter_with(Some(permit), &candidate, panic),

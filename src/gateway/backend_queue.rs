@@ -35,9 +35,9 @@ use crate::upstream::limits::Candidate;
 pub(crate) struct BackendQueues {
     /// The places before quotas.
     quotas: Vec<(BackendId, QuotaWait)>,
-    /// The places before full backends.
+    /// The places before full backends, by the first backend of a [pool](Upstream::pool).
     tickets: Vec<(BackendId, Ticket)>,
-    /// A permit of a backend that was full.
+    /// A permit of a backend that was full, by the first backend of its pool.
     pub granted: Option<(BackendId, Permit)>,
     /// Held from the first wait on, so that no other request takes this one's place in the count while it picks again.
     counted: Option<BackendWait>,
@@ -215,17 +215,15 @@ impl BackendQueues {
     /// Joins the queues of the full backends, of the quotas with reserved tokens, and of the quota that opens first if it
     /// opens before `latest`. Keeps a place that the request has already.
     fn join(&mut self, snapshot: &Snapshot, ask: &Ask<'_>, busy: &Busy, latest: Nanos) {
-        self.tickets.retain(|(id, _)| busy.full.contains(id));
+        let pool = |id: BackendId| snapshot.backends[id].pool(id);
+        self.tickets.retain(|(known, _)| busy.full.iter().any(|id| pool(*id) == *known));
         for id in &busy.full {
-            let upstream = &snapshot.backends[*id];
-            let is_known =
-                |known: BackendId| known == *id || snapshot.backends[known].shares_slots_with(upstream);
-            if self.tickets.iter().any(|(known, _)| is_known(*known)) {
+            if self.tickets.iter().any(|(known, _)| *known == pool(*id)) {
                 continue;
             }
-            match upstream.queue_for_permit() {
-                Ok(Some(Admitted::Queued(ticket))) => self.tickets.push((*id, ticket)),
-                Ok(Some(Admitted::Passed(permit))) => self.granted = Some((*id, permit)),
+            match snapshot.backends[*id].queue_for_permit() {
+                Ok(Some(Admitted::Queued(ticket))) => self.tickets.push((pool(*id), ticket)),
+                Ok(Some(Admitted::Passed(permit))) => self.granted = Some((pool(*id), permit)),
                 // The queue of this backend is full: wait for the other backends.
                 Ok(None) | Err(QueueFull) => {}
             }

@@ -8,6 +8,7 @@ use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::Shared;
 use crate::policy::known_ids::{MadeBy, Maker};
 use crate::protocol::answer_ids::AnswerIds;
+use crate::protocol::event_stream::EventStream;
 use crate::telemetry::record::Caller;
 
 /// Learns the ids of one answer as it passes.
@@ -19,10 +20,17 @@ pub(crate) struct IdLearner {
 }
 
 impl IdLearner {
-    /// Starts an answer of the backend whose state has the id `backend`. `is_stream`: it is an event stream.
-    pub(super) fn new(shared: &Arc<Shared>, caller: &Caller, backend: u64, is_stream: bool) -> Self {
-        let maker = Maker { backend, client: caller::owner(shared, caller) };
+    /// Starts an answer of the backend whose state has the id `backend`. `is_stream`: it is an event stream. `caller`: the
+    /// client that has made what has the ids; `None` if it has only read them.
+    pub(super) fn new(shared: &Arc<Shared>, caller: Option<&Caller>, backend: u64, is_stream: bool) -> Self {
+        let maker = Maker { backend, client: caller.map_or(0, |caller| caller::owner(shared, caller)) };
         IdLearner { ids: AnswerIds::new(is_stream), maker, shared: shared.clone() }
+    }
+
+    /// Reads the beginning of the answer: what goes out first, and the unfinished event that its `events` hold back.
+    pub(super) fn begin(&mut self, first: &[u8], events: Option<&EventStream>) {
+        self.push(first);
+        self.push(events.map_or(&[], |events| events.unfinished()));
     }
 
     /// Reads the next part of the answer.
@@ -52,7 +60,7 @@ pub(super) fn made_by(
         let Some(maker) = shared.known_ids.find(shared.keyed_hash(id.as_ref().as_bytes()), now) else {
             continue;
         };
-        if maker.client != client {
+        if maker.client != 0 && maker.client != client {
             return Err(GatewayError::NotYours);
         }
         if found == MadeBy::Unknown && serves(maker.backend) {

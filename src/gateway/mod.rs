@@ -87,7 +87,7 @@ use crate::json::members::Model;
 use crate::policy::allowance::Allowance;
 use crate::policy::dispatch::Dispatch;
 use crate::protocol::Endpoint;
-use crate::protocol::endpoint::{Api, Page, ServedBy};
+use crate::protocol::endpoint::{Api, BodyFormat, Page, ServedBy};
 use crate::protocol::stored::{NotStored, Stored};
 use crate::telemetry::Recorder;
 use crate::telemetry::record::{Arrival, RequestRecord};
@@ -286,7 +286,7 @@ impl Gateway {
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };
             let deadline = began + clock::nanos(generation.config.queue.timeout);
-            record.stream = chat.fields.wants_stream();
+            record.stream = chat.fields.wants_stream() || asks_for_stream(api, &head.uri);
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
             }
@@ -406,4 +406,10 @@ impl Service for Gateway {
     fn is_closing(&self) -> bool {
         self.load.is_closing()
     }
+}
+
+/// Whether the query of a request for a stored response asks for a stream.
+fn asks_for_stream(api: &Api, uri: &Uri) -> bool {
+    let is_stream = |query: &str| query.split('&').any(|parameter| parameter == "stream=true");
+    api.body == BodyFormat::Nothing && uri.query().is_some_and(is_stream)
 }

@@ -6,6 +6,7 @@ use std::task::Context;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use http::Method;
 use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
@@ -16,7 +17,7 @@ use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
 use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
-use crate::http1::headers::{Passing, ResponseFacts};
+use crate::http1::headers::{BodyType, Passing, ResponseFacts};
 use crate::json::patch::{slices, splices, with_splice};
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
@@ -25,6 +26,7 @@ use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
 use crate::protocol::Endpoint;
 use crate::protocol::body_class::{error_message, is_request_too_large};
+use crate::protocol::endpoint::BodyFormat;
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
 use crate::protocol::stored::is_not_found;
@@ -64,7 +66,7 @@ impl Attempts<'_> {
         failpoint::hit("try", &self.record.request_id);
         self.wait_began = None;
         let usage = self.usage_splice(&in_flight);
-        let mut asked = Asked { target, in_flight: &in_flight, usage, sent: 0 };
+        let mut asked = Asked { target, in_flight: &in_flight, usage, sent: in_flight.entered() };
         self.exchange.nudge_at(self.exchange.coarse_now() + SILENT);
         let unanswered = Unanswered::new(self.gateway, &in_flight, self.ask.model);
         let response = match asked.usage {
@@ -225,7 +227,11 @@ impl Attempts<'_> {
         let passing = Passing {
             authorization: upstream.conf.forward_authorization,
             more: self.ask.endpoint.protocol().headers(),
-            content_type: self.chat.form.is_some(),
+            content_type: match self.ask.endpoint.api().map(|api| api.body) {
+                Some(BodyFormat::Form) => BodyType::Clients,
+                Some(BodyFormat::Nothing) => BodyType::Nothing,
+                Some(BodyFormat::Json) | None => BodyType::Json,
+            },
         };
         headers::to_backend(&self.request.headers, passing, &upstream.conf.header_rules, |name, value| {
             if !upstream.has_own_header(name) {
@@ -246,7 +252,10 @@ impl Attempts<'_> {
             (None, None) => slices(&self.chat.chunks, splices),
         };
         let length: usize = body.iter().map(Bytes::len).sum();
-        write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
+        // A GET or a DELETE has no body.
+        if length > 0 || self.request.method == Method::POST {
+            write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
+        }
         head.extend_from_slice(b"\r\n");
         WireRequest { head, body }
     }
@@ -278,7 +287,10 @@ impl Attempts<'_> {
         {
             fault.cause = format!("HTTP {status}: {message}").into();
         }
-        self.record_failure(upstream, fault, failure.blames_backend);
+        match failure.is_search() {
+            true => self.record.failed.push((upstream.clone(), fault)),
+            false => self.record_failure(upstream, fault, failure.blames_backend),
+        }
         Some(failure)
     }
 

@@ -115,7 +115,7 @@ impl RelayBody {
 
     fn begin_reading(&mut self, has_usage: bool) {
         let (is_whole, first) = (self.is_upstream_done(), self.first.as_deref().unwrap_or_default());
-        self.ids.as_mut().into_iter().for_each(|ids| ids.push(first));
+        self.ids.as_mut().into_iter().for_each(|ids| ids.begin(first, self.events.as_deref()));
         let Some(guards) = self.guards.as_mut().filter(|_| has_usage) else { return };
         let random = || self.gateway.random();
         self.usage = RelayUsage::of_body(&mut guards.record, first, is_whole, random);

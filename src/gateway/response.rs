@@ -119,7 +119,8 @@ impl Gateway {
         let is_stored = record.endpoint.api().is_some_and(|api| api.is_stored);
         let has_ids = is_stored && head.status.is_success() && (is_json || is_events) && !is_encoded;
         let backend = in_flight.upstream().state.id;
-        let ids = has_ids.then(|| IdLearner::new(self.shared(), &record.caller, backend, is_events).into());
+        let maker = (record.endpoint != Endpoint::StoredResponse).then_some(&record.caller);
+        let ids = has_ids.then(|| IdLearner::new(self.shared(), maker, backend, is_events).into());
         let guards = RequestGuards { lease, in_flight: Some(in_flight), slot, record };
         let redactor = redactor.map(Box::new);
         let input = RelayInput { first, events, ending, has_usage, ids, redactor, kind, clocks };

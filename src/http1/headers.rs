@@ -86,8 +86,20 @@ pub(crate) struct Passing {
     pub authorization: bool,
     /// Further names, in lower case.
     pub more: &'static [&'static str],
-    /// The client's `Content-Type`, in place of that of JSON.
-    pub content_type: bool,
+    /// The `Content-Type`.
+    pub content_type: BodyType,
+}
+
+/// The `Content-Type` of a request to a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum BodyType {
+    /// That of the client.
+    Clients,
+    /// JSON. The client's own type may be wrong: `curl -d` says that it is a form.
+    #[default]
+    Json,
+    /// None: the request has no body.
+    Nothing,
 }
 
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
@@ -130,12 +142,10 @@ pub(crate) fn to_backend(
     if !has_user_agent {
         put(&USER_AGENT, &HeaderValue::from_static("zap"));
     }
-    let own = if passing.content_type { client.get(CONTENT_TYPE) } else { None };
-    match own {
-        Some(own) => put(&CONTENT_TYPE, own),
-        // The scanner has checked that the body is JSON. The client's own type may be wrong: `curl -d` says that it is a
-        // form.
-        None => put(&CONTENT_TYPE, &HeaderValue::from_static("application/json")),
+    match passing.content_type {
+        BodyType::Clients => client.get(CONTENT_TYPE).into_iter().for_each(|own| put(&CONTENT_TYPE, own)),
+        BodyType::Json => put(&CONTENT_TYPE, &HeaderValue::from_static("application/json")),
+        BodyType::Nothing => {}
     }
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
 }

@@ -125,7 +125,7 @@ pub(crate) trait Fleet {
     /// Whether a target has been silent for long, so that others are preferred.
     fn is_suspect(&self, target: TargetId) -> bool;
 
-    /// The backend whose permit the request has waited for and now holds.
+    /// The [pool](Self::pool) whose permit the request has waited for and now holds.
     fn granted(&self) -> Option<BackendId>;
 
     /// Whether the request has begun to wait for busy targets.
@@ -136,8 +136,8 @@ pub(crate) trait Fleet {
 /// advances the rotation.
 pub(crate) fn pick(fleet: &impl Fleet, is_first: bool, skip: impl Fn(TargetId) -> bool) -> Option<TargetId> {
     let eligible = |id: TargetId| !skip(id) && fleet.check(id).is_ok();
-    if let Some(backend) = fleet.granted() {
-        let granted = |id: TargetId| fleet.backend(id) == backend && eligible(id);
+    if let Some(pool) = fleet.granted() {
+        let granted = |id: TargetId| fleet.pool(id) == pool && eligible(id);
         if let Some(id) = pick_by_tier(fleet, false, granted) {
             return Some(id);
         }
@@ -168,12 +168,14 @@ pub(crate) fn in_panic(
 ) -> Option<TargetId> {
     let has_room = |id: TargetId| match fleet.check_ejected(id) {
         _ if skip(id) => false,
-        Err(Closed::Full) => fleet.granted() == Some(fleet.backend(id)),
+        Err(Closed::Full) => fleet.granted() == Some(fleet.pool(id)),
         result => result.is_ok(),
     };
     let all = fleet.all();
     all.schedule.least_loaded(all.turns(is_first), |id, weight| {
         let TargetLoad { in_flight, penalty, .. } = fleet.load(id);
+        // The load is that of all keys of the backend.
+        let weight = fleet.siblings(id).map_or(weight, |siblings| siblings.weight(has_room));
         has_room(id).then(|| load(in_flight, weight, penalty, 0))
     })
 }
@@ -200,7 +202,8 @@ fn choose(
                 };
                 eligible(id).then(found)
             })?;
-            among_siblings(fleet, least, advance, eligible)
+            // As below, a rotation of the backend's own.
+            among_siblings(fleet, least, true, eligible)
         }
         Choice::RoundRobin => {
             let id = tier.schedule.round_robin(tier.turns(advance), &eligible)?;

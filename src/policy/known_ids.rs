@@ -19,7 +19,7 @@ pub(crate) const KEPT: Nanos = 3600 * SECOND;
 pub(crate) struct Maker {
     /// The id of the backend's state, which survives a reload.
     pub backend: u64,
-    /// A hash of the client; 0 without client keys.
+    /// A hash of the client that it belongs to; 0: to nobody.
     pub client: u64,
 }
 
@@ -35,7 +35,7 @@ pub(crate) enum MadeBy {
     Unknown,
 }
 
-/// The ids of ids.
+/// The makers of ids, by the hash of the id.
 #[derive(Debug)]
 pub(crate) struct KnownIds {
     table: Mutex<Table>,
@@ -74,7 +74,8 @@ impl KnownIds {
         let max = self.max.load(Ordering::Relaxed);
         let mut table = self.table.lock();
         table.drop_old(now);
-        if table.known.get(&id).is_some_and(|known| known.maker.client != maker.client) {
+        let owner = table.known.get(&id).map_or(0, |known| known.maker.client);
+        if owner != 0 && owner != maker.client {
             return;
         }
         table.touch(id, maker, now);

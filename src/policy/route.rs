@@ -265,7 +265,10 @@ impl Table {
             (None, None) => Some(Sent::AsIs),
             (None, Some(_)) => None,
         });
-        table.any_backend = table.add_shared(backends, |_| Some(Sent::AsIs));
+        // A drained backend still has what it has stored.
+        let drained = |b: &Serves| Serves { weight: b.weight.max(1), ..b.clone() };
+        let all: Vec<_> = backends.iter().map(drained).collect();
+        table.any_backend = table.add_shared(&all, |_| Some(Sent::AsIs));
         table.names = vec![None; table.routes.len()];
         for (name, id) in &table.exact {
             table.names[*id] = Some(name.clone());

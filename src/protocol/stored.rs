@@ -1,7 +1,9 @@
 //! Responses that a provider has stored: the paths by which a client asks for them, and what a request refers to.
 
 use http::Method;
-use serde_json::{Map, Value};
+use memchr::memmem;
+use serde_json::Value;
+use serde_json::value::RawValue;
 
 /// The members of a request that refer to what a provider has stored.
 pub(crate) const MEMBERS: [&str; 3] = ["conversation", INPUT, "previous_response_id"];
@@ -65,22 +67,44 @@ fn is_id(text: &str) -> bool {
     (1..=MAX_ID).contains(&text.len()) && text.bytes().all(is_plain) && text.bytes().any(|b| b != b'.')
 }
 
-/// Reads the ids that a member of a request refers to, from its key to its value; the newest item first. `None`: the member
-/// refers to nothing.
+/// The ids that a member of a request refers to, given from its key to its value: the newest item first.
 pub(crate) fn references(member: &[u8]) -> Vec<String> {
-    let object = [b"{", member, b"}"].concat();
-    let Ok(object) = serde_json::from_slice::<Map<String, Value>>(&object) else { return Vec::new() };
-    let Some((name, value)) = object.into_iter().next() else { return Vec::new() };
-    let text = |value: &Value| value.as_str().filter(|id| !id.is_empty()).map(str::to_owned);
+    let mut keyed = serde_json::Deserializer::from_slice(member).into_iter::<String>();
+    let Some(Ok(name)) = keyed.next() else { return Vec::new() };
+    let value = member[keyed.byte_offset()..].trim_ascii_start().strip_prefix(b":").unwrap_or_default();
     match &*name {
-        "conversation" => text(&value).or_else(|| text(&value["id"])).into_iter().collect(),
-        "previous_response_id" => text(&value).into_iter().collect(),
-        INPUT => {
-            let items = value.as_array().into_iter().flatten().rev();
-            items.filter(|item| item["type"] == ITEM_REFERENCE).filter_map(|item| text(&item["id"])).collect()
-        }
-        _ => Vec::new(),
+        INPUT => item_references(value),
+        _ if value.len() > MAX_REFERENCE => Vec::new(),
+        _ => match serde_json::from_slice(value) {
+            Ok(Value::String(id)) => vec![id],
+            // A conversation may be an object.
+            Ok(object) => object["id"].as_str().map(str::to_owned).into_iter().collect(),
+            Err(_) => Vec::new(),
+        },
     }
+    .into_iter()
+    .filter(|id| !id.is_empty())
+    .collect()
+}
+
+/// Longest value that may be an id or have one, in bytes.
+const MAX_REFERENCE: usize = 4096;
+
+/// Most items of one request that are looked up.
+const MAX_ITEMS: usize = 64;
+
+/// The newest references to items in `input`, the newest first. An item is parsed only if it is short and names the type.
+fn item_references(input: &[u8]) -> Vec<String> {
+    let items: Vec<&RawValue> = serde_json::from_slice(input).unwrap_or_default();
+    let of_item = |item: &&RawValue| {
+        let text = item.get().as_bytes();
+        let may_refer =
+            text.len() <= MAX_REFERENCE && memmem::find(text, ITEM_REFERENCE.as_bytes()).is_some();
+        let item: Value = if may_refer { serde_json::from_slice(text).ok()? } else { return None };
+        let is_reference = item["type"] == ITEM_REFERENCE;
+        item["id"].as_str().filter(|_| is_reference).map(str::to_owned)
+    };
+    items.iter().rev().filter_map(of_item).take(MAX_ITEMS).collect()
 }
 
 /// Whether an error says that the backend does not have the response that a request refers to.
@@ -138,9 +162,18 @@ mod tests {
                     {"type":"item_reference","id":"b"},{"type":"message","id":"no"},{"type":"item_reference","id":7}]"#,
                 &["b", "a"],
             ),
-            (r#""other":"x""#, &[]),
+            (
+                r#""input":[7,null,"item_reference",["x"],{"type":["item_reference"],"id":"no"},{"type":"item_reference","id":{"a":1}}]"#,
+                &[],
+            ),
+            (r#""input":{"type":"item_reference","id":"no"}"#, &[]),
         ] {
             assert_eq!(references(member.as_bytes()), want, "{member}");
         }
+        let many: Vec<_> = (0..100).map(|n| format!(r#"{{"type":"item_reference","id":"i{n}"}}"#)).collect();
+        let found = references(format!("\"input\":[{}]", many.join(",")).as_bytes());
+        assert_eq!((found.len(), &*found[0]), (MAX_ITEMS, "i99"), "the newest ones");
+        let long = format!("\"previous_response_id\":\"{}\"", "x".repeat(MAX_REFERENCE));
+        assert!(references(long.as_bytes()).is_empty());
     }
 }

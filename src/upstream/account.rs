@@ -5,7 +5,7 @@ use crate::config;
 /// Whether both are the same account at the same provider. If so, the state and the connections of one are valid for
 /// the other.
 pub(super) fn is_same_account(a: &config::Backend, b: &config::Backend) -> bool {
-    a.name == b.name
+    a.configured_name() == b.configured_name()
         && a.url == b.url
         && a.ca_file == b.ca_file
         && a.proxy == b.proxy

@@ -68,7 +68,7 @@ pub(crate) struct View<'a> {
     pub now: Nanos,
     /// The request's places in the queues of quotas.
     pub tickets: &'a [(BackendId, QuotaWait)],
-    /// The backend whose permit the request has waited for and now holds.
+    /// The first backend of the [pool](Upstream::pool) whose permit the request has waited for and now holds.
     pub granted: Option<BackendId>,
     /// Whether the request has begun to wait for busy targets.
     pub is_waiting: bool,
@@ -334,7 +334,7 @@ impl Fleet for View<'_> {
         self.snapshot.check_made_by(self.ask, t)?;
         let (upstream, candidate) = (self.snapshot.upstream(t), self.candidate(target));
         match self.granted {
-            Some(backend) if backend == t.backend => upstream.check_with_permit(&candidate),
+            Some(pool) if pool == upstream.pool(t.backend) => upstream.check_with_permit(&candidate),
             _ => upstream.check(&candidate),
         }
     }
@@ -379,14 +379,37 @@ pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snaps
             b.name
         ));
     }
-    let known = |name: &str| before?.backends.iter().find(|b| b.name() == name).map(|b| &**b);
+    // A key keeps its state, whatever its number in the pool is now. A new key takes the counters of its name.
+    let known = |b: &config::Backend| {
+        let same_backend =
+            || before.into_iter().flat_map(|before| before.backends.iter()).map(|known| &**known);
+        let same_key = |known: &&Upstream| {
+            known.configured_name() == b.configured_name() && known.conf.api_key == b.api_key
+        };
+        let is_left = |known: &&Upstream| {
+            known.name() == b.name
+                && config
+                    .backends
+                    .iter()
+                    .all(|other| other.api_key != known.conf.api_key || other.name == b.name)
+        };
+        same_backend().find(same_key).or_else(|| same_backend().find(is_left))
+    };
+    // What requests of any key of the backend hold counts against its `max_in_flight`.
+    let of_same_backend = |b: &config::Backend| {
+        let all = before.into_iter().flat_map(|before| before.backends.iter());
+        all.map(|known| &**known)
+            .find(|known| known.conf.configured_name() == b.configured_name() && known.conf.url == b.url)
+    };
     let mut backends = Vec::<Arc<Upstream>>::new();
     for (id, b) in config.backends.iter().enumerate() {
         let conf = config::Backend { usage: config.usage_of(id), ..b.clone() };
         let mut upstream =
-            Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known(&b.name))?;
-        if let Some(first) = b.pool.as_ref().and_then(|pool| backends.get(pool.first)) {
-            upstream.share_limits_of(first);
+            Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known(b))?;
+        match b.pool.as_ref().map(|pool| backends.get(pool.first)) {
+            Some(Some(first)) => upstream.share_limits_of(first),
+            Some(None) => of_same_backend(b).into_iter().for_each(|known| upstream.keep_slots_of(known)),
+            None => {}
         }
         backends.push(Arc::new(upstream));
     }

@@ -125,8 +125,8 @@ impl Heads {
         let (Some(StoredTarget { path, query }), Ok(Stored { tail, .. })) = (&self.stored, stored) else {
             return;
         };
-        let parts = [query.as_deref(), request.uri.query()].into_iter().flatten().filter(|q| !q.is_empty());
-        let query = parts.collect::<Vec<_>>().join("&");
+        let query =
+            joined_query(query.as_deref().unwrap_or_default(), request.uri.query().unwrap_or_default());
         let mark = if query.is_empty() { "" } else { "?" };
         let line = format!("{} {path}/{tail}{mark}{query} HTTP/1.1\r\n", request.method);
         head.extend_from_slice(line.as_bytes());
@@ -152,6 +152,18 @@ impl Heads {
     pub(super) fn has_header(&self, name: &HeaderName) -> bool {
         self.own_headers.contains(name)
     }
+}
+
+/// The operator's query with the parameters of the client's. A server may take the last of several values, so a client's
+/// parameter does not go out if the operator's query has one of its name, or if its name is escaped.
+fn joined_query(own: &str, clients: &str) -> String {
+    let name = |parameter: &str| parameter.split('=').next().unwrap_or_default().to_owned();
+    let is_own = |client: &str| {
+        let client = name(client);
+        !own.is_empty() && (client.contains(['%', '+']) || own.split('&').any(|known| name(known) == client))
+    };
+    let clients = clients.split('&').filter(|parameter| !is_own(parameter));
+    own.split('&').chain(clients).filter(|parameter| !parameter.is_empty()).collect::<Vec<_>>().join("&")
 }
 
 /// The headers of a backend's own for requests of a protocol.
@@ -183,6 +195,18 @@ mod tests {
         let text = format!("[[backends]]\nurl = \"http://a/api/v1\"\nweight = 1\n{more}");
         let config = Config::of(&text).unwrap();
         Heads::new(&config.backends[0]).unwrap()
+    }
+
+    #[test]
+    fn a_client_does_not_replace_a_parameter_of_the_operator() {
+        for (own, clients, want) in [
+            ("", "", ""),
+            ("", "a=1&b%5B%5D=2", "a=1&b%5B%5D=2"),
+            ("v=1&key=k", "v=2&limit=3&key=x&%76=4", "v=1&key=k&limit=3"),
+            ("v=1", "vv=2&", "v=1&vv=2"),
+        ] {
+            assert_eq!(joined_query(own, clients), want, "{own} {clients}");
+        }
     }
 
     fn text(head: &[u8]) -> String {

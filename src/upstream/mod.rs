@@ -206,9 +206,11 @@ impl Upstream {
         self.budget.clone_from(&first.budget);
     }
 
-    /// Whether both have the same limit of requests at once.
-    pub(crate) fn shares_slots_with(&self, other: &Upstream) -> bool {
-        self.admission.as_ref().zip(other.admission.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b))
+    /// Keeps the slots of an earlier configuration of the same backend, if both limit the requests at once.
+    pub(crate) fn keep_slots_of(&mut self, before: &Upstream) {
+        if let (Some(own), Some(before)) = (&mut self.admission, &before.admission) {
+            own.clone_from(before);
+        }
     }
 
     /// Applies the limits of this configuration to the state that is shared with the backend before the reload. At most
@@ -250,7 +252,7 @@ impl Upstream {
 
     /// The name of the backend in the configuration, which several keys share.
     pub(crate) fn configured_name(&self) -> &str {
-        self.conf.pool.as_ref().map_or(&self.conf.name, |pool| &pool.backend)
+        self.conf.configured_name()
     }
 
     /// The name in labels, headers and logs; with several keys, that of the key.

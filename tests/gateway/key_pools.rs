@@ -176,3 +176,60 @@ fn the_keys_share_the_budget_of_their_backend() {
     let text = usage.to_string();
     assert!(text.contains("\"backend\":\"a\"") && !text.contains("a#"), "{text}");
 }
+
+#[test]
+fn a_full_backend_uses_all_its_keys() {
+    for strategy in ["round_robin", "least_loaded", "prefix_hash"] {
+        let a = by_key(|_| 200);
+        let settings = format!("{NO_CHECKS}[load_balancer]\nstrategy = \"{strategy}\"\n");
+        let zap = Zap::with(&settings, &[a.backend("a", &(pool(4) + "max_in_flight = 2\n"))]);
+        std::thread::scope(|scope| {
+            for client in 0..8 {
+                let zap = &zap;
+                scope.spawn(move || {
+                    for n in 0..10 {
+                        let body = CHAT.replace("hi", &format!("conversation {client} {n}"));
+                        assert_eq!(zap.chat(body).status, 200);
+                    }
+                });
+            }
+        });
+        let counts = a.seen().iter().map(key).fold([0; 4], |mut counts, key| {
+            counts[key - 1] += 1;
+            counts
+        });
+        assert!(counts.iter().all(|count| *count >= 5), "{strategy}: {counts:?}");
+    }
+}
+
+#[test]
+fn a_backend_that_always_fails_is_ejected_by_all_its_keys() {
+    let a = Provider::fixed(500, "", "no");
+    let settings =
+        format!("{NO_CHECKS}failure_threshold = 2\n[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n");
+    let zap = Zap::with(&settings, &[a.backend("a", &pool(2))]);
+    eventually("both keys are out", || {
+        assert_eq!(zap.chat(CHAT).status, 500);
+        states(&zap).values().all(|state| state == "ejected")
+    });
+}
+
+#[test]
+fn a_reload_keeps_the_state_of_a_key_whose_number_changes() {
+    let a = by_key(|key| if key == 2 { 401 } else { 200 });
+    let file = crate::support::File::new();
+    let more = |keys: &str| a.backend("a", &format!("api_keys = [{keys}]\nrequests_per_minute = 2\n"));
+    let of = |numbers: &[u32]| {
+        let keys: Vec<_> = numbers.iter().map(|n| format!("\"sk-CANARY-key-{n}\"")).collect();
+        more(&keys.join(", "))
+    };
+    let settings = format!("{NO_CHECKS}[queue]\nmax_wait_secs = 1\n");
+    let zap = Zap::with_file(&file, &settings, &[of(&[1, 2, 3])]);
+    // Two requests of each good key, and one of the other.
+    (0..4).for_each(|_| assert_eq!(zap.chat(CHAT).status, 200));
+    assert_eq!(states(&zap)["a#2"], "unauthorized");
+    file.write(&settings, &[of(&[2, 3])]);
+    assert!(zap.reload());
+    assert_eq!(states(&zap)["a#1"], "unauthorized", "the second key is the first now");
+    assert_eq!(zap.chat(CHAT).status, 429, "the third key has used its quota");
+}

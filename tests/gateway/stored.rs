@@ -321,3 +321,109 @@ fn ids_are_learnt_from_large_answers_and_with_few_ids_the_oldest_are_forgotten()
     (0..50).for_each(|_| drop(make(&mut client, "any", json!({}))));
     assert!(zap.metric("zap_known_ids") <= 16.0);
 }
+
+#[test]
+fn an_unknown_id_is_looked_for_with_all_keys_and_at_full_backends_and_a_backend_that_is_down_is_no_404() {
+    let has = |seen: &Seen| seen.header("authorization") == Some("Bearer k3");
+    let a = Provider::start(move |seen, stream| {
+        match has(seen) {
+            true => reply(stream, 200, JSON, b"{\"id\":\"resp_1\"}"),
+            false => reply(stream, 404, JSON, b"{\"error\":{}}"),
+        }
+        After::Keep
+    });
+    let zap = Zap::with(NO_CHECKS, &[a.backend("a", "api_keys = [\"k1\", \"k2\", \"k3\"]")]);
+    let found = send(&mut zap.client(), "GET /v1/responses/resp_1", "");
+    assert_eq!((found.status, found.header("x-zap-backend")), (200, Some("a#3")));
+
+    let gate = Gate::default();
+    let held = gate.clone();
+    let full = Provider::start(move |seen: &Seen, stream| {
+        if seen.line.starts_with("POST") {
+            held.pass();
+        }
+        reply(stream, 200, JSON, b"{\"id\":\"resp_2\"}");
+        After::Keep
+    });
+    let empty = Provider::fixed(404, JSON, "{\"error\":{}}");
+    let backends = [
+        full.backend("full", "max_in_flight = 1\nmodels = [\"m\"]"),
+        empty.backend("empty", "models = [\"other\"]"),
+    ];
+    let zap = Zap::with(NO_CHECKS, &backends);
+    let (mut first, mut second) = (zap.client(), zap.client());
+    first.post(RESPONSES, "", json!({ "model": "m", "input": "x" }).to_string());
+    eventually("the backend is full", || gate.waiting() == 1);
+    second.send("GET /v1/responses/resp_2 HTTP/1.1\r\nhost: zap\r\n\r\n");
+    eventually("the request waits", || zap.metric("zap_queue_depth") == 1.0);
+    gate.open(1);
+    let found = second.response();
+    assert_eq!((found.status, found.header("x-zap-backend")), (200, Some("full")));
+
+    let down = crate::support::provider::backend(Provider::closed_port(), "down", "");
+    let zap = Zap::with(
+        &format!("{NO_CHECKS}[retry]\nbase_delay_ms = 1\nmax_delay_ms = 1\n"),
+        &[down, empty.backend("empty", "")],
+    );
+    let answer = send(&mut zap.client(), "GET /v1/responses/resp_2", "");
+    assert_eq!((answer.status, answer.code().as_str()), (502, "upstream_unreachable"), "it may be there");
+}
+
+#[test]
+fn a_stream_of_a_stored_response_has_its_own_time_for_its_first_token() {
+    let a = Provider::start(|seen, stream| {
+        assert!(seen.line.contains("?stream=true") && seen.header("content-type").is_none());
+        assert_eq!(seen.header("content-length"), None);
+        answer(stream, &json!({ "stream": true }), ["resp_a_0", "msg_a_0", "conv_a_0"].map(str::to_owned));
+        After::Keep
+    });
+    let b = storing("b");
+    let zap = Zap::with_log(
+        &format!("{NO_CHECKS}[timeouts]\nfirst_token_secs = 1\n"),
+        &[a.backend("a", ""), b.backend("b", "priority = 1")],
+    );
+    let started = zap.metric("process_start_time_seconds");
+    let now = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+    eventually("the process is older than the limit", || now() > started + 2.0);
+    let answer = send(&mut zap.client(), "GET /v1/responses/resp_a_0?stream=true", "");
+    assert_eq!((answer.status, answer.header("x-zap-attempts"), answer.whole), (200, Some("1"), true));
+    assert_eq!(zap.lines(1)[0]["stream"], true);
+}
+
+#[test]
+fn a_client_that_reads_an_unknown_id_does_not_take_it_from_its_owner() {
+    let all = three();
+    let keys = "[[client_keys]]\nname = \"one\"\nkey = \"zk-one\"\n[[client_keys]]\nname = \"two\"\nkey = \"zk-two\"\n";
+    let zap = Zap::with(&format!("{NO_CHECKS}{keys}"), &backends(&all, ""));
+    let (backend, id) = make(&mut zap.client(), "zk-one", json!({}));
+    // Another process has learnt nothing.
+    let zap = Zap::with(&format!("{NO_CHECKS}{keys}"), &backends(&all, ""));
+    let mut client = zap.client();
+    let line = format!("GET /v1/responses/resp_{backend}_{id}");
+    for key in ["zk-two", "zk-one", "zk-two"] {
+        assert_eq!(
+            send(&mut client, &line, &format!("authorization: Bearer {key}\r\n")).status,
+            200,
+            "{key}"
+        );
+    }
+}
+
+#[test]
+fn a_drained_backend_still_has_its_responses() {
+    let (all, file) = (three(), File::new());
+    let zap = Zap::with_file(&file, NO_CHECKS, &backends(&all, ""));
+    let mut client = zap.client();
+    let (backend, id) = make(&mut client, "any", json!({}));
+    let drained: Vec<_> = all
+        .iter()
+        .map(|(name, provider)| provider.backend(name, if *name == backend { "weight = 0" } else { "" }))
+        .collect();
+    file.write(NO_CHECKS, &drained);
+    assert!(zap.reload());
+    let stored = send(&mut client, &format!("GET /v1/responses/resp_{backend}_{id}"), "");
+    assert_eq!((stored.status, stored.header("x-zap-backend")), (200, Some(&*backend)));
+    let body = json!({ "model": "m", "input": "x", "previous_response_id": format!("resp_{backend}_{id}") });
+    let refused = post(&mut client, "any", &body);
+    assert_eq!((refused.status, refused.code().as_str()), (503, "no_backend"), "others do not have it");
+}

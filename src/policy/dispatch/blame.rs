@@ -3,6 +3,7 @@
 //! A target is shared, so it is never judged by one request alone: what other targets answered to the same request
 //! decides.
 
+use crate::policy::balance::BackendId;
 use crate::policy::route::TargetId;
 
 /// What a target answered to the request.
@@ -42,16 +43,23 @@ impl Answers {
     }
 
     /// The targets that are to blame now that the request has ended. `was_served`: another target has served it. If
-    /// nobody has, and all that answered gave the same status or one of them a 4xx, the request is to blame.
-    pub(crate) fn blamed(&self, was_served: bool) -> impl Iterator<Item = TargetId> {
+    /// nobody has, and all that answered gave the same status or one of them a 4xx, the request is to blame. Two keys of one
+    /// backend, which have the same `pool`, are no two opinions.
+    pub(crate) fn blamed(
+        &self,
+        was_served: bool,
+        pool: impl Fn(TargetId) -> BackendId,
+    ) -> impl Iterator<Item = TargetId> {
         let is_failure = |answer: &Answer| matches!(answer, Answer::Failed(_) | Answer::None);
-        let mut statuses = self.0.iter().filter_map(|(_, answer)| match answer {
-            Answer::Failed(status) => Some(*status),
+        let mut statuses = self.0.iter().filter_map(|(id, answer)| match answer {
+            Answer::Failed(status) => Some((pool(*id), *status)),
             Answer::Neutral | Answer::None | Answer::Refused(_) => None,
         });
         let first = statuses.next();
-        let others = statuses.clone().count();
-        let is_same = others > 0 && statuses.all(|status| Some(status) == first);
+        let is_other = |(backend, _): (BackendId, u16)| first.is_some_and(|(known, _)| known != backend);
+        let has_other = statuses.clone().any(is_other);
+        let is_same =
+            has_other && statuses.all(|(_, status)| first.is_some_and(|(_, known)| known == status));
         let is_refused = self.0.iter().any(|(_, answer)| matches!(answer, Answer::Refused(_)));
         let blames_request = !was_served && (is_same || is_refused);
         self.0.iter().filter(move |(_, answer)| !blames_request && is_failure(answer)).map(|(id, _)| *id)

@@ -116,6 +116,11 @@ impl Failure {
         matches!(self.mark, Some(Mark::Busy | Mark::Limited))
     }
 
+    /// Whether the target only does not have what the request refers to, which is no failure of its own.
+    pub(crate) fn is_search(&self) -> bool {
+        self.is_free
+    }
+
     /// Whether another key of the backend may succeed.
     pub(super) fn is_of_key(&self) -> bool {
         self.is_a_wait() || self.mark == Some(Mark::BadKey)

@@ -8,6 +8,8 @@ mod blame;
 
 mod judge;
 
+mod keys;
+
 mod step;
 
 mod survey;
@@ -15,10 +17,12 @@ mod survey;
 use std::cell::Cell;
 
 use crate::code::Code;
+use crate::policy::balance::BackendId;
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet};
 use crate::policy::dispatch::blame::{Answer, Answers};
 pub(crate) use crate::policy::dispatch::judge::{Event, Failure, Mark, Unfit, Verdict};
+use crate::policy::dispatch::keys::has_failed;
 pub(crate) use crate::policy::dispatch::step::{Do, Refusal, Rules};
 pub(crate) use crate::policy::dispatch::survey::Busy;
 use crate::policy::dispatch::survey::Survey;
@@ -56,9 +60,13 @@ pub(crate) struct Dispatch {
     /// Whether the present try is one in panic mode.
     is_panic: bool,
     /// Targets that failed in this round in a way that another key of their backend does not change.
-    of_backend: Vec<TargetId>,
+    backend_failed: Vec<TargetId>,
     /// The target whose key has failed the last try, if that counted as a try.
-    of_key: Option<TargetId>,
+    key_failed: Option<TargetId>,
+    /// How many tries have taken the place of one that failed for its key.
+    other_keys: u32,
+    /// Whether a target did not have what the request refers to.
+    is_search: bool,
     /// What the targets answered.
     answers: Answers,
     /// Whether the next try has been charged to the retry budget.
@@ -104,8 +112,10 @@ impl Dispatch {
             tries: 0,
             is_single_round: false,
             is_panic: false,
-            of_backend: Vec::new(),
-            of_key: None,
+            backend_failed: Vec::new(),
+            key_failed: None,
+            other_keys: 0,
+            is_search: false,
             answers: Answers::default(),
             is_charged: false,
             is_next_charged: Cell::new(false),
@@ -129,13 +139,11 @@ impl Dispatch {
         random: impl FnOnce() -> u64,
     ) -> Do {
         if self.is_over || self.tries > 0 && now >= self.rules.deadline {
-            return self.end();
+            return self.end(fleet);
         }
-        // A backend has one try, whichever of its keys fail.
-        if let Some(failed) = self.of_key.take()
-            && self.has_other_key(failed, fleet)
-        {
-            (self.tries, self.is_charged) = (self.tries.saturating_sub(1), true);
+        if let Some(target) = self.other_key(fleet) {
+            (self.current, self.is_panic) = (Some(target), false);
+            return Do::Try { target, panic: false };
         }
         // All tries have been made.
         if self.tries > self.rules.max_retries {
@@ -156,9 +164,11 @@ impl Dispatch {
                 Do::Refuse(Refusal::Busy(busy))
             }
             // The last answer says more than an error of Zap's own.
-            Selection::Busy { busy, .. } if self.failed.is_some() && !self.opens_in_time(&busy) => self.end(),
+            Selection::Busy { busy, .. } if self.failed.is_some() && !self.opens_in_time(&busy) => {
+                self.end(fleet)
+            }
             Selection::Busy { busy, .. } => Do::Wait(busy),
-            Selection::Refuse(_) if self.failed.is_some() => self.end(),
+            Selection::Refuse(_) if self.failed.is_some() => self.end(fleet),
             Selection::Refuse(why) => Do::Refuse(why),
             Selection::Tried(busy) => self.next_round(now, fleet, budget, (busy, random())),
         }
@@ -178,7 +188,7 @@ impl Dispatch {
                 return Do::Wait(busy);
             }
         }
-        self.end()
+        self.end(fleet)
     }
 
     /// Whether the request waits for one of these busy targets after a failed try.
@@ -200,22 +210,6 @@ impl Dispatch {
         is_claimed
     }
 
-    /// Whether another key of the target's backend may be tried.
-    fn has_other_key(&self, failed: TargetId, fleet: &impl Fleet) -> bool {
-        let is_open = |id: TargetId| {
-            id != failed
-                && fleet.pool(id) == fleet.pool(failed)
-                && !self.is_known(id, fleet)
-                && fleet.check(id).is_ok()
-        };
-        fleet.all().targets().any(is_open)
-    }
-
-    /// Whether the target, or its backend, was tried in this round.
-    fn is_known(&self, id: TargetId, fleet: &impl Fleet) -> bool {
-        self.tried.contains(&id) || has_failed(&self.of_backend, id, fleet)
-    }
-
     fn has_next_target(&self, fleet: &impl Fleet) -> bool {
         let is_left = |id: TargetId| Some(id) != self.current && !self.is_known(id, fleet);
         let may_take = |id: TargetId| match self.is_panic {
@@ -225,9 +219,14 @@ impl Dispatch {
         self.tries < self.rules.max_retries && fleet.all().targets().any(|id| is_left(id) && may_take(id))
     }
 
-    /// The targets to blame now that the request has ended. `was_served`: a target has served it.
-    pub(crate) fn blamed(&self, was_served: bool) -> impl Iterator<Item = TargetId> {
-        self.answers.blamed(was_served)
+    /// The targets to blame now that the request has ended. `was_served`: a target has served it. `pool`: as
+    /// [`Fleet::pool`].
+    pub(crate) fn blamed(
+        &self,
+        was_served: bool,
+        pool: impl Fn(TargetId) -> BackendId,
+    ) -> impl Iterator<Item = TargetId> {
+        self.answers.blamed(was_served, pool)
     }
 
     /// The targets to blame if the client has left, so that nobody knows what the others would have answered.
@@ -296,7 +295,7 @@ impl Dispatch {
             // The target is closed until it has cooled down; then the request may come back.
             if !has_waited {
                 self.waited.push(target);
-                self.of_key = Some(target);
+                self.key_failed = Some(target);
                 self.tries += 1;
                 self.is_charged = self.is_next_charged.take();
             }
@@ -308,9 +307,11 @@ impl Dispatch {
             self.is_charged = self.is_next_charged.take();
         }
         self.tried.push(target);
-        match failure.is_of_key() {
-            true => self.of_key = Some(target),
-            false => self.of_backend.push(target),
+        match failure {
+            // Another key may be that of another organization.
+            Failure { is_free: true, .. } => self.is_search = true,
+            _ if failure.is_of_key() => self.key_failed = Some(target),
+            _ => self.backend_failed.push(target),
         }
         if failure.no_retry {
             self.excluded.push(target);
@@ -321,8 +322,13 @@ impl Dispatch {
     }
 
     /// The final step: deliver the last kept response, or refuse if there is none.
-    fn end(&self) -> Do {
+    fn end(&self, fleet: &impl Fleet) -> Do {
+        let has_answered = |id: TargetId| self.excluded.contains(&id);
         match self.failed {
+            // That others do not have it says nothing while one of them has not answered: the client may ask again.
+            _ if self.is_search && !fleet.all().targets().all(has_answered) => {
+                Do::Refuse(Refusal::Failed(Code::UpstreamUnreachable))
+            }
             _ if self.has_response => Do::Deliver,
             code => Do::Refuse(Refusal::Failed(code.unwrap_or(Code::UpstreamTimeout))),
         }
@@ -338,7 +344,7 @@ impl Dispatch {
         let missed = std::mem::take(&mut self.missed);
         // In a later round, a reopened target that was never tried comes before targets that failed.
         let tried = if self.rounds == 0 { &self.tried } else { &self.order };
-        let known = |id: TargetId| tried.contains(&id) || has_failed(&self.of_backend, id, fleet);
+        let known = |id: TargetId| tried.contains(&id) || has_failed(&self.backend_failed, id, fleet);
         let skip = |id: TargetId| known(id) || missed.contains(&id);
         // Only the first try moves the rotation.
         let (is_first, advances) = (tried.is_empty(), self.tries == 0);
@@ -360,7 +366,7 @@ impl Dispatch {
                 () => Selection::Busy { busy, panic: true },
             };
         }
-        let is_left = |id: &TargetId| !self.tried.contains(id) && !missed.contains(id);
+        let is_left = |id: &TargetId| !self.is_known(*id, fleet) && !missed.contains(id);
         let rest = self.order.iter().copied().filter(|_| self.rounds > 0).filter(is_left);
         if let Some(target) = choose::in_order(fleet, rest) {
             self.missed = missed;
@@ -392,7 +398,9 @@ impl Dispatch {
                 self.wait_for_cooling(now, fleet, &mut busy);
             }
             let reopens = busy.opens.is_some_and(|(at, ..)| at <= wait_until);
-            return if reopens { Do::Wait(busy) } else { self.end() };
+            // The target that has it may be full.
+            let waits = reopens || self.is_search && busy.is_open_ended();
+            return if waits { Do::Wait(busy) } else { self.end(fleet) };
         }
         let wait = backoff(base_delay, max_delay, self.rounds, random).as_nanos();
         let until = now.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX));
@@ -400,7 +408,7 @@ impl Dispatch {
             return self.come_back(now, fleet);
         }
         self.tried.clone_from(&self.excluded);
-        self.of_backend.clear();
+        self.backend_failed.clear();
         self.rounds += 1;
         Do::Backoff { until }
     }
@@ -413,17 +421,12 @@ impl Dispatch {
             if is_in_time && !self.excluded.contains(&id) {
                 busy.note(now, fleet.backend(id), state);
                 self.waited.push(id);
-                for known in [&mut self.tried, &mut self.order, &mut self.of_backend] {
+                for known in [&mut self.tried, &mut self.order, &mut self.backend_failed] {
                     known.retain(|known| *known != id);
                 }
             }
         }
     }
-}
-
-/// Whether the backend of a target, by any of its keys, is among those of the `failed` targets.
-fn has_failed(failed: &[TargetId], id: TargetId, fleet: &impl Fleet) -> bool {
-    failed.iter().any(|failed| fleet.pool(*failed) == fleet.pool(id))
 }
 
 #[cfg(test)]

@@ -143,7 +143,7 @@ impl Fleet for TableFleet {
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
         match self.closed.borrow()[target] {
-            Err(Closed::Full) if self.granted == Some(self.backends[target]) => Ok(()),
+            Err(Closed::Full) if self.granted == Some(self.pool(target)) => Ok(()),
             state => state,
         }
     }
@@ -212,7 +212,7 @@ fn trace(rules: Rules, table: &TableFleet, results: &str, budget: &Budget) -> St
 
 /// The names of the targets to blame.
 fn blamed(dispatch: &Dispatch, table: &TableFleet, was_served: bool) -> String {
-    dispatch.blamed(was_served).map(|target| table.names[target]).collect()
+    dispatch.blamed(was_served, |id| table.pool(id)).map(|target| table.names[target]).collect()
 }
 
 /// The steps of [`trace`], and the names of the targets to blame.
@@ -509,7 +509,9 @@ fn a_target_is_judged_by_more_than_one_request() {
         ("501 behind a failure", "a b", "a:500 b:501", "a500 b501 ok", "a"),
         ("who has it is asked of all", "a b c d e", "a:unknown b:unknown c:unknown d:unknown e:200", "aunknown bunknown cunknown dunknown e200 ok", ""),
         ("nobody has it", "a b c d", "a:unknown b:unknown c:unknown d:unknown", "aunknown bunknown cunknown dunknown deliver", ""),
-        ("a search has its tries too", "a b c d e", "a:unknown b:500 c:500 d:500 e:200", "aunknown b500 c500 d500 deliver", ""),
+        ("a search has its tries too", "a b c d e", "a:unknown b:500 c:500 d:500 e:200", "aunknown b500 c500 d500 upstream_unreachable", ""),
+        ("it may be at a full one", "a b#", "a:unknown", "aunknown wait( full [1])", ""),
+        ("or at one that is down", "a b", "a:unknown b:refused", "aunknown brefused backoff brefused backoff brefused upstream_unreachable", ""),
         ("all tries made, one waits", "a b c", "a:429 b:500 c:500", "a429 b500 c500 wait(0@5 full [])", ""),
         ("each target costs a try", "a b c d", "a:429 b:429 c:429 d:200", "a429 b429 c429 wait(0@5 full [])", ""),
     ];
@@ -551,6 +553,18 @@ fn a_backend_with_several_keys_has_one_try() {
         // The first try is free; one more is charged.
         assert_eq!(trace(rules, &table, results, &Budget::new(100)), steps, "{description}");
     }
+    let mut table = TableFleet::new("a b");
+    table.pools = vec![0, 0];
+    let found = whole_trace(RULES, &table, "a:500 b:500", &Budget::new(100));
+    assert_eq!(
+        found,
+        ("a500 backoff b500 backoff a500 deliver".into(), "ab".into()),
+        "two keys are no two opinions"
+    );
+    let mut table = TableFleet::new("a b");
+    table.pools = vec![0, 0];
+    let found = whole_trace(RULES, &table, "a:unknown b:200", &Budget::new(100));
+    assert_eq!(found.0, "aunknown b200 ok", "the other key may be of another organization");
     let mut table = TableFleet::new("a b c");
     table.pools = vec![0, 0, 2];
     assert_eq!(trace(RULES, &table, "a:500 b:200 c:500", &Budget::new(100)), "a500 c500 backoff b200 ok");

@@ -200,6 +200,11 @@ impl EventStream {
         self.early_error.take()
     }
 
+    /// The unfinished event that is held back.
+    pub(crate) fn unfinished(&self) -> &[u8] {
+        &self.partial
+    }
+
     /// Bytes that are held back.
     pub(crate) fn held(&self) -> usize {
         self.partial.len() + self.redactor.as_ref().map_or(0, |redactor| redactor.held())
