@@ -1,5 +1,7 @@
 //! The command line: parses the arguments and runs the command.
 
+mod healthcheck;
+
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -8,7 +10,7 @@ use std::process::ExitCode;
 
 use tokio::sync::mpsc::Sender;
 
-use crate::config::{Config, LoadError};
+use crate::config::{Config, LoadError, listen_address};
 use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
@@ -28,12 +30,15 @@ Usage:
   zap example [PROVIDER...]   print a commented configuration for groq, openai, anthropic, ollama and others
   zap demo [--port N]         serve on 127.0.0.1:8000 in front of two built-in mock providers
   zap demo --chaos [--port N] the same with a third provider that fails, each time in another way
+  zap healthcheck             exit with 0 if the Zap of the configuration answers at /health, otherwise with 1; takes
+                              --config FILE, or --url URL to ask another address
   zap help [WORD]             list the topics of the manual, or print the entry of WORD: a topic, a configuration
                               key, an error code, a metric or an endpoint
   zap --help | --version
 
 The variable ZAP_CONFIG names the FILE where --config does not.
-Exit codes: 0 success, 1 runtime failure or a backend that failed `check --live`, 2 bad configuration or usage.
+Exit codes: 0 success, 1 runtime failure, a backend that failed `check --live`, or a failed healthcheck,
+2 bad configuration or usage.
 ";
 
 /// Commands that the error for a missing configuration file suggests.
@@ -64,6 +69,11 @@ enum Command {
     },
     /// Print a configuration for these providers.
     Example(Vec<String>),
+    /// Ask this URL, or the Zap of this configuration.
+    Healthcheck {
+        file: PathBuf,
+        url: Option<String>,
+    },
     Help,
     /// Print the manual's entry of a word, or the list of topics.
     Manual(Option<String>),
@@ -83,6 +93,7 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Check { file, is_live }) => check(&file, is_live),
         Ok(Command::Example(names)) => answer(manual::example::example(&names)),
         Ok(Command::Demo { port, is_chaos }) => demo(port, is_chaos),
+        Ok(Command::Healthcheck { file, url }) => healthcheck(&file, url.as_deref()),
         Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
             eprintln!("zap: {what}\n\n{HELP}");
@@ -115,7 +126,7 @@ fn answer(text: Result<String, String>) -> ExitCode {
 
 /// Parses the arguments. `variable` is the value of `ZAP_CONFIG`.
 fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -> Result<Command, String> {
-    let (mut subcommand, mut file, mut port) = (None, None, None);
+    let (mut subcommand, mut file, mut port, mut url) = (None, None, None, None);
     let (mut is_chaos, mut is_live) = (false, false);
     while let Some(arg) = args.next() {
         let text = arg.to_string_lossy().into_owned();
@@ -125,6 +136,7 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
             "--config" | "-c" => file = Some(PathBuf::from(args.next().ok_or("--config needs a FILE")?)),
             "--chaos" => is_chaos = true,
             "--live" => is_live = true,
+            "--url" => url = Some(args.next().ok_or("--url needs a URL")?.to_string_lossy().into_owned()),
             "--port" => {
                 let value = args.next().ok_or("--port needs a number")?;
                 let number = value.to_string_lossy().parse::<u16>();
@@ -132,7 +144,7 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
             }
             "help" if subcommand.is_none() => return manual_command(args),
             "example" if subcommand.is_none() => return example_command(args),
-            "check" | "demo" if subcommand.is_none() => subcommand = Some(text),
+            "check" | "demo" | "healthcheck" if subcommand.is_none() => subcommand = Some(text),
             other => match other.strip_prefix("--config=") {
                 Some(path) => file = Some(PathBuf::from(path)),
                 None => return Err(format!("unknown argument {}", other.escape_debug())),
@@ -144,12 +156,16 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
     let file = file.or(variable).unwrap_or_else(|| "config.toml".into());
     match subcommand.as_deref() {
         other if is_live && other != Some("check") => Err("--live works only with check".into()),
+        other if url.is_some() && other != Some("healthcheck") => {
+            Err("--url works only with healthcheck".into())
+        }
         Some("demo") if has_file => Err("demo does not take --config".into()),
         Some("demo") => Ok(Command::Demo { port: port.unwrap_or(8000), is_chaos }),
         _ if is_chaos => Err("--chaos works only with demo".into()),
         _ if port.is_some() => {
             Err("--port works only with demo; set server.port in the configuration".into())
         }
+        Some("healthcheck") => Ok(Command::Healthcheck { file, url }),
         Some(_) => Ok(Command::Check { file, is_live }),
         None => Ok(Command::Serve(file)),
     }
@@ -170,6 +186,26 @@ fn example_command(args: impl Iterator<Item = OsString>) -> Result<Command, Stri
         Some(option) if option == "--help" || option == "-h" => Ok(Command::Help),
         Some(option) => Err(format!("example takes no option {}", option.escape_debug())),
         None => Ok(Command::Example(names)),
+    }
+}
+
+fn healthcheck(file: &Path, url: Option<&str>) -> ExitCode {
+    let url = match url {
+        Some(url) => url.to_owned(),
+        None => match listen_address(file) {
+            Ok(address) => healthcheck::url_of(address),
+            Err(error) => {
+                eprintln!("zap: {error}\n  zap healthcheck --url URL   needs no configuration");
+                return ExitCode::from(FAILED);
+            }
+        },
+    };
+    match healthcheck::ask(&url) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("zap: {}: {why}", url.escape_debug());
+            ExitCode::from(FAILED)
+        }
     }
 }
 
@@ -355,6 +391,11 @@ mod tests {
             (&["demo", "--port", "9"], Ok(Command::Demo { port: 9, is_chaos: false })),
             (&["demo", "--chaos"], Ok(Command::Demo { port: 8000, is_chaos: true })),
             (&["demo", "--port", "9", "--chaos"], Ok(Command::Demo { port: 9, is_chaos: true })),
+            (&["healthcheck"], Ok(Command::Healthcheck { file: "config.toml".into(), url: None })),
+            (
+                &["healthcheck", "-c", "b", "--url", "http://a"],
+                Ok(Command::Healthcheck { file: "b".into(), url: Some("http://a".into()) }),
+            ),
             (&["--help"], Ok(Command::Help)),
             (&["help", "-h"], Ok(Command::Help)),
             (&["help"], Ok(Command::Manual(None))),
@@ -374,6 +415,10 @@ mod tests {
             &["check", "--chaos"],
             &["--live"],
             &["demo", "--live"],
+            &["healthcheck", "--live"],
+            &["healthcheck", "--url"],
+            &["check", "--url", "http://a"],
+            &["--url", "http://a"],
             &["example", "--live"],
             &["check", "demo"],
             &["help", "a", "b"],

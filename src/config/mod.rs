@@ -5,7 +5,7 @@
 //!
 //! # Layout
 //!
-//! - `file` reads the text, and the files that it names.
+//! - `file` reads the text, and the files that it names; `address` reads where Zap listens and nothing else.
 //! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
 //! - `text` is a string with its place, and knows which strings a message may show; `syntax` explains a text that is not
@@ -19,6 +19,7 @@
 //!
 //! A new key needs a field here and a line (and a const) in `raw`, `backend`, `models`, `clients` or `money`.
 
+mod address;
 mod aliases;
 mod backend;
 mod base_url;
@@ -59,6 +60,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
+pub(crate) use crate::config::address::listen_address;
 pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
 pub(crate) use crate::config::clients::ANONYMOUS;
 use crate::config::fault_sink::Sink;
@@ -373,8 +375,7 @@ impl fmt::Debug for ClientKey {
 }
 
 impl Config {
-    /// Reads the file at `path`. Relative paths in it are relative to its
-    /// directory; `${NAME}` comes from the environment of the process.
+    /// Reads the file at `path`. Relative paths in it are relative to its directory; `${NAME}` comes from the environment.
     ///
     /// # Errors
     ///
@@ -396,8 +397,7 @@ impl Config {
         Ok(read.config)
     }
 
-    /// Reads `text`; messages call it `label`. Relative paths in it are
-    /// relative to `base`; `${NAME}` comes from `env`.
+    /// Reads `text`; messages call it `label`. Relative paths in it are relative to `base`; `${NAME}` comes from `env`.
     ///
     /// # Errors
     ///

@@ -153,7 +153,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
 }
 
-fn server(t: &mut Section<'_, '_>) -> Server {
+pub(super) fn server(t: &mut Section<'_, '_>) -> Server {
     let host = t.text("host").and_then(|text| {
         if text.value == "localhost" {
             return Some(IpAddr::V4(Ipv4Addr::LOCALHOST));

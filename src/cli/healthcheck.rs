@@ -1,0 +1,113 @@
+//! `zap healthcheck`: one request to a running Zap, for images without curl.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::time::{Duration, Instant};
+
+use http::Uri;
+
+/// Longest time for the whole exchange. Below the time limits of the files that `zap print` prints.
+const LIMIT: Duration = Duration::from_secs(3);
+
+/// Longest response head that is read, in bytes.
+const MAX_HEAD: usize = 1024;
+
+/// The URL of `/health` at a Zap that listens on `address`. A Zap that listens on all addresses is asked on loopback.
+pub(crate) fn url_of(mut address: SocketAddr) -> String {
+    if address.ip().is_unspecified() {
+        address.set_ip(match address.ip() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    format!("http://{address}/health")
+}
+
+/// Sends a GET to `url`.
+///
+/// # Errors
+/// Returns in words why there is no response with a status from 200 to 299.
+pub(crate) fn ask(url: &str) -> Result<(), String> {
+    let uri: Uri = url.parse().map_err(|error| format!("not a URL: {error}"))?;
+    let host = uri.host().filter(|_| uri.scheme_str() == Some("http"));
+    let host = host.ok_or("must begin with http:// and a host")?;
+    let port = uri.port_u16().unwrap_or(80);
+    if port == 0 {
+        return Err("port 0 names no running Zap; use --url".into());
+    }
+    let path = uri.path_and_query().map_or("/", |path| path.as_str());
+    let authority = uri.authority().map_or(host, |authority| authority.as_str());
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n");
+    let end = Instant::now() + LIMIT;
+    // A name such as localhost may have several addresses, and Zap may listen on one of them only.
+    let name = host.trim_start_matches('[').trim_end_matches(']');
+    let addresses = (name, port).to_socket_addrs().map_err(|error| error.to_string())?;
+    let mut why = "the host has no address".to_owned();
+    for address in addresses {
+        match exchange(address, &request, end) {
+            Ok(200..=299) => return Ok(()),
+            Ok(status) => return Err(format!("HTTP {status}")),
+            Err(error) => why = in_words(&error),
+        }
+    }
+    Err(why)
+}
+
+/// Sends the request and returns the status of the response.
+fn exchange(address: SocketAddr, request: &str, end: Instant) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&address, left(end)?)?;
+    stream.set_write_timeout(Some(left(end)?))?;
+    stream.write_all(request.as_bytes())?;
+    let mut head = Vec::new();
+    while !head.contains(&b'\n') && head.len() < MAX_HEAD {
+        stream.set_read_timeout(Some(left(end)?))?;
+        let mut buffer = [0; 256];
+        match stream.read(&mut buffer)? {
+            0 => break,
+            n => head.extend_from_slice(&buffer[..n]),
+        }
+    }
+    let line = String::from_utf8_lossy(&head);
+    let status = line.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
+    status.ok_or_else(|| io::Error::other("the response is not HTTP/1.1"))
+}
+
+/// The time until `end`.
+fn left(end: Instant) -> io::Result<Duration> {
+    let left = end.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+fn in_words(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "connection refused".into(),
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+            format!("no response within {} s", LIMIT.as_secs())
+        }
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_zap_on_all_addresses_is_asked_on_loopback() {
+        for (address, url) in [
+            ("0.0.0.0:8000", "http://127.0.0.1:8000/health"),
+            ("[::]:1", "http://[::1]:1/health"),
+            ("10.0.0.1:80", "http://10.0.0.1:80/health"),
+        ] {
+            assert_eq!(url_of(address.parse().unwrap()), url);
+        }
+    }
+
+    #[test]
+    fn what_is_no_url_of_a_zap_is_refused() {
+        for url in ["", "a", "/health", "https://127.0.0.1:1", "http://", "http://127.0.0.1:0/", "http://a b"]
+        {
+            assert!(ask(url).is_err(), "{url}");
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The address that Zap listens on, for a command that asks a running Zap.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use crate::config::fault_sink::{Faults, LoadError, Sink};
+use crate::config::{file, raw, toml_reader};
+
+/// The host and port of `[server]` in the file at `path`.
+///
+/// Other faults of the file do not matter: a file that was changed and cannot be applied must not make a healthy Zap
+/// look sick.
+///
+/// # Errors
+/// There is no such file, it is not TOML, or `host` or `port` is not valid.
+pub(crate) fn listen_address(path: &Path) -> Result<SocketAddr, LoadError> {
+    let label = path.display().to_string();
+    let text = file::read_text(path, &label)?;
+    of_text(&text, &label, &|name: &str| std::env::var(name).ok()).map_err(LoadError::Invalid)
+}
+
+fn of_text(text: &str, label: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<SocketAddr, Faults> {
+    let sink = Sink::new(text, label);
+    let address = toml_reader::document(&sink, env, |root| {
+        root.section("server", |t| {
+            let server = raw::server(t);
+            SocketAddr::new(server.host, server.port)
+        })
+    });
+    let is_meant = |fault: &String| fault.contains("`server.host`") || fault.contains("`server.port`");
+    let faults = sink.into_messages();
+    match address {
+        None => Err(Faults(faults)),
+        Some(address) => match faults.into_iter().filter(is_meant).collect::<Vec<_>>() {
+            faults if faults.is_empty() => Ok(address),
+            faults => Err(Faults(faults)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_address_of_a_file_matters() {
+        let env = |name: &str| (name == "PORT").then(|| "9000".to_owned());
+        let default = "0.0.0.0:8000";
+        for (text, want) in [
+            ("", Some(default)),
+            ("[server]\nhost = \"localhost\"\nport = \"${PORT}\"\n", Some("127.0.0.1:9000")),
+            (
+                "[server]\nhost = \"::\"\nworkers = 0\nwat = 1\n[[backends]]\nurl = \"${UNSET}\"\n",
+                Some("[::]:8000"),
+            ),
+            ("[server]\nport = 70000\n", None),
+            ("[server]\nhost = \"zap.example\"\n", None),
+            ("[server\n", None),
+        ] {
+            let found = of_text(text, "f", &env);
+            assert_eq!(found.as_ref().ok().map(SocketAddr::to_string).as_deref(), want, "{text}: {found:?}");
+        }
+    }
+}
