@@ -85,7 +85,7 @@ enum Command {
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     match parse(args, std::env::var_os(CONFIG_VARIABLE)) {
         Ok(Command::Help) => print(HELP),
-        Ok(Command::Version) => print(&format!("zap {}\n", env!("CARGO_PKG_VERSION"))),
+        Ok(Command::Version) => print(&format!("zap {}\n", env!("ZAP_VERSION"))),
         Ok(Command::Manual(None)) => print(&manual::overview()),
         Ok(Command::Manual(Some(word))) => {
             answer(manual::look_up(&word).map_err(|what| format!("{what}\n  zap help   lists the topics")))
