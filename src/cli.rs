@@ -32,6 +32,7 @@ Usage:
   zap demo --chaos [--port N] the same with a third provider that fails, each time in another way
   zap healthcheck             exit with 0 if the Zap of the configuration answers at /health, otherwise with 1; takes
                               --config FILE, or --url URL to ask another address
+  zap print [NAME]            list the files for running and watching Zap, or print one: grafana, alerts, k8s, ...
   zap help [WORD]             list the topics of the manual, or print the entry of WORD: a topic, a configuration
                               key, an error code, a metric or an endpoint
   zap --help | --version
@@ -77,6 +78,8 @@ enum Command {
     Help,
     /// Print the manual's entry of a word, or the list of topics.
     Manual(Option<String>),
+    /// Print this file, or the list of files.
+    Print(Option<String>),
     Serve(PathBuf),
     Version,
 }
@@ -94,6 +97,7 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Example(names)) => answer(manual::example::example(&names)),
         Ok(Command::Demo { port, is_chaos }) => demo(port, is_chaos),
         Ok(Command::Healthcheck { file, url }) => healthcheck(&file, url.as_deref()),
+        Ok(Command::Print(name)) => answer(manual::print::file(name.as_deref())),
         Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
             eprintln!("zap: {what}\n\n{HELP}");
@@ -142,7 +146,7 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
                 let number = value.to_string_lossy().parse::<u16>();
                 port = Some(number.map_err(|_| "--port needs a number from 0 to 65535")?);
             }
-            "help" if subcommand.is_none() => return manual_command(args),
+            "help" | "print" if subcommand.is_none() => return word_command(&text, args),
             "example" if subcommand.is_none() => return example_command(args),
             "check" | "demo" | "healthcheck" if subcommand.is_none() => subcommand = Some(text),
             other => match other.strip_prefix("--config=") {
@@ -171,12 +175,18 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
     }
 }
 
-fn manual_command(mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
+/// A command that takes at most one word.
+fn word_command(name: &str, mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let word = args.next().map(|word| word.to_string_lossy().into_owned());
-    match (word.as_deref(), args.next()) {
-        (Some("--help" | "-h"), _) => Ok(Command::Help),
-        (_, None) => Ok(Command::Manual(word)),
-        (_, Some(_)) => Err("help takes one WORD".into()),
+    let needed = match name {
+        "print" => "one NAME",
+        _ => "one WORD",
+    };
+    match (name, word, args.next()) {
+        (_, Some(word), _) if word == "--help" || word == "-h" => Ok(Command::Help),
+        ("help", word, None) => Ok(Command::Manual(word)),
+        ("print", name, None) => Ok(Command::Print(name)),
+        _ => Err(format!("{name} takes {needed}")),
     }
 }
 
@@ -398,6 +408,9 @@ mod tests {
             ),
             (&["--help"], Ok(Command::Help)),
             (&["help", "-h"], Ok(Command::Help)),
+            (&["print", "--help"], Ok(Command::Help)),
+            (&["print"], Ok(Command::Print(None))),
+            (&["print", "k8s"], Ok(Command::Print(Some("k8s".into())))),
             (&["help"], Ok(Command::Manual(None))),
             (&["help", "demo"], Ok(Command::Manual(Some("demo".into())))),
             (&["check", "--version"], Ok(Command::Version)),
@@ -422,6 +435,7 @@ mod tests {
             &["example", "--live"],
             &["check", "demo"],
             &["help", "a", "b"],
+            &["print", "a", "b"],
             &["check", "help"],
             &["\u{1b}"],
         ] {

@@ -2,6 +2,8 @@
 
 pub(crate) mod example;
 
+pub(crate) mod print;
+
 mod recipes;
 
 use std::collections::BTreeSet;

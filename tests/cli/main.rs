@@ -9,6 +9,7 @@ mod healthcheck;
 mod live;
 mod manual;
 mod mistakes;
+mod print;
 #[path = "../gateway/support/tls_server.rs"]
 mod tls_server;
 
