@@ -33,6 +33,8 @@ Usage:
   zap healthcheck             exit with 0 if the Zap of the configuration answers at /health, otherwise with 1; takes
                               --config FILE, or --url URL to ask another address
   zap print [NAME]            list the files for running and watching Zap, or print one: grafana, alerts, k8s, ...
+  zap completions SHELL       print the completions of bash, zsh or fish
+  zap man                     print the man page, in roff
   zap help [WORD]             list the topics of the manual, or print the entry of WORD: a topic, a configuration
                               key, an error code, a metric or an endpoint
   zap --help | --version
@@ -68,6 +70,8 @@ enum Command {
         port: u16,
         is_chaos: bool,
     },
+    /// Print the completions of this shell.
+    Completions(String),
     /// Print a configuration for these providers.
     Example(Vec<String>),
     /// Ask this URL, or the Zap of this configuration.
@@ -76,6 +80,7 @@ enum Command {
         url: Option<String>,
     },
     Help,
+    Man,
     /// Print the manual's entry of a word, or the list of topics.
     Manual(Option<String>),
     /// Print this file, or the list of files.
@@ -97,6 +102,8 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Example(names)) => answer(manual::example::example(&names)),
         Ok(Command::Demo { port, is_chaos }) => demo(port, is_chaos),
         Ok(Command::Healthcheck { file, url }) => healthcheck(&file, url.as_deref()),
+        Ok(Command::Man) => print(&manual::print::man()),
+        Ok(Command::Completions(shell)) => answer(manual::print::completions(&shell)),
         Ok(Command::Print(name)) => answer(manual::print::file(name.as_deref())),
         Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
         Err(what) => {
@@ -146,7 +153,9 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
                 let number = value.to_string_lossy().parse::<u16>();
                 port = Some(number.map_err(|_| "--port needs a number from 0 to 65535")?);
             }
-            "help" | "print" if subcommand.is_none() => return word_command(&text, args),
+            "help" | "print" | "completions" | "man" if subcommand.is_none() => {
+                return word_command(&text, args);
+            }
             "example" if subcommand.is_none() => return example_command(args),
             "check" | "demo" | "healthcheck" if subcommand.is_none() => subcommand = Some(text),
             other => match other.strip_prefix("--config=") {
@@ -179,6 +188,8 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
 fn word_command(name: &str, mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let word = args.next().map(|word| word.to_string_lossy().into_owned());
     let needed = match name {
+        "completions" => "a SHELL: bash, zsh or fish",
+        "man" => "no argument",
         "print" => "one NAME",
         _ => "one WORD",
     };
@@ -186,6 +197,8 @@ fn word_command(name: &str, mut args: impl Iterator<Item = OsString>) -> Result<
         (_, Some(word), _) if word == "--help" || word == "-h" => Ok(Command::Help),
         ("help", word, None) => Ok(Command::Manual(word)),
         ("print", name, None) => Ok(Command::Print(name)),
+        ("completions", Some(shell), None) => Ok(Command::Completions(shell)),
+        ("man", None, None) => Ok(Command::Man),
         _ => Err(format!("{name} takes {needed}")),
     }
 }
@@ -411,6 +424,8 @@ mod tests {
             (&["print", "--help"], Ok(Command::Help)),
             (&["print"], Ok(Command::Print(None))),
             (&["print", "k8s"], Ok(Command::Print(Some("k8s".into())))),
+            (&["completions", "zsh"], Ok(Command::Completions("zsh".into()))),
+            (&["man"], Ok(Command::Man)),
             (&["help"], Ok(Command::Manual(None))),
             (&["help", "demo"], Ok(Command::Manual(Some("demo".into())))),
             (&["check", "--version"], Ok(Command::Version)),
@@ -436,6 +451,9 @@ mod tests {
             &["check", "demo"],
             &["help", "a", "b"],
             &["print", "a", "b"],
+            &["completions"],
+            &["completions", "bash", "zsh"],
+            &["man", "zap"],
             &["check", "help"],
             &["\u{1b}"],
         ] {

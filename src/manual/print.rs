@@ -1,7 +1,9 @@
-//! `zap print`: files for running and watching Zap.
+//! `zap print`, `zap completions` and `zap man`: files for running and watching Zap, and for the shell.
 
 use std::fmt::Write as _;
 
+use crate::manual::TOPICS;
+use crate::manual::recipes::RECIPES;
 use crate::policy::near::nearest;
 
 /// A file that `zap print` prints.
@@ -45,6 +47,19 @@ const FILES: [File; 7] = [
     },
 ];
 
+/// The shells, and their completions with marks for the words.
+const SHELLS: [(&str, &str); 3] = [
+    ("bash", include_str!("print/zap.bash")),
+    ("zsh", include_str!("print/zap.zsh")),
+    ("fish", include_str!("print/zap.fish")),
+];
+
+const MAN: &str = include_str!("print/zap.1");
+
+/// The commands of `zap`, for the completions.
+const COMMANDS: [&str; 8] =
+    ["check", "completions", "demo", "example", "healthcheck", "help", "man", "print"];
+
 /// The file of this name; without a name the list of all.
 ///
 /// # Errors
@@ -63,6 +78,22 @@ pub(crate) fn file(name: Option<&str>) -> Result<String, String> {
     }
 }
 
+/// The completions of a shell.
+///
+/// # Errors
+/// The shell is not known; the message names those that are.
+pub(crate) fn completions(shell: &str) -> Result<String, String> {
+    match SHELLS.iter().find(|(name, _)| *name == shell) {
+        Some((_, text)) => Ok(with_words(text)),
+        None => Err(unknown("completions", shell, SHELLS.iter().map(|(name, _)| *name))),
+    }
+}
+
+/// The man page, in roff.
+pub(crate) fn man() -> String {
+    with_words(MAN)
+}
+
 fn unknown(command: &str, word: &str, known: impl Iterator<Item = &'static str> + Clone) -> String {
     let hint = match nearest(word, known.clone(), 1).first() {
         Some(near) => format!("; did you mean {near}?"),
@@ -70,6 +101,17 @@ fn unknown(command: &str, word: &str, known: impl Iterator<Item = &'static str> 
     };
     let word: String = word.chars().take(40).collect();
     format!("{command} has no \"{}\"{hint} It has {}.", word.escape_debug(), joined(known, ", "))
+}
+
+fn with_words(text: &str) -> String {
+    let separator = if text.starts_with(".\\\"") { ", " } else { " " };
+    text.replace("@COMMANDS_OR@", &COMMANDS.join(" | "))
+        .replace("@COMMANDS@", &COMMANDS.join(" "))
+        .replace("@FILES@", &joined(FILES.iter().map(|file| file.name), separator))
+        .replace("@PROVIDERS@", &joined(RECIPES.iter().map(|recipe| recipe.name), separator))
+        .replace("@SHELLS@", &joined(SHELLS.iter().map(|(name, _)| *name), separator))
+        .replace("@TOPICS@", &joined(TOPICS.iter().map(|topic| topic.name), separator))
+        .replace("@VERSION@", env!("CARGO_PKG_VERSION"))
 }
 
 fn joined(words: impl Iterator<Item = &'static str>, separator: &str) -> String {

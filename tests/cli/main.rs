@@ -10,6 +10,7 @@ mod live;
 mod manual;
 mod mistakes;
 mod print;
+mod shells;
 #[path = "../gateway/support/tls_server.rs"]
 mod tls_server;
 
