@@ -14,6 +14,7 @@ use crate::config::{Config, LoadError, listen_address};
 use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
+use crate::server::setup::Setup;
 use crate::telemetry::log::Log;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Snapshot, prepare};
@@ -25,6 +26,7 @@ Zap: one OpenAI-compatible endpoint in front of many LLM providers.
 
 Usage:
   zap [--config FILE]         serve requests; the default FILE is ./config.toml
+  zap --watch                 the same, and reload when FILE or a file that it names changes
   zap check [--config FILE]   validate the configuration and exit
   zap check --live            the same, and ask each backend for its health and its models with its key
   zap example [PROVIDER...]   print a commented configuration for groq, openai, anthropic, ollama and others
@@ -85,7 +87,10 @@ enum Command {
     Manual(Option<String>),
     /// Print this file, or the list of files.
     Print(Option<String>),
-    Serve(PathBuf),
+    Serve {
+        file: PathBuf,
+        watch: bool,
+    },
     Version,
 }
 
@@ -105,7 +110,9 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(Command::Man) => print(&manual::print::man()),
         Ok(Command::Completions(shell)) => answer(manual::print::completions(&shell)),
         Ok(Command::Print(name)) => answer(manual::print::file(name.as_deref())),
-        Ok(Command::Serve(file)) => load(&file).map_or_else(|code| code, listen_and_serve),
+        Ok(Command::Serve { file, watch }) => {
+            load(&file).map_or_else(|code| code, |config| listen_and_serve(config, watch))
+        }
         Err(what) => {
             eprintln!("zap: {what}\n\n{HELP}");
             ExitCode::from(BAD_USAGE)
@@ -138,7 +145,7 @@ fn answer(text: Result<String, String>) -> ExitCode {
 /// Parses the arguments. `variable` is the value of `ZAP_CONFIG`.
 fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -> Result<Command, String> {
     let (mut subcommand, mut file, mut port, mut url) = (None, None, None, None);
-    let (mut is_chaos, mut is_live) = (false, false);
+    let (mut is_chaos, mut is_live, mut watch) = (false, false, false);
     while let Some(arg) = args.next() {
         let text = arg.to_string_lossy().into_owned();
         match text.as_str() {
@@ -148,6 +155,7 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
             "--chaos" => is_chaos = true,
             "--live" => is_live = true,
             "--url" => url = Some(args.next().ok_or("--url needs a URL")?.to_string_lossy().into_owned()),
+            "--watch" => watch = true,
             "--port" => {
                 let value = args.next().ok_or("--port needs a number")?;
                 let number = value.to_string_lossy().parse::<u16>();
@@ -172,6 +180,7 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
         other if url.is_some() && other != Some("healthcheck") => {
             Err("--url works only with healthcheck".into())
         }
+        Some(other) if watch => Err(format!("--watch does not work with {other}")),
         Some("demo") if has_file => Err("demo does not take --config".into()),
         Some("demo") => Ok(Command::Demo { port: port.unwrap_or(8000), is_chaos }),
         _ if is_chaos => Err("--chaos works only with demo".into()),
@@ -180,7 +189,7 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
         }
         Some("healthcheck") => Ok(Command::Healthcheck { file, url }),
         Some(_) => Ok(Command::Check { file, is_live }),
-        None => Ok(Command::Serve(file)),
+        None => Ok(Command::Serve { file, watch }),
     }
 }
 
@@ -314,14 +323,14 @@ fn ask_backends(valid: &str, fleet: &Snapshot) -> ExitCode {
     }
 }
 
-fn listen_and_serve(config: Config) -> ExitCode {
+fn listen_and_serve(config: Config, watch: bool) -> ExitCode {
     match listen(SocketAddr::new(config.server.host, config.server.port)) {
-        Ok(listener) => serve(config, listener),
+        Ok(tcp) => serve(config, Setup { watch, ..tcp.into() }),
         Err(code) => code,
     }
 }
 
-fn serve(config: Config, listener: TcpListener) -> ExitCode {
+fn serve(config: Config, setup: Setup) -> ExitCode {
     let log = Log::start(config.log.events);
     let panic_log = log.clone();
     // Log the location but not the message, which could contain a key.
@@ -334,7 +343,7 @@ fn serve(config: Config, listener: TcpListener) -> ExitCode {
         eprintln!("zap: cannot install the signal handlers: {e}");
         return ExitCode::from(FAILED);
     }
-    match crate::run(config, log, listener, receiver) {
+    match crate::run(config, log, setup, receiver) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(FAILED),
         Err(RunError::Config(what)) => {
@@ -384,7 +393,7 @@ fn demo(port: u16, is_chaos: bool) -> ExitCode {
     match demo::start(port, is_chaos) {
         Ok((config, introduction)) => {
             print(&introduction);
-            serve(config, listener)
+            serve(config, listener.into())
         }
         Err(e) => {
             eprintln!("zap: the demo cannot start: {e}");
@@ -400,9 +409,9 @@ mod tests {
     #[test]
     fn parses_every_form_of_the_command_line() {
         for (args, want) in [
-            (&[][..], Ok(Command::Serve("config.toml".into()))),
-            (&["--config", "a.toml"], Ok(Command::Serve("a.toml".into()))),
-            (&["--config=a.toml"], Ok(Command::Serve("a.toml".into()))),
+            (&[][..], Ok(Command::Serve { file: "config.toml".into(), watch: false })),
+            (&["--config", "a.toml"], Ok(Command::Serve { file: "a.toml".into(), watch: false })),
+            (&["--config=a.toml", "--watch"], Ok(Command::Serve { file: "a.toml".into(), watch: true })),
             (&["check"], Ok(Command::Check { file: "config.toml".into(), is_live: false })),
             (&["check", "-c", "b"], Ok(Command::Check { file: "b".into(), is_live: false })),
             (&["check", "--live"], Ok(Command::Check { file: "config.toml".into(), is_live: true })),
@@ -447,6 +456,8 @@ mod tests {
             &["healthcheck", "--url"],
             &["check", "--url", "http://a"],
             &["--url", "http://a"],
+            &["demo", "--watch"],
+            &["check", "--watch"],
             &["example", "--live"],
             &["check", "demo"],
             &["help", "a", "b"],
@@ -470,7 +481,7 @@ mod tests {
             (&[], "", "config.toml"),
         ] {
             let parsed = parse(args.iter().map(OsString::from), Some(variable.into()));
-            assert_eq!(parsed, Ok(Command::Serve(want.into())), "{args:?} {variable}");
+            assert_eq!(parsed, Ok(Command::Serve { file: want.into(), watch: false }), "{args:?} {variable}");
         }
         let demo = Command::Demo { port: 8000, is_chaos: false };
         assert_eq!(parse(["demo".into()].into_iter(), Some("b.toml".into())), Ok(demo));

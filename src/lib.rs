@@ -96,13 +96,13 @@ pub mod internals {
     pub use crate::policy::limit::{Decision, Limiter, WINDOW};
     pub use crate::policy::queue::Admission;
     pub use crate::server::drain::{Order, orders};
+    pub use crate::server::setup::Setup;
     pub use crate::telemetry::encode::Encoder;
     pub use crate::telemetry::log::Log;
     pub use crate::time::{Nanos, SECOND};
 }
 
 use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::Receiver;
@@ -110,6 +110,7 @@ use tokio::sync::mpsc::Receiver;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::drain::Order;
+use crate::server::setup::Setup;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::writer::Writer;
 use crate::telemetry::log::Log;
@@ -131,14 +132,14 @@ fn open_ledger(config: &Config, log: &Log) -> Result<(Arc<Ledger>, Option<Writer
     Ledger::open(path, Box::new(events)).map(|(ledger, writer)| (ledger, Some(writer)))
 }
 
-/// Serves `config` on `listener` until told to stop; `log` is the way to stderr. `Ok(true)`: nothing was cut.
+/// Serves `config` on the listener of `setup` until told to stop; `log` is the way to stderr. `Ok(true)`: nothing was cut.
 ///
 /// # Errors
 /// It could not start, or the listener failed.
 pub fn run(
     config: Config,
     log: Log,
-    listener: TcpListener,
+    setup: impl Into<Setup>,
     orders: Receiver<Order>,
 ) -> Result<bool, RunError> {
     clock::now();
@@ -149,11 +150,12 @@ pub fn run(
     for warning in &shared.current.load().config.warnings {
         log.event("warn", "config", warning);
     }
-    let address = listener.local_addr().map_err(RunError::Io)?;
+    let setup = setup.into();
+    let address = setup.tcp.local_addr().map_err(RunError::Io)?;
     log.event("info", "start", &format!("listening on {address}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;
-    let whole = runtime.block_on(server::serve(shared, listener, orders)).map_err(RunError::Io);
+    let whole = runtime.block_on(server::serve(shared, setup, orders)).map_err(RunError::Io);
     runtime.shutdown_background();
     if let Some(writer) = writer {
         writer.stop();

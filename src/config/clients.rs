@@ -1,18 +1,45 @@
 //! `[[client_keys]]`: the clients that may send requests.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use ring::digest::{SHA256, digest};
 
-use crate::config::ClientKey;
+use crate::config::Budget;
 use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name};
 use crate::config::keys::read_key;
 use crate::config::models::pattern;
 use crate::config::money::budget;
 use crate::config::toml_reader::Section;
+use crate::policy::pattern::Pattern;
 
 /// The name of requests without a client key.
 pub(crate) const ANONYMOUS: &str = "anonymous";
+
+/// One `[[client_keys]]` entry.
+#[derive(Clone, PartialEq)]
+pub struct ClientKey {
+    /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
+    pub name: String,
+    /// SHA-256 of the key; the key itself is not kept.
+    pub digest: [u8; 32],
+    /// Overrides `rate_limit.requests_per_minute`.
+    pub requests_per_minute: Option<u32>,
+    /// Overrides `rate_limit.tokens_per_minute`: tokens in any 60 s, at least 1.
+    pub tokens_per_minute: Option<u64>,
+    /// Most requests of this client at once, at least 1.
+    pub max_in_flight: Option<usize>,
+    /// Most that this client may spend; every model that it may name has a price.
+    pub budget: Option<Budget>,
+    /// The models that the client may name; `None`: all.
+    pub models: Option<Vec<Pattern>>,
+}
+
+impl fmt::Debug for ClientKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientKey").field("name", &self.name).finish_non_exhaustive()
+    }
+}
 
 /// A client key and its place in the file.
 struct ReadClient {

@@ -1,7 +1,9 @@
 //! Keys and ranges that several sections share.
 
-use std::path::Path;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
 
+use crate::config::files::Files;
 use crate::config::range::{Number, Range};
 use crate::config::text::Text;
 use crate::config::toml_reader::Section;
@@ -20,6 +22,17 @@ pub(super) const MAX_NAME: usize = 64;
 pub(super) struct Context<'a> {
     /// The directory of relative paths.
     pub(super) base: &'a Path,
+    /// The files that were named so far.
+    pub(super) files: RefCell<Files>,
+}
+
+impl Context<'_> {
+    /// The path of a file that is about to be read.
+    pub(super) fn file(&self, name: &Text) -> PathBuf {
+        let path = self.base.join(&name.value);
+        self.files.borrow_mut().add(&path);
+        path
+    }
 }
 
 pub(super) fn is_name_char(c: char) -> bool {

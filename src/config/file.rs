@@ -64,7 +64,7 @@ pub(super) fn world_readable(_: &Path) -> bool {
 /// Reads `ca_file`: a file that can be opened.
 pub(super) fn ca_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<PathBuf> {
     let text = t.text("ca_file")?;
-    let path = ctx.base.join(&text.value);
+    let path = ctx.file(&text);
     match open_regular(&path) {
         Ok(_) => Some(path),
         Err(error) => {

@@ -95,7 +95,7 @@ fn only_with_tls(t: &Section<'_, '_>, text: &Text, url: Option<&BaseUrl>) {
 }
 
 fn pem(t: &Section<'_, '_>, path: &Text, ctx: &Context<'_>) -> Option<Vec<u8>> {
-    let read = open_regular(&ctx.base.join(&path.value)).and_then(|file| {
+    let read = open_regular(&ctx.file(path)).and_then(|file| {
         let mut pem = Vec::new();
         file.take(MAX_PEM_FILE as u64 + 1).read_to_end(&mut pem)?;
         if pem.len() > MAX_PEM_FILE { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(pem) }

@@ -102,7 +102,7 @@ fn placeholder(key: &str, source: Source) -> Option<String> {
 /// Reads the content of the file that `{ file = "path" }` names, without its last newline.
 fn key_file(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<String> {
     let path = t.required_text("file")?;
-    let read = open_regular(&ctx.base.join(&path.value)).and_then(|file| {
+    let read = open_regular(&ctx.file(&path)).and_then(|file| {
         let mut key = String::new();
         file.take(MAX_KEY_FILE as u64 + 1).read_to_string(&mut key)?;
         Ok(key)

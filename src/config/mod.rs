@@ -5,7 +5,8 @@
 //!
 //! # Layout
 //!
-//! - `file` reads the text, and the files that it names; `address` reads where Zap listens and nothing else.
+//! - `file` reads the text, and the files that it names; `files` notices when one of them changes.
+//! - `address` reads where Zap listens and nothing else.
 //! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
 //! - `text` is a string with its place, and knows which strings a message may show; `syntax` explains a text that is not
@@ -30,6 +31,7 @@ mod common;
 mod expand;
 mod fault_sink;
 mod file;
+mod files;
 mod headers;
 mod identity;
 mod key_pool;
@@ -51,7 +53,7 @@ mod toml_reader;
 mod url;
 mod warnings;
 
-use std::fmt;
+use std::cell::RefCell;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -63,8 +65,11 @@ use rustls::pki_types::ServerName;
 pub(crate) use crate::config::address::listen_address;
 pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
 pub(crate) use crate::config::clients::ANONYMOUS;
+pub(crate) use crate::config::clients::ClientKey;
+use crate::config::common::Context;
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
+pub(crate) use crate::config::files::Files;
 pub(crate) use crate::config::identity::ClientIdentity;
 pub(crate) use crate::config::key_pool::{PoolPlace, scale};
 pub use crate::config::models::ModelsFrom;
@@ -74,7 +79,6 @@ pub(crate) use crate::config::text::{is_like_a_key, quoted};
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
 use crate::http1::origin::{Hosts, Origins};
-use crate::policy::pattern::Pattern;
 use crate::policy::route::{Named, Rule};
 use crate::policy::spend::Period;
 use crate::protocol::endpoint::Protocol;
@@ -112,12 +116,16 @@ pub struct Config {
     pub routes: Vec<Named>,
     /// `[[client_keys]]`: names and keys unique. If empty, every client is admitted.
     pub clients: Vec<ClientKey>,
+    /// `reload.watch`: whether a change of [`files`](Self::files) reloads the configuration.
+    pub watch: bool,
     /// `ledger.path`: the file that keeps what was used; the path is resolved. It may not exist yet. `None`: no ledger.
     pub ledger: Option<PathBuf>,
     /// Settings that are allowed but unwise: one line each, without a newline.
     pub warnings: Vec<String>,
     /// The file that the configuration was read from, if any; a reload reads it again.
     pub file: Option<PathBuf>,
+    /// That file and the files that it names.
+    pub files: Files,
 }
 
 /// `[server]`: the listener and its limits.
@@ -349,31 +357,6 @@ pub struct Budget {
     pub per: Period,
 }
 
-/// One `[[client_keys]]` entry.
-#[derive(Clone, PartialEq)]
-pub struct ClientKey {
-    /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
-    pub name: String,
-    /// SHA-256 of the key; the key itself is not kept.
-    pub digest: [u8; 32],
-    /// Overrides `rate_limit.requests_per_minute`.
-    pub requests_per_minute: Option<u32>,
-    /// Overrides `rate_limit.tokens_per_minute`: tokens in any 60 s, at least 1.
-    pub tokens_per_minute: Option<u64>,
-    /// Most requests of this client at once, at least 1.
-    pub max_in_flight: Option<usize>,
-    /// Most that this client may spend; every model that it may name has a price.
-    pub budget: Option<Budget>,
-    /// The models that the client may name; `None`: all.
-    pub models: Option<Vec<Pattern>>,
-}
-
-impl fmt::Debug for ClientKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ClientKey").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
 impl Config {
     /// Reads the file at `path`. Relative paths in it are relative to its directory; `${NAME}` comes from the environment.
     ///
@@ -382,11 +365,25 @@ impl Config {
     /// Returns [`LoadError::Missing`] if there is no file at `path`, and
     /// [`LoadError::Invalid`] with every fault if the file cannot be read or is not valid.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
+        Config::load_and_list(path, &mut Files::default())
+    }
+
+    /// Reads the file at `path` as [`load`](Self::load) does, and adds it and the files that it names to `files`, even if
+    /// there are faults.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub(crate) fn load_and_list(path: &Path, files: &mut Files) -> Result<Self, LoadError> {
         let label = path.display().to_string();
+        files.add(path);
         let text = file::read_text(path, &label)?;
-        let base = path.parent().unwrap_or(Path::new(""));
         let env = |name: &str| std::env::var(name).ok();
-        let mut read = read(&text, &label, base, &env).map_err(LoadError::Invalid)?;
+        let base = path.parent().unwrap_or(Path::new(""));
+        let ctx = Context { base, files: RefCell::new(std::mem::take(files)) };
+        let read = read(&text, &label, &ctx, &env);
+        *files = ctx.files.into_inner();
+        let mut read = read.map_err(LoadError::Invalid)?;
         if read.inline_key && file::world_readable(path) {
             read.config.warnings.push(format!(
                 "{label} contains a key and every user may read it; \
@@ -394,6 +391,7 @@ impl Config {
             ));
         }
         read.config.file = Some(path.to_owned());
+        read.config.files = files.clone();
         Ok(read.config)
     }
 
@@ -408,7 +406,8 @@ impl Config {
         base: &Path,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, Faults> {
-        read(text, label, base, env).map(|read| read.config)
+        let ctx = Context { base, files: RefCell::default() };
+        read(text, label, &ctx, env).map(|read| read.config)
     }
 }
 
@@ -416,12 +415,11 @@ impl Config {
 fn read(
     text: &str,
     label: &str,
-    base: &Path,
+    ctx: &Context<'_>,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<raw::ReadConfig, Faults> {
     let sink = Sink::new(text, label);
-    let ctx = common::Context { base };
-    let read = toml_reader::document(&sink, env, |root| raw::config(root, &ctx));
+    let read = toml_reader::document(&sink, env, |root| raw::config(root, ctx));
     match (read, sink.into_messages()) {
         (Some(read), messages) if messages.is_empty() => Ok(read),
         (_, messages) => Err(Faults(messages)),

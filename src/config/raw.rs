@@ -18,8 +18,8 @@ use crate::config::range::{Number, Range};
 use crate::config::toml_reader::Section;
 use crate::config::warnings::warnings;
 use crate::config::{
-    Config, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream, Timeouts,
-    backend, charges, clients, models,
+    Config, Files, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream,
+    Timeouts, backend, charges, clients, models,
 };
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -118,6 +118,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
             t.choice("events", LogFormat::Text, &words)
         },
     });
+    let watch = root.section("reload", |t| t.boolean("watch", false));
     let ledger = root.section("ledger", |t| ledger_path(t, ctx));
     let faults = root.sink().count();
     let ReadBackends { backends, lines, inline_key: inline_backend_key } = backend::backends(root, ctx);
@@ -140,9 +141,11 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         backends,
         routes,
         clients,
+        watch,
         ledger,
         warnings: Vec::new(),
         file: None,
+        files: Files::default(),
     };
     if root.sink().count() == faults {
         charges::check(root.sink(), &config, &Lines { backends: lines, client_budgets: budget_lines });

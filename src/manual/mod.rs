@@ -276,6 +276,7 @@ mod tests {
             ("stream.heartbeat_secs", secs(c.stream.heartbeat)),
             ("rate_limit.max_keys", c.rate_limit.max_keys.to_string()),
             ("affinity.max_ids", c.max_ids.to_string()),
+            ("reload.watch", c.watch.to_string()),
             ("log.requests", c.log.requests.to_string()),
             ("log.events", word(&c.log.events)),
             ("backends.health_path", word(&b.health_path)),

@@ -8,15 +8,15 @@ use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 
 use crate::clock;
-use crate::config::{Config, LoadError, Server};
+use crate::config::{Config, Files, LoadError, Server};
 use crate::gateway::state::{Generation, Shared};
+use crate::server::watch::Watch;
 use crate::server::{listing, probe};
 use crate::time::{MILLI, Nanos};
 use crate::upstream::Upstream;
@@ -44,12 +44,12 @@ pub(crate) struct FleetThread {
 }
 
 impl FleetThread {
-    /// Starts the thread.
+    /// Starts the thread. `always_watch`: the files are watched whatever `reload.watch` says.
     ///
     /// # Errors
     /// Returns the error of the system if the runtime or the thread cannot be created.
-    pub(crate) fn start(shared: Arc<Shared>) -> io::Result<Self> {
-        FleetThread::run(async move || watch(&shared).await)
+    pub(crate) fn start(shared: Arc<Shared>, always_watch: bool) -> io::Result<Self> {
+        FleetThread::run(async move || watch(&shared, always_watch).await)
     }
 
     fn run(work: impl AsyncFnOnce() + Send + 'static) -> io::Result<Self> {
@@ -87,8 +87,9 @@ impl FleetThread {
 }
 
 /// The loop of the fleet thread; runs until the future is dropped.
-async fn watch(shared: &Arc<Shared>) {
+async fn watch(shared: &Arc<Shared>, always_watch: bool) {
     let local = LocalSet::new();
+    let files = Watch::new(shared.current.load().config.files.clone(), always_watch);
     let budgets = async {
         loop {
             tokio::time::sleep(SYNC_INTERVAL).await;
@@ -121,7 +122,11 @@ async fn watch(shared: &Arc<Shared>) {
                 }
                 read = result_of(&mut reading) => {
                     reading = None;
-                    reload(shared, read.unwrap_or_else(|_| Err("reading the file panicked".into())));
+                    let (read, listed) = read.unwrap_or_else(|_| {
+                        (Err("reading the file panicked".into()), shared.current.load().config.files.look())
+                    });
+                    reload(shared, read);
+                    files.loaded(listed);
                 }
             }
         }
@@ -131,6 +136,7 @@ async fn watch(shared: &Arc<Shared>) {
             tokio::select! {
                 () = watching => {}
                 () = budgets => {}
+                () = files.run(shared) => {}
             }
         })
         .await;
@@ -191,7 +197,7 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
             // The limiter may now track more keys than allowed; dropping them can take long.
             let shared_for_shrink = shared.clone();
             drop(spawn_blocking(move || shared_for_shrink.shrink()));
-            shared.telemetry.reloads.applied.fetch_add(1, Ordering::Relaxed);
+            shared.telemetry.reloads.applied();
             shared.telemetry.log.event(
                 "info",
                 "reload",
@@ -199,17 +205,23 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
             );
         }
         Err(why) => {
-            shared.telemetry.reloads.rejected.fetch_add(1, Ordering::Relaxed);
+            shared.telemetry.reloads.rejected();
             let text = format!("the old configuration stays in effect: {why}");
             shared.telemetry.log.event("error", "reload", &text);
         }
     }
 }
 
-/// Reads the configuration file of `before` again.
-fn read(before: &Snapshot) -> Result<Snapshot, String> {
+/// Reads the configuration file of `before` again. Returns, too, the files that were read.
+fn read(before: &Snapshot) -> (Result<Snapshot, String>, Files) {
+    let mut files = Files::default();
+    let read = read_and_list(before, &mut files);
+    (read, files)
+}
+
+fn read_and_list(before: &Snapshot, files: &mut Files) -> Result<Snapshot, String> {
     let Some(file) = &before.config.file else { return Err("it was not read from a file".into()) };
-    let mut config = Config::load(file).map_err(|error| match error {
+    let mut config = Config::load_and_list(file, files).map_err(|error| match error {
         LoadError::Missing(path) => format!("there is no file at {}", path.display()),
         LoadError::Invalid(faults) => faults.to_string().replace('\n', "; "),
     })?;

@@ -13,6 +13,10 @@ pub(crate) mod live;
 
 pub(crate) mod drain;
 
+pub(crate) mod setup;
+
+mod watch;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,6 +31,7 @@ use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::drain::{Order, Stop};
 use crate::server::fleet::FleetThread;
+use crate::server::setup::Setup;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
 use crate::upstream::proxy;
@@ -47,11 +52,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Returns the error of the system if the listener cannot be used or a thread cannot be started.
 pub(crate) async fn serve(
     shared: Arc<Shared>,
-    listener: std::net::TcpListener,
+    setup: Setup,
     orders: Receiver<Order>,
 ) -> std::io::Result<bool> {
-    listener.set_nonblocking(true)?;
-    let listener = TcpListener::from_std(listener)?;
+    setup.tcp.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(setup.tcp)?;
     let config = shared.current.load().config.clone();
     if let Some(text) = proxy::summary(&config.backends) {
         shared.telemetry.log.event("info", "proxy", &text);
@@ -61,7 +66,7 @@ pub(crate) async fn serve(
     let workers: Result<Vec<_>, _> =
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
-    let mut fleet = FleetThread::start(shared.clone())?;
+    let mut fleet = FleetThread::start(shared.clone(), setup.watch)?;
     let ended = {
         let clients = accept(&shared, &listener, &workers, budget.clients);
         // The gateway accepts and probes while the running requests finish.

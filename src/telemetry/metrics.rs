@@ -3,7 +3,6 @@
 //! Every worker writes only its own lane, so counting costs a load and a store; a scrape adds the lanes up.
 //! Label values come from the configuration and from the fixed lists here, never from a client.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -109,15 +108,6 @@ const KINDS: [Code; 11] = [
     Code::UpstreamTlsError,
     Code::UpstreamUnreachable,
 ];
-
-/// Configuration reloads by result; the fleet thread writes them.
-#[derive(Debug, Default)]
-pub(crate) struct Reloads {
-    /// Reloads that put a new configuration in place.
-    pub applied: AtomicU64,
-    /// Reloads that failed and left the old configuration in place.
-    pub rejected: AtomicU64,
-}
 
 /// Input of a scrape.
 #[derive(Debug)]
@@ -290,10 +280,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         let n = sum(lanes, |l| l.disconnects[phase as usize].get());
         e.sample("zap_client_disconnects_total", &[("phase", phase.name())], n);
     }
-    e.family("zap_config_reloads_total", "counter", "Configuration reloads.");
-    for (result, n) in [("applied", &telemetry.reloads.applied), ("rejected", &telemetry.reloads.rejected)] {
-        e.sample("zap_config_reloads_total", &[("result", result)], n.load(Ordering::Relaxed));
-    }
+    telemetry.reloads.write(e);
     e.family("zap_build_info", "gauge", "Always 1; the version is the label.");
     e.sample("zap_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
 }

@@ -20,6 +20,8 @@ pub(crate) mod clients;
 
 pub(crate) mod meter;
 
+pub(crate) mod reloads;
+
 pub(crate) mod ledger;
 
 use std::cell::RefCell;
@@ -34,7 +36,8 @@ use crate::config;
 use crate::telemetry::clients::ClientTotal;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
-use crate::telemetry::metrics::{Lane, Reloads};
+use crate::telemetry::metrics::Lane;
+use crate::telemetry::reloads::Reloads;
 use crate::time::Nanos;
 
 /// The telemetry that all workers share.
@@ -57,7 +60,7 @@ impl Telemetry {
     pub(crate) fn new(workers: usize, (log, log_requests): (Log, bool), ledger: Arc<Ledger>) -> Arc<Self> {
         Arc::new(Telemetry {
             lanes: (0..workers).map(|_| CachePadded::default()).collect(),
-            reloads: Reloads::default(),
+            reloads: Reloads::new(),
             log,
             ledger,
             log_requests: AtomicBool::new(log_requests),

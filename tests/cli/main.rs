@@ -13,6 +13,7 @@ mod print;
 mod shells;
 #[path = "../gateway/support/tls_server.rs"]
 mod tls_server;
+mod watch;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

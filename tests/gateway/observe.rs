@@ -27,6 +27,8 @@ fn every_metric_family_exists_from_the_start() {
         "zap_client_disconnects_total",
         "zap_rate_limit_keys",
         "zap_config_reloads_total",
+        "zap_config_last_reload_successful",
+        "zap_config_last_reload_success_timestamp_seconds",
         "zap_build_info",
         "zap_log_lines_dropped_total",
         "process_cpu_seconds_total",

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::tests::{BACKEND, faults, parse};
 use crate::config::*;
+use crate::policy::pattern::Pattern;
 
 /// A configuration that sets every key but those that name files other than the ledger; the secret is `sk-CANARY`.
 pub(super) const FULL: &str = r#"# every key that names no file
@@ -68,6 +69,9 @@ max_keys = 19
 [log]
 requests = false
 events = "json"
+
+[reload]
+watch = true
 
 [ledger]
 path = "zap.db"
@@ -193,6 +197,7 @@ fn keys_that_are_not_set_have_their_defaults() {
     assert_eq!((c.timeouts.first_byte, c.timeouts.first_token), (secs(60), secs(0)));
     assert_eq!((c.stream.hold, c.stream.heartbeat), (secs(10), secs(30)));
     assert_eq!((c.rate_limit.requests_per_minute, c.rate_limit.tokens_per_minute), (None, None));
+    assert!(!c.watch);
     assert_eq!(c.ledger, None);
     assert_eq!(c.rate_limit.max_keys, 100_000);
     assert!(c.log.requests);
@@ -338,6 +343,7 @@ fn every_key_is_read() {
     assert_eq!(c.backends[0].budget, Some(Budget { nano_usd: 500_000_000, per: Period::Day }));
     let other = &c.clients[1];
     assert_eq!((other.tokens_per_minute, other.max_in_flight, other.budget), (None, None, None));
+    assert!(c.watch);
     assert_eq!(c.ledger, Some(PathBuf::from("/nonexistent/zap.db")));
     assert!(c.warnings.is_empty());
     assert!(!format!("{c:?}").contains("CANARY"));

@@ -19,7 +19,7 @@ _zap() {
         esac
     done
     case $command in
-        '') words='@COMMANDS@ --config --help --version' ;;
+        '') words='@COMMANDS@ --config --watch --help --version' ;;
         check) words='--config --live --help' ;;
         completions) words='@SHELLS@' ;;
         demo) words='--chaos --port --help' ;;

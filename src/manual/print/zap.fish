@@ -3,6 +3,7 @@ complete -c zap -f
 complete -c zap -s h -l help -d 'print the usage'
 complete -c zap -n __fish_use_subcommand -s V -l version -d 'print the version'
 complete -c zap -n 'not __fish_seen_subcommand_from completions demo example help man print' -s c -l config -r -F -d 'the configuration'
+complete -c zap -n __fish_use_subcommand -l watch -d 'reload when a file changes'
 complete -c zap -n __fish_use_subcommand -a check -d 'validate the configuration'
 complete -c zap -n __fish_use_subcommand -a completions -d 'print the completions of a shell'
 complete -c zap -n __fish_use_subcommand -a demo -d 'serve in front of built-in mock providers'

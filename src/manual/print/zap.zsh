@@ -15,6 +15,7 @@ _zap() {
     local -a file
     file=('(-c --config)'{-c,--config}'[the configuration]:file:_files')
     _arguments -C $file '(-h --help)'{-h,--help}'[print the usage]' '(-V --version)'{-V,--version}'[print the version]' \
+        '--watch[reload when a file changes]' \
         '1:command:->command' '*::argument:->argument'
     case $state in
         command) _describe command commands ;;
