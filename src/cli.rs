@@ -4,7 +4,7 @@ mod healthcheck;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,7 +14,7 @@ use crate::config::{Config, LoadError, listen_address};
 use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
-use crate::server::setup::Setup;
+use crate::server::setup::{self, Setup};
 use crate::telemetry::log::Log;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Snapshot, prepare};
@@ -57,9 +57,6 @@ const BAD_USAGE: u8 = 2;
 
 /// The environment variable that names the configuration file.
 const CONFIG_VARIABLE: &str = "ZAP_CONFIG";
-
-/// Maximum number of connections that wait in the kernel until they are accepted.
-const BACKLOG: i32 = 4096;
 
 /// The command that the arguments select.
 #[derive(Debug, PartialEq, Eq)]
@@ -324,9 +321,12 @@ fn ask_backends(valid: &str, fleet: &Snapshot) -> ExitCode {
 }
 
 fn listen_and_serve(config: Config, watch: bool) -> ExitCode {
-    match listen(SocketAddr::new(config.server.host, config.server.port)) {
-        Ok(tcp) => serve(config, Setup { watch, ..tcp.into() }),
-        Err(code) => code,
+    match setup::open(&config.server, watch) {
+        Ok(setup) => serve(config, setup),
+        Err(what) => {
+            eprintln!("zap: {what}");
+            ExitCode::from(FAILED)
+        }
     }
 }
 
@@ -368,26 +368,13 @@ fn on_signals(orders: Sender<Order>) -> io::Result<()> {
     std::thread::Builder::new().name("zap-signals".into()).spawn(run).map(drop)
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener, ExitCode> {
-    bind(address).map_err(|e| {
-        eprintln!("zap: cannot listen on {address}: {e}");
-        ExitCode::from(FAILED)
-    })
-}
-
-/// Opens a listener with a long backlog. SO_REUSEADDR lets a restarted Zap bind the same address at once.
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
-}
-
 fn demo(port: u16, is_chaos: bool) -> ExitCode {
-    let listener = match listen((Ipv4Addr::LOCALHOST, port).into()) {
+    let listener = match setup::listen((Ipv4Addr::LOCALHOST, port).into()) {
         Ok(listener) => listener,
-        Err(code) => return code,
+        Err(what) => {
+            eprintln!("zap: {what}");
+            return ExitCode::from(FAILED);
+        }
     };
     let port = listener.local_addr().map_or(port, |address| address.port());
     match demo::start(port, is_chaos) {

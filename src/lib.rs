@@ -151,8 +151,9 @@ pub fn run(
         log.event("warn", "config", warning);
     }
     let setup = setup.into();
-    let address = setup.tcp.local_addr().map_err(RunError::Io)?;
-    log.event("info", "start", &format!("listening on {address}"));
+    for address in setup.addresses() {
+        log.event("info", "start", &format!("listening on {address}"));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;
     let whole = runtime.block_on(server::serve(shared, setup, orders)).map_err(RunError::Io);

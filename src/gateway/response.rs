@@ -171,7 +171,7 @@ impl Gateway {
             headers.insert(RESET_TOKENS, headers::reset(d.reset));
         }
         browser::expose(&self.server().cors_origins, context.headers, headers);
-        if context.exchange.must_close() || self.shared().is_stopping() {
+        if context.exchange.must_close() || self.shared().is_leaving() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }

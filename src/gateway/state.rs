@@ -105,6 +105,7 @@ pub struct Shared {
     pub(crate) reloaded: Notify,
     /// Number of ejections so far: when it changes, waiting requests see whether they wait for an ejected target.
     pub(crate) ejections: AtomicU64,
+    leaving: AtomicBool,
     stopping: AtomicBool,
     draining: AtomicBool,
     hasher: RandomState,
@@ -151,6 +152,7 @@ impl Shared {
             reload_wanted: Notify::new(),
             reloaded: Notify::new(),
             ejections: AtomicU64::new(0),
+            leaving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             hasher: RandomState::new(),
@@ -278,6 +280,16 @@ impl Shared {
         upstream.enter(&view.candidate(picked), false).is_some()
     }
 
+    /// Whether responses say `connection: close`, since Zap stops or another process has taken the listeners.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
+    /// Lets responses say `connection: close`. A connection whose last response did not say so may send one more request.
+    pub(crate) fn start_leaving(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
     /// Whether Zap has been told to stop: `/ready` fails, and connections close after their response.
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
@@ -286,6 +298,7 @@ impl Shared {
     /// Announces that Zap will stop. New requests are still served until [`start_draining`](Self::start_draining).
     pub(crate) fn start_stopping(&self) {
         self.stopping.store(true, Ordering::Relaxed);
+        self.start_leaving();
     }
 
     /// Whether Zap is draining.

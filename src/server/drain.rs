@@ -21,6 +21,8 @@ pub enum Order {
     Now,
     /// Reload the configuration.
     Reload,
+    /// Start the program anew and hand the listeners over to it.
+    Upgrade,
 }
 
 /// Creates the channel for orders; [`crate::run`] takes the receiver.
@@ -28,12 +30,14 @@ pub fn orders() -> (Sender<Order>, Receiver<Order>) {
     channel(4)
 }
 
-/// The handlers of SIGTERM, SIGINT and SIGHUP. Once they are installed, these signals no longer kill the process.
+/// The handlers of SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2. Once they are installed, these signals no longer kill the process.
 #[derive(Debug)]
 pub(crate) struct Signals {
     term: Signal,
     int: Signal,
     hup: Signal,
+    usr1: Signal,
+    usr2: Signal,
 }
 
 impl Signals {
@@ -42,25 +46,31 @@ impl Signals {
     /// # Errors
     /// Returns the error of the system if a handler cannot be installed.
     pub(crate) fn catch() -> io::Result<Self> {
-        let [term, int, hup] =
-            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-        Ok(Signals { term: term?, int: int?, hup: hup? })
+        Ok(Signals {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+            hup: signal(SignalKind::hangup())?,
+            usr1: signal(SignalKind::user_defined1())?,
+            usr2: signal(SignalKind::user_defined2())?,
+        })
     }
 
-    /// Sends [`Order::Reload`] for SIGHUP, [`Order::DelayedDrain`] for SIGTERM and [`Order::Drain`] for SIGINT. Each SIGTERM
-    /// or SIGINT after the first sends [`Order::Now`].
+    /// Sends [`Order::Reload`] for SIGHUP, [`Order::Upgrade`] for SIGUSR2, [`Order::DelayedDrain`] for SIGTERM and [`Order::Drain`] for SIGINT. Each SIGTERM
+    /// or SIGINT after the first sends [`Order::Now`]. SIGUSR1 does nothing.
     pub(crate) async fn send(mut self, orders: Sender<Order>) {
         let mut is_stopping = false;
         let mut stop = |first| if std::mem::replace(&mut is_stopping, true) { Order::Now } else { first };
         loop {
             let order = tokio::select! {
                 _ = self.hup.recv() => Order::Reload,
+                _ = self.usr1.recv() => continue,
+                _ = self.usr2.recv() => Order::Upgrade,
                 _ = self.term.recv() => stop(Order::DelayedDrain),
                 _ = self.int.recv() => stop(Order::Drain),
             };
             match order {
-                // If the channel is full, a reload that waits there is enough.
-                Order::Reload => drop(orders.try_send(order)),
+                // If the channel is full, an order that waits there is enough.
+                Order::Reload | Order::Upgrade => drop(orders.try_send(order)),
                 order if orders.send(order).await.is_err() => return,
                 _ => {}
             }
@@ -76,6 +86,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How often the log says how many requests still run.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// After another process has taken the listeners, idle connections stay open until no request has run for this long: each may
+/// send one more request. Its response says `connection: close`, so that a busy client never meets a closed connection.
+const IDLE_GRACE: Duration = Duration::from_secs(5);
 
 /// A stop in progress.
 pub(crate) struct Stop<'a> {
@@ -104,17 +118,32 @@ impl<'a> Stop<'a> {
 
     /// Waits until `end`, or until `running` returns 0. Returns `false` if requests still run.
     pub(crate) async fn wait_for_requests(&mut self, end: Instant, running: impl Fn() -> usize) -> bool {
-        let mut reported = Instant::now();
-        let log = self.log;
-        let is_done = || {
-            let left = running();
-            if left > 0 && reported.elapsed() >= REPORT_INTERVAL {
-                reported = Instant::now();
-                log.event("info", "drain", &format!("requests still running: {left}"));
+        let mut running = reporting(self.log, running);
+        self.wait(end, || running() == 0).await
+    }
+
+    /// Lets the connections go within `drain` after another process has taken the listeners: idle ones once nothing has run
+    /// for a while, at the latest after half of the time; busy ones after their response. Returns whether no
+    /// request runs, and when connections must be cut.
+    pub(crate) async fn wait_for_connections(
+        &mut self,
+        drain: Duration,
+        running: impl Fn() -> usize,
+    ) -> (bool, Instant) {
+        let (began, workers) = (Instant::now(), self.workers);
+        let end = began + drain;
+        let mut running = reporting(self.log, running);
+        let mut last_busy = began;
+        let are_gone = || {
+            if running() > 0 {
+                last_busy = Instant::now();
             }
-            left == 0
+            let connections: usize = workers.iter().map(Worker::connections).sum();
+            connections == 0 || last_busy.elapsed() >= IDLE_GRACE
         };
-        self.wait(end, is_done).await
+        self.wait(began + drain / 2, are_gone).await;
+        workers.iter().for_each(Worker::close);
+        (self.wait(end, || running() == 0).await, end)
     }
 
     /// Closes all connections: idle ones now, busy ones after their response. Cuts them if `cut` is set, or if they are
@@ -148,5 +177,18 @@ impl<'a> Stop<'a> {
                 () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
         }
+    }
+}
+
+/// Wraps `running` so that the log says now and then how many requests still run.
+fn reporting(log: &Log, running: impl Fn() -> usize) -> impl FnMut() -> usize {
+    let mut reported = Instant::now();
+    move || {
+        let left = running();
+        if left > 0 && reported.elapsed() >= REPORT_INTERVAL {
+            reported = Instant::now();
+            log.event("info", "drain", &format!("requests still running: {left}"));
+        }
+        left
     }
 }

@@ -16,6 +16,7 @@ use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 use crate::clock;
 use crate::config::{Config, Files, LoadError, Server};
 use crate::gateway::state::{Generation, Shared};
+use crate::server::setup::Options;
 use crate::server::watch::Watch;
 use crate::server::{listing, probe};
 use crate::time::{MILLI, Nanos};
@@ -44,12 +45,12 @@ pub(crate) struct FleetThread {
 }
 
 impl FleetThread {
-    /// Starts the thread. `always_watch`: the files are watched whatever `reload.watch` says.
+    /// Starts the thread.
     ///
     /// # Errors
     /// Returns the error of the system if the runtime or the thread cannot be created.
-    pub(crate) fn start(shared: Arc<Shared>, always_watch: bool) -> io::Result<Self> {
-        FleetThread::run(async move || watch(&shared, always_watch).await)
+    pub(crate) fn start(shared: Arc<Shared>, options: Arc<Options>) -> io::Result<Self> {
+        FleetThread::run(async move || watch(&shared, &options).await)
     }
 
     fn run(work: impl AsyncFnOnce() + Send + 'static) -> io::Result<Self> {
@@ -87,9 +88,9 @@ impl FleetThread {
 }
 
 /// The loop of the fleet thread; runs until the future is dropped.
-async fn watch(shared: &Arc<Shared>, always_watch: bool) {
+async fn watch(shared: &Arc<Shared>, options: &Options) {
     let local = LocalSet::new();
-    let files = Watch::new(shared.current.load().config.files.clone(), always_watch);
+    let files = Watch::new(shared.current.load().config.files.clone(), options.watch);
     let budgets = async {
         loop {
             tokio::time::sleep(SYNC_INTERVAL).await;
@@ -116,6 +117,7 @@ async fn watch(shared: &Arc<Shared>, always_watch: bool) {
                 () = shared.fleet_changed.notified() => {}
                 () = tokio::time::sleep(wait) => {}
                 () = shared.reload_wanted.notified(), if reading.is_none() => {
+                    options.supervisor.reloading();
                     let before = shared.current.load_full();
                     // The file may be on a disk that hangs; the loop continues meanwhile.
                     reading = Some(spawn_blocking(move || read(&before)));
@@ -127,6 +129,7 @@ async fn watch(shared: &Arc<Shared>, always_watch: bool) {
                     });
                     reload(shared, read);
                     files.loaded(listed);
+                    options.supervisor.reloaded();
                 }
             }
         }

@@ -17,20 +17,30 @@ pub(crate) mod setup;
 
 mod watch;
 
+mod control;
+
+mod upgrade;
+
+mod listeners;
+
+pub(crate) mod inherited;
+
+pub(crate) mod supervisor;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
-use crate::config;
 use crate::config::Config;
 use crate::gateway::state::Shared;
-use crate::server::drain::{Order, Stop};
+use crate::server::control::{Control, End, running};
+use crate::server::drain::Order;
 use crate::server::fleet::FleetThread;
+use crate::server::listeners::Listeners;
 use crate::server::setup::Setup;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
@@ -55,8 +65,8 @@ pub(crate) async fn serve(
     setup: Setup,
     orders: Receiver<Order>,
 ) -> std::io::Result<bool> {
-    setup.tcp.set_nonblocking(true)?;
-    let listener = TcpListener::from_std(setup.tcp)?;
+    let listeners = Listeners::new(setup.tcp, setup.unix)?;
+    let options = setup.options;
     let config = shared.current.load().config.clone();
     if let Some(text) = proxy::summary(&config.backends) {
         shared.telemetry.log.event("info", "proxy", &text);
@@ -66,19 +76,33 @@ pub(crate) async fn serve(
     let workers: Result<Vec<_>, _> =
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
-    let mut fleet = FleetThread::start(shared.clone(), setup.watch)?;
+    let mut fleet = FleetThread::start(shared.clone(), options.clone())?;
+    let control = Control { shared: &shared, workers: &workers, supervisor: &options.supervisor };
+    options.supervisor.ready();
     let ended = {
-        let clients = accept(&shared, &listener, &workers, budget.clients);
+        let clients = accept(&shared, &listeners, &workers, budget.clients);
         // The gateway accepts and probes while the running requests finish.
         tokio::select! {
-            stopped = stop(&shared, &config.server, &workers, orders) => Some(stopped),
+            end = control.run(&listeners, orders) => Some(end),
             () = fleet.ended() => None,
             () = clients => None,
         }
     };
     let completed = match ended {
-        Some((mut stop, is_idle, end)) => {
-            accept_backlog(listener, &workers);
+        Some(End::Drained { mut stop, is_idle, end }) => {
+            // The limit of connections does not apply to those that wait in the kernel's queue.
+            listeners.close(|(client, peer)| {
+                if let Some(worker) = least_loaded(&workers) {
+                    worker.take(client, peer, None);
+                }
+            });
+            stop.close(end, !is_idle).await
+        }
+        Some(End::HandedOver { mut stop }) => {
+            // What waits in the kernel's queue is the new process's.
+            drop(listeners);
+            let running = || running(&shared, &workers);
+            let (is_idle, end) = stop.wait_for_connections(config.server.drain, running).await;
             stop.close(end, !is_idle).await
         }
         None => false,
@@ -91,57 +115,6 @@ pub(crate) async fn serve(
     Ok(completed & fleet.join() & workers.into_iter().all(join))
 }
 
-/// Waits for an order to stop, then until no request runs. Returns the stop, whether no request runs, and the time at
-/// which connections must be cut.
-async fn stop<'w>(
-    shared: &'w Shared,
-    server: &config::Server,
-    workers: &'w [Worker],
-    mut orders: Receiver<Order>,
-) -> (Stop<'w>, bool, Instant) {
-    let order = loop {
-        match orders.recv().await {
-            Some(Order::Reload) => shared.reload_wanted.notify_one(),
-            order => break order,
-        }
-    };
-    let log = &shared.telemetry.log;
-    shared.start_stopping();
-    let mut stop = Stop::new(order, log, workers, orders);
-    if order == Some(Order::DelayedDrain) && !server.drain_delay.is_zero() {
-        let secs = server.drain_delay.as_secs();
-        let text = format!(
-            "shutting down: requests are served for {secs} s more; a second signal cuts all requests"
-        );
-        log.event("info", "drain", &text);
-        stop.delay(server.drain_delay).await;
-    }
-    shared.start_draining();
-    let (running, secs) = (|| running(shared, workers), server.drain.as_secs());
-    let text = format!(
-        "shutting down: new requests are refused; requests running: {}, cut after {secs} s or by a second signal",
-        running()
-    );
-    log.event("info", "drain", &text);
-    let end = Instant::now() + server.drain;
-    let is_idle = stop.wait_for_requests(end, running).await;
-    (stop, is_idle, end)
-}
-
-/// Hands the connections that wait in the kernel's queue to the workers, then closes the listener. The limit of
-/// connections does not apply: closing the listener would reset these connections.
-fn accept_backlog(listener: TcpListener, workers: &[Worker]) {
-    let Ok(listener) = listener.into_std() else { return };
-    // Any error means that no further connection can be taken; most often the queue is empty.
-    while let Ok((client, peer)) = listener.accept() {
-        let Some(worker) = least_loaded(workers) else { return };
-        if client.set_nonblocking(true).is_ok() {
-            let _ = client.set_nodelay(true);
-            worker.take(client, peer.ip(), None);
-        }
-    }
-}
-
 /// The worker with the fewest connections; `None` if no worker is alive.
 fn least_loaded(workers: &[Worker]) -> Option<&Worker> {
     workers.iter().filter(|worker| !worker.is_gone()).min_by_key(|worker| worker.connections())
@@ -150,13 +123,6 @@ fn least_loaded(workers: &[Worker]) -> Option<&Worker> {
 /// Joins a worker that has no connections. A worker that still has some is not joined; it ends with the process.
 fn join(worker: Worker) -> bool {
     worker.connections() > 0 || worker.join()
-}
-
-/// Number of running requests: those that upload a body, wait for a permit or hold one. A permit is held until the end
-/// of the response.
-fn running(shared: &Shared, workers: &[Worker]) -> usize {
-    let uploads: usize = workers.iter().map(Worker::uploads).sum();
-    uploads + shared.admission.in_flight() + shared.admission.depth()
 }
 
 /// How many connections the limit of open files allows.
@@ -199,19 +165,16 @@ impl FileBudget {
 
 /// Accepts up to `max` clients at once and hands each to the worker with the fewest connections. Returns if no worker
 /// is alive.
-async fn accept(shared: &Shared, listener: &TcpListener, workers: &[Worker], max: usize) {
+async fn accept(shared: &Shared, listeners: &Listeners, workers: &[Worker], max: usize) {
     let permits = Arc::new(Semaphore::new(max));
     let mut last_logged: Option<Instant> = None;
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
-        match listener.accept().await {
+        match listeners.accept().await {
             Ok((client, peer)) => {
-                let _ = client.set_nodelay(true);
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = least_loaded(workers) else { return };
-                if let Ok(client) = client.into_std() {
-                    worker.take(client, peer.ip(), Some(permit));
-                }
+                worker.take(client, peer, Some(permit));
             }
             Err(e) if is_client_error(&e) => {}
             Err(e) => {

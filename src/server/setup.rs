@@ -1,18 +1,84 @@
 //! What the command line gives to the server beside the configuration.
 
-use std::net::TcpListener;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
-/// The listener and the options of a process.
-#[derive(Debug)]
+use crate::config::Server;
+use crate::server::inherited;
+use crate::server::supervisor::Supervisor;
+
+/// Maximum number of connections that wait in the kernel until they are accepted.
+const BACKLOG: i32 = 4096;
+
+/// The listeners and the options of a process.
+#[derive(Debug, Default)]
 pub struct Setup {
     /// The listener for clients.
-    pub(crate) tcp: TcpListener,
+    pub(crate) tcp: Option<TcpListener>,
+    /// The unix socket for clients.
+    pub(crate) unix: Option<UnixListener>,
+    pub(crate) options: Arc<Options>,
+}
+
+/// The options of a process.
+#[derive(Debug, Default)]
+pub(crate) struct Options {
     /// Whether `--watch` is set: files are watched whatever `reload.watch` says.
     pub(crate) watch: bool,
+    /// Those that want to know how far Zap is.
+    pub(crate) supervisor: Supervisor,
+}
+
+impl Setup {
+    /// What the listeners listen on, in words.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = String> {
+        let tcp = self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()).map(|address| address.to_string());
+        let unix = self.unix.as_ref().and_then(|unix| {
+            let address = unix.local_addr().ok()?;
+            let path =
+                address.as_pathname().map_or("without a name".into(), |path| path.display().to_string());
+            Some(format!("the unix socket {path}"))
+        });
+        tcp.into_iter().chain(unix)
+    }
 }
 
 impl From<TcpListener> for Setup {
     fn from(tcp: TcpListener) -> Self {
-        Setup { tcp, watch: false }
+        Setup { tcp: Some(tcp), ..Setup::default() }
     }
+}
+
+/// Takes the listeners that another process has opened; if there are none, opens that of the configuration. Must be called
+/// before a thread is started. `watch`: whether `--watch` is set.
+///
+/// # Errors
+/// Returns a message if that fails.
+pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
+    let inherited = inherited::take()?;
+    let tcp = match inherited.tcp {
+        None if inherited.unix.is_none() => Some(listen(SocketAddr::new(server.host, server.port))?),
+        given => given,
+    };
+    let options = Options { watch, supervisor: Supervisor::from_env() };
+    Ok(Setup { tcp, unix: inherited.unix, options: Arc::new(options) })
+}
+
+/// Opens a listener.
+///
+/// # Errors
+/// Returns a message if the address cannot be used.
+pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, String> {
+    bind(address).map_err(|e| format!("cannot listen on {address}: {e}"))
+}
+
+/// Opens a listener with a long backlog. SO_REUSEADDR lets a restarted Zap bind the same address at once.
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }

@@ -11,8 +11,10 @@ mod manual;
 mod mistakes;
 mod print;
 mod shells;
+mod supervised;
 #[path = "../gateway/support/tls_server.rs"]
 mod tls_server;
+mod upgrade;
 mod watch;
 
 use std::io::{BufRead, BufReader, Read, Write};

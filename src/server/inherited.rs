@@ -1,0 +1,88 @@
+//! Listening sockets that another process has opened: systemd, or the Zap that this one takes over from. They come as open
+//! files from number 3 on, and `LISTEN_FDS` says how many.
+//!
+//! Between two Zaps `LISTEN_PID` is left out, since no process knows the id of the next one before it runs, and
+//! `LISTEN_FDS_FIRST_FD` says at which number the files begin, since 3 may be in use.
+
+use std::ffi::OsString;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::process::Command;
+
+use listenfd::ListenFd;
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+
+/// The first number for sockets on their way to another process: above those of the standard streams.
+const FIRST: i32 = 3;
+
+/// Sockets of another process.
+#[derive(Debug, Default)]
+pub(crate) struct Inherited {
+    pub(crate) tcp: Option<TcpListener>,
+    pub(crate) unix: Option<UnixListener>,
+}
+
+/// Takes the listening sockets of the environment: at most one of TCP and one unix socket. Must be called before a thread
+/// is started.
+///
+/// # Errors
+/// Returns a message if there is another socket, or one too many.
+pub(crate) fn take() -> Result<Inherited, String> {
+    let mut given = ListenFd::from_env();
+    let mut found = Inherited::default();
+    for index in 0..given.len() {
+        let number = index + 1;
+        let tcp = given.take_tcp_listener(index);
+        match (tcp, found.tcp.is_some(), found.unix.is_some()) {
+            (Ok(tcp), false, _) => found.tcp = tcp,
+            (Err(_), _, false) => {
+                let what = |e| format!("socket {number} of LISTEN_FDS cannot be used: {e}");
+                found.unix = given.take_unix_listener(index).map_err(what)?;
+            }
+            _ => {
+                return Err(format!(
+                    "socket {number} of LISTEN_FDS is one too many; Zap takes one TCP socket and one unix socket"
+                ));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Sockets that the next process of a command inherits. While this value lives, every process that is started does.
+#[derive(Debug)]
+pub(crate) struct Handover(#[expect(dead_code, reason = "open files")] Vec<OwnedFd>);
+
+impl Handover {
+    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`.
+    ///
+    /// # Errors
+    /// Returns the error of the system if no more files can be opened.
+    pub(crate) fn new<F: AsFd>(sockets: &[F], command: &mut Command) -> io::Result<Self> {
+        let mut first = FIRST;
+        let copies = loop {
+            let mut copies: Vec<OwnedFd> = Vec::new();
+            for socket in sockets {
+                let lowest = copies.last().map_or(first, |copy| copy.as_raw_fd() + 1);
+                copies.push(fcntl_dupfd_cloexec(socket, lowest)?);
+            }
+            let numbers: Vec<i32> = copies.iter().map(|copy| copy.as_raw_fd()).collect();
+            let (Some(low), Some(high)) = (numbers.first(), numbers.last()) else { break copies };
+            if (high - low) as usize + 1 == numbers.len() {
+                break copies;
+            }
+            // Another file stands between them.
+            first = *high;
+        };
+        for copy in &copies {
+            fcntl_setfd(copy, FdFlags::empty())?;
+        }
+        let number = |n: usize| OsString::from(n.to_string());
+        let first = copies.first().map_or(FIRST, |copy| copy.as_raw_fd());
+        command.env_remove("LISTEN_PID").env_remove("LISTEN_FDNAMES");
+        command.env("LISTEN_FDS", number(copies.len())).env("LISTEN_FDS_FIRST_FD", first.to_string());
+        Ok(Handover(copies))
+    }
+}

@@ -1,0 +1,89 @@
+//! The listeners for clients: one of TCP, one unix socket, or both.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+
+use tokio::net;
+
+/// The address that stands for a client of the unix socket: it runs on this machine.
+const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
+type Client = (TcpStream, IpAddr);
+
+/// The listeners of a running process.
+#[derive(Debug)]
+pub(crate) struct Listeners {
+    tcp: Option<net::TcpListener>,
+    unix: Option<net::UnixListener>,
+}
+
+impl Listeners {
+    /// Takes the listeners into the current runtime.
+    ///
+    /// # Errors
+    /// Returns the error of the system if a listener cannot be used.
+    pub(crate) fn new(tcp: Option<TcpListener>, unix: Option<UnixListener>) -> io::Result<Self> {
+        let into_tcp = |listener: TcpListener| {
+            listener.set_nonblocking(true)?;
+            net::TcpListener::from_std(listener)
+        };
+        let into_unix = |listener: UnixListener| {
+            listener.set_nonblocking(true)?;
+            net::UnixListener::from_std(listener)
+        };
+        Ok(Listeners { tcp: tcp.map(into_tcp).transpose()?, unix: unix.map(into_unix).transpose()? })
+    }
+
+    /// Accepts the next client. Dropping the future loses none.
+    pub(crate) async fn accept(&self) -> io::Result<Client> {
+        match (&self.tcp, &self.unix) {
+            (Some(tcp), None) => accept_tcp(tcp).await,
+            (None, Some(unix)) => accept_unix(unix).await,
+            (Some(tcp), Some(unix)) => tokio::select! {
+                client = accept_tcp(tcp) => client,
+                client = accept_unix(unix) => client,
+            },
+            (None, None) => std::future::pending().await,
+        }
+    }
+
+    /// Closes the listeners, but takes the clients that wait in the kernel's queues first: the kernel would reset them.
+    pub(crate) fn close(self, mut take: impl FnMut(Client)) {
+        // Any error means that no further client can be taken; most often the queue is empty.
+        if let Some(listener) = self.tcp.and_then(|listener| listener.into_std().ok()) {
+            while let Ok((client, peer)) = listener.accept() {
+                let _ = client.set_nodelay(true);
+                if client.set_nonblocking(true).is_ok() {
+                    take((client, peer.ip()));
+                }
+            }
+        }
+        if let Some(listener) = self.unix.and_then(|listener| listener.into_std().ok()) {
+            while let Ok((client, _)) = listener.accept() {
+                if client.set_nonblocking(true).is_ok() {
+                    take((OwnedFd::from(client).into(), LOCAL));
+                }
+            }
+        }
+    }
+
+    /// The listening sockets.
+    pub(crate) fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        let (tcp, unix) = (self.tcp.as_ref().map(|l| l.as_fd()), self.unix.as_ref().map(|l| l.as_fd()));
+        tcp.into_iter().chain(unix).collect()
+    }
+}
+
+async fn accept_tcp(listener: &net::TcpListener) -> io::Result<Client> {
+    let (client, peer) = listener.accept().await?;
+    let _ = client.set_nodelay(true);
+    Ok((client.into_std()?, peer.ip()))
+}
+
+async fn accept_unix(listener: &net::UnixListener) -> io::Result<Client> {
+    let (client, _) = listener.accept().await?;
+    Ok((OwnedFd::from(client.into_std()?).into(), LOCAL))
+}
