@@ -1,8 +1,10 @@
 //! The address that Zap listens on, for a command that asks a running Zap.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::path::Path;
 
+use crate::config::common::Context;
 use crate::config::fault_sink::{Faults, LoadError, Sink};
 use crate::config::{file, raw, toml_reader};
 
@@ -21,9 +23,10 @@ pub(crate) fn listen_address(path: &Path) -> Result<SocketAddr, LoadError> {
 
 fn of_text(text: &str, label: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<SocketAddr, Faults> {
     let sink = Sink::new(text, label);
+    let ctx = Context { base: Path::new(""), files: RefCell::default() };
     let address = toml_reader::document(&sink, env, |root| {
         root.section("server", |t| {
-            let server = raw::server(t);
+            let server = raw::server(t, &ctx);
             SocketAddr::new(server.host, server.port)
         })
     });

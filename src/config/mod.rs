@@ -50,6 +50,7 @@ mod suggest;
 mod syntax;
 mod text;
 mod toml_reader;
+mod unix_socket;
 mod url;
 mod warnings;
 
@@ -64,8 +65,7 @@ use rustls::pki_types::ServerName;
 
 pub(crate) use crate::config::address::listen_address;
 pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
-pub(crate) use crate::config::clients::ANONYMOUS;
-pub(crate) use crate::config::clients::ClientKey;
+pub(crate) use crate::config::clients::{ANONYMOUS, ClientKey};
 use crate::config::common::Context;
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
@@ -73,14 +73,15 @@ pub(crate) use crate::config::files::Files;
 pub(crate) use crate::config::identity::ClientIdentity;
 pub(crate) use crate::config::key_pool::{PoolPlace, scale};
 pub use crate::config::models::ModelsFrom;
+pub(crate) use crate::config::money::Budget;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::text::{is_like_a_key, quoted};
+pub(crate) use crate::config::unix_socket::UnixSocket;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
 use crate::http1::origin::{Hosts, Origins};
 use crate::policy::route::{Named, Rule};
-use crate::policy::spend::Period;
 use crate::protocol::endpoint::Protocol;
 
 /// The whole configuration; every value is within its range.
@@ -135,6 +136,8 @@ pub struct Server {
     pub host: IpAddr,
     /// Port to listen on; 0 lets the system pick one.
     pub port: u16,
+    /// `server.unix`: a unix socket beside.
+    pub unix: Option<UnixSocket>,
     /// Worker threads, 1 to 1024.
     pub workers: usize,
     /// Largest request body, in bytes.
@@ -163,6 +166,7 @@ impl Server {
         [
             ("server.host", self.host != other.host),
             ("server.port", self.port != other.port),
+            ("server.unix", self.unix != other.unix),
             ("server.workers", self.workers != other.workers),
             ("server.max_body_bytes", self.max_body_bytes != other.max_body_bytes),
             ("server.max_buffered_bytes", self.max_buffered_bytes != other.max_buffered_bytes),
@@ -346,15 +350,6 @@ pub struct Backend {
     pub protocols: Vec<Protocol>,
     /// Whether the client's own `Authorization` is passed on; never true with `api_key`.
     pub forward_authorization: bool,
-}
-
-/// A limit of what may be spent in a day or in a month.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Budget {
-    /// The limit in nano-USD, at least 1000.
-    pub nano_usd: u64,
-    /// The time that the limit is for.
-    pub per: Period,
 }
 
 impl Config {

@@ -2,7 +2,6 @@
 
 use toml::de::DeValue;
 
-use crate::config::Budget;
 use crate::config::models::must_be;
 use crate::config::range::Range;
 use crate::config::toml_reader::Section;
@@ -20,6 +19,15 @@ const USD: Range<u64> = Range::new(1, 1_000_000_000 * ONE);
 const NANO: u64 = 1000;
 /// Longest number that a message shows, in bytes.
 const MAX_SHOWN: usize = 40;
+
+/// A limit of what may be spent in a day or in a month.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// The limit in nano-USD, at least 1000.
+    pub nano_usd: u64,
+    /// The time that the limit is for.
+    pub per: Period,
+}
 
 /// Reads `prices` of a backend: (pattern, [input, cached, cache_write, output] in pico-USD a token).
 pub(super) fn prices(t: &mut Section<'_, '_>) -> Vec<(String, [u64; 4])> {

@@ -16,6 +16,7 @@ use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TO
 use crate::config::file::ledger_path;
 use crate::config::range::{Number, Range};
 use crate::config::toml_reader::Section;
+use crate::config::unix_socket::unix_socket;
 use crate::config::warnings::warnings;
 use crate::config::{
     Config, Files, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream,
@@ -72,7 +73,7 @@ pub(super) struct ReadConfig {
 
 /// Reads the whole document.
 pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfig {
-    let server = root.section("server", server);
+    let server = root.section("server", |t| server(t, ctx));
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
         max_in_flight: t.number("max_in_flight", MAX_IN_FLIGHT),
@@ -156,7 +157,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
 }
 
-pub(super) fn server(t: &mut Section<'_, '_>) -> Server {
+pub(super) fn server(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Server {
     let host = t.text("host").and_then(|text| {
         if text.value == "localhost" {
             return Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
@@ -173,6 +174,7 @@ pub(super) fn server(t: &mut Section<'_, '_>) -> Server {
     Server {
         host: host.unwrap_or(HOST),
         port: t.number("port", PORT),
+        unix: unix_socket(t, ctx),
         workers: t.number("workers", WORKERS.or(cores.clamp(WORKERS.min, WORKERS.max))),
         max_body_bytes: t.number("max_body_bytes", MAX_BODY_BYTES),
         max_buffered_bytes: t.optional("max_buffered_bytes", MAX_BUFFERED_BYTES),

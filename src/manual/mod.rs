@@ -242,6 +242,7 @@ mod tests {
     fn every_default_is_that_of_the_parser() {
         let text = "[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n";
         let c = Config::of(text).unwrap();
+        let unix = Config::of(&format!("[server]\nunix = \"a\"\n{text}")).unwrap();
         let b = &c.backends[0];
         let (secs, ms) = (|d: Duration| d.as_secs().to_string(), |d: Duration| d.as_millis().to_string());
         let word = |word: &dyn std::fmt::Debug| format!("{word:?}");
@@ -249,6 +250,7 @@ mod tests {
             ("models_from", word(&c.models_from)),
             ("server.host", format!("\"{}\"", c.server.host)),
             ("server.port", c.server.port.to_string()),
+            ("server.unix_mode", format!("{:o}", unix.server.unix.unwrap().mode)),
             ("server.max_body_bytes", c.server.max_body_bytes.to_string()),
             ("server.max_connections", c.server.max_connections.to_string()),
             ("server.drain_secs", secs(c.server.drain)),

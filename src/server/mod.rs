@@ -27,6 +27,8 @@ pub(crate) mod inherited;
 
 pub(crate) mod supervisor;
 
+mod unix_socket;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -66,7 +68,7 @@ pub(crate) async fn serve(
     orders: Receiver<Order>,
 ) -> std::io::Result<bool> {
     let listeners = Listeners::new(setup.tcp, setup.unix)?;
-    let options = setup.options;
+    let (options, mut unix_file) = (setup.options, setup.unix_file);
     let config = shared.current.load().config.clone();
     if let Some(text) = proxy::summary(&config.backends) {
         shared.telemetry.log.event("info", "proxy", &text);
@@ -78,6 +80,9 @@ pub(crate) async fn serve(
     let workers = workers?;
     let mut fleet = FleetThread::start(shared.clone(), options.clone())?;
     let control = Control { shared: &shared, workers: &workers, supervisor: &options.supervisor };
+    if let Some(file) = &mut unix_file {
+        file.is_owned = true;
+    }
     options.supervisor.ready();
     let ended = {
         let clients = accept(&shared, &listeners, &workers, budget.clients);
@@ -96,11 +101,15 @@ pub(crate) async fn serve(
                     worker.take(client, peer, None);
                 }
             });
+            drop(unix_file.take());
             stop.close(end, !is_idle).await
         }
         Some(End::HandedOver { mut stop }) => {
             // What waits in the kernel's queue is the new process's.
             drop(listeners);
+            if let Some(file) = &mut unix_file {
+                file.is_owned = false;
+            }
             let running = || running(&shared, &workers);
             let (is_idle, end) = stop.wait_for_connections(config.server.drain, running).await;
             stop.close(end, !is_idle).await

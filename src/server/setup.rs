@@ -3,11 +3,13 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::config::Server;
 use crate::server::inherited;
 use crate::server::supervisor::Supervisor;
+use crate::server::unix_socket::{self, SocketFile};
 
 /// Maximum number of connections that wait in the kernel until they are accepted.
 const BACKLOG: i32 = 4096;
@@ -19,6 +21,8 @@ pub struct Setup {
     pub(crate) tcp: Option<TcpListener>,
     /// The unix socket for clients.
     pub(crate) unix: Option<UnixListener>,
+    /// The file of the unix socket, if this process removes it.
+    pub(crate) unix_file: Option<SocketFile>,
     pub(crate) options: Arc<Options>,
 }
 
@@ -63,7 +67,23 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
         given => given,
     };
     let options = Options { watch, supervisor: Supervisor::from_env() };
-    Ok(Setup { tcp, unix: inherited.unix, options: Arc::new(options) })
+    let (unix, unix_file) = match (inherited.unix, &server.unix) {
+        // Of systemd's sockets systemd removes the file.
+        (Some(given), Some(own)) if options.supervisor.is_upgrade() && is_at(&given, &own.path) => {
+            (Some(given), Some(SocketFile::of_another(own.path.clone())))
+        }
+        (None, Some(own)) => {
+            let (listener, file) = unix_socket::listen(own)?;
+            (Some(listener), Some(file))
+        }
+        (given, _) => (given, None),
+    };
+    Ok(Setup { tcp, unix, unix_file, options: Arc::new(options) })
+}
+
+/// Whether `listener` was opened at `path`.
+fn is_at(listener: &UnixListener, path: &Path) -> bool {
+    listener.local_addr().is_ok_and(|address| address.as_pathname() == Some(path))
 }
 
 /// Opens a listener.

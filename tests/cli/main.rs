@@ -12,8 +12,10 @@ mod mistakes;
 mod print;
 mod shells;
 mod supervised;
+
 #[path = "../gateway/support/tls_server.rs"]
 mod tls_server;
+mod unix_socket;
 mod upgrade;
 mod watch;
 

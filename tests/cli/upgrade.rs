@@ -71,7 +71,7 @@ impl Newest {
         self.0 = rest.split(' ').next().unwrap().parse().unwrap();
     }
 
-    fn is_gone(&self) -> bool {
+    pub(super) fn is_gone(&self) -> bool {
         !Path::new(&format!("/proc/{}", self.0)).exists()
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config::tests::{BACKEND, faults, parse};
 use crate::config::*;
 use crate::policy::pattern::Pattern;
+use crate::policy::spend::Period;
 
 /// A configuration that sets every key but those that name files other than the ledger; the secret is `sk-CANARY`.
 pub(super) const FULL: &str = r#"# every key that names no file
@@ -15,6 +16,8 @@ models_from = "config"
 [server]
 host = "::1"
 port = 0
+unix = "/run/zap.sock"
+unix_mode = "600"
 workers = 3
 max_body_bytes = 1_024
 max_connections = 5
@@ -238,6 +241,7 @@ fn keys_that_are_not_set_have_their_defaults() {
 #[test]
 fn every_key_is_read() {
     let c = parse(FULL).unwrap();
+    assert_eq!(c.server.unix, Some(UnixSocket { path: "/run/zap.sock".into(), mode: 0o600 }));
     let numbers = [
         c.server.workers as u64,
         c.server.max_body_bytes,
