@@ -30,6 +30,7 @@ mod ask;
 
 mod buffered;
 mod held;
+pub(crate) mod history;
 mod learned_ids;
 mod relay_input;
 mod relay_usage;

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 
 use crate::clock;
 use crate::config::{Config, Server};
+use crate::gateway::history::History;
 use crate::gateway::pages::Pages;
 use crate::gateway::served_models::ServedModels;
 use crate::policy::breaker::Change;
@@ -93,6 +94,8 @@ pub struct Shared {
     pub(crate) known_ids: KnownIds,
     /// What backends without `models` say they serve.
     pub(crate) served_models: ServedModels,
+    /// The last minutes of the backends.
+    pub(crate) history: History,
     /// The pages that are expensive to render.
     pub(crate) pages: Pages,
     /// Notified when the state of a backend has changed: the fleet thread then calls [`rebuild`](Self::rebuild).
@@ -145,6 +148,7 @@ impl Shared {
             buffer_freed: Notify::new(),
             known_ids: KnownIds::new(config.max_ids),
             served_models: ServedModels::default(),
+            history: History::default(),
             pages: Pages::default(),
             fleet_changed: Notify::new(),
             reopened: Notify::new(),
@@ -213,18 +217,24 @@ impl Shared {
     /// Logs a change of a backend's state with its `cause`, and requests a rebuild of the schedule.
     pub(crate) fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
         let name = upstream.name();
-        let (level, event, text) = match change {
+        let (level, event, text, outage) = match change {
             Change::Down => {
-                ("warn", "backend_down", format!("backend {name} is down after {}: {cause}", self.in_a_row()))
+                let failures = self.in_a_row();
+                let text = format!("backend {name} is down after {failures}: {cause}");
+                ("warn", "backend_down", text, format!("{failures}: {cause}"))
             }
-            Change::StillDown => ("warn", "backend_down", format!("backend {name} is down: {cause}")),
-            Change::Misconfigured => (
-                "error",
-                "backend_misconfigured",
-                format!("backend {name} refuses its api_key, or requires one: {cause}"),
-            ),
-            Change::Up => ("info", "backend_up", format!("backend {name} is up again: {cause}")),
+            Change::StillDown => {
+                ("warn", "backend_down", format!("backend {name} is down: {cause}"), cause.to_owned())
+            }
+            Change::Misconfigured => {
+                let what = format!("refuses its api_key, or requires one: {cause}");
+                ("error", "backend_misconfigured", format!("backend {name} {what}"), format!("it {what}"))
+            }
+            Change::Up => {
+                ("info", "backend_up", format!("backend {name} is up again: {cause}"), String::new())
+            }
         };
+        upstream.note_outage(outage);
         self.telemetry.log.event(level, event, &text);
         self.ejections.fetch_add(1, Ordering::Relaxed);
         self.fleet_changed.notify_one();
@@ -245,18 +255,18 @@ impl Shared {
             "" => "requests without a model".into(),
             model => format!("model {}", model.escape_debug()),
         };
-        let (level, event, text) = match change {
+        let (level, event, text, outage) = match change {
             PairChange::Down => {
                 self.ejections.fetch_add(1, Ordering::Relaxed);
                 let failures = self.in_a_row();
-                (
-                    "warn",
-                    "backend_down",
-                    format!("backend {name} is down for {model} after {failures}: {cause}"),
-                )
+                let text = format!("backend {name} is down for {model} after {failures}: {cause}");
+                ("warn", "backend_down", text, format!("{failures} for {model}: {cause}"))
             }
-            PairChange::Up => ("info", "backend_up", format!("backend {name} serves {model} again")),
+            PairChange::Up => {
+                ("info", "backend_up", format!("backend {name} serves {model} again"), String::new())
+            }
         };
+        upstream.note_outage(outage);
         self.telemetry.log.event(level, event, &text);
         // Waiting requests pick again, since this pair may take them.
         self.reopened.notify_waiters();

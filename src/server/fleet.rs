@@ -9,7 +9,7 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
@@ -30,7 +30,8 @@ const MAX_BLOCKING: usize = 16;
 /// After a rebuild of the schedule that took longer than this, the loop pauses before the next one.
 const QUICK_REBUILD: Nanos = MILLI;
 
-/// Time from one look of the budgets at the ledger to the next: other processes may write to it.
+/// Time from one look of the budgets at the ledger, and of the history at the backends, to the next: other processes may
+/// write to the ledger.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The fleet thread; dropping this value ends the thread.
@@ -91,6 +92,7 @@ async fn watch(shared: &Arc<Shared>) {
     let local = LocalSet::new();
     let budgets = async {
         loop {
+            shared.history.look(&shared.current.load().backends, clock::now(), SystemTime::now());
             tokio::time::sleep(SYNC_INTERVAL).await;
             shared.sync_budgets();
         }
@@ -192,6 +194,7 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
             let shared_for_shrink = shared.clone();
             drop(spawn_blocking(move || shared_for_shrink.shrink()));
             shared.telemetry.reloads.applied.fetch_add(1, Ordering::Relaxed);
+            *shared.telemetry.reloads.last.lock() = Some((SystemTime::now(), String::new()));
             shared.telemetry.log.event(
                 "info",
                 "reload",
@@ -200,6 +203,7 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
         }
         Err(why) => {
             shared.telemetry.reloads.rejected.fetch_add(1, Ordering::Relaxed);
+            *shared.telemetry.reloads.last.lock() = Some((SystemTime::now(), why.clone()));
             let text = format!("the old configuration stays in effect: {why}");
             shared.telemetry.log.event("error", "reload", &text);
         }

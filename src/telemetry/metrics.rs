@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use parking_lot::Mutex;
+
 use crate::clock;
 use crate::code::Code;
 use crate::counter::{Counter, Histogram, OVERHEAD, REQUEST, Total};
@@ -117,6 +119,8 @@ pub(crate) struct Reloads {
     pub applied: AtomicU64,
     /// Reloads that failed and left the old configuration in place.
     pub rejected: AtomicU64,
+    /// When the last reload was, and why it was rejected; empty: it was applied.
+    pub last: Mutex<Option<(SystemTime, String)>>,
 }
 
 /// Input of a scrape.

@@ -69,6 +69,8 @@ mod reload;
 
 mod retries;
 
+mod status;
+
 mod stored;
 
 mod streams;
