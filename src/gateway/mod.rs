@@ -54,6 +54,8 @@ pub(crate) mod pages;
 
 mod status;
 
+mod status_page;
+
 pub(crate) mod served_models;
 
 use std::cell::RefCell;
@@ -205,7 +207,7 @@ impl Gateway {
                 Err(NotStored::Path) => self.refuse(&GatewayError::UnknownUrl, record, &context),
             },
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
-                match self.page(*page, &head.uri, &record, &generation).await {
+                match self.page(*page, head, &record, &generation).await {
                     Ok(response) => self.finish(response, record, &context),
                     Err(error) => self.refuse(&error, record, &context),
                 }
@@ -220,15 +222,19 @@ impl Gateway {
     async fn page(
         &self,
         page: Page,
-        uri: &Uri,
+        head: &Parts,
         record: &RequestRecord,
         generation: &Generation,
     ) -> Result<ClientResponse, GatewayError> {
+        let uri = &head.uri;
         Ok(match page {
             Page::Health => endpoints::health(),
             Page::Metrics => endpoints::metrics(self.shared()),
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
+            Page::Root | Page::Status if status_page::is_wanted(&head.headers) => {
+                endpoints::status_page(self.shared())
+            }
             Page::Root => endpoints::root(),
             Page::Status => endpoints::status(self.shared()),
             Page::Usage => {

@@ -71,6 +71,8 @@ mod retries;
 
 mod status;
 
+mod status_page;
+
 mod stored;
 
 mod streams;
