@@ -221,14 +221,15 @@ impl Shared {
             Change::Down => {
                 let failures = self.in_a_row();
                 let text = format!("backend {name} is down after {failures}: {cause}");
-                ("warn", "backend_down", text, format!("{failures}: {cause}"))
+                ("warn", "backend_down", text, self.outage("", cause))
             }
             Change::StillDown => {
-                ("warn", "backend_down", format!("backend {name} is down: {cause}"), cause.to_owned())
+                ("warn", "backend_down", format!("backend {name} is down: {cause}"), cause.into())
             }
             Change::Misconfigured => {
                 let what = format!("refuses its api_key, or requires one: {cause}");
-                ("error", "backend_misconfigured", format!("backend {name} {what}"), format!("it {what}"))
+                let outage = format!("it refuses its key, or requires one: {}", kind_and_rest(cause).1);
+                ("error", "backend_misconfigured", format!("backend {name} {what}"), outage)
             }
             Change::Up => {
                 ("info", "backend_up", format!("backend {name} is up again: {cause}"), String::new())
@@ -248,9 +249,22 @@ impl Shared {
         }
     }
 
+    /// Why a backend is out, in words: `3 requests in a row failed: HTTP 500`. `whose`: the requests of a pair.
+    fn outage(&self, whose: &str, cause: &str) -> String {
+        let (kind, rest) = kind_and_rest(cause);
+        match self.current.load().thresholds().failures {
+            1 => format!("a {kind}{whose} failed: {rest}"),
+            failures => format!("{failures} {kind}s{whose} in a row failed: {rest}"),
+        }
+    }
+
     /// Logs a change of a pair's state with its `cause`. `model`: its name, as the client gave it.
     pub(crate) fn announce_pair(&self, upstream: &Upstream, model: &str, change: PairChange, cause: &str) {
         let name = upstream.name();
+        let whose = match model {
+            "" => " without a model".into(),
+            model => format!(" for {}", model.escape_debug()),
+        };
         let model = match model {
             "" => "requests without a model".into(),
             model => format!("model {}", model.escape_debug()),
@@ -260,7 +274,7 @@ impl Shared {
                 self.ejections.fetch_add(1, Ordering::Relaxed);
                 let failures = self.in_a_row();
                 let text = format!("backend {name} is down for {model} after {failures}: {cause}");
-                ("warn", "backend_down", text, format!("{failures} for {model}: {cause}"))
+                ("warn", "backend_down", text, self.outage(&whose, cause))
             }
             PairChange::Up => {
                 ("info", "backend_up", format!("backend {name} serves {model} again"), String::new())
@@ -325,4 +339,12 @@ impl Shared {
         let now = clock::now();
         current.backends.iter().filter_map(|b| b.state.breaker.reopens_at(now)).min()
     }
+}
+
+/// The kind of a cause, which is a request or a health check, and the rest.
+fn kind_and_rest(cause: &str) -> (&str, &str) {
+    cause
+        .split_once(": ")
+        .filter(|(kind, _)| *kind == "health check")
+        .unwrap_or_else(|| ("request", cause.strip_prefix("request: ").unwrap_or(cause)))
 }

@@ -106,7 +106,11 @@ fn all_rows_are_there_without_javascript_and_the_worst_comes_first() {
     });
     assert!(page.contains("<title>1 of 2 backends take requests - Zap</title>"));
     let head = page.split("</ul>").next().unwrap();
-    for part in ["<strong>broken</strong> is down since ", " UTC (", "s): 1 failure", "HTTP 500"] {
+    for part in [
+        "<strong>broken</strong> is down since ",
+        " UTC (",
+        "s). A request without a model failed: HTTP 500.",
+    ] {
         assert!(head.contains(part), "no {part}: {head}");
     }
     let broken = row(&page, "data-backend=\"broken\"");

@@ -82,11 +82,21 @@ fn backends<'s>(status: &'s Value, words: &'s Words) -> impl Iterator<Item = (Le
             "up, with faults" => format!("<strong>{name}</strong> is up, but {why}."),
             _ => {
                 let clock = words.clock(since);
-                format!("<strong>{name}</strong> is {} since {clock} UTC ({age}): {why}.", as_state(word))
+                format!(
+                    "<strong>{name}</strong> is {} since {clock} UTC ({age}). {}.",
+                    as_state(word),
+                    capital(&why)
+                )
             }
         };
         (level, text)
     })
+}
+
+/// The text with its first letter as a capital.
+fn capital(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars).collect())
 }
 
 fn as_state(word: &str) -> &str {
