@@ -68,6 +68,11 @@ impl Day {
         (yoe + era * 400 + u64::from(month <= 2), month, day)
     }
 
+    /// The number of days since 1970-01-01.
+    pub(crate) fn number(self) -> u32 {
+        self.0
+    }
+
     /// The first day of the month of this day.
     pub(crate) fn first_of_month(self) -> Day {
         let (_, _, day) = self.civil();

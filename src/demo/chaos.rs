@@ -160,7 +160,8 @@ pub(super) fn introduction(port: u16) -> String {
          \x20 streamed:\n\x20   {streamed}\n\n\
          Clients do not notice: Zap then asks alpha or beta. Chaos never fails after the first token, because no other\n\
          provider can continue a stream that the client has begun to read. With the default of 3 for\n\
-         health.failure_threshold Zap would eject chaos at once; here chaos stays. Try:\n\n\
+         health.failure_threshold Zap would eject chaos at once; here chaos stays.\n\n\
+         The page shows each failure, and which provider served the request instead: {url}/\n\nTry:\n\n\
          \x20 for i in $(seq 50); do curl -s -o /dev/null -w '%{{http_code}} from %header{{x-zap-backend}}, x-zap-attempts: %header{{x-zap-attempts}}\\n' {url}/v1/chat/completions -d '{{\"messages\":[]}}'; done | sort | uniq -c\n\
          \x20 for i in $(seq 50); do curl -sN {url}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[]}}' | grep -c '^data: .DONE.'; done | sort | uniq -c\n\
          \x20 curl -s {url}/metrics | grep -E '^zap_.*(failovers|attempts|retries).* [1-9]'\n\

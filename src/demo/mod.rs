@@ -123,7 +123,7 @@ pub(crate) fn start(port: u16, is_chaos: bool) -> io::Result<(Config, String)> {
 
 fn introduction(port: u16) -> String {
     format!(
-        "Zap balances two mock providers, alpha and beta, 2:1. Try:\n\n\
+        "Zap balances two mock providers, alpha and beta, 2:1. The page: http://127.0.0.1:{port}/\n\nTry:\n\n\
          \x20 curl -s http://127.0.0.1:{port}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -sN http://127.0.0.1:{port}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -s http://127.0.0.1:{port}/status\n\

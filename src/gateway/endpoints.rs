@@ -18,7 +18,7 @@ use crate::gateway::pages::CachedPage;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::served_models::ServedModels;
 use crate::gateway::state::Shared;
-use crate::gateway::status;
+use crate::gateway::{status, status_page};
 use crate::policy::balance::BackendId;
 use crate::policy::pattern::MAX_NAME;
 use crate::telemetry::clients::Client;
@@ -40,7 +40,7 @@ pub(crate) fn root() -> ClientResponse {
         ", an LLM inference gateway. Base URL: /v1 for OpenAI's SDKs, / for Anthropic's. Operators: /v1/models /status \
          /usage /metrics /health /ready, and `zap help`.\n"
     );
-    text(StatusCode::OK, "text/plain; charset=utf-8", TEXT.into())
+    status_page::vary(text(StatusCode::OK, "text/plain; charset=utf-8", TEXT.into()))
 }
 
 /// `/ready`: Zap takes new requests; 503 while it drains.
@@ -73,7 +73,14 @@ fn scrape(shared: &Shared) -> Bytes {
 
 /// `/status`: the backends and their states.
 pub(crate) fn status(shared: &Shared) -> ClientResponse {
-    text(StatusCode::OK, "application/json", shared.pages.text(CachedPage::Status, || status::encode(shared)))
+    let json = shared.pages.text(CachedPage::Status, || status::encode(shared));
+    status_page::vary(text(StatusCode::OK, "application/json", json))
+}
+
+/// `/status` and `/` for a browser: the same as a page.
+pub(crate) fn status_page(shared: &Shared) -> ClientResponse {
+    let render = || status_page::render(&status::status(shared));
+    status_page::response(shared.pages.text(CachedPage::StatusPage, render))
 }
 
 /// Longest time for a report of usage.

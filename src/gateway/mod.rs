@@ -30,6 +30,7 @@ mod ask;
 
 mod buffered;
 mod held;
+pub(crate) mod history;
 mod learned_ids;
 mod relay_input;
 mod relay_usage;
@@ -52,6 +53,8 @@ pub(crate) mod state;
 pub(crate) mod pages;
 
 mod status;
+
+mod status_page;
 
 pub(crate) mod served_models;
 
@@ -204,7 +207,7 @@ impl Gateway {
                 Err(NotStored::Path) => self.refuse(&GatewayError::UnknownUrl, record, &context),
             },
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
-                match self.page(*page, &head.uri, &record, &generation).await {
+                match self.page(*page, head, &record, &generation).await {
                     Ok(response) => self.finish(response, record, &context),
                     Err(error) => self.refuse(&error, record, &context),
                 }
@@ -219,15 +222,19 @@ impl Gateway {
     async fn page(
         &self,
         page: Page,
-        uri: &Uri,
+        head: &Parts,
         record: &RequestRecord,
         generation: &Generation,
     ) -> Result<ClientResponse, GatewayError> {
+        let uri = &head.uri;
         Ok(match page {
             Page::Health => endpoints::health(),
             Page::Metrics => endpoints::metrics(self.shared()),
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
+            Page::Root | Page::Status if status_page::is_wanted(&head.headers) => {
+                endpoints::status_page(self.shared())
+            }
             Page::Root => endpoints::root(),
             Page::Status => endpoints::status(self.shared()),
             Page::Usage => {

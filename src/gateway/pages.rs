@@ -11,6 +11,9 @@ use crate::time::{MILLI, Nanos, SECOND};
 /// Time that all workers together spend on pages in a second; after that, cached pages are served. A quarter of a core.
 const MAX_RENDER_TIME: Nanos = 250 * MILLI;
 
+/// How old a page may be that is shared even if there is time to render it again.
+const SHARED: Nanos = SECOND / 2;
+
 /// A page that is expensive to render.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CachedPage {
@@ -18,6 +21,8 @@ pub(crate) enum CachedPage {
     Metrics,
     /// `/status`.
     Status,
+    /// `/status` as HTML. Many may look at it, each once a second: they share what is rendered twice a second.
+    StatusPage,
 }
 
 /// The pages, with a cache that all workers share.
@@ -29,8 +34,8 @@ pub(crate) struct Pages(Mutex<PageCache>);
 struct PageCache {
     /// Render time of the current second.
     spent: Allowance,
-    /// By page: the second in which it was rendered, and its text.
-    last: [Option<(u64, Bytes)>; 2],
+    /// By page: when it was rendered, and its text.
+    last: [Option<(Nanos, Bytes)>; 3],
 }
 
 impl Pages {
@@ -50,16 +55,18 @@ impl Pages {
 }
 
 impl PageCache {
-    /// Returns the cached text, if rendering is out of time and the text is of this second.
+    /// Returns the cached text, if rendering is out of time and the text is of this second, or if the page is shared.
     fn get(&self, page: CachedPage, now: Nanos) -> Option<Bytes> {
-        let (second, text) = self.last[page as usize].as_ref()?;
-        (self.spent.used(now) >= MAX_RENDER_TIME && *second >= now / SECOND).then(|| text.clone())
+        let (rendered, text) = self.last[page as usize].as_ref()?;
+        let is_out_of_time = self.spent.used(now) >= MAX_RENDER_TIME;
+        let is_shared = page == CachedPage::StatusPage && now < rendered + SHARED;
+        (is_shared || is_out_of_time && rendered / SECOND >= now / SECOND).then(|| text.clone())
     }
 
     /// Stores a text that was rendered from `began` to `ended`.
     fn put(&mut self, page: CachedPage, began: Nanos, ended: Nanos, text: Bytes) {
         self.spent.spend(ended, ended.saturating_sub(began));
-        self.last[page as usize] = Some((ended / SECOND, text));
+        self.last[page as usize] = Some((ended, text));
     }
 }
 
@@ -87,6 +94,15 @@ mod tests {
                 now = ready + MILLI / 10;
             }
             assert!(spent <= 10 * (MAX_RENDER_TIME + took), "{spent} ns spent, {took} ns for each page");
+        }
+    }
+
+    #[test]
+    fn those_who_look_at_the_status_page_share_it_for_half_a_second() {
+        let mut cache = PageCache::default();
+        for (at, rendered) in [(0, 0), (400, 0), (550, 550), (1000, 550), (1100, 1100)] {
+            let page = request(&mut cache, CachedPage::StatusPage, at * MILLI, MILLI).0;
+            assert_eq!(page, rendered * MILLI, "{at}");
         }
     }
 

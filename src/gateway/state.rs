@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 
 use crate::clock;
 use crate::config::{Config, Server};
+use crate::gateway::history::History;
 use crate::gateway::pages::Pages;
 use crate::gateway::served_models::ServedModels;
 use crate::policy::breaker::Change;
@@ -93,6 +94,8 @@ pub struct Shared {
     pub(crate) known_ids: KnownIds,
     /// What backends without `models` say they serve.
     pub(crate) served_models: ServedModels,
+    /// The last minutes of the backends.
+    pub(crate) history: History,
     /// The pages that are expensive to render.
     pub(crate) pages: Pages,
     /// Notified when the state of a backend has changed: the fleet thread then calls [`rebuild`](Self::rebuild).
@@ -146,6 +149,7 @@ impl Shared {
             buffer_freed: Notify::new(),
             known_ids: KnownIds::new(config.max_ids),
             served_models: ServedModels::default(),
+            history: History::default(),
             pages: Pages::default(),
             fleet_changed: Notify::new(),
             reopened: Notify::new(),
@@ -215,18 +219,25 @@ impl Shared {
     /// Logs a change of a backend's state with its `cause`, and requests a rebuild of the schedule.
     pub(crate) fn announce(&self, upstream: &Upstream, change: Change, cause: &str) {
         let name = upstream.name();
-        let (level, event, text) = match change {
+        let (level, event, text, outage) = match change {
             Change::Down => {
-                ("warn", "backend_down", format!("backend {name} is down after {}: {cause}", self.in_a_row()))
+                let failures = self.in_a_row();
+                let text = format!("backend {name} is down after {failures}: {cause}");
+                ("warn", "backend_down", text, self.outage("", cause))
             }
-            Change::StillDown => ("warn", "backend_down", format!("backend {name} is down: {cause}")),
-            Change::Misconfigured => (
-                "error",
-                "backend_misconfigured",
-                format!("backend {name} refuses its api_key, or requires one: {cause}"),
-            ),
-            Change::Up => ("info", "backend_up", format!("backend {name} is up again: {cause}")),
+            Change::StillDown => {
+                ("warn", "backend_down", format!("backend {name} is down: {cause}"), cause.into())
+            }
+            Change::Misconfigured => {
+                let what = format!("refuses its api_key, or requires one: {cause}");
+                let outage = format!("it refuses its key, or requires one: {}", kind_and_rest(cause).1);
+                ("error", "backend_misconfigured", format!("backend {name} {what}"), outage)
+            }
+            Change::Up => {
+                ("info", "backend_up", format!("backend {name} is up again: {cause}"), String::new())
+            }
         };
+        upstream.note_outage(outage);
         self.telemetry.log.event(level, event, &text);
         self.ejections.fetch_add(1, Ordering::Relaxed);
         self.fleet_changed.notify_one();
@@ -240,25 +251,38 @@ impl Shared {
         }
     }
 
+    /// Why a backend is out, in words: `3 requests in a row failed: HTTP 500`. `whose`: the requests of a pair.
+    fn outage(&self, whose: &str, cause: &str) -> String {
+        let (kind, rest) = kind_and_rest(cause);
+        match self.current.load().thresholds().failures {
+            1 => format!("a {kind}{whose} failed: {rest}"),
+            failures => format!("{failures} {kind}s{whose} in a row failed: {rest}"),
+        }
+    }
+
     /// Logs a change of a pair's state with its `cause`. `model`: its name, as the client gave it.
     pub(crate) fn announce_pair(&self, upstream: &Upstream, model: &str, change: PairChange, cause: &str) {
         let name = upstream.name();
+        let whose = match model {
+            "" => " without a model".into(),
+            model => format!(" for {}", model.escape_debug()),
+        };
         let model = match model {
             "" => "requests without a model".into(),
             model => format!("model {}", model.escape_debug()),
         };
-        let (level, event, text) = match change {
+        let (level, event, text, outage) = match change {
             PairChange::Down => {
                 self.ejections.fetch_add(1, Ordering::Relaxed);
                 let failures = self.in_a_row();
-                (
-                    "warn",
-                    "backend_down",
-                    format!("backend {name} is down for {model} after {failures}: {cause}"),
-                )
+                let text = format!("backend {name} is down for {model} after {failures}: {cause}");
+                ("warn", "backend_down", text, self.outage(&whose, cause))
             }
-            PairChange::Up => ("info", "backend_up", format!("backend {name} serves {model} again")),
+            PairChange::Up => {
+                ("info", "backend_up", format!("backend {name} serves {model} again"), String::new())
+            }
         };
+        upstream.note_outage(outage);
         self.telemetry.log.event(level, event, &text);
         // Waiting requests pick again, since this pair may take them.
         self.reopened.notify_waiters();
@@ -328,4 +352,12 @@ impl Shared {
         let now = clock::now();
         current.backends.iter().filter_map(|b| b.state.breaker.reopens_at(now)).min()
     }
+}
+
+/// The kind of a cause, which is a request or a health check, and the rest.
+fn kind_and_rest(cause: &str) -> (&str, &str) {
+    cause
+        .split_once(": ")
+        .filter(|(kind, _)| *kind == "health check")
+        .unwrap_or_else(|| ("request", cause.strip_prefix("request: ").unwrap_or(cause)))
 }

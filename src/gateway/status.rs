@@ -1,5 +1,6 @@
-//! The page `/status`: the backends and the clients, their states, what they have used and what is left.
+//! `/status`: the backends and the clients, their states, what they have used and what is left; the last failures.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -7,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::clock;
 use crate::gateway::caller::limit_key;
+use crate::gateway::history::{Recent, STEP, state_of};
 use crate::gateway::state::Shared;
 use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
@@ -14,22 +16,61 @@ use crate::policy::choose::Closed;
 use crate::policy::prices::usd;
 use crate::policy::spend::SpendLimit;
 use crate::telemetry::clients::{Client, ClientTotal};
+use crate::telemetry::failures::{FailedTry, Failure};
 use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::record::Caller;
 use crate::telemetry::token_metrics::{tokens_of, totals_by_client};
 use crate::time::{Day, Nanos, SECOND};
+use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
 use crate::upstream::token_counters::TokenCount;
 
-/// Encodes the page as JSON.
+/// Encodes the status as JSON: lists come last, and names first.
 pub(crate) fn encode(shared: &Shared) -> Bytes {
+    let mut status = status(shared);
+    let lists = ["backends", "clients", "failures"].map(|name| (name, taken(&mut status, name)));
+    let mut text = status.to_string();
+    text.pop();
+    for (name, list) in lists {
+        let items = list
+            .as_ref()
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .map(name_first)
+            .collect::<Vec<_>>()
+            .join(",\n  ");
+        let start = if items.is_empty() { "" } else { "\n  " };
+        let _ = write!(text, ",\n \"{name}\":[{start}{items}]");
+    }
+    text.push_str("}\n");
+    text.into()
+}
+
+/// The text of an object whose name, if it has one, comes first.
+fn name_first(item: &Value) -> String {
+    let mut item = item.clone();
+    let name = taken(&mut item, "name");
+    let text = item.to_string();
+    match name {
+        Some(name) => format!("{{\"name\":{name},{}", &text[1..]),
+        None => text,
+    }
+}
+
+fn taken(object: &mut Value, name: &str) -> Option<Value> {
+    object.as_object_mut().and_then(|members| members.remove(name))
+}
+
+/// What `/status` says.
+pub(crate) fn status(shared: &Shared) -> Value {
     let (snapshot, now) = (shared.current.load(), clock::now());
     let today = clock::today();
     let spent = |payer| shared.telemetry.ledger.spent(payer, today);
     let backends: Vec<_> = (0..snapshot.backends.len())
         .map(|id| {
-            let mut status = backend(&snapshot, id);
+            let mut status = backend(shared, &snapshot, id);
             let upstream = &snapshot.backends[id];
             let total = TokenCount::sum(tokens_of(upstream).into_values());
             let recent = upstream.lanes.iter().map(|lane| lane.recent_tokens.last_minute(now)).sum();
@@ -43,9 +84,10 @@ pub(crate) fn encode(shared: &Shared) -> Bytes {
     let known = snapshot.clients.iter().map(Some).chain([None]);
     let clients: Vec<_> = totals_by_client(&snapshot.clients, anonymous, now)
         .zip(known)
-        .map(|((name, ClientTotal { count, last_minute, .. }), client)| {
+        .map(|((name, ClientTotal { requests, count, last_minute, .. }), client)| {
             json!({
                 "name": name,
+                "requests": requests,
                 "used": used(&count, last_minute, spent(Payer::Client(name))),
                 "tokens_per_minute": tokens_left(client.and_then(|c| client_tokens(shared, &snapshot, c, now))),
                 "budget": budget(client.and_then(|client| client.budget.as_ref()), today),
@@ -53,15 +95,51 @@ pub(crate) fn encode(shared: &Shared) -> Bytes {
             })
         })
         .collect();
-    let status = json!({
+    let queue = &snapshot.config.queue;
+    json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "time": clock::timestamp(clock::wall(now)),
+        "uptime_secs": now / SECOND,
         "draining": shared.is_stopping(),
         "in_flight": shared.admission.in_flight(),
+        "max_in_flight": queue.max_in_flight,
         "queue_depth": shared.admission.depth(),
+        "queue_size": queue.max_size,
+        "last_reload": last_reload(shared),
         "backends": backends,
         "clients": clients,
-    });
-    status.to_string().into()
+        "failures": failures(shared),
+    })
+}
+
+/// The last reload of the configuration; null if there was none.
+fn last_reload(shared: &Shared) -> Value {
+    let Some((at, fault)) = shared.telemetry.reloads.last() else { return Value::Null };
+    let fault = Some(fault).filter(|fault| !fault.is_empty());
+    json!({ "at": clock::timestamp(at), "applied": fault.is_none(), "fault": fault })
+}
+
+/// The last failures, the newest first.
+fn failures(shared: &Shared) -> Vec<Value> {
+    let or_null = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+    let one = |failure: Failure| {
+        let tries: Vec<_> = failure
+            .tries
+            .iter()
+            .map(|FailedTry { backend, cause }| json!({ "backend": backend, "cause": cause }))
+            .collect();
+        json!({
+            "at": clock::timestamp(failure.at.1),
+            "first_at": clock::timestamp(failure.at.0),
+            "count": failure.count,
+            "client": or_null(&failure.client),
+            "model": or_null(&failure.model),
+            "tries": tries,
+            "outcome": failure.outcome_in_words(),
+            "hurt": failure.has_hurt(),
+        })
+    };
+    shared.telemetry.failures.list().into_iter().map(one).collect()
 }
 
 /// The tokens since the start of the process and of the last minute, and what was spent in this day and month.
@@ -105,7 +183,7 @@ fn budget(budget: Option<&Arc<SpendLimit>>, today: Day) -> Value {
     })
 }
 
-fn backend(snapshot: &Snapshot, id: BackendId) -> Value {
+fn backend(shared: &Shared, snapshot: &Snapshot, id: BackendId) -> Value {
     let (b, now) = (&snapshot.backends[id], clock::now());
     let status = b.state.breaker.status(now);
     let secs_to = |until: Nanos| until.saturating_sub(now).div_ceil(SECOND / 10) as f64 / 10.0;
@@ -118,18 +196,8 @@ fn backend(snapshot: &Snapshot, id: BackendId) -> Value {
         Some(Closed::Quota(until)) => Some(secs_to(until)),
         _ => None,
     };
-    // The words match those that the log gives for candidates that were passed over.
-    let state = match (b.conf.weight, status, closed) {
-        (0, ..) => "drained",
-        (_, Status::Misconfigured, _) => "misconfigured",
-        (_, Status::Unauthorized, _) => "unauthorized",
-        (_, Status::Ejected, _) => "ejected",
-        (_, Status::Cooling(_), _) => "cooling",
-        (_, _, Some(Closed::Full)) => "full",
-        (_, _, Some(Closed::Quota(_) | Closed::Reserved)) => "quota",
-        (_, _, Some(Closed::Budget(_))) => "budget",
-        _ => "healthy",
-    };
+    let state = state_of(b, now);
+    let recent = shared.history.of(b, state, (now, clock::wall(now)));
     let models = snapshot.table().models().iter().filter(|model| model.backend == id);
     let models: serde_json::Map<_, _> = models
         .map(|model| {
@@ -143,12 +211,25 @@ fn backend(snapshot: &Snapshot, id: BackendId) -> Value {
             (model.name.to_string(), state.into())
         })
         .collect();
+    let (answers, errors): (Vec<_>, Vec<_>) = recent.steps.iter().copied().unzip();
+    let rounded = |rate: f64| (rate * 1000.0).round() / 1000.0;
     json!({
         "name": b.name(),
         "state": state,
+        "since": clock::timestamp(recent.since),
+        "why": why(b, state, &models, &recent),
         "weight": b.conf.weight,
         "priority": b.conf.priority,
         "in_flight": b.in_flight(),
+        "max_in_flight": b.max_in_flight(),
+        "requests": recent.now.answers,
+        "errors": recent.now.errors,
+        "requests_per_second": rounded(recent.answers),
+        "errors_per_second": rounded(recent.errors),
+        "tokens_per_second": rounded(recent.tokens),
+        "first_token_ms": recent.first_token_ms.map(|(p50, p95)| json!({ "p50": rounded(p50), "p95": rounded(p95) })),
+        "history": { "step_secs": STEP / SECOND, "requests": answers, "errors": errors },
+        "retry_secs": b.state.breaker.reopens_at(now).map(secs_to),
         "cooling_secs": cooling.map(secs_to),
         "cooling_until": cooling.map(|until| clock::timestamp(clock::wall(until))),
         "quota_opens_secs": quota,
@@ -157,4 +238,34 @@ fn backend(snapshot: &Snapshot, id: BackendId) -> Value {
             json!({ "code": kind.text(), "cause": cause, "at": clock::timestamp(at) })
         }),
     })
+}
+
+/// Why a backend is in its state, in words. `models`: the state of each model that the configuration names.
+fn why(b: &Upstream, state: &str, models: &serde_json::Map<String, Value>, recent: &Recent) -> String {
+    let last_cause = || b.last_error().map(|(_, fault)| fault.cause.into_owned()).unwrap_or_default();
+    match state {
+        "drained" => "its weight is 0".into(),
+        "full" => "all its requests in flight are taken".into(),
+        "quota" => "the requests or tokens of this minute are used up".into(),
+        "budget" => "the budget is spent".into(),
+        "cooling" => match last_cause() {
+            cause if cause.is_empty() => "the provider asked to wait".into(),
+            cause => format!("the provider asked to wait: {cause}"),
+        },
+        "healthy" => {
+            let mut told = Vec::new();
+            if recent.errors > 0.0 {
+                told.push(format!("some tries fail: {}", last_cause()));
+            }
+            let out = models.iter().filter(|(_, state)| *state != "healthy");
+            let out: Vec<_> = out
+                .map(|(model, state)| format!("{model} is {}", state.as_str().unwrap_or_default()))
+                .collect();
+            if !out.is_empty() {
+                told.push(out.join(", "));
+            }
+            told.join("; ")
+        }
+        _ => Some(b.outage()).filter(|why| !why.is_empty()).unwrap_or_else(last_cause),
+    }
 }

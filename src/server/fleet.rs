@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
@@ -31,7 +31,8 @@ const MAX_BLOCKING: usize = 16;
 /// After a rebuild of the schedule that took longer than this, the loop pauses before the next one.
 const QUICK_REBUILD: Nanos = MILLI;
 
-/// Time from one look of the budgets at the ledger to the next: other processes may write to it.
+/// Time from one look of the budgets at the ledger, and of the history at the backends, to the next: other processes may
+/// write to the ledger.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The fleet thread; dropping this value ends the thread.
@@ -93,6 +94,7 @@ async fn watch(shared: &Arc<Shared>, options: &Options) {
     let files = Watch::new(shared.current.load().config.files.clone(), options.watch);
     let budgets = async {
         loop {
+            shared.history.look(&shared.current.load().backends, clock::now(), SystemTime::now());
             tokio::time::sleep(SYNC_INTERVAL).await;
             shared.sync_budgets();
         }
@@ -208,7 +210,7 @@ fn reload(shared: &Arc<Shared>, read: Result<Snapshot, String>) {
             );
         }
         Err(why) => {
-            shared.telemetry.reloads.rejected();
+            shared.telemetry.reloads.rejected(&why);
             let text = format!("the old configuration stays in effect: {why}");
             shared.telemetry.log.event("error", "reload", &text);
         }

@@ -1,7 +1,7 @@
 //! Active health checks: one loop per backend, on the fleet thread. Each check uses a new connection.
 
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -10,6 +10,7 @@ use crate::clock::LimitExpired;
 use crate::code::Code;
 use crate::gateway::state::{Generation, Shared};
 use crate::policy::breaker::{Probe, Status, Thresholds};
+use crate::telemetry::failures::{Outcome, Seen};
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::fault::Fault;
@@ -116,6 +117,9 @@ impl Checked {
             Ok(status) => format!("health check: HTTP {status}"),
             Err(fault) => {
                 upstream.note_error(fault);
+                let seen = Seen { client: "", model: "", outcome: Outcome::HealthCheck, backend: "" };
+                let tries = [(upstream.name(), &*fault.cause)];
+                shared.telemetry.failures.note(&seen, &tries, SystemTime::now());
                 format!("health check: {fault}")
             }
         };

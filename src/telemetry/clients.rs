@@ -39,6 +39,8 @@ pub(crate) struct ClientLane {
 /// The counts of all workers for a client.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ClientTotal {
+    /// Requests.
+    pub requests: u64,
     /// The tokens of all answers, and what they cost.
     pub count: TokenCount,
     /// Tokens that answers used beyond what their requests had reserved.
@@ -51,6 +53,7 @@ impl ClientTotal {
     /// Adds up lanes at `now`.
     pub(crate) fn of<'l>(lanes: impl Iterator<Item = &'l ClientLane>, now: Nanos) -> Self {
         lanes.fold(ClientTotal::default(), |mut total, lane| {
+            total.requests += lane.requests.get();
             total.count.add(&lane.spent());
             total.overrun += lane.overrun.get();
             total.last_minute += lane.recent.last_minute(now);

@@ -14,6 +14,8 @@ pub(crate) mod token_metrics;
 
 pub(crate) mod encode;
 
+pub(crate) mod failures;
+
 pub(crate) mod log;
 
 pub(crate) mod clients;
@@ -34,6 +36,7 @@ use http::HeaderValue;
 
 use crate::config;
 use crate::telemetry::clients::ClientTotal;
+use crate::telemetry::failures::Failures;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::Lane;
@@ -51,6 +54,8 @@ pub(crate) struct Telemetry {
     pub log: Log,
     /// What clients have used, by day.
     pub ledger: Arc<Ledger>,
+    /// The last failures.
+    pub failures: Failures,
     /// Whether each request gets a log line.
     log_requests: AtomicBool,
 }
@@ -63,6 +68,7 @@ impl Telemetry {
             reloads: Reloads::new(),
             log,
             ledger,
+            failures: Failures::default(),
             log_requests: AtomicBool::new(log_requests),
         })
     }

@@ -20,6 +20,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
 use crate::telemetry::clients::{Client, ClientLane};
+use crate::telemetry::failures::{Outcome, Seen};
 use crate::telemetry::ledger::table::{Amounts, Labels};
 use crate::telemetry::log::push_json;
 use crate::telemetry::meter::{Meter, Used};
@@ -270,6 +271,36 @@ impl RequestRecord {
         }
     }
 
+    /// Whether `/status` lists the request among the failures: a try has failed, or the client was refused for no fault of
+    /// the request.
+    fn has_failed(&self) -> bool {
+        let is_refused = || self.status >= 500 || self.status == 429;
+        !self.failed.is_empty() || is_refused() && self.endpoint.api().is_some()
+    }
+
+    /// Adds the request to the failures that `/status` lists.
+    fn note_failure(&self) {
+        let outcome = match (self.end, self.refused) {
+            (_, Some(code)) => Outcome::Refused(self.status, code),
+            (End::ClientGone, None) => Outcome::ClientLeft,
+            (End::Complete, None) if self.status < 400 => Outcome::Served,
+            (End::Complete, None) => Outcome::Status(self.status),
+            _ => Outcome::CutShort,
+        };
+        let seen = Seen {
+            client: self.client_lane().1,
+            model: self.model_name(),
+            outcome,
+            backend: self.backend.as_ref().map_or("", |backend| backend.name()),
+        };
+        // The response that the client got is not among the failed tries.
+        let delivered = format!("HTTP {}", self.status);
+        let last = matches!(outcome, Outcome::Status(_)).then_some((seen.backend, &*delivered));
+        let tries = self.failed.iter().map(|(backend, fault)| (backend.name(), &*fault.cause)).chain(last);
+        let tries: SmallVec<[_; 4]> = tries.collect();
+        self.recorder.telemetry.failures.note(&seen, &tries, SystemTime::now());
+    }
+
     /// The log line of the request, as one JSON object.
     fn line(&self, total: Nanos) -> String {
         let ms = |nanos: Nanos| nanos as f64 / MILLI as f64;
@@ -385,8 +416,12 @@ impl Drop for RequestRecord {
         if let Some(queued) = self.queued {
             lane.queue_wait.record(queued);
         }
-        if let Caller::Known(client) = &self.caller {
-            client.lanes[self.recorder.worker].requests.add(1);
+        // Without a key, what an operator or a monitor asks is no request of a client.
+        if matches!(self.caller, Caller::Known(_)) || self.endpoint.api().is_some() {
+            self.client_lane().0.requests.add(1);
+        }
+        if self.has_failed() {
+            self.note_failure();
         }
         lane.record_duration(self.endpoint, total);
         let log = &self.recorder.telemetry.log;

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
+
 use crate::telemetry::encode::Encoder;
 
 /// Configuration reloads by result; the fleet thread writes them.
@@ -13,6 +15,8 @@ pub(crate) struct Reloads {
     has_failed: AtomicBool,
     /// When a configuration was last put in place, in seconds since the Unix epoch.
     applied_at: AtomicU64,
+    /// When the last reload was, and why it was rejected; empty: it was applied.
+    last: Mutex<Option<(SystemTime, String)>>,
 }
 
 impl Reloads {
@@ -23,6 +27,7 @@ impl Reloads {
             rejected: AtomicU64::new(0),
             has_failed: AtomicBool::new(false),
             applied_at: AtomicU64::new(unix_seconds()),
+            last: Mutex::new(None),
         }
     }
 
@@ -31,12 +36,19 @@ impl Reloads {
         self.applied_at.store(unix_seconds(), Ordering::Relaxed);
         self.has_failed.store(false, Ordering::Relaxed);
         self.applied.fetch_add(1, Ordering::Relaxed);
+        *self.last.lock() = Some((SystemTime::now(), String::new()));
     }
 
-    /// Records that a reload has failed and left the old configuration in place.
-    pub(crate) fn rejected(&self) {
+    /// Records that a reload has failed, and `why`, and left the old configuration in place.
+    pub(crate) fn rejected(&self, why: &str) {
         self.has_failed.store(true, Ordering::Relaxed);
         self.rejected.fetch_add(1, Ordering::Relaxed);
+        *self.last.lock() = Some((SystemTime::now(), why.to_owned()));
+    }
+
+    /// When the last reload was, and why it was rejected; empty: it was applied.
+    pub(crate) fn last(&self) -> Option<(SystemTime, String)> {
+        self.last.lock().clone()
     }
 
     /// Writes the metrics.

@@ -146,6 +146,11 @@ impl ResponseCounters {
         }
     }
 
+    /// The number of responses of all endpoints.
+    pub(crate) fn total(&self) -> u64 {
+        self.0.iter().filter_map(OnceLock::get).flatten().map(Counter::get).sum()
+    }
+
     /// The counters of an endpoint, by status; `None` if the endpoint was never used.
     pub(crate) fn row(&self, endpoint: Endpoint) -> Option<&[Counter]> {
         self.0[endpoint as usize].get().map(|row| &row[..])

@@ -122,6 +122,8 @@ pub(crate) struct BackendState {
     heard: AtomicU64,
     in_flight: CachePadded<AtomicUsize>,
     last_error: Mutex<Option<(std::time::SystemTime, Fault)>>,
+    /// Why the backend is out, in words, as the log says it; empty: it is not.
+    outage: Mutex<String>,
 }
 
 impl BackendState {
@@ -135,6 +137,7 @@ impl BackendState {
             heard: AtomicU64::new(0),
             in_flight: CachePadded::default(),
             last_error: Mutex::default(),
+            outage: Mutex::default(),
         }
     }
 
@@ -391,6 +394,21 @@ impl Upstream {
     /// Records the fault of a failed try or health check for `/status`.
     pub(crate) fn note_error(&self, fault: &Fault) {
         *self.state.last_error.lock() = Some((std::time::SystemTime::now(), fault.clone()));
+    }
+
+    /// Records why the backend is out, in words; empty: it is back.
+    pub(crate) fn note_outage(&self, why: String) {
+        *self.state.outage.lock() = why;
+    }
+
+    /// Why the backend is out, in words; empty if nothing has said so.
+    pub(crate) fn outage(&self) -> String {
+        self.state.outage.lock().clone()
+    }
+
+    /// The limit `max_in_flight`.
+    pub(crate) fn max_in_flight(&self) -> Option<usize> {
+        self.conf.max_in_flight
     }
 
     /// The fault of the last failed try or health check, and its time.

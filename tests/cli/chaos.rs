@@ -65,12 +65,18 @@ fn the_chaos_demo_prints_what_fails_and_keeps_the_provider_that_fails() {
     let metrics = ask(demo.address, "GET /metrics HTTP/1.1", "");
     assert!(metrics.contains("\nzap_backend_up{backend=\"chaos\"} 1\n"), "{metrics}");
     assert!(metrics.lines().any(|l| l.starts_with("zap_retries_total{backend=\"chaos\"")), "{metrics}");
+    let page = ask(demo.address, "GET / HTTP/1.1\r\naccept: text/html", "");
     demo.signal("INT");
     assert_eq!(demo.exit_code(), Some(0));
     let mut printed = String::new();
     demo.child.0.stdout.take().unwrap().read_to_string(&mut printed).unwrap();
-    for part in ["HTTP 500", "an error event in a 200", "stalled before the head", "x-zap-attempts"] {
+    for part in
+        ["HTTP 500", "an error event in a 200", "stalled before the head", "x-zap-attempts", "The page "]
+    {
         assert!(printed.contains(part), "{printed}");
     }
     assert!(printed.contains(&format!("curl -s http://{}/metrics | grep", demo.address)), "{printed}");
+    assert!(printed.contains(&format!("instead: http://{}/\n", demo.address)), "{printed}");
+    // What was seen on the page: chaos failed, and another provider served the request.
+    assert!(page.contains("<strong>chaos</strong>: ") && page.contains(" has served it"), "{page}");
 }

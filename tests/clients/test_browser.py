@@ -1,13 +1,15 @@
-"""Tests of web pages in Chromium against Zap in front of a mock provider: what fetch may send, and what it may read.
+"""Tests of web pages in Chromium against Zap in front of a mock provider: what fetch may send, and what it may read; and
+Zap's own status page.
 
-Each test opens a page that runs a piece of JavaScript and sends its result, as JSON, to the server that it came from.
+Each test of the first kind opens a page that runs a piece of JavaScript and sends its result, as JSON, to the server that
+it came from.
 """
-import http.server, json, os, pathlib, queue, shutil, tempfile, threading
-from cases import case, fetch, finish, rejected, running
+import http.server, json, os, pathlib, queue, tempfile, threading, time, urllib.error, urllib.request
+from cases import NODE, case, fetch, finish, rejected, running
+from chromium import CHROMIUM, SWITCHES, Tab
 from lab import Zap, config
 from provider import Provider
 
-CHROMIUM = shutil.which("chromium")
 PAGE_SECS = 60
 KEY = "key-of-the-page"
 # `ask` posts a chat as an SDK in a page does: with headers that need a preflight.
@@ -63,10 +65,7 @@ def run(pages, zap, script):
     """Runs `script` in a page of `pages`. Returns what it returns, or {"error": ...} if it throws."""
     pages.page = (PAGE % {"zap": json.dumps(zap.url), "mock": json.dumps(mock.url), "script": script}).encode()
     with tempfile.TemporaryDirectory(prefix="zap-browser.", ignore_cleanup_errors=True) as home:
-        # The last switches keep the browser from looking for hosts outside of this machine.
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                   f"--user-data-dir={home}", "--no-proxy-server", "--disable-background-networking",
-                   "--disable-component-update", "--disable-sync", "--remote-debugging-port=0", pages.url]
+        command = [CHROMIUM, *SWITCHES, f"--user-data-dir={home}", "--remote-debugging-port=0", pages.url]
         log = pathlib.Path(home) / "log"
         with log.open("wb") as out, running(command, stdout=out, stderr=out, env={**os.environ, "HOME": home}):
             try:
@@ -167,6 +166,119 @@ def _():
     assert posts() == before
 
 
+AXE = NODE.parent / "axe-core/axe.min.js"
+# The page must show a change so soon.
+LIVE_SECS = 2
+STATE = """document.querySelector('[data-backend="%s"]').dataset.state"""
+
+
+def post(url, **chat):
+    request = urllib.request.Request(url + "/v1/chat/completions", json.dumps({"messages": [], **chat}).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def violations(tab):
+    tab.run(AXE.read_text() + ";0")
+    found = tab.run("axe.run().then(({ violations }) => violations.map(({ id, nodes }) => [id, nodes[0].html, nodes[0].failureSummary]))")
+    return found
+
+
+def clean(tab, zap):
+    assert not tab.complaints(), tab.complaints()
+    foreign = [url for url in tab.requested() if not url.startswith((zap.url + "/", "data:,"))]
+    assert not foreign, foreign
+
+
+@case("the status page shows an outage within 2 s, what it is and for whom")
+def _():
+    zap = start("live", PAGE_MODELS, ["steady", "fragile"])
+    with Tab() as tab:
+        tab.open(zap.url + "/")
+        assert tab.run("document.querySelector('h1').textContent") == "All 2 backends take requests"
+        assert tab.run("[...document.querySelectorAll('[data-backend]')].map((row) => row.dataset.backend)") == ["steady", "fragile"]
+        # A person has marked a text and reads it; what changes elsewhere must not take that away.
+        tab.run("getSelection().selectAllChildren(document.querySelector('h2'))")
+        assert post(zap.url, model="steady") == 200
+        assert post(zap.url, model="fragile") == 500
+        took = tab.until(lambda: tab.run(STATE % "fragile") == "ejected", "the page shows the outage")
+        assert took <= LIVE_SECS, took
+        head = tab.run("document.querySelector('ul').textContent")
+        for part in "fragile is down since ", " s). A request for fragile failed: HTTP 500.", "Client anonymous (fragile) got an error on 1 request":
+            assert part in head, (part, head)
+        assert tab.run("document.title") == "1 of 2 backends take requests - Zap"
+        assert tab.run("[...document.querySelectorAll('[data-backend]')].map((row) => row.dataset.backend)") == ["fragile", "steady"]
+        assert tab.run("String(getSelection())") == "Backends"
+        clean(tab, zap)
+
+
+@case("the status page says that it is old when Zap does not answer")
+def _():
+    zap = start("stopped", PAGE_MODELS, ["steady"])
+    with Tab() as tab:
+        tab.open(zap.url + "/status")
+        time.sleep(1.5)
+        assert tab.run("document.getElementById('stale').hidden") and not tab.run("document.body.className")
+        clean(tab, zap)
+        zap.close()
+        took = tab.until(lambda: not tab.run("document.getElementById('stale').hidden"), "the page says that it is old")
+        assert took <= 6, took
+        text = tab.run("document.getElementById('stale').textContent")
+        assert text.startswith("Out of date: what you see is of ") and text.endswith(" s ago. Zap does not answer."), text
+        assert tab.run("document.title") == "No answer - Zap"
+        assert tab.run("document.body.className") == "stale" and tab.run(STATE % "steady") == "healthy"
+        assert not (found := violations(tab)), found
+
+
+@case("the status page is accessible and fits, narrow and wide, dark and light, with and without faults")
+def _():
+    zap = start("axe", PAGE_MODELS, ["steady", "fragile"])
+    with Tab() as tab:
+        for is_out in False, True:
+            if is_out:
+                assert post(zap.url, model="fragile") == 500
+                assert post(zap.url, model=LONG) == 500
+            for width in 360, 1440:
+                for dark in False, True:
+                    tab.look(width, dark)
+                    tab.open(zap.url + "/")
+                    tab.until(lambda: (tab.run(STATE % "fragile") == "ejected") == is_out, "the page is of now")
+                    assert not (found := violations(tab)), (width, dark, is_out, found)
+                    assert tab.run("document.documentElement.scrollWidth") <= width, (width, is_out)
+        clean(tab, zap)
+
+
+@case("the status page has all its rows without JavaScript")
+def _():
+    zap = start("plain", PAGE_MODELS, ["steady", "fragile"])
+    post(zap.url, model="fragile")
+    with Tab() as tab:
+        tab.open(zap.url + "/status", scripts=False)
+        root = tab.call("DOM.getDocument")["root"]["nodeId"]
+        text = tab.call("DOM.getOuterHTML", nodeId=root)["outerHTML"]
+        for part in 'data-backend="steady"', 'data-backend="fragile"', 'data-client="anonymous"', "<strong>fragile</strong>: HTTP 500":
+            assert part in text, part
+        time.sleep(2.5)
+        assert len(tab.requested()) == 1, tab.requested()
+        clean(tab, zap)
+
+
+PAGE_MODELS = """failure_threshold = 1
+[retry]
+max_retries = 0
+[models.steady]
+targets = [{ backend = "steady", model = "m-1" }]
+"""
+LONG = "<b>" + "long-name-of-a-model" * 6
+FRAGILE = f"""[models.fragile]
+targets = [{{ backend = "fragile", model = "status:500" }}]
+[models."{LONG}"]
+targets = [{{ backend = "fragile", model = "status:500" }}]
+"""
+
 if not CHROMIUM:
     print("skipped: chromium is not installed")
     finish("browser", skip=True)
@@ -177,9 +289,9 @@ with tempfile.TemporaryDirectory(prefix="zap-browser-zaps.") as folder:
         listed, other = Pages(), Pages()
         opened += [listed, other]
 
-        def start(name, extra=""):
-            backend = dict(name="mock", url=mock.url, default_model="m-1")
-            text = config([backend], extra).replace("[server]\n", f'[server]\ncors_origins = ["{listed.url}"]\n', 1)
+        def start(name, extra="", names=("mock",)):
+            backends = [dict(name=name, url=mock.url, default_model="m-1") for name in names]
+            text = config(backends, extra + (FRAGILE if "fragile" in names else "")).replace("[server]\n", f'[server]\ncors_origins = ["{listed.url}"]\n', 1)
             opened.append(Zap(text, pathlib.Path(folder) / name))
             return opened[-1]
 

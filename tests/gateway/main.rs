@@ -69,6 +69,10 @@ mod reload;
 
 mod retries;
 
+mod status;
+
+mod status_page;
+
 mod stored;
 
 mod streams;
