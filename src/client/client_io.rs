@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -45,14 +45,15 @@ impl AsyncWrite for ClientIo {
 
     /// hyper calls this when its own buffer is empty.
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let (flushed, has_sent) = self.0.socket.borrow_mut().poll_flush(cx);
-        if has_sent {
-            self.0.progress();
+        if let Some(tls) = self.0.socket.borrow_mut().tls() {
+            let (flushed, has_sent) = tls.poll_flush(cx);
+            if has_sent {
+                self.0.progress();
+            }
+            ready!(flushed)?;
         }
-        if matches!(flushed, Poll::Ready(Ok(()))) {
-            self.0.flushed();
-        }
-        flushed
+        self.0.flushed();
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -73,32 +73,31 @@ impl ClientStream {
         }
     }
 
-    /// Sends what TLS holds back. Plain TCP holds nothing back. The flag says whether bytes were sent meanwhile.
-    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> (Poll<io::Result<()>>, bool) {
+    /// The TLS connection, which may hold back what was written. Plain TCP holds nothing back.
+    pub(super) fn tls(&mut self) -> Option<&mut Tls> {
         match self {
-            ClientStream::Plain(_) => (Poll::Ready(Ok(())), false),
-            ClientStream::Tls(tls) => {
-                let flushed = Pin::new(&mut tls.stream).poll_flush(cx);
-                let wire = &mut tls.stream.get_mut().0;
-                (flushed, std::mem::take(&mut wire.has_written))
-            }
+            ClientStream::Plain(_) => None,
+            ClientStream::Tls(tls) => Some(tls),
         }
     }
 
+    #[inline]
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
             ClientStream::Plain(tcp) => Pin::new(tcp).poll_read(cx, buf),
-            ClientStream::Tls(tls) => Pin::new(&mut tls.stream).poll_read(cx, buf),
+            ClientStream::Tls(tls) => tls.poll_read(cx, buf),
         }
     }
 
+    #[inline]
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self {
             ClientStream::Plain(tcp) => Pin::new(tcp).poll_write(cx, buf),
-            ClientStream::Tls(tls) => Pin::new(&mut tls.stream).poll_write(cx, buf),
+            ClientStream::Tls(tls) => tls.poll_write(cx, buf),
         }
     }
 
+    #[inline]
     pub(super) fn poll_write_vectored(
         &mut self,
         cx: &mut Context<'_>,
@@ -106,17 +105,52 @@ impl ClientStream {
     ) -> Poll<io::Result<usize>> {
         match self {
             ClientStream::Plain(tcp) => Pin::new(tcp).poll_write_vectored(cx, bufs),
-            ClientStream::Tls(tls) => Pin::new(&mut tls.stream).poll_write_vectored(cx, bufs),
+            ClientStream::Tls(tls) => tls.poll_write_vectored(cx, bufs),
         }
     }
 
     pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             ClientStream::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
-            ClientStream::Tls(tls) if tls.is_cut => {
-                Pin::new(&mut tls.stream.get_mut().0.tcp).poll_shutdown(cx)
-            }
-            ClientStream::Tls(tls) => Pin::new(&mut tls.stream).poll_shutdown(cx),
+            ClientStream::Tls(tls) => tls.poll_shutdown(cx),
+        }
+    }
+}
+
+// These stay out of line, so that a plain connection does not pay for them.
+impl Tls {
+    /// Sends what is held back. The flag says whether bytes were sent meanwhile.
+    #[inline(never)]
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> (Poll<io::Result<()>>, bool) {
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        let wire = &mut self.stream.get_mut().0;
+        (flushed, std::mem::take(&mut wire.has_written))
+    }
+
+    #[inline(never)]
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+
+    #[inline(never)]
+    fn poll_write(&mut self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    #[inline(never)]
+    fn poll_write_vectored(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    #[inline(never)]
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.is_cut {
+            true => Pin::new(&mut self.stream.get_mut().0.tcp).poll_shutdown(cx),
+            false => Pin::new(&mut self.stream).poll_shutdown(cx),
         }
     }
 }
