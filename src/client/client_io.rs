@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -22,7 +22,7 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut *self.0.socket.borrow_mut()).poll_write(cx, buf);
+        let result = self.0.socket.borrow_mut().poll_write(cx, buf);
         self.0.wrote(result)
     }
 
@@ -33,8 +33,8 @@ impl AsyncWrite for ClientIo {
     ) -> Poll<io::Result<usize>> {
         let mut stream = self.0.socket.borrow_mut();
         let result = match one_piece(bufs, &mut Scratch::new()) {
-            Some(piece) => Pin::new(&mut *stream).poll_write(cx, piece),
-            None => Pin::new(&mut *stream).poll_write_vectored(cx, bufs),
+            Some(piece) => stream.poll_write(cx, piece),
+            None => stream.poll_write_vectored(cx, bufs),
         };
         self.0.wrote(result)
     }
@@ -44,12 +44,19 @@ impl AsyncWrite for ClientIo {
     }
 
     /// hyper calls this when its own buffer is empty.
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(tls) = self.0.socket.borrow_mut().tls() {
+            let (flushed, has_sent) = tls.poll_flush(cx);
+            if has_sent {
+                self.0.progress();
+            }
+            ready!(flushed)?;
+        }
         self.0.flushed();
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0.socket.borrow_mut()).poll_shutdown(cx)
+        self.0.socket.borrow_mut().poll_shutdown(cx)
     }
 }

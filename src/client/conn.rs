@@ -3,18 +3,17 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{Interest, ReadBuf};
-use tokio::net::TcpStream;
 
 use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL};
 use crate::client::progress::Progress;
 use crate::client::reader::{Reader, Socket};
+use crate::client::stream::{ClientStream, has_data};
 use crate::clock;
 use crate::time::{Nanos, SECOND};
 
@@ -26,6 +25,8 @@ const HEAD_TIMEOUT: Nanos = 10 * SECOND;
 pub(crate) struct Conn {
     pub(super) socket: Socket,
     peer: IpAddr,
+    /// The common name of the certificate that the client has shown.
+    common_name: Option<Box<str>>,
     /// The deadline of the current phase.
     pub deadline: Rc<Deadline>,
     deadlines: Rc<Deadlines>,
@@ -36,16 +37,18 @@ pub(crate) struct Conn {
 }
 
 impl Conn {
-    /// Wraps a new connection. `keep_alive`: how long it may be idle.
+    /// Wraps a new connection. `common_name`: that of the certificate that the client has shown. `keep_alive`: how long
+    /// the connection may be idle.
     pub(crate) fn new(
-        stream: TcpStream,
-        peer: IpAddr,
+        (stream, peer): (ClientStream, IpAddr),
+        common_name: Option<Box<str>>,
         deadlines: Rc<Deadlines>,
         keep_alive: Nanos,
     ) -> Rc<Self> {
         Rc::new(Conn {
             socket: RefCell::new(stream),
             peer,
+            common_name,
             deadline: deadlines.add(deadlines.coarse_now() + HEAD_TIMEOUT),
             deadlines,
             keep_alive,
@@ -57,6 +60,11 @@ impl Conn {
     /// The address of the client.
     pub(crate) fn peer(&self) -> IpAddr {
         self.peer
+    }
+
+    /// The common name of the certificate that the client has shown; it is verified.
+    pub(crate) fn common_name(&self) -> Option<&str> {
+        self.common_name.as_deref()
     }
 
     /// The reason to refuse the head that hyper has just read; `None` if it is valid.
@@ -137,9 +145,7 @@ impl Conn {
 
     /// Makes the close send a reset, so that a response without framing cannot look complete.
     pub(crate) fn reset_on_close(&self) {
-        let socket = self.socket.borrow();
-        // A socket that refuses the option is closed with FIN.
-        let _ = socket2::SockRef::from(&*socket).set_linger(Some(std::time::Duration::ZERO));
+        self.socket.borrow_mut().reset_on_close();
     }
 
     /// Whether the client has disconnected while its request is served. hyper does not read then. Bytes received
@@ -160,19 +166,18 @@ impl Conn {
             return false;
         }
         let socket = self.socket.borrow();
-        let ready = pin!(socket.ready(Interest::READABLE));
+        let ready = pin!(socket.tcp().ready(Interest::READABLE));
         matches!(ready.poll(cx), Poll::Ready(Ok(ready)) if ready.is_read_closed())
     }
 
     /// Is ready when the socket has something to read.
     pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.socket.borrow().poll_read_ready(cx)
+        self.socket.borrow().poll_readable(cx)
     }
 
     /// Whether the socket has data, even if the runtime does not know yet that it is readable.
     pub(crate) fn has_data(&self) -> bool {
-        let socket = self.socket.borrow();
-        socket2::SockRef::from(&*socket).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|n| n > 0)
+        has_data(self.socket.borrow().tcp())
     }
 
     /// Reads and drops what the client still sends, until it closes its side or has sent more than `max_bytes`.

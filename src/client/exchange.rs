@@ -27,6 +27,11 @@ impl Exchange {
         self.0.peer()
     }
 
+    /// The common name of the certificate that the client has shown; it is verified.
+    pub(crate) fn common_name(&self) -> Option<&str> {
+        self.0.common_name()
+    }
+
     /// The reason to refuse the head of the request; `None` if it is valid.
     pub(crate) fn refusal(&self) -> Option<&'static str> {
         self.0.refusal()

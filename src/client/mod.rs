@@ -4,6 +4,10 @@ pub(crate) mod deadline;
 
 mod client_io;
 
+mod stream;
+
+pub(crate) mod handshake;
+
 mod progress;
 
 mod reader;

@@ -7,12 +7,11 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::mem::MaybeUninit;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::io::ReadBuf;
 
+use crate::client::stream::ClientStream;
 use crate::http1::chunked::ChunkedMessage;
 use crate::http1::head::{Framing, RequestHead, inspect, is_worth_parsing};
 
@@ -26,7 +25,7 @@ const MAX_AHEAD: usize = 64 * 1024;
 const REFUSED: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
 
 /// The socket of a connection.
-pub(super) type Socket = RefCell<TcpStream>;
+pub(super) type Socket = RefCell<ClientStream>;
 
 /// The read side of a connection.
 #[derive(Debug)]
@@ -129,7 +128,7 @@ impl Reader {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<usize>> {
         let before = buf.filled().len();
-        let read = ready!(Pin::new(&mut *socket.borrow_mut()).poll_read(cx, buf));
+        let read = ready!(socket.borrow_mut().poll_read(cx, buf));
         let n = buf.filled().len() - before;
         self.eof.set(read.is_err() || n == 0 && buf.remaining() > 0);
         read?;

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
@@ -16,6 +17,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::TokioIo;
+use rustls::ServerConfig;
 use tokio::net::TcpStream;
 
 use crate::client::body::{Body, Cut};
@@ -24,6 +26,8 @@ use crate::client::conn::Conn;
 use crate::client::deadline::Deadlines;
 use crate::client::exchange::Exchange;
 use crate::client::future_pool::{FuturePool, Mailbox};
+use crate::client::handshake::{Greeted, HandshakeError, accept};
+use crate::client::stream::ClientStream;
 use crate::http1::header_map_pool;
 use crate::time::{Nanos, SECOND};
 
@@ -39,6 +43,9 @@ const LINGER: Nanos = 2 * SECOND;
 
 /// Most bytes that are dropped.
 const MAX_DISCARD: usize = 64 << 20;
+
+/// While idle connections close, a client that has just ended its handshake has this time to send its request.
+const FIRST_REQUEST: Nanos = SECOND / 2;
 
 /// A service that responds to requests.
 pub(crate) trait Service: 'static {
@@ -80,27 +87,62 @@ pub(crate) struct Settings {
     pub keep_alive: Nanos,
 }
 
-/// Serves one connection until it ends. Each request runs in a pooled future.
+/// Serves one TLS connection until it ends.
+///
+/// # Errors
+/// The connection did not get through the handshake.
+pub(crate) async fn serve_tls<S: Service, F: Future>(
+    (tcp, peer): (TcpStream, IpAddr),
+    tls: Arc<ServerConfig>,
+    settings: &Settings,
+    gateway: Rc<S>,
+    futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
+) -> Result<(), HandshakeError> {
+    let Greeted { stream, common_name } =
+        accept(tcp, tls, &settings.deadlines, || gateway.is_closing()).await?;
+    let conn = Conn::new((stream, peer), common_name, settings.deadlines.clone(), settings.keep_alive);
+    let grace = conn.coarse_now() + FIRST_REQUEST;
+    conn.deadline.nudge_at(grace);
+    serve_conn(conn, grace, gateway, futures).await;
+    Ok(())
+}
+
+/// Serves one plain connection until it ends.
 pub(crate) async fn serve<S: Service, F: Future>(
-    (stream, peer): (TcpStream, IpAddr),
+    (tcp, peer): (TcpStream, IpAddr),
     settings: &Settings,
     gateway: Rc<S>,
     futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
 ) {
-    let conn = Conn::new(stream, peer, settings.deadlines.clone(), settings.keep_alive);
+    let client = (ClientStream::Plain(tcp), peer);
+    let conn = Conn::new(client, None, settings.deadlines.clone(), settings.keep_alive);
+    serve_conn(conn, 0, gateway, futures).await;
+}
+
+/// Serves a connection. Each request runs in a pooled future. Until `grace`, a connection without a request stays open
+/// while idle connections close.
+async fn serve_conn<S: Service, F: Future>(
+    conn: Rc<Conn>,
+    grace: Nanos,
+    gateway: Rc<S>,
+    futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
+) {
     // A silent connection costs no buffers: hyper starts with the first byte.
     let first = poll_fn(|cx| {
         conn.deadline.register(cx);
         match conn.poll_readable(cx) {
             Poll::Pending if conn.deadline.has_expired() => Poll::Ready(false),
             // A new connection is not known to be readable yet. If it has a request already, Zap responds.
-            Poll::Pending if gateway.is_closing() && !conn.has_data() => Poll::Ready(false),
+            Poll::Pending if gateway.is_closing() && !conn.has_data() && conn.coarse_now() >= grace => {
+                Poll::Ready(false)
+            }
             readable => readable.map(|r| r.is_ok()),
         }
     });
     if !first.await {
         return;
     }
+    conn.deadline.nudge_at(0);
     let service = service_fn(|request| futures.run((request, conn.clone())));
     let was_ended_by_hyper = serve_http(&conn, &gateway, service).await;
     if was_ended_by_hyper && conn.has_unread() {

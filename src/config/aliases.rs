@@ -90,9 +90,17 @@ const ALIASES: &[Row] = &[
     ),
     (
         "server",
-        &["tls", "cert", "certfile", "ssl", "sslcertificate", "sslkeyfile", "sslcertfile"],
-        "Zap listens without TLS: put a proxy with TLS in front of it",
+        &["cert", "certfile", "ssl", "sslcertificate", "sslkeyfile", "sslcertfile", "https", "certificate"],
+        "a certificate of the listener is written as a `[[server.tls]]` table with `cert` and `key`",
     ),
+    (
+        "server.tls",
+        &["certfile", "certificate", "sslcertificate", "tlscert", "chain", "fullchain", "crt", "pem"],
+        "cert",
+    ),
+    ("server.tls", &["keyfile", "sslcertificatekey", "tlskey", "privatekey"], "key"),
+    ("server.tls", &["ca", "cafile", "clientcafile", "sslclientcertificate", "clientcas"], "client_ca"),
+    ("server.tls", &["sni", "name", "names", "host", "servername"], "the names are those of the certificate"),
     ("server", &["loglevel", "log"], "it belongs in `[log]`"),
     ("server", &["timeout", "requesttimeout"], "it is `timeout_secs` in `[queue]`"),
     (
@@ -233,6 +241,7 @@ const ALIASES: &[Row] = &[
     ("backends.prices.NAME", &["prompt", "inputcostpertoken", "in"], "input"),
     ("backends.prices.NAME", &["completion", "outputcostpertoken", "out"], "output"),
     ("client_keys", &["token", "apikey", "secret", "value", "bearer", "password"], "key"),
+    ("client_keys", &["cert", "commonname", "cn", "subject", "clientcert", "mtls"], "certificate"),
     ("client_keys", &["hash", "keyhash", "digest", "sha", "tokenhash"], "sha256"),
     ("client_keys", &["rpm", "rpmlimit", "ratelimit", "requestsperminute"], "requests_per_minute"),
     ("client_keys", &["tpm", "tpmlimit", "tokensperminute"], "tokens_per_minute"),

@@ -21,8 +21,10 @@ pub(crate) const ANONYMOUS: &str = "anonymous";
 pub struct ClientKey {
     /// Unique label, 1 to 64 of `A-Za-z0-9._-`.
     pub name: String,
-    /// SHA-256 of the key; the key itself is not kept.
-    pub digest: [u8; 32],
+    /// SHA-256 of the key; the key itself is not kept. `None`: only `certificate` identifies the client.
+    pub digest: Option<[u8; 32]>,
+    /// The common name of the client's certificate. Never set if the listener does not ask for certificates.
+    pub certificate: Option<String>,
     /// Overrides `rate_limit.requests_per_minute`.
     pub requests_per_minute: Option<u32>,
     /// Overrides `rate_limit.tokens_per_minute`: tokens in any 60 s, at least 1.
@@ -52,6 +54,9 @@ struct ReadClient {
     inline_key: bool,
 }
 
+/// Longest common name of a certificate, in bytes.
+const MAX_COMMON_NAME: usize = 256;
+
 /// All client keys.
 pub(super) struct ReadClients {
     pub(super) clients: Vec<ClientKey>,
@@ -61,19 +66,24 @@ pub(super) struct ReadClients {
     pub(super) inline_key: bool,
 }
 
-/// Reads the client keys.
-pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadClients {
-    let read = root.sections("client_keys", |t| client(t, ctx));
+/// Reads the client keys. `has_client_ca`: the listener asks clients for certificates.
+pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>, has_client_ca: bool) -> ReadClients {
+    let read = root.sections("client_keys", |t| client(t, ctx, has_client_ca));
     let read: Vec<ReadClient> = read.into_iter().flatten().flatten().collect();
-    let (mut names, mut digests) = (HashMap::new(), HashMap::new());
+    let (mut names, mut digests, mut certificates) = (HashMap::new(), HashMap::new(), HashMap::new());
     for ReadClient { client, place, line, .. } in &read {
         if let Some(first) = names.insert(client.name.as_str(), line) {
             let what = "each client key must have its own name";
             root.sink().fault(*line, format!("`{place}.name` repeats the name at line {first}; {what}"));
         }
-        if let Some(first) = digests.insert(client.digest, line) {
+        if let Some(first) = client.digest.and_then(|digest| digests.insert(digest, line)) {
             let what = "each client must have its own key";
             root.sink().fault(*line, format!("`{place}.key` repeats the key at line {first}; {what}"));
+        }
+        if let Some(first) = client.certificate.as_ref().and_then(|name| certificates.insert(name, line)) {
+            let what = "each client must have its own certificate";
+            let text = format!("`{place}.certificate` repeats the name at line {first}; {what}");
+            root.sink().fault(*line, text);
         }
     }
     let inline_key = read.iter().any(|read| read.inline_key);
@@ -82,7 +92,7 @@ pub(super) fn clients(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadClie
 }
 
 /// Reads one client key. Returns `None` if a required entry is missing or not valid: then a fault is recorded.
-fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
+fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>, has_client_ca: bool) -> Option<ReadClient> {
     let line = t.line();
     if t.line_of("name").is_none() {
         t.missing("name", "a string");
@@ -101,8 +111,11 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         }
         hash
     });
+    let has_certificate = t.line_of("certificate").is_some();
+    let certificate = certificate(t, has_client_ca);
     match (key.is_set, hash_line) {
-        (false, None) => t.missing("key", "either `key` or `sha256`"),
+        (false, None) if has_certificate => {}
+        (false, None) => t.missing("key", "`key`, `sha256` or `certificate`"),
         (true, Some(line)) => {
             t.fault(line, "sha256", "is set and `key` is set; must be only one of the two");
         }
@@ -116,10 +129,14 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
     let models = t.texts("models").map(|texts| texts.iter().filter_map(|text| pattern(t, text)).collect());
     let key_digest =
         key.key.and_then(|key| digest(&SHA256, key.expose().as_bytes()).as_ref().try_into().ok());
-    let digest = key_digest.or(hash)?;
+    let digest = key_digest.or(hash);
+    if digest.is_none() && certificate.is_none() {
+        return None;
+    }
     let client = ClientKey {
         name: name?.value,
         digest,
+        certificate,
         requests_per_minute,
         tokens_per_minute,
         max_in_flight,
@@ -127,6 +144,26 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<ReadClient> {
         models,
     };
     Some(ReadClient { client, place: t.place().to_owned(), line, budget_line, inline_key: key.is_inline })
+}
+
+/// Reads `certificate`: the common name of the client's certificate.
+fn certificate(t: &mut Section<'_, '_>, has_client_ca: bool) -> Option<String> {
+    let name = t.text("certificate")?;
+    if !has_client_ca {
+        let what = "is set, but no client is asked for a certificate; must be set with `client_ca` in \
+                    `[[server.tls]]`, or not at all";
+        t.fault_of(&name, what);
+    }
+    let is_valid =
+        (1..=MAX_COMMON_NAME).contains(&name.value.len()) && !name.value.contains(char::is_control);
+    if !is_valid {
+        let allowed = format!(
+            "must be the common name of the subject of a certificate: 1 to {MAX_COMMON_NAME} bytes without control \
+             characters"
+        );
+        t.invalid(&name, &allowed);
+    }
+    is_valid.then_some(name.value)
 }
 
 fn parse_hex(text: &str) -> Option<[u8; 32]> {

@@ -1,4 +1,5 @@
-//! Reads Zap's client certificate for a backend, and the name that the backend's certificate must have.
+//! Reads certificates with their keys, Zap's client certificate for a backend, and the name that the backend's certificate
+//! must have.
 
 use std::fmt;
 use std::io;
@@ -18,17 +19,28 @@ use crate::config::url::BaseUrl;
 /// Largest PEM file, in bytes.
 const MAX_PEM_FILE: usize = 1 << 20;
 
-/// A client certificate and its key. Equality compares the contents of the files, so a reload detects a renewed
+/// A certificate of Zap and its key. Equality compares the contents of the files, so a reload detects a renewed
 /// certificate.
 #[derive(Clone, PartialEq)]
-pub struct ClientIdentity {
+pub struct Identity {
     /// The certificate, then the certificates of its issuers.
     pub chain: Vec<CertificateDer<'static>>,
     /// The key of the first certificate.
     pub key: Arc<PrivateKeyDer<'static>>,
 }
 
-impl fmt::Debug for ClientIdentity {
+impl Identity {
+    /// The pair as rustls uses it.
+    ///
+    /// # Errors
+    /// The certificate is not valid, the key cannot be used, or it is that of another certificate.
+    pub(super) fn certified(&self) -> Result<CertifiedKey, rustls::Error> {
+        let provider = rustls::crypto::ring::default_provider();
+        CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), &provider)
+    }
+}
+
+impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
@@ -39,7 +51,7 @@ pub(super) fn client_identity(
     t: &mut Section<'_, '_>,
     url: Option<&BaseUrl>,
     ctx: &Context<'_>,
-) -> Option<ClientIdentity> {
+) -> Option<Identity> {
     let (cert, key) = match (t.text("client_cert"), t.text("client_key")) {
         (Some(cert), Some(key)) => (cert, key),
         (Some(cert), None) => return alone(t, &cert, "client_key"),
@@ -47,43 +59,58 @@ pub(super) fn client_identity(
         (None, None) => return None,
     };
     only_with_tls(t, &cert, url);
-    let chain = pem(t, &cert, ctx).and_then(|pem| {
-        let chain: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
-        if chain.is_empty() {
-            let what = "has no certificate; must be a PEM file of a certificate and its issuers";
-            t.fault_of(&cert, what);
-        }
-        Some(chain).filter(|chain| !chain.is_empty())
-    });
-    let private = pem(t, &key, ctx).and_then(|pem| {
+    identity(t, &cert, &key, ctx)
+}
+
+/// Reads the files `cert` and `key`, and checks that the key is that of the certificate. Returns `None` if a fault is
+/// recorded.
+pub(super) fn identity(t: &Section<'_, '_>, cert: &Text, key: &Text, ctx: &Context<'_>) -> Option<Identity> {
+    let chain = certificates(t, cert, ctx, "must be a PEM file of a certificate and its issuers");
+    let private = pem(t, key, ctx).and_then(|pem| {
         let found = PrivateKeyDer::from_pem_slice(&pem).ok();
         if found.is_none() {
             let what = "has no private key; must be a PEM file of a private key without a password";
-            t.fault_of(&key, what);
+            t.fault_of(key, what);
         }
         found
     });
     let (chain, private) = (chain?, private?);
-    let provider = rustls::crypto::ring::default_provider();
-    match CertifiedKey::from_der(chain.clone(), private.clone_key(), &provider) {
-        Ok(_) => return Some(ClientIdentity { chain, key: Arc::new(private) }),
+    let identity = Identity { chain, key: Arc::new(private) };
+    match identity.certified() {
+        Ok(_) => return Some(identity),
         Err(rustls::Error::InvalidCertificate(_)) => {
-            t.fault_of(&cert, "has an invalid certificate; must be a PEM file of a certificate");
+            t.fault_of(cert, "has an invalid certificate; must be a PEM file of a certificate");
         }
         Err(rustls::Error::InconsistentKeys(_)) => {
-            let what = "is the key of another certificate; must be that of `client_cert`";
-            t.fault_of(&key, what);
+            let name = cert.place.rsplit('.').next().unwrap_or(&cert.place);
+            t.fault_of(key, &format!("is the key of another certificate; must be that of `{name}`"));
         }
         Err(_) => {
             let what = "has a private key that cannot be used; must be ECDSA, Ed25519 or RSA";
-            t.fault_of(&key, what);
+            t.fault_of(key, what);
         }
     }
     None
 }
 
+/// Reads the certificates of a PEM file. Returns `None` if there is none: then a fault is recorded, and `allowed` says
+/// what the file must be.
+pub(super) fn certificates(
+    t: &Section<'_, '_>,
+    path: &Text,
+    ctx: &Context<'_>,
+    allowed: &str,
+) -> Option<Vec<CertificateDer<'static>>> {
+    let pem = pem(t, path, ctx)?;
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem).flatten().collect();
+    if found.is_empty() {
+        t.fault_of(path, &format!("has no certificate; {allowed}"));
+    }
+    Some(found).filter(|found| !found.is_empty())
+}
+
 /// Records that one of two keys that belong together is missing.
-fn alone(t: &Section<'_, '_>, text: &Text, other: &str) -> Option<ClientIdentity> {
+fn alone(t: &Section<'_, '_>, text: &Text, other: &str) -> Option<Identity> {
     t.fault_of(text, &format!("is set without `{other}`; both must be set, or none"));
     None
 }
@@ -116,37 +143,7 @@ pub(super) fn server_name(t: &mut Section<'_, '_>, url: Option<&BaseUrl>) -> Opt
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
-    use crate::config::Config;
-
-    /// A folder with these files; dropping it deletes the folder.
-    struct Folder(PathBuf);
-
-    impl Folder {
-        fn with(files: &[(&str, &str)]) -> Self {
-            let name = format!("zap-identity-{}-{:x}", std::process::id(), fastrand::u64(..));
-            let folder = Folder(std::env::temp_dir().join(name));
-            std::fs::create_dir_all(&folder.0).unwrap();
-            files.iter().for_each(|(name, text)| folder.write(name, text));
-            folder
-        }
-
-        fn write(&self, name: &str, text: &str) {
-            std::fs::write(self.0.join(name), text).unwrap();
-        }
-
-        fn read(&self, url: &str, more: &str) -> Result<Config, String> {
-            let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n{more}\n");
-            Config::parse(&text, "test", &self.0, &|_| None).map_err(|faults| faults.to_string())
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
+    use crate::config::tests::Folder;
 
     /// A certificate and its key in PEM.
     fn pair() -> (String, String) {

@@ -14,7 +14,8 @@
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced; `sent_models` says which models a
 //!   backend may be sent.
-//! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `url` and `expand` each read one subject.
+//! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `tls`, `url` and `expand` each read one subject.
+//! - `certificate` says which names a certificate has, and when it ends.
 //! - `warnings` finds settings that are allowed but unwise.
 //! - `keys` reads the keys of backends and clients; `key_pool` those of one backend; `secret` keeps a key from being printed.
 //!
@@ -25,6 +26,7 @@ mod aliases;
 mod backend;
 mod base_url;
 mod browsers;
+mod certificate;
 mod charges;
 mod clients;
 mod common;
@@ -49,6 +51,7 @@ mod strings;
 mod suggest;
 mod syntax;
 mod text;
+mod tls;
 mod toml_reader;
 mod unix_socket;
 mod url;
@@ -65,18 +68,20 @@ use rustls::pki_types::ServerName;
 
 pub(crate) use crate::config::address::listen_address;
 pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
+pub(crate) use crate::config::certificate::common_name;
 pub(crate) use crate::config::clients::{ANONYMOUS, ClientKey};
 use crate::config::common::Context;
 use crate::config::fault_sink::Sink;
 pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::files::Files;
-pub(crate) use crate::config::identity::ClientIdentity;
+pub(crate) use crate::config::identity::Identity;
 pub(crate) use crate::config::key_pool::{PoolPlace, scale};
 pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::money::Budget;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::text::{is_like_a_key, quoted};
+pub(crate) use crate::config::tls::ServerTls;
 pub(crate) use crate::config::unix_socket::UnixSocket;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
@@ -89,6 +94,8 @@ use crate::protocol::endpoint::Protocol;
 pub struct Config {
     /// `[server]`: the listener and its limits.
     pub server: Server,
+    /// `[[server.tls]]`: TLS of the listener; `None`: plain HTTP. Unlike `server`, a reload replaces it.
+    pub tls: Option<ServerTls>,
     /// `[queue]`: admission.
     pub queue: Queue,
     /// `load_balancer.strategy`.
@@ -330,7 +337,7 @@ pub struct Backend {
     /// The proxy on the way to this backend.
     pub proxy: Option<Proxy>,
     /// The certificate that Zap shows this backend; only with `https`.
-    pub client_identity: Option<ClientIdentity>,
+    pub client_identity: Option<Identity>,
     /// The name in this backend's certificate, if it is not the host of `url`; only with `https`.
     pub server_name: Option<ServerName<'static>>,
     /// Most requests at once to this backend, at least 1.

@@ -15,6 +15,7 @@ use crate::config::clients::ReadClients;
 use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE};
 use crate::config::file::ledger_path;
 use crate::config::range::{Number, Range};
+use crate::config::tls::{ReadTls, server_tls};
 use crate::config::toml_reader::Section;
 use crate::config::unix_socket::unix_socket;
 use crate::config::warnings::warnings;
@@ -73,7 +74,8 @@ pub(super) struct ReadConfig {
 
 /// Reads the whole document.
 pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfig {
-    let server = root.section("server", |t| server(t, ctx));
+    let (server, ReadTls { tls, has_client_ca }) =
+        root.section("server", |t| (server(t, ctx), server_tls(t, ctx)));
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
         max_in_flight: t.number("max_in_flight", MAX_IN_FLIGHT),
@@ -124,10 +126,12 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     let faults = root.sink().count();
     let ReadBackends { backends, lines, inline_key: inline_backend_key } = backend::backends(root, ctx);
     let routes = models::named_routes(root, &backends, root.sink().count() == faults);
-    let ReadClients { clients, budget_lines, inline_key: inline_client_key } = clients::clients(root, ctx);
+    let ReadClients { clients, budget_lines, inline_key: inline_client_key } =
+        clients::clients(root, ctx, has_client_ca);
     let models_from = models::models_from(root);
     let mut config = Config {
         server,
+        tls,
         queue,
         strategy,
         prefix_bytes,

@@ -2,11 +2,14 @@
 
 mod faults;
 mod files;
+mod folder;
 mod mangled;
+mod tls;
 mod valid;
 
 use std::path::Path;
 
+pub(crate) use crate::config::tests::folder::Folder;
 use crate::config::{Config, Faults};
 
 const BACKEND: &str = "[[backends]]\nurl = \"http://a\"\nweight = 1\n";

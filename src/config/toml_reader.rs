@@ -140,8 +140,8 @@ impl<'s, 'i> Section<'s, 'i> {
         let array = match self.take(key)? {
             Field { value: DeValue::Array(array), .. } => array,
             Field { value, line } => {
-                let needed = match self.prefix.as_str() {
-                    "" => format!("an array of tables, `[[{key}]]`"),
+                let needed = match self.kind.as_str() {
+                    "" | "server" => format!("an array of tables, `[[{}{key}]]`", self.prefix),
                     _ => format!("an array of tables, `{key} = [{{ … }}]`"),
                 };
                 self.wrong_type(line, key, &value, &needed);

@@ -1,17 +1,20 @@
 //! Settings that are allowed but unwise.
 
 use std::net::IpAddr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use httpdate::fmt_http_date;
 
 use crate::config::sent_models::is_served;
 use crate::config::text::{key_name, quoted};
-use crate::config::{Backend, Config, Server};
+use crate::config::{Backend, Config, Server, ServerTls};
 use crate::http1::origin::Origins;
 use crate::policy::route::NamedTarget;
 
 /// One line for each unwise setting.
 pub(super) fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = Vec::new();
-    let Config { server, backends, clients, routes, .. } = config;
+    let Config { server, tls, backends, clients, routes, .. } = config;
     let has_budget = backends.iter().map(|b| &b.budget).chain(clients.iter().map(|c| &c.budget));
     if config.ledger.is_none() && has_budget.flatten().next().is_some() {
         warnings
@@ -52,20 +55,47 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
         );
     }
     let has_keys = backends.iter().any(|backend| backend.api_key.is_some());
-    if server.host.is_unspecified() && has_keys && clients.is_empty() {
+    let verifies_clients = tls.as_ref().is_some_and(ServerTls::verifies_clients);
+    if server.host.is_unspecified() && has_keys && clients.is_empty() && !verifies_clients {
         warnings.push(format!(
             "every machine that reaches port {} can spend the keys of the backends, since `server.host` is \"{}\" and \
              there is no `[[client_keys]]`; set `host = \"127.0.0.1\"`, or add client keys",
             server.port, server.host
         ));
     }
-    for (index, _) in backends.iter().enumerate().filter(|(_, backend)| is_itself(server, backend)) {
+    let has_tls = tls.is_some();
+    for (index, _) in
+        backends.iter().enumerate().filter(|(_, b)| b.url.https == has_tls && is_itself(server, b))
+    {
         warnings.push(format!(
             "`backends[{index}].url` is the address of Zap itself, so Zap would send requests to itself; \
              set the address of the provider, or another `server.port`"
         ));
     }
+    if let Some(tls) = tls {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        warnings.extend(certificate_warnings(tls, i64::try_from(now).unwrap_or(i64::MAX)));
+    }
     warnings
+}
+
+/// The warnings about certificates of the listener that are not valid at `now`, in seconds since 1970.
+fn certificate_warnings(tls: &ServerTls, now: i64) -> impl Iterator<Item = String> {
+    let date = |secs: i64| {
+        let secs = Duration::from_secs(u64::try_from(secs).unwrap_or(0));
+        UNIX_EPOCH.checked_add(secs).map_or_else(|| "a far date".to_owned(), fmt_http_date)
+    };
+    tls.entries.iter().enumerate().filter_map(move |(index, entry)| {
+        let facts = &entry.facts;
+        let what = match () {
+            () if facts.ends < now => format!("expired on {}; renew it", date(facts.ends)),
+            () if facts.begins > now => {
+                format!("is not valid before {}; check the clock of this machine", date(facts.begins))
+            }
+            () => return None,
+        };
+        Some(format!("the certificate of `server.tls[{index}].cert`, which clients will refuse, {what}"))
+    })
 }
 
 /// Whether the backend has the address that Zap listens on.
@@ -73,7 +103,7 @@ fn is_itself(server: &Server, backend: &Backend) -> bool {
     let url = &backend.url;
     let is_own = |address: IpAddr| address.is_unspecified() || address == server.host;
     let is_here = url.is_loopback() || url.host.parse().is_ok_and(is_own);
-    is_here && !url.https && url.port == server.port
+    is_here && url.port == server.port
 }
 
 #[cfg(test)]

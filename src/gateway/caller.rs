@@ -26,15 +26,16 @@ enum LimitKey<'a> {
     Named(&'a str),
 }
 
-/// Identifies the client by its credential.
+/// Identifies the client by its credential, otherwise by `common_name`: that of the certificate that it has shown.
 ///
 /// # Errors
 /// [`GatewayError::BadRequest`] if a credential is repeated, [`GatewayError::InvalidApiKey`] if client keys are
-/// configured and the request has none of them.
+/// configured and the client has none of them and no certificate of them.
 pub(crate) fn identify(
     shared: &Shared,
     clients: &Clients,
     headers: &HeaderMap,
+    common_name: Option<&str>,
 ) -> Result<Caller, GatewayError> {
     if headers::repeats_credential(headers) {
         return Err(GatewayError::BadRequest("a header with a credential is repeated"));
@@ -45,6 +46,7 @@ pub(crate) fn identify(
         return Ok(credential.map_or(Caller::Anonymous, |c| Caller::Unknown(key(c))));
     }
     let known = credential.and_then(|c| clients.find(c));
+    let known = known.or_else(|| clients.with_certificate(common_name?));
     known.cloned().map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
 }
 

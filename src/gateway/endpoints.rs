@@ -64,6 +64,7 @@ fn scrape(shared: &Shared) -> Bytes {
         backends: &current.backends,
         models: current.table().models(),
         clients: &current.clients,
+        config: &current.config,
         queue_depth: shared.admission.depth(),
         known_ids: shared.known_ids.len(),
         rate_limit_keys: shared.limiter.keys(),

@@ -185,7 +185,8 @@ impl Gateway {
             return self.finish(response, record, &context);
         }
         if endpoint.is_guarded(path) {
-            match caller::identify(self.shared(), &generation.clients, &head.headers) {
+            match caller::identify(self.shared(), &generation.clients, &head.headers, exchange.common_name())
+            {
                 Ok(caller) => record.caller = caller,
                 Err(error) => return self.refuse(&error, record, &context),
             }

@@ -241,6 +241,10 @@ fn read_and_list(before: &Snapshot, files: &mut Files) -> Result<Snapshot, Strin
         ));
     }
     config.server = Server::clone(&before.config.server);
+    if config.tls == before.config.tls {
+        // The keys of session tickets stay the same.
+        config.tls.clone_from(&before.config.tls);
+    }
     config.ledger.clone_from(&before.config.ledger);
     prepare(config, Some(before))
 }

@@ -1,5 +1,6 @@
 //! A worker: a thread with its own runtime, which owns its client connections and its upstream connections.
 
+use std::cell::Cell;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -14,11 +15,14 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
+use crate::client::handshake::HandshakeError;
 use crate::client::load::WorkerState;
 use crate::client::serve::{self, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
+use crate::telemetry::log::Log;
+use crate::time::{Nanos, SECOND};
 
 /// Most threads for name look-ups, which block. A backend may use only a few, so that a name that hangs leaves threads
 /// for the other backends.
@@ -26,6 +30,9 @@ const MAX_BLOCKING: usize = 64;
 
 /// Every so many sweeps of the deadlines the pool of upstream connections is swept.
 const SWEEPS_PER_POOL_SWEEP: u32 = 10;
+
+/// Least time between two log lines of a worker about failed handshakes.
+const HANDSHAKE_LOG_INTERVAL: Nanos = 10 * SECOND;
 
 /// The control thread's handle to a worker.
 #[derive(Debug)]
@@ -107,6 +114,38 @@ impl Worker {
     }
 }
 
+/// Logs handshakes that failed, at most one each [`HANDSHAKE_LOG_INTERVAL`].
+struct HandshakeLog {
+    log: Log,
+    /// When the last one was logged.
+    last: Cell<Option<Nanos>>,
+    /// How many were not logged since then.
+    left_out: Cell<u64>,
+}
+
+impl HandshakeLog {
+    fn new(log: Log) -> Self {
+        HandshakeLog { log, last: Cell::new(None), left_out: Cell::new(0) }
+    }
+
+    fn note(&self, peer: IpAddr, error: &HandshakeError) {
+        if matches!(error, HandshakeError::Silent | HandshakeError::Stopped) {
+            return;
+        }
+        let now = clock::now();
+        if self.last.get().is_some_and(|last| now < last + HANDSHAKE_LOG_INTERVAL) {
+            self.left_out.set(self.left_out.get() + 1);
+            return;
+        }
+        self.last.set(Some(now));
+        let more = match self.left_out.take() {
+            0 => String::new(),
+            n => format!("; {n} more failed since the last such line"),
+        };
+        self.log.event("warn", "tls", &format!("the TLS handshake with {peer} failed: {error}{more}"));
+    }
+}
+
 /// Counts a connection as open until this value is dropped.
 struct Counted(Arc<WorkerState>);
 
@@ -145,6 +184,7 @@ async fn serve(
     let settings = Rc::new(Settings { deadlines: deadlines.clone(), keep_alive });
     let runner = gateway.clone();
     let futures = FuturePool::new(move |mailbox| serve::run_requests(runner.clone(), mailbox));
+    let failures = Rc::new(HandshakeLog::new(gateway.shared().telemetry.log.clone()));
     let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeps = 0u32;
@@ -156,10 +196,20 @@ async fn serve(
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
+                        let tls = gateway.current().config.tls.as_ref().map(|tls| tls.rustls.clone());
                         let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
+                        let failures = failures.clone();
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            serve::serve((client, peer), &settings, gateway, futures).await;
+                            let Some(tls) = tls else {
+                                return serve::serve((client, peer), &settings, gateway, futures).await;
+                            };
+                            let client = (client, peer);
+                            // In a box, so that the task of a plain connection stays small.
+                            let serving = Box::pin(serve::serve_tls(client, tls, &settings, gateway, futures));
+                            if let Err(error) = serving.await {
+                                failures.note(peer, &error);
+                            }
                         });
                     }
                 }

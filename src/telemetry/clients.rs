@@ -130,8 +130,14 @@ impl Clients {
     /// reveal which key matched.
     pub(crate) fn find(&self, credential: &[u8]) -> Option<&Arc<Client>> {
         let hash = digest(&SHA256, credential);
-        let matches = |client: &Arc<Client>| bool::from(client.conf.digest[..].ct_eq(hash.as_ref()));
+        let is_key = |digest: [u8; 32]| bool::from(digest[..].ct_eq(hash.as_ref()));
+        let matches = |client: &Arc<Client>| client.conf.digest.is_some_and(is_key);
         self.0.iter().fold(None, |found, client| if matches(client) { Some(client) } else { found })
+    }
+
+    /// The client whose certificate has this common name.
+    pub(crate) fn with_certificate(&self, name: &str) -> Option<&Arc<Client>> {
+        self.0.iter().find(|client| client.conf.certificate.as_deref() == Some(name))
     }
 }
 

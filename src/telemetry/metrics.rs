@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::clock;
 use crate::code::Code;
+use crate::config::Config;
 use crate::counter::{Counter, Histogram, OVERHEAD, REQUEST, Total};
 use crate::policy::breaker::Status;
 use crate::policy::route::ConfiguredModel;
@@ -16,7 +17,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::clients::{ClientLane, Clients};
 use crate::telemetry::encode::Encoder;
 use crate::telemetry::phase::Phase;
-use crate::telemetry::token_metrics;
+use crate::telemetry::{tls_metrics, token_metrics};
 use crate::upstream::Upstream;
 use crate::upstream::counters::{BackendLane, NoAnswer, ResponseCounters, STATUSES};
 
@@ -120,6 +121,8 @@ pub(crate) struct Scrape<'a> {
     pub models: &'a [ConfiguredModel],
     /// The client keys.
     pub clients: &'a Clients,
+    /// The configuration.
+    pub config: &'a Config,
     /// Number of requests in the queue.
     pub queue_depth: usize,
     /// Number of client keys that the rate limiter tracks.
@@ -281,6 +284,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         e.sample("zap_client_disconnects_total", &[("phase", phase.name())], n);
     }
     telemetry.reloads.write(e);
+    tls_metrics::encode(e, scrape.config);
     e.family("zap_build_info", "gauge", "Always 1; the version is the label.");
     e.sample("zap_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
 }

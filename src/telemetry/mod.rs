@@ -10,6 +10,8 @@ pub(crate) mod memory_limit;
 
 pub(crate) mod metrics;
 
+mod tls_metrics;
+
 pub(crate) mod token_metrics;
 
 pub(crate) mod encode;

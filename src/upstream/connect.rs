@@ -60,7 +60,7 @@ impl Roots {
     fn config(
         &self,
         more: &[CertificateDer<'static>],
-        identity: Option<&config::ClientIdentity>,
+        identity: Option<&config::Identity>,
     ) -> Result<ClientConfig, String> {
         let mut roots = self.system.clone();
         for certificate in more {

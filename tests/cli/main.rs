@@ -9,6 +9,7 @@ mod healthcheck;
 mod live;
 mod manual;
 mod mistakes;
+mod openssl;
 mod print;
 mod shells;
 mod supervised;
@@ -77,7 +78,7 @@ impl Running {
         let address = loop {
             let line = lines.next().expect("Zap exited before it listened").unwrap();
             if let Some((_, address)) = line.split_once("listening on ") {
-                break address.split('"').next().unwrap().parse().unwrap();
+                break address.split(['"', ' ']).next().unwrap().parse().unwrap();
             }
         };
         let log = std::sync::Arc::<std::sync::Mutex<Vec<String>>>::default();

@@ -51,6 +51,8 @@ mod ledger;
 
 mod limit;
 
+mod listener_tls;
+
 mod memory;
 
 mod messages;

@@ -47,9 +47,11 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
              `models`, `client_keys`, `models_from`",
         ),
         ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),
+        ("[server.tls]\nx = 1", "1: `server.tls` is a table; must be an array of tables, `[[server.tls]]`"),
         (
-            "[server.tls]\nx = 1",
-            "1: unknown key `server.tls`; Zap listens without TLS: put a proxy with TLS in front of it",
+            "[server]\ncert = \"a.pem\"",
+            "2: unknown key `server.cert`; a certificate of the listener is written as a `[[server.tls]]` table with \
+             `cert` and `key`",
         ),
         ("server = 1", "1: `server` is an integer; must be a table, `[server]`"),
         (
@@ -137,7 +139,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         ),
         (
             "[[client_keys]]\nname = \"a\"",
-            "1: `client_keys[0].key` is missing; either `key` or `sha256` is required",
+            "1: `client_keys[0].key` is missing; `key`, `sha256` or `certificate` is required",
         ),
         (
             "[[client_keys]]\nname = \"a\"\nkey = \"sk-CANARY\"\nsha256 = \"00\"",

@@ -322,7 +322,8 @@ fn every_key_is_read() {
     assert_eq!((c.clients[0].name.as_str(), c.clients[1].name.as_str()), ("team", "other"));
     let models = c.clients[0].models.as_ref().unwrap();
     assert!(models[0].matches("smart") && models[1].matches("gpt-5") && c.clients[1].models.is_none());
-    assert_eq!((c.clients[0].digest[0], c.clients[1].digest[..3].to_vec()), (0x8F, vec![0xE3, 0xB0, 0xC4]));
+    let digests = [0, 1].map(|i| c.clients[i].digest.unwrap());
+    assert_eq!((digests[0][0], &digests[1][..3]), (0x8F, &[0xE3, 0xB0, 0xC4][..]));
     let proxies: Vec<_> = c.server.trusted_proxies.iter().map(ToString::to_string).collect();
     assert_eq!(proxies, ["10.0.0.0/8", "::1/128"]);
     let origins = vec!["https://app.example".into(), "app://obsidian.md".into()];

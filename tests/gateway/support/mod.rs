@@ -6,6 +6,8 @@ pub(crate) mod lies;
 
 pub(crate) mod provider;
 
+pub(crate) mod tls_client;
+
 pub(crate) mod tls_server;
 
 pub(crate) mod wire;

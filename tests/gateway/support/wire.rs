@@ -6,12 +6,41 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use socket2::{Domain, Socket, Type};
 
 use super::TIMEOUT;
+use super::tls_client::{TlsClient, TlsWire};
 
 /// One connection to Zap.
 pub(crate) struct Client {
-    stream: TcpStream,
+    stream: Wire,
     /// Bytes received but not yet parsed.
     ahead: Vec<u8>,
+}
+
+enum Wire {
+    Plain(TcpStream),
+    Tls(Box<TlsWire>),
+}
+
+impl Wire {
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Wire::Plain(tcp) => tcp,
+            Wire::Tls(tls) => &tls.sock,
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        match self {
+            Wire::Plain(tcp) => tcp.write_all(bytes),
+            Wire::Tls(tls) => tls.write_all(bytes).and_then(|()| tls.flush()),
+        }
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Wire::Plain(tcp) => tcp.read(buf),
+            Wire::Tls(tls) => tls.read(buf),
+        }
+    }
 }
 
 /// A response, as far as it was received.
@@ -49,8 +78,24 @@ impl Client {
     pub(crate) fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
+        Self::of(stream)
+    }
+
+    fn of(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        Client { stream, ahead: Vec::new() }
+        Client { stream: Wire::Plain(stream), ahead: Vec::new() }
+    }
+
+    /// Makes a TLS connection of it. The handshake comes with the first bytes.
+    pub(crate) fn over_tls(self, tls: &TlsClient) -> Self {
+        let Wire::Plain(tcp) = self.stream else { panic!("it is TLS already") };
+        Client { stream: Wire::Tls(Box::new(tls.wire(tcp))), ahead: Vec::new() }
+    }
+
+    /// The TLS side of the connection.
+    pub(crate) fn tls(&mut self) -> &mut TlsWire {
+        let Wire::Tls(tls) = &mut self.stream else { panic!("it is plain TCP") };
+        tls
     }
 
     /// Connects with a receive buffer of a few kilobytes.
@@ -58,14 +103,12 @@ impl Client {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
         socket.connect(&address.into()).unwrap();
-        let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        Client { stream, ahead: Vec::new() }
+        Self::of(TcpStream::from(socket))
     }
 
     /// A second handle for writing.
     pub(crate) fn writer(&self) -> TcpStream {
-        self.stream.try_clone().unwrap()
+        self.stream.tcp().try_clone().unwrap()
     }
 
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
@@ -183,25 +226,26 @@ impl Client {
 
     /// Waits for up to `limit` until Zap closes the connection; panics if bytes arrive.
     pub(crate) fn close_within(&mut self, limit: std::time::Duration) {
-        self.stream.set_read_timeout(Some(limit)).unwrap();
+        self.stream.tcp().set_read_timeout(Some(limit)).unwrap();
         assert!(!self.fill(), "unexpected bytes arrived");
     }
 
     /// Closes the connection with a reset.
     pub(crate) fn reset(self) {
-        socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        socket2::SockRef::from(self.stream.tcp()).set_linger(Some(std::time::Duration::ZERO)).unwrap();
     }
 
     /// Shuts down the write side (sends FIN).
     pub(crate) fn half_close(&self) {
-        self.stream.shutdown(Shutdown::Write).unwrap();
+        self.stream.tcp().shutdown(Shutdown::Write).unwrap();
     }
 
     /// Whether no bytes have arrived and the connection is still open.
     pub(crate) fn is_quiet(&mut self) -> bool {
-        self.stream.set_nonblocking(true).unwrap();
-        let quiet = matches!(self.stream.peek(&mut [0; 1]), Err(e) if e.kind() == ErrorKind::WouldBlock);
-        self.stream.set_nonblocking(false).unwrap();
+        self.stream.tcp().set_nonblocking(true).unwrap();
+        let quiet =
+            matches!(self.stream.tcp().peek(&mut [0; 1]), Err(e) if e.kind() == ErrorKind::WouldBlock);
+        self.stream.tcp().set_nonblocking(false).unwrap();
         quiet && self.ahead.is_empty()
     }
 

@@ -11,11 +11,14 @@ use tokio::sync::mpsc::Sender;
 use zap::internals::{Config, Faults, LoadError, Log, LogFormat, ModelsFrom};
 use zap::internals::{Order, orders};
 
+use super::tls_client::TlsClient;
 use super::{Client, Response, eventually};
 
 /// A running gateway; stopped at once when dropped.
 pub(crate) struct Zap {
     pub address: SocketAddr,
+    /// How [`client`](Self::client) speaks TLS, if it does.
+    pub tls: Option<TlsClient>,
     orders: Sender<Order>,
     thread: Option<JoinHandle<bool>>,
     lines: Lines,
@@ -83,7 +86,7 @@ impl Zap {
             None => Log::start(config.log.events),
         };
         let thread = std::thread::spawn(move || zap::run(config, log, listener, receiver).unwrap());
-        Zap { address, orders, thread: Some(thread), lines: lines.unwrap_or_default() }
+        Zap { address, tls: None, orders, thread: Some(thread), lines: lines.unwrap_or_default() }
     }
 
     /// Starts Zap with these settings and `[[backends]]`.
@@ -92,7 +95,11 @@ impl Zap {
     }
 
     pub(crate) fn client(&self) -> Client {
-        Client::connect(self.address)
+        let client = Client::connect(self.address);
+        match &self.tls {
+            Some(tls) => client.over_tls(tls),
+            None => client,
+        }
     }
 
     /// Sends one chat on a new connection.
