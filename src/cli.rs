@@ -222,7 +222,7 @@ fn healthcheck(file: &Path, url: Option<&str>) -> ExitCode {
     let url = match url {
         Some(url) => url.to_owned(),
         None => match listen_address(file) {
-            Ok(address) => healthcheck::url_of(address),
+            Ok(listen) => healthcheck::url_of(listen),
             Err(error) => {
                 eprintln!("zap: {error}\n  zap healthcheck --url URL   needs no configuration");
                 return ExitCode::from(FAILED);

@@ -2,9 +2,16 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::Uri;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
+
+use crate::config::Listen;
 
 /// Longest time for the whole exchange. Below the time limits of the files that `zap print` prints.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -13,14 +20,14 @@ const LIMIT: Duration = Duration::from_secs(3);
 const MAX_HEAD: usize = 1024;
 
 /// The URL of `/health` at a Zap that listens on `address`. A Zap that listens on all addresses is asked on loopback.
-pub(crate) fn url_of(mut address: SocketAddr) -> String {
+pub(crate) fn url_of(Listen { mut address, is_tls }: Listen) -> String {
     if address.ip().is_unspecified() {
         address.set_ip(match address.ip() {
             IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
             IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
         });
     }
-    format!("http://{address}/health")
+    format!("{}://{address}/health", if is_tls { "https" } else { "http" })
 }
 
 /// Sends a GET to `url`.
@@ -29,9 +36,11 @@ pub(crate) fn url_of(mut address: SocketAddr) -> String {
 /// Returns in words why there is no response with a status from 200 to 299.
 pub(crate) fn ask(url: &str) -> Result<(), String> {
     let uri: Uri = url.parse().map_err(|error| format!("not a URL: {error}"))?;
-    let host = uri.host().filter(|_| uri.scheme_str() == Some("http"));
-    let host = host.ok_or("must begin with http:// and a host")?;
-    let port = uri.port_u16().unwrap_or(80);
+    let scheme = uri.scheme_str().filter(|scheme| ["http", "https"].contains(scheme));
+    let host = uri.host().filter(|_| scheme.is_some());
+    let host = host.ok_or("must begin with http:// or https:// and a host")?;
+    let is_tls = scheme == Some("https");
+    let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
     if port == 0 {
         return Err("port 0 names no running Zap; use --url".into());
     }
@@ -43,8 +52,10 @@ pub(crate) fn ask(url: &str) -> Result<(), String> {
     let name = host.trim_start_matches('[').trim_end_matches(']');
     let addresses = (name, port).to_socket_addrs().map_err(|error| error.to_string())?;
     let mut why = "the host has no address".to_owned();
+    let server =
+        if is_tls { Some(ServerName::try_from(name.to_owned()).map_err(|e| e.to_string())?) } else { None };
     for address in addresses {
-        match exchange(address, &request, end) {
+        match exchange((address, server.as_ref()), &request, end) {
             Ok(200..=299) => return Ok(()),
             Ok(status) => return Err(format!("HTTP {status}")),
             Err(error) => why = in_words(&error),
@@ -53,14 +64,24 @@ pub(crate) fn ask(url: &str) -> Result<(), String> {
     Err(why)
 }
 
-/// Sends the request and returns the status of the response.
-fn exchange(address: SocketAddr, request: &str, end: Instant) -> io::Result<u16> {
-    let mut stream = TcpStream::connect_timeout(&address, left(end)?)?;
-    stream.set_write_timeout(Some(left(end)?))?;
+/// Sends the request, with TLS to a `server`, and returns the status of the response.
+fn exchange(
+    (address, server): (SocketAddr, Option<&ServerName<'static>>),
+    request: &str,
+    end: Instant,
+) -> io::Result<u16> {
+    let socket = TcpStream::connect_timeout(&address, left(end)?)?;
+    socket.set_write_timeout(Some(left(end)?))?;
+    socket.set_read_timeout(Some(left(end)?))?;
+    let clock = socket.try_clone()?;
+    let mut stream: Box<dyn Stream> = match server {
+        Some(server) => Box::new(unchecked_tls(socket, server.clone()).map_err(io::Error::other)?),
+        None => Box::new(socket),
+    };
     stream.write_all(request.as_bytes())?;
     let mut head = Vec::new();
     while !head.contains(&b'\n') && head.len() < MAX_HEAD {
-        stream.set_read_timeout(Some(left(end)?))?;
+        clock.set_read_timeout(Some(left(end)?))?;
         let mut buffer = [0; 256];
         match stream.read(&mut buffer)? {
             0 => break,
@@ -70,6 +91,65 @@ fn exchange(address: SocketAddr, request: &str, end: Instant) -> io::Result<u16>
     let line = String::from_utf8_lossy(&head);
     let status = line.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
     status.ok_or_else(|| io::Error::other("the response is not HTTP/1.1"))
+}
+
+/// A connection, plain or with TLS.
+trait Stream: io::Read + io::Write {}
+
+impl<T: io::Read + io::Write> Stream for T {}
+
+/// Begins TLS without a check of the certificate: the check is of this machine's own Zap, whose certificate names a host
+/// that is known elsewhere.
+fn unchecked_tls(
+    socket: TcpStream,
+    server: ServerName<'static>,
+) -> Result<StreamOwned<ClientConnection, TcpStream>, rustls::Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+        .with_no_client_auth();
+    Ok(StreamOwned::new(ClientConnection::new(Arc::new(config), server)?, socket))
+}
+
+/// Accepts every certificate whose key the server has.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// The time until `end`.
@@ -99,14 +179,15 @@ mod tests {
             ("[::]:1", "http://[::1]:1/health"),
             ("10.0.0.1:80", "http://10.0.0.1:80/health"),
         ] {
-            assert_eq!(url_of(address.parse().unwrap()), url);
+            let listen = |is_tls| Listen { address: address.parse().unwrap(), is_tls };
+            assert_eq!(url_of(listen(false)), url);
+            assert_eq!(url_of(listen(true)), url.replace("http:", "https:"));
         }
     }
 
     #[test]
     fn what_is_no_url_of_a_zap_is_refused() {
-        for url in ["", "a", "/health", "https://127.0.0.1:1", "http://", "http://127.0.0.1:0/", "http://a b"]
-        {
+        for url in ["", "a", "/health", "ftp://127.0.0.1:1", "http://", "http://127.0.0.1:0/", "http://a b"] {
             assert!(ask(url).is_err(), "{url}");
         }
     }

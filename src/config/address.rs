@@ -1,4 +1,4 @@
-//! The address that Zap listens on, for a command that asks a running Zap.
+//! The address that Zap listens on, and whether with TLS, for a command that asks a running Zap.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -8,26 +8,36 @@ use crate::config::common::Context;
 use crate::config::fault_sink::{Faults, LoadError, Sink};
 use crate::config::{file, raw, toml_reader};
 
-/// The host and port of `[server]` in the file at `path`.
+/// Where a Zap listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Listen {
+    /// Its host and port.
+    pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub is_tls: bool,
+}
+
+/// The host and port of `[server]` in the file at `path`, and whether it has certificates.
 ///
 /// Other faults of the file do not matter: a file that was changed and cannot be applied must not make a healthy Zap
 /// look sick.
 ///
 /// # Errors
 /// There is no such file, it is not TOML, or `host` or `port` is not valid.
-pub(crate) fn listen_address(path: &Path) -> Result<SocketAddr, LoadError> {
+pub(crate) fn listen_address(path: &Path) -> Result<Listen, LoadError> {
     let label = path.display().to_string();
     let text = file::read_text(path, &label)?;
     of_text(&text, &label, &|name: &str| std::env::var(name).ok()).map_err(LoadError::Invalid)
 }
 
-fn of_text(text: &str, label: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<SocketAddr, Faults> {
+fn of_text(text: &str, label: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Listen, Faults> {
     let sink = Sink::new(text, label);
     let ctx = Context { base: Path::new(""), files: RefCell::default() };
     let address = toml_reader::document(&sink, env, |root| {
         root.section("server", |t| {
+            let is_tls = t.line_of("tls").is_some();
             let server = raw::server(t, &ctx);
-            SocketAddr::new(server.host, server.port)
+            Listen { address: SocketAddr::new(server.host, server.port), is_tls }
         })
     });
     let is_meant = |fault: &String| fault.contains("`server.host`") || fault.contains("`server.port`");
@@ -56,12 +66,15 @@ mod tests {
                 "[server]\nhost = \"::\"\nworkers = 0\nwat = 1\n[[backends]]\nurl = \"${UNSET}\"\n",
                 Some("[::]:8000"),
             ),
+            ("[[server.tls]]\ncert = \"missing.pem\"\n", Some(default)),
             ("[server]\nport = 70000\n", None),
             ("[server]\nhost = \"zap.example\"\n", None),
             ("[server\n", None),
         ] {
             let found = of_text(text, "f", &env);
-            assert_eq!(found.as_ref().ok().map(SocketAddr::to_string).as_deref(), want, "{text}: {found:?}");
+            let address = found.as_ref().ok().map(|listen| listen.address.to_string());
+            assert_eq!(address.as_deref(), want, "{text}: {found:?}");
+            assert!(found.is_err() || found.is_ok_and(|listen| listen.is_tls == text.contains("tls")));
         }
     }
 }

@@ -66,7 +66,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
-pub(crate) use crate::config::address::listen_address;
+pub(crate) use crate::config::address::{Listen, listen_address};
 pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
 pub(crate) use crate::config::certificate::common_name;
 pub(crate) use crate::config::clients::{ANONYMOUS, ClientKey};

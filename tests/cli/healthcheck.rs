@@ -56,7 +56,7 @@ fn each_failure_exits_with_1_and_says_why() {
     for (url, part) in [
         (format!("http://{not_http}/"), "not HTTP"),
         (format!("http://{broken}/"), "HTTP 503"),
-        ("https://127.0.0.1:1/".into(), "must begin with http://"),
+        ("ftp://127.0.0.1:1/".into(), "must begin with http://"),
         ("\u{1b}[31m".into(), "\\u{1b}[31m: not a URL"),
     ] {
         let (code, message) = at(&url);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::{OK, Running, config, provider};
+use super::{File, OK, Running, config, provider, run, stderr};
 
 /// A folder that is deleted on drop.
 struct Folder(PathBuf);
@@ -95,4 +95,22 @@ fn openssl_gets_the_right_certificate_and_an_answer() {
         assert!(!text.contains("200 OK"), "{what}: {text}");
     }
     zap.line("the TLS handshake with 127.0.0.1 failed");
+}
+
+#[test]
+fn a_health_check_asks_with_tls_and_checks_no_certificate() {
+    let folder = Folder::new();
+    folder.make("zap.test", "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1");
+    let path = folder.0.join("zap.test").display().to_string();
+    let entry = format!("[[server.tls]]\ncert = \"{path}.pem\"\nkey = \"{path}.key\"\n");
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), &entry));
+    let port = zap.address.port();
+    let file = File::new("healthcheck-tls", &format!("[server]\nport = {port}\n{entry}"));
+    for args in [["--config", file.path()], ["--url", &format!("https://localhost:{port}/health")]] {
+        let output = run(&["healthcheck", args[0], args[1]]);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
+    }
+    let plain = run(&["healthcheck", "--url", &format!("http://127.0.0.1:{port}/health")]);
+    assert_eq!(plain.status.code(), Some(1));
+    assert!(stderr(&plain).contains("HTTP 400"), "{}", stderr(&plain));
 }
