@@ -105,7 +105,7 @@ impl ClientLimits<'_> {
         if let Some(limit) = limit {
             let shared = self.gateway.shared();
             let key = limit_key(shared, &record.caller);
-            let result = shared.tokens.reserve(key, limit, needs.expected.total(), clock::now());
+            let result = shared.tokens.reserve(key, (limit, needs.expected.total()), clock::now());
             let (reservation, state) = result.map_err(|d| GatewayError::Limited(LimitError::Tokens(d)))?;
             (reserved.tokens, decision) = (Some(reservation), Some(state));
         }

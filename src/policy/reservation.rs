@@ -78,8 +78,7 @@ impl Limiter<TokenWindow> {
     pub(crate) fn reserve(
         self: &Arc<Self>,
         key: u64,
-        limit: u64,
-        amount: u64,
+        (limit, amount): (u64, u64),
         now: Nanos,
     ) -> Result<(Reservation, TokenDecision), TokenDecision> {
         self.update(key, now, |window| {
@@ -112,12 +111,12 @@ mod tests {
     #[test]
     fn each_key_has_its_own_window() {
         let l = limiter(10);
-        let (first, after) = l.reserve(1, 100, 70, 0).unwrap();
+        let (first, after) = l.reserve(1, (100, 70), 0).unwrap();
         assert_eq!((after.limit, after.remaining, after.reset), (100, 30, WINDOW));
-        let (_other, _) = l.reserve(2, 100, 100, 0).unwrap();
-        assert_eq!(l.reserve(1, 100, 31, 0).unwrap_err().opens_in, None);
+        let (_other, _) = l.reserve(2, (100, 100), 0).unwrap();
+        assert_eq!(l.reserve(1, (100, 31), 0).unwrap_err().opens_in, None);
         assert_eq!(first.settle(80, SECOND), 10);
-        let refused = l.reserve(1, 100, 21, SECOND).unwrap_err();
+        let refused = l.reserve(1, (100, 21), SECOND).unwrap_err();
         assert_eq!((refused.remaining, refused.reset, refused.opens_in), (20, WINDOW, Some(WINDOW - SECOND)));
         assert_eq!(
             (l.state(1, 100, SECOND).remaining, l.state(3, 100, SECOND).remaining, l.keys()),
@@ -128,10 +127,10 @@ mod tests {
     #[test]
     fn a_dropped_reservation_is_refunded_even_by_a_panic() {
         let l = limiter(10);
-        drop(l.reserve(1, 100, 100, 0).unwrap());
+        drop(l.reserve(1, (100, 100), 0).unwrap());
         let theirs = l.clone();
         let thread = std::thread::Builder::new().spawn(move || {
-            let _held = theirs.reserve(1, 100, 100, 0).unwrap();
+            let _held = theirs.reserve(1, (100, 100), 0).unwrap();
             panic!("expected by the test");
         });
         assert!(thread.unwrap().join().is_err());
@@ -142,14 +141,14 @@ mod tests {
     #[test]
     fn a_key_with_an_open_reservation_is_neither_reaped_nor_evicted() {
         let l = limiter(100);
-        let held = l.reserve(key(0), 100, 100, 0).unwrap().0;
+        let held = l.reserve(key(0), (100, 100), 0).unwrap().0;
         // All keys are idle for a window, then more keys come than are tracked.
         for i in 1..1_000 {
             let now = WINDOW * (1 + i / 500);
-            drop(l.reserve(key(i), 100, 1, now).unwrap());
+            drop(l.reserve(key(i), (100, 1), now).unwrap());
             assert!(l.keys() <= 100, "{}", l.keys());
         }
-        assert_eq!(l.reserve(key(0), 100, 1, 3 * WINDOW).unwrap_err().opens_in, None);
+        assert_eq!(l.reserve(key(0), (100, 1), 3 * WINDOW).unwrap_err().opens_in, None);
         assert_eq!(held.settle(150, 3 * WINDOW), 50);
         assert_eq!(l.state(key(0), 100, 3 * WINDOW).remaining, 50, "the overrun counts");
     }
@@ -157,7 +156,7 @@ mod tests {
     #[test]
     fn keys_above_the_maximum_go_when_their_reservations_end() {
         let l = limiter(10);
-        let held: Vec<_> = (0..1_000).map(|i| l.reserve(key(i), 5, 1, i).unwrap().0).collect();
+        let held: Vec<_> = (0..1_000).map(|i| l.reserve(key(i), (5, 1), i).unwrap().0).collect();
         assert_eq!(l.keys(), 1_000);
         held.into_iter().for_each(drop);
         assert!(l.keys() <= 11, "{}", l.keys());
@@ -169,7 +168,7 @@ mod tests {
         let held: Vec<_> = std::thread::scope(|s| {
             let run = |t: u64| {
                 let l = &l;
-                move || (0..2_000).filter_map(|i| l.reserve(7, 1_500, 1, t + i).ok()).collect::<Vec<_>>()
+                move || (0..2_000).filter_map(|i| l.reserve(7, (1_500, 1), t + i).ok()).collect::<Vec<_>>()
             };
             let threads: Vec<_> = (0..4).map(|t| s.spawn(run(t))).collect();
             threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
