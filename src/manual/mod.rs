@@ -221,7 +221,7 @@ mod tests {
             ),
             ("MAX_SIZE", "queue.max_size", &[]),
             ("queue", "queue.max_size", &["queue.timeout_secs"]),
-            ("weight", "weight: name, weight", &["\nbackends.weight", "models.NAME.targets.weight"]),
+            ("weight", "name, weight, priority", &["\nbackends.weight", "models.NAME.targets.weight"]),
             ("backend", "backend  (zap help operations)", &["models.NAME.targets.backend"]),
             ("queue_full", "queue_full  (zap help errors)", &["status      503", "what to do  retry"]),
             ("404", "model_not_found", &["unknown_url"]),
