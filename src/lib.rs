@@ -6,10 +6,11 @@
 //! 1. [`server`] accepts connections on the control thread and gives each to the worker with the fewest. A worker is a
 //!    thread with a runtime of its own. It owns its client connections and its upstream connections, so a request never
 //!    changes its thread. Another thread runs health checks, rebuilds schedules and applies a new configuration.
-//! 2. [`client`] is the client's side of a connection: limits of time, one request after the other ([`client::exchange`]),
-//!    the response body. It knows no policy.
+//! 2. [`client`] is the client's side of a connection: TLS, limits of time, one request after the other
+//!    ([`client::exchange`]), the response body. It knows no policy.
 //! 3. [`gateway`] handles one request: [`protocol::endpoint`] names the endpoint, [`gateway::caller`] the client;
-//!    [`gateway::intake`] reads the body; [`gateway::reserve`] reserves the tokens and the money that it may use;
+//!    [`gateway::intake`] reads the body, in the memory of [`gateway::buffered`]; [`gateway::ask`] finds the route, and with
+//!    [`gateway::learned_ids`] the backend that made what the request refers to; [`gateway::reserve`] reserves the tokens and the money that it may use;
 //!    [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries; [`gateway::opening`] reads of a response
 //!    what decides whether it is an answer; [`gateway::backend_queue`] waits for a busy backend; [`gateway::relay`] passes
 //!    the response on. A refusal is a row of [`gateway::refusal`].
@@ -35,7 +36,8 @@
 //! - *a header that is dropped*: [`http1::headers`], in both directions; *a header that Zap adds to a response, or
 //!   redacts there*: `gateway/response.rs`;
 //! - *a limit of requests*: [`policy::limit`]; *of tokens*: [`policy::token_window`]; *of money*: [`policy::spend`]; *of a
-//!   backend*: [`policy::quota`];
+//!   backend*: [`policy::quota`]; *of memory*: [`policy::byte_budget`];
+//! - *how a backend with several keys is run*: `config/key_pool.rs`, and `policy/dispatch/keys.rs`;
 //! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
 //! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].
 //!
