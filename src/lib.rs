@@ -9,11 +9,11 @@
 //! 2. [`client`] is the client's side of a connection: TLS, limits of time, one request after the other
 //!    ([`client::exchange`]), the response body. It knows no policy.
 //! 3. [`gateway`] handles one request: [`protocol::endpoint`] names the endpoint, [`gateway::caller`] the client;
-//!    [`gateway::intake`] reads the body, in the memory of [`gateway::buffered`]; [`gateway::ask`] finds the route, and with
-//!    [`gateway::learned_ids`] the backend that made what the request refers to; [`gateway::reserve`] reserves the tokens and the money that it may use;
-//!    [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries; [`gateway::opening`] reads of a response
-//!    what decides whether it is an answer; [`gateway::backend_queue`] waits for a busy backend; [`gateway::relay`] passes
-//!    the response on. A refusal is a row of [`gateway::refusal`].
+//!    [`gateway::intake`] reads the body, in the memory of [`gateway::buffered`]; [`gateway::ask`] finds the route, and
+//!    with [`gateway::learned_ids`] the backend that made what the request refers to; [`gateway::reserve`] reserves the
+//!    tokens and the money that it may use; [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries;
+//!    [`gateway::opening`] reads of a response what decides whether it is an answer; [`gateway::backend_queue`] waits
+//!    for a busy backend; [`gateway::relay`] passes the response on. A refusal is a row of [`gateway::refusal`].
 //! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response, an
 //!    error; and who is to blame for a failure. [`policy::choose`] picks the target. [`policy::breaker`] knows which
 //!    backends may get requests, [`policy::pair`] which of their models; the limiter, the admission queue and the retry
