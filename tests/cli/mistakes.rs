@@ -141,7 +141,7 @@ const MISTAKES: &[(&str, &str)] = &[
     ),
     (
         "[server]\nssl_certificate = \"a.pem\"\n{B}",
-        "2: unknown key `server.ssl_certificate`; Zap listens without TLS: put a proxy with TLS in front of it",
+        "2: unknown key `server.ssl_certificate`; a certificate of the listener is written as a `[[server.tls]]` table with `cert` and `key`",
     ),
     (
         "[litellm_settings]\nnum_retries = 3\n{B}",
