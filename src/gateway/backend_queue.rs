@@ -35,7 +35,7 @@ use crate::upstream::limits::Candidate;
 pub(crate) struct BackendQueues {
     /// The places before quotas.
     quotas: Vec<(BackendId, QuotaWait)>,
-    /// The places before full backends, by the first backend of a [pool](Upstream::pool).
+    /// The places before full backends, by the first backend of a [pool](crate::upstream::Upstream::pool).
     tickets: Vec<(BackendId, Ticket)>,
     /// A permit of a backend that was full, by the first backend of its pool.
     pub granted: Option<(BackendId, Permit)>,

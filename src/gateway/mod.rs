@@ -26,12 +26,12 @@ pub(crate) mod opening;
 
 pub(crate) mod relay;
 
-mod ask;
+pub(crate) mod ask;
 
-mod buffered;
+pub(crate) mod buffered;
 mod held;
 pub(crate) mod history;
-mod learned_ids;
+pub(crate) mod learned_ids;
 mod relay_input;
 mod relay_usage;
 mod response;
