@@ -14,8 +14,8 @@
 //!    tokens and the money that it may use; [`gateway::admit`] waits for a slot; [`gateway::attempt`] makes the tries;
 //!    [`gateway::opening`] reads of a response what decides whether it is an answer; [`gateway::backend_queue`] waits
 //!    for a busy backend; [`gateway::relay`] passes the response on. A refusal is a row of [`gateway::refusal`].
-//! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response, an
-//!    error; and who is to blame for a failure. [`policy::choose`] picks the target. [`policy::breaker`] knows which
+//! 4. [`policy`] decides without I/O. [`policy::dispatch`] says what is next: a try, a wait, a backoff, the response,
+//!    an error; and who is to blame for a failure. [`policy::choose`] picks the target. [`policy::breaker`] knows which
 //!    backends may get requests, [`policy::pair`] which of their models; the limiter, the admission queue and the retry
 //!    budget are their neighbours.
 //! 5. [`upstream`] speaks to backends: [`upstream::fleet`] is the snapshot of all of them, [`upstream::send`] makes one
@@ -23,9 +23,9 @@
 //! 6. [`telemetry`] takes one record of each finished request and makes metrics and a log line of it.
 //!
 //! Below these stand modules that know nothing of a request: [`config`] is the operator's file, valid by construction;
-//! [`protocol`] knows the OpenAI API; [`json`] scans and patches bodies; [`http1`] reads and writes heads; [`code`] lists
-//! the codes; [`clock`], [`time`] and [`counter`] serve all. Each module imports only from modules below it; `tests/layers.rs`
-//! holds the order.
+//! [`protocol`] knows the OpenAI API; [`json`] scans and patches bodies; [`http1`] reads and writes heads; [`code`]
+//! lists the codes; [`clock`], [`time`] and [`counter`] serve all. Each module imports only from modules below it;
+//! `tests/layers.rs` holds the order.
 //!
 //! Where to change what:
 //! - *whether a request is tried again, waits for a busy backend or fails*: [`policy::dispatch`]; how long it may wait
@@ -35,8 +35,8 @@
 //! - *a new endpoint*: a variant and a row in [`protocol::endpoint`];
 //! - *a header that is dropped*: [`http1::headers`], in both directions; *a header that Zap adds to a response, or
 //!   redacts there*: `gateway/response.rs`;
-//! - *a limit of requests*: [`policy::limit`]; *of tokens*: [`policy::token_window`]; *of money*: [`policy::spend`]; *of a
-//!   backend*: [`policy::quota`]; *of memory*: [`policy::byte_budget`];
+//! - *a limit of requests*: [`policy::limit`]; *of tokens*: [`policy::token_window`]; *of money*: [`policy::spend`];
+//!   *of a backend*: [`policy::quota`]; *of memory*: [`policy::byte_budget`];
 //! - *how a backend with several keys is run*: `config/key_pool.rs`, and `policy/dispatch/keys.rs`;
 //! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
 //! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].
@@ -134,7 +134,8 @@ fn open_ledger(config: &Config, log: &Log) -> Result<(Arc<Ledger>, Option<Writer
     Ledger::open(path, Box::new(events)).map(|(ledger, writer)| (ledger, Some(writer)))
 }
 
-/// Serves `config` on the listener of `setup` until told to stop; `log` is the way to stderr. `Ok(true)`: nothing was cut.
+/// Serves `config` on the listener of `setup` until told to stop; `log` is the way to stderr. `Ok(true)`: nothing was
+/// cut.
 ///
 /// # Errors
 /// It could not start, or the listener failed.

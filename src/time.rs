@@ -14,8 +14,8 @@ pub(crate) const MILLI: Nanos = 1_000_000;
 
 /// A day in UTC: the number of days since 1970-01-01. Written as `2026-11-25`.
 ///
-/// The conversions follow Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": a year begins in March, so that
-/// the leap day is its last day; an era is 400 years.
+/// The conversions follow Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": a year begins in March, so
+/// that the leap day is its last day; an era is 400 years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Day(u32);
 

@@ -163,6 +163,15 @@ fn no_files_import_one_another_in_a_circle() {
 }
 
 #[test]
+fn comments_fit_into_120_columns() {
+    for (path, text) in code() {
+        let is_prose = |line: &&str| line.trim_start().starts_with("//") && !line.contains("| ");
+        let long = text.lines().filter(is_prose).find(|line| line.chars().count() > 120);
+        assert_eq!(long, None, "{path}");
+    }
+}
+
+#[test]
 fn no_file_is_long_and_few_functions_have_many_parameters() {
     let mut many = Vec::new();
     for (path, text) in code() {

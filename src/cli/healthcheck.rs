@@ -98,8 +98,8 @@ trait Stream: io::Read + io::Write {}
 
 impl<T: io::Read + io::Write> Stream for T {}
 
-/// Begins TLS without a check of the certificate: the check is of this machine's own Zap, whose certificate names a host
-/// that is known elsewhere.
+/// Begins TLS without a check of the certificate: the check is of this machine's own Zap, whose certificate names a
+/// host that is known elsewhere.
 fn unchecked_tls(
     socket: TcpStream,
     server: ServerName<'static>,

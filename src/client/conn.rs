@@ -153,7 +153,8 @@ impl Conn {
     pub(crate) fn is_disconnected(&self, cx: &mut Context<'_>) -> bool {
         if self.reader.is_done() {
             if self.reader.read_ahead(&self.socket, cx) {
-                // The next request has begun. Wake hyper, so that the request is not lost if hyper does not read by itself.
+                // The next request has begun. Wake hyper, so that the request is not lost if hyper does not read by
+                // itself.
                 self.deadline.wake();
             }
             if self.reader.has_ended() {

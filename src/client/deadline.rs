@@ -1,7 +1,7 @@
 //! Time limits of client connections: one periodic sweep for each worker, not a timer for each phase.
 //!
-//! A connection is in one phase at a time, so it needs one deadline: each phase sets it, and the sweep expires those that
-//! have passed. If no phase takes the expiry, the connection ends.
+//! A connection is in one phase at a time, so it needs one deadline: each phase sets it, and the sweep expires those
+//! that have passed. If no phase takes the expiry, the connection ends.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -123,7 +123,8 @@ impl Deadlines {
         deadline
     }
 
-    /// The time of the last sweep. It is exact to [`SWEEP_INTERVAL`], which is enough for limits of seconds, and costs nothing.
+    /// The time of the last sweep. It is exact to [`SWEEP_INTERVAL`], which is enough for limits of seconds, and costs
+    /// nothing.
     pub(crate) fn coarse_now(&self) -> Nanos {
         self.now.get()
     }

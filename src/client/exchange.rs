@@ -85,8 +85,8 @@ impl Exchange {
         self.0.response.hand_over(n);
     }
 
-    /// Whether the client reads too slowly, so that Zap must stop reading from the backend. If so, the connection's task
-    /// is woken when hyper's write buffer is empty.
+    /// Whether the client reads too slowly, so that Zap must stop reading from the backend. If so, the connection's
+    /// task is woken when hyper's write buffer is empty.
     pub(crate) fn is_behind(&self) -> bool {
         self.0.response.is_behind()
     }

@@ -24,8 +24,8 @@ use crate::time::{Nanos, SECOND};
 /// A handshake must be complete this long after the connection was accepted.
 const HANDSHAKE_TIMEOUT: Nanos = 10 * SECOND;
 
-/// How long the input of a client that speaks plain HTTP is dropped, so that it can read the answer before a reset reaches
-/// it.
+/// How long the input of a client that speaks plain HTTP is dropped, so that it can read the answer before a reset
+/// reaches it.
 const LINGER: Nanos = 2 * SECOND;
 
 /// Most bytes that are dropped.

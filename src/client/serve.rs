@@ -182,8 +182,8 @@ async fn guarded<S: Service>(
     response.await.unwrap_or_else(|| gateway.panicked(head))
 }
 
-/// Runs hyper on a connection. Returns whether hyper ended it; otherwise a deadline or the client did, and nobody waits for
-/// a response.
+/// Runs hyper on a connection. Returns whether hyper ended it; otherwise a deadline or the client did, and nobody waits
+/// for a response.
 async fn serve_http<S, H>(conn: &Rc<Conn>, gateway: &Rc<S>, service: H) -> bool
 where
     S: Service,
@@ -199,8 +199,8 @@ where
         conn.deadline.register(cx);
         let responds = conn.response.idle_timeout() > 0;
         let mut ended = http.as_mut().poll(cx).is_ready();
-        // At shutdown a connection closes after its response, even if the head of the response did not say so. A request
-        // that has come before is still served.
+        // At shutdown a connection closes after its response, even if the head of the response did not say so. A
+        // request that has come before is still served.
         let is_last = gateway.is_closing() || responds && gateway.is_stopping();
         if is_last && !closing && !ended {
             closing = true;

@@ -56,8 +56,8 @@ impl Config {
             || self.clients.iter().any(|c| c.tokens_per_minute.is_some() || c.budget.is_some())
     }
 
-    /// How the tokens of a backend's answers are counted: [`UsageMode::Auto`] asks for them if a limit, a budget or a price
-    /// depends on them.
+    /// How the tokens of a backend's answers are counted: [`UsageMode::Auto`] asks for them if a limit, a budget or a
+    /// price depends on them.
     pub(crate) fn usage_of(&self, id: BackendId) -> UsageMode {
         let backend = &self.backends[id];
         let is_needed = || {

@@ -10,8 +10,8 @@ use xxhash_rust::xxh64::xxh64;
 /// Most bytes of a file that are looked at.
 const MAX_BYTES: u64 = 8 << 20;
 
-/// The file of a configuration and the files that it names, each with a fingerprint of its content. A file that cannot be
-/// read has one too, so that its appearance is a change.
+/// The file of a configuration and the files that it names, each with a fingerprint of its content. A file that cannot
+/// be read has one too, so that its appearance is a change.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Files(BTreeMap<PathBuf, u64>);
 

@@ -1,5 +1,5 @@
-//! Reads certificates with their keys, Zap's client certificate for a backend, and the name that the backend's certificate
-//! must have.
+//! Reads certificates with their keys, Zap's client certificate for a backend, and the name that the backend's
+//! certificate must have.
 
 use std::fmt;
 use std::io;

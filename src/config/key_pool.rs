@@ -96,8 +96,8 @@ impl Config {
 /// The largest factor of [`scale`].
 const MAX_SCALE: u32 = 5040;
 
-/// By how much all weights grow, so that each key of a pool gets a whole share of its backend's weight; with many pools of
-/// odd sizes the shares are rounded, by 1 in 1000 at most.
+/// By how much all weights grow, so that each key of a pool gets a whole share of its backend's weight; with many pools
+/// of odd sizes the shares are rounded, by 1 in 1000 at most.
 pub(crate) fn scale(backends: &[Backend]) -> u32 {
     let sizes = backends.iter().filter_map(|backend| backend.pool.as_ref()).map(|pool| pool.size);
     sizes.fold(1, |scale: u32, size| {

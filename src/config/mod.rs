@@ -1,7 +1,7 @@
 //! The configuration: strict TOML, read once, valid by construction.
 //!
-//! [`Config::load`] reads a file, [`Config::parse`] reads a text. Both report every fault at once, each with its line, and
-//! no message ever contains a key.
+//! [`Config::load`] reads a file, [`Config::parse`] reads a text. Both report every fault at once, each with its line,
+//! and no message ever contains a key.
 //!
 //! # Layout
 //!
@@ -9,15 +9,17 @@
 //! - `address` reads where Zap listens and nothing else.
 //! - `fault_sink` collects the faults, each with its line.
 //! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
-//! - `text` is a string with its place, and knows which strings a message may show; `syntax` explains a text that is not
-//!   TOML; `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
+//! - `text` is a string with its place, and knows which strings a message may show; `syntax` explains a text that is
+//!   not TOML; `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
 //! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced; `sent_models` says which models a
 //!   backend may be sent.
-//! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `tls`, `url` and `expand` each read one subject.
+//! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `tls`, `url` and `expand` each read one
+//!   subject.
 //! - `certificate` says which names a certificate has, and when it ends.
 //! - `warnings` finds settings that are allowed but unwise.
-//! - `keys` reads the keys of backends and clients; `key_pool` those of one backend; `secret` keeps a key from being printed.
+//! - `keys` reads the keys of backends and clients; `key_pool` those of one backend; `secret` keeps a key from being
+//!   printed.
 //!
 //! A new key needs a field here and a line (and a const) in `raw`, `backend`, `models`, `clients` or `money`.
 
@@ -360,7 +362,8 @@ pub struct Backend {
 }
 
 impl Config {
-    /// Reads the file at `path`. Relative paths in it are relative to its directory; `${NAME}` comes from the environment.
+    /// Reads the file at `path`. Relative paths in it are relative to its directory; `${NAME}` comes from the
+    /// environment.
     ///
     /// # Errors
     ///
@@ -370,8 +373,8 @@ impl Config {
         Config::load_and_list(path, &mut Files::default())
     }
 
-    /// Reads the file at `path` as [`load`](Self::load) does, and adds it and the files that it names to `files`, even if
-    /// there are faults.
+    /// Reads the file at `path` as [`load`](Self::load) does, and adds it and the files that it names to `files`, even
+    /// if there are faults.
     ///
     /// # Errors
     ///

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-/// Whether `list`, the value of `NO_PROXY`, exempts a backend: `*` exempts all; else each part is a name that also stands
-/// for all names below it, an address or a network, with or without a port.
+/// Whether `list`, the value of `NO_PROXY`, exempts a backend: `*` exempts all; else each part is a name that also
+/// stands for all names below it, an address or a network, with or without a port.
 pub(super) fn is_exempt(list: &str, host: &str, port: u16) -> bool {
     list.trim() == "*"
         || list.split([',', ' ', '\t']).filter(|part| !part.is_empty()).any(|part| exempts(part, host, port))

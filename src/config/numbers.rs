@@ -67,8 +67,8 @@ impl<'i> Section<'_, 'i> {
         number
     }
 
-    /// Returns a value that must not be a plain string. `Err` holds a string with a variable, such as `"${PORT}"`, for the
-    /// caller to parse. Any other string is a fault; `needed` says what the value must be.
+    /// Returns a value that must not be a plain string. `Err` holds a string with a variable, such as `"${PORT}"`, for
+    /// the caller to parse. Any other string is a fault; `needed` says what the value must be.
     pub(super) fn unquoted(
         &self,
         key: &str,

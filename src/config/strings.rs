@@ -84,8 +84,8 @@ impl<'s> Section<'s, '_> {
         }
     }
 
-    /// Reads an array of strings with `parse`. A string that `parse` refuses is a fault and left out; `allowed` says what
-    /// it must be.
+    /// Reads an array of strings with `parse`. A string that `parse` refuses is a fault and left out; `allowed` says
+    /// what it must be.
     pub(super) fn parsed_texts<T>(
         &mut self,
         key: &'static str,

@@ -136,8 +136,8 @@ fn entry(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Option<TlsEntry> {
     Some(TlsEntry { identity, facts, authorities })
 }
 
-/// The settings for rustls. A client may show a certificate of the authorities of any entry, since the client chooses the
-/// entry by the name that it sends.
+/// The settings for rustls. A client may show a certificate of the authorities of any entry, since the client chooses
+/// the entry by the name that it sends.
 fn settings(entries: &[TlsEntry]) -> Result<ServerConfig, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();

@@ -69,7 +69,8 @@ fn usage(chat: &Value, words: usize) -> Value {
     json!({"prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words})
 }
 
-/// The events of a stream. With `usage`, all chunks have the member: the last one with the counts, the others with null.
+/// The events of a stream. With `usage`, all chunks have the member: the last one with the counts, the others with
+/// null.
 fn events(model: &str, words: Vec<String>, usage: Option<Value>) -> Vec<Bytes> {
     let chunk = |choices: Value, counts: &Value| {
         let mut chunk = json!({
@@ -99,8 +100,8 @@ fn backend(name: &str, address: SocketAddr, weight: u32, prices: &str) -> String
     )
 }
 
-/// Starts the providers of `zap demo`, round robin 2:1 between two good ones. With `is_chaos` a third one fails, and all
-/// weights are equal. Returns the configuration and the text to print: commands to try.
+/// Starts the providers of `zap demo`, round robin 2:1 between two good ones. With `is_chaos` a third one fails, and
+/// all weights are equal. Returns the configuration and the text to print: commands to try.
 ///
 /// # Errors
 /// Returns the error of the system if a provider cannot be started.

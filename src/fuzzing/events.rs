@@ -25,10 +25,10 @@ const FORMATS: [StreamFormat; 4] =
 
 const KEY: &str = "sk-key-of-the-backend";
 
-/// Fuzzes [`EventStream`]: any chunking passes the same bytes and gives the verdict of a naive reading, line by line. The
-/// first byte chooses the endpoint, whether Zap has asked for the token counts (128), and whether a key is taken out of
-/// errors (64), which changes nothing in a stream without the key; the next seven choose the lengths of the chunks; the rest
-/// is the stream.
+/// Fuzzes [`EventStream`]: any chunking passes the same bytes and gives the verdict of a naive reading, line by line.
+/// The first byte chooses the endpoint, whether Zap has asked for the token counts (128), and whether a key is taken
+/// out of errors (64), which changes nothing in a stream without the key; the next seven choose the lengths of the
+/// chunks; the rest is the stream.
 pub fn events(data: &[u8]) {
     let Some((header, text)) = data.split_at_checked(8) else { return };
     let format = FORMATS[header[0] as usize % FORMATS.len()];

@@ -14,9 +14,9 @@ const CONTENT_TYPES: [(&[u8], &[u8]); 3] = [
     (b"multipart/form-data; boundary=----WebKitFormBoundary7MA4YWxk", b"----WebKitFormBoundary7MA4YWxk"),
 ];
 
-/// Fuzzes [`FormScanner`]: in any chunking it finds the model that a naive reader of the whole body finds, and the splice that
-/// replaces it leaves all other bytes as they are. The first byte chooses the boundary, the next seven are the lengths of the
-/// chunks; the rest is the body.
+/// Fuzzes [`FormScanner`]: in any chunking it finds the model that a naive reader of the whole body finds, and the
+/// splice that replaces it leaves all other bytes as they are. The first byte chooses the boundary, the next seven are
+/// the lengths of the chunks; the rest is the body.
 pub fn multipart(data: &[u8]) {
     let Some((header, body)) = data.split_at_checked(8) else { return };
     let (content_type, boundary) = CONTENT_TYPES[usize::from(header[0]) % CONTENT_TYPES.len()];

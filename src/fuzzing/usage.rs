@@ -6,8 +6,8 @@ use serde_json::Value;
 use crate::protocol::body_usage::{BodyUsage, MAX_VALUE};
 use crate::protocol::usage::Usage;
 
-/// Fuzzes [`BodyUsage`]: in any chunking it finds the usage that serde_json finds. The first eight bytes are the lengths
-/// of the chunks; the rest is the body.
+/// Fuzzes [`BodyUsage`]: in any chunking it finds the usage that serde_json finds. The first eight bytes are the
+/// lengths of the chunks; the rest is the body.
 ///
 /// A body that does not begin with `{` is also tried as the value of `usage`.
 pub fn usage(data: &[u8]) {

@@ -68,8 +68,8 @@ pub(crate) struct OpenedResponse {
 }
 
 impl OpenedResponse {
-    /// Replaces what has been read of the body. `error`: the body is the whole of an error that was found inside a success,
-    /// so the response becomes one with this status.
+    /// Replaces what has been read of the body. `error`: the body is the whole of an error that was found inside a
+    /// success, so the response becomes one with this status.
     pub(super) fn replace_body(&mut self, body: Bytes, error: Option<u16>) {
         self.first = Some(body);
         let Some(status) = error else { return };

@@ -1,8 +1,8 @@
 //! The queues before busy backends: a request waits here for a full backend, a quota or a cooldown.
 //!
 //! [`Dispatch`](crate::policy::dispatch::Dispatch) decides that a request waits, and for which backends;
-//! [`BackendQueues`] carries the wait out, and ends it if no backend can take the request in time. A waiting request holds
-//! no slot of the gateway.
+//! [`BackendQueues`] carries the wait out, and ends it if no backend can take the request in time. A waiting request
+//! holds no slot of the gateway.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -111,10 +111,10 @@ impl BackendQueues {
         *self = BackendQueues::default();
     }
 
-    /// Waits, without a slot, until a busy target may have reopened: at the known time of a quota, a cooldown or a trial,
-    /// when a full backend grants a permit, when reserved tokens are freed, or when any backend reopens. The request keeps
-    /// its places until it [leaves](Self::leave). A full backend and reserved tokens are waited for until the deadline; a
-    /// quota or a cooldown must end within `queue.max_wait`.
+    /// Waits, without a slot, until a busy target may have reopened: at the known time of a quota, a cooldown or a
+    /// trial, when a full backend grants a permit, when reserved tokens are freed, or when any backend reopens. The
+    /// request keeps its places until it [leaves](Self::leave). A full backend and reserved tokens are waited for until
+    /// the deadline; a quota or a cooldown must end within `queue.max_wait`.
     ///
     /// # Errors
     /// Returns an error at once if no target opens in time or too many requests wait; else
@@ -212,8 +212,8 @@ impl BackendQueues {
         Opening { at, is_open_ended }
     }
 
-    /// Joins the queues of the full backends, of the quotas with reserved tokens, and of the quota that opens first if it
-    /// opens before `latest`. Keeps a place that the request has already.
+    /// Joins the queues of the full backends, of the quotas with reserved tokens, and of the quota that opens first if
+    /// it opens before `latest`. Keeps a place that the request has already.
     fn join(&mut self, snapshot: &Snapshot, ask: &Ask<'_>, busy: &Busy, latest: Nanos) {
         let pool = |id: BackendId| snapshot.backends[id].pool(id);
         self.tickets.retain(|(known, _)| busy.full.iter().any(|id| pool(*id) == *known));

@@ -119,8 +119,8 @@ pub(crate) async fn usage(
 /// Lists of models that a worker caches.
 const MAX_LISTS: usize = 16;
 
-/// A worker's cache of encoded lists of models, by client. A list depends only on the configuration, on what backends say
-/// they serve, and on the client.
+/// A worker's cache of encoded lists of models, by client. A list depends only on the configuration, on what backends
+/// say they serve, and on the client.
 #[derive(Default)]
 pub(crate) struct ModelLists {
     /// The configuration that the lists belong to.

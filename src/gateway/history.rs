@@ -1,5 +1,5 @@
-//! The last five minutes of each backend, for `/status`: since when it is in its state, its rates, its times to the first
-//! token. The fleet thread looks at the counters each second, so nothing of this is on the way of a request.
+//! The last five minutes of each backend, for `/status`: since when it is in its state, its rates, its times to the
+//! first token. The fleet thread looks at the counters each second, so nothing of this is on the way of a request.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -63,8 +63,8 @@ impl Sample {
         }
     }
 
-    /// The time within which a part of the answers since `before` had their first token, in milliseconds; `None` if there
-    /// was none. It is interpolated within a bucket, as Prometheus does.
+    /// The time within which a part of the answers since `before` had their first token, in milliseconds; `None` if
+    /// there was none. It is interpolated within a bucket, as Prometheus does.
     fn first_token_ms(&self, before: &Sample, part: f64) -> Option<f64> {
         let count = |bucket: usize| self.first_token[bucket].wrapping_sub(before.first_token[bucket]);
         let all = count(BUCKETS - 1);

@@ -128,8 +128,8 @@ impl<'a> BodyScanner<'a> {
 
 impl BodyReader<'_> {
     /// Reads and scans the body. Also returns an [`Upload`] if it had to wait for the body: the drain waits for the
-    /// request as long as the caller holds the [`Upload`], which is until the request has a slot. `hold` gets the memory of
-    /// the body.
+    /// request as long as the caller holds the [`Upload`], which is until the request has a slot. `hold` gets the
+    /// memory of the body.
     ///
     /// # Errors
     /// Returns the error in the body, [`GatewayError::RequestTimeout`] if the body stalls, or
@@ -211,10 +211,10 @@ fn body_error(fault: BodyFault) -> GatewayError {
 }
 
 impl ChatRequest {
-    /// Returns a hash that identifies the conversation, of the first of these that is present: the header
-    /// of a session, the members `prompt_cache_key`, `metadata.user_id` and `user`, the model with at most `max_bytes` of
-    /// the opening of `messages`, `input` or `prompt`, unless `max_bytes` is `None`. The hash is the same for every request of the conversation and in every process. `None` if none of
-    /// these is present.
+    /// Returns a hash that identifies the conversation, of the first of these that is present: the header of a session,
+    /// the members `prompt_cache_key`, `metadata.user_id` and `user`, the model with at most `max_bytes` of the opening
+    /// of `messages`, `input` or `prompt`, unless `max_bytes` is `None`. The hash is the same for every request of the
+    /// conversation and in every process. `None` if none of these is present.
     pub(crate) fn affinity(
         &self,
         session: Option<&HeaderValue>,
@@ -253,7 +253,8 @@ impl ChatRequest {
         metadata["user_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned)
     }
 
-    /// The length of the body's text in bytes, for estimates of its tokens; 0 for a form, which is a file for the most part.
+    /// The length of the body's text in bytes, for estimates of its tokens; 0 for a form, which is a file for the most
+    /// part.
     pub(crate) fn text_length(&self) -> u64 {
         if self.form.is_some() {
             return 0;

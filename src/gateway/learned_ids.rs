@@ -1,4 +1,5 @@
-//! The ids of responses, items and conversations: learnt from answers, and looked up for the requests that refer to them.
+//! The ids of responses, items and conversations: learnt from answers, and looked up for the requests that refer to
+//! them.
 
 use std::sync::Arc;
 
@@ -20,8 +21,8 @@ pub(crate) struct IdLearner {
 }
 
 impl IdLearner {
-    /// Starts an answer of the backend whose state has the id `backend`. `is_stream`: it is an event stream. `caller`: the
-    /// client that has made what has the ids; `None` if it has only read them.
+    /// Starts an answer of the backend whose state has the id `backend`. `is_stream`: it is an event stream. `caller`:
+    /// the client that has made what has the ids; `None` if it has only read them.
     pub(super) fn new(shared: &Arc<Shared>, caller: Option<&Caller>, backend: u64, is_stream: bool) -> Self {
         let maker = Maker { backend, client: caller.map_or(0, |caller| caller::owner(shared, caller)) };
         IdLearner { ids: AnswerIds::new(is_stream), maker, shared: shared.clone() }
@@ -40,8 +41,8 @@ impl IdLearner {
     }
 }
 
-/// The backend that made what a request with these ids refers to. `serves`: whether the backend whose state has an id can
-/// serve the request.
+/// The backend that made what a request with these ids refers to. `serves`: whether the backend whose state has an id
+/// can serve the request.
 ///
 /// # Errors
 /// [`GatewayError::NotYours`] if an id belongs to another client.

@@ -1,5 +1,5 @@
-//! Token counting, as far as it concerns the tries: asks a provider for the token counts of a stream, and starts the meter
-//! of an answer.
+//! Token counting, as far as it concerns the tries: asks a provider for the token counts of a stream, and starts the
+//! meter of an answer.
 
 use http::StatusCode;
 
@@ -39,8 +39,8 @@ impl Attempts<'_> {
         ask_for_usage(fields.stream_end, Some((member.span.start, &options)))
     }
 
-    /// Sends a request that asks for the token counts. Some providers refuse it for that: as long as none has succeeded at
-    /// this pair, the request is sent once more without the question.
+    /// Sends a request that asks for the token counts. Some providers refuse it for that: as long as none has succeeded
+    /// at this pair, the request is sent once more without the question.
     pub(super) async fn send_asking(&mut self, asked: &mut Asked<'_>) -> Result<UpstreamResponse, Problem> {
         let (ratios, key) = (&asked.in_flight.upstream().state.ratios, asked.in_flight.key());
         let response = self.send_request(asked).await?;

@@ -156,8 +156,8 @@ impl Attempts<'_> {
         Box::new(KeptResponse { response, number: self.record.tries })
     }
 
-    /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle connection
-    /// was closed.
+    /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle
+    /// connection was closed.
     pub(super) async fn send_request(&mut self, asked: &mut Asked<'_>) -> Result<UpstreamResponse, Problem> {
         match self.send_once(asked, true).await {
             Err(Problem::Send(SendError::Stale)) if !self.gateway.is_cut() => {
@@ -363,8 +363,8 @@ impl Attempts<'_> {
         pairs.cool(in_flight.key(), now + clock::nanos(span), now);
     }
 
-    /// Closes a backend for a while because it refuses its key, unless a request there has succeeded lately: then the key
-    /// is good for others.
+    /// Closes a backend for a while because it refuses its key, unless a request there has succeeded lately: then the
+    /// key is good for others.
     fn close_for_bad_key(&self, upstream: &Upstream, status: u16) {
         let now = clock::now();
         if !upstream.state.breaker.succeeded_within(GOOD_KEY, now) && upstream.state.breaker.bad_key(now) {
@@ -438,8 +438,8 @@ fn stated_wait(head: &Parts, text: Option<&[u8]>) -> Option<Wait> {
     delay.or_else(|| rate_limits::stated_wait(&head.headers, SystemTime::now))
 }
 
-/// Whether the target of a try has served another request a moment ago, so that a status that names no wait means that it
-/// has no room now.
+/// Whether the target of a try has served another request a moment ago, so that a status that names no wait means that
+/// it has no room now.
 fn is_alive(asked: &Asked<'_>, status: u16, (head, text): (&Parts, Option<&[u8]>)) -> bool {
     let pairs = &asked.in_flight.upstream().state.breaker.pairs;
     matches!(status, 429 | 503 | 529)

@@ -1,7 +1,7 @@
 //! Opens a response: reads the beginning of its body, until it is sure that the response is an answer.
 //!
-//! A stream is held back until its first content, since another target can still be asked before that. A short JSON body
-//! is read as a whole, since it may be an error in spite of its status.
+//! A stream is held back until its first content, since another target can still be asked before that. A short JSON
+//! body is read as a whole, since it may be an error in spite of its status.
 
 use std::future::poll_fn;
 use std::task::{Context, Poll};
@@ -126,7 +126,8 @@ impl Place<'_> {
         self.dispatch.has_next(now, &self.view(now), &self.gateway.shared().budget)
     }
 
-    /// Takes the right to another try, because the present one is about to be given up. Returns `false` if none is left.
+    /// Takes the right to another try, because the present one is about to be given up. Returns `false` if none is
+    /// left.
     pub(super) fn claim_next(&self) -> bool {
         let now = clock::now();
         self.dispatch.claim_next(now, &self.view(now), &self.gateway.shared().budget)
@@ -181,8 +182,8 @@ impl Attempts<'_> {
         BodyStart { place, lease, asked, deadline: self.deadline, may_move: true }
     }
 
-    /// Reads the body of an error that may say how long to wait, why the key is refused, or what is not there. `None` if the status does not
-    /// call for it, or nothing came in time.
+    /// Reads the body of an error that may say how long to wait, why the key is refused, or what is not there. `None`
+    /// if the status does not call for it, or nothing came in time.
     pub(super) async fn error_text(
         &self,
         head: &Parts,

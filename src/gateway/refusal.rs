@@ -37,8 +37,8 @@ impl GatewayError {
         self.row().status
     }
 
-    /// Builds the response in the shape of a protocol. `is_budget_spent`: the retry budget is spent, so a 5xx asks SDKs not
-    /// to retry.
+    /// Builds the response in the shape of a protocol. `is_budget_spent`: the retry budget is spent, so a 5xx asks SDKs
+    /// not to retry.
     pub(crate) fn response(&self, protocol: Protocol, is_budget_spent: bool) -> ClientResponse {
         let row = self.row();
         let error = ErrorBody { message: &row.message, kind: row.kind, param: self.param(), code: row.code };

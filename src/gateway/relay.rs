@@ -3,8 +3,8 @@
 //! A relay owns what the request still holds: its slot, its place at the backend, the upstream connection and the
 //! record. All are released when the response ends, the backend fails or the client disconnects.
 //!
-//! The message says when a stream is over, not the transport: at its terminal event the slot and the place are free, and
-//! the backend has succeeded or failed. What follows is passed on for a moment, and is nobody's fault.
+//! The message says when a stream is over, not the transport: at its terminal event the slot and the place are free,
+//! and the backend has succeeded or failed. What follows is passed on for a moment, and is nobody's fault.
 
 use std::fmt;
 use std::pin::Pin;

@@ -1,5 +1,5 @@
-//! Limits by tokens, by money and by requests at once: what a request needs of its client's limits is reserved before it is
-//! sent. The [`RequestRecord`] holds the reservation, and settles it.
+//! Limits by tokens, by money and by requests at once: what a request needs of its client's limits is reserved before
+//! it is sent. The [`RequestRecord`] holds the reservation, and settles it.
 
 use std::sync::Arc;
 
@@ -24,8 +24,8 @@ use crate::time::{Day, Nanos};
 use crate::upstream::fleet::{Ask, Snapshot};
 use crate::upstream::limits::Candidate;
 
-/// What a request may use. Costs nothing if nothing is limited by tokens or money. A request that only counts tokens uses
-/// none.
+/// What a request may use. Costs nothing if nothing is limited by tokens or money. A request that only counts tokens
+/// uses none.
 pub(crate) fn demand(snapshot: &Snapshot, api: &Api, chat: &ChatRequest) -> Demand {
     if !snapshot.limits_tokens() || api.metering == Metering::Off {
         return Demand::default();
@@ -73,8 +73,8 @@ pub(crate) fn token_state(
 }
 
 impl ClientLimits<'_> {
-    /// Reserves what the request needs of its client's limits. Waits while the client has too many requests at once. Also
-    /// returns the state of the client's limit of tokens.
+    /// Reserves what the request needs of its client's limits. Waits while the client has too many requests at once.
+    /// Also returns the state of the client's limit of tokens.
     ///
     /// # Errors
     /// Why a limit refuses the request.
@@ -115,8 +115,8 @@ impl ClientLimits<'_> {
         Ok(decision)
     }
 
-    /// Refuses a request whose input and stated maximum of output are above the limit of its client, or of every backend
-    /// that could serve it: no wait helps.
+    /// Refuses a request whose input and stated maximum of output are above the limit of its client, or of every
+    /// backend that could serve it: no wait helps.
     fn check_size(&self, needs: &Needs, limit: Option<u64>) -> Result<(), GatewayError> {
         let above_own = limit.filter(|limit| needs.stated > *limit).map(|limit| (limit, needs.stated));
         match above_own.or(needs.exceeded.filter(|_| !needs.fits)) {
@@ -159,8 +159,8 @@ struct Needs {
     exceeded: Option<(u64, u64)>,
 }
 
-/// What the request needs at its targets. `is_limited`: the client's tokens or money are limited; otherwise a target where
-/// the request fits ends the search. The cost is computed only with a `budget`, see
+/// What the request needs at its targets. `is_limited`: the client's tokens or money are limited; otherwise a target
+/// where the request fits ends the search. The cost is computed only with a `budget`, see
 /// [`expected_cost`](crate::upstream::Upstream::expected_cost).
 fn needs(snapshot: &Snapshot, ask: &Ask<'_>, (is_limited, budget): (bool, Option<u64>)) -> Needs {
     let mut needs = Needs::default();

@@ -212,7 +212,8 @@ impl Gateway {
         error.response(record.endpoint.protocol(), is_budget_spent)
     }
 
-    /// Builds the response to a request that panicked, from its head. The record was reported when the panic dropped it.
+    /// Builds the response to a request that panicked, from its head. The record was reported when the panic dropped
+    /// it.
     pub(super) fn internal_error(&self, head: &Parts) -> ClientResponse {
         let protocol = Endpoint::of(head.uri.path()).protocol();
         let is_budget_spent = !self.shared().budget.has_room(clock::now());

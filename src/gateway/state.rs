@@ -45,8 +45,8 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// Lifts the limits that `next` does not have, so that a request that waits for one goes on. A backend that is removed
-    /// keeps its limits for the requests that are left.
+    /// Lifts the limits that `next` does not have, so that a request that waits for one goes on. A backend that is
+    /// removed keeps its limits for the requests that are left.
     fn lift_limits_without(&self, next: &Generation, now: Nanos) {
         for backend in self.backends.iter() {
             if let Some(next) = next.backends.iter().find(|next| next.name() == backend.name()) {
@@ -309,7 +309,8 @@ impl Shared {
         self.leaving.load(Ordering::Relaxed)
     }
 
-    /// Lets responses say `connection: close`. A connection whose last response did not say so may send one more request.
+    /// Lets responses say `connection: close`. A connection whose last response did not say so may send one more
+    /// request.
     pub(crate) fn start_leaving(&self) {
         self.leaving.store(true, Ordering::Relaxed);
     }

@@ -1,8 +1,8 @@
 //! Keeps words out of messages that frameworks match on, whatever the status: they take such a message for a rate limit
 //! or a prompt that is too long.
 //!
-//! A message may repeat text of the client, the configuration or the provider. Where such text has one of the words, the
-//! message goes without the text.
+//! A message may repeat text of the client, the configuration or the provider. Where such text has one of the words,
+//! the message goes without the text.
 
 use std::borrow::Cow;
 

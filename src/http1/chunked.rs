@@ -54,8 +54,8 @@ pub(super) enum Position {
 
 /// A message with a chunked body, of which only the end is searched.
 ///
-/// The grammar is that of [`Position::after`], which is stricter than hyper's. If hyper accepts a coding that Zap refuses,
-/// Zap does not know where the message ends.
+/// The grammar is that of [`Position::after`], which is stricter than hyper's. If hyper accepts a coding that Zap
+/// refuses, Zap does not know where the message ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ChunkedMessage {
     /// Bytes of the head that are still to come.

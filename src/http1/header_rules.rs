@@ -97,8 +97,8 @@ pub(crate) fn is_reserved(name: &str) -> bool {
     NOT_THE_CLIENTS.contains(&name)
 }
 
-/// Whether a header never passes by a rule. `name` is in lower case. A name is taken for a credential by its words, since
-/// every gateway and provider has its own.
+/// Whether a header never passes by a rule. `name` is in lower case. A name is taken for a credential by its words,
+/// since every gateway and provider has its own.
 fn is_withheld(name: &str) -> bool {
     let words = || name.split(['-', '_', '.']);
     let is_harmless_key = || words().any(|word| HARMLESS_KEYS.contains(&word));

@@ -2,8 +2,8 @@
 //! values of the headers that Zap writes.
 //!
 //! The headers for a backend are a new map, built from a short list of allowed names. The headers for a client are the
-//! upstream's map without those that belong to the connection (RFC 9110, section 7.6.1) and those that tell browsers about
-//! the provider's own site. This module never handles a backend's key.
+//! upstream's map without those that belong to the connection (RFC 9110, section 7.6.1) and those that tell browsers
+//! about the provider's own site. This module never handles a backend's key.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -104,8 +104,8 @@ pub(crate) enum BodyType {
 
 /// Calls `put` for each header that a backend gets: the allowed ones of the client's headers, and defaults.
 ///
-/// `rules` allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not even
-/// allowed ones.
+/// `rules` allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not
+/// even allowed ones.
 pub(crate) fn to_backend(
     client: &HeaderMap,
     passing: Passing,
@@ -182,7 +182,8 @@ fn remove(upstream: &mut HeaderMap, mut removed: SmallVec<[HeaderName; 4]>) {
     }
 }
 
-/// Whether a request asks for a WebSocket (RFC 6455, section 4.1), provided that it is a GET. Codex tries a WebSocket first.
+/// Whether a request asks for a WebSocket (RFC 6455, section 4.1), provided that it is a GET. Codex tries a WebSocket
+/// first.
 pub(crate) fn wants_websocket(headers: &HeaderMap) -> bool {
     let is_named = |value: &HeaderValue| {
         let mut names = value.as_bytes().split(|b| *b == b',');

@@ -77,8 +77,8 @@ impl Hosts {
     }
 }
 
-/// Whether a browser tells that the page behind a request is neither Zap's own nor of a listed origin. Programs that are no
-/// browsers send none of these headers; Node's `fetch` sends `Sec-Fetch-Mode`, which tells nothing.
+/// Whether a browser tells that the page behind a request is neither Zap's own nor of a listed origin. Programs that
+/// are no browsers send none of these headers; Node's `fetch` sends `Sec-Fetch-Mode`, which tells nothing.
 pub(crate) fn is_foreign(headers: &HeaderMap, listed: &Origins) -> bool {
     match headers.get(ORIGIN) {
         Some(origin) => {

@@ -195,9 +195,9 @@ pub struct Affinity {
     pub user: Option<Range<u64>>,
     /// `metadata`, if it is an object.
     pub metadata: Option<Range<u64>>,
-    /// The opening of the conversation, in the first of `messages`, `input` and `prompt` that has one: of an array, from
-    /// its start to the end of the first message whose `role` is `user`, or to its end if there is none. A string, which
-    /// `messages` cannot be, is an opening as a whole.
+    /// The opening of the conversation, in the first of `messages`, `input` and `prompt` that has one: of an array,
+    /// from its start to the end of the first message whose `role` is `user`, or to its end if there is none. A string,
+    /// which `messages` cannot be, is an opening as a whole.
     pub opening: Option<Range<u64>>,
 }
 

@@ -13,7 +13,8 @@ pub(crate) struct Recipe {
     pub(crate) checked: &'static str,
 }
 
-/// All recipes, in the order of the list that `zap example` prints. A test loads each and compares its URLs with a table.
+/// All recipes, in the order of the list that `zap example` prints. A test loads each and compares its URLs with a
+/// table.
 pub(crate) const RECIPES: [Recipe; 20] = [
     Recipe {
         name: "groq",

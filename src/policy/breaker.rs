@@ -165,8 +165,8 @@ impl Breaker {
         }
     }
 
-    /// Returns the state at `now` over all models, as far as it is proven: [`Status::Cooling`] until the last cooldown of any
-    /// model ends, and [`Status::Ejected`] also if every model in use is out.
+    /// Returns the state at `now` over all models, as far as it is proven: [`Status::Cooling`] until the last cooldown
+    /// of any model ends, and [`Status::Ejected`] also if every model in use is out.
     pub fn status(&self, now: Nanos) -> Status {
         match self.known_status(now) {
             Status::Healthy if self.pairs.are_out(now) => Status::Ejected,
@@ -200,8 +200,8 @@ impl Breaker {
         }
     }
 
-    /// Whether the backend, or its pair with `model`, was ejected after `since`. `model` is called only if a pair of the
-    /// backend is closed.
+    /// Whether the backend, or its pair with `model`, was ejected after `since`. `model` is called only if a pair of
+    /// the backend is closed.
     pub(crate) fn was_ejected_since(&self, model: impl FnOnce() -> u64, since: Nanos) -> bool {
         let is_out = PackedState::unpack(self.word.load(Ordering::Relaxed)).state == HealthState::Ejected;
         is_out && self.ejected_at.load(Ordering::Relaxed) > since

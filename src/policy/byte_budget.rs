@@ -1,7 +1,7 @@
 //! A bound for the bytes that all requests hold together, and who gives way when it is reached.
 //!
-//! Workers take bytes in slabs, so that a small body costs no write to what all workers share. Bodies that wait for room
-//! have an order: the newest gives way.
+//! Workers take bytes in slabs, so that a small body costs no write to what all workers share. Bodies that wait for
+//! room have an order: the newest gives way.
 
 use std::collections::BTreeSet;
 

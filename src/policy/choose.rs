@@ -37,7 +37,8 @@ pub(crate) enum Closed {
     TooLarge,
     /// The quota has room for this request at this time.
     Quota(Nanos),
-    /// The quota has no room for this request because of what other requests have reserved. Nothing says when that ends.
+    /// The quota has no room for this request because of what other requests have reserved. Nothing says when that
+    /// ends.
     Reserved,
 }
 
@@ -88,8 +89,8 @@ pub(crate) trait Fleet {
     /// The rotation of all targets with a weight above 0, up or not.
     fn all(&self) -> Rotation<'_>;
 
-    /// The rotation of all targets with the same backend, by any of its keys, and the same priority as `target`; `None` if
-    /// `target` is the only one.
+    /// The rotation of all targets with the same backend, by any of its keys, and the same priority as `target`; `None`
+    /// if `target` is the only one.
     fn siblings(&self, target: TargetId) -> Option<Rotation<'_>>;
 
     /// The backend of a target.

@@ -1,7 +1,7 @@
 //! The gate of a pair: whether requests may pass, and how it opens again after a cooldown or an ejection.
 //!
-//! A gate that opens again lets single requests pass on trial. The result of a trial decides how it goes on. A trial that
-//! ends without a result is [undone](Gate::undone), so that another request may go in its place.
+//! A gate that opens again lets single requests pass on trial. The result of a trial decides how it goes on. A trial
+//! that ends without a result is [undone](Gate::undone), so that another request may go in its place.
 
 use crate::time::{Nanos, SECOND};
 
@@ -83,8 +83,8 @@ impl Gate {
         }
     }
 
-    /// The gate after a request has passed it, and how it has passed; `None` if it may not. In panic mode a request passes
-    /// an ejected pair.
+    /// The gate after a request has passed it, and how it has passed; `None` if it may not. In panic mode a request
+    /// passes an ejected pair.
     pub(crate) fn passed(self, now: Nanos, panic: bool) -> Option<(Gate, Passage)> {
         match if panic { self.status_in_panic(now) } else { self.status(now) } {
             Status::Healthy => {}

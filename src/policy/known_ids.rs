@@ -1,5 +1,5 @@
-//! Which backend made a response, an item or a conversation, and for which client: later requests refer to it by its id,
-//! and no other backend has it.
+//! Which backend made a response, an item or a conversation, and for which client: later requests refer to it by its
+//! id, and no other backend has it.
 //!
 //! The table is bounded: the id that was used longest ago is dropped first, and each after [`KEPT`]. Ids are kept as
 //! hashes; a hash with a secret key keeps clients from looking for two ids with the same one.
@@ -68,8 +68,8 @@ impl KnownIds {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// Records at `now` that `maker` made the id with this hash. An id that another client has is left to it: ids are the
-    /// provider's, and no client takes the id of another one.
+    /// Records at `now` that `maker` made the id with this hash. An id that another client has is left to it: ids are
+    /// the provider's, and no client takes the id of another one.
     pub(crate) fn learn(&self, id: u64, maker: Maker, now: Nanos) {
         let max = self.max.load(Ordering::Relaxed);
         let mut table = self.table.lock();

@@ -3,8 +3,8 @@
 //! A window is the log of the last admissions, so at most N requests pass in any 60 s, in any interleaving of threads:
 //! the decision for a key is one step under the lock of its map shard. Beyond `max_keys`, the limiter evicts the key
 //! whose last use is the oldest over all shards. Keys that were idle for a whole window are evicted earlier, up to two
-//! for each new key, because an empty window is the same as none. A key whose window is in use is not evicted. A key is a
-//! 64-bit hash; the limiter knows neither clients nor credentials. The same map serves windows of requests and
+//! for each new key, because an empty window is the same as none. A key whose window is in use is not evicted. A key is
+//! a 64-bit hash; the limiter knows neither clients nor credentials. The same map serves windows of requests and
 //! [windows of tokens](crate::policy::token_window).
 
 use std::collections::VecDeque;
@@ -258,8 +258,8 @@ impl<W: KeyWindow> Limiter<W> {
         result
     }
 
-    /// Changes the window of `key`, as one atomic step; `None` if the key is not tracked. With a time, the change counts
-    /// as a use of the key.
+    /// Changes the window of `key`, as one atomic step; `None` if the key is not tracked. With a time, the change
+    /// counts as a use of the key.
     pub(crate) fn update_known<T>(
         &self,
         key: u64,

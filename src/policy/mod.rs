@@ -1,8 +1,8 @@
 //! Decisions without I/O: the rules that Zap follows, as plain functions and types.
 //!
 //! No module here opens a socket, reads a clock, draws a random number or depends on a runtime. Time is an argument
-//! ([`Nanos`](crate::time::Nanos)), and so is randomness; the result is a small type that names the decision. A lint (`.clippy.toml`)
-//! enforces this. The modules are listed in the order in which a request meets them.
+//! ([`Nanos`](crate::time::Nanos)), and so is randomness; the result is a small type that names the decision. A lint
+//! (`.clippy.toml`) enforces this. The modules are listed in the order in which a request meets them.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -215,8 +215,8 @@ impl Pairs {
         self.all.lock().get(&key).is_some_and(|pair| pair.heard >= since)
     }
 
-    /// Reports a client that gave up after a while without the head of a response. Returns whether so many have done so in
-    /// a row that it is a strike.
+    /// Reports a client that gave up after a while without the head of a response. Returns whether so many have done so
+    /// in a row that it is a strike.
     pub(crate) fn gave_up(&self, key: u64, now: Nanos) -> bool {
         self.update(key, now, |pair| {
             pair.gave_up += 1;
@@ -241,9 +241,9 @@ impl Pairs {
         });
     }
 
-    /// Starts a cooldown of `span` after a 429 that states it. `pace`: the time for each request after it, if the provider
-    /// has told it. A pair that names next to no time, again and again, cools down for longer each time until it serves a
-    /// request.
+    /// Starts a cooldown of `span` after a 429 that states it. `pace`: the time for each request after it, if the
+    /// provider has told it. A pair that names next to no time, again and again, cools down for longer each time until
+    /// it serves a request.
     pub(crate) fn limited(&self, key: u64, (span, pace): (Nanos, Option<Nanos>), now: Nanos) {
         self.update(key, now, |pair| {
             pair.heard = now;
@@ -252,8 +252,8 @@ impl Pairs {
         });
     }
 
-    /// Reports that the pair had no room for a request. If it has served one a moment ago, it is busy: it cools down for a
-    /// moment. Returns `false` otherwise.
+    /// Reports that the pair had no room for a request. If it has served one a moment ago, it is busy: it cools down
+    /// for a moment. Returns `false` otherwise.
     pub(crate) fn busy(&self, key: u64, now: Nanos) -> bool {
         self.update(key, now, |pair| {
             let is_busy = pair.succeeded > 0 && pair.succeeded + RECENT > now;
@@ -319,8 +319,8 @@ fn recount(counter: &AtomicUsize, was_counted: bool, is_counted: bool) {
 }
 
 impl Pair {
-    /// The cooldown for a request that found no room. Many may be refused at once: they count once, so it is 0 while the
-    /// pair cools down already.
+    /// The cooldown for a request that found no room. Many may be refused at once: they count once, so it is 0 while
+    /// the pair cools down already.
     fn next_busy_span(&mut self, now: Nanos) -> Nanos {
         if matches!(self.gate, Gate::Cooling { until, .. } if until > now) {
             return 0;

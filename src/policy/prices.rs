@@ -1,7 +1,7 @@
 //! Prices by model, and the cost of an answer, in integers.
 //!
-//! A price of USD per million tokens with at most six decimals is a whole number of pico-USD (10^-12 USD) a token. Costs
-//! are whole nano-USD (10^-9 USD), rounded half up once per answer; sums of costs are therefore exact.
+//! A price of USD per million tokens with at most six decimals is a whole number of pico-USD (10^-12 USD) a token.
+//! Costs are whole nano-USD (10^-9 USD), rounded half up once per answer; sums of costs are therefore exact.
 
 use std::collections::HashMap;
 
@@ -26,7 +26,8 @@ impl Price {
         Price { input, cached, cache_write, output }
     }
 
-    /// Returns the most that so many tokens cost, in nano-USD: all of the input may be read from the cache, or written to it.
+    /// Returns the most that so many tokens cost, in nano-USD: all of the input may be read from the cache, or written
+    /// to it.
     pub(crate) fn most(&self, usage: &Usage) -> u64 {
         Price { input: self.input.max(self.cached).max(self.cache_write), ..*self }.cost(usage)
     }

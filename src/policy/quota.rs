@@ -1,9 +1,10 @@
 //! A provider's quota as the operator configured it, and the queue of requests that wait for it.
 //!
 //! The quota has an exact sliding [`Window`] of requests, a [`TokenWindow`], or both, shared by all workers. A waiting
-//! request has a [`QuotaTicket`]. A request is admitted only if the windows have room for it *and* for all requests ahead
-//! of it: so no request is overtaken. The time at which a request will be admitted is known in advance, unless open
-//! reservations of tokens are in the way: nothing says when they end. Reading clocks and waking are the caller's task.
+//! request has a [`QuotaTicket`]. A request is admitted only if the windows have room for it *and* for all requests
+//! ahead of it: so no request is overtaken. The time at which a request will be admitted is known in advance, unless
+//! open reservations of tokens are in the way: nothing says when they end. Reading clocks and waking are the caller's
+//! task.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -40,8 +41,8 @@ pub(crate) struct Quota {
     /// When a new request would be admitted by the limit of requests, behind all that wait. Kept outside the lock, so
     /// that reading it takes none.
     opens: CachePadded<AtomicU64>,
-    /// The number of tokens that a new request could reserve after the last change, behind all that wait. Time alone only
-    /// makes more of them.
+    /// The number of tokens that a new request could reserve after the last change, behind all that wait. Time alone
+    /// only makes more of them.
     free: CachePadded<AtomicU64>,
 }
 
@@ -62,7 +63,8 @@ struct Waiting {
     tokens: u64,
 }
 
-/// The requests ahead of one request: how many, and the tokens that they will reserve, up to the limit of tokens at least.
+/// The requests ahead of one request: how many, and the tokens that they will reserve, up to the limit of tokens at
+/// least.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ahead {
     requests: usize,
@@ -127,9 +129,10 @@ impl Quota {
         self.token_limit().filter(|_| tokens > 0)
     }
 
-    /// Returns when a request for `tokens` is admitted, behind all that wait; with a `ticket` of this quota, when its holder
-    /// is admitted, with the tokens of the ticket. A time that is not after `now` means at once; a later one that the request
-    /// is not admitted before, whatever other requests use; `None` that only what other requests reserve is in the way.
+    /// Returns when a request for `tokens` is admitted, behind all that wait; with a `ticket` of this quota, when its
+    /// holder is admitted, with the tokens of the ticket. A time that is not after `now` means at once; a later one
+    /// that the request is not admitted before, whatever other requests use; `None` that only what other requests
+    /// reserve is in the way.
     pub(crate) fn opens_at(&self, now: Nanos, tokens: u64, ticket: Option<&QuotaTicket>) -> Option<Nanos> {
         let is_known = ticket.is_some_and(|ticket| ticket.is_of(self));
         if !is_known && tokens <= self.free.load(Ordering::Acquire) {
@@ -140,8 +143,8 @@ impl Quota {
         self.opening_time(&mut state, now, (ahead, tokens))
     }
 
-    /// Returns when the holder of the `ticket` is admitted for sure, whatever other requests use; `None` if that depends on
-    /// them.
+    /// Returns when the holder of the `ticket` is admitted for sure, whatever other requests use; `None` if that
+    /// depends on them.
     pub(crate) fn opens_for_sure(&self, now: Nanos, ticket: &QuotaTicket) -> Option<Nanos> {
         let mut state = self.state.lock();
         let (ahead, own) = self.place(&state, 0, Some(ticket));
@@ -151,9 +154,9 @@ impl Quota {
         Some(self.opens_for_requests(&mut state, now, ahead.requests).max(now.saturating_add(wait)))
     }
 
-    /// Takes one request and `tokens` of the quota, if there is room for this request and for all ahead of it. The holder of a
-    /// `ticket` takes the tokens of the ticket, and leaves the queue. A request for more tokens than the limit takes the whole
-    /// limit, so that it fits into an empty window.
+    /// Takes one request and `tokens` of the quota, if there is room for this request and for all ahead of it. The
+    /// holder of a `ticket` takes the tokens of the ticket, and leaves the queue. A request for more tokens than the
+    /// limit takes the whole limit, so that it fits into an empty window.
     pub(crate) fn take(
         self: &Arc<Self>,
         now: Nanos,
@@ -203,14 +206,15 @@ impl Quota {
         QuotaTicket { quota: self.clone(), number }
     }
 
-    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a limit.
+    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a
+    /// limit.
     pub(crate) fn tokens_left(&self, now: Nanos) -> Option<(u64, u64)> {
         let limit = self.token_limit()?;
         Some((limit, self.state.lock().tokens.look(limit, 1, now).remaining))
     }
 
-    /// Returns what is ahead of a request for `tokens`, and the tokens of the request: those of its ticket, if it has one of
-    /// this quota. Without a ticket, all that wait are ahead.
+    /// Returns what is ahead of a request for `tokens`, and the tokens of the request: those of its ticket, if it has
+    /// one of this quota. Without a ticket, all that wait are ahead.
     fn place(&self, state: &QuotaState, tokens: u64, ticket: Option<&QuotaTicket>) -> (Ahead, u64) {
         let at = ticket.filter(|ticket| ticket.is_of(self)).and_then(|ticket| state.find(ticket.number));
         match at {
@@ -255,8 +259,8 @@ impl Quota {
         })
     }
 
-    /// Returns when a request for `tokens` is admitted that has these ahead; 0 if that is now, `None` if only what other
-    /// requests reserve, or will reserve, is in the way.
+    /// Returns when a request for `tokens` is admitted that has these ahead; 0 if that is now, `None` if only what
+    /// other requests reserve, or will reserve, is in the way.
     fn opening_time(
         &self,
         state: &mut QuotaState,
@@ -337,8 +341,8 @@ impl QuotaTicket {
         self.quota.opens_for_sure(now, self)
     }
 
-    /// Changes the tokens that the holder will take. It keeps its place. Returns whether the requests behind it have fewer
-    /// tokens ahead than before.
+    /// Changes the tokens that the holder will take. It keeps its place. Returns whether the requests behind it have
+    /// fewer tokens ahead than before.
     pub(crate) fn set_tokens(&self, tokens: u64, now: Nanos) -> bool {
         let Some(limit) = self.quota.token_limit() else { return false };
         let tokens = tokens.min(limit);
@@ -352,8 +356,8 @@ impl QuotaTicket {
 }
 
 impl QuotaHold {
-    /// Reports that the request is sent at `now`, which may be some time after the quota admitted it: its connection was
-    /// being opened, or its worker was busy. The provider counts the request and its tokens from now on.
+    /// Reports that the request is sent at `now`, which may be some time after the quota admitted it: its connection
+    /// was being opened, or its worker was busy. The provider counts the request and its tokens from now on.
     pub(crate) fn sent(&self, now: Nanos) {
         if let Some(limit) = self.quota.request_limit() {
             let stamp = self.stamp.get();
@@ -370,8 +374,8 @@ impl QuotaHold {
         }
     }
 
-    /// Gives back the request and the tokens at `now`: the provider was sent nothing. The holder of the `ticket` gets its
-    /// place in the queue back.
+    /// Gives back the request and the tokens at `now`: the provider was sent nothing. The holder of the `ticket` gets
+    /// its place in the queue back.
     pub(crate) fn cancel(self, now: Nanos, ticket: Option<&QuotaTicket>) {
         let (stamp, tokens) = (self.stamp.get(), self.tokens.take());
         self.quota.change(now, |state| {
@@ -388,16 +392,16 @@ impl QuotaHold {
         });
     }
 
-    /// Takes another request at `now`, for a second request that the provider gets on behalf of this one. Returns `false`
-    /// if there is none.
+    /// Takes another request at `now`, for a second request that the provider gets on behalf of this one. Returns
+    /// `false` if there is none.
     pub(crate) fn take_again(&self, now: Nanos) -> bool {
         let Some(again) = self.quota.take_request(now) else { return false };
         self.stamp.set(again);
         true
     }
 
-    /// Ends the reservation of tokens at `now` with the number of tokens that were `used`. Returns the tokens that were used
-    /// beyond the reservation.
+    /// Ends the reservation of tokens at `now` with the number of tokens that were `used`. Returns the tokens that were
+    /// used beyond the reservation.
     pub(crate) fn settle(&self, used: u64, now: Nanos) -> u64 {
         let stamp = self.tokens.take();
         stamp.map_or(0, |stamp| self.quota.change(now, |state| state.tokens.settle(stamp, used, now)))

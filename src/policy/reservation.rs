@@ -1,5 +1,6 @@
-//! What a request reserves of its client's limits, as guards: dropping one refunds it, so no path leaks a reservation. A
-//! refund needs no time: it only makes room. [`quota`](crate::policy::quota) has the reservations of a backend's tokens.
+//! What a request reserves of its client's limits, as guards: dropping one refunds it, so no path leaks a reservation.
+//! A refund needs no time: it only makes room. [`quota`](crate::policy::quota) has the reservations of a backend's
+//! tokens.
 
 use std::sync::Arc;
 
@@ -25,8 +26,8 @@ pub(crate) struct ClientReservation {
 }
 
 impl ClientReservation {
-    /// Ends the reservation with what the answer used and cost, in nano-USD. Returns the tokens that were used beyond the
-    /// reservation.
+    /// Ends the reservation with what the answer used and cost, in nano-USD. Returns the tokens that were used beyond
+    /// the reservation.
     pub(crate) fn settle(self, usage: &Usage, cost: u64, (now, today): (Nanos, Day)) -> u64 {
         let is_dearer = self.spend.is_some_and(|spend| spend.settle(cost, today) > 0);
         let overrun = self.tokens.map_or(0, |reserved| reserved.settle(usage.total(), now));
@@ -34,7 +35,8 @@ impl ClientReservation {
     }
 }
 
-/// The tokens by which an answer cost more than was expected: all beyond the expected ones, or those of its output alone.
+/// The tokens by which an answer cost more than was expected: all beyond the expected ones, or those of its output
+/// alone.
 pub(crate) fn beyond(usage: &Usage, expected: &Usage, is_dearer: bool) -> u64 {
     let all = usage.total().saturating_sub(expected.total());
     if is_dearer { all.max(usage.output.saturating_sub(expected.output)) } else { 0 }
@@ -70,8 +72,8 @@ impl Drop for Reservation {
 }
 
 impl Limiter<TokenWindow> {
-    /// Reserves `amount` tokens for a request of `key` at `now` under `limit` (at least 1), as one atomic step. The rules
-    /// are those of [`TokenWindow::reserve`].
+    /// Reserves `amount` tokens for a request of `key` at `now` under `limit` (at least 1), as one atomic step. The
+    /// rules are those of [`TokenWindow::reserve`].
     ///
     /// # Errors
     /// Returns the decision if there is no room.

@@ -1,8 +1,8 @@
 //! Budgets: at most so much money a day or a month, in UTC.
 //!
-//! A request reserves an estimate of its cost before it is sent, and is settled with the cost itself. What was spent and
-//! what is reserved is together at most the limit, so two requests at its edge cannot both pass. A new period starts at
-//! zero, but open reservations still count. Reading the date is the caller's task.
+//! A request reserves an estimate of its cost before it is sent, and is settled with the cost itself. What was spent
+//! and what is reserved is together at most the limit, so two requests at its edge cannot both pass. A new period
+//! starts at zero, but open reservations still count. Reading the date is the caller's task.
 //!
 //! What was spent is the sum that the ledger knew at the last [sync](SpendLimit::sync), which other processes may have
 //! added to, and what this process has settled since.
@@ -94,8 +94,8 @@ impl SpendLimit {
         Arc::new(SpendLimit { period, state: Mutex::new(state) })
     }
 
-    /// The budget after a reload: `before`, if it is for the same period, since what is spent stays spent; else a new one.
-    /// [`set_limit`](Self::set_limit) applies the new limit.
+    /// The budget after a reload: `before`, if it is for the same period, since what is spent stays spent; else a new
+    /// one. [`set_limit`](Self::set_limit) applies the new limit.
     pub(crate) fn renewed(before: Option<&Arc<Self>>, limit: u64, period: Period, today: Day) -> Arc<Self> {
         let same = before.filter(|before| before.period == period).cloned();
         same.unwrap_or_else(|| SpendLimit::new(limit, period, today))
@@ -138,9 +138,9 @@ impl SpendLimit {
         state.check(amount)
     }
 
-    /// Takes what the ledger knows. `read` returns what was spent in the period of `today`, over all processes. A request is
-    /// added to the ledger before it is settled here, so `read` returns at least what was settled here before. A request
-    /// that is settled in the meantime may count twice until the next sync.
+    /// Takes what the ledger knows. `read` returns what was spent in the period of `today`, over all processes. A
+    /// request is added to the ledger before it is settled here, so `read` returns at least what was settled here
+    /// before. A request that is settled in the meantime may count twice until the next sync.
     pub(crate) fn sync(&self, today: Day, read: impl FnOnce() -> u64) {
         let settled = {
             let mut state = self.state.lock();
@@ -170,8 +170,8 @@ impl SpendLimit {
 
     /// Starts at zero if `day` is in a later period. Returns whether `day` is in the present period.
     ///
-    /// A thread that read the date before midnight may come after one that read it later, so a date that is one day back
-    /// changes nothing. If the clock was set back by more, the period goes back with it and keeps what is spent.
+    /// A thread that read the date before midnight may come after one that read it later, so a date that is one day
+    /// back changes nothing. If the clock was set back by more, the period goes back with it and keeps what is spent.
     fn enter(&self, state: &mut State, day: Day) -> bool {
         if day == state.today {
             return true;
@@ -205,8 +205,8 @@ impl State {
 }
 
 impl SpendReservation {
-    /// Ends the reservation with what was `spent`. Returns the part beyond the reservation. The amount is charged to the
-    /// period of `today`, which must be the day of the ledger's record; if that period is over, to none.
+    /// Ends the reservation with what was `spent`. Returns the part beyond the reservation. The amount is charged to
+    /// the period of `today`, which must be the day of the ledger's record; if that period is over, to none.
     pub(crate) fn settle(mut self, spent: u64, today: Day) -> u64 {
         let amount = std::mem::take(&mut self.amount);
         let mut state = self.budget.state.lock();

@@ -24,10 +24,11 @@ pub(crate) struct TokenDecision {
     pub limit: u64,
     /// Number of tokens that are neither used nor reserved now.
     pub remaining: u64,
-    /// Time until all tokens of the window are free again, if each open reservation were settled now; 0 if all are free.
+    /// Time until all tokens of the window are free again, if each open reservation were settled now; 0 if all are
+    /// free.
     pub reset: Nanos,
-    /// Time until the request may fit: 0 if it fits now. Before that time it does not fit whatever the open reservations
-    /// use. `None` if only open reservations are in the way, because nothing says when they are settled.
+    /// Time until the request may fit: 0 if it fits now. Before that time it does not fit whatever the open
+    /// reservations use. `None` if only open reservations are in the way, because nothing says when they are settled.
     pub opens_in: Option<Nanos>,
 }
 
@@ -108,8 +109,8 @@ impl TokenWindow {
         TokenDecision { limit, remaining: self.free(limit), reset: self.reset(), opens_in }
     }
 
-    /// Ends a reservation at `now` with the number of tokens that were `used`. Returns the overrun: the number of tokens
-    /// that were used beyond the reservation.
+    /// Ends a reservation at `now` with the number of tokens that were `used`. Returns the overrun: the number of
+    /// tokens that were used beyond the reservation.
     pub(crate) fn settle(&mut self, stamp: Stamp, used: u64, now: Nanos) -> u64 {
         self.expire(now);
         let overrun = used.saturating_sub(stamp.tokens);
@@ -143,8 +144,8 @@ impl TokenWindow {
         }
     }
 
-    /// Returns the time from `now` until `tokens` (at most `limit`) fit for sure, whatever open reservations use; `None` if
-    /// that depends on them.
+    /// Returns the time from `now` until `tokens` (at most `limit`) fit for sure, whatever open reservations use;
+    /// `None` if that depends on them.
     pub(crate) fn fits_in(&mut self, limit: u64, tokens: u64, now: Nanos) -> Option<Nanos> {
         self.expire(now);
         let taken = self.used.saturating_add(self.reserved);

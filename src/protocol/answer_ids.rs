@@ -1,7 +1,7 @@
 //! Reads the ids that a provider gives an answer of the Responses API, as its bytes pass, in any chunking.
 //!
-//! These are the ids by which a later request may refer to what the provider has stored: of the response, of the items in
-//! `output`, and of the conversation. In a stream they stand in `response` and `item` of an event. What a client has
+//! These are the ids by which a later request may refer to what the provider has stored: of the response, of the items
+//! in `output`, and of the conversation. In a stream they stand in `response` and `item` of an event. What a client has
 //! chosen, such as an id within `metadata`, is not read.
 
 use memchr::memchr2;

@@ -10,8 +10,8 @@ static TEXTS: LazyLock<[Finder<'static>; 4]> = LazyLock::new(|| {
     ["\"content\":", "\"text\":", "\"arguments\":", "\"reasoning_content\":"].map(Finder::new)
 });
 
-/// The length of the text of the model in the body of an answer, in bytes as it is spelled: of all strings that are members
-/// with the first of the usual names that has text, wherever they stand.
+/// The length of the text of the model in the body of an answer, in bytes as it is spelled: of all strings that are
+/// members with the first of the usual names that has text, wherever they stand.
 pub(crate) fn answer_text(body: &[u8]) -> u64 {
     let length = |finder: &Finder<'_>, at: usize| {
         let value = body[at + finder.needle().len()..].trim_ascii_start().strip_prefix(b"\"")?;

@@ -1,16 +1,16 @@
 //! Reads the top-level `usage` of a JSON answer as its bytes pass, in any chunking and without keeping the body.
 //!
 //! Most of an answer stands before its `usage`. That part is only searched for the key: inside a string the quotes of
-//! the key would be escaped, so the key without a backslash before it is a whole string, and a colon after it makes it a
-//! key. From the first key on, strings and braces are followed. The depth of a key is known at the end: a valid body
+//! the key would be escaped, so the key without a backslash before it is a whole string, and a colon after it makes it
+//! a key. From the first key on, strings and braces are followed. The depth of a key is known at the end: a valid body
 //! ends outside of all objects. Brackets do not matter, since every member of a body that begins with a brace is in an
 //! object.
 //!
 //! The answer is that of serde_json for every valid body that is an object, with these exceptions: a key with escapes
 //! (`"us\u0061ge"`) is not found, and a value longer than [`MAX_VALUE`] does not count. The last of several top-level
-//! `usage` members counts; if it is `null` there is no usage. A body that is cut has no usage, unless it is cut directly
-//! behind an object that has a `usage` of its own: then that may be returned. A body that is no JSON, or no object, may
-//! have any usage or none.
+//! `usage` members counts; if it is `null` there is no usage. A body that is cut has no usage, unless it is cut
+//! directly behind an object that has a `usage` of its own: then that may be returned. A body that is no JSON, or no
+//! object, may have any usage or none.
 
 use std::sync::LazyLock;
 
@@ -36,8 +36,8 @@ const USUAL_TAILS: [usize; 2] = [240, 640];
 static FIND_KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(KEY));
 
 impl Usage {
-    /// Reads the top-level `usage` of a JSON body, as [`BodyUsage`] does. The body must be whole: of one that is cut, the
-    /// usage of an object within it may be returned.
+    /// Reads the top-level `usage` of a JSON body, as [`BodyUsage`] does. The body must be whole: of one that is cut,
+    /// the usage of an object within it may be returned.
     pub(crate) fn of_body(body: &[u8]) -> Option<Usage> {
         usual(body).unwrap_or_else(|| {
             let mut reader = BodyUsage::new();
@@ -47,8 +47,8 @@ impl Usage {
     }
 }
 
-/// Reads a whole body in which the only brace behind a `usage` ends the body, so that this is the last `usage` of the top
-/// level. `None` if the body is another one, or its usage is not written as providers usually do.
+/// Reads a whole body in which the only brace behind a `usage` ends the body, so that this is the last `usage` of the
+/// top level. `None` if the body is another one, or its usage is not written as providers usually do.
 fn usual(body: &[u8]) -> Option<Option<Usage>> {
     if body.first() != Some(&b'{') {
         return None;
@@ -118,8 +118,8 @@ impl BodyUsage {
         Self::at_depth(1)
     }
 
-    /// Starts a body whose `usage` is in so many objects: 1 is the top level, 2 a member of it. No object above may have a
-    /// `usage`.
+    /// Starts a body whose `usage` is in so many objects: 1 is the top level, 2 a member of it. No object above may
+    /// have a `usage`.
     pub(crate) fn at_depth(objects: i64) -> Self {
         BodyUsage {
             objects,

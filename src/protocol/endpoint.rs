@@ -46,8 +46,8 @@ pub(crate) struct Row {
     endpoint: Endpoint,
     /// The name in labels.
     pub(crate) name: &'static str,
-    /// The paths, compared byte by byte. A path that ends in `/*` matches all paths below it. A path below `/v1` matches
-    /// without `/v1` too: half of all SDKs are given a base URL without it.
+    /// The paths, compared byte by byte. A path that ends in `/*` matches all paths below it. A path below `/v1`
+    /// matches without `/v1` too: half of all SDKs are given a base URL without it.
     pub(crate) paths: &'static [&'static str],
     /// What serves the requests.
     pub(crate) served: ServedBy,
@@ -410,8 +410,8 @@ impl Endpoint {
         self.api().map_or(Protocol::default(), |api| api.protocol)
     }
 
-    /// Whether a request to `path` of this endpoint needs a client key, if client keys are configured. Unknown paths below
-    /// `/v1/` need one too.
+    /// Whether a request to `path` of this endpoint needs a client key, if client keys are configured. Unknown paths
+    /// below `/v1/` need one too.
     pub(crate) fn is_guarded(self, path: &str) -> bool {
         let is_own = match self.row().served {
             ServedBy::Backends(_) | ServedBy::Stored(_) | ServedBy::Zap(Page::Models) => true,

@@ -40,8 +40,8 @@ fn is_overload(code: Code) -> bool {
 }
 
 impl ErrorBody<'_> {
-    /// Writes the error as JSON. OpenAI's shape is `{"error":{"message":…,"type":…,"param":…,"code":…}}`. Anthropic's is
-    /// `{"error":{"type":…,"message":…}}` with `"type":"error"` before it; Zap adds the `code`.
+    /// Writes the error as JSON. OpenAI's shape is `{"error":{"message":…,"type":…,"param":…,"code":…}}`. Anthropic's
+    /// is `{"error":{"type":…,"message":…}}` with `"type":"error"` before it; Zap adds the `code`.
     pub(crate) fn write(&self, protocol: Protocol, status: u16) -> String {
         let (message, code) = (Value::from(self.message), self.code.text());
         match protocol {

@@ -35,8 +35,8 @@ impl StreamEnding {
         }
     }
 
-    /// Whether the body must end cleanly behind the error event: clients drop the last event of a stream that is cut. Those
-    /// of the other formats know an incomplete stream by its cut alone.
+    /// Whether the body must end cleanly behind the error event: clients drop the last event of a stream that is cut.
+    /// Those of the other formats know an incomplete stream by its cut alone.
     pub(crate) fn is_clean(&self) -> bool {
         matches!(self, StreamEnding::Messages | StreamEnding::Responses(_))
     }

@@ -2,9 +2,9 @@
 //!
 //! The events of one answer are nearly equal: the text of the delta differs, sometimes a number or an id, and nothing
 //! else. Once two events have shown where they differ, a third of the same shape needs no parser: its other bytes are
-//! compared, and what may differ is skipped. Such an event means what the first one meant, because only values differ that
-//! the [class](crate::protocol::event_class) of an event behind the first content does not depend on. Parsing each event
-//! costs ten times as much.
+//! compared, and what may differ is skipped. Such an event means what the first one meant, because only values differ
+//! that the [class](crate::protocol::event_class) of an event behind the first content does not depend on. Parsing each
+//! event costs ten times as much.
 
 use std::ops::Range;
 
@@ -77,8 +77,8 @@ impl Leaf {
     }
 }
 
-/// The strings and numbers of an event, in their order; empty if the event has not exactly one line of data, or is nested
-/// too deeply. The data is valid JSON.
+/// The strings and numbers of an event, in their order; empty if the event has not exactly one line of data, or is
+/// nested too deeply. The data is valid JSON.
 fn leaves(format: StreamFormat, event: &[u8]) -> Leaves {
     let Some(start) = data_start(event).filter(|_| event.len() < u32::MAX as usize) else {
         return Leaves::new();
@@ -198,8 +198,8 @@ impl<'e> Walk<'e> {
     }
 }
 
-/// Where the top-level member `usage` stands in an event whose data is JSON, with its comma, if its value is null; `None` if
-/// there is no such member.
+/// Where the top-level member `usage` stands in an event whose data is JSON, with its comma, if its value is null;
+/// `None` if there is no such member.
 pub(crate) fn null_usage(event: &[u8]) -> Option<Range<usize>> {
     Some(find_null(event, data_start(event)?, b"usage")?.member)
 }
@@ -208,7 +208,8 @@ fn digits(text: &[u8]) -> usize {
     text.iter().take_while(|b| b.is_ascii_digit()).count()
 }
 
-/// The length of a leaf at the beginning of `text`, and of the text of the model in it; `None` if there is no such leaf.
+/// The length of a leaf at the beginning of `text`, and of the text of the model in it; `None` if there is no such
+/// leaf.
 fn measure(leaf: &Leaf, text: &[u8]) -> Option<(usize, u64)> {
     if leaf.is_number {
         return Some((digits(text), 0)).filter(|(length, _)| *length > 0);

@@ -1,7 +1,7 @@
 //! The headers of forms (RFC 7578): the boundary in `Content-Type`, and what the headers of a part say.
 //!
-//! Parsers of forms differ where a header is unusual. What two of them may read differently is refused, so that no backend
-//! finds another model in a form than Zap does.
+//! Parsers of forms differ where a header is unusual. What two of them may read differently is refused, so that no
+//! backend finds another model in a form than Zap does.
 
 use std::borrow::Cow;
 
@@ -142,7 +142,8 @@ fn split(header: &[u8]) -> Option<(&[u8], Vec<Param<'_>>)> {
     if rest.is_empty() || rest.trim_ascii() == b";" { Some((kind, params)) } else { None }
 }
 
-/// The value of a quoted string, whose text behind its first quote is given, and what follows it; `None` if it has no end.
+/// The value of a quoted string, whose text behind its first quote is given, and what follows it; `None` if it has no
+/// end.
 fn unquoted(text: &[u8]) -> Option<(Cow<'_, [u8]>, &[u8])> {
     let mut escaped: Option<Vec<u8>> = None;
     let mut at = 0;

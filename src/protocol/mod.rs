@@ -1,4 +1,5 @@
-//! The APIs of OpenAI and Anthropic as Zap knows them: endpoints, stream events, rate-limit headers, and redaction of keys.
+//! The APIs of OpenAI and Anthropic as Zap knows them: endpoints, stream events, rate-limit headers, and redaction of
+//! keys.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -1,10 +1,10 @@
-//! Scans a form (RFC 7578, RFC 2046 section 5.1.1) as its bytes pass, in any chunking and in bounded memory, for the value of
-//! the part `model`.
+//! Scans a form (RFC 7578, RFC 2046 section 5.1.1) as its bytes pass, in any chunking and in bounded memory, for the
+//! value of the part `model`.
 //!
-//! A delimiter is a line that begins with two hyphens and the boundary. It must end with the boundary, white space aside, or
-//! with two hyphens that close the form. Lines end with CRLF. Parsers of forms disagree about anything else (other text
-//! behind a boundary, a delimiter behind a bare line feed, a folded or nameless header), so it is refused: a backend must not
-//! find another model than Zap does.
+//! A delimiter is a line that begins with two hyphens and the boundary. It must end with the boundary, white space
+//! aside, or with two hyphens that close the form. Lines end with CRLF. Parsers of forms disagree about anything else
+//! (other text behind a boundary, a delimiter behind a bare line feed, a folded or nameless header), so it is refused:
+//! a backend must not find another model than Zap does.
 
 use bytes::Bytes;
 use memchr::memmem::Finder;
@@ -47,7 +47,8 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    /// The splice that sets the model: in the place of the value that the form has, or as a part of its own before all others.
+    /// The splice that sets the model: in the place of the value that the form has, or as a part of its own before all
+    /// others.
     pub(crate) fn model_splice(&self, model: &str) -> Splice {
         match &self.model {
             Model::Named { span, .. } | Model::Nothing(span) => Splice {

@@ -47,8 +47,8 @@ pub(crate) fn find_null(text: &[u8], from: usize, name: &[u8]) -> Option<NullMem
     }
 }
 
-/// The length of a string up to its closing quote, as it is spelled and as it is decoded to UTF-8, in bytes; `None` if it has
-/// no end, or a control character. The escapes are valid.
+/// The length of a string up to its closing quote, as it is spelled and as it is decoded to UTF-8, in bytes; `None` if
+/// it has no end, or a control character. The escapes are valid.
 pub(crate) fn measure_string(text: &[u8]) -> Option<(usize, usize)> {
     let (mut at, mut saved) = (0, 0);
     loop {
@@ -64,8 +64,8 @@ pub(crate) fn measure_string(text: &[u8]) -> Option<(usize, usize)> {
     }
 }
 
-/// The length of an escape, whose text behind the backslash is given, and that of its character in UTF-8. A surrogate is
-/// half of a character of four bytes.
+/// The length of an escape, whose text behind the backslash is given, and that of its character in UTF-8. A surrogate
+/// is half of a character of four bytes.
 fn measure_escape(text: &[u8]) -> (usize, usize) {
     match text {
         [b'u', b'0', b'0', b'0'..=b'7', ..] => (6, 1),

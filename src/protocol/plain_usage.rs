@@ -1,4 +1,5 @@
-//! Reads a `usage` object that is written as providers usually write it, in a fraction of the instructions of a JSON parser.
+//! Reads a `usage` object that is written as providers usually write it, in a fraction of the instructions of a JSON
+//! parser.
 //!
 //! If the object is written in another way, the caller must parse it. Whether the text is valid JSON is not checked.
 
@@ -74,8 +75,8 @@ fn next(text: &[u8], mut at: usize) -> Option<Next> {
     }
 }
 
-/// Returns the member with the key at `at`, behind its quote, and the index of the member's value. The commonest keys are
-/// compared without a search for their end.
+/// Returns the member with the key at `at`, behind its quote, and the index of the member's value. The commonest keys
+/// are compared without a search for their end.
 #[inline(always)]
 fn member(text: &[u8], at: usize) -> Option<(Option<Member>, usize)> {
     let rest = text.get(at..)?;
@@ -125,8 +126,8 @@ fn string(text: &[u8]) -> Option<&[u8]> {
     (text[end] == b'"').then(|| &text[..end])
 }
 
-/// Returns the value at `at`, if it is a count, and its end. `None` if the value is an array or an object, is not whole, or
-/// has so many digits that it may be too large.
+/// Returns the value at `at`, if it is a count, and its end. `None` if the value is an array or an object, is not
+/// whole, or has so many digits that it may be too large.
 #[inline(always)]
 fn scalar(text: &[u8], at: usize) -> Option<(Option<u64>, usize)> {
     let (mut count, mut end) = (0_u64, at);

@@ -39,8 +39,8 @@ impl Wait {
     }
 }
 
-/// The wait that a 429 states: its `retry-after-ms` or `Retry-After` alone, if one of them is valid; else the longest wait
-/// for an empty bucket. `None` if the response states no wait. `wall` returns the time of day.
+/// The wait that a 429 states: its `retry-after-ms` or `Retry-After` alone, if one of them is valid; else the longest
+/// wait for an empty bucket. `None` if the response states no wait. `wall` returns the time of day.
 pub(crate) fn stated_wait(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wait> {
     retry_after(headers, &wall).map(Wait::of).or_else(|| empty_bucket(headers, wall))
 }
@@ -50,8 +50,8 @@ pub(crate) fn wait_after_success(headers: &HeaderMap, wall: impl Fn() -> SystemT
     empty_bucket(headers, wall).map(|wait| wait.span.min(MAX_AFTER_SUCCESS))
 }
 
-/// The wait that the JSON body of a 429 states: `retryDelay` of `google.rpc.RetryInfo` in the details of the error, such as
-/// `"34.07s"`. Gemini sends it, also with the error as the element of a list.
+/// The wait that the JSON body of a 429 states: `retryDelay` of `google.rpc.RetryInfo` in the details of the error,
+/// such as `"34.07s"`. Gemini sends it, also with the error as the element of a list.
 pub(crate) fn retry_delay(body: &[u8]) -> Option<Duration> {
     memchr::memmem::find(body, b"\"retryDelay\"")?;
     let json: Value = serde_json::from_slice(body).ok()?;
@@ -86,8 +86,8 @@ fn number(text: &str) -> Option<f64> {
     text.bytes().all(|b| b.is_ascii_digit() || b == b'.').then(|| text.parse().ok())?
 }
 
-/// The longest wait for a bucket that is empty; `None` if no bucket is empty or none has a valid reset. `wall` is called
-/// only if a bucket is empty.
+/// The longest wait for a bucket that is empty; `None` if no bucket is empty or none has a valid reset. `wall` is
+/// called only if a bucket is empty.
 fn empty_bucket(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wait> {
     let wait = |name: &str, value: &str| {
         if name == "ratelimit" {
@@ -112,8 +112,8 @@ fn empty_bucket(headers: &HeaderMap, wall: impl Fn() -> SystemTime) -> Option<Wa
     limits.filter_map(|(name, value)| wait(name.as_str(), value.to_str().ok()?.trim())).max()
 }
 
-/// The names of the limit and the reset that belong to a header with the remaining units of a bucket; `None` if `name` is
-/// not such a header. Responses with them are common, but `empty_bucket` needs the names only for an empty bucket.
+/// The names of the limit and the reset that belong to a header with the remaining units of a bucket; `None` if `name`
+/// is not such a header. Responses with them are common, but `empty_bucket` needs the names only for an empty bucket.
 fn siblings(name: &str) -> Option<(String, String)> {
     let (before, after) = name.split_once("remaining")?;
     let is_known = matches!(before, "x-ratelimit-" | "x-rate-limit-" | "ratelimit-")
@@ -148,8 +148,8 @@ fn one_unit(reset: Duration, limit: Option<&str>) -> Option<Wait> {
     }
 }
 
-/// Parses a reset: a duration (`2m30s`, `1s`, `6ms`), a number of seconds, a Unix time (above 1e9 in seconds, above 1e12
-/// in milliseconds), or a date as in RFC 3339. The result is at most [`MAX_RESET`]; `None` if the text is invalid.
+/// Parses a reset: a duration (`2m30s`, `1s`, `6ms`), a number of seconds, a Unix time (above 1e9 in seconds, above
+/// 1e12 in milliseconds), or a date as in RFC 3339. The result is at most [`MAX_RESET`]; `None` if the text is invalid.
 pub(crate) fn reset_in(text: &str, wall: SystemTime) -> Option<Duration> {
     let text = text.trim();
     if let Some(at) = unix_time(text) {

@@ -93,7 +93,8 @@ const MAX_REFERENCE: usize = 4096;
 /// Most items of one request that are looked up.
 const MAX_ITEMS: usize = 64;
 
-/// The newest references to items in `input`, the newest first. An item is parsed only if it is short and names the type.
+/// The newest references to items in `input`, the newest first. An item is parsed only if it is short and names the
+/// type.
 fn item_references(input: &[u8]) -> Vec<String> {
     let items: Vec<&RawValue> = serde_json::from_slice(input).unwrap_or_default();
     let of_item = |item: &&RawValue| {

@@ -9,11 +9,11 @@ use crate::protocol::null_member::find_null;
 /// The member of a request that asks for the token counts.
 pub(crate) const STREAM_OPTIONS: &str = "stream_options";
 
-/// The splice that asks for the token counts in a streamed request; `None` if the client has decided itself, or the member
-/// is not an object. The client's other options keep their bytes.
+/// The splice that asks for the token counts in a streamed request; `None` if the client has decided itself, or the
+/// member is not an object. The client's other options keep their bytes.
 ///
-/// `stream_end`: the offset behind the value of the request's `stream`. `options`: the member `stream_options`, from its
-/// key to the end of its value, and its offset.
+/// `stream_end`: the offset behind the value of the request's `stream`. `options`: the member `stream_options`, from
+/// its key to the end of its value, and its offset.
 pub(crate) fn ask_for_usage(stream_end: u64, options: Option<(u64, &[u8])>) -> Option<Splice> {
     let insert = |at: u64, skip: usize, text: &'static str| {
         Some(Splice { at, skip: skip as u64, insert: Bytes::from_static(text.as_bytes()) })

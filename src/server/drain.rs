@@ -1,5 +1,5 @@
-//! Signals and graceful shutdown: serve on for `server.drain_delay_secs`, refuse new requests, let running requests finish,
-//! cut those that take longer than `server.drain_secs`.
+//! Signals and graceful shutdown: serve on for `server.drain_delay_secs`, refuse new requests, let running requests
+//! finish, cut those that take longer than `server.drain_secs`.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -30,7 +30,8 @@ pub fn orders() -> (Sender<Order>, Receiver<Order>) {
     channel(4)
 }
 
-/// The handlers of SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2. Once they are installed, these signals no longer kill the process.
+/// The handlers of SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2. Once they are installed, these signals no longer kill
+/// the process.
 #[derive(Debug)]
 pub(crate) struct Signals {
     term: Signal,
@@ -55,8 +56,8 @@ impl Signals {
         })
     }
 
-    /// Sends [`Order::Reload`] for SIGHUP, [`Order::Upgrade`] for SIGUSR2, [`Order::DelayedDrain`] for SIGTERM and [`Order::Drain`] for SIGINT. Each SIGTERM
-    /// or SIGINT after the first sends [`Order::Now`]. SIGUSR1 does nothing.
+    /// Sends [`Order::Reload`] for SIGHUP, [`Order::Upgrade`] for SIGUSR2, [`Order::DelayedDrain`] for SIGTERM and
+    /// [`Order::Drain`] for SIGINT. Each SIGTERM or SIGINT after the first sends [`Order::Now`]. SIGUSR1 does nothing.
     pub(crate) async fn send(mut self, orders: Sender<Order>) {
         let mut is_stopping = false;
         let mut stop = |first| if std::mem::replace(&mut is_stopping, true) { Order::Now } else { first };
@@ -87,8 +88,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How often the log says how many requests still run.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// After another process has taken the listeners, idle connections stay open until no request has run for this long: each may
-/// send one more request. Its response says `connection: close`, so that a busy client never meets a closed connection.
+/// After another process has taken the listeners, idle connections stay open until no request has run for this long:
+/// each may send one more request. Its response says `connection: close`, so that a busy client never meets a closed
+/// connection.
 const IDLE_GRACE: Duration = Duration::from_secs(5);
 
 /// A stop in progress.
@@ -122,8 +124,8 @@ impl<'a> Stop<'a> {
         self.wait(end, || running() == 0).await
     }
 
-    /// Lets the connections go within `drain` after another process has taken the listeners: idle ones once nothing has run
-    /// for a while, at the latest after half of the time; busy ones after their response. Returns whether no
+    /// Lets the connections go within `drain` after another process has taken the listeners: idle ones once nothing has
+    /// run for a while, at the latest after half of the time; busy ones after their response. Returns whether no
     /// request runs, and when connections must be cut.
     pub(crate) async fn wait_for_connections(
         &mut self,

@@ -1,5 +1,5 @@
-//! The fleet thread: runs the health checks, asks for lists of models, rebuilds the schedule when a backend changes its state, and reloads the
-//! configuration.
+//! The fleet thread: runs the health checks, asks for lists of models, rebuilds the schedule when a backend changes its
+//! state, and reloads the configuration.
 //!
 //! A single loop does all three, so that two of them never replace the snapshot at the same time. It has its own
 //! thread, since a schedule for thousands of backends takes long to build, and clients must not wait for it.
@@ -31,8 +31,8 @@ const MAX_BLOCKING: usize = 16;
 /// After a rebuild of the schedule that took longer than this, the loop pauses before the next one.
 const QUICK_REBUILD: Nanos = MILLI;
 
-/// Time from one look of the budgets at the ledger, and of the history at the backends, to the next: other processes may
-/// write to the ledger.
+/// Time from one look of the budgets at the ledger, and of the history at the backends, to the next: other processes
+/// may write to the ledger.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The fleet thread; dropping this value ends the thread.

@@ -1,5 +1,5 @@
-//! Listening sockets that another process has opened: systemd, or the Zap that this one takes over from. They come as open
-//! files from number 3 on, and `LISTEN_FDS` says how many.
+//! Listening sockets that another process has opened: systemd, or the Zap that this one takes over from. They come as
+//! open files from number 3 on, and `LISTEN_FDS` says how many.
 //!
 //! Between two Zaps `LISTEN_PID` is left out, since no process knows the id of the next one before it runs, and
 //! `LISTEN_FDS_FIRST_FD` says at which number the files begin, since 3 may be in use.
@@ -24,8 +24,8 @@ pub(crate) struct Inherited {
     pub(crate) unix: Option<UnixListener>,
 }
 
-/// Takes the listening sockets of the environment: at most one of TCP and one unix socket. Must be called before a thread
-/// is started.
+/// Takes the listening sockets of the environment: at most one of TCP and one unix socket. Must be called before a
+/// thread is started.
 ///
 /// # Errors
 /// Returns a message if there is another socket, or one too many.

@@ -28,8 +28,9 @@ fn first_check_window(backends: usize) -> Duration {
     FIRST_CHECKS.max(FIRST_CHECK_SPACING.saturating_mul(u32::try_from(backends).unwrap_or(u32::MAX)))
 }
 
-/// Checks the backend with this `id` until it is removed, drained or no longer checked. Each check uses the current configuration. A check
-/// is skipped if a real request succeeded within the interval and the backend is healthy or cools down.
+/// Checks the backend with this `id` until it is removed, drained or no longer checked. Each check uses the current
+/// configuration. A check is skipped if a real request succeeded within the interval and the backend is healthy or
+/// cools down.
 pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
     // A random delay, so that the backends are not checked at the same time.
     let backends = shared.current.load().backends.len();
@@ -102,8 +103,8 @@ impl Checked {
         Checked { probe: Probe::Failed, found: Err(fault) }
     }
 
-    /// Records the result at the backend, and logs a change of its state. `is_first`: the first check after a start or a
-    /// reload; its failure is logged at once.
+    /// Records the result at the backend, and logs a change of its state. `is_first`: the first check after a start or
+    /// a reload; its failure is logged at once.
     fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream, is_first: bool) {
         upstream.checks.add(self.probe);
         let now = clock::now();

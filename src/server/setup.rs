@@ -55,8 +55,8 @@ impl From<TcpListener> for Setup {
     }
 }
 
-/// Takes the listeners that another process has opened; if there are none, opens that of the configuration. Must be called
-/// before a thread is started. `watch`: whether `--watch` is set.
+/// Takes the listeners that another process has opened; if there are none, opens that of the configuration. Must be
+/// called before a thread is started. `watch`: whether `--watch` is set.
 ///
 /// # Errors
 /// Returns a message if that fails.

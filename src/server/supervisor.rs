@@ -12,7 +12,8 @@ use rustix::time::{ClockId, clock_gettime};
 /// The variable with the socket of systemd: a path, or an abstract name after `@`.
 const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
 
-/// The variable with the process id of the Zap that this one takes over from. Its standard input is a socket to that one.
+/// The variable with the process id of the Zap that this one takes over from. Its standard input is a socket to that
+/// one.
 pub(crate) const PARENT_VARIABLE: &str = "ZAP_UPGRADE_FROM";
 
 /// What the new process writes to the old one when it accepts clients.

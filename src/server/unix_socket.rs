@@ -33,8 +33,8 @@ impl Drop for SocketFile {
     }
 }
 
-/// Opens the socket. Removes what an earlier process has left there, unless somebody listens. Must be called before a thread
-/// is started, since it changes the umask for a moment.
+/// Opens the socket. Removes what an earlier process has left there, unless somebody listens. Must be called before a
+/// thread is started, since it changes the umask for a moment.
 ///
 /// # Errors
 /// Returns a message if that fails.

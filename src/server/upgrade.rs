@@ -1,5 +1,5 @@
-//! An upgrade: the program on disk is started anew with the same arguments, takes the listening sockets, and says when it
-//! accepts clients. The sockets are never closed, so no client notices.
+//! An upgrade: the program on disk is started anew with the same arguments, takes the listening sockets, and says when
+//! it accepts clients. The sockets are never closed, so no client notices.
 
 use std::ffi::OsString;
 use std::io;

@@ -1,7 +1,7 @@
 //! Watches the files of the configuration by their content, and asks for a reload when one has changed.
 //!
-//! Kubernetes changes a mounted ConfigMap by a rename of the link `..data`, which changes no file that a watch of the system
-//! would report. So Zap reads the files, which costs little: they are few and small.
+//! Kubernetes changes a mounted ConfigMap by a rename of the link `..data`, which changes no file that a watch of the
+//! system would report. So Zap reads the files, which costs little: they are few and small.
 
 use std::cell::RefCell;
 use std::time::Duration;

@@ -90,8 +90,8 @@ pub(crate) struct Client {
 }
 
 impl Clients {
-    /// The client keys of `config`. A key with the same name in `before` hands on its counters, and what it has spent. The
-    /// new limits apply at once.
+    /// The client keys of `config`. A key with the same name in `before` hands on its counters, and what it has spent.
+    /// The new limits apply at once.
     pub(crate) fn new(config: &Config, before: Option<&Clients>) -> Self {
         let client = |conf: &ClientKey| {
             let known = before.and_then(|before| before.iter().find(|c| c.conf.name == conf.name));

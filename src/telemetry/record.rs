@@ -213,8 +213,8 @@ impl RequestRecord {
         }
     }
 
-    /// Counts what the answer used, and ends the reservations. Called before the last byte goes to the client, so that its
-    /// next request sees it.
+    /// Counts what the answer used, and ends the reservations. Called before the last byte goes to the client, so that
+    /// its next request sees it.
     pub(crate) fn settle(&mut self) {
         // Without a count, dropping the reservations refunds them.
         let reserved = self.reserved.take();
@@ -271,8 +271,8 @@ impl RequestRecord {
         }
     }
 
-    /// Whether `/status` lists the request among the failures: a try has failed, or the client was refused for no fault of
-    /// the request.
+    /// Whether `/status` lists the request among the failures: a try has failed, or the client was refused for no fault
+    /// of the request.
     fn has_failed(&self) -> bool {
         let is_refused = || self.status >= 500 || self.status == 429;
         !self.failed.is_empty() || is_refused() && self.endpoint.api().is_some()

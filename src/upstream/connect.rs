@@ -56,7 +56,8 @@ impl Roots {
         self.system.is_empty()
     }
 
-    /// The TLS settings with these roots beside those of the system. Zap shows `identity` to a backend that asks for it.
+    /// The TLS settings with these roots beside those of the system. Zap shows `identity` to a backend that asks for
+    /// it.
     fn config(
         &self,
         more: &[CertificateDer<'static>],

@@ -202,8 +202,9 @@ impl Snapshot {
         }
     }
 
-    /// The targets that were passed over for `chosen`: targets of the same or a lower priority value that cannot take the
-    /// request, and with affinity those that come first by hash. Without `chosen`, all that cannot take the request.
+    /// The targets that were passed over for `chosen`: targets of the same or a lower priority value that cannot take
+    /// the request, and with affinity those that come first by hash. Without `chosen`, all that cannot take the
+    /// request.
     pub(crate) fn passed(
         &self,
         now: Nanos,
@@ -241,8 +242,8 @@ impl Snapshot {
         Rotation { schedule, cursor: &self.routing.cursors[ask.route][index][ask.endpoint as usize] }
     }
 
-    /// The hash that identifies a target for affinity, the same in every process. It covers the backend, and the model if
-    /// the route fixes one.
+    /// The hash that identifies a target for affinity, the same in every process. It covers the backend, and the model
+    /// if the route fixes one.
     fn identity(&self, ask: &Ask<'_>, id: TargetId) -> u64 {
         let t = &self.route(ask).targets[id];
         let model = if let Sent::Fixed { identity, .. } = &t.sent { *identity } else { 0 };
@@ -420,8 +421,8 @@ pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snaps
 mod tests {
     use super::*;
 
-    /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, where `big` has three times the weight of `small`,
-    /// and to `b`.
+    /// Backends `a`, `b`, `c`, and a route `two` to two models of `a`, where `big` has three times the weight of
+    /// `small`, and to `b`.
     fn fleet(strategy: &str) -> Snapshot {
         let backend =
             |name: &str| format!("[[backends]]\nname = \"{name}\"\nurl = \"http://{name}\"\nweight = 4\n");

@@ -1,4 +1,5 @@
-//! The starts of the request heads that a backend gets, made in advance: the request line and the backend's own headers.
+//! The starts of the request heads that a backend gets, made in advance: the request line and the backend's own
+//! headers.
 
 use std::fmt;
 
@@ -132,8 +133,8 @@ impl Heads {
         head.extend_from_slice(line.as_bytes());
     }
 
-    /// The start of a request head, without the request line for a stored response; `None` if the backend does not serve
-    /// the endpoint.
+    /// The start of a request head, without the request line for a stored response; `None` if the backend does not
+    /// serve the endpoint.
     pub(super) fn request(&self, endpoint: Endpoint) -> Option<&[u8]> {
         self.requests[endpoint as usize].as_ref().map(|head| &head.0[..])
     }
@@ -154,8 +155,8 @@ impl Heads {
     }
 }
 
-/// The operator's query with the parameters of the client's. A server may take the last of several values, so a client's
-/// parameter does not go out if the operator's query has one of its name, or if its name is escaped.
+/// The operator's query with the parameters of the client's. A server may take the last of several values, so a
+/// client's parameter does not go out if the operator's query has one of its name, or if its name is escaped.
 fn joined_query(own: &str, clients: &str) -> String {
     let name = |parameter: &str| parameter.split('=').next().unwrap_or_default().to_owned();
     let is_own = |client: &str| {

@@ -18,8 +18,8 @@ use crate::upstream::limits::{BackendReservation, Candidate};
 #[must_use = "dropping it ends the request at the backend"]
 pub(crate) struct InFlight {
     upstream: Arc<Upstream>,
-    /// What the request has taken of the backend's limits; `None` if the backend has none, or once another value answers
-    /// for it. Boxed, since this value moves often and limits are rare.
+    /// What the request has taken of the backend's limits; `None` if the backend has none, or once another value
+    /// answers for it. Boxed, since this value moves often and limits are rare.
     reservation: Option<Box<BackendReservation>>,
     /// The permit, if the backend has a `max_in_flight`.
     permit: Option<Permit>,
@@ -53,8 +53,8 @@ impl QuotaWait {
         Some(QuotaWait { ticket, upstream: upstream.clone() })
     }
 
-    /// Changes the tokens that the request will take, since what it is expected to use has changed. It keeps its place. The
-    /// requests behind it look again if they have fewer tokens ahead.
+    /// Changes the tokens that the request will take, since what it is expected to use has changed. It keeps its place.
+    /// The requests behind it look again if they have fewer tokens ahead.
     pub(crate) fn set_tokens(&self, tokens: u64) {
         if self.ticket.as_ref().is_some_and(|ticket| ticket.set_tokens(tokens, clock::now())) {
             self.upstream.state.quota_changed.notify_waiters();
@@ -107,8 +107,8 @@ impl InFlight {
         self.upstream.state.breaker.was_ejected_since(|| self.key, self.entered)
     }
 
-    /// Reports that the request has waited for long without a byte. If the pair has sent nothing to anybody in that time,
-    /// others are preferred.
+    /// Reports that the request has waited for long without a byte. If the pair has sent nothing to anybody in that
+    /// time, others are preferred.
     pub(crate) fn note_silence(&self, now: Nanos) {
         let pairs = &self.upstream.state.breaker.pairs;
         if !pairs.was_heard_since(self.key, self.entered) {
@@ -122,8 +122,8 @@ impl InFlight {
         self.upstream.state.breaker.pairs.answered(self.key, now);
     }
 
-    /// Reports that the request ends without a result of its target. If it was a trial, another request may go in its place:
-    /// returns whether one may.
+    /// Reports that the request ends without a result of its target. If it was a trial, another request may go in its
+    /// place: returns whether one may.
     pub(crate) fn undo_trial(&self, now: Nanos) -> bool {
         let Passages { backend, pair } =
             self.passages.replace(Passages { backend: Passage::Free, pair: Passage::Free });
@@ -148,8 +148,8 @@ impl InFlight {
         self.reservation.as_ref()?.quota.as_ref()
     }
 
-    /// Takes another unit of the quota, for a second request that the provider gets on behalf of this one. Returns `false`
-    /// if there is none.
+    /// Takes another unit of the quota, for a second request that the provider gets on behalf of this one. Returns
+    /// `false` if there is none.
     pub(crate) fn take_again(&self) -> bool {
         self.quota().is_none_or(|quota| quota.take_again(clock::now()))
     }
@@ -169,8 +169,8 @@ impl Drop for InFlight {
 }
 
 impl Upstream {
-    /// Takes a permit, and what the request needs of the quota and the budget: all or nothing. In `panic` mode an ejected
-    /// backend takes the request too.
+    /// Takes a permit, and what the request needs of the quota and the budget: all or nothing. In `panic` mode an
+    /// ejected backend takes the request too.
     pub(crate) fn enter(self: &Arc<Self>, candidate: &Candidate<'_>, panic: bool) -> Option<InFlight> {
         let permit = match &self.admission {
             Some(admission) => Some(admission.try_pass()?),

@@ -71,8 +71,8 @@ pub(crate) struct BackendReservation {
 }
 
 impl BackendReservation {
-    /// Ends the reservation with what the answer used and cost, in nano-USD. Returns the tokens that were used beyond the
-    /// reservation.
+    /// Ends the reservation with what the answer used and cost, in nano-USD. Returns the tokens that were used beyond
+    /// the reservation.
     pub(crate) fn settle(mut self, usage: &Usage, cost: u64, (now, today): (Nanos, Day)) -> u64 {
         let is_dearer = self.spend.take().is_some_and(|spend| spend.settle(cost, today) > 0);
         let overrun = self.end_quota(|quota| quota.settle(usage.total(), now));
@@ -103,7 +103,8 @@ impl Upstream {
         self.budget.as_ref()
     }
 
-    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a limit.
+    /// The limit of tokens and the number of tokens that are neither used nor reserved at `now`; `None` without a
+    /// limit.
     pub(crate) fn tokens_left(&self, now: Nanos) -> Option<(u64, u64)> {
         self.quota.as_ref()?.tokens_left(now)
     }

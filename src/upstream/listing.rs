@@ -12,8 +12,8 @@ use crate::upstream::get::get;
 pub(crate) const MAX_LIST: usize = 4 << 20;
 
 impl Upstream {
-    /// Whether the backend can be asked for its models: it takes requests for any name, with a key of its own or without
-    /// one, and the path of the list is known.
+    /// Whether the backend can be asked for its models: it takes requests for any name, with a key of its own or
+    /// without one, and the path of the list is known.
     pub(crate) fn may_list(&self) -> bool {
         let conf = &self.conf;
         conf.weight > 0

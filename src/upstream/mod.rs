@@ -248,7 +248,8 @@ impl Upstream {
         self.prices.price(model.unwrap_or_default()).map_or(0, |price| price.cost(usage))
     }
 
-    /// The first of the backends that are one backend with several keys; `id`, the index of this backend, if it has one key.
+    /// The first of the backends that are one backend with several keys; `id`, the index of this backend, if it has one
+    /// key.
     pub(crate) fn pool(&self, id: BackendId) -> BackendId {
         self.conf.pool.as_ref().map_or(id, |pool| pool.first)
     }
@@ -283,13 +284,14 @@ impl Upstream {
         self.state.in_flight.load(Ordering::Relaxed)
     }
 
-    /// The start of a request head: the request line and the backend's own headers. `None` if the backend does not serve
-    /// the endpoint.
+    /// The start of a request head: the request line and the backend's own headers. `None` if the backend does not
+    /// serve the endpoint.
     pub(crate) fn head_start(&self, endpoint: Endpoint) -> Option<&[u8]> {
         self.heads.request(endpoint)
     }
 
-    /// Writes the request line of a `request` for a stored response, which [`head_start`](Self::head_start) does not have.
+    /// Writes the request line of a `request` for a stored response, which [`head_start`](Self::head_start) does not
+    /// have.
     pub(crate) fn write_stored_line(&self, request: &Parts, head: &mut Vec<u8>) {
         self.heads.write_stored_line(request, head);
     }
@@ -417,8 +419,8 @@ impl Upstream {
     }
 }
 
-/// Whether streamed requests to a backend ask for the token counts: something depends on them, and the member that asks is
-/// not dropped.
+/// Whether streamed requests to a backend ask for the token counts: something depends on them, and the member that asks
+/// is not dropped.
 fn asks_for_usage(conf: &config::Backend) -> bool {
     conf.usage == UsageMode::Inject && !conf.drop_fields.iter().any(|field| **field == *STREAM_OPTIONS)
 }

@@ -16,24 +16,24 @@ pub(crate) fn targets(conf: &config::Backend) -> Result<Vec<(Endpoint, Uri)>, &'
     served.map(|(endpoint, path)| Ok((endpoint, target(&path)?))).collect()
 }
 
-/// The path of an endpoint behind that of `url`; `None` if the backend does not serve it: it does not speak the protocol,
-/// or it serves chat only.
+/// The path of an endpoint behind that of `url`; `None` if the backend does not serve it: it does not speak the
+/// protocol, or it serves chat only.
 pub(crate) fn path(conf: &config::Backend, endpoint: Endpoint) -> Option<String> {
     let api = endpoint.api().filter(|api| conf.protocols.contains(&api.protocol))?;
     if endpoint == Endpoint::Chat { Some(conf.chat_path.clone()) } else { beside_chat(conf, api.tail) }
 }
 
-/// The path that ends in `tail` where the chat path ends in `/chat/completions`; `None` if that ends differently: then the
-/// backend serves chat only.
+/// The path that ends in `tail` where the chat path ends in `/chat/completions`; `None` if that ends differently: then
+/// the backend serves chat only.
 fn beside_chat(conf: &config::Backend, tail: &str) -> Option<String> {
     let (chat, query) = conf.chat_path.split_at(conf.chat_path.find('?').unwrap_or(conf.chat_path.len()));
     let base = chat.strip_suffix(Endpoint::Chat.api()?.tail)?;
     Some(format!("{base}{tail}{query}"))
 }
 
-/// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result has
-/// it once: SDKs call `https://api.openai.com/v1` the base URL, so operators write it as `url`. The default health path
-/// is at the root, where inference engines serve it.
+/// Appends `path` to the path of a backend's `url`. If `base` ends in `/v1` and `path` begins with `/v1`, the result
+/// has it once: SDKs call `https://api.openai.com/v1` the base URL, so operators write it as `url`. The default health
+/// path is at the root, where inference engines serve it.
 pub(crate) fn joined(base: &str, path: &str) -> String {
     let is_of_root = path.starts_with("/v1/") || path == HEALTH_PATH;
     let base = base.strip_suffix("/v1").filter(|_| is_of_root).unwrap_or(base);

@@ -179,8 +179,8 @@ fn status(head: &[u8]) -> Result<Option<(u16, usize)>, ProxyError> {
     }
 }
 
-/// What stands before the path of a request (RFC 9112, section 3.2): the scheme and the authority if a proxy forwards the
-/// requests, else nothing.
+/// What stands before the path of a request (RFC 9112, section 3.2): the scheme and the authority if a proxy forwards
+/// the requests, else nothing.
 pub(crate) fn origin(backend: &Backend) -> String {
     let url = &backend.url;
     match backend.proxy {

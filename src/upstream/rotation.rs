@@ -24,23 +24,24 @@ struct TargetSpec {
     priority: u32,
 }
 
-/// The schedules of a set. Their members are [`TargetId`]s. Each schedule has an index, the same in every rebuild, under
-/// which its cursors are found: first the tiers, then `all`, then the siblings.
+/// The schedules of a set. Their members are [`TargetId`]s. Each schedule has an index, the same in every rebuild,
+/// under which its cursors are found: first the tiers, then `all`, then the siblings.
 #[derive(Debug)]
 pub(super) struct RotationSet {
     /// For each priority, lowest first: the targets that were up at the last rebuild.
     pub(super) tiers: Vec<Arc<Schedule>>,
     /// Every target with a weight above 0, up or not.
     pub(super) all: Arc<Schedule>,
-    /// For each target: the schedule of all targets with the same backend, by any of its keys, and the same priority, and its index; `None` if there
-    /// is no other such target.
+    /// For each target: the schedule of all targets with the same backend, by any of its keys, and the same priority,
+    /// and its index; `None` if there is no other such target.
     pub(super) siblings: Box<[Option<Siblings>]>,
 }
 
 pub(super) type Siblings = (Arc<Schedule>, usize);
 
 impl TargetSet {
-    /// The targets of a route that `fits` holds for. `pool` returns the first of the backends that share their load with one.
+    /// The targets of a route that `fits` holds for. `pool` returns the first of the backends that share their load
+    /// with one.
     pub(super) fn new(
         route: &Route,
         fits: impl Fn(&Target) -> bool,

@@ -1,5 +1,5 @@
-//! What requests are routed by and does not change before a reload: routes, sets of targets, and the members of a body that
-//! the scanner must find.
+//! What requests are routed by and does not change before a reload: routes, sets of targets, and the members of a body
+//! that the scanner must find.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,8 +36,8 @@ pub(super) struct Routing {
     pub(super) class_of: [usize; Endpoint::COUNT],
     /// For each route, and each class of endpoints: the index of its set.
     pub(super) set_of: Vec<Box<[usize]>>,
-    /// For each route and each index of a schedule: a cursor for each endpoint. Endpoints that share a cursor would skip
-    /// targets.
+    /// For each route and each index of a schedule: a cursor for each endpoint. Endpoints that share a cursor would
+    /// skip targets.
     pub(super) cursors: Vec<Box<[EndpointCursors]>>,
 }
 
@@ -142,8 +142,8 @@ impl Routing {
     }
 }
 
-/// The class of each endpoint, and for each class which backends serve its endpoints. Endpoints that no backend ever serves
-/// are in the first class.
+/// The class of each endpoint, and for each class which backends serve its endpoints. Endpoints that no backend ever
+/// serves are in the first class.
 fn classes(backends: &[Arc<Upstream>]) -> ([usize; Endpoint::COUNT], Vec<Vec<bool>>) {
     let mut classes = Vec::new();
     let mut class_of = [0; Endpoint::COUNT];

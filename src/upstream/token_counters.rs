@@ -45,8 +45,8 @@ impl TokenCount {
     }
 }
 
-/// The token counts of one worker for one backend, by model. The names come from the configuration. Only a scrape contends
-/// for the lock. The models that are used most come first.
+/// The token counts of one worker for one backend, by model. The names come from the configuration. Only a scrape
+/// contends for the lock. The models that are used most come first.
 #[derive(Debug, Default)]
 pub(crate) struct TokenCounters(Mutex<Vec<(Arc<str>, TokenCount)>>);
 

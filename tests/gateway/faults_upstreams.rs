@@ -1130,8 +1130,8 @@ fn u21_a_name_that_does_not_resolve_leaves_the_others_serving() {
     zap.wait_until_idle();
 }
 
-/// Sends chats to a failing backend with healthy probes, and to one that serves, for six intervals between probes. Returns
-/// how often the first one has changed its state.
+/// Sends chats to a failing backend with healthy probes, and to one that serves, for six intervals between probes.
+/// Returns how often the first one has changed its state.
 fn changes_of_state(a: &Provider) -> usize {
     const UP: &str = "zap_backend_up{backend=\"a\"}";
     let b = Provider::named("b");

@@ -66,8 +66,8 @@ fn no_probe_is_sent_while_real_requests_succeed() {
     eventually("probes are sent again", || a.probes().len() > 1);
 }
 
-/// Asserts that a backend which treats chats by `answers` is still probed, and is ejected when its probes fail. The clients
-/// disconnect before any content.
+/// Asserts that a backend which treats chats by `answers` is still probed, and is ejected when its probes fail. The
+/// clients disconnect before any content.
 fn assert_ejected_by_probes(answers: impl Fn(&mut TcpStream) -> After + Send + Sync + 'static, body: &str) {
     let a = Provider::start(move |_, stream| answers(stream));
     let settings = format!("{FAST}failure_threshold = 2\n[retry]\nmax_retries = 0");
@@ -281,8 +281,8 @@ fn with_all_backends_ejected_one_below_its_limit_is_picked() {
 
 #[test]
 fn requests_queued_for_a_backend_that_is_then_ejected_are_still_served() {
-    // A status ejects the backend for the model, until a request succeeds; a closed connection ejects it as a whole, until
-    // a probe succeeds.
+    // A status ejects the backend for the model, until a request succeeds; a closed connection ejects it as a whole,
+    // until a probe succeeds.
     for (status, picks, after) in [(500, 1.0, "healthy"), (502, 3.0, "ejected")] {
         let gate = Gate::default();
         let (held, asked) = (gate.clone(), AtomicUsize::new(0));

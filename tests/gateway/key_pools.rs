@@ -1,4 +1,5 @@
-//! Backends with several keys: each key has its own limits and its own state, and the backend has one share and one try.
+//! Backends with several keys: each key has its own limits and its own state, and the backend has one share and one
+//! try.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! Anthropic's Messages API: the dialect passes byte for byte, and its streams, token counts and errors are those of the
-//! dialect.
+//! Anthropic's Messages API: the dialect passes byte for byte, and its streams, token counts and errors are those of
+//! the dialect.
 
 use serde_json::{Value, json};
 

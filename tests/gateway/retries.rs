@@ -454,8 +454,8 @@ fn a_stream_without_content_is_no_success_even_after_it_has_gone_out() {
     assert_eq!(zap.metric("zap_upstream_errors_total{backend=\"a\",kind=\"upstream_empty\"}"), 1.0);
 }
 
-/// Sends 60 chats at once to `zap`, which serves one at a time, and opens `gate` once all others wait. Returns the numbers
-/// of their tries, in the order in which `a` has got them.
+/// Sends 60 chats at once to `zap`, which serves one at a time, and opens `gate` once all others wait. Returns the
+/// numbers of their tries, in the order in which `a` has got them.
 fn tries_of_a_queue(zap: &Zap, a: &Provider, gate: &Gate) -> Vec<usize> {
     const CLIENTS: usize = 60;
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| zap.client()).collect();
@@ -497,8 +497,8 @@ fn a_request_counts_for_the_retry_budget_when_it_leaves_the_queue() {
     let zap = Zap::with(&settings(2), &[a.backend("a", ""), b.backend("b", "priority = 1")]);
     let tries = tries_of_a_queue(&zap, &a, &gate);
     assert_eq!(tries, [2; 60]);
-    // The requests that still wait pay for nothing: the first ones soon have no more than ten retries in a second and one
-    // each. If all of the queue paid, each of them would be tried eleven times.
+    // The requests that still wait pay for nothing: the first ones soon have no more than ten retries in a second and
+    // one each. If all of the queue paid, each of them would be tried eleven times.
     let (a, gate) = failing();
     let zap = Zap::with(&settings(10), &[a.backend("a", "")]);
     let tries = tries_of_a_queue(&zap, &a, &gate);

@@ -13,8 +13,8 @@ const JSON: &str = "content-type: application/json\r\n";
 const NO_CHECKS: &str = "[health]\ninterval_secs = 600\n";
 const RESPONSES: &str = "/v1/responses";
 
-/// A provider that stores the responses it makes, with an item and a conversation each. A request for another one's gets
-/// 404, or 400 as OpenAI answers it.
+/// A provider that stores the responses it makes, with an item and a conversation each. A request for another one's
+/// gets 404, or 400 as OpenAI answers it.
 fn storing(name: &'static str) -> Provider {
     let (made, known) = (AtomicUsize::new(0), Mutex::new(Vec::<String>::new()));
     Provider::start(move |seen, stream| {

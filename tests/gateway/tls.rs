@@ -64,8 +64,8 @@ fn client_pair(name: &str) -> (rcgen::Certificate, String) {
     (made, key.serialize_pem())
 }
 
-/// Starts a TLS server for localhost that serves only clients with one of these certificates. It answers with the number
-/// of the certificate. Returns its address and a PEM file of its own certificate.
+/// Starts a TLS server for localhost that serves only clients with one of these certificates. It answers with the
+/// number of the certificate. Returns its address and a PEM file of its own certificate.
 fn asking_server(clients: &[&rcgen::Certificate]) -> (SocketAddr, PathBuf) {
     let own = rcgen::KeyPair::generate().unwrap();
     let made =

@@ -38,7 +38,8 @@ impl Answer {
         self.is_good() && self.body.ends_with(b"data: [DONE]\n\n")
     }
 
-    /// Whether this is a stream that Zap has cut with an error event: because its provider failed, or because Zap stops.
+    /// Whether this is a stream that Zap has cut with an error event: because its provider failed, or because Zap
+    /// stops.
     pub(crate) fn is_cut_with_error(&self) -> bool {
         let has = |code: &[u8]| memchr::memmem::find(&self.body, code).is_some();
         !self.whole && (has(b"\"stream_interrupted\"") || has(b"\"draining\""))

@@ -4,8 +4,9 @@
 //! providers that fail, and reloads for N seconds (default 60). Then it checks memory, open files, gauges and
 //! unexpected responses, and exits with 1 if a check fails.
 //!
-//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N] | ledger [--kills N]` prints one figure of
-//! tests/README.md and exits with 1 if its target is missed; `-- figures` prints all of them.
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N] |
+//! ledger [--kills N]` prints one figure of tests/README.md and exits with 1 if its target is missed; `-- figures`
+//! prints all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A run that cannot continue must panic.
 

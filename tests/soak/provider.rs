@@ -1,6 +1,6 @@
-//! Providers that do what a request's `user` says: `plain`, `wait` (no response), `stream:N:MS` (N events, MS ms apart),
-//! or `talk:N:MS`, the same in the shape of the endpoint, with a pause before the content. A given share of their requests
-//! may fail.
+//! Providers that do what a request's `user` says: `plain`, `wait` (no response), `stream:N:MS` (N events, MS ms
+//! apart), or `talk:N:MS`, the same in the shape of the endpoint, with a pause before the content. A given share of
+//! their requests may fail.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};

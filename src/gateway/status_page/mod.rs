@@ -1,7 +1,7 @@
 //! The status page: `/status` as one HTML file for a person. It needs nothing from elsewhere and no JavaScript.
 //!
-//! The server renders all rows. The script asks for the page each second and takes over what differs, so that there is one
-//! place that writes and escapes.
+//! The server renders all rows. The script asks for the page each second and takes over what differs, so that there is
+//! one place that writes and escapes.
 
 mod backends;
 
@@ -31,7 +31,8 @@ use crate::gateway::status_page::words::Words;
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
-/// The policy of the page: its own style, its own script, and requests to where it came from. `data:` is its empty icon.
+/// The policy of the page: its own style, its own script, and requests to where it came from. `data:` is its empty
+/// icon.
 static POLICY: LazyLock<Option<HeaderValue>> = LazyLock::new(|| {
     let policy = format!(
         "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; \

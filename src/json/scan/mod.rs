@@ -52,7 +52,8 @@ pub struct Scanner<'w> {
     /// Offset of the last comma at the top level.
     comma: u64,
     opening: Opening,
-    /// The members of [`Affinity`](crate::json::members::Affinity) that have appeared already, with any value: a bit each.
+    /// The members of [`Affinity`](crate::json::members::Affinity) that have appeared already, with any value: a bit
+    /// each.
     seen: u8,
     fields: Fields,
 }

@@ -43,8 +43,8 @@ impl Answers {
     }
 
     /// The targets that are to blame now that the request has ended. `was_served`: another target has served it. If
-    /// nobody has, and all that answered gave the same status or one of them a 4xx, the request is to blame. Two keys of one
-    /// backend, which have the same `pool`, are no two opinions.
+    /// nobody has, and all that answered gave the same status or one of them a 4xx, the request is to blame. Two keys
+    /// of one backend, which have the same `pool`, are no two opinions.
     pub(crate) fn blamed(
         &self,
         was_served: bool,

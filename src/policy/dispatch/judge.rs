@@ -93,7 +93,8 @@ pub(crate) enum Mark {
     Busy,
     /// Let the target cool down for as long as the response says, or for the default time.
     Limited,
-    /// The response is about the request, not about the target: if the try was a trial, another request may go in its place.
+    /// The response is about the request, not about the target: if the try was a trial, another request may go in its
+    /// place.
     NoResult,
 }
 

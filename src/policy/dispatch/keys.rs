@@ -9,8 +9,8 @@ use crate::policy::route::TargetId;
 const MAX_KEYS: u32 = 4;
 
 impl Dispatch {
-    /// Another key of the backend whose key has failed the last try. The try with it takes the place of the failed one: a
-    /// backend has one try, whichever of its keys fail, up to [`MAX_KEYS`].
+    /// Another key of the backend whose key has failed the last try. The try with it takes the place of the failed one:
+    /// a backend has one try, whichever of its keys fail, up to [`MAX_KEYS`].
     pub(super) fn other_key(&mut self, fleet: &impl Fleet) -> Option<TargetId> {
         let failed = self.key_failed.take().filter(|_| self.other_keys < MAX_KEYS)?;
         let skip =

@@ -47,8 +47,8 @@ pub(crate) struct Dispatch {
     current: Option<TargetId>,
     /// Targets that had no permit left for this try.
     missed: Vec<TargetId>,
-    /// Targets that made the request wait. It may come back to them once they have reopened: that costs neither a try nor
-    /// budget.
+    /// Targets that made the request wait. It may come back to them once they have reopened: that costs neither a try
+    /// nor budget.
     waited: Vec<TargetId>,
     /// Number of times that the request has come back.
     returns: u32,
@@ -201,8 +201,8 @@ impl Dispatch {
         self.has_next_target(fleet) && budget.has_room(now)
     }
 
-    /// Takes the right to another try at `now`, because the present one is about to be given up. Many requests may do so
-    /// at once, so the try is charged here. Returns `false` if none is left.
+    /// Takes the right to another try at `now`, because the present one is about to be given up. Many requests may do
+    /// so at once, so the try is charged here. Returns `false` if none is left.
     pub(crate) fn claim_next(&self, now: Nanos, fleet: &impl Fleet, budget: &Budget) -> bool {
         let is_claimed =
             self.has_next_target(fleet) && (self.is_next_charged.get() || budget.try_withdraw(now));
@@ -382,8 +382,8 @@ impl Dispatch {
         }
     }
 
-    /// All targets have been tried: starts another round after a backoff, if a target may be retried, or else waits for a
-    /// busy one.
+    /// All targets have been tried: starts another round after a backoff, if a target may be retried, or else waits for
+    /// a busy one.
     fn next_round(
         &mut self,
         now: Nanos,

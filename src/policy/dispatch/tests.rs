@@ -14,8 +14,8 @@ use crate::time::{MILLI, SECOND};
 
 /// Targets, parsed from a text such as `a b*3 c/1 d!`. Marks after the name: `*N` weight, `/N` priority, `@b` a further
 /// model of backend `b`, `!` ejected, `!N` ejected until a trial after N s, `?` key refused, `#` full, `~N` cooling for
-/// N s, `%N` quota used up for N s, `%` quota reserved by others, `$` budget spent, `=` budget reserved by others, `>` quota
-/// too small.
+/// N s, `%N` quota used up for N s, `%` quota reserved by others, `$` budget spent, `=` budget reserved by others, `>`
+/// quota too small.
 struct TableFleet {
     names: Vec<char>,
     backends: Vec<BackendId>,
@@ -184,8 +184,9 @@ const RULES: Rules = Rules {
 /// The results of each target's tries in order: `a:500,200 b:refused`. The last result repeats. A result is a status or
 /// one of: `refused`, `timeout` (no response in time), `files` (this machine has no free file), `missed` (another
 /// request took the last permit), `cut` (Zap shuts down), `ejected` (while the request waited). After a good head:
-/// `body` (the body fails), `empty`, `silent`, `model` (a 404 of the model), `unknown` (a 404 of what the request refers to), `in503` (an error inside a 200). `alive503`:
-/// 503 of a target that serves others. With the suffix `+out` the failure also ejects the target.
+/// `body` (the body fails), `empty`, `silent`, `model` (a 404 of the model), `unknown` (a 404 of what the request
+/// refers to), `in503` (an error inside a 200). `alive503`: 503 of a target that serves others. With the suffix `+out`
+/// the failure also ejects the target.
 struct Results(Vec<(char, RefCell<VecDeque<String>>)>);
 
 impl Results {

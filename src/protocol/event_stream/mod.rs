@@ -100,8 +100,8 @@ impl EventStream {
         EventStream { redactor: key.and_then(Redactor::new), ..self }
     }
 
-    /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the token
-    /// counts that Zap has asked for, and without the key in an error.
+    /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the
+    /// token counts that Zap has asked for, and without the key in an error.
     pub(crate) fn push(&mut self, data: Bytes) -> Bytes {
         if self.oversized.is_some() {
             return self.push_oversized(data);
@@ -139,7 +139,8 @@ impl EventStream {
         self.usage_so_far().filter(|_| self.is_usage_whole)
     }
 
-    /// The token counts that have come so far. Unless they are [those of the answer](Self::usage), only the input counts.
+    /// The token counts that have come so far. Unless they are [those of the answer](Self::usage), only the input
+    /// counts.
     pub(crate) fn usage_so_far(&self) -> Option<Usage> {
         self.usage.as_ref()?.usage()
     }

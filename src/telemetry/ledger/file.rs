@@ -51,8 +51,8 @@ impl File {
         Ok(connection)
     }
 
-    /// Adds the rows of `batch` to the file in one transaction. `publish` commits it, or drops it. If the day has changed
-    /// or another process has written, `publish` also gets new sums, which include `batch`.
+    /// Adds the rows of `batch` to the file in one transaction. `publish` commits it, or drops it. If the day has
+    /// changed or another process has written, `publish` also gets new sums, which include `batch`.
     ///
     /// # Errors
     /// Nothing was written.

@@ -1,8 +1,8 @@
 //! The ledger: what each client has used of each backend and model, by day.
 //!
-//! A worker adds a request to a table in memory. A thread writes the table to an SQLite file once a second, so a request
-//! never waits for the disk. If the file cannot be written, the rows stay in memory and the next second tries again.
-//! Several processes may use one file: each adds to its rows.
+//! A worker adds a request to a table in memory. A thread writes the table to an SQLite file once a second, so a
+//! request never waits for the disk. If the file cannot be written, the rows stay in memory and the next second tries
+//! again. Several processes may use one file: each adds to its rows.
 
 pub(crate) mod report;
 
@@ -72,8 +72,8 @@ struct State {
 struct Reading {
     /// A read-only connection; `None` after the end of the writer.
     connection: Mutex<Option<Connection>>,
-    /// Held from a commit until the state shows it. A report holds it while it takes its snapshots of file and state, so
-    /// that no row is missing or counted twice.
+    /// Held from a commit until the state shows it. A report holds it while it takes its snapshots of file and state,
+    /// so that no row is missing or counted twice.
     commit: Mutex<()>,
 }
 
@@ -109,8 +109,8 @@ impl Ledger {
         Ok((ledger, writer))
     }
 
-    /// Adds what a request of a worker used; `day` is the day of its end, `key` a hash of the labels. Never waits for the
-    /// disk.
+    /// Adds what a request of a worker used; `day` is the day of its end, `key` a hash of the labels. Never waits for
+    /// the disk.
     pub(crate) fn add(&self, worker: usize, day: Day, (key, labels): (u64, Labels<'_>), amounts: Amounts) {
         if !self.shards[worker % SHARDS].lock().add(day, (key, labels), amounts) {
             let mut row = Table::default();
@@ -157,8 +157,8 @@ impl Ledger {
         self.errors.load(Ordering::Relaxed)
     }
 
-    /// Runs a query on the file and on the rows that are not yet written, or on the rows in memory. Reads the file, which
-    /// takes milliseconds a month, and may wait for a commit: call it where blocking is allowed.
+    /// Runs a query on the file and on the rows that are not yet written, or on the rows in memory. Reads the file,
+    /// which takes milliseconds a month, and may wait for a commit: call it where blocking is allowed.
     ///
     /// # Errors
     /// See [`ReportError`].

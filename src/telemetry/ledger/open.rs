@@ -27,8 +27,8 @@ const CREATE: &str = "CREATE TABLE usage(day TEXT, client TEXT, backend TEXT, mo
     requests INTEGER, estimated INTEGER, input INTEGER, cached INTEGER, output INTEGER, reasoning INTEGER, \
     cost_nano_usd INTEGER, PRIMARY KEY (day, client, backend, model))";
 
-/// Opens the ledger at `path`, or creates it if there is no file or an empty one. Returns the absolute path, too. A file
-/// that is not a ledger is not changed.
+/// Opens the ledger at `path`, or creates it if there is no file or an empty one. Returns the absolute path, too. A
+/// file that is not a ledger is not changed.
 pub(super) fn open(path: &Path) -> Result<(PathBuf, Connection), Refusal> {
     examine(path)?;
     // SQLite takes a relative path that begins with "file:" for a URI.
@@ -113,8 +113,8 @@ fn shell_word(path: &Path) -> String {
     }
 }
 
-/// Looks at the file without SQLite, which could change a file that is not a ledger: SQLite moves a write-ahead log into
-/// its file and rolls back what a crash has left.
+/// Looks at the file without SQLite, which could change a file that is not a ledger: SQLite moves a write-ahead log
+/// into its file and rolls back what a crash has left.
 fn examine(path: &Path) -> Result<(), Refusal> {
     let metadata = match fs::metadata(path) {
         Ok(metadata) => metadata,

@@ -1,7 +1,7 @@
 //! Reports of the ledger: the query string of `GET /usage`, and the rows as JSON or CSV.
 //!
-//! Costs are text with nine decimals of a USD, `"0.001234567"`, in both formats: a JSON number passes through a float in
-//! most readers, which would lose digits.
+//! Costs are text with nine decimals of a USD, `"0.001234567"`, in both formats: a JSON number passes through a float
+//! in most readers, which would lose digits.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -66,8 +66,8 @@ pub(crate) struct UsageQuery {
 }
 
 impl UsageQuery {
-    /// Parses the query string of `GET /usage`. The default is `by=client&format=json`, up to `today`, from the first day
-    /// of the last day's month.
+    /// Parses the query string of `GET /usage`. The default is `by=client&format=json`, up to `today`, from the first
+    /// day of the last day's month.
     ///
     /// # Errors
     /// A message for the client: the parameter and what it must be.

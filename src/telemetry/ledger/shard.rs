@@ -29,8 +29,8 @@ impl Row {
 }
 
 impl Shard {
-    /// Adds to the row of these labels, whose hash is `key`. Returns `false` if the shard must be collected before: it has
-    /// rows of another day, or other labels have the same hash.
+    /// Adds to the row of these labels, whose hash is `key`. Returns `false` if the shard must be collected before: it
+    /// has rows of another day, or other labels have the same hash.
     pub(super) fn add(&mut self, day: Day, (key, labels): (u64, Labels<'_>), amounts: Amounts) -> bool {
         if self.day != Some(day) {
             if !self.rows.is_empty() {

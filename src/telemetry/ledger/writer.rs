@@ -52,8 +52,8 @@ pub(crate) struct WriterHandle {
 }
 
 impl WriterHandle {
-    /// Writes what is pending and ends the thread. Takes at most 2 seconds. Rows that cannot be written in this time are
-    /// lost; an event says how many.
+    /// Writes what is pending and ends the thread. Takes at most 2 seconds. Rows that cannot be written in this time
+    /// are lost; an event says how many.
     pub(crate) fn stop(self) {
         drop(self.stop);
         let _ = self.ended.recv_timeout(STOP_TIMEOUT);

@@ -1,5 +1,5 @@
-//! The ways in which a provider lies, stalls or breaks before the first content of its answer, and the right answers. The
-//! soak uses this file too.
+//! The ways in which a provider lies, stalls or breaks before the first content of its answer, and the right answers.
+//! The soak uses this file too.
 
 /// An endpoint, and whether its answer is streamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

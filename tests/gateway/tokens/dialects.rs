@@ -156,8 +156,8 @@ impl Ask {
         format!("{{\"id\":\"x\",{content}{usage}}}")
     }
 
-    /// The events of a streamed answer, up to its last content and behind it. `asked`: a chunk without token counts says
-    /// so, as OpenAI's do.
+    /// The events of a streamed answer, up to its last content and behind it. `asked`: a chunk without token counts
+    /// says so, as OpenAI's do.
     pub(super) fn events(self, text: &str, asked: bool, counts: Option<Counts>) -> (String, String) {
         let null = if asked { ",\"usage\":null" } else { "" };
         let usage = counts.map(|counts| self.usage(counts));

@@ -1,5 +1,5 @@
-//! Tokens and money: what providers tell is counted exactly, what they do not tell is estimated, and Zap's own question for
-//! the token counts of a stream is invisible to the client.
+//! Tokens and money: what providers tell is counted exactly, what they do not tell is estimated, and Zap's own question
+//! for the token counts of a stream is invisible to the client.
 
 mod asking;
 mod budgets;

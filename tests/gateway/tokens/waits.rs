@@ -39,7 +39,8 @@ fn a_reload_that_removes_the_limit_of_requests_at_once_lets_the_waiting_ones_go(
     zap.wait_until_idle();
 }
 
-/// Another key is another account: its limit is a new one, and the requests that wait keep the limit that they wait for.
+/// Another key is another account: its limit is a new one, and the requests that wait keep the limit that they wait
+/// for.
 #[test]
 fn a_reload_with_another_key_does_not_lift_the_limit_that_requests_wait_for() {
     let gate = Gate::default();
