@@ -280,7 +280,7 @@ fn check(file: &Path, is_live: bool) -> ExitCode {
 /// The backends of the configuration: of several keys, the first.
 fn configured(fleet: &Snapshot) -> impl Iterator<Item = &Upstream> {
     let all = fleet.backends.iter().enumerate();
-    all.filter(|(id, backend)| backend.pool(*id) == *id).map(|(_, backend)| &**backend)
+    all.filter(|(id, _)| fleet.pool(*id) == *id).map(|(_, backend)| &**backend)
 }
 
 /// The URLs of each backend that chats, messages and health checks go to.

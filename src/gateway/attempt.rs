@@ -224,8 +224,7 @@ impl Attempts<'_> {
         self.is_settled = true;
         if !self.record.failed.is_empty() && !self.gateway.is_cut() {
             let targets = &self.snapshot.route(&self.ask).targets;
-            let pool =
-                |target: TargetId| self.snapshot.upstream(&targets[target]).pool(targets[target].backend);
+            let pool = |target: TargetId| self.snapshot.pool(targets[target].backend);
             self.dispatch.blamed(was_served, pool).for_each(|target| self.strike(target));
         }
     }
@@ -275,7 +274,7 @@ impl Attempts<'_> {
     ) -> Option<InFlight> {
         let backend = self.snapshot.route(&self.ask).targets[target].backend;
         let upstream = &self.snapshot.backends[backend];
-        let permit = queues.granted.take_if(|(granted, _)| *granted == upstream.pool(backend));
+        let permit = queues.granted.take_if(|(granted, _)| *granted == self.snapshot.pool(backend));
         let candidate = view(&self.snapshot, &self.ask, now, queues).candidate(target);
         let in_flight = match permit {
             Some((_, permit)) => upstream.enter_with(Some(permit), &candidate, panic),

@@ -35,7 +35,7 @@ use crate::upstream::limits::Candidate;
 pub(crate) struct BackendQueues {
     /// The places before quotas.
     quotas: Vec<(BackendId, QuotaWait)>,
-    /// The places before full backends, by the first backend of a [pool](crate::upstream::Upstream::pool).
+    /// The places before full backends, by the first backend of a [pool](Snapshot::pool).
     tickets: Vec<(BackendId, Ticket)>,
     /// A permit of a backend that was full, by the first backend of its pool.
     pub granted: Option<(BackendId, Permit)>,
@@ -215,7 +215,7 @@ impl BackendQueues {
     /// Joins the queues of the full backends, of the quotas with reserved tokens, and of the quota that opens first if
     /// it opens before `latest`. Keeps a place that the request has already.
     fn join(&mut self, snapshot: &Snapshot, ask: &Ask<'_>, busy: &Busy, latest: Nanos) {
-        let pool = |id: BackendId| snapshot.backends[id].pool(id);
+        let pool = |id: BackendId| snapshot.pool(id);
         self.tickets.retain(|(known, _)| busy.full.iter().any(|id| pool(*id) == *known));
         for id in &busy.full {
             if self.tickets.iter().any(|(known, _)| *known == pool(*id)) {

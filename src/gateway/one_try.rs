@@ -287,7 +287,7 @@ impl Attempts<'_> {
         {
             fault.cause = format!("HTTP {status}: {message}").into();
         }
-        match failure.is_search() {
+        match failure.is_search {
             true => self.record.failed.push((upstream.clone(), fault)),
             false => self.record_failure(upstream, fault, failure.blames_backend),
         }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use crate::policy::sync::{AtomicU64, Mutex, Ordering};
 
 /// The unit in which a worker takes bytes, if as many are left.
-pub(crate) const SLAB: u64 = 256 * 1024;
+pub(crate) const SLAB: u64 = 64 * 1024;
 
 /// The bytes that all workers may hold together.
 #[derive(Debug)]
@@ -58,8 +58,9 @@ impl ByteBudget {
     pub(crate) fn give(&self, worker: &mut WorkerBytes, n: u64) -> bool {
         worker.held -= n;
         let spare = worker.taken - worker.held;
-        // Some stay, so that one request after another costs nothing here. None stay while others wait.
-        let kept = if self.taken.load(Ordering::Relaxed) + SLAB > self.max { 0 } else { SLAB };
+        // Some stay while requests run, so that most of them cost nothing here; none stay while little is left.
+        let is_short = self.taken.load(Ordering::Relaxed) + SLAB > self.max;
+        let kept = if worker.held == 0 || is_short { 0 } else { SLAB };
         if spare < 2 * kept.max(1) {
             return false;
         }
@@ -110,9 +111,8 @@ mod tests {
         assert!(budget.give(&mut a, 5), "others may need each byte");
         assert!(budget.take(&mut b, 5) && !budget.take(&mut a, 1));
         assert!(budget.give(&mut b, 3 * SLAB + 5));
-        assert!(budget.give(&mut a, SLAB - 5) || a.taken <= 2 * SLAB);
-        assert_eq!((a.held, b.held), (0, 0));
-        assert!(budget.take(&mut b, 3 * SLAB), "all but one slab of the other worker");
+        assert!(budget.give(&mut a, SLAB - 5) && (a.held, b.held) == (0, 0));
+        assert!(budget.take(&mut b, 4 * SLAB), "an idle worker keeps nothing");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Protocol};
 use crate::time::Nanos;
 use crate::upstream::Upstream;
+use crate::upstream::account;
 use crate::upstream::connect::Roots;
 use crate::upstream::in_flight::QuotaWait;
 use crate::upstream::limits::Candidate;
@@ -68,7 +69,7 @@ pub(crate) struct View<'a> {
     pub now: Nanos,
     /// The request's places in the queues of quotas.
     pub tickets: &'a [(BackendId, QuotaWait)],
-    /// The first backend of the [pool](Upstream::pool) whose permit the request has waited for and now holds.
+    /// The first backend of the [pool](Snapshot::pool) whose permit the request has waited for and now holds.
     pub granted: Option<BackendId>,
     /// Whether the request has begun to wait for busy targets.
     pub is_waiting: bool,
@@ -161,6 +162,11 @@ impl Snapshot {
     /// The backend of a target.
     pub(crate) fn upstream(&self, target: &Target) -> &Arc<Upstream> {
         &self.backends[target.backend]
+    }
+
+    /// The first of the backends that are one backend with several keys; `backend` itself if it has one key.
+    pub(crate) fn pool(&self, backend: BackendId) -> BackendId {
+        self.backends[backend].pool(backend)
     }
 
     /// Whether a target of a route speaks a protocol, though it may be drained or down.
@@ -302,8 +308,7 @@ impl Fleet for View<'_> {
     }
 
     fn pool(&self, target: TargetId) -> BackendId {
-        let t = self.target(target);
-        self.snapshot.upstream(t).pool(t.backend)
+        self.snapshot.pool(self.backend(target))
     }
 
     fn weight(&self, target: TargetId) -> u32 {
@@ -335,7 +340,7 @@ impl Fleet for View<'_> {
         self.snapshot.check_made_by(self.ask, t)?;
         let (upstream, candidate) = (self.snapshot.upstream(t), self.candidate(target));
         match self.granted {
-            Some(pool) if pool == upstream.pool(t.backend) => upstream.check_with_permit(&candidate),
+            Some(pool) if pool == self.pool(target) => upstream.check_with_permit(&candidate),
             _ => upstream.check(&candidate),
         }
     }
@@ -380,36 +385,21 @@ pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snaps
             b.name
         ));
     }
-    // A key keeps its state, whatever its number in the pool is now. A new key takes the counters of its name.
-    let known = |b: &config::Backend| {
-        let same_backend =
-            || before.into_iter().flat_map(|before| before.backends.iter()).map(|known| &**known);
-        let same_key = |known: &&Upstream| {
-            known.configured_name() == b.configured_name() && known.conf.api_key == b.api_key
-        };
-        let is_left = |known: &&Upstream| {
-            known.name() == b.name
-                && config
-                    .backends
-                    .iter()
-                    .all(|other| other.api_key != known.conf.api_key || other.name == b.name)
-        };
-        same_backend().find(same_key).or_else(|| same_backend().find(is_left))
-    };
-    // What requests of any key of the backend hold counts against its `max_in_flight`.
-    let of_same_backend = |b: &config::Backend| {
-        let all = before.into_iter().flat_map(|before| before.backends.iter());
-        all.map(|known| &**known)
-            .find(|known| known.conf.configured_name() == b.configured_name() && known.conf.url == b.url)
-    };
+    let earlier = before.into_iter().flat_map(|before| before.backends.iter()).map(|known| &**known);
     let mut backends = Vec::<Arc<Upstream>>::new();
     for (id, b) in config.backends.iter().enumerate() {
         let conf = config::Backend { usage: config.usage_of(id), ..b.clone() };
-        let mut upstream =
-            Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known(b))?;
+        let known = account::earlier(b, &config, earlier.clone());
+        let mut upstream = Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known)?;
         match b.pool.as_ref().map(|pool| backends.get(pool.first)) {
             Some(Some(first)) => upstream.share_limits_of(first),
-            Some(None) => of_same_backend(b).into_iter().for_each(|known| upstream.keep_slots_of(known)),
+            // What requests with any key of the backend hold counts against its `max_in_flight`.
+            Some(None) => {
+                let is_same = |known: &&Upstream| {
+                    known.configured_name() == b.configured_name() && known.conf.url == b.url
+                };
+                earlier.clone().find(is_same).into_iter().for_each(|known| upstream.keep_slots_of(known));
+            }
             None => {}
         }
         backends.push(Arc::new(upstream));

@@ -80,8 +80,9 @@ pub(crate) struct Failure {
     pub(super) is_fatal: bool,
     /// Whether this target is excluded from further rounds.
     pub(super) no_retry: bool,
-    /// Whether the try costs neither a try nor budget.
-    pub(super) is_free: bool,
+    /// Whether the target only does not have what the request refers to: that is no failure of its own, and costs neither
+    /// a try nor budget.
+    pub is_search: bool,
 }
 
 /// What a response means for further requests to its target.
@@ -108,18 +109,13 @@ impl Failure {
             keep: false,
             is_fatal: false,
             no_retry: false,
-            is_free: false,
+            is_search: false,
         }
     }
 
     /// Whether the target will take the request once it has cooled down, so that the try costs nothing.
     pub(super) fn is_a_wait(&self) -> bool {
         matches!(self.mark, Some(Mark::Busy | Mark::Limited))
-    }
-
-    /// Whether the target only does not have what the request refers to, which is no failure of its own.
-    pub(crate) fn is_search(&self) -> bool {
-        self.is_free
     }
 
     /// Whether another key of the backend may succeed.
@@ -184,7 +180,7 @@ impl Failure {
             Unfit::NotHere(status) => Failure {
                 keep: true,
                 no_retry: true,
-                is_free: true,
+                is_search: true,
                 mark: Some(Mark::NoResult),
                 ..Failure::new(Code::UpstreamRefused, Answer::Refused(status))
             },

@@ -302,14 +302,14 @@ impl Dispatch {
             return;
         }
         self.waited.retain(|id| *id != target);
-        if !failure.is_free {
+        if !failure.is_search {
             self.tries += 1;
             self.is_charged = self.is_next_charged.take();
         }
         self.tried.push(target);
         match failure {
             // Another key may be that of another organization.
-            Failure { is_free: true, .. } => self.is_search = true,
+            Failure { is_search: true, .. } => self.is_search = true,
             _ if failure.is_of_key() => self.key_failed = Some(target),
             _ => self.backend_failed.push(target),
         }
@@ -326,7 +326,7 @@ impl Dispatch {
         let has_answered = |id: TargetId| self.excluded.contains(&id);
         match self.failed {
             // That others do not have it says nothing while one of them has not answered: the client may ask again.
-            _ if self.is_search && !fleet.all().targets().all(has_answered) => {
+            _ if self.is_search && !self.is_over && !fleet.all().targets().all(has_answered) => {
                 Do::Refuse(Refusal::Failed(Code::UpstreamUnreachable))
             }
             _ if self.has_response => Do::Deliver,
