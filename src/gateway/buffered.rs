@@ -13,7 +13,7 @@ use crate::time::{Nanos, SECOND};
 /// How long a body waits for room before the newest is refused.
 const PATIENCE: Nanos = 5 * SECOND;
 
-/// How long the next one waits then: what the refused body held may be enough.
+/// Time between two refusals: the bytes that a refused body gives back may be enough for the others.
 const NEXT: Nanos = SECOND;
 
 /// The bytes that the requests of a worker hold.

@@ -167,11 +167,11 @@ impl BodyReader<'_> {
             if length > max {
                 return Err(GatewayError::TooLarge(max));
             }
-            let waited = hold.grow(data.len() as u64, self.exchange).await?;
-            record.waited += waited;
-            until += waited;
-            scanner.feed(&data)?;
             if api.body != BodyFormat::Nothing {
+                let waited = hold.grow(data.len() as u64, self.exchange).await?;
+                record.waited += waited;
+                until += waited;
+                scanner.feed(&data)?;
                 chunks.push(data);
             }
             if length - checked >= MIN_PROGRESS as u64 && !body.is_end_stream() {

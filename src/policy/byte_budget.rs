@@ -61,7 +61,7 @@ impl ByteBudget {
         // Some stay while requests run, so that most of them cost nothing here; none stay while little is left.
         let is_short = self.taken.load(Ordering::Relaxed) + SLAB > self.max;
         let kept = if worker.held == 0 || is_short { 0 } else { SLAB };
-        if spare < 2 * kept.max(1) {
+        if spare < (2 * kept).max(1) {
             return false;
         }
         worker.taken -= spare - kept;

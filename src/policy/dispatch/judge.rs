@@ -80,8 +80,8 @@ pub(crate) struct Failure {
     pub(super) is_fatal: bool,
     /// Whether this target is excluded from further rounds.
     pub(super) no_retry: bool,
-    /// Whether the target only does not have what the request refers to: that is no failure of its own, and costs neither
-    /// a try nor budget.
+    /// Whether the target only does not have what the request refers to: that is no failure of its own, and costs
+    /// neither a try nor budget.
     pub is_search: bool,
 }
 
