@@ -39,6 +39,7 @@ codes! {
     ExpectationFailed "expectation_failed",
     InsufficientQuota "insufficient_quota",
     InternalError "internal_error",
+    InvalidAdminToken "invalid_admin_token",
     InvalidApiKey "invalid_api_key",
     InvalidJson "invalid_json",
     InvalidMultipart "invalid_multipart",

@@ -154,9 +154,14 @@ pub fn run(
         log.event("warn", "config", warning);
     }
     let setup = setup.into();
-    let with = if shared.current.load().config.tls.is_some() { " with TLS" } else { "" };
+    let with = |has_tls: bool| if has_tls { " with TLS" } else { "" };
+    let with_tls = with(shared.current.load().config.tls.is_some());
     for address in setup.addresses() {
-        log.event("info", "start", &format!("listening on {address}{with}"));
+        log.event("info", "start", &format!("listening on {address}{with_tls}"));
+    }
+    if let Some(address) = setup.admin_address() {
+        let with_tls = with(shared.current.load().config.admin.tls.is_some());
+        log.event("info", "start", &format!("listening on {address}{with_tls} for operators"));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -11,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{Interest, ReadBuf};
 
 use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL};
+use crate::client::peer::Peer;
 use crate::client::progress::Progress;
 use crate::client::reader::{Reader, Socket};
 use crate::client::stream::{ClientStream, has_data};
@@ -24,7 +24,7 @@ const HEAD_TIMEOUT: Nanos = 10 * SECOND;
 #[derive(Debug)]
 pub(crate) struct Conn {
     pub(super) socket: Socket,
-    peer: IpAddr,
+    peer: Peer,
     /// The common name of the certificate that the client has shown.
     common_name: Option<Box<str>>,
     /// The deadline of the current phase.
@@ -40,7 +40,7 @@ impl Conn {
     /// Wraps a new connection. `common_name`: that of the certificate that the client has shown. `keep_alive`: how long
     /// the connection may be idle.
     pub(crate) fn new(
-        (stream, peer): (ClientStream, IpAddr),
+        (stream, peer): (ClientStream, Peer),
         common_name: Option<Box<str>>,
         deadlines: Rc<Deadlines>,
         keep_alive: Nanos,
@@ -57,8 +57,8 @@ impl Conn {
         })
     }
 
-    /// The address of the client.
-    pub(crate) fn peer(&self) -> IpAddr {
+    /// The client.
+    pub(crate) fn peer(&self) -> Peer {
         self.peer
     }
 

@@ -6,6 +6,7 @@ use std::task::Poll;
 
 use crate::client::conn::Conn;
 use crate::client::deadline::Elapsed;
+use crate::client::peer::Listener;
 use crate::time::Nanos;
 
 /// The current exchange of a connection. Cloning is cheap.
@@ -24,7 +25,12 @@ impl Exchange {
 
     /// The address of the client.
     pub(crate) fn peer(&self) -> IpAddr {
-        self.0.peer()
+        self.0.peer().address
+    }
+
+    /// The listener that accepted the client.
+    pub(crate) fn listener(&self) -> Listener {
+        self.0.peer().listener
     }
 
     /// The common name of the certificate that the client has shown; it is verified.

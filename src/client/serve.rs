@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
-use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
@@ -27,6 +26,7 @@ use crate::client::deadline::Deadlines;
 use crate::client::exchange::Exchange;
 use crate::client::future_pool::{FuturePool, Mailbox};
 use crate::client::handshake::{Greeted, HandshakeError, accept};
+use crate::client::peer::Peer;
 use crate::client::stream::ClientStream;
 use crate::http1::header_map_pool;
 use crate::time::{Nanos, SECOND};
@@ -92,7 +92,7 @@ pub(crate) struct Settings {
 /// # Errors
 /// The connection did not get through the handshake.
 pub(crate) async fn serve_tls<S: Service, F: Future>(
-    (tcp, peer): (TcpStream, IpAddr),
+    (tcp, peer): (TcpStream, Peer),
     tls: Arc<ServerConfig>,
     settings: &Settings,
     gateway: Rc<S>,
@@ -109,7 +109,7 @@ pub(crate) async fn serve_tls<S: Service, F: Future>(
 
 /// Serves one plain connection until it ends.
 pub(crate) async fn serve<S: Service, F: Future>(
-    (tcp, peer): (TcpStream, IpAddr),
+    (tcp, peer): (TcpStream, Peer),
     settings: &Settings,
     gateway: Rc<S>,
     futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,

@@ -1,6 +1,7 @@
 //! Keys and ranges that several sections share.
 
 use std::cell::RefCell;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use crate::config::files::Files;
@@ -47,4 +48,19 @@ pub(super) fn name(t: &mut Section<'_, '_>) -> Option<Text> {
         t.invalid(&name, &format!("must be 1 to {MAX_NAME} characters of `A-Za-z0-9._-`"));
     }
     valid.then_some(name)
+}
+
+/// Reads the `host` of a listener. Returns `None` if it is not set, or if it is not valid: then a fault is recorded.
+pub(super) fn host(t: &mut Section<'_, '_>) -> Option<IpAddr> {
+    let text = t.text("host")?;
+    if text.value == "localhost" {
+        return Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    }
+    let host = text.value.parse().ok();
+    if host.is_none() {
+        let has_port = text.value.parse::<SocketAddr>().is_ok();
+        let more = if has_port { "; the port belongs in `port`" } else { "" };
+        t.invalid(&text, &format!("must be an IPv4 address, an IPv6 address or \"localhost\"{more}"));
+    }
+    host
 }

@@ -11,7 +11,7 @@
 //! - `toml_reader` walks the spanned tree and checks types and unknown keys; `numbers` and `strings` read the values.
 //! - `text` is a string with its place, and knows which strings a message may show; `syntax` explains a text that is
 //!   not TOML; `suggest` guesses which known key an unknown key means; `aliases` lists the names of other programs.
-//! - `raw`, `backend`, `models`, `clients` and `money` name every key with its default and range.
+//! - `raw`, `admin`, `backend`, `models`, `clients` and `money` name every key with its default and range.
 //! - `charges` checks that what is limited by tokens or money can be read and priced; `sent_models` says which models a
 //!   backend may be sent.
 //! - `base_url`, `browsers`, `headers`, `proxy`, `no_proxy`, `identity`, `tls`, `url` and `expand` each read one
@@ -24,6 +24,7 @@
 //! A new key needs a field here and a line (and a const) in `raw`, `backend`, `models`, `clients` or `money`.
 
 mod address;
+mod admin;
 mod aliases;
 mod backend;
 mod base_url;
@@ -60,7 +61,7 @@ mod url;
 mod warnings;
 
 use std::cell::RefCell;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -69,6 +70,7 @@ use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 
 pub(crate) use crate::config::address::{Listen, listen_address};
+pub(crate) use crate::config::admin::AdminAccess;
 pub(crate) use crate::config::backend::{BackendHealth, HEALTH_PATH, UsageMode};
 pub(crate) use crate::config::certificate::common_name;
 pub(crate) use crate::config::clients::{ANONYMOUS, ClientKey};
@@ -83,7 +85,7 @@ pub(crate) use crate::config::money::Budget;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::text::{is_like_a_key, quoted};
-pub(crate) use crate::config::tls::ServerTls;
+pub(crate) use crate::config::tls::{ServerTls, ends as certificate_ends};
 pub(crate) use crate::config::unix_socket::UnixSocket;
 pub(crate) use crate::config::url::BaseUrl;
 use crate::http1::header_rules::HeaderRules;
@@ -98,6 +100,8 @@ pub struct Config {
     pub server: Server,
     /// `[[server.tls]]`: TLS of the listener; `None`: plain HTTP. Unlike `server`, a reload replaces it.
     pub tls: Option<ServerTls>,
+    /// `[admin]`: who may use the admin listener. Its address is in `server`.
+    pub(crate) admin: AdminAccess,
     /// `[queue]`: admission.
     pub queue: Queue,
     /// `load_balancer.strategy`.
@@ -147,6 +151,10 @@ pub struct Server {
     pub port: u16,
     /// `server.unix`: a unix socket beside.
     pub unix: Option<UnixSocket>,
+    /// `admin.host` and `admin.port`: the address of the admin listener; `None`: there is none.
+    pub admin: Option<SocketAddr>,
+    /// Whether `/metrics` needs no client key, if the listener has it.
+    pub open_metrics: bool,
     /// Worker threads, 1 to 1024.
     pub workers: usize,
     /// Largest request body, in bytes.
@@ -176,6 +184,8 @@ impl Server {
             ("server.host", self.host != other.host),
             ("server.port", self.port != other.port),
             ("server.unix", self.unix != other.unix),
+            ("admin.host or admin.port", self.admin != other.admin),
+            ("server.open_metrics", self.open_metrics != other.open_metrics),
             ("server.workers", self.workers != other.workers),
             ("server.max_body_bytes", self.max_body_bytes != other.max_body_bytes),
             ("server.max_buffered_bytes", self.max_buffered_bytes != other.max_buffered_bytes),

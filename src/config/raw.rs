@@ -8,11 +8,12 @@ use std::{
 
 use ipnet::IpNet;
 
+use crate::config::admin::ReadAdmin;
 use crate::config::backend::ReadBackends;
 use crate::config::browsers::{allowed_hosts, cors_origins};
 use crate::config::charges::Lines;
 use crate::config::clients::ReadClients;
-use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE};
+use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, host};
 use crate::config::file::ledger_path;
 use crate::config::range::{Number, Range};
 use crate::config::tls::{ReadTls, server_tls};
@@ -21,7 +22,7 @@ use crate::config::unix_socket::unix_socket;
 use crate::config::warnings::warnings;
 use crate::config::{
     Config, Files, Health, LogFormat, LogSettings, Queue, RateLimit, Retry, Server, Strategy, Stream,
-    Timeouts, backend, charges, clients, models,
+    Timeouts, admin, backend, charges, clients, models,
 };
 
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -74,8 +75,11 @@ pub(super) struct ReadConfig {
 
 /// Reads the whole document.
 pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfig {
-    let (server, ReadTls { tls, has_client_ca }) =
+    let (mut server, ReadTls { tls, has_client_ca }) =
         root.section("server", |t| (server(t, ctx), server_tls(t, ctx)));
+    let ReadAdmin { address, access: admin, inline_token } =
+        admin::admin(root, ctx, SocketAddr::new(server.host, server.port));
+    server.admin = address;
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
         max_in_flight: t.number("max_in_flight", MAX_IN_FLIGHT),
@@ -132,6 +136,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     let mut config = Config {
         server,
         tls,
+        admin,
         queue,
         strategy,
         prefix_bytes,
@@ -158,27 +163,18 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     if root.sink().count() == 0 {
         config.warnings = warnings(&config);
     }
-    ReadConfig { config, inline_key: inline_backend_key || inline_client_key }
+    ReadConfig { config, inline_key: inline_backend_key || inline_client_key || inline_token }
 }
 
+/// Reads `[server]`, without the admin listener, which has a section of its own.
 pub(super) fn server(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> Server {
-    let host = t.text("host").and_then(|text| {
-        if text.value == "localhost" {
-            return Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
-        }
-        let host = text.value.parse().ok();
-        if host.is_none() {
-            let has_port = text.value.parse::<SocketAddr>().is_ok();
-            let more = if has_port { "; the port belongs in `port`" } else { "" };
-            t.invalid(&text, &format!("must be an IPv4 address, an IPv6 address or \"localhost\"{more}"));
-        }
-        host
-    });
     let cores = thread::available_parallelism().map_or(1, usize::from);
     Server {
-        host: host.unwrap_or(HOST),
+        host: host(t).unwrap_or(HOST),
         port: t.number("port", PORT),
         unix: unix_socket(t, ctx),
+        admin: None,
+        open_metrics: t.boolean("open_metrics", false),
         workers: t.number("workers", WORKERS.or(cores.clamp(WORKERS.min, WORKERS.max))),
         max_body_bytes: t.number("max_body_bytes", MAX_BODY_BYTES),
         max_buffered_bytes: t.optional("max_buffered_bytes", MAX_BUFFERED_BYTES),

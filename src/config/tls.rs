@@ -1,4 +1,4 @@
-//! `[[server.tls]]`: the certificates of the listener, and the authorities of its clients.
+//! `[[server.tls]]` and `[[admin.tls]]`: the certificates of a listener, and the authorities of its clients.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use crate::config::common::Context;
 use crate::config::identity::{Identity, certificates, identity};
 use crate::config::toml_reader::Section;
 
-/// TLS of the listener. Equality compares the contents of the files.
+/// TLS of a listener. Equality compares the contents of the files.
 #[derive(Clone)]
 pub struct ServerTls {
     /// The entries, in the order of the file: at least one.
@@ -23,7 +23,7 @@ pub struct ServerTls {
     pub(crate) rustls: Arc<ServerConfig>,
 }
 
-/// One `[[server.tls]]` entry.
+/// One entry of `[[server.tls]]` or `[[admin.tls]]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TlsEntry {
     identity: Identity,
@@ -50,20 +50,20 @@ impl ServerTls {
     pub fn verifies_clients(&self) -> bool {
         self.entries.iter().any(|entry| !entry.authorities.is_empty())
     }
+}
 
-    /// When the certificates end, by their names: the first name of each certificate, and seconds since 1970. Of two
-    /// certificates with one name, the one that ends first.
-    pub(crate) fn ends(&self) -> Vec<(&str, i64)> {
-        let mut ends: Vec<(&str, i64)> = Vec::new();
-        for TlsEntry { facts, .. } in &self.entries {
-            let name = facts.names.first().map_or("", String::as_str);
-            match ends.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, end)) => *end = facts.ends.min(*end),
-                None => ends.push((name, facts.ends)),
-            }
+/// When the certificates of `listeners` end, by their names: the first name of each certificate, and seconds since
+/// 1970. Of two certificates with one name, the one that ends first.
+pub(crate) fn ends<'t>(listeners: impl Iterator<Item = &'t ServerTls>) -> Vec<(&'t str, i64)> {
+    let mut ends: Vec<(&str, i64)> = Vec::new();
+    for TlsEntry { facts, .. } in listeners.flat_map(|tls| &tls.entries) {
+        let name = facts.names.first().map_or("", String::as_str);
+        match ends.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, end)) => *end = facts.ends.min(*end),
+            None => ends.push((name, facts.ends)),
         }
-        ends
     }
+    ends
 }
 
 /// TLS as the file has it.
@@ -75,7 +75,7 @@ pub(super) struct ReadTls {
     pub(super) has_client_ca: bool,
 }
 
-/// Reads `server.tls`.
+/// Reads the `tls` of a listener.
 pub(super) fn server_tls(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadTls {
     let faults = t.sink().count();
     let mut client_ca = Vec::new();
@@ -89,7 +89,8 @@ pub(super) fn server_tls(t: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadTls 
         (client_ca.iter().position(|has| *has), client_ca.iter().position(|has| !*has))
     {
         let line = read.get(without).map_or(t.line(), |(line, _)| *line);
-        let what = format!("is missing, and `server.tls[{with}]` has it; all entries must have it, or none");
+        let other = t.place_of("tls");
+        let what = format!("is missing, and `{other}[{with}]` has it; all entries must have it, or none");
         t.fault(line, &format!("tls[{without}].client_ca"), &what);
     }
     let line = read.first().map_or(t.line(), |(line, _)| *line);

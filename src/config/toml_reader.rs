@@ -141,7 +141,7 @@ impl<'s, 'i> Section<'s, 'i> {
             Field { value: DeValue::Array(array), .. } => array,
             Field { value, line } => {
                 let needed = match self.kind.as_str() {
-                    "" | "server" => format!("an array of tables, `[[{}{key}]]`", self.prefix),
+                    "" | "admin" | "server" => format!("an array of tables, `[[{}{key}]]`", self.prefix),
                     _ => format!("an array of tables, `{key} = [{{ … }}]`"),
                 };
                 self.wrong_type(line, key, &value, &needed);

@@ -14,7 +14,7 @@ use crate::policy::route::NamedTarget;
 /// One line for each unwise setting.
 pub(super) fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = Vec::new();
-    let Config { server, tls, backends, clients, routes, .. } = config;
+    let Config { server, tls, admin, backends, clients, routes, .. } = config;
     let has_budget = backends.iter().map(|b| &b.budget).chain(clients.iter().map(|c| &c.budget));
     if config.ledger.is_none() && has_budget.flatten().next().is_some() {
         warnings
@@ -72,15 +72,36 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
              set the address of the provider, or another `server.port`"
         ));
     }
-    if let Some(tls) = tls {
+    let asks_certificate = admin.tls.as_ref().is_some_and(ServerTls::verifies_clients);
+    if let Some(address) = server.admin
+        && !address.ip().is_loopback()
+        && admin.token.is_none()
+        && !asks_certificate
+    {
+        warnings.push(format!(
+            "every machine that reaches port {} can read the status, the usage and the metrics, since `admin.host` \
+             is \"{}\" and there is no `admin.token`; set a token, or `host = \"127.0.0.1\"`",
+            address.port(),
+            address.ip()
+        ));
+    }
+    if server.admin.is_some() && server.open_metrics {
+        warnings.push(
+            "`server.open_metrics` has no effect, since the listener of `[admin]` serves `/metrics`; remove it"
+                .to_owned(),
+        );
+    }
+    for (section, tls) in [("server", tls), ("admin", &admin.tls)] {
+        let Some(tls) = tls else { continue };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        warnings.extend(certificate_warnings(tls, i64::try_from(now).unwrap_or(i64::MAX)));
+        warnings.extend(certificate_warnings((section, tls), i64::try_from(now).unwrap_or(i64::MAX)));
     }
     warnings
 }
 
-/// The warnings about certificates of the listener that are not valid at `now`, in seconds since 1970.
-fn certificate_warnings(tls: &ServerTls, now: i64) -> impl Iterator<Item = String> {
+/// The warnings about certificates of a listener that are not valid at `now`, in seconds since 1970. `section`: that of
+/// the listener.
+fn certificate_warnings((section, tls): (&str, &ServerTls), now: i64) -> impl Iterator<Item = String> {
     let date = |secs: i64| {
         let secs = Duration::from_secs(u64::try_from(secs).unwrap_or(0));
         UNIX_EPOCH.checked_add(secs).map_or_else(|| "a far date".to_owned(), fmt_http_date)
@@ -94,7 +115,7 @@ fn certificate_warnings(tls: &ServerTls, now: i64) -> impl Iterator<Item = Strin
             }
             () => return None,
         };
-        Some(format!("the certificate of `server.tls[{index}].cert`, which clients will refuse, {what}"))
+        Some(format!("the certificate of `{section}.tls[{index}].cert`, which clients will refuse, {what}"))
     })
 }
 
@@ -109,6 +130,23 @@ fn is_itself(server: &Server, backend: &Backend) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_open_admin_listener_and_a_key_without_effect_get_a_warning() {
+        for (text, warning) in [
+            ("[admin]", None),
+            ("[admin]\nhost = \"0.0.0.0\"\nport = 9", Some("reaches port 9 can read the status")),
+            ("[admin]\nhost = \"::1\"", None),
+            ("[admin]\nhost = \"0.0.0.0\"\ntoken = \"zt-1\"", None),
+            ("[server]\nopen_metrics = true", None),
+            ("[server]\nopen_metrics = true\n[admin]", Some("`server.open_metrics` has no effect")),
+        ] {
+            let text = format!("{text}\n[[backends]]\nurl = \"http://a\"\nweight = 1\n");
+            let warnings = Config::of(&text).unwrap().warnings;
+            assert_eq!(warnings.len(), usize::from(warning.is_some()), "{warnings:?}");
+            assert!(warnings.iter().all(|w| w.contains(warning.unwrap())), "{text}: {warnings:?}");
+        }
+    }
 
     #[test]
     fn all_origins_without_client_keys_get_a_warning() {

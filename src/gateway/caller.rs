@@ -15,6 +15,9 @@ use crate::policy::limit::{Decision, WindowStamp};
 use crate::telemetry::clients::{Client, Clients};
 use crate::telemetry::record::{Caller, RequestRecord};
 
+/// Why a request with two credentials is refused.
+pub(super) const REPEATED: &str = "a header with a credential is repeated";
+
 /// The key of a rate limit. The limiter has one map for all kinds of keys; the variants keep the kinds apart.
 #[derive(Hash)]
 enum LimitKey<'a> {
@@ -38,7 +41,7 @@ pub(crate) fn identify(
     common_name: Option<&str>,
 ) -> Result<Caller, GatewayError> {
     if headers::repeats_credential(headers) {
-        return Err(GatewayError::BadRequest("a header with a credential is repeated"));
+        return Err(GatewayError::BadRequest(REPEATED));
     }
     let credential = headers::credential(headers);
     if clients.is_open() {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use crate::client::peer::Listener;
 use crate::gateway::browser::SiteRefusal;
 use crate::gateway::limit_error::LimitError;
 use crate::protocol::endpoint::is_provider_state;
@@ -10,6 +11,8 @@ use crate::time::Nanos;
 /// An error that Zap sends to a client. `crate::gateway::refusal` maps it to a response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum GatewayError {
+    /// The request does not show the token of the admin listener.
+    AdminToken,
     /// The request head is invalid; the reason.
     BadRequest(&'static str),
     /// The request body is incomplete, or its framing is invalid.
@@ -46,8 +49,12 @@ pub(crate) enum GatewayError {
     ModelNotFound(Box<str>, Vec<Box<str>>),
     /// No backend takes requests.
     NoBackend,
+    /// The other listener serves the path; the listener of the request.
+    NotOnListener(Listener),
     /// The request refers to a response, an item or a conversation of another client.
     NotYours,
+    /// A page for operators needs a client key, and the request has none.
+    PageKey,
     /// The queue is full.
     QueueFull,
     /// The deadline passed while the request waited in a queue.

@@ -4,6 +4,8 @@ pub(crate) mod endpoints;
 
 pub(crate) mod browser;
 
+mod access;
+
 pub(crate) mod caller;
 
 pub(crate) mod reserve;
@@ -72,9 +74,11 @@ use smallvec::SmallVec;
 use crate::client::body::Body;
 use crate::client::exchange::Exchange;
 use crate::client::load::{Upload, WorkerState};
+use crate::client::peer::Listener;
 use crate::client::serve::Service;
 use crate::clock;
 use crate::config::Server;
+use crate::gateway::access::Visitor;
 use crate::gateway::attempt::Attempts;
 use crate::gateway::buffered::{BodyHold, Buffered};
 use crate::gateway::endpoints::ModelLists;
@@ -177,19 +181,20 @@ impl Gateway {
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
-        let must_check_origin = exchange.has_page_headers() && generation.clients.is_open();
+        // The admin listener serves no page of another origin, whatever the request shows.
+        let is_closed = exchange.listener() == Listener::Clients && !generation.clients.is_open();
+        let must_check_origin = exchange.has_page_headers() && !is_closed;
         if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, must_check_origin) {
             return self.refuse(&GatewayError::Site(refusal), record, &context);
         }
         if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
             return self.finish(response, record, &context);
         }
-        if endpoint.is_guarded(path) {
-            match caller::identify(self.shared(), &generation.clients, &head.headers, exchange.common_name())
-            {
-                Ok(caller) => record.caller = caller,
-                Err(error) => return self.refuse(&error, record, &context),
-            }
+        let (shared, headers) = (self.shared(), &head.headers);
+        let visitor = Visitor { shared, generation: &generation, headers, exchange };
+        match visitor.check(endpoint, path, endpoint == Endpoint::Root && status_page::is_wanted(headers)) {
+            Ok(caller) => record.caller = caller,
+            Err(error) => return self.refuse(&error, record, &context),
         }
         match &endpoint.row().served {
             ServedBy::Backends(api) if head.method == Method::POST => {
@@ -208,7 +213,7 @@ impl Gateway {
                 Err(NotStored::Path) => self.refuse(&GatewayError::UnknownUrl, record, &context),
             },
             ServedBy::Zap(page) if matches!(head.method, Method::GET | Method::HEAD) => {
-                match self.page(*page, head, &record, &generation).await {
+                match self.page(*page, head, &record, (&generation, exchange.listener())).await {
                     Ok(response) => self.finish(response, record, &context),
                     Err(error) => self.refuse(&error, record, &context),
                 }
@@ -225,15 +230,17 @@ impl Gateway {
         page: Page,
         head: &Parts,
         record: &RequestRecord,
-        generation: &Generation,
+        (generation, listener): (&Generation, Listener),
     ) -> Result<ClientResponse, GatewayError> {
         let uri = &head.uri;
+        let has_page = listener == Listener::Admin || generation.config.server.admin.is_none();
         Ok(match page {
             Page::Health => endpoints::health(),
             Page::Metrics => endpoints::metrics(self.shared()),
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
-            Page::Root | Page::Status if status_page::is_wanted(&head.headers) => {
+            Page::Status if status_page::is_wanted(&head.headers) => endpoints::status_page(self.shared()),
+            Page::Root if has_page && status_page::is_wanted(&head.headers) => {
                 endpoints::status_page(self.shared())
             }
             Page::Root => endpoints::root(),

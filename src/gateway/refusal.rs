@@ -6,6 +6,7 @@ use http::StatusCode;
 use http::header::{ALLOW, CONNECTION, HeaderName, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
 use smallvec::SmallVec;
 
+use crate::client::peer::Listener;
 use crate::client::respond;
 use crate::code::Code;
 use crate::gateway::ClientResponse;
@@ -54,6 +55,10 @@ impl GatewayError {
             GatewayError::InvalidApiKey => {
                 headers.push((WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
             }
+            // A browser asks its user.
+            GatewayError::AdminToken | GatewayError::PageKey => {
+                headers.push((WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"Zap\"")));
+            }
             GatewayError::MethodNotAllowed(allow) => headers.push((ALLOW, HeaderValue::from_static(allow))),
             // RFC 9110: a 426 must have `Upgrade` (section 15.5.22), which `Connection` must list (section 7.8).
             GatewayError::UpgradeRequired => {
@@ -88,6 +93,12 @@ impl GatewayError {
         let closing = |row: ErrorRow| ErrorRow { close: true, ..row };
         let after = |wait: &Nanos, row: ErrorRow| row.after(*wait);
         match self {
+            E::AdminToken => row(
+                StatusCode::UNAUTHORIZED,
+                AUTHENTICATION,
+                Code::InvalidAdminToken,
+                "The admin token is missing or not valid; send it in the header Authorization: Bearer, or in a browser as the password of any user.",
+            ),
             E::BadRequest(why) => closing(row(
                 StatusCode::BAD_REQUEST,
                 INVALID,
@@ -213,11 +224,29 @@ impl GatewayError {
                     "No backend can take the request: all backends are drained. See /status.",
                 ),
             ),
+            E::NotOnListener(Listener::Admin) => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::UnknownUrl,
+                "The admin listener does not serve this path; send it to the port of clients. Here are /, /status, /usage, /metrics, /health and /ready.",
+            ),
+            E::NotOnListener(Listener::Clients) => row(
+                StatusCode::NOT_FOUND,
+                INVALID,
+                Code::UnknownUrl,
+                "This path is for operators; the admin listener of the gateway serves it.",
+            ),
             E::NotYours => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::ResponseNotFound,
                 "No response, item or conversation with this id belongs to this key; use the key that made it.",
+            ),
+            E::PageKey => row(
+                StatusCode::UNAUTHORIZED,
+                AUTHENTICATION,
+                Code::InvalidApiKey,
+                "This page needs a key of this gateway, except on the machine of the gateway; send one in the header Authorization: Bearer, or in a browser as the password of any user.",
             ),
             E::QueueFull => after(
                 &SECOND,
@@ -394,6 +423,7 @@ mod tests {
         #[rustfmt::skip]
         let table = [
             // error, status, type, code, param, retry-after, closes
+            (E::AdminToken, 401, AUTHENTICATION, "invalid_admin_token", None, None, false),
             (E::BadRequest("why"), 400, INVALID, "bad_request", None, None, true),
             (E::BodyIncomplete, 400, INVALID, "bad_request", None, None, true),
             (E::Draining, 503, SERVER, "draining", None, Some("1"), true),
@@ -438,6 +468,9 @@ mod tests {
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
             (E::Site(SiteRefusal::Host), 421, INVALID, "misdirected_request", None, None, false),
             (E::Site(SiteRefusal::Origin), 403, INVALID, "origin_not_allowed", None, None, false),
+            (E::NotOnListener(Listener::Admin), 404, INVALID, "unknown_url", None, None, false),
+            (E::NotOnListener(Listener::Clients), 404, INVALID, "unknown_url", None, None, false),
+            (E::PageKey, 401, AUTHENTICATION, "invalid_api_key", None, None, false),
             (E::NotYours, 404, INVALID, "response_not_found", None, None, false),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),
             (E::UnsupportedEncoding, 415, INVALID, "unsupported_content_encoding", None, None, true),
@@ -457,7 +490,7 @@ mod tests {
         // Every reason for which a head is refused, as the sources spell it.
         let sources = [
             (include_str!("../http1/head.rs"), "HeadFault(\""),
-            (include_str!("caller.rs"), "BadRequest(\""),
+            (include_str!("caller.rs"), "REPEATED: &str = \""),
         ];
         let reasons: Vec<_> = sources
             .iter()
@@ -498,7 +531,9 @@ mod tests {
             let connection = if status == 426 { Some("upgrade") } else { closes.then_some("close") };
             assert_eq!(header("connection").as_deref(), connection, "{error:?}");
             assert_eq!(header("upgrade").as_deref(), (status == 426).then_some("HTTP/1.1"));
-            assert_eq!(header("www-authenticate").as_deref(), (status == 401).then_some("Bearer"));
+            let is_of_operators = matches!(error, E::AdminToken | E::PageKey);
+            let scheme = if is_of_operators { "Basic realm=\"Zap\"" } else { "Bearer" };
+            assert_eq!(header("www-authenticate").as_deref(), (status == 401).then_some(scheme));
             assert_eq!(header("allow").as_deref(), (status == 405).then_some("POST"));
             let is_final =
                 status >= 500 || ["insufficient_quota", "request_too_large_for_limit"].contains(&code);

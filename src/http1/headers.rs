@@ -8,6 +8,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use bytes::Bytes;
+use data_encoding::BASE64;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap,
     HeaderName, HeaderValue, UPGRADE, USER_AGENT,
@@ -231,6 +232,15 @@ pub(crate) fn credential(headers: &HeaderMap) -> Option<&[u8]> {
         .or_else(|| KEY_HEADERS.iter().find_map(|n| headers.get(*n)).map(HeaderValue::as_bytes))
         .map(<[u8]>::trim_ascii)
         .filter(|key| !key.is_empty())
+}
+
+/// Returns the password of `Authorization: Basic` (RFC 7617); `None` if there is none, or if it is empty.
+pub(crate) fn basic_password(headers: &HeaderMap) -> Option<Vec<u8>> {
+    let (scheme, token) = headers.get(AUTHORIZATION)?.as_bytes().split_at_checked(6)?;
+    let is_basic = scheme.eq_ignore_ascii_case(b"basic ");
+    let pair = BASE64.decode(token.trim_ascii()).ok().filter(|_| is_basic)?;
+    let colon = pair.iter().position(|byte| *byte == b':')?;
+    Some(pair[colon + 1..].to_vec()).filter(|password| !password.is_empty())
 }
 
 fn bearer_token(value: &[u8]) -> Option<&[u8]> {

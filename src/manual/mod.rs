@@ -243,6 +243,7 @@ mod tests {
         let text = "[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n";
         let c = Config::of(text).unwrap();
         let unix = Config::of(&format!("[server]\nunix = \"a\"\n{text}")).unwrap();
+        let admin = Config::of(&format!("[admin]\n{text}")).unwrap().server.admin.unwrap();
         let b = &c.backends[0];
         let (secs, ms) = (|d: Duration| d.as_secs().to_string(), |d: Duration| d.as_millis().to_string());
         let word = |word: &dyn std::fmt::Debug| format!("{word:?}");
@@ -250,6 +251,9 @@ mod tests {
             ("models_from", word(&c.models_from)),
             ("server.host", format!("\"{}\"", c.server.host)),
             ("server.port", c.server.port.to_string()),
+            ("server.open_metrics", c.server.open_metrics.to_string()),
+            ("admin.host", format!("\"{}\"", admin.ip())),
+            ("admin.port", admin.port().to_string()),
             ("server.unix_mode", format!("{:o}", unix.server.unix.unwrap().mode)),
             ("server.max_body_bytes", c.server.max_body_bytes.to_string()),
             ("server.max_connections", c.server.max_connections.to_string()),

@@ -410,6 +410,11 @@ impl Endpoint {
         self.api().map_or(Protocol::default(), |api| api.protocol)
     }
 
+    /// Whether the endpoint is a page that tells operators about all clients and backends.
+    pub(crate) fn is_for_operators(self) -> bool {
+        matches!(self.row().served, ServedBy::Zap(Page::Metrics | Page::Status | Page::Usage))
+    }
+
     /// Whether a request to `path` of this endpoint needs a client key, if client keys are configured. Unknown paths
     /// below `/v1/` need one too.
     pub(crate) fn is_guarded(self, path: &str) -> bool {

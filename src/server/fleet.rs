@@ -240,10 +240,17 @@ fn read_and_list(before: &Snapshot, files: &mut Files) -> Result<Snapshot, Strin
             changed.join(", ")
         ));
     }
+    if config.server.admin.is_none() {
+        // The listener stays until the restart, and so must its token.
+        config.admin = before.config.admin.clone();
+    }
     config.server = Server::clone(&before.config.server);
     if config.tls == before.config.tls {
         // The keys of session tickets stay the same.
         config.tls.clone_from(&before.config.tls);
+    }
+    if config.admin.tls == before.config.admin.tls {
+        config.admin.tls.clone_from(&before.config.admin.tls);
     }
     config.ledger.clone_from(&before.config.ledger);
     prepare(config, Some(before))

@@ -1,4 +1,4 @@
-//! The listeners for clients: one of TCP, one unix socket, or both.
+//! The listeners: one of TCP for clients, one unix socket, or both; and the admin listener.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
@@ -7,17 +7,21 @@ use std::os::unix::net::UnixListener;
 
 use tokio::net;
 
-/// The address that stands for a client of the unix socket: it runs on this machine.
-const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+use crate::client::peer::{Listener, Peer};
+use crate::server::inherited::Given;
+
+/// Stands for a client of the unix socket: it runs on this machine.
+const LOCAL: Peer = Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Clients };
 
 /// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
-type Client = (TcpStream, IpAddr);
+type Client = (TcpStream, Peer);
 
 /// The listeners of a running process.
 #[derive(Debug)]
 pub(crate) struct Listeners {
     tcp: Option<net::TcpListener>,
     unix: Option<net::UnixListener>,
+    admin: Option<net::TcpListener>,
 }
 
 impl Listeners {
@@ -25,7 +29,11 @@ impl Listeners {
     ///
     /// # Errors
     /// Returns the error of the system if a listener cannot be used.
-    pub(crate) fn new(tcp: Option<TcpListener>, unix: Option<UnixListener>) -> io::Result<Self> {
+    pub(crate) fn new(
+        tcp: Option<TcpListener>,
+        unix: Option<UnixListener>,
+        admin: Option<TcpListener>,
+    ) -> io::Result<Self> {
         let into_tcp = |listener: TcpListener| {
             listener.set_nonblocking(true)?;
             net::TcpListener::from_std(listener)
@@ -34,30 +42,39 @@ impl Listeners {
             listener.set_nonblocking(true)?;
             net::UnixListener::from_std(listener)
         };
-        Ok(Listeners { tcp: tcp.map(into_tcp).transpose()?, unix: unix.map(into_unix).transpose()? })
+        Ok(Listeners {
+            tcp: tcp.map(into_tcp).transpose()?,
+            unix: unix.map(into_unix).transpose()?,
+            admin: admin.map(into_tcp).transpose()?,
+        })
     }
 
-    /// Accepts the next client. Dropping the future loses none.
-    pub(crate) async fn accept(&self) -> io::Result<Client> {
-        match (&self.tcp, &self.unix) {
-            (Some(tcp), None) => accept_tcp(tcp).await,
+    /// Accepts the next client of `listener`. Dropping the future loses none.
+    pub(crate) async fn accept(&self, listener: Listener) -> io::Result<Client> {
+        let (tcp, unix) = match listener {
+            Listener::Admin => (&self.admin, &None),
+            Listener::Clients => (&self.tcp, &self.unix),
+        };
+        match (tcp, unix) {
+            (Some(tcp), None) => accept_tcp(tcp, listener).await,
             (None, Some(unix)) => accept_unix(unix).await,
             (Some(tcp), Some(unix)) => tokio::select! {
-                client = accept_tcp(tcp) => client,
+                client = accept_tcp(tcp, listener) => client,
                 client = accept_unix(unix) => client,
             },
             (None, None) => std::future::pending().await,
         }
     }
 
-    /// Closes the listeners, but takes the clients that wait in the kernel's queues first: the kernel would reset them.
+    /// Closes the listeners for clients, but takes the clients that wait in the kernel's queues first: the kernel would
+    /// reset them. The admin listener is dropped.
     pub(crate) fn close(self, mut take: impl FnMut(Client)) {
         // Any error means that no further client can be taken; most often the queue is empty.
         if let Some(listener) = self.tcp.and_then(|listener| listener.into_std().ok()) {
             while let Ok((client, peer)) = listener.accept() {
                 let _ = client.set_nodelay(true);
                 if client.set_nonblocking(true).is_ok() {
-                    take((client, peer.ip()));
+                    take((client, Peer { address: peer.ip(), listener: Listener::Clients }));
                 }
             }
         }
@@ -71,16 +88,18 @@ impl Listeners {
     }
 
     /// The listening sockets.
-    pub(crate) fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+    pub(crate) fn sockets(&self) -> Vec<Given<BorrowedFd<'_>>> {
         let (tcp, unix) = (self.tcp.as_ref().map(|l| l.as_fd()), self.unix.as_ref().map(|l| l.as_fd()));
-        tcp.into_iter().chain(unix).collect()
+        let clients = tcp.into_iter().chain(unix).map(|socket| Given { socket, is_admin: false });
+        let admin = self.admin.as_ref().map(|l| Given { socket: l.as_fd(), is_admin: true });
+        clients.chain(admin).collect()
     }
 }
 
-async fn accept_tcp(listener: &net::TcpListener) -> io::Result<Client> {
-    let (client, peer) = listener.accept().await?;
+async fn accept_tcp(socket: &net::TcpListener, listener: Listener) -> io::Result<Client> {
+    let (client, peer) = socket.accept().await?;
     let _ = client.set_nodelay(true);
-    Ok((client.into_std()?, peer.ip()))
+    Ok((client.into_std()?, Peer { address: peer.ip(), listener }))
 }
 
 async fn accept_unix(listener: &net::UnixListener) -> io::Result<Client> {

@@ -37,6 +37,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
+use crate::client::peer::Listener;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::control::{Control, End, running};
@@ -50,7 +51,11 @@ use crate::upstream::proxy;
 
 /// Open files that Zap needs in addition to connections: runtimes, standard streams and the listener.
 const RESERVED_FILES: u64 = 32;
-const FILES_PER_WORKER: u64 = 4;
+const FILES_PER_WORKER: usize = 4;
+
+/// Most connections to the admin listener; further ones wait. They do not count against `server.max_connections`, so that
+/// Zap answers operators when clients have taken all of these.
+const MAX_ADMIN_CONNECTIONS: usize = 256;
 
 /// Least time between two log lines about failures to accept.
 const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -67,7 +72,7 @@ pub(crate) async fn serve(
     setup: Setup,
     orders: Receiver<Order>,
 ) -> std::io::Result<bool> {
-    let listeners = Listeners::new(setup.tcp, setup.unix)?;
+    let listeners = Listeners::new(setup.tcp, setup.unix, setup.admin)?;
     let (options, mut unix_file) = (setup.options, setup.unix_file);
     let config = shared.current.load().config.clone();
     if let Some(text) = proxy::summary(&config.backends) {
@@ -86,12 +91,14 @@ pub(crate) async fn serve(
     }
     options.supervisor.ready();
     let ended = {
-        let clients = accept(&shared, &listeners, &workers, budget.clients);
+        let clients = accept(&shared, &listeners, Listener::Clients, (&workers, budget.clients));
+        let operators = accept(&shared, &listeners, Listener::Admin, (&workers, MAX_ADMIN_CONNECTIONS));
         // The gateway accepts and probes while the running requests finish.
         tokio::select! {
             end = control.run(&listeners, orders) => Some(end),
             () = fleet.ended() => None,
             () = clients => None,
+            () = operators => None,
         }
     };
     let completed = match ended {
@@ -156,8 +163,9 @@ impl FileBudget {
         let Some(files) = getrlimit(Resource::Nofile).current else {
             return FileBudget { clients: wanted, upstreams: usize::MAX };
         };
-        let reserved =
-            RESERVED_FILES + FILES_PER_WORKER * config.server.workers as u64 + config.backends.len() as u64;
+        let admin = config.server.admin.map_or(0, |_| MAX_ADMIN_CONNECTIONS);
+        let own = admin + FILES_PER_WORKER * config.server.workers + config.backends.len();
+        let reserved = RESERVED_FILES + own as u64;
         let available = usize::try_from(files.saturating_sub(reserved)).unwrap_or(usize::MAX).max(2);
         let fit = available / 2;
         // Up to about a tenth less than configured is not worth a warning.
@@ -173,14 +181,19 @@ impl FileBudget {
     }
 }
 
-/// Accepts up to `max` clients at once and hands each to the worker with the fewest connections. Returns if no worker
-/// is alive.
-async fn accept(shared: &Shared, listeners: &Listeners, workers: &[Worker], max: usize) {
+/// Accepts up to `max` clients of `listener` at once and hands each to the worker with the fewest connections. Returns if
+/// no worker is alive.
+async fn accept(
+    shared: &Shared,
+    listeners: &Listeners,
+    listener: Listener,
+    (workers, max): (&[Worker], usize),
+) {
     let permits = Arc::new(Semaphore::new(max));
     let mut last_logged: Option<Instant> = None;
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
-        match listeners.accept().await {
+        match listeners.accept(listener).await {
             Ok((client, peer)) => {
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = least_loaded(workers) else { return };

@@ -20,6 +20,8 @@ pub struct Setup {
     pub(crate) tcp: Option<TcpListener>,
     /// The unix socket for clients.
     pub(crate) unix: Option<UnixListener>,
+    /// The admin listener.
+    pub(crate) admin: Option<TcpListener>,
     /// The file of the unix socket, if this process removes it.
     pub(crate) unix_file: Option<SocketFile>,
     pub(crate) options: Arc<Options>,
@@ -35,16 +37,32 @@ pub(crate) struct Options {
 }
 
 impl Setup {
-    /// What the listeners listen on, in words.
+    /// What the listeners for clients listen on, in words.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = String> {
-        let tcp = self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()).map(|address| address.to_string());
         let unix = self.unix.as_ref().and_then(|unix| {
             let address = unix.local_addr().ok()?;
             let path =
                 address.as_pathname().map_or("without a name".into(), |path| path.display().to_string());
             Some(format!("the unix socket {path}"))
         });
-        tcp.into_iter().chain(unix)
+        address_of(self.tcp.as_ref()).into_iter().chain(unix)
+    }
+
+    /// The address of the admin listener.
+    pub(crate) fn admin_address(&self) -> Option<String> {
+        address_of(self.admin.as_ref())
+    }
+}
+
+fn address_of(listener: Option<&TcpListener>) -> Option<String> {
+    Some(listener?.local_addr().ok()?.to_string())
+}
+
+impl Setup {
+    /// Adds the admin listener.
+    #[must_use]
+    pub fn with_admin(self, admin: Option<TcpListener>) -> Self {
+        Setup { admin, ..self }
     }
 }
 
@@ -65,6 +83,11 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
         None if inherited.unix.is_none() => Some(listen(SocketAddr::new(server.host, server.port))?),
         given => given,
     };
+    let admin = match (inherited.admin, server.admin) {
+        (None, Some(address)) => Some(listen(address)?),
+        (given, Some(_)) => given,
+        (_, None) => None,
+    };
     let options = Options { watch, supervisor: Supervisor::from_env() };
     let (unix, unix_file) = match (inherited.unix, &server.unix) {
         (Some(given), _) if inherited.owns_unix => {
@@ -77,7 +100,7 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
         }
         (given, _) => (given, None),
     };
-    Ok(Setup { tcp, unix, unix_file, options: Arc::new(options) })
+    Ok(Setup { tcp, unix, admin, unix_file, options: Arc::new(options) })
 }
 
 /// Opens a listener.

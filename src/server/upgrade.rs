@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::server::inherited::Handover;
+use crate::server::inherited::{Given, Handover};
 use crate::server::supervisor::{PARENT_VARIABLE, READY};
 
 /// How long the new process may take until it accepts clients.
@@ -39,7 +39,7 @@ impl Next {
     ///
     /// # Errors
     /// Returns a message if it cannot be started.
-    pub(crate) fn start<F: AsFd>(sockets: &[F], owns_unix: bool) -> Result<Self, String> {
+    pub(crate) fn start<F: AsFd>(sockets: &[Given<F>], owns_unix: bool) -> Result<Self, String> {
         if std::process::id() == 1 {
             return Err("process 1 of a container cannot be replaced: the container ends with it".into());
         }
@@ -56,7 +56,7 @@ impl Next {
 
     fn run<F: AsFd>(
         mut command: Command,
-        (sockets, owns_unix): (&[F], bool),
+        (sockets, owns_unix): (&[Given<F>], bool),
         limit: Duration,
     ) -> io::Result<Self> {
         let (ours, theirs) = net::UnixStream::pair()?;
@@ -144,7 +144,8 @@ mod tests {
     fn shell(script: &str, limit: Duration) -> Next {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
-        let sockets: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let given = |i| Given { socket: TcpListener::bind("127.0.0.1:0").unwrap(), is_admin: i == 2 };
+        let sockets: Vec<_> = (0..3).map(given).collect();
         Next::run(command, (&sockets, false), limit).unwrap()
     }
 
@@ -174,7 +175,7 @@ mod tests {
         within(async {
             let script = "i=0; while [ $i -lt $LISTEN_FDS ]; do \
                           case $(readlink /proc/$$/fd/$((LISTEN_FDS_FIRST_FD + i))) in socket:*) ;; *) exit 9;; esac; \
-                          i=$((i + 1)); done; [ $i = 3 ] && [ -z \"$LISTEN_PID\" ] && printf R >&0";
+                          i=$((i + 1)); done; [ $i = 3 ] && [ -z \"$LISTEN_PID\" ] && [ $LISTEN_FDNAMES = clients:clients:admin ] && printf R >&0";
             assert_eq!(shell(script, Duration::from_secs(10)).ready().await, Ok(()));
         });
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
+use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio::runtime::{self, LocalOptions};
 use tokio::sync::OwnedSemaphorePermit;
@@ -17,6 +18,7 @@ use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::handshake::HandshakeError;
 use crate::client::load::WorkerState;
+use crate::client::peer::{Listener, Peer};
 use crate::client::serve::{self, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
@@ -42,7 +44,7 @@ pub(crate) struct Worker {
     thread: JoinHandle<io::Result<()>>,
 }
 
-type NewClient = (std::net::TcpStream, IpAddr, Option<OwnedSemaphorePermit>);
+type NewClient = (std::net::TcpStream, Peer, Option<OwnedSemaphorePermit>);
 
 impl Worker {
     /// Starts worker number `id`. Once the worker has `upstreams` upstream connections, it closes idle ones before it
@@ -76,12 +78,7 @@ impl Worker {
     }
 
     /// Hands a client to the worker. `permit`, if there is one, is released when the connection ends.
-    pub(crate) fn take(
-        &self,
-        client: std::net::TcpStream,
-        peer: IpAddr,
-        permit: Option<OwnedSemaphorePermit>,
-    ) {
+    pub(crate) fn take(&self, client: std::net::TcpStream, peer: Peer, permit: Option<OwnedSemaphorePermit>) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
         if self.clients.send((client, peer, permit)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);
@@ -171,6 +168,16 @@ fn run(
     Ok(())
 }
 
+/// The settings for TLS of a listener; `None`: it speaks plain HTTP.
+fn rustls_of(listener: Listener, gateway: &Gateway) -> Option<Arc<ServerConfig>> {
+    let current = gateway.current();
+    let tls = match listener {
+        Listener::Admin => &current.config.admin.tls,
+        Listener::Clients => &current.config.tls,
+    };
+    tls.as_ref().map(|tls| tls.rustls.clone())
+}
+
 async fn serve(
     id: usize,
     shared: Arc<Shared>,
@@ -196,7 +203,7 @@ async fn serve(
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
-                        let tls = gateway.current().config.tls.as_ref().map(|tls| tls.rustls.clone());
+                        let tls = rustls_of(peer.listener, &gateway);
                         let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {
@@ -208,7 +215,7 @@ async fn serve(
                             // In a box, so that the task of a plain connection stays small.
                             let serving = Box::pin(serve::serve_tls(client, tls, &settings, gateway, futures));
                             if let Err(error) = serving.await {
-                                failures.note(peer, &error);
+                                failures.note(peer.address, &error);
                             }
                         });
                     }

@@ -127,3 +127,29 @@ fn the_file_of_a_socket_that_systemd_has_opened_stays_over_upgrades() {
     wait_for_end(&newest);
     assert!(socket.0.exists(), "systemd listens there");
 }
+
+#[test]
+fn systemd_opens_the_socket_of_the_admin_listener_by_its_name() {
+    let text = config(provider(OK, Duration::ZERO), "[admin]\nport = 1\ntoken = \"zt-1\"");
+    let file = File::new(&format!("systemd-{:x}", fastrand::u64(..)), &text);
+    let (clients, admin) =
+        (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let operators = admin.local_addr().unwrap();
+    let script = "exec 3<&0 4<&1 </dev/null >/dev/null; \
+                  LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=admin:zap.socket exec \"$@\"";
+    let mut command = shell(script, &file);
+    command.stdin(Stdio::from(OwnedFd::from(admin))).stdout(Stdio::from(OwnedFd::from(clients)));
+    let zap = Running::start(&mut command);
+    drop(command);
+    zap.line(&format!("listening on {operators} for operators"));
+    let mut newest = newest(&zap);
+    for _ in 0..2 {
+        let status = ask(operators, "GET /status HTTP/1.1\r\nauthorization: Bearer zt-1", "");
+        assert!(status.starts_with("HTTP/1.1 200 "), "{status}");
+        assert!(ask(operators, "GET /status HTTP/1.1", "").starts_with("HTTP/1.1 401 "));
+        assert!(ask(operators, "GET /ready HTTP/1.1", "").starts_with("HTTP/1.1 200 "));
+        assert!(ask(zap.address, "GET /status HTTP/1.1", "").starts_with("HTTP/1.1 404 "));
+        assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
+        newest.upgrade(&zap);
+    }
+}

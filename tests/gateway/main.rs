@@ -4,6 +4,8 @@
 
 mod support;
 
+mod admin;
+
 mod admission;
 
 mod affinity;

@@ -28,6 +28,11 @@ trusted_proxies = ["10.0.0.0/8", "::1"]
 cors_origins = ["https://App.example:443", "app://obsidian.md"]
 allowed_hosts = ["zap.example", "[::1]:8000"]
 
+[admin]
+host = "10.0.0.1"
+port = 62
+token = "zt-1"
+
 [queue]
 max_size = 46
 max_in_flight = 8
@@ -242,6 +247,8 @@ fn keys_that_are_not_set_have_their_defaults() {
 fn every_key_is_read() {
     let c = parse(FULL).unwrap();
     assert_eq!(c.server.unix, Some(UnixSocket { path: "/run/zap.sock".into(), mode: 0o600 }));
+    assert_eq!(c.server.admin, "10.0.0.1:62".parse().ok());
+    assert_eq!(c.admin.token.as_ref().map(Secret::expose), Some("zt-1"));
     let numbers = [
         c.server.workers as u64,
         c.server.max_body_bytes,

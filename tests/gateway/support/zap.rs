@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::mpsc::Sender;
 use zap::internals::{Config, Faults, LoadError, Log, LogFormat, ModelsFrom};
-use zap::internals::{Order, orders};
+use zap::internals::{Order, Setup, orders};
 
 use super::tls_client::TlsClient;
 use super::{Client, Response, eventually};
@@ -17,6 +17,8 @@ use super::{Client, Response, eventually};
 /// A running gateway; stopped at once when dropped.
 pub(crate) struct Zap {
     pub address: SocketAddr,
+    /// The address of the admin listener, if the configuration has one.
+    pub admin: Option<SocketAddr>,
     /// How [`client`](Self::client) speaks TLS, if it does.
     pub tls: Option<TlsClient>,
     orders: Sender<Order>,
@@ -80,13 +82,23 @@ impl Zap {
         }
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
+        let admin = config.server.admin.map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+        let admin_address = admin.as_ref().map(|admin| admin.local_addr().unwrap());
+        let setup = Setup::from(listener).with_admin(admin);
         let (orders, receiver) = orders();
         let log = match &lines {
             Some(lines) => Log::to(LogFormat::Json, lines.clone()),
             None => Log::start(config.log.events),
         };
-        let thread = std::thread::spawn(move || zap::run(config, log, listener, receiver).unwrap());
-        Zap { address, tls: None, orders, thread: Some(thread), lines: lines.unwrap_or_default() }
+        let thread = std::thread::spawn(move || zap::run(config, log, setup, receiver).unwrap());
+        Zap {
+            address,
+            admin: admin_address,
+            tls: None,
+            orders,
+            thread: Some(thread),
+            lines: lines.unwrap_or_default(),
+        }
     }
 
     /// Starts Zap with these settings and `[[backends]]`.
@@ -100,6 +112,11 @@ impl Zap {
             Some(tls) => client.over_tls(tls),
             None => client,
         }
+    }
+
+    /// A client of the admin listener.
+    pub(crate) fn operator(&self) -> Client {
+        Client::connect(self.admin.unwrap())
     }
 
     /// Sends one chat on a new connection.

@@ -1,0 +1,19 @@
+//! Where a client connection comes from.
+
+use std::net::IpAddr;
+
+/// The address of a client, and the listener that accepted it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub address: IpAddr,
+    pub listener: Listener,
+}
+
+/// A listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listener {
+    /// That of `[admin]`: it serves the pages for operators.
+    Admin,
+    /// The one for clients, on a port or a unix socket.
+    Clients,
+}
