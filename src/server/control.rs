@@ -16,6 +16,8 @@ pub(crate) struct Control<'w> {
     pub(crate) shared: &'w Shared,
     pub(crate) workers: &'w [Worker],
     pub(crate) supervisor: &'w Supervisor,
+    /// Whether this process owns the file of the unix socket.
+    pub(crate) owns_unix: bool,
 }
 
 /// Why Zap accepts no more clients.
@@ -56,7 +58,7 @@ impl<'w> Control<'w> {
             match order {
                 Some(Order::Reload) => self.shared.reload_wanted.notify_one(),
                 Some(Order::Upgrade) if next.is_some() => self.log("info", "upgrade", "it has begun already"),
-                Some(Order::Upgrade) => match Next::start(&listeners.sockets()) {
+                Some(Order::Upgrade) => match Next::start(&listeners.sockets(), self.owns_unix) {
                     Ok(started) => {
                         let text =
                             format!("process {} was started, and may take the listeners", started.id());

@@ -17,11 +17,17 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 /// The first number for sockets on their way to another process: above those of the standard streams.
 const FIRST: i32 = 3;
 
+/// The variable that says `1` if the process must remove the file of the unix socket that it gets. Of the sockets of
+/// systemd, systemd removes the files.
+const OWNS_UNIX_VARIABLE: &str = "ZAP_OWNS_UNIX";
+
 /// Sockets of another process.
 #[derive(Debug, Default)]
 pub(crate) struct Inherited {
     pub(crate) tcp: Option<TcpListener>,
     pub(crate) unix: Option<UnixListener>,
+    /// Whether this process will own the file of the unix socket.
+    pub(crate) owns_unix: bool,
 }
 
 /// Takes the listening sockets of the environment: at most one of TCP and one unix socket. Must be called before a
@@ -31,7 +37,8 @@ pub(crate) struct Inherited {
 /// Returns a message if there is another socket, or one too many.
 pub(crate) fn take() -> Result<Inherited, String> {
     let mut given = ListenFd::from_env();
-    let mut found = Inherited::default();
+    let owns_unix = std::env::var_os(OWNS_UNIX_VARIABLE).is_some_and(|value| value == "1");
+    let mut found = Inherited { owns_unix, ..Inherited::default() };
     for index in 0..given.len() {
         let number = index + 1;
         let tcp = given.take_tcp_listener(index);
@@ -56,11 +63,12 @@ pub(crate) fn take() -> Result<Inherited, String> {
 pub(crate) struct Handover(#[expect(dead_code, reason = "open files")] Vec<OwnedFd>);
 
 impl Handover {
-    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`.
+    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`. `owns_unix`: whether the
+    /// process will own the file of the unix socket.
     ///
     /// # Errors
     /// Returns the error of the system if no more files can be opened.
-    pub(crate) fn new<F: AsFd>(sockets: &[F], command: &mut Command) -> io::Result<Self> {
+    pub(crate) fn new<F: AsFd>(sockets: &[F], owns_unix: bool, command: &mut Command) -> io::Result<Self> {
         let mut first = FIRST;
         let copies = loop {
             let mut copies: Vec<OwnedFd> = Vec::new();
@@ -82,6 +90,7 @@ impl Handover {
         let number = |n: usize| OsString::from(n.to_string());
         let first = copies.first().map_or(FIRST, |copy| copy.as_raw_fd());
         command.env_remove("LISTEN_PID").env_remove("LISTEN_FDNAMES");
+        command.env(OWNS_UNIX_VARIABLE, if owns_unix { "1" } else { "0" });
         command.env("LISTEN_FDS", number(copies.len())).env("LISTEN_FDS_FIRST_FD", first.to_string());
         Ok(Handover(copies))
     }

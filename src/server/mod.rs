@@ -79,7 +79,8 @@ pub(crate) async fn serve(
         (0..config.server.workers).map(|id| Worker::start(id, shared.clone(), upstreams)).collect();
     let workers = workers?;
     let mut fleet = FleetThread::start(shared.clone(), options.clone())?;
-    let control = Control { shared: &shared, workers: &workers, supervisor: &options.supervisor };
+    let owns_unix = unix_file.is_some();
+    let control = Control { shared: &shared, workers: &workers, supervisor: &options.supervisor, owns_unix };
     if let Some(file) = &mut unix_file {
         file.is_owned = true;
     }

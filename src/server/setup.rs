@@ -3,7 +3,6 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::config::Server;
@@ -68,9 +67,9 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
     };
     let options = Options { watch, supervisor: Supervisor::from_env() };
     let (unix, unix_file) = match (inherited.unix, &server.unix) {
-        // Of systemd's sockets systemd removes the file.
-        (Some(given), Some(own)) if options.supervisor.is_upgrade() && is_at(&given, &own.path) => {
-            (Some(given), Some(SocketFile::of_another(own.path.clone())))
+        (Some(given), _) if inherited.owns_unix => {
+            let file = SocketFile::of_another(&given);
+            (Some(given), file)
         }
         (None, Some(own)) => {
             let (listener, file) = unix_socket::listen(own)?;
@@ -79,11 +78,6 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
         (given, _) => (given, None),
     };
     Ok(Setup { tcp, unix, unix_file, options: Arc::new(options) })
-}
-
-/// Whether `listener` was opened at `path`.
-fn is_at(listener: &UnixListener, path: &Path) -> bool {
-    listener.local_addr().is_ok_and(|address| address.as_pathname() == Some(path))
 }
 
 /// Opens a listener.

@@ -52,11 +52,6 @@ impl Supervisor {
         Some(UnixStream::from(socket))
     }
 
-    /// Whether this process takes over from another Zap.
-    pub(crate) fn is_upgrade(&self) -> bool {
-        self.parent.is_some()
-    }
-
     /// Zap accepts clients. The Zap that it takes over from tells systemd.
     pub(crate) fn ready(&self) {
         match &self.parent {

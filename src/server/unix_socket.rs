@@ -19,9 +19,10 @@ pub(crate) struct SocketFile {
 }
 
 impl SocketFile {
-    /// The file of a socket that another process still owns.
-    pub(crate) fn of_another(path: PathBuf) -> Self {
-        SocketFile { path, is_owned: false }
+    /// The file of a socket that another process still owns; `None` if it has no file.
+    pub(crate) fn of_another(socket: &UnixListener) -> Option<Self> {
+        let path = socket.local_addr().ok()?.as_pathname()?.to_owned();
+        Some(SocketFile { path, is_owned: false })
     }
 }
 

@@ -34,11 +34,12 @@ pub(crate) struct Next {
 }
 
 impl Next {
-    /// Starts the program on disk with the arguments of this process and `sockets`. Must be called within a runtime.
+    /// Starts the program on disk with the arguments of this process and `sockets`. `owns_unix`: whether this process
+    /// owns the file of the unix socket. Must be called within a runtime.
     ///
     /// # Errors
     /// Returns a message if it cannot be started.
-    pub(crate) fn start<F: AsFd>(sockets: &[F]) -> Result<Self, String> {
+    pub(crate) fn start<F: AsFd>(sockets: &[F], owns_unix: bool) -> Result<Self, String> {
         if std::process::id() == 1 {
             return Err("process 1 of a container cannot be replaced: the container ends with it".into());
         }
@@ -49,14 +50,19 @@ impl Next {
         let mut command = Command::new(&program);
         command.args(arguments);
         let name = program.display();
-        Next::run(command, sockets, READY_TIMEOUT).map_err(|e| format!("{name} cannot be started: {e}"))
+        Next::run(command, (sockets, owns_unix), READY_TIMEOUT)
+            .map_err(|e| format!("{name} cannot be started: {e}"))
     }
 
-    fn run<F: AsFd>(mut command: Command, sockets: &[F], limit: Duration) -> io::Result<Self> {
+    fn run<F: AsFd>(
+        mut command: Command,
+        (sockets, owns_unix): (&[F], bool),
+        limit: Duration,
+    ) -> io::Result<Self> {
         let (ours, theirs) = net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let link = UnixStream::from_std(ours)?;
-        let handover = Handover::new(sockets, &mut command)?;
+        let handover = Handover::new(sockets, owns_unix, &mut command)?;
         command
             .env(PARENT_VARIABLE, std::process::id().to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)));
@@ -139,7 +145,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
         let sockets: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-        Next::run(command, &sockets, limit).unwrap()
+        Next::run(command, (&sockets, false), limit).unwrap()
     }
 
     #[test]

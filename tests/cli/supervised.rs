@@ -2,11 +2,12 @@
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use super::unix_socket::{Socket, chat, wait_for_end};
 use super::upgrade::newest;
 use super::{CHAT, File, OK, Running, ask, config, provider, stderr, zap};
 
@@ -39,10 +40,16 @@ impl Drop for Systemd {
 
 /// Starts Zap as systemd does: with `socket` as open file 3.
 fn activated(socket: OwnedFd, file: &File) -> Command {
+    let mut command = shell("exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"", file);
+    command.stdin(Stdio::from(socket));
+    command
+}
+
+/// Runs `script` with the command line of Zap as its arguments.
+fn shell(script: &str, file: &File) -> Command {
     let mut command = Command::new("sh");
-    let script = "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"";
     command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_zap"), "--config", file.path()]);
-    command.env_remove("ZAP_CONFIG").stdin(Stdio::from(socket));
+    command.env_remove("ZAP_CONFIG");
     command
 }
 
@@ -95,4 +102,28 @@ fn a_socket_of_another_process_is_not_taken_and_a_strange_one_is_refused() {
         "{}",
         stderr(&strange)
     );
+}
+
+#[test]
+fn the_file_of_a_socket_that_systemd_has_opened_stays_over_upgrades() {
+    let socket = Socket::new();
+    let file = socket.configuration();
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let unix = UnixListener::bind(&socket.0).unwrap();
+    // The sockets come as the standard input and output, since these have a number in every process.
+    let mut command =
+        shell("exec 3<&0 4<&1 </dev/null >/dev/null; LISTEN_PID=$$ LISTEN_FDS=2 exec \"$@\"", &file);
+    command.stdin(Stdio::from(OwnedFd::from(tcp))).stdout(Stdio::from(OwnedFd::from(unix)));
+    let mut zap = Running::start(&mut command);
+    drop(command);
+    zap.line(&format!("listening on the unix socket {}", socket.0.display()));
+    let mut newest = newest(&zap);
+    for _ in 0..2 {
+        newest.upgrade(&zap);
+        assert!(chat(&socket.0).ends_with("ok"));
+    }
+    assert_eq!(zap.exit_code(), Some(0));
+    assert!(newest.signal("TERM"));
+    wait_for_end(&newest);
+    assert!(socket.0.exists(), "systemd listens there");
 }

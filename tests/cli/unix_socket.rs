@@ -10,14 +10,15 @@ use super::upgrade::{Newest, newest};
 use super::{CHAT, File, OK, Running, ask, config, provider, stderr, zap};
 
 /// A path that is deleted on drop.
-struct Socket(PathBuf);
+pub(super) struct Socket(pub(super) PathBuf);
 
 impl Socket {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Socket(std::env::temp_dir().join(format!("zap-unix-{:x}", fastrand::u64(..))))
     }
 
-    fn configuration(&self) -> File {
+    /// A configuration with this path as `server.unix`.
+    pub(super) fn configuration(&self) -> File {
         let more = format!("unix = {:?}\nunix_mode = \"600\"", self.0);
         File::new(&format!("unix-{:x}", fastrand::u64(..)), &config(provider(OK, Duration::ZERO), &more))
     }
@@ -30,7 +31,7 @@ impl Drop for Socket {
 }
 
 /// Sends a chat and reads the whole response.
-fn chat(path: &Path) -> String {
+pub(super) fn chat(path: &Path) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let head = "POST /chat HTTP/1.1\r\nhost: a\r\nconnection: close";
@@ -40,7 +41,7 @@ fn chat(path: &Path) -> String {
     text
 }
 
-fn wait_for_end(newest: &Newest) {
+pub(super) fn wait_for_end(newest: &Newest) {
     let end = std::time::Instant::now() + Duration::from_secs(10);
     while !newest.is_gone() {
         assert!(std::time::Instant::now() < end, "the process does not end");
