@@ -13,6 +13,11 @@ const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
 type Client = (TcpStream, IpAddr);
 
+/// Whether a client came over TCP. The stream of a unix socket has no address of the network.
+pub(crate) fn is_tcp(client: &net::TcpStream) -> bool {
+    client.local_addr().is_ok()
+}
+
 /// The listeners of a running process.
 #[derive(Debug)]
 pub(crate) struct Listeners {

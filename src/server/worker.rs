@@ -21,6 +21,7 @@ use crate::client::serve::{self, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
+use crate::server::listeners::is_tcp;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
 
@@ -196,7 +197,11 @@ async fn serve(
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
-                        let tls = gateway.current().config.tls.as_ref().map(|tls| tls.rustls.clone());
+                        let tls = match &gateway.current().config.tls {
+                            // A unix socket never leaves the machine: its clients speak plain HTTP.
+                            Some(tls) if is_tcp(&client) => Some(tls.rustls.clone()),
+                            _ => None,
+                        };
                         let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{File, OK, Running, config, provider, run, stderr};
 
 /// A folder that is deleted on drop.
-struct Folder(PathBuf);
+pub(super) struct Folder(pub(super) PathBuf);
 
 impl Drop for Folder {
     fn drop(&mut self) {
@@ -17,7 +17,7 @@ impl Drop for Folder {
 }
 
 impl Folder {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = std::env::temp_dir().join(format!("zap-openssl-{:x}", fastrand::u64(..)));
         std::fs::create_dir_all(&folder).unwrap();
         Folder(folder)
@@ -39,7 +39,7 @@ impl Folder {
     }
 
     /// Makes a certificate that signs itself.
-    fn make(&self, name: &str, kind: &str) {
+    pub(super) fn make(&self, name: &str, kind: &str) {
         let (is_made, text) = self.openssl(
             &format!(
                 "req -x509 {kind} -nodes -days 30 -subj /CN={name} -addext basicConstraints=critical,CA:FALSE \
