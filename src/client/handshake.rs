@@ -52,6 +52,15 @@ pub(crate) enum HandshakeError {
     TimedOut,
 }
 
+impl HandshakeError {
+    /// Whether the client has shown no certificate, and must.
+    pub(crate) fn is_without_certificate(&self) -> bool {
+        let HandshakeError::Failed(error) = self else { return false };
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+        cause == Some(&rustls::Error::NoCertificatesPresented)
+    }
+}
+
 impl fmt::Display for HandshakeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -133,6 +133,10 @@ impl HandshakeLog {
         if matches!(error, HandshakeError::Silent | HandshakeError::Stopped) {
             return;
         }
+        // Such a client is `zap healthcheck`.
+        if peer.is_loopback() && error.is_without_certificate() {
+            return;
+        }
         let now = clock::now();
         if self.last.get().is_some_and(|last| now < last + HANDSHAKE_LOG_INTERVAL) {
             self.left_out.set(self.left_out.get() + 1);

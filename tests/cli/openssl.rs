@@ -114,3 +114,30 @@ fn a_health_check_asks_with_tls_and_checks_no_certificate() {
     assert_eq!(plain.status.code(), Some(1));
     assert!(stderr(&plain).contains("HTTP 400"), "{}", stderr(&plain));
 }
+
+#[test]
+fn a_health_check_of_a_zap_that_wants_certificates_ends_with_the_handshake_and_is_not_logged() {
+    let folder = Folder::new();
+    folder.make("zap.test", "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1");
+    let path = folder.0.join("zap.test").display().to_string();
+    let entry =
+        format!("[[server.tls]]\ncert = \"{path}.pem\"\nkey = \"{path}.key\"\nclient_ca = \"{path}.pem\"\n");
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), &entry));
+    let file = File::new("healthcheck-mtls", &format!("[server]\nport = {}\n{entry}", zap.address.port()));
+    for _ in 0..3 {
+        let output = run(&["healthcheck", "--config", file.path()]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("TLS works; no request was sent"), "{text}");
+    }
+    // The worker takes the connections in turn, so it has met those above when this one fails.
+    let (_, text) = folder.openssl(
+        &format!(
+            "s_client -connect {} -cert zap.test.pem -key zap.test.key -tls1_1 -cipher DEFAULT@SECLEVEL=0",
+            zap.address
+        ),
+        "",
+    );
+    let line = zap.line("the TLS handshake with 127.0.0.1 failed");
+    assert!(!line.contains("certificate") && !line.contains("more failed"), "{line} {text}");
+}
