@@ -154,9 +154,8 @@ pub fn run(
         log.event("warn", "config", warning);
     }
     let setup = setup.into();
-    let with = if shared.current.load().config.tls.is_some() { " with TLS" } else { "" };
-    for address in setup.addresses() {
-        log.event("info", "start", &format!("listening on {address}{with}"));
+    for address in setup.addresses(shared.current.load().config.tls.is_some()) {
+        log.event("info", "start", &format!("listening on {address}"));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;

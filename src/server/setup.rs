@@ -35,9 +35,11 @@ pub(crate) struct Options {
 }
 
 impl Setup {
-    /// What the listeners listen on, in words.
-    pub(crate) fn addresses(&self) -> impl Iterator<Item = String> {
-        let tcp = self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()).map(|address| address.to_string());
+    /// What the listeners listen on, in words. `is_tls`: whether that of TCP speaks TLS.
+    pub(crate) fn addresses(&self, is_tls: bool) -> impl Iterator<Item = String> {
+        let with = if is_tls { " with TLS" } else { "" };
+        let tcp = self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok());
+        let tcp = tcp.map(|address| format!("{address}{with}"));
         let unix = self.unix.as_ref().and_then(|unix| {
             let address = unix.local_addr().ok()?;
             let path =

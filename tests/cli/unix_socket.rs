@@ -103,6 +103,8 @@ fn a_unix_socket_speaks_plain_http_beside_a_listener_with_tls() {
         format!("[[server.tls]]\ncert = \"{path}.pem\"\nkey = \"{path}.key\"\nclient_ca = \"{path}.pem\"\n");
     let zap =
         Running::with(&config(provider(OK, Duration::ZERO), &format!("unix = {:?}\n{entry}", socket.0)));
+    let line = zap.line("listening on the unix socket");
+    assert!(!line.contains("TLS"), "{line}");
     assert!(chat(&socket.0).ends_with("ok"));
     let plain = run(&["healthcheck", "--url", &format!("http://{}/health", zap.address)]);
     assert!(stderr(&plain).contains("HTTP 400"), "TCP speaks TLS: {}", stderr(&plain));
