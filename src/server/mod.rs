@@ -30,21 +30,24 @@ pub(crate) mod supervisor;
 mod unix_socket;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
+use crate::clock;
 use crate::config::Config;
 use crate::gateway::state::Shared;
+use crate::policy::throttle::Throttle;
 use crate::server::control::{Control, End, running};
 use crate::server::drain::Order;
 use crate::server::fleet::FleetThread;
 use crate::server::listeners::Listeners;
 use crate::server::setup::Setup;
 use crate::server::worker::Worker;
+use crate::time::{Nanos, SECOND};
 use crate::upstream::connect::is_lack_of_files;
 use crate::upstream::proxy;
 
@@ -53,7 +56,7 @@ const RESERVED_FILES: u64 = 32;
 const FILES_PER_WORKER: u64 = 4;
 
 /// Least time between two log lines about failures to accept.
-const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
+const ACCEPT_LOG_INTERVAL: Nanos = 10 * SECOND;
 
 /// Pause after a failure to accept, for example because no file descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -177,7 +180,7 @@ impl FileBudget {
 /// is alive.
 async fn accept(shared: &Shared, listeners: &Listeners, workers: &[Worker], max: usize) {
     let permits = Arc::new(Semaphore::new(max));
-    let mut last_logged: Option<Instant> = None;
+    let mut failures = Throttle::new(ACCEPT_LOG_INTERVAL);
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listeners.accept().await {
@@ -188,8 +191,7 @@ async fn accept(shared: &Shared, listeners: &Listeners, workers: &[Worker], max:
             }
             Err(e) if is_client_error(&e) => {}
             Err(e) => {
-                if last_logged.is_none_or(|at| at.elapsed() > ACCEPT_LOG_INTERVAL) {
-                    last_logged = Some(Instant::now());
+                if failures.pass(clock::now()).is_some() {
                     shared.telemetry.log.event("error", "accept", &format!("cannot accept connections: {e}"));
                 }
                 if e.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files) {

@@ -1,6 +1,6 @@
 //! A worker: a thread with its own runtime, which owns its client connections and its upstream connections.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -21,6 +21,7 @@ use crate::client::serve::{self, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
+use crate::policy::throttle::Throttle;
 use crate::server::listeners::is_tcp;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
@@ -118,15 +119,12 @@ impl Worker {
 /// Logs handshakes that failed, at most one each [`HANDSHAKE_LOG_INTERVAL`].
 struct HandshakeLog {
     log: Log,
-    /// When the last one was logged.
-    last: Cell<Option<Nanos>>,
-    /// How many were not logged since then.
-    left_out: Cell<u64>,
+    throttle: RefCell<Throttle>,
 }
 
 impl HandshakeLog {
     fn new(log: Log) -> Self {
-        HandshakeLog { log, last: Cell::new(None), left_out: Cell::new(0) }
+        HandshakeLog { log, throttle: RefCell::new(Throttle::new(HANDSHAKE_LOG_INTERVAL)) }
     }
 
     fn note(&self, peer: IpAddr, error: &HandshakeError) {
@@ -137,13 +135,8 @@ impl HandshakeLog {
         if peer.is_loopback() && error.is_without_certificate() {
             return;
         }
-        let now = clock::now();
-        if self.last.get().is_some_and(|last| now < last + HANDSHAKE_LOG_INTERVAL) {
-            self.left_out.set(self.left_out.get() + 1);
-            return;
-        }
-        self.last.set(Some(now));
-        let more = match self.left_out.take() {
+        let Some(left_out) = self.throttle.borrow_mut().pass(clock::now()) else { return };
+        let more = match left_out {
             0 => String::new(),
             n => format!("; {n} more failed since the last such line"),
         };
