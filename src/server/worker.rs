@@ -13,11 +13,12 @@ use tokio::runtime::{self, LocalOptions};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::client::conn::Settings;
 use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::handshake::HandshakeError;
 use crate::client::load::WorkerState;
-use crate::client::serve::{self, Settings};
+use crate::client::serve;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
@@ -128,11 +129,9 @@ impl HandshakeLog {
     }
 
     fn note(&self, peer: IpAddr, error: &HandshakeError) {
-        if matches!(error, HandshakeError::Silent | HandshakeError::Stopped) {
-            return;
-        }
-        // Such a client is `zap healthcheck`.
-        if peer.is_loopback() && error.is_without_certificate() {
+        // `zap healthcheck` has no certificate.
+        let is_healthcheck = peer.is_loopback() && error.is_without_certificate();
+        if is_healthcheck || matches!(error, HandshakeError::Unfinished) {
             return;
         }
         let Some(left_out) = self.throttle.borrow_mut().pass(clock::now()) else { return };
@@ -203,12 +202,7 @@ async fn serve(
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            let Some(tls) = tls else {
-                                return serve::serve((client, peer), &settings, gateway, futures).await;
-                            };
-                            let client = (client, peer);
-                            // In a box, so that the task of a plain connection stays small.
-                            let serving = Box::pin(serve::serve_tls(client, tls, &settings, gateway, futures));
+                            let serving = serve::serve((client, peer), tls, &settings, gateway, futures);
                             if let Err(error) = serving.await {
                                 failures.note(peer, &error);
                             }
