@@ -1,23 +1,24 @@
-//! Tells the program which commit it is built from, as the variable `ZAP_VERSION` of the build.
+//! Sets `ZAP_VERSION` to the version and the commit of this build.
 //!
-//! The same commit gives the same text: there is no time in it. Without git, or outside a repository of Zap's own, the
-//! text is the version alone.
+//! The text has no time in it, so one commit always gives the same text. Without git, or outside a repository of Zap's
+//! own, the text is the version alone.
 
 use std::env;
 use std::path::Path;
 use std::process::Command;
 
-/// What makes a build differ from its commit.
+/// If one of these has uncommitted changes, the version says `with changes`.
 const SOURCES: [&str; 3] = ["src", "Cargo.toml", "Cargo.lock"];
 
 fn main() {
     let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
     let version = commit().map_or(version.clone(), |commit| format!("{version} ({commit})"));
     println!("cargo::rustc-env=ZAP_VERSION={version}");
-    // The crate is rebuilt for a change of these anyway.
+    // Cargo rebuilds the crate anyway when one of these changes.
     SOURCES.iter().for_each(|path| println!("cargo::rerun-if-changed={path}"));
-    // A commit writes one of the last two.
-    for name in ["HEAD", "logs/HEAD", "packed-refs"] {
+    // `git commit` writes `logs/HEAD` and the ref of the branch.
+    let branch = git(&["symbolic-ref", "-q", "HEAD"]);
+    for name in ["HEAD", "logs/HEAD"].into_iter().chain(branch.as_deref()) {
         let path = git(&["rev-parse", "--git-path", name]);
         if let Some(path) = path.filter(|path| Path::new(path).exists()) {
             println!("cargo::rerun-if-changed={path}");

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use tokio::sync::mpsc::Sender;
 
+use crate::cli::healthcheck::Health;
 use crate::config::{Config, LoadError, listen_address};
 use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
@@ -230,7 +231,11 @@ fn healthcheck(file: &Path, url: Option<&str>) -> ExitCode {
         },
     };
     match healthcheck::ask(&url) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Health::Responded) => ExitCode::SUCCESS,
+        Ok(Health::WantsCertificate) => print(&format!(
+            "{}: TLS works; no request was sent, since the server asks for a certificate\n",
+            url.escape_debug()
+        )),
         Err(why) => {
             eprintln!("zap: {}: {why}", url.escape_debug());
             ExitCode::from(FAILED)

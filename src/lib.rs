@@ -154,14 +154,15 @@ pub fn run(
         log.event("warn", "config", warning);
     }
     let setup = setup.into();
-    let with = |has_tls: bool| if has_tls { " with TLS" } else { "" };
-    let with_tls = with(shared.current.load().config.tls.is_some());
-    for address in setup.addresses() {
-        log.event("info", "start", &format!("listening on {address}{with_tls}"));
+    let (has_tls, admin_has_tls) = {
+        let config = &shared.current.load().config;
+        (config.tls.is_some(), config.admin.tls.is_some())
+    };
+    for address in setup.addresses(has_tls) {
+        log.event("info", "start", &format!("listening on {address}"));
     }
-    if let Some(address) = setup.admin_address() {
-        let with_tls = with(shared.current.load().config.admin.tls.is_some());
-        log.event("info", "start", &format!("listening on {address}{with_tls} for operators"));
+    if let Some(address) = setup.admin_address(admin_has_tls) {
+        log.event("info", "start", &format!("listening on {address} for operators"));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;

@@ -1,14 +1,17 @@
 //! `zap healthcheck`: one request to a running Zap, for images without curl.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use http::Uri;
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
 
 use crate::config::Listen;
@@ -30,11 +33,20 @@ pub(crate) fn url_of(Listen { mut address, is_tls }: Listen) -> String {
     format!("{}://{address}/health", if is_tls { "https" } else { "http" })
 }
 
+/// How a server has shown that it is healthy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Health {
+    /// It has responded with a status from 200 to 299.
+    Responded,
+    /// In the TLS handshake it has asked for a certificate, which this command does not have. No request was sent.
+    WantsCertificate,
+}
+
 /// Sends a GET to `url`.
 ///
 /// # Errors
-/// Returns in words why there is no response with a status from 200 to 299.
-pub(crate) fn ask(url: &str) -> Result<(), String> {
+/// Returns in words why there is neither a response with a status from 200 to 299 nor a request for a certificate.
+pub(crate) fn ask(url: &str) -> Result<Health, String> {
     let uri: Uri = url.parse().map_err(|error| format!("not a URL: {error}"))?;
     let scheme = uri.scheme_str().filter(|scheme| ["http", "https"].contains(scheme));
     let host = uri.host().filter(|_| scheme.is_some());
@@ -56,32 +68,39 @@ pub(crate) fn ask(url: &str) -> Result<(), String> {
         if is_tls { Some(ServerName::try_from(name.to_owned()).map_err(|e| e.to_string())?) } else { None };
     for address in addresses {
         match exchange((address, server.as_ref()), &request, end) {
-            Ok(200..=299) => return Ok(()),
-            Ok(status) => return Err(format!("HTTP {status}")),
+            Ok(Some(200..=299)) => return Ok(Health::Responded),
+            Ok(Some(status)) => return Err(format!("HTTP {status}")),
+            Ok(None) => return Ok(Health::WantsCertificate),
             Err(error) => why = in_words(&error),
         }
     }
     Err(why)
 }
 
-/// Sends the request, with TLS to a `server`, and returns the status of the response.
+/// Sends the request, with TLS to a `server`, and returns the status of the response; `None` if the server has asked
+/// for a certificate.
 fn exchange(
     (address, server): (SocketAddr, Option<&ServerName<'static>>),
     request: &str,
     end: Instant,
-) -> io::Result<u16> {
-    let socket = TcpStream::connect_timeout(&address, left(end)?)?;
-    socket.set_write_timeout(Some(left(end)?))?;
-    socket.set_read_timeout(Some(left(end)?))?;
-    let clock = socket.try_clone()?;
-    let mut stream: Box<dyn Stream> = match server {
-        Some(server) => Box::new(unchecked_tls(socket, server.clone()).map_err(io::Error::other)?),
-        None => Box::new(socket),
-    };
+) -> io::Result<Option<u16>> {
+    let mut socket = Timed { socket: TcpStream::connect_timeout(&address, left(end)?)?, end };
+    let Some(server) = server else { return status(&mut socket, request).map(Some) };
+    let certificate = Arc::new(NoCertificate::default());
+    let mut stream = unchecked_tls(socket, server.clone(), certificate.clone()).map_err(io::Error::other)?;
+    // The whole handshake, the answer to the request for a certificate included.
+    stream.flush()?;
+    if certificate.was_asked.load(Ordering::Relaxed) {
+        return Ok(None);
+    }
+    status(&mut stream, request).map(Some)
+}
+
+/// Sends the request and returns the status of the response.
+fn status(stream: &mut (impl Read + Write), request: &str) -> io::Result<u16> {
     stream.write_all(request.as_bytes())?;
     let mut head = Vec::new();
     while !head.contains(&b'\n') && head.len() < MAX_HEAD {
-        clock.set_read_timeout(Some(left(end)?))?;
         let mut buffer = [0; 256];
         match stream.read(&mut buffer)? {
             0 => break,
@@ -93,23 +112,43 @@ fn exchange(
     status.ok_or_else(|| io::Error::other("the response is not HTTP/1.1"))
 }
 
-/// A connection, plain or with TLS.
-trait Stream: io::Read + io::Write {}
+/// A connection whose reads and writes fail once `end` has passed.
+struct Timed {
+    socket: TcpStream,
+    end: Instant,
+}
 
-impl<T: io::Read + io::Write> Stream for T {}
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(Some(left(self.end)?))?;
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(Some(left(self.end)?))?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// Begins TLS without a check of the certificate: the check is of this machine's own Zap, whose certificate names a
 /// host that is known elsewhere.
 fn unchecked_tls(
-    socket: TcpStream,
+    socket: Timed,
     server: ServerName<'static>,
-) -> Result<StreamOwned<ClientConnection, TcpStream>, rustls::Error> {
+    certificate: Arc<NoCertificate>,
+) -> Result<StreamOwned<ClientConnection, Timed>, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth();
+        .with_client_cert_resolver(certificate);
     Ok(StreamOwned::new(ClientConnection::new(Arc::new(config), server)?, socket))
 }
 
@@ -149,6 +188,23 @@ impl ServerCertVerifier for AnyCertificate {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Shows the server no certificate, and notes whether the server has asked for one.
+#[derive(Debug, Default)]
+struct NoCertificate {
+    was_asked: AtomicBool,
+}
+
+impl ResolvesClientCert for NoCertificate {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.was_asked.store(true, Ordering::Relaxed);
+        None
+    }
+
+    fn has_certs(&self) -> bool {
+        false
     }
 }
 

@@ -20,6 +20,19 @@ use crate::time::{Nanos, SECOND};
 /// A head must be complete this long after the connection was accepted, or after its first byte.
 const HEAD_TIMEOUT: Nanos = 10 * SECOND;
 
+/// How long the input of a connection is dropped at its end, so that the client can read the response before a reset
+/// reaches it.
+pub(super) const LINGER: Nanos = 2 * SECOND;
+
+/// Settings of all connections.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    /// The worker's deadlines.
+    pub deadlines: Rc<Deadlines>,
+    /// How long a connection may be idle.
+    pub keep_alive: Nanos,
+}
+
 /// A client connection. hyper's I/O handle, the request and the response share it.
 #[derive(Debug)]
 pub(crate) struct Conn {
@@ -37,21 +50,20 @@ pub(crate) struct Conn {
 }
 
 impl Conn {
-    /// Wraps a new connection. `common_name`: that of the certificate that the client has shown. `keep_alive`: how long
-    /// the connection may be idle.
-    pub(crate) fn new(
+    /// Wraps a new connection. `common_name`: that of the certificate that the client has shown.
+    pub(super) fn new(
         (stream, peer): (ClientStream, Peer),
         common_name: Option<Box<str>>,
-        deadlines: Rc<Deadlines>,
-        keep_alive: Nanos,
+        settings: &Settings,
     ) -> Rc<Self> {
+        let deadlines = settings.deadlines.clone();
         Rc::new(Conn {
             socket: RefCell::new(stream),
             peer,
             common_name,
             deadline: deadlines.add(deadlines.coarse_now() + HEAD_TIMEOUT),
             deadlines,
-            keep_alive,
+            keep_alive: settings.keep_alive,
             reader: Reader::new(),
             response: Progress::default(),
         })

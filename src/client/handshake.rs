@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::task::{Poll, ready};
 
 use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::ReadBuf;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
-use crate::client::deadline::{Deadline, Deadlines, Elapsed};
+use crate::client::conn::{Conn, LINGER, Settings};
+use crate::client::peer::Peer;
 use crate::client::stream::{ClientStream, Wire, has_data};
 use crate::code::Code;
 use crate::config::common_name;
@@ -24,11 +25,7 @@ use crate::time::{Nanos, SECOND};
 /// A handshake must be complete this long after the connection was accepted.
 const HANDSHAKE_TIMEOUT: Nanos = 10 * SECOND;
 
-/// How long the input of a client that speaks plain HTTP is dropped, so that it can read the answer before a reset
-/// reaches it.
-const LINGER: Nanos = 2 * SECOND;
-
-/// Most bytes that are dropped.
+/// Most bytes that are dropped of what a client sends in plain HTTP.
 const MAX_DISCARD: usize = 1 << 20;
 
 /// The first byte of every handshake (RFC 8446, section 5.1).
@@ -44,12 +41,19 @@ pub(crate) enum HandshakeError {
     Failed(io::Error),
     /// The client has sent plain HTTP, and has got a 400.
     PlainHttp,
-    /// The client has sent nothing.
-    Silent,
-    /// Zap stops.
-    Stopped,
     /// The handshake took too long.
     TimedOut,
+    /// The client has sent nothing, or Zap stops: no fault of anyone.
+    Unfinished,
+}
+
+impl HandshakeError {
+    /// Whether the client has shown no certificate, and must.
+    pub(crate) fn is_without_certificate(&self) -> bool {
+        let HandshakeError::Failed(error) = self else { return false };
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+        cause == Some(&rustls::Error::NoCertificatesPresented)
+    }
 }
 
 impl fmt::Display for HandshakeError {
@@ -59,33 +63,25 @@ impl fmt::Display for HandshakeError {
             HandshakeError::PlainHttp => {
                 f.write_str("the client speaks plain HTTP, and this port speaks TLS")
             }
-            HandshakeError::Silent => f.write_str("the client sent nothing"),
-            HandshakeError::Stopped => f.write_str("Zap stops"),
             HandshakeError::TimedOut => {
                 write!(f, "it was not complete after {} s", HANDSHAKE_TIMEOUT / SECOND)
             }
+            HandshakeError::Unfinished => f.write_str("the client sent nothing, or Zap stops"),
         }
     }
-}
-
-/// A TLS connection, and what the handshake has shown of the client.
-#[derive(Debug)]
-pub(crate) struct Greeted {
-    pub stream: ClientStream,
-    /// The common name of the certificate that the client has shown; it is verified.
-    pub common_name: Option<Box<str>>,
 }
 
 /// Makes a TLS connection of `tcp`. `is_closing`: whether idle connections close.
 ///
 /// # Errors
 /// See [`HandshakeError`]. The connection is closed then.
-pub(crate) async fn accept(
-    tcp: TcpStream,
+pub(super) async fn accept(
+    (tcp, peer): (TcpStream, Peer),
     tls: Arc<ServerConfig>,
-    deadlines: &Deadlines,
+    settings: &Settings,
     is_closing: impl Fn() -> bool,
-) -> Result<Greeted, HandshakeError> {
+) -> Result<Rc<Conn>, HandshakeError> {
+    let deadlines = &settings.deadlines;
     let deadline = deadlines.add(deadlines.coarse_now() + HANDSHAKE_TIMEOUT);
     let first = poll_fn(|cx| {
         deadline.register(cx);
@@ -98,10 +94,10 @@ pub(crate) async fn accept(
         }
     });
     match first.await {
-        None => return Err(HandshakeError::Silent),
+        None => return Err(HandshakeError::Unfinished),
         Some(first) if first.is_ascii_uppercase() => {
-            let now = deadlines.coarse_now();
-            let _ = limit(&deadline, now + LINGER, answer_in_plain(tcp)).await;
+            let conn = Conn::new((ClientStream::Plain(tcp), peer), None, settings);
+            let _ = deadline.limit(conn.coarse_now() + LINGER, answer_in_plain(&conn)).await;
             return Err(HandshakeError::PlainHttp);
         }
         Some(first) if first != HANDSHAKE_RECORD => {
@@ -114,7 +110,7 @@ pub(crate) async fn accept(
         deadline.register(cx);
         match handshake.as_mut().poll(cx) {
             Poll::Pending if deadline.has_expired() => Poll::Ready(Err(match is_closing() {
-                true => HandshakeError::Stopped,
+                true => HandshakeError::Unfinished,
                 false => HandshakeError::TimedOut,
             })),
             greeted => greeted.map_err(HandshakeError::Failed),
@@ -123,17 +119,7 @@ pub(crate) async fn accept(
     let stream = greeted.await?;
     let certificates = stream.get_ref().1.peer_certificates();
     let common_name = certificates.and_then(|all| common_name(all.first()?)).map(String::into_boxed_str);
-    Ok(Greeted { stream: stream.into(), common_name })
-}
-
-/// Runs `work` until `at`, and wakes the task then.
-async fn limit<F: Future>(deadline: &Rc<Deadline>, at: Nanos, work: F) -> Result<F::Output, Elapsed> {
-    let mut limited = pin!(deadline.limit(at, work));
-    poll_fn(|cx| {
-        deadline.register(cx);
-        limited.as_mut().poll(cx)
-    })
-    .await
+    Ok(Conn::new((stream.into(), peer), common_name, settings))
 }
 
 /// The answer to plain HTTP.
@@ -148,30 +134,20 @@ fn plain_answer() -> String {
 }
 
 /// Sends the answer to plain HTTP, then drops what the client still sends.
-async fn answer_in_plain(mut tcp: TcpStream) {
+async fn answer_in_plain(conn: &Conn) {
     let answer = plain_answer();
-    let (mut sent, mut left) = (0, MAX_DISCARD);
-    poll_fn(|cx| {
-        let mut tcp = pin!(&mut tcp);
+    let mut sent = 0;
+    let is_sent = poll_fn(|cx| {
+        let mut socket = conn.socket.borrow_mut();
         while sent < answer.len() {
-            match ready!(tcp.as_mut().poll_write(cx, &answer.as_bytes()[sent..])) {
+            match ready!(socket.poll_write(cx, &answer.as_bytes()[sent..])) {
                 Ok(n) if n > 0 => sent += n,
-                _ => return Poll::Ready(()),
+                _ => return Poll::Ready(false),
             }
         }
-        if ready!(tcp.as_mut().poll_shutdown(cx)).is_err() {
-            return Poll::Ready(());
-        }
-        let mut scratch = [0; 4096];
-        loop {
-            let mut buf = ReadBuf::new(&mut scratch);
-            match ready!(tcp.as_mut().poll_read(cx, &mut buf)) {
-                Ok(()) if !buf.filled().is_empty() && left >= buf.filled().len() => {
-                    left -= buf.filled().len()
-                }
-                _ => return Poll::Ready(()),
-            }
-        }
-    })
-    .await;
+        socket.poll_shutdown(cx).map(|shut| shut.is_ok())
+    });
+    if is_sent.await {
+        conn.discard(MAX_DISCARD).await;
+    }
 }

@@ -14,6 +14,8 @@ pub(crate) struct Peer {
 pub(crate) enum Listener {
     /// That of `[admin]`: it serves the pages for operators.
     Admin,
-    /// The one for clients, on a port or a unix socket.
-    Clients,
+    /// The one for clients, on a port.
+    Tcp,
+    /// The one for clients, on a unix socket.
+    Unix,
 }

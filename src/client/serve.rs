@@ -21,11 +21,10 @@ use tokio::net::TcpStream;
 
 use crate::client::body::{Body, Cut};
 use crate::client::client_io::ClientIo;
-use crate::client::conn::Conn;
-use crate::client::deadline::Deadlines;
+use crate::client::conn::{Conn, LINGER, Settings};
 use crate::client::exchange::Exchange;
 use crate::client::future_pool::{FuturePool, Mailbox};
-use crate::client::handshake::{Greeted, HandshakeError, accept};
+use crate::client::handshake::{HandshakeError, accept};
 use crate::client::peer::Peer;
 use crate::client::stream::ClientStream;
 use crate::http1::header_map_pool;
@@ -37,11 +36,7 @@ const MAX_BUFFER: usize = 64 * 1024;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 100;
 
-/// How long the input of a closed connection is dropped, so that the client can read the response before a reset
-/// reaches it.
-const LINGER: Nanos = 2 * SECOND;
-
-/// Most bytes that are dropped.
+/// Most bytes that are dropped at the end of a connection.
 const MAX_DISCARD: usize = 64 << 20;
 
 /// While idle connections close, a client that has just ended its handshake has this time to send its request.
@@ -78,55 +73,28 @@ pub(crate) type Job = (Request<Incoming>, Rc<Conn>);
 /// The response of a service.
 type ServiceResponse<S> = Response<Body<<S as Service>::Stream>>;
 
-/// Settings of all connections.
-#[derive(Debug)]
-pub(crate) struct Settings {
-    /// The worker's deadlines.
-    pub deadlines: Rc<Deadlines>,
-    /// How long a connection may be idle.
-    pub keep_alive: Nanos,
-}
-
-/// Serves one TLS connection until it ends.
+/// Serves one connection until it ends; over TLS if there are settings for it. Each request runs in a pooled future.
 ///
 /// # Errors
-/// The connection did not get through the handshake.
-pub(crate) async fn serve_tls<S: Service, F: Future>(
+/// The connection did not get through the TLS handshake.
+pub(crate) async fn serve<S: Service, F: Future>(
     (tcp, peer): (TcpStream, Peer),
-    tls: Arc<ServerConfig>,
+    tls: Option<Arc<ServerConfig>>,
     settings: &Settings,
     gateway: Rc<S>,
     futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
 ) -> Result<(), HandshakeError> {
-    let Greeted { stream, common_name } =
-        accept(tcp, tls, &settings.deadlines, || gateway.is_closing()).await?;
-    let conn = Conn::new((stream, peer), common_name, settings.deadlines.clone(), settings.keep_alive);
-    let grace = conn.coarse_now() + FIRST_REQUEST;
-    conn.deadline.nudge_at(grace);
-    serve_conn(conn, grace, gateway, futures).await;
-    Ok(())
-}
-
-/// Serves one plain connection until it ends.
-pub(crate) async fn serve<S: Service, F: Future>(
-    (tcp, peer): (TcpStream, Peer),
-    settings: &Settings,
-    gateway: Rc<S>,
-    futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
-) {
-    let client = (ClientStream::Plain(tcp), peer);
-    let conn = Conn::new(client, None, settings.deadlines.clone(), settings.keep_alive);
-    serve_conn(conn, 0, gateway, futures).await;
-}
-
-/// Serves a connection. Each request runs in a pooled future. Until `grace`, a connection without a request stays open
-/// while idle connections close.
-async fn serve_conn<S: Service, F: Future>(
-    conn: Rc<Conn>,
-    grace: Nanos,
-    gateway: Rc<S>,
-    futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
-) {
+    // Until `grace`, a connection without a request stays open while idle connections close.
+    let (conn, grace) = match tls {
+        None => (Conn::new((ClientStream::Plain(tcp), peer), None, settings), 0),
+        Some(tls) => {
+            // In a box, which is freed after the handshake, so that the task stays small.
+            let conn = Box::pin(accept((tcp, peer), tls, settings, || gateway.is_closing())).await?;
+            let grace = conn.coarse_now() + FIRST_REQUEST;
+            conn.deadline.nudge_at(grace);
+            (conn, grace)
+        }
+    };
     // A silent connection costs no buffers: hyper starts with the first byte.
     let first = poll_fn(|cx| {
         conn.deadline.register(cx);
@@ -140,7 +108,7 @@ async fn serve_conn<S: Service, F: Future>(
         }
     });
     if !first.await {
-        return;
+        return Ok(());
     }
     conn.deadline.nudge_at(0);
     let service = service_fn(|request| futures.run((request, conn.clone())));
@@ -148,6 +116,7 @@ async fn serve_conn<S: Service, F: Future>(
     if was_ended_by_hyper && conn.has_unread() {
         let _ = conn.deadline.limit(conn.coarse_now() + LINGER, conn.discard(MAX_DISCARD)).await;
     }
+    Ok(())
 }
 
 /// Handles the requests that come to `mailbox`.

@@ -30,12 +30,13 @@ pub(super) struct Visitor<'a> {
 }
 
 impl Visitor<'_> {
-    /// Checks that the listener serves `path` of `endpoint` to this visitor. `is_page`: a browser wants the status page.
+    /// Checks that the listener serves `path` of `endpoint` to this visitor. `is_page`: a browser wants the status
+    /// page.
     ///
     /// # Errors
     /// [`GatewayError::BadRequest`] if a credential is repeated; [`GatewayError::InvalidApiKey`],
     /// [`GatewayError::PageKey`] or [`GatewayError::AdminToken`] without the credential that is required;
-    /// [`GatewayError::NotOnListener`] if the other listener serves this.
+    /// [`GatewayError::NotAtAdmin`] or [`GatewayError::OnlyAtAdmin`] if the other listener serves this.
     pub(super) fn check(
         &self,
         endpoint: Endpoint,
@@ -44,10 +45,10 @@ impl Visitor<'_> {
     ) -> Result<Caller, GatewayError> {
         let is_for_operators = endpoint.is_for_operators() || endpoint == Endpoint::Root && is_page;
         match self.exchange.listener() {
-            Listener::Clients if endpoint.is_guarded(path) => self.client(),
-            Listener::Clients if is_for_operators => self.operator_at_clients(endpoint),
-            Listener::Clients => Ok(Caller::Anonymous),
             Listener::Admin => self.at_admin(endpoint),
+            Listener::Tcp | Listener::Unix if endpoint.is_guarded(path) => self.client(),
+            Listener::Tcp | Listener::Unix if is_for_operators => self.operator_at_clients(endpoint),
+            Listener::Tcp | Listener::Unix => Ok(Caller::Anonymous),
         }
     }
 
@@ -64,7 +65,7 @@ impl Visitor<'_> {
             return if endpoint == Endpoint::Root {
                 Ok(Caller::Anonymous)
             } else {
-                Err(GatewayError::NotOnListener(Listener::Clients))
+                Err(GatewayError::OnlyAtAdmin)
             };
         }
         let is_open = endpoint == Endpoint::Metrics && server.open_metrics;
@@ -91,7 +92,7 @@ impl Visitor<'_> {
                 is_allowed.then_some(Caller::Anonymous).ok_or(GatewayError::AdminToken)
             }
             ServedBy::Zap(Page::Models) | ServedBy::Backends(_) | ServedBy::Stored(_) | ServedBy::Nobody => {
-                Err(GatewayError::NotOnListener(Listener::Admin))
+                Err(GatewayError::NotAtAdmin)
             }
         }
     }

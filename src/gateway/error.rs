@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 
-use crate::client::peer::Listener;
 use crate::gateway::browser::SiteRefusal;
 use crate::gateway::limit_error::LimitError;
 use crate::protocol::endpoint::is_provider_state;
@@ -49,8 +48,10 @@ pub(crate) enum GatewayError {
     ModelNotFound(Box<str>, Vec<Box<str>>),
     /// No backend takes requests.
     NoBackend,
-    /// The other listener serves the path; the listener of the request.
-    NotOnListener(Listener),
+    /// The admin listener does not serve the path.
+    NotAtAdmin,
+    /// The path is for operators, and the admin listener serves it.
+    OnlyAtAdmin,
     /// The request refers to a response, an item or a conversation of another client.
     NotYours,
     /// A page for operators needs a client key, and the request has none.

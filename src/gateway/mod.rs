@@ -182,7 +182,7 @@ impl Gateway {
         let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
         // The admin listener serves no page of another origin, whatever the request shows.
-        let is_closed = exchange.listener() == Listener::Clients && !generation.clients.is_open();
+        let is_closed = exchange.listener() != Listener::Admin && !generation.clients.is_open();
         let must_check_origin = exchange.has_page_headers() && !is_closed;
         if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, must_check_origin) {
             return self.refuse(&GatewayError::Site(refusal), record, &context);

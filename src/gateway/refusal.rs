@@ -6,7 +6,6 @@ use http::StatusCode;
 use http::header::{ALLOW, CONNECTION, HeaderName, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
 use smallvec::SmallVec;
 
-use crate::client::peer::Listener;
 use crate::client::respond;
 use crate::code::Code;
 use crate::gateway::ClientResponse;
@@ -224,13 +223,13 @@ impl GatewayError {
                     "No backend can take the request: all backends are drained. See /status.",
                 ),
             ),
-            E::NotOnListener(Listener::Admin) => row(
+            E::NotAtAdmin => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::UnknownUrl,
                 "The admin listener does not serve this path; send it to the port of clients. Here are /, /status, /usage, /metrics, /health and /ready.",
             ),
-            E::NotOnListener(Listener::Clients) => row(
+            E::OnlyAtAdmin => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
                 Code::UnknownUrl,
@@ -468,8 +467,8 @@ mod tests {
             (E::TooLarge(9), 413, INVALID, "request_too_large", None, None, true),
             (E::Site(SiteRefusal::Host), 421, INVALID, "misdirected_request", None, None, false),
             (E::Site(SiteRefusal::Origin), 403, INVALID, "origin_not_allowed", None, None, false),
-            (E::NotOnListener(Listener::Admin), 404, INVALID, "unknown_url", None, None, false),
-            (E::NotOnListener(Listener::Clients), 404, INVALID, "unknown_url", None, None, false),
+            (E::NotAtAdmin, 404, INVALID, "unknown_url", None, None, false),
+            (E::OnlyAtAdmin, 404, INVALID, "unknown_url", None, None, false),
             (E::PageKey, 401, AUTHENTICATION, "invalid_api_key", None, None, false),
             (E::NotYours, 404, INVALID, "response_not_found", None, None, false),
             (E::UnknownUrl, 404, INVALID, "unknown_url", None, None, false),

@@ -30,6 +30,8 @@ pub(crate) mod near;
 
 pub(crate) mod allowance;
 
+pub(crate) mod throttle;
+
 pub(crate) mod queue;
 
 pub(crate) mod balance;

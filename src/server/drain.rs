@@ -69,11 +69,9 @@ impl Signals {
                 _ = self.term.recv() => stop(Order::DelayedDrain),
                 _ = self.int.recv() => stop(Order::Drain),
             };
-            match order {
-                // If the channel is full, an order that waits there is enough.
-                Order::Reload | Order::Upgrade => drop(orders.try_send(order)),
-                order if orders.send(order).await.is_err() => return,
-                _ => {}
+            // While the channel is full, each signal waits in its own handler, which holds it once.
+            if orders.send(order).await.is_err() {
+                return;
             }
         }
     }
@@ -192,5 +190,45 @@ fn reporting(log: &Log, running: impl Fn() -> usize) -> impl FnMut() -> usize {
             log.event("info", "drain", &format!("requests still running: {left}"));
         }
         left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Signal as Number, getpid, kill_process};
+
+    use super::*;
+
+    #[test]
+    fn no_order_is_lost_while_others_wait_and_a_repeated_signal_is_one_order() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (sender, mut orders) = orders();
+            let channel = sender.clone();
+            let signals = Signals::catch().unwrap();
+            let raise = |number| kill_process(getpid(), number).unwrap();
+            let read = async {
+                while channel.capacity() > 0 {
+                    let before = channel.capacity();
+                    raise(Number::HUP);
+                    while channel.capacity() == before {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                }
+                let more = [Number::HUP, Number::HUP, Number::USR2, Number::USR2, Number::TERM];
+                more.into_iter().for_each(raise);
+                let mut received = Vec::new();
+                while ![Order::Upgrade, Order::DelayedDrain].iter().all(|order| received.contains(order)) {
+                    received.push(orders.recv().await.unwrap());
+                }
+                received
+            };
+            tokio::select! {
+                () = signals.send(sender) => panic!("the receiver lives"),
+                received = read => {
+                    assert!(received.starts_with(&[Order::Reload; 4]) && received.len() <= 7, "{received:?}");
+                }
+            }
+        });
     }
 }

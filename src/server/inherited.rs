@@ -2,8 +2,8 @@
 //! open files from number 3 on, and `LISTEN_FDS` says how many.
 //!
 //! Between two Zaps `LISTEN_PID` is left out, since no process knows the id of the next one before it runs, and
-//! `LISTEN_FDS_FIRST_FD` says at which number the files begin, since 3 may be in use. `LISTEN_FDNAMES` says which socket
-//! is that of the admin listener.
+//! `LISTEN_FDS_FIRST_FD` says at which number the files begin, since 3 may be in use. `LISTEN_FDNAMES` says which
+//! socket is that of the admin listener.
 
 use std::ffi::OsString;
 use std::io;
@@ -86,8 +86,8 @@ pub(crate) fn take() -> Result<Inherited, String> {
 pub(crate) struct Handover(#[expect(dead_code, reason = "open files")] Vec<OwnedFd>);
 
 impl Handover {
-    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`. `owns_unix`: whether the
-    /// process will own the file of the unix socket.
+    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`. `owns_unix`: whether
+    /// the process will own the file of the unix socket.
     ///
     /// # Errors
     /// Returns the error of the system if no more files can be opened.

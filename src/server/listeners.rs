@@ -11,10 +11,10 @@ use crate::client::peer::{Listener, Peer};
 use crate::server::inherited::Given;
 
 /// Stands for a client of the unix socket: it runs on this machine.
-const LOCAL: Peer = Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Clients };
+const LOCAL: Peer = Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Unix };
 
 /// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
-type Client = (TcpStream, Peer);
+pub(crate) type Client = (TcpStream, Peer);
 
 /// The listeners of a running process.
 #[derive(Debug)]
@@ -49,20 +49,24 @@ impl Listeners {
         })
     }
 
-    /// Accepts the next client of `listener`. Dropping the future loses none.
-    pub(crate) async fn accept(&self, listener: Listener) -> io::Result<Client> {
-        let (tcp, unix) = match listener {
-            Listener::Admin => (&self.admin, &None),
-            Listener::Clients => (&self.tcp, &self.unix),
-        };
-        match (tcp, unix) {
-            (Some(tcp), None) => accept_tcp(tcp, listener).await,
+    /// Accepts the next client. Dropping the future loses none.
+    pub(crate) async fn client(&self) -> io::Result<Client> {
+        match (&self.tcp, &self.unix) {
+            (Some(tcp), None) => accept_tcp(tcp, Listener::Tcp).await,
             (None, Some(unix)) => accept_unix(unix).await,
             (Some(tcp), Some(unix)) => tokio::select! {
-                client = accept_tcp(tcp, listener) => client,
+                client = accept_tcp(tcp, Listener::Tcp) => client,
                 client = accept_unix(unix) => client,
             },
             (None, None) => std::future::pending().await,
+        }
+    }
+
+    /// Accepts the next operator. Dropping the future loses none.
+    pub(crate) async fn operator(&self) -> io::Result<Client> {
+        match &self.admin {
+            Some(admin) => accept_tcp(admin, Listener::Admin).await,
+            None => std::future::pending().await,
         }
     }
 
@@ -74,7 +78,7 @@ impl Listeners {
             while let Ok((client, peer)) = listener.accept() {
                 let _ = client.set_nodelay(true);
                 if client.set_nonblocking(true).is_ok() {
-                    take((client, Peer { address: peer.ip(), listener: Listener::Clients }));
+                    take((client, Peer { address: peer.ip(), listener: Listener::Tcp }));
                 }
             }
         }

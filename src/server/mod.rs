@@ -30,22 +30,24 @@ pub(crate) mod supervisor;
 mod unix_socket;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
-use crate::client::peer::Listener;
+use crate::clock;
 use crate::config::Config;
 use crate::gateway::state::Shared;
+use crate::policy::throttle::Throttle;
 use crate::server::control::{Control, End, running};
 use crate::server::drain::Order;
 use crate::server::fleet::FleetThread;
-use crate::server::listeners::Listeners;
+use crate::server::listeners::{Client, Listeners};
 use crate::server::setup::Setup;
 use crate::server::worker::Worker;
+use crate::time::{Nanos, SECOND};
 use crate::upstream::connect::is_lack_of_files;
 use crate::upstream::proxy;
 
@@ -53,12 +55,12 @@ use crate::upstream::proxy;
 const RESERVED_FILES: u64 = 32;
 const FILES_PER_WORKER: usize = 4;
 
-/// Most connections to the admin listener; further ones wait. They do not count against `server.max_connections`, so that
-/// Zap answers operators when clients have taken all of these.
+/// Most connections to the admin listener; further ones wait. They do not count against `server.max_connections`, so
+/// that Zap answers operators when clients have taken all of these.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
 
 /// Least time between two log lines about failures to accept.
-const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
+const ACCEPT_LOG_INTERVAL: Nanos = 10 * SECOND;
 
 /// Pause after a failure to accept, for example because no file descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -91,8 +93,8 @@ pub(crate) async fn serve(
     }
     options.supervisor.ready();
     let ended = {
-        let clients = accept(&shared, &listeners, Listener::Clients, (&workers, budget.clients));
-        let operators = accept(&shared, &listeners, Listener::Admin, (&workers, MAX_ADMIN_CONNECTIONS));
+        let clients = take_clients(&shared, || listeners.client(), &workers, budget.clients);
+        let operators = take_clients(&shared, || listeners.operator(), &workers, MAX_ADMIN_CONNECTIONS);
         // The gateway accepts and probes while the running requests finish.
         tokio::select! {
             end = control.run(&listeners, orders) => Some(end),
@@ -181,19 +183,19 @@ impl FileBudget {
     }
 }
 
-/// Accepts up to `max` clients of `listener` at once and hands each to the worker with the fewest connections. Returns if
+/// Takes up to `max` clients of `accept` at once and hands each to the worker with the fewest connections. Returns if
 /// no worker is alive.
-async fn accept(
+async fn take_clients(
     shared: &Shared,
-    listeners: &Listeners,
-    listener: Listener,
-    (workers, max): (&[Worker], usize),
+    accept: impl AsyncFn() -> std::io::Result<Client>,
+    workers: &[Worker],
+    max: usize,
 ) {
     let permits = Arc::new(Semaphore::new(max));
-    let mut last_logged: Option<Instant> = None;
+    let mut failures = Throttle::new(ACCEPT_LOG_INTERVAL);
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
-        match listeners.accept(listener).await {
+        match accept().await {
             Ok((client, peer)) => {
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = least_loaded(workers) else { return };
@@ -201,8 +203,7 @@ async fn accept(
             }
             Err(e) if is_client_error(&e) => {}
             Err(e) => {
-                if last_logged.is_none_or(|at| at.elapsed() > ACCEPT_LOG_INTERVAL) {
-                    last_logged = Some(Instant::now());
+                if failures.pass(clock::now()).is_some() {
                     shared.telemetry.log.event("error", "accept", &format!("cannot accept connections: {e}"));
                 }
                 if e.raw_os_error().map(Errno::from_raw_os_error).is_some_and(is_lack_of_files) {

@@ -37,25 +37,26 @@ pub(crate) struct Options {
 }
 
 impl Setup {
-    /// What the listeners for clients listen on, in words.
-    pub(crate) fn addresses(&self) -> impl Iterator<Item = String> {
+    /// What the listeners for clients listen on, in words. `is_tls`: whether that of TCP speaks TLS.
+    pub(crate) fn addresses(&self, is_tls: bool) -> impl Iterator<Item = String> {
         let unix = self.unix.as_ref().and_then(|unix| {
             let address = unix.local_addr().ok()?;
             let path =
                 address.as_pathname().map_or("without a name".into(), |path| path.display().to_string());
             Some(format!("the unix socket {path}"))
         });
-        address_of(self.tcp.as_ref()).into_iter().chain(unix)
+        address_of(self.tcp.as_ref(), is_tls).into_iter().chain(unix)
     }
 
-    /// The address of the admin listener.
-    pub(crate) fn admin_address(&self) -> Option<String> {
-        address_of(self.admin.as_ref())
+    /// What the admin listener listens on, in words.
+    pub(crate) fn admin_address(&self, is_tls: bool) -> Option<String> {
+        address_of(self.admin.as_ref(), is_tls)
     }
 }
 
-fn address_of(listener: Option<&TcpListener>) -> Option<String> {
-    Some(listener?.local_addr().ok()?.to_string())
+fn address_of(listener: Option<&TcpListener>, is_tls: bool) -> Option<String> {
+    let address = listener?.local_addr().ok()?;
+    Some(if is_tls { format!("{address} with TLS") } else { address.to_string() })
 }
 
 impl Setup {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
@@ -61,12 +61,14 @@ fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     listener
 }
 
-/// Removes the socket of a process that is gone.
+/// Removes the socket of a process that is gone. Does not wait for one that is there: its queue may be full.
 fn remove_stale(path: &Path) -> io::Result<()> {
     if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(io::Error::new(io::ErrorKind::AddrInUse, "there is a file that is no socket"));
     }
-    match UnixStream::connect(path) {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    match socket.connect(&socket2::SockAddr::unix(path)?) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
@@ -94,6 +96,16 @@ mod tests {
         let (_listener, file) = listen(&socket).unwrap();
         drop(file);
         assert!(!path.exists());
+        // A process whose queue is full listens too.
+        let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        let address = socket2::SockAddr::unix(&path).unwrap();
+        busy.bind(&address).unwrap();
+        busy.listen(0).unwrap();
+        let waiting = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        waiting.connect(&address).unwrap();
+        let why = listen(&socket).unwrap_err();
+        assert!(why.ends_with("another process listens there"), "{why}");
+        std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
         let why = listen(&socket).unwrap_err();
         assert!(why.ends_with("there is a file that is no socket"), "{why}");

@@ -1,6 +1,6 @@
 //! A worker: a thread with its own runtime, which owns its client connections and its upstream connections.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -14,15 +14,17 @@ use tokio::runtime::{self, LocalOptions};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::client::conn::Settings;
 use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::handshake::HandshakeError;
 use crate::client::load::WorkerState;
 use crate::client::peer::{Listener, Peer};
-use crate::client::serve::{self, Settings};
+use crate::client::serve;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
+use crate::policy::throttle::Throttle;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
 
@@ -114,28 +116,22 @@ impl Worker {
 /// Logs handshakes that failed, at most one each [`HANDSHAKE_LOG_INTERVAL`].
 struct HandshakeLog {
     log: Log,
-    /// When the last one was logged.
-    last: Cell<Option<Nanos>>,
-    /// How many were not logged since then.
-    left_out: Cell<u64>,
+    throttle: RefCell<Throttle>,
 }
 
 impl HandshakeLog {
     fn new(log: Log) -> Self {
-        HandshakeLog { log, last: Cell::new(None), left_out: Cell::new(0) }
+        HandshakeLog { log, throttle: RefCell::new(Throttle::new(HANDSHAKE_LOG_INTERVAL)) }
     }
 
     fn note(&self, peer: IpAddr, error: &HandshakeError) {
-        if matches!(error, HandshakeError::Silent | HandshakeError::Stopped) {
+        // `zap healthcheck` has no certificate.
+        let is_healthcheck = peer.is_loopback() && error.is_without_certificate();
+        if is_healthcheck || matches!(error, HandshakeError::Unfinished) {
             return;
         }
-        let now = clock::now();
-        if self.last.get().is_some_and(|last| now < last + HANDSHAKE_LOG_INTERVAL) {
-            self.left_out.set(self.left_out.get() + 1);
-            return;
-        }
-        self.last.set(Some(now));
-        let more = match self.left_out.take() {
+        let Some(left_out) = self.throttle.borrow_mut().pass(clock::now()) else { return };
+        let more = match left_out {
             0 => String::new(),
             n => format!("; {n} more failed since the last such line"),
         };
@@ -173,7 +169,9 @@ fn rustls_of(listener: Listener, gateway: &Gateway) -> Option<Arc<ServerConfig>>
     let current = gateway.current();
     let tls = match listener {
         Listener::Admin => &current.config.admin.tls,
-        Listener::Clients => &current.config.tls,
+        Listener::Tcp => &current.config.tls,
+        // A unix socket never leaves the machine: its clients speak plain HTTP.
+        Listener::Unix => &None,
     };
     tls.as_ref().map(|tls| tls.rustls.clone())
 }
@@ -208,12 +206,7 @@ async fn serve(
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {
                             let _held = (counted, permit);
-                            let Some(tls) = tls else {
-                                return serve::serve((client, peer), &settings, gateway, futures).await;
-                            };
-                            let client = (client, peer);
-                            // In a box, so that the task of a plain connection stays small.
-                            let serving = Box::pin(serve::serve_tls(client, tls, &settings, gateway, futures));
+                            let serving = serve::serve((client, peer), tls, &settings, gateway, futures);
                             if let Err(error) = serving.await {
                                 failures.note(peer.address, &error);
                             }

@@ -228,6 +228,62 @@ fn references_in_the_manual_and_the_readme_exist() {
     }
 }
 
+/// The sections that a text refers to, as in `see "Browsers" and "TLS" in `zap help operations``: each name with its
+/// topic; the topic is `None` if the section is in the text itself.
+fn sections_meant(text: &str) -> Vec<(&str, Option<&str>)> {
+    let mut meant = Vec::new();
+    let starts = ["see \"", " in \""]
+        .into_iter()
+        .flat_map(|mark| text.match_indices(mark).map(move |(at, _)| at + mark.len()));
+    for start in starts {
+        let mut rest = &text[start..];
+        let mut names = Vec::new();
+        while let Some((name, after)) = rest.split_once('"') {
+            names.push(name);
+            let Some(next) = after.strip_prefix(" and \"") else {
+                rest = after;
+                break;
+            };
+            rest = next;
+        }
+        let topic = [" in `zap help ", " of `zap help "].iter().find_map(|mark| rest.strip_prefix(mark));
+        let topic = topic.and_then(|topic| topic.split('`').next());
+        meant.extend(names.into_iter().map(|name| (name, topic)));
+    }
+    meant
+}
+
+/// Whether a page has a heading with this name, or a paragraph that begins with it in bold.
+fn has_section(page: &str, name: &str) -> bool {
+    let is_heading = |line: &str| line.starts_with('#') && line.trim_start_matches('#').trim() == name;
+    let is_paragraph = |line: &str| {
+        line.trim_start_matches("- ")
+            .strip_prefix("**")
+            .is_some_and(|line| line.starts_with(&format!("{name}.**")))
+    };
+    page.lines().any(|line| is_heading(line) || is_paragraph(line))
+}
+
+#[test]
+fn sections_that_the_manual_refers_to_exist() {
+    let text = "see \"A\" and \"B c\" in `zap help api`, as in \"D\" of `zap help usage`; see \"E\" below";
+    let meant = [("A", Some("api")), ("B c", Some("api")), ("E", None), ("D", Some("usage"))];
+    assert_eq!(sections_meant(text), meant);
+    assert!(!has_section("## Files and connections\n**Files** are", "Files"));
+    let overview = String::from_utf8(run(&["help"]).stdout).unwrap();
+    let topics = overview.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    let mut count = 0;
+    for topic in topics.filter(|topic| *topic != "zap") {
+        let words: Vec<String> = page(topic).split_whitespace().map(str::to_owned).collect();
+        for (name, other) in sections_meant(&words.join(" ")) {
+            let other = other.unwrap_or(topic);
+            assert!(has_section(&page(other), name), "{topic} refers to \"{name}\" in {other}");
+            count += 1;
+        }
+    }
+    assert!(count >= 15, "{count}");
+}
+
 #[test]
 fn help_prints_a_key_suggests_similar_words_and_tolerates_a_closed_pipe() {
     let key = run(&["help", "max_size"]);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{File, OK, Running, config, provider, run, stderr};
 
 /// A folder that is deleted on drop.
-struct Folder(PathBuf);
+pub(super) struct Folder(pub(super) PathBuf);
 
 impl Drop for Folder {
     fn drop(&mut self) {
@@ -17,7 +17,7 @@ impl Drop for Folder {
 }
 
 impl Folder {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = std::env::temp_dir().join(format!("zap-openssl-{:x}", fastrand::u64(..)));
         std::fs::create_dir_all(&folder).unwrap();
         Folder(folder)
@@ -39,7 +39,7 @@ impl Folder {
     }
 
     /// Makes a certificate that signs itself.
-    fn make(&self, name: &str, kind: &str) {
+    pub(super) fn make(&self, name: &str, kind: &str) {
         let (is_made, text) = self.openssl(
             &format!(
                 "req -x509 {kind} -nodes -days 30 -subj /CN={name} -addext basicConstraints=critical,CA:FALSE \
@@ -113,4 +113,31 @@ fn a_health_check_asks_with_tls_and_checks_no_certificate() {
     let plain = run(&["healthcheck", "--url", &format!("http://127.0.0.1:{port}/health")]);
     assert_eq!(plain.status.code(), Some(1));
     assert!(stderr(&plain).contains("HTTP 400"), "{}", stderr(&plain));
+}
+
+#[test]
+fn a_health_check_of_a_zap_that_wants_certificates_ends_with_the_handshake_and_is_not_logged() {
+    let folder = Folder::new();
+    folder.make("zap.test", "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1");
+    let path = folder.0.join("zap.test").display().to_string();
+    let entry =
+        format!("[[server.tls]]\ncert = \"{path}.pem\"\nkey = \"{path}.key\"\nclient_ca = \"{path}.pem\"\n");
+    let zap = Running::with(&config(provider(OK, Duration::ZERO), &entry));
+    let file = File::new("healthcheck-mtls", &format!("[server]\nport = {}\n{entry}", zap.address.port()));
+    for _ in 0..3 {
+        let output = run(&["healthcheck", "--config", file.path()]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("TLS works; no request was sent"), "{text}");
+    }
+    // The worker takes the connections in turn, so it has met those above when this one fails.
+    let (_, text) = folder.openssl(
+        &format!(
+            "s_client -connect {} -cert zap.test.pem -key zap.test.key -tls1_1 -cipher DEFAULT@SECLEVEL=0",
+            zap.address
+        ),
+        "",
+    );
+    let line = zap.line("the TLS handshake with 127.0.0.1 failed");
+    assert!(!line.contains("certificate") && !line.contains("more failed"), "{line} {text}");
 }

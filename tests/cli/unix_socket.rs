@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::openssl::Folder;
 use super::upgrade::{Newest, newest};
-use super::{CHAT, File, OK, Running, ask, config, provider, stderr, zap};
+use super::{CHAT, File, OK, Running, ask, config, provider, run, stderr, zap};
 
 /// A path that is deleted on drop.
 pub(super) struct Socket(pub(super) PathBuf);
@@ -91,4 +92,20 @@ fn the_socket_of_a_process_that_was_killed_is_replaced() {
         drop(zap);
         assert!(socket.0.exists(), "it was killed");
     }
+}
+
+#[test]
+fn a_unix_socket_speaks_plain_http_beside_a_listener_with_tls() {
+    let (socket, folder) = (Socket::new(), Folder::new());
+    folder.make("zap.test", "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1");
+    let path = folder.0.join("zap.test").display().to_string();
+    let entry =
+        format!("[[server.tls]]\ncert = \"{path}.pem\"\nkey = \"{path}.key\"\nclient_ca = \"{path}.pem\"\n");
+    let zap =
+        Running::with(&config(provider(OK, Duration::ZERO), &format!("unix = {:?}\n{entry}", socket.0)));
+    let line = zap.line("listening on the unix socket");
+    assert!(!line.contains("TLS"), "{line}");
+    assert!(chat(&socket.0).ends_with("ok"));
+    let plain = run(&["healthcheck", "--url", &format!("http://{}/health", zap.address)]);
+    assert!(stderr(&plain).contains("HTTP 400"), "TCP speaks TLS: {}", stderr(&plain));
 }
