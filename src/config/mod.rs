@@ -283,18 +283,22 @@ pub struct RateLimit {
 /// `[log]`: what is logged, and how.
 #[derive(Clone, Debug)]
 pub struct LogSettings {
+    /// The format of all lines.
+    pub format: LogFormat,
     /// Whether each request gets a log line when it ends.
     pub requests: bool,
-    /// The format of all other lines.
-    pub events: LogFormat,
+    /// Whether requests to `/health`, `/ready`, `/metrics`, `/status`, `/usage` and the page get one, too.
+    pub probes: bool,
 }
 
-/// The format of a log line.
+/// The format of the log's lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
+    /// Text on a terminal, otherwise JSON.
+    Auto,
     /// One JSON object per line.
     Json,
-    /// Plain text.
+    /// Text; short on a terminal.
     Text,
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
-use crate::telemetry::log::push_json;
+use crate::telemetry::line::{push_json, push_plain};
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
@@ -54,6 +54,19 @@ impl PassedOver {
                 push_json(out, &fault.cause);
             }
             out.push(']');
+        }
+    }
+
+    /// Appends the same in words, behind a semicolon.
+    pub(super) fn push_words(&self, out: &mut String) {
+        for (i, PassedBackend { backend, why, at, fault }) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "; passed over: " } else { ", " };
+            let _ = write!(out, "{separator}{} {}", backend.name(), reason(*why, *at));
+            if let Some(fault) = fault {
+                out.push_str(" (");
+                push_plain(out, &fault.cause);
+                out.push(')');
+            }
         }
     }
 }

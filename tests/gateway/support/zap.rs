@@ -83,7 +83,7 @@ impl Zap {
         let (orders, receiver) = orders();
         let log = match &lines {
             Some(lines) => Log::to(LogFormat::Json, lines.clone()),
-            None => Log::start(config.log.events),
+            None => Log::start(config.log.format),
         };
         let thread = std::thread::spawn(move || zap::run(config, log, listener, receiver).unwrap());
         Zap { address, tls: None, orders, thread: Some(thread), lines: lines.unwrap_or_default() }
