@@ -15,8 +15,8 @@ use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
 use crate::server::setup::{self, Setup};
+use crate::server::start::configured;
 use crate::telemetry::log::Log;
-use crate::upstream::Upstream;
 use crate::upstream::fleet::{Snapshot, prepare};
 use crate::upstream::paths::{path, shown_url};
 use crate::{RunError, demo, manual};
@@ -222,7 +222,7 @@ fn healthcheck(file: &Path, url: Option<&str>) -> ExitCode {
     let url = match url {
         Some(url) => url.to_owned(),
         None => match listen_address(file) {
-            Ok(listen) => healthcheck::url_of(listen),
+            Ok(listen) => listen.url("/health"),
             Err(error) => {
                 eprintln!("zap: {error}\n  zap healthcheck --url URL   needs no configuration");
                 return ExitCode::from(FAILED);
@@ -277,12 +277,6 @@ fn check(file: &Path, is_live: bool) -> ExitCode {
     }
 }
 
-/// The backends of the configuration: of several keys, the first.
-fn configured(fleet: &Snapshot) -> impl Iterator<Item = &Upstream> {
-    let all = fleet.backends.iter().enumerate();
-    all.filter(|(id, _)| fleet.pool(*id) == *id).map(|(_, backend)| &**backend)
-}
-
 /// The URLs of each backend that chats, messages and health checks go to.
 fn urls(fleet: &Snapshot) -> String {
     let mut lines = String::new();
@@ -323,15 +317,21 @@ fn ask_backends(valid: &str, fleet: &Snapshot) -> ExitCode {
 fn listen_and_serve(config: Config, watch: bool) -> ExitCode {
     match setup::open(&config.server, watch) {
         Ok(setup) => serve(config, setup),
-        Err(what) => {
-            eprintln!("zap: {what}");
-            ExitCode::from(FAILED)
-        }
+        Err(what) => give_up(Log::start(config.log.format), &what),
     }
 }
 
+/// Logs why Zap cannot serve.
+fn give_up(log: Log, what: &str) -> ExitCode {
+    log.event("error", "stop", what);
+    // It may hold a way to the log.
+    drop(std::panic::take_hook());
+    log.flush();
+    ExitCode::from(FAILED)
+}
+
 fn serve(config: Config, setup: Setup) -> ExitCode {
-    let log = Log::start(config.log.events);
+    let log = Log::start(config.log.format);
     let panic_log = log.clone();
     // Log the location but not the message, which could contain a key.
     std::panic::set_hook(Box::new(move |panic| {
@@ -340,20 +340,12 @@ fn serve(config: Config, setup: Setup) -> ExitCode {
     }));
     let (sender, receiver) = orders();
     if let Err(e) = on_signals(sender) {
-        eprintln!("zap: cannot install the signal handlers: {e}");
-        return ExitCode::from(FAILED);
+        return give_up(log, &format!("cannot install the signal handlers: {e}"));
     }
     match crate::run(config, log, setup, receiver) {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(FAILED),
-        Err(RunError::Config(what)) => {
-            eprintln!("zap: {what}");
-            ExitCode::from(BAD_USAGE)
-        }
-        Err(RunError::Io(e)) => {
-            eprintln!("zap: {e}");
-            ExitCode::from(FAILED)
-        }
+        Ok(false) | Err(RunError::Io(_)) => ExitCode::from(FAILED),
+        Err(RunError::Config(_)) => ExitCode::from(BAD_USAGE),
     }
 }
 
