@@ -54,6 +54,8 @@ mod code;
 
 mod counter;
 
+mod base64;
+
 mod json;
 
 mod http1;

@@ -4,6 +4,7 @@ use std::fmt;
 
 use http::HeaderValue;
 
+use crate::base64::base64;
 use crate::config::no_proxy::is_exempt;
 use crate::config::text::Text;
 use crate::config::toml_reader::Section;
@@ -171,20 +172,6 @@ fn percent_decoded(text: &str) -> Option<Vec<u8>> {
         });
     }
     Some(decoded)
-}
-
-/// RFC 4648, section 4.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let bits = (0..3).fold(0, |bits, i| bits << 8 | usize::from(group.get(i).copied().unwrap_or(0)));
-        for i in 0..4 {
-            let digit = char::from(DIGITS[bits >> (18 - 6 * i) & 63]);
-            text.push(if i <= group.len() { digit } else { '=' });
-        }
-    }
-    text
 }
 
 #[cfg(test)]

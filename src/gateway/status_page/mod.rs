@@ -24,6 +24,7 @@ use http::{Response, StatusCode};
 use ring::digest::{SHA256, digest};
 use serde_json::Value;
 
+use crate::base64::base64;
 use crate::client::respond::text;
 use crate::gateway::ClientResponse;
 use crate::gateway::status_page::words::Words;
@@ -42,21 +43,6 @@ static POLICY: LazyLock<Option<HeaderValue>> = LazyLock::new(|| {
     );
     HeaderValue::from_str(&policy).ok()
 });
-
-/// Encodes bytes as base64 (RFC 4648).
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let byte = |at: usize| u32::from(chunk.get(at).copied().unwrap_or_default());
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for at in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * at)) as usize & 63];
-            out.push(if at <= chunk.len() { digit.into() } else { '=' });
-        }
-    }
-    out
-}
 
 /// Whether a request asks for HTML, as a browser does that opens a page. `*/*` is no wish for it.
 pub(crate) fn is_wanted(headers: &HeaderMap) -> bool {
@@ -118,14 +104,6 @@ pub(crate) fn render(status: &Value) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_is_that_of_the_rfc() {
-        for (text, want) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
-        {
-            assert_eq!(base64(text.as_bytes()), want);
-        }
-    }
 
     #[test]
     fn only_who_names_html_gets_the_page() {
