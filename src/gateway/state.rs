@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
 use crate::clock;
-use crate::config::{Config, Server};
+use crate::config::{Config, Server, memory_limit};
 use crate::gateway::history::History;
 use crate::gateway::pages::Pages;
 use crate::gateway::served_models::ServedModels;
@@ -31,7 +31,6 @@ use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::sums::{Payer, Spent};
 use crate::telemetry::line::Fields;
 use crate::telemetry::log::Log;
-use crate::telemetry::memory_limit::memory_limit;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};

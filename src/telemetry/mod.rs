@@ -8,8 +8,6 @@ pub(crate) mod passed_over;
 
 pub(crate) mod tries;
 
-pub(crate) mod memory_limit;
-
 pub(crate) mod metrics;
 
 mod tls_metrics;
