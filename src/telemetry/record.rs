@@ -326,9 +326,10 @@ impl RequestRecord {
             outcome,
             backend: self.backend.as_ref().map_or("", |backend| backend.name()),
         };
-        // The response that the client got is not among the failed tries.
+        // The response of the last try is not among the failed tries, if the client got it.
         let delivered = format!("HTTP {}", self.status);
-        let last = matches!(outcome, Outcome::Status(_)).then_some((seen.backend, &*delivered));
+        let last = (matches!(outcome, Outcome::Status(_)) && self.tries as usize > self.failed.len())
+            .then_some((seen.backend, &*delivered));
         let tries = self.failed.iter().map(|t| (t.backend.name(), &*t.fault.cause)).chain(last);
         let tries: SmallVec<[_; 4]> = tries.collect();
         self.recorder.telemetry.failures.note(&seen, &tries, SystemTime::now());
