@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use std::mem::discriminant;
 use std::sync::Arc;
 
-use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::telemetry::line::{push_json, push_plain};
 use crate::time::{Nanos, SECOND};
@@ -73,19 +72,12 @@ impl PassedOver {
 
 /// Why a candidate was passed over. For a cooling backend or a spent quota, with the time left at `now`.
 fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
-    let left =
-        |what, at: Nanos| format!("{what} {:.1}s", at.saturating_sub(now) as f64 / SECOND as f64).into();
     match why {
-        Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
-        Passed::Closed(Closed::Full) => "full".into(),
-        Passed::Closed(Closed::Budget(_)) => "budget".into(),
-        Passed::Closed(Closed::Elsewhere) => "elsewhere".into(),
-        Passed::Closed(Closed::Reserved) => "quota".into(),
-        Passed::Closed(Closed::TooLarge) => "too_large".into(),
-        Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),
-        Passed::Closed(Closed::Out(Status::Unauthorized)) => "unauthorized".into(),
-        Passed::Closed(Closed::Out(_)) => "ejected".into(),
-        Passed::Closed(Closed::Quota(until)) => left("quota", until),
+        Passed::Closed(closed @ (Closed::Cooling(until) | Closed::Quota(until))) => {
+            let left = until.saturating_sub(now) as f64 / SECOND as f64;
+            format!("{} {left:.1}s", closed.name()).into()
+        }
+        Passed::Closed(closed) => closed.name().into(),
         Passed::Load => "load".into(),
         Passed::Tried => "tried".into(),
     }
