@@ -185,9 +185,12 @@ impl RequestRecord {
         }
         let _ = write!(out, " at {}", self.peer.to_canonical());
         self.passed.push_words(out);
-        let _ = write!(out, "; id {}", self.request_id.to_str().unwrap_or_default());
+        out.push_str("; id ");
+        // It may have tabs.
+        push_plain(out, self.request_id.to_str().unwrap_or_default());
         if let Some(id) = self.upstream_id() {
-            let _ = write!(out, ", upstream id {id}");
+            out.push_str(", upstream id ");
+            push_plain(out, id);
         }
     }
 
