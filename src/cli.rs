@@ -321,6 +321,14 @@ fn listen_and_serve(config: Config, watch: bool) -> ExitCode {
     }
 }
 
+/// Lets each panic be a line of the log: with its place but not its message, which could contain a key.
+fn log_panics(log: Log) {
+    std::panic::set_hook(Box::new(move |panic| {
+        let at = panic.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+        log.event("error", "bug", &format!("a bug{at} aborted one task; all other tasks continue"));
+    }));
+}
+
 /// Logs why Zap cannot serve.
 fn give_up(log: Log, what: &str) -> ExitCode {
     log.event("error", "stop", what);
@@ -332,12 +340,7 @@ fn give_up(log: Log, what: &str) -> ExitCode {
 
 fn serve(config: Config, setup: Setup) -> ExitCode {
     let log = Log::start(config.log.format);
-    let panic_log = log.clone();
-    // Log the location but not the message, which could contain a key.
-    std::panic::set_hook(Box::new(move |panic| {
-        let at = panic.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        panic_log.event("error", "bug", &format!("a bug{at} aborted one task; all other tasks continue"));
-    }));
+    log_panics(log.clone());
     let (sender, receiver) = orders();
     if let Err(e) = on_signals(sender) {
         return give_up(log, &format!("cannot install the signal handlers: {e}"));
@@ -450,6 +453,26 @@ mod tests {
             let error = parse(args.iter().map(OsString::from), None).unwrap_err();
             assert!(!error.contains('\u{1b}'), "{args:?}");
         }
+    }
+
+    #[test]
+    fn a_panic_is_a_line_of_the_log_without_its_message() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let log = Log::to(crate::config::LogFormat::Json, writer);
+        log_panics(log.clone());
+        let ended = std::thread::spawn(|| std::panic::panic_any("sk-CANARY")).join();
+        drop(std::panic::take_hook());
+        log.flush();
+        assert!(ended.is_err());
+        let mut text = String::new();
+        io::Read::read_to_string(&mut reader, &mut text).unwrap();
+        // Another test may panic on purpose meanwhile.
+        let mut lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let is_ours =
+            |line: &serde_json::Value| line["message"].as_str().unwrap().contains("a bug at src/cli.rs:");
+        let line = lines.find(is_ours).unwrap_or_else(|| unreachable!("no line: {text}"));
+        assert_eq!((&line["event"], &line["level"]), (&"bug".into(), &"error".into()));
+        assert!(!text.contains("CANARY"), "{text}");
     }
 
     #[test]
