@@ -1,6 +1,6 @@
 //! What Zap logs of itself at the start: its version, its configuration in short, and where it listens. No key.
 
-use crate::config::{Backend, Config, Listen};
+use crate::config::{Backend, Config, Listen, is_like_a_key};
 use crate::protocol::Endpoint;
 use crate::server::setup::Setup;
 use crate::telemetry::line::Fields;
@@ -56,13 +56,9 @@ fn log_backends(log: &Log, fleet: &Snapshot) {
         let name = backend.configured_name();
         let endpoint = [Endpoint::Chat, Endpoint::Messages].into_iter().find_map(|e| path(conf, e));
         let url = shown_url(conf, &endpoint.unwrap_or_default());
-        let models = conf.models.as_ref().map(|rules| {
-            let star = |is_prefix| if is_prefix { "*" } else { "" };
-            let name = |rule: &crate::policy::route::Rule| {
-                format!("{}{}", rule.public.stem(), star(rule.public.is_prefix()))
-            };
-            rules.iter().map(name).collect::<Vec<_>>()
-        });
+        let models = conf.models.as_ref();
+        let models =
+            models.map(|rules| rules.iter().map(|rule| shown(&rule.public.to_string())).collect::<Vec<_>>());
         let models_in_words = match &models {
             Some(models) => format!("models {}", some_of(models)),
             None => "any model".to_owned(),
@@ -97,7 +93,7 @@ fn log_routes(log: &Log, config: &Config) {
         for target in &route.targets {
             let backend = config.backends[target.backend].configured_name();
             let text = match &target.model {
-                Some(model) => format!("{backend} as {model}"),
+                Some(model) => format!("{backend} as {}", shown(model)),
                 None => backend.to_owned(),
             };
             // The keys of a pool are one target of the file.
@@ -105,9 +101,10 @@ fn log_routes(log: &Log, config: &Config) {
                 targets.push(text);
             }
         }
-        let text = format!("{} to {}", route.name, some_of(&targets));
+        let name = shown(&route.name);
+        let text = format!("{name} to {}", some_of(&targets));
         let listed = targets.iter().take(MAX_LINES);
-        let fields = Fields::default().text("model", &route.name).list("targets", listed);
+        let fields = Fields::default().text("model", &name).list("targets", listed);
         log.event_with("info", "route", &text, &fields);
     }
     if let Some(more) = more_than(MAX_LINES, config.routes.len()) {
@@ -124,6 +121,11 @@ fn log_clients(log: &Log, config: &Config) {
     let listed = names.iter().take(MAX_LINES);
     let fields = Fields::default().number("count", names.len() as u64).list("clients", listed);
     log.event_with("info", "client_keys", &text, &fields);
+}
+
+/// The name of a model; a stand-in for what looks like a key in its place.
+fn shown(name: &str) -> String {
+    if is_like_a_key(name) { "***".to_owned() } else { name.to_owned() }
 }
 
 /// The first names, and how many there are beside them.
