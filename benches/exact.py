@@ -77,7 +77,7 @@ def count(tool, zap_command, requests, stream):
         output.append(line)
         if "listening on" in line:
             break
-    port = int(output[-1].rsplit(":", 1)[1])
+    port = int(re.search(r"listening on [^\"]*:(\d+)", output[-1])[1])
     rest = threading.Thread(target=lambda: output.extend(zap.stderr))
     rest.start()
     sock = socket.create_connection(("127.0.0.1", port))

@@ -117,7 +117,7 @@ fn through_zap(c: &mut Criterion) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let zap = listener.local_addr().unwrap();
     let (order, receiver) = orders();
-    let log = Log::start(config.log.events);
+    let log = Log::start(config.log.format);
     let serving = std::thread::spawn(move || zap::run(config, log, listener, receiver).unwrap());
     for (kind, stream) in [("json", false), ("events", true)] {
         let mut group = c.benchmark_group(kind);

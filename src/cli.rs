@@ -16,8 +16,8 @@ use crate::protocol::Endpoint;
 use crate::server::drain::{Order, Signals, orders};
 use crate::server::live;
 use crate::server::setup::{self, Setup};
+use crate::server::start::configured;
 use crate::telemetry::log::Log;
-use crate::upstream::Upstream;
 use crate::upstream::fleet::{Snapshot, prepare};
 use crate::upstream::paths::{path, shown_url};
 use crate::{RunError, demo, manual};
@@ -223,7 +223,7 @@ fn healthcheck(file: &Path, url: Option<&str>) -> ExitCode {
     let url = match url {
         Some(url) => url.to_owned(),
         None => match listen_address(file) {
-            Ok(listen) => healthcheck::url_of(listen),
+            Ok(listen) => listen.url("/health"),
             Err(error) => {
                 eprintln!("zap: {error}\n  zap healthcheck --url URL   needs no configuration");
                 return ExitCode::from(FAILED);
@@ -282,12 +282,6 @@ fn check(file: &Path, is_live: bool) -> ExitCode {
     }
 }
 
-/// The backends of the configuration: of several keys, the first.
-fn configured(fleet: &Snapshot) -> impl Iterator<Item = &Upstream> {
-    let all = fleet.backends.iter().enumerate();
-    all.filter(|(id, _)| fleet.pool(*id) == *id).map(|(_, backend)| &**backend)
-}
-
 /// The URLs of each backend that chats, messages and health checks go to.
 fn urls(fleet: &Snapshot) -> String {
     let mut lines = String::new();
@@ -328,37 +322,38 @@ fn ask_backends(valid: &str, fleet: &Snapshot) -> ExitCode {
 fn listen_and_serve(config: Config, watch: bool) -> ExitCode {
     match setup::open(&config.server, watch) {
         Ok(setup) => serve(config, setup),
-        Err(what) => {
-            eprintln!("zap: {what}");
-            ExitCode::from(FAILED)
-        }
+        Err(what) => give_up(Log::start(config.log.format), &what),
     }
 }
 
-fn serve(config: Config, setup: Setup) -> ExitCode {
-    let log = Log::start(config.log.events);
-    let panic_log = log.clone();
-    // Log the location but not the message, which could contain a key.
+/// Lets each panic be a line of the log: with its place but not its message, which could contain a key.
+fn log_panics(log: Log) {
     std::panic::set_hook(Box::new(move |panic| {
         let at = panic.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        panic_log.event("error", "bug", &format!("a bug{at} aborted one task; all other tasks continue"));
+        log.event("error", "bug", &format!("a bug{at} aborted one task; all other tasks continue"));
     }));
+}
+
+/// Logs why Zap cannot serve.
+fn give_up(log: Log, what: &str) -> ExitCode {
+    log.event("error", "stop", what);
+    // It may hold a way to the log.
+    drop(std::panic::take_hook());
+    log.flush();
+    ExitCode::from(FAILED)
+}
+
+fn serve(config: Config, setup: Setup) -> ExitCode {
+    let log = Log::start(config.log.format);
+    log_panics(log.clone());
     let (sender, receiver) = orders();
     if let Err(e) = on_signals(sender) {
-        eprintln!("zap: cannot install the signal handlers: {e}");
-        return ExitCode::from(FAILED);
+        return give_up(log, &format!("cannot install the signal handlers: {e}"));
     }
     match crate::run(config, log, setup, receiver) {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(FAILED),
-        Err(RunError::Config(what)) => {
-            eprintln!("zap: {what}");
-            ExitCode::from(BAD_USAGE)
-        }
-        Err(RunError::Io(e)) => {
-            eprintln!("zap: {e}");
-            ExitCode::from(FAILED)
-        }
+        Ok(false) | Err(RunError::Io(_)) => ExitCode::from(FAILED),
+        Err(RunError::Config(_)) => ExitCode::from(BAD_USAGE),
     }
 }
 
@@ -463,6 +458,26 @@ mod tests {
             let error = parse(args.iter().map(OsString::from), None).unwrap_err();
             assert!(!error.contains('\u{1b}'), "{args:?}");
         }
+    }
+
+    #[test]
+    fn a_panic_is_a_line_of_the_log_without_its_message() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let log = Log::to(crate::config::LogFormat::Json, writer);
+        log_panics(log.clone());
+        let ended = std::thread::spawn(|| std::panic::panic_any("sk-CANARY")).join();
+        drop(std::panic::take_hook());
+        log.flush();
+        assert!(ended.is_err());
+        let mut text = String::new();
+        io::Read::read_to_string(&mut reader, &mut text).unwrap();
+        // Another test may panic on purpose meanwhile.
+        let mut lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let is_ours =
+            |line: &serde_json::Value| line["message"].as_str().unwrap().contains("a bug at src/cli.rs:");
+        let line = lines.find(is_ours).unwrap_or_else(|| unreachable!("no line: {text}"));
+        assert_eq!((&line["event"], &line["level"]), (&"bug".into(), &"error".into()));
+        assert!(!text.contains("CANARY"), "{text}");
     }
 
     #[test]

@@ -104,6 +104,7 @@ pub mod internals {
     pub use crate::time::{Nanos, SECOND};
 }
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -113,6 +114,7 @@ use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::server::drain::Order;
 use crate::server::setup::Setup;
+use crate::server::start::log_start;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::writer::Writer;
 use crate::telemetry::log::Log;
@@ -124,6 +126,15 @@ pub enum RunError {
     Config(String),
     /// The listener or a thread failed.
     Io(io::Error),
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RunError::Config(what) => f.write_str(what),
+            RunError::Io(error) => error.fmt(f),
+        }
+    }
 }
 
 /// Opens the ledger of the configuration. The writer is there if the ledger has a file.
@@ -138,32 +149,30 @@ fn open_ledger(config: &Config, log: &Log) -> Result<(Arc<Ledger>, Option<Writer
 /// cut.
 ///
 /// # Errors
-/// It could not start, or the listener failed.
+/// It could not start, or the listener failed. The log has the reason.
 pub fn run(
     config: Config,
     log: Log,
     setup: impl Into<Setup>,
     orders: Receiver<Order>,
 ) -> Result<bool, RunError> {
+    let whole = serve(config, &log, setup.into(), orders);
+    if let Err(error) = &whole {
+        log.event("error", "stop", &error.to_string());
+    }
+    // It may hold a way to the log.
+    drop(std::panic::take_hook());
+    log.flush();
+    whole
+}
+
+fn serve(config: Config, log: &Log, setup: Setup, orders: Receiver<Order>) -> Result<bool, RunError> {
     clock::now();
-    let (ledger, writer) = open_ledger(&config, &log).map_err(RunError::Config)?;
+    let (ledger, writer) = open_ledger(&config, log).map_err(RunError::Config)?;
     let shared = Shared::with_ledger(config, log.clone(), ledger).map_err(RunError::Config)?;
     let shared = Arc::new(shared);
     let writer = writer.map(Writer::start).transpose().map_err(RunError::Io)?;
-    for warning in &shared.current.load().config.warnings {
-        log.event("warn", "config", warning);
-    }
-    let setup = setup.into();
-    let (has_tls, admin_has_tls) = {
-        let config = &shared.current.load().config;
-        (config.tls.is_some(), config.admin.tls.is_some())
-    };
-    for address in setup.addresses(has_tls) {
-        log.event("info", "start", &format!("listening on {address}"));
-    }
-    if let Some(address) = setup.admin_address(admin_has_tls) {
-        log.event("info", "start", &format!("listening on {address} for operators"));
-    }
+    log_start(log, &shared.current.load(), &setup);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(RunError::Io)?;
     let whole = runtime.block_on(server::serve(shared, setup, orders)).map_err(RunError::Io);
@@ -171,8 +180,5 @@ pub fn run(
     if let Some(writer) = writer {
         writer.stop();
     }
-    // It may hold a way to the log.
-    drop(std::panic::take_hook());
-    log.flush();
     whole
 }

@@ -1,7 +1,7 @@
 //! `zap healthcheck`: one request to a running Zap, for images without curl.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,24 +14,11 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
 
-use crate::config::Listen;
-
 /// Longest time for the whole exchange. Below the time limits of the files that `zap print` prints.
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// Longest response head that is read, in bytes.
 const MAX_HEAD: usize = 1024;
-
-/// The URL of `/health` at a Zap that listens on `address`. A Zap that listens on all addresses is asked on loopback.
-pub(crate) fn url_of(Listen { mut address, is_tls }: Listen) -> String {
-    if address.ip().is_unspecified() {
-        address.set_ip(match address.ip() {
-            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
-    }
-    format!("{}://{address}/health", if is_tls { "https" } else { "http" })
-}
 
 /// How a server has shown that it is healthy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,19 +214,6 @@ fn in_words(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_zap_on_all_addresses_is_asked_on_loopback() {
-        for (address, url) in [
-            ("0.0.0.0:8000", "http://127.0.0.1:8000/health"),
-            ("[::]:1", "http://[::1]:1/health"),
-            ("10.0.0.1:80", "http://10.0.0.1:80/health"),
-        ] {
-            let listen = |is_tls| Listen { address: address.parse().unwrap(), is_tls };
-            assert_eq!(url_of(listen(false)), url);
-            assert_eq!(url_of(listen(true)), url.replace("http:", "https:"));
-        }
-    }
 
     #[test]
     fn what_is_no_url_of_a_zap_is_refused() {

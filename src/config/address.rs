@@ -1,7 +1,7 @@
 //! The address that Zap listens on, and whether with TLS, for a command that asks a running Zap.
 
 use std::cell::RefCell;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use crate::config::common::Context;
@@ -15,6 +15,20 @@ pub(crate) struct Listen {
     pub address: SocketAddr,
     /// Whether it speaks TLS.
     pub is_tls: bool,
+}
+
+impl Listen {
+    /// The URL of `path` at this Zap. If it listens on all addresses, on loopback.
+    pub(crate) fn url(self, path: &str) -> String {
+        let Listen { mut address, is_tls } = self;
+        if address.ip().is_unspecified() {
+            address.set_ip(match address.ip() {
+                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        format!("{}://{address}{path}", if is_tls { "https" } else { "http" })
+    }
 }
 
 /// The host and port of `[server]` in the file at `path`, and whether it has certificates.
@@ -54,6 +68,19 @@ fn of_text(text: &str, label: &str, env: &dyn Fn(&str) -> Option<String>) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_url_of_a_zap_on_all_addresses_is_that_of_loopback() {
+        for (address, url) in [
+            ("0.0.0.0:8000", "http://127.0.0.1:8000/health"),
+            ("[::]:1", "http://[::1]:1/health"),
+            ("10.0.0.1:80", "http://10.0.0.1:80/health"),
+        ] {
+            let listen = |is_tls| Listen { address: address.parse().unwrap(), is_tls };
+            assert_eq!(listen(false).url("/health"), url);
+            assert_eq!(listen(true).url("/health"), url.replace("http:", "https:"));
+        }
+    }
 
     #[test]
     fn only_the_address_of_a_file_matters() {

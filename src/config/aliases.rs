@@ -273,7 +273,7 @@ const ALIASES: &[Row] = &[
         &["enabled", "disabled", "enable"],
         "it is `health = { enabled = false }` in a `[[backends]]` table",
     ),
-    ("log", &["format", "jsonlogs", "json"], "events"),
+    ("log", &["events", "jsonlogs", "json"], "format"),
     ("log", &["accesslog", "access"], "requests"),
     (
         "log",

@@ -41,6 +41,7 @@ mod headers;
 mod identity;
 mod key_pool;
 mod keys;
+mod memory_limit;
 mod models;
 mod money;
 mod no_proxy;
@@ -80,6 +81,7 @@ pub use crate::config::fault_sink::{Faults, LoadError};
 pub(crate) use crate::config::files::Files;
 pub(crate) use crate::config::identity::Identity;
 pub(crate) use crate::config::key_pool::{PoolPlace, scale};
+pub(crate) use crate::config::memory_limit::memory_limit;
 pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::money::Budget;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
@@ -293,18 +295,22 @@ pub struct RateLimit {
 /// `[log]`: what is logged, and how.
 #[derive(Clone, Debug)]
 pub struct LogSettings {
+    /// The format of all lines.
+    pub format: LogFormat,
     /// Whether each request gets a log line when it ends.
     pub requests: bool,
-    /// The format of all other lines.
-    pub events: LogFormat,
+    /// Whether requests to `/health`, `/ready`, `/metrics`, `/status`, `/usage` and the page get one, too.
+    pub probes: bool,
 }
 
-/// The format of a log line.
+/// The format of the log's lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
+    /// Text on a terminal, otherwise JSON.
+    Auto,
     /// One JSON object per line.
     Json,
-    /// Plain text.
+    /// Text; short on a terminal.
     Text,
 }
 

@@ -119,11 +119,12 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         max_keys: t.number("max_keys", MAX_KEYS),
     });
     let log = root.section("log", |t| LogSettings {
-        requests: t.boolean("requests", true),
-        events: {
-            let words = [("text", LogFormat::Text), ("json", LogFormat::Json)];
-            t.choice("events", LogFormat::Text, &words)
+        format: {
+            let words = [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)];
+            t.choice("format", LogFormat::Auto, &words)
         },
+        requests: t.boolean("requests", true),
+        probes: t.boolean("probes", false),
     });
     let watch = root.section("reload", |t| t.boolean("watch", false));
     let ledger = root.section("ledger", |t| ledger_path(t, ctx));

@@ -39,7 +39,7 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
     for (index, client) in clients.iter().enumerate() {
         for (at, pattern) in client.models.iter().flatten().enumerate().filter(|(_, p)| !is_served(config, p))
         {
-            let name = format!("{}{}", pattern.stem(), if pattern.is_prefix() { "*" } else { "" });
+            let name = pattern.to_string();
             warnings.push(format!(
                 "`client_keys[{index}].models[{at}]` is {}, which no backend and no route serves; \
                  the client gets 404 for it",

@@ -154,14 +154,14 @@ pub(super) fn introduction(port: u16) -> String {
     let (plain, streamed) = (names(&PLAIN), names(&STREAMED));
     let url = format!("http://127.0.0.1:{port}");
     format!(
-        "Zap balances three mock providers with equal weights. Alpha and beta serve every request. Chaos fails every\n\
+        "The page {url}/ shows each failure, and which provider served the request instead.\n\n\
+         Zap balances three mock providers with equal weights. Alpha and beta serve every request. Chaos fails every\n\
          request, each time in the next of these ways:\n\n\
          \x20 not streamed:\n\x20   {plain}\n\
          \x20 streamed:\n\x20   {streamed}\n\n\
          Clients do not notice: Zap then asks alpha or beta. Chaos never fails after the first token, because no other\n\
          provider can continue a stream that the client has begun to read. With the default of 3 for\n\
-         health.failure_threshold Zap would eject chaos at once; here chaos stays.\n\n\
-         The page shows each failure, and which provider served the request instead: {url}/\n\nTry:\n\n\
+         health.failure_threshold Zap would eject chaos at once; here chaos stays.\n\nTry:\n\n\
          \x20 for i in $(seq 50); do curl -s -o /dev/null -w '%{{http_code}} from %header{{x-zap-backend}}, x-zap-attempts: %header{{x-zap-attempts}}\\n' {url}/v1/chat/completions -d '{{\"messages\":[]}}'; done | sort | uniq -c\n\
          \x20 for i in $(seq 50); do curl -sN {url}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[]}}' | grep -c '^data: .DONE.'; done | sort | uniq -c\n\
          \x20 curl -s {url}/metrics | grep -E '^zap_.*(failovers|attempts|retries).* [1-9]'\n\

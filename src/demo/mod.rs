@@ -124,12 +124,12 @@ pub(crate) fn start(port: u16, is_chaos: bool) -> io::Result<(Config, String)> {
 
 fn introduction(port: u16) -> String {
     format!(
-        "Zap balances two mock providers, alpha and beta, 2:1. The page: http://127.0.0.1:{port}/\n\nTry:\n\n\
+        "The page: http://127.0.0.1:{port}/\n\nZap balances two mock providers, alpha and beta, 2:1. Try:\n\n\
          \x20 curl -s http://127.0.0.1:{port}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -sN http://127.0.0.1:{port}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hi\"}}]}}'\n\
          \x20 curl -s http://127.0.0.1:{port}/status\n\
          \x20 curl -s http://127.0.0.1:{port}/metrics\n\n\
-         Tokens and spend are zap_tokens_total and zap_cost_usd_total in /metrics, tokens and cost_usd in the log below.\n\
+         Tokens and cost are zap_tokens_total and zap_cost_usd_total in /metrics, and in the log below.\n\
          Press Ctrl-C to stop.\n\n"
     )
 }

@@ -36,6 +36,7 @@ use crate::policy::spend::Refused;
 use crate::protocol::event_stream::EventStream;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
+use crate::telemetry::tries::{LastTry, TryFault};
 use crate::time::{Nanos, SECOND};
 use crate::upstream::counters::NoAnswer;
 use crate::upstream::fault::Fault;
@@ -97,6 +98,8 @@ pub(crate) struct KeptResponse {
     pub response: OpenedResponse,
     /// The number of its try, from 1.
     pub number: u32,
+    /// Its try, for the log.
+    pub last_try: Option<LastTry>,
 }
 
 /// The tries of one request.
@@ -233,8 +236,8 @@ impl Attempts<'_> {
     fn strike(&self, target: TargetId) {
         let target = &self.snapshot.route(&self.ask).targets[target];
         let upstream = self.snapshot.upstream(target);
-        let fault = self.record.failed.iter().rev().find(|(failed, _)| failed.state.id == upstream.state.id);
-        if let Some((_, fault)) = fault {
+        let failed = self.record.failed.iter().rev().find(|t| t.backend.state.id == upstream.state.id);
+        if let Some(TryFault { fault, .. }) = failed {
             self.gateway.strike(upstream, target.key(self.ask.model), self.record.model_name(), fault);
         }
     }
@@ -287,10 +290,10 @@ impl Attempts<'_> {
     /// Counts a try. A retry counts at the backend whose failure caused it.
     fn count_try(&mut self, panic: bool) {
         let recorder = self.gateway.recorder();
-        if let Some((upstream, fault)) = self.record.failed.last() {
-            upstream.lanes[recorder.worker].retried(fault.kind);
+        if let Some(TryFault { backend, fault, .. }) = self.record.failed.last() {
+            backend.lanes[recorder.worker].retried(fault.kind);
             if let Some(reason) = self.no_answer.take() {
-                upstream.lanes[recorder.worker].failed_over(reason);
+                backend.lanes[recorder.worker].failed_over(reason);
             }
         }
         if panic {
@@ -336,17 +339,14 @@ impl Attempts<'_> {
 
     /// Delivers the response of a failed try. A 429 gets the time after which a target reopens as `Retry-After`.
     fn deliver_kept(&mut self, kept: KeptResponse, slot: Option<Permit>) -> Delivery {
-        let KeptResponse { mut response, number } = kept;
+        let KeptResponse { mut response, number, last_try } = kept;
         let headers = &mut response.head.headers;
         if response.head.status == StatusCode::TOO_MANY_REQUESTS {
             let secs = retry_after_secs(self.time_to_reopen().min(MAX_RETRY_AFTER));
             headers.insert(RETRY_AFTER, HeaderValue::from(secs));
             headers.remove("retry-after-ms");
         }
-        if number == self.record.tries {
-            // The log line shows the status of this response instead of the code of the failure.
-            self.record.failed.pop();
-        }
+        self.record.deliver_failed(number, last_try);
         let clocks = self.clocks(response.opened);
         Delivery { response, slot, clocks }
     }
@@ -411,7 +411,7 @@ impl Attempts<'_> {
     /// Why the key of a target is refused, as the provider said it: in this request, or in an earlier one.
     fn key_fault(&self) -> Cow<'static, str> {
         let is_of_key = |fault: &Fault| fault.kind == Code::UpstreamAuthError;
-        let failed = self.record.failed.iter().map(|(_, fault)| fault.clone()).rfind(is_of_key);
+        let failed = self.record.failed.iter().map(|t| t.fault.clone()).rfind(is_of_key);
         let known = || {
             let targets = self.snapshot.route(&self.ask).targets.iter();
             targets

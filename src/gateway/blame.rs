@@ -64,7 +64,7 @@ impl Gateway {
         if record.status < 400 {
             self.strike(upstream, in_flight.key(), record.model_name(), &fault);
         }
-        record.failed.push((upstream.clone(), fault));
+        record.fail_try(upstream, fault);
     }
 
     /// Counts a success of a backend and of its pair at `now`. `model`: its name, for the log.

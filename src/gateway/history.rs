@@ -200,14 +200,12 @@ fn entry<'h>(
 pub(crate) fn state_of(backend: &Upstream, now: Nanos) -> &'static str {
     match (backend.conf.weight, backend.state.breaker.status(now), backend.closed(now)) {
         (0, ..) => "drained",
-        (_, Status::Misconfigured, _) => "misconfigured",
-        (_, Status::Unauthorized, _) => "unauthorized",
-        (_, Status::Ejected, _) => "ejected",
-        (_, Status::Cooling(_), _) => "cooling",
-        (_, _, Some(Closed::Full)) => "full",
-        (_, _, Some(Closed::Quota(_) | Closed::Reserved)) => "quota",
-        (_, _, Some(Closed::Budget(_))) => "budget",
-        _ => "healthy",
+        (
+            _,
+            Status::Healthy,
+            Some(closed @ (Closed::Full | Closed::Quota(_) | Closed::Reserved | Closed::Budget(_))),
+        ) => closed.name(),
+        (_, status, _) => status.name(),
     }
 }
 

@@ -61,8 +61,9 @@ impl Attempts<'_> {
         target: TargetId,
         in_flight: InFlight,
     ) -> Result<OpenedResponse, FailedTry> {
-        self.record.tries += 1;
-        self.record.phase = Phase::Waiting;
+        let route = &self.snapshot.route(&self.ask).targets;
+        let model = |asked: Option<&Arc<str>>| route[target].model(asked);
+        self.record.begin_try(in_flight.upstream(), model, in_flight.entered());
         failpoint::hit("try", &self.record.request_id);
         self.wait_began = None;
         let usage = self.usage_splice(&in_flight);
@@ -153,7 +154,8 @@ impl Attempts<'_> {
     fn keep(&mut self, mut response: OpenedResponse) -> Box<KeptResponse> {
         // The next try may need a permit of the same backend.
         response.in_flight.release();
-        Box::new(KeptResponse { response, number: self.record.tries })
+        let (number, last_try) = (self.record.tries, self.record.last_try.take());
+        Box::new(KeptResponse { response, number, last_try })
     }
 
     /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle
@@ -288,7 +290,7 @@ impl Attempts<'_> {
             fault.cause = format!("HTTP {status}: {message}").into();
         }
         match failure.is_search {
-            true => self.record.failed.push((upstream.clone(), fault)),
+            true => self.record.fail_try(upstream, fault),
             false => self.record_failure(upstream, fault, failure.blames_backend),
         }
         Some(failure)
@@ -381,7 +383,7 @@ impl Attempts<'_> {
             self.blamed.push(upstream.state.id);
             self.gateway.blame_backend(upstream, &fault);
         }
-        self.record.failed.push((upstream.clone(), fault));
+        self.record.fail_try(upstream, fault);
     }
 }
 

@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
 use crate::clock;
-use crate::config::{Config, Server};
+use crate::config::{Config, Server, memory_limit};
 use crate::gateway::history::History;
 use crate::gateway::pages::Pages;
 use crate::gateway::served_models::ServedModels;
@@ -29,8 +29,8 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::clients::Clients;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::ledger::sums::{Payer, Spent};
+use crate::telemetry::line::Fields;
 use crate::telemetry::log::Log;
-use crate::telemetry::memory_limit::memory_limit;
 use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fleet::{Ask, Snapshot, View, prepare};
@@ -144,7 +144,7 @@ impl Shared {
             tokens: Arc::new(Limiter::new(config.rate_limit.max_keys)),
             admission: Admission::new(config.queue.max_in_flight, config.queue.max_size),
             budget: Budget::new(config.retry.budget_percent),
-            telemetry: Telemetry::new(config.server.workers, (log, config.log.requests), ledger),
+            telemetry: Telemetry::new(config, log, ledger),
             buffers: ByteBudget::new(max_buffered(&config.server)),
             buffer_freed: Notify::new(),
             known_ids: KnownIds::new(config.max_ids),
@@ -238,7 +238,7 @@ impl Shared {
             }
         };
         upstream.note_outage(outage);
-        self.telemetry.log.event(level, event, &text);
+        self.telemetry.log.event_with(level, event, &text, &Fields::default().text("backend", name));
         self.ejections.fetch_add(1, Ordering::Relaxed);
         self.fleet_changed.notify_one();
     }
@@ -262,7 +262,7 @@ impl Shared {
 
     /// Logs a change of a pair's state with its `cause`. `model`: its name, as the client gave it.
     pub(crate) fn announce_pair(&self, upstream: &Upstream, model: &str, change: PairChange, cause: &str) {
-        let name = upstream.name();
+        let (name, asked) = (upstream.name(), model);
         let whose = match model {
             "" => " without a model".into(),
             model => format!(" for {}", model.escape_debug()),
@@ -283,7 +283,8 @@ impl Shared {
             }
         };
         upstream.note_outage(outage);
-        self.telemetry.log.event(level, event, &text);
+        let fields = Fields::default().text("backend", name).text("model", asked);
+        self.telemetry.log.event_with(level, event, &text, &fields);
         // Waiting requests pick again, since this pair may take them.
         self.reopened.notify_waiters();
     }

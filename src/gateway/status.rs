@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -26,6 +27,9 @@ use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
 use crate::upstream::token_counters::TokenCount;
 
+/// The history sees a new state so late at most: it looks at the backends each second.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// Encodes the status as JSON: lists come last, and names first.
 pub(crate) fn encode(shared: &Shared) -> Bytes {
     let mut status = status(shared);
@@ -33,30 +37,28 @@ pub(crate) fn encode(shared: &Shared) -> Bytes {
     let mut text = status.to_string();
     text.pop();
     for (name, list) in lists {
-        let items = list
-            .as_ref()
-            .and_then(Value::as_array)
-            .into_iter()
-            .flatten()
-            .map(name_first)
-            .collect::<Vec<_>>()
-            .join(",\n  ");
-        let start = if items.is_empty() { "" } else { "\n  " };
-        let _ = write!(text, ",\n \"{name}\":[{start}{items}]");
+        let _ = write!(text, ",\n \"{name}\":[");
+        let Some(Value::Array(items)) = list else { continue };
+        for (at, item) in items.into_iter().enumerate() {
+            text.push_str(if at == 0 { "\n  " } else { ",\n  " });
+            push_name_first(&mut text, item);
+        }
+        text.push(']');
     }
     text.push_str("}\n");
     text.into()
 }
 
-/// The text of an object whose name, if it has one, comes first.
-fn name_first(item: &Value) -> String {
-    let mut item = item.clone();
-    let name = taken(&mut item, "name");
-    let text = item.to_string();
-    match name {
-        Some(name) => format!("{{\"name\":{name},{}", &text[1..]),
-        None => text,
-    }
+/// Appends an object whose name, if it has one, comes first.
+fn push_name_first(text: &mut String, mut item: Value) {
+    let rest = match taken(&mut item, "name") {
+        Some(name) => {
+            let _ = write!(text, "{{\"name\":{name},");
+            1
+        }
+        None => 0,
+    };
+    text.push_str(&item.to_string()[rest..]);
 }
 
 fn taken(object: &mut Value, name: &str) -> Option<Value> {
@@ -201,13 +203,7 @@ fn backend(shared: &Shared, snapshot: &Snapshot, id: BackendId) -> Value {
     let models = snapshot.table().models().iter().filter(|model| model.backend == id);
     let models: serde_json::Map<_, _> = models
         .map(|model| {
-            let state = match b.state.breaker.status_for(|| model.key, now) {
-                Status::Healthy => "healthy",
-                Status::Cooling(_) => "cooling",
-                Status::Ejected => "ejected",
-                Status::Misconfigured => "misconfigured",
-                Status::Unauthorized => "unauthorized",
-            };
+            let state = b.state.breaker.status_for(|| model.key, now).name();
             (model.name.to_string(), state.into())
         })
         .collect();
@@ -229,7 +225,7 @@ fn backend(shared: &Shared, snapshot: &Snapshot, id: BackendId) -> Value {
         "tokens_per_second": rounded(recent.tokens),
         "first_token_ms": recent.first_token_ms.map(|(p50, p95)| json!({ "p50": rounded(p50), "p95": rounded(p95) })),
         "history": { "step_secs": STEP / SECOND, "requests": answers, "errors": errors },
-        "retry_secs": b.state.breaker.reopens_at(now).map(secs_to),
+        "retry_secs": b.state.breaker.retries_at(now).map(secs_to),
         "cooling_secs": cooling.map(secs_to),
         "cooling_until": cooling.map(|until| clock::timestamp(clock::wall(until))),
         "quota_opens_secs": quota,
@@ -243,12 +239,16 @@ fn backend(shared: &Shared, snapshot: &Snapshot, id: BackendId) -> Value {
 /// Why a backend is in its state, in words. `models`: the state of each model that the configuration names.
 fn why(b: &Upstream, state: &str, models: &serde_json::Map<String, Value>, recent: &Recent) -> String {
     let last_cause = || b.last_error().map(|(_, fault)| fault.cause.into_owned()).unwrap_or_default();
+    // A success may ask to wait, too: then an older failure is not the reason.
+    let cause_since = |since: SystemTime| {
+        b.last_error().filter(|(at, _)| *at + LOOK >= since).map(|(_, fault)| fault.cause).unwrap_or_default()
+    };
     match state {
         "drained" => "its weight is 0".into(),
         "full" => "all its requests in flight are taken".into(),
         "quota" => "the requests or tokens of this minute are used up".into(),
         "budget" => "the budget is spent".into(),
-        "cooling" => match last_cause() {
+        "cooling" => match cause_since(recent.since) {
             cause if cause.is_empty() => "the provider asked to wait".into(),
             cause => format!("the provider asked to wait: {cause}"),
         },

@@ -42,6 +42,21 @@ pub(crate) enum Closed {
     Reserved,
 }
 
+impl Closed {
+    /// The reason in a word, for `/status` and the log.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Closed::Cooling(_) => "cooling",
+            Closed::Full => "full",
+            Closed::Out(status) => status.name(),
+            Closed::Budget(_) => "budget",
+            Closed::Elsewhere => "elsewhere",
+            Closed::TooLarge => "too_large",
+            Closed::Quota(_) | Closed::Reserved => "quota",
+        }
+    }
+}
+
 /// The load of a target.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct TargetLoad {

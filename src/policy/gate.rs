@@ -44,6 +44,17 @@ pub enum Status {
 }
 
 impl Status {
+    /// The state in a word, for `/status` and the log.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Status::Cooling(_) => "cooling",
+            Status::Ejected => "ejected",
+            Status::Healthy => "healthy",
+            Status::Misconfigured => "misconfigured",
+            Status::Unauthorized => "unauthorized",
+        }
+    }
+
     /// Whether requests go elsewhere for longer than a cooldown.
     pub(crate) fn is_out(self) -> bool {
         matches!(self, Status::Ejected | Status::Misconfigured | Status::Unauthorized)

@@ -289,6 +289,18 @@ impl Pairs {
         used.peek().is_some() && used.all(|pair| matches!(pair.gate, Gate::Ejected { .. }))
     }
 
+    /// The time at which the first ejected pair in use lets a trial go; `None` if there is none after `now`.
+    pub(crate) fn next_trial(&self, now: Nanos) -> Option<Nanos> {
+        if self.closed.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let trial = |pair: &Pair| match pair.gate {
+            Gate::Ejected { trial, .. } if pair.used + IN_USE > now => Some(trial),
+            _ => None,
+        };
+        self.all.lock().values().filter_map(trial).filter(|trial| *trial > now).min()
+    }
+
     fn update<T>(&self, key: u64, now: Nanos, change: impl FnOnce(&mut Pair) -> T) -> T {
         let mut all = self.all.lock();
         if all.len() >= MAX_PAIRS
@@ -402,6 +414,20 @@ mod tests {
         assert_eq!(pairs.success(A, now), (Some(PairChange::Up), true));
         assert_eq!((status(&pairs, now), pairs.ejected_since(|| A)), (Status::Healthy, None));
         assert_eq!(pairs.closed.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn the_next_trial_is_that_of_the_first_ejected_pair_in_use() {
+        let pairs = Pairs::default();
+        assert_eq!(pairs.next_trial(0), None);
+        pairs.strike(A, 1, SECOND);
+        pairs.strike(8, 1, 2 * SECOND);
+        assert_eq!(pairs.next_trial(2 * SECOND - 1), Some(2 * SECOND));
+        assert_eq!(pairs.next_trial(2 * SECOND), Some(3 * SECOND), "the first one is due");
+        assert_eq!(pairs.next_trial(3 * SECOND), None);
+        pairs.success(A, 3 * SECOND);
+        pairs.success(8, 3 * SECOND);
+        assert_eq!(pairs.next_trial(0), None);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The names of models that a configuration lists: whole names and prefixes.
 
+use std::fmt;
+
 /// Longest name that a configuration may contain, in bytes.
 pub(crate) const MAX_NAME: usize = crate::json::members::MAX_NAME;
 
@@ -33,6 +35,13 @@ impl Pattern {
     /// Whether the pattern matches `name`.
     pub fn matches(&self, name: &str) -> bool {
         if self.is_prefix { name.starts_with(&*self.stem) } else { *self.stem == *name }
+    }
+}
+
+/// As the configuration has it.
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.stem, if self.is_prefix { "*" } else { "" })
     }
 }
 

@@ -424,6 +424,15 @@ impl Endpoint {
         };
         is_own || is_below_version(path)
     }
+
+    /// Whether the endpoint is one that a monitor or an operator asks about Zap itself.
+    pub(crate) fn is_probe(self) -> bool {
+        match self.row().served {
+            ServedBy::Zap(Page::Models) => false,
+            ServedBy::Zap(_) => true,
+            ServedBy::Backends(_) | ServedBy::Stored(_) | ServedBy::Nobody => false,
+        }
+    }
 }
 
 fn is_below_version(path: &str) -> bool {

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +17,7 @@ use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_blocking, spawn_local};
 use crate::clock;
 use crate::config::{Config, Files, LoadError, Server};
 use crate::gateway::state::{Generation, Shared};
+use crate::server::first_checks::FirstChecks;
 use crate::server::setup::Options;
 use crate::server::watch::Watch;
 use crate::server::{listing, probe};
@@ -101,9 +103,12 @@ async fn watch(shared: &Arc<Shared>, options: &Options) {
     };
     let watching = async {
         let (mut probes, mut listings) = (Tasks::default(), Tasks::default());
+        let first_checks = Rc::new(FirstChecks::default());
         let mut reading = None;
         loop {
-            probes.update(shared, |_, b| probe::is_checked(b), probe::watch);
+            let watched =
+                |shared: Arc<Shared>, id| probe::watch(first_checks.begin(shared.clone()), shared, id);
+            probes.update(shared, |_, b| probe::is_checked(b), watched);
             listings.update(shared, listing::is_asked, listing::watch);
             shared.served_models.keep(|id| listings.0.contains_key(&id));
             let began = clock::now();

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use tokio::net;
 
 use crate::client::peer::{Listener, Peer};
+use crate::config::{Config, ServerTls};
 use crate::server::inherited::Given;
 
 /// Stands for a client of the unix socket: it runs on this machine.
@@ -15,6 +16,16 @@ const LOCAL: Peer = Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: L
 
 /// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
 pub(crate) type Client = (TcpStream, Peer);
+
+/// TLS of a listener; `None`: it speaks plain HTTP.
+pub(crate) fn tls_of(listener: Listener, config: &Config) -> Option<&ServerTls> {
+    match listener {
+        Listener::Admin => config.admin.tls.as_ref(),
+        Listener::Tcp => config.tls.as_ref(),
+        // A unix socket never leaves the machine.
+        Listener::Unix => None,
+    }
+}
 
 /// The listeners of a running process.
 #[derive(Debug)]

@@ -15,6 +15,10 @@ pub(crate) mod drain;
 
 pub(crate) mod setup;
 
+pub(crate) mod start;
+
+mod first_checks;
+
 mod watch;
 
 mod control;
@@ -49,7 +53,6 @@ use crate::server::setup::Setup;
 use crate::server::worker::Worker;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::connect::is_lack_of_files;
-use crate::upstream::proxy;
 
 /// Open files that Zap needs in addition to connections: runtimes, standard streams and the listener.
 const RESERVED_FILES: u64 = 32;
@@ -77,9 +80,6 @@ pub(crate) async fn serve(
     let listeners = Listeners::new(setup.tcp, setup.unix, setup.admin)?;
     let (options, mut unix_file) = (setup.options, setup.unix_file);
     let config = shared.current.load().config.clone();
-    if let Some(text) = proxy::summary(&config.backends) {
-        shared.telemetry.log.event("info", "proxy", &text);
-    }
     let budget = FileBudget::new(&shared, &config);
     let upstreams = (budget.upstreams / config.server.workers).max(1);
     let workers: Result<Vec<_>, _> =

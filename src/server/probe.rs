@@ -10,7 +10,10 @@ use crate::clock::LimitExpired;
 use crate::code::Code;
 use crate::gateway::state::{Generation, Shared};
 use crate::policy::breaker::{Probe, Status, Thresholds};
+use crate::server::first_checks::FirstCheck;
 use crate::telemetry::failures::{Outcome, Seen};
+use crate::telemetry::line::{Fields, in_words};
+use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::fault::Fault;
@@ -31,7 +34,8 @@ fn first_check_window(backends: usize) -> Duration {
 /// Checks the backend with this `id` until it is removed, drained or no longer checked. Each check uses the current
 /// configuration. A check is skipped if a real request succeeded within the interval and the backend is healthy or
 /// cools down.
-pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
+pub(crate) async fn watch(first: FirstCheck, shared: Arc<Shared>, id: u64) {
+    let mut first = Some(first);
     // A random delay, so that the backends are not checked at the same time.
     let backends = shared.current.load().backends.len();
     sleep(first_check_window(backends).mul_f64(fastrand::f64())).await;
@@ -52,9 +56,15 @@ pub(crate) async fn watch(shared: Arc<Shared>, id: u64) {
             if let Some(result) = clock::within(health.timeout, checking).await.unwrap_or_else(late) {
                 let is_first = !std::ptr::eq(checked.as_ptr(), Arc::as_ptr(&snapshot.config));
                 checked = Arc::downgrade(&snapshot.config);
-                result.note(&shared, &snapshot, &upstream, is_first);
+                let took = clock::now() - now;
+                result.note(&shared, &snapshot, &upstream, is_first.then_some(took));
+                if let (Ok(status), Some(first)) = (result.found, first.take()) {
+                    first.passed(upstream.name(), status, took);
+                }
             }
         }
+        // A later check is not the first one.
+        first = None;
         drop((snapshot, upstream));
         pause(&shared, id).await;
     }
@@ -103,9 +113,9 @@ impl Checked {
         Checked { probe: Probe::Failed, found: Err(fault) }
     }
 
-    /// Records the result at the backend, and logs a change of its state. `is_first`: the first check after a start or
-    /// a reload; its failure is logged at once.
-    fn note(self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream, is_first: bool) {
+    /// Records the result at the backend, and logs a change of its state. `first`: the time that the first check after
+    /// a start or a reload took; its failure is logged at once.
+    fn note(&self, shared: &Shared, snapshot: &Snapshot, upstream: &Upstream, first: Option<Nanos>) {
         upstream.checks.add(self.probe);
         let now = clock::now();
         let interval = clock::nanos(interval(snapshot, upstream));
@@ -124,13 +134,16 @@ impl Checked {
                 format!("health check: {fault}")
             }
         };
-        match upstream.state.breaker.probed(self.probe, limits, now) {
-            Some(change) => shared.announce(upstream, change, &cause),
-            None if is_first && self.probe != Probe::Alive => {
-                let text = format!("the first check of backend {} failed: {cause}", upstream.name());
-                shared.telemetry.log.event("warn", "health_check", &text);
+        match (upstream.state.breaker.probed(self.probe, limits, now), first) {
+            (Some(change), _) => shared.announce(upstream, change, &cause),
+            (None, Some(took)) if self.probe != Probe::Alive => {
+                let name = upstream.name();
+                let text =
+                    format!("the first check of backend {name} failed after {}: {cause}", in_words(took));
+                let fields = Fields::default().text("backend", name).text("result", "failed").ms("ms", took);
+                shared.telemetry.log.event_with("warn", "health_check", &text, &fields);
             }
-            None => {}
+            (None, _) => {}
         }
     }
 }

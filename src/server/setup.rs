@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
+use crate::client::peer::Listener;
 use crate::config::Server;
 use crate::server::inherited;
 use crate::server::supervisor::Supervisor;
@@ -37,26 +38,28 @@ pub(crate) struct Options {
 }
 
 impl Setup {
-    /// What the listeners for clients listen on, in words. `is_tls`: whether that of TCP speaks TLS.
-    pub(crate) fn addresses(&self, is_tls: bool) -> impl Iterator<Item = String> {
+    /// What each listener listens on, in words.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = (String, Listener)> {
         let unix = self.unix.as_ref().and_then(|unix| {
             let address = unix.local_addr().ok()?;
             let path =
                 address.as_pathname().map_or("without a name".into(), |path| path.display().to_string());
-            Some(format!("the unix socket {path}"))
+            Some((format!("the unix socket {path}"), Listener::Unix))
         });
-        address_of(self.tcp.as_ref(), is_tls).into_iter().chain(unix)
+        let tcp = address_of(self.tcp.as_ref()).map(|address| (address.to_string(), Listener::Tcp));
+        let admin = address_of(self.admin.as_ref()).map(|address| (address.to_string(), Listener::Admin));
+        tcp.into_iter().chain(unix).chain(admin)
     }
 
-    /// What the admin listener listens on, in words.
-    pub(crate) fn admin_address(&self, is_tls: bool) -> Option<String> {
-        address_of(self.admin.as_ref(), is_tls)
+    /// The TCP listener that serves the page.
+    pub(crate) fn page(&self) -> Option<(SocketAddr, Listener)> {
+        let tcp = || Some((address_of(self.tcp.as_ref())?, Listener::Tcp));
+        address_of(self.admin.as_ref()).map(|address| (address, Listener::Admin)).or_else(tcp)
     }
 }
 
-fn address_of(listener: Option<&TcpListener>, is_tls: bool) -> Option<String> {
-    let address = listener?.local_addr().ok()?;
-    Some(if is_tls { format!("{address} with TLS") } else { address.to_string() })
+fn address_of(listener: Option<&TcpListener>) -> Option<SocketAddr> {
+    listener?.local_addr().ok()
 }
 
 impl Setup {

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
-use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio::runtime::{self, LocalOptions};
 use tokio::sync::OwnedSemaphorePermit;
@@ -19,12 +18,13 @@ use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::handshake::HandshakeError;
 use crate::client::load::WorkerState;
-use crate::client::peer::{Listener, Peer};
+use crate::client::peer::Peer;
 use crate::client::serve;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
 use crate::policy::throttle::Throttle;
+use crate::server::listeners::tls_of;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
 
@@ -164,18 +164,6 @@ fn run(
     Ok(())
 }
 
-/// The settings for TLS of a listener; `None`: it speaks plain HTTP.
-fn rustls_of(listener: Listener, gateway: &Gateway) -> Option<Arc<ServerConfig>> {
-    let current = gateway.current();
-    let tls = match listener {
-        Listener::Admin => &current.config.admin.tls,
-        Listener::Tcp => &current.config.tls,
-        // A unix socket never leaves the machine: its clients speak plain HTTP.
-        Listener::Unix => &None,
-    };
-    tls.as_ref().map(|tls| tls.rustls.clone())
-}
-
 async fn serve(
     id: usize,
     shared: Arc<Shared>,
@@ -201,7 +189,9 @@ async fn serve(
                 Some((client, peer, permit)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
-                        let tls = rustls_of(peer.listener, &gateway);
+                        let current = gateway.current();
+                        let tls = tls_of(peer.listener, &current.config).map(|tls| tls.rustls.clone());
+                        drop(current);
                         let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {

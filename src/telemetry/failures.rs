@@ -85,7 +85,7 @@ impl Failures {
         let mut failure = match all.iter().position(|known| known.is_like(seen, tries)) {
             Some(0) => {
                 all[0].count += 1;
-                all[0].at.1 = now;
+                all[0].at.1 = now.max(all[0].at.1);
                 return;
             }
             known => known.and_then(|at| all.remove(at)).unwrap_or_else(|| Failure {
@@ -105,7 +105,8 @@ impl Failures {
             }),
         };
         failure.count += 1;
-        failure.at.1 = now;
+        // Two workers may come in another order than their failures.
+        failure.at.1 = now.max(failure.at.1);
         all.truncate(MAX - 1);
         all.push_front(failure);
     }

@@ -1,17 +1,16 @@
-//! Log lines, on stderr. A bounded channel leads to a writer thread, so a request never waits for stderr.
+//! The log, on stderr. A bounded channel leads to a writer thread, so a request never waits for stderr.
 
-use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 
-use crate::clock;
 use crate::config::LogFormat;
+use crate::telemetry::line::{Fields, Style, terminal};
 
 /// Most lines that may wait to be written.
 const BACKLOG: usize = 8192;
@@ -24,19 +23,25 @@ const FLUSH_TIMEOUT: Duration = Duration::from_millis(300);
 pub struct Log {
     lines: Option<SyncSender<String>>,
     dropped: Arc<AtomicU64>,
-    /// Whether events are JSON.
-    json: Arc<AtomicBool>,
+    /// The format that the configuration asks for.
+    format: Arc<AtomicU8>,
+    /// Whether the lines go to a terminal, and then whether it takes colours.
+    terminal: Option<bool>,
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 impl Log {
     /// Starts the writer thread, which writes to stderr.
     pub fn start(format: LogFormat) -> Self {
-        Self::to(format, std::io::stderr())
+        Self::with(format, terminal(), std::io::stderr())
     }
 
-    /// Starts the writer thread, which writes to `out`.
+    /// Starts the writer thread, which writes to `out`: no terminal.
     pub fn to(format: LogFormat, out: impl io::Write + Send + 'static) -> Self {
+        Self::with(format, None, out)
+    }
+
+    fn with(format: LogFormat, terminal: Option<bool>, out: impl io::Write + Send + 'static) -> Self {
         let (lines, receiver) = sync_channel(BACKLOG);
         let dropped = Arc::new(AtomicU64::new(0));
         let counter = dropped.clone();
@@ -44,13 +49,28 @@ impl Log {
             .name("zap-log".into())
             .spawn(move || write(&receiver, &counter, out))
             .ok();
-        let json = Arc::new(AtomicBool::new(format == LogFormat::Json));
-        Log { lines: Some(lines), dropped, json, writer: Arc::new(Mutex::new(writer)) }
+        let format = Arc::new(AtomicU8::new(format as u8));
+        Log { lines: Some(lines), dropped, format, terminal, writer: Arc::new(Mutex::new(writer)) }
     }
 
-    /// Sets the format of events.
+    /// Sets the format of the lines to come.
     pub fn set_format(&self, format: LogFormat) {
-        self.json.store(format == LogFormat::Json, Ordering::Relaxed);
+        self.format.store(format as u8, Ordering::Relaxed);
+    }
+
+    /// The style of the lines.
+    pub(crate) fn style(&self) -> Style {
+        const AUTO: u8 = LogFormat::Auto as u8;
+        const TEXT: u8 = LogFormat::Text as u8;
+        let format = match self.format.load(Ordering::Relaxed) {
+            AUTO => LogFormat::Auto,
+            TEXT => LogFormat::Text,
+            _ => LogFormat::Json,
+        };
+        match self.terminal {
+            Some(is_coloured) => Style::for_terminal(format, is_coloured),
+            None => Style::for_file(format),
+        }
     }
 
     /// Logs one line, which must not contain a line break. If the backlog is full, drops the line and counts it.
@@ -62,29 +82,12 @@ impl Log {
 
     /// Logs an event of the gateway as a whole, not of one request. `event` is its fixed name.
     pub fn event(&self, level: &str, event: &str, text: &str) {
-        let time = clock::timestamp(SystemTime::now());
-        let mut line = String::with_capacity(96 + text.len());
-        match self.json.load(Ordering::Relaxed) {
-            true => {
-                let _ = write!(
-                    line,
-                    "{{\"time\":\"{time}\",\"level\":\"{level}\",\"event\":\"{event}\",\"message\":"
-                );
-                push_json(&mut line, text);
-                line.push('}');
-            }
-            false => {
-                let _ = write!(line, "{time} {level} {event}: ");
-                for c in text.chars() {
-                    if c.is_control() {
-                        line.extend(c.escape_unicode());
-                    } else {
-                        line.push(c);
-                    }
-                }
-            }
-        }
-        self.line(line);
+        self.event_with(level, event, text, &Fields::default());
+    }
+
+    /// Logs an event. A JSON line has the fields `more`, too; `text` says the same in words.
+    pub(crate) fn event_with(&self, level: &str, event: &str, text: &str, more: &Fields) {
+        self.line(self.style().event(SystemTime::now(), (level, event), text, more));
     }
 
     /// Counts `lines` log lines as dropped.
@@ -128,34 +131,9 @@ fn write(lines: &Receiver<String>, dropped: &AtomicU64, mut out: impl io::Write)
     }
 }
 
-/// Appends `text` to `out` as a JSON string; control characters (C0, DEL, C1) are escaped.
-pub(crate) fn push_json(out: &mut String, text: &str) {
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{:04x}", c as u32);
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn escapes_every_control_character() {
-        let mut out = String::new();
-        push_json(&mut out, "a\"\\\r\n\u{1b}[0m\u{7f}\u{9b}é");
-        assert_eq!(out, "\"a\\\"\\\\\\u000d\\u000a\\u001b[0m\\u007f\\u009bé\"");
-        let back: String = serde_json::from_str(&out).unwrap();
-        assert_eq!(back, "a\"\\\r\n\u{1b}[0m\u{7f}\u{9b}é");
-    }
 
     #[test]
     fn a_full_backlog_drops_and_counts() {
@@ -163,7 +141,8 @@ mod tests {
         let log = Log {
             lines: Some(lines),
             dropped: Arc::default(),
-            json: Arc::new(AtomicBool::new(true)),
+            format: Arc::new(AtomicU8::new(LogFormat::Json as u8)),
+            terminal: None,
             writer: Arc::default(),
         };
         log.event("info", "x", "first");

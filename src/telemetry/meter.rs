@@ -50,8 +50,6 @@ pub(crate) struct Used {
     pub label: Arc<str>,
     /// The cost in nano-USD.
     pub cost: u64,
-    /// The model that the backend was sent.
-    pub model: Option<Arc<str>>,
     /// When the first content came; only of a stream.
     pub first_content: Option<Nanos>,
 }
@@ -104,6 +102,6 @@ impl Meter {
                 lane.per_output_token.record(now.saturating_sub(first) / (usage.output - 1));
             }
         }
-        Some((Used { usage, is_estimate, label, cost, model, first_content }, reservation))
+        Some((Used { usage, is_estimate, label, cost, first_content }, reservation))
     }
 }

@@ -6,7 +6,7 @@ pub(crate) mod phase;
 
 pub(crate) mod passed_over;
 
-pub(crate) mod memory_limit;
+pub(crate) mod tries;
 
 pub(crate) mod metrics;
 
@@ -19,6 +19,10 @@ pub(crate) mod encode;
 pub(crate) mod failures;
 
 pub(crate) mod log;
+
+pub(crate) mod line;
+
+mod request_line;
 
 pub(crate) mod clients;
 
@@ -36,7 +40,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crossbeam_utils::CachePadded;
 use http::HeaderValue;
 
-use crate::config;
+use crate::config::{Config, LogSettings};
 use crate::telemetry::clients::ClientTotal;
 use crate::telemetry::failures::Failures;
 use crate::telemetry::ledger::Ledger;
@@ -60,18 +64,22 @@ pub(crate) struct Telemetry {
     pub failures: Failures,
     /// Whether each request gets a log line.
     log_requests: AtomicBool,
+    /// Whether requests of monitors get one, too.
+    log_probes: AtomicBool,
 }
 
 impl Telemetry {
     /// Creates the telemetry with all counts at 0.
-    pub(crate) fn new(workers: usize, (log, log_requests): (Log, bool), ledger: Arc<Ledger>) -> Arc<Self> {
+    pub(crate) fn new(config: &Config, log: Log, ledger: Arc<Ledger>) -> Arc<Self> {
+        let workers = config.server.workers;
         Arc::new(Telemetry {
             lanes: (0..workers).map(|_| CachePadded::default()).collect(),
             reloads: Reloads::new(),
             log,
             ledger,
             failures: Failures::default(),
-            log_requests: AtomicBool::new(log_requests),
+            log_requests: AtomicBool::new(config.log.requests),
+            log_probes: AtomicBool::new(config.log.probes),
         })
     }
 
@@ -81,9 +89,10 @@ impl Telemetry {
     }
 
     /// Applies a new configuration.
-    pub(crate) fn configure(&self, config: &config::LogSettings) {
-        self.log.set_format(config.events);
+    pub(crate) fn configure(&self, config: &LogSettings) {
+        self.log.set_format(config.format);
         self.log_requests.store(config.requests, Ordering::Relaxed);
+        self.log_probes.store(config.probes, Ordering::Relaxed);
     }
 }
 

@@ -5,9 +5,8 @@ use std::fmt::Write as _;
 use std::mem::discriminant;
 use std::sync::Arc;
 
-use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
-use crate::telemetry::log::push_json;
+use crate::telemetry::line::{push_json, push_plain};
 use crate::time::{Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
@@ -56,23 +55,29 @@ impl PassedOver {
             out.push(']');
         }
     }
+
+    /// Appends the same in words, behind a semicolon.
+    pub(super) fn push_words(&self, out: &mut String) {
+        for (i, PassedBackend { backend, why, at, fault }) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "; passed over: " } else { ", " };
+            let _ = write!(out, "{separator}{} {}", backend.name(), reason(*why, *at));
+            if let Some(fault) = fault {
+                out.push_str(" (");
+                push_plain(out, &fault.cause);
+                out.push(')');
+            }
+        }
+    }
 }
 
 /// Why a candidate was passed over. For a cooling backend or a spent quota, with the time left at `now`.
 fn reason(why: Passed, now: Nanos) -> Cow<'static, str> {
-    let left =
-        |what, at: Nanos| format!("{what} {:.1}s", at.saturating_sub(now) as f64 / SECOND as f64).into();
     match why {
-        Passed::Closed(Closed::Cooling(until)) => left("cooling", until),
-        Passed::Closed(Closed::Full) => "full".into(),
-        Passed::Closed(Closed::Budget(_)) => "budget".into(),
-        Passed::Closed(Closed::Elsewhere) => "elsewhere".into(),
-        Passed::Closed(Closed::Reserved) => "quota".into(),
-        Passed::Closed(Closed::TooLarge) => "too_large".into(),
-        Passed::Closed(Closed::Out(Status::Misconfigured)) => "misconfigured".into(),
-        Passed::Closed(Closed::Out(Status::Unauthorized)) => "unauthorized".into(),
-        Passed::Closed(Closed::Out(_)) => "ejected".into(),
-        Passed::Closed(Closed::Quota(until)) => left("quota", until),
+        Passed::Closed(closed @ (Closed::Cooling(until) | Closed::Quota(until))) => {
+            let left = until.saturating_sub(now) as f64 / SECOND as f64;
+            format!("{} {left:.1}s", closed.name()).into()
+        }
+        Passed::Closed(closed) => closed.name().into(),
         Passed::Load => "load".into(),
         Passed::Tried => "tried".into(),
     }

@@ -1,6 +1,5 @@
 //! The record of one request: what the metrics and the log line need. Dropping the record reports it.
 
-use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,20 +13,18 @@ use crate::clock;
 use crate::code::Code;
 use crate::config::ANONYMOUS;
 use crate::policy::limit::WindowStamp;
-use crate::policy::prices::usd;
 use crate::policy::reservation::ClientReservation;
 use crate::protocol::Endpoint;
-use crate::protocol::usage::Usage;
-use crate::telemetry::Recorder;
 use crate::telemetry::clients::{Client, ClientLane};
 use crate::telemetry::failures::{Outcome, Seen};
 use crate::telemetry::ledger::table::{Amounts, Labels};
-use crate::telemetry::log::push_json;
 use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
 use crate::telemetry::passed_over::PassedOver;
 use crate::telemetry::phase::Phase;
-use crate::time::{MILLI, Nanos};
+use crate::telemetry::tries::{LastTry, TryFault};
+use crate::telemetry::{Recorder, Telemetry};
+use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::token_counters::TokenCount;
@@ -50,7 +47,8 @@ pub(crate) enum End {
 }
 
 impl End {
-    fn name(self) -> &'static str {
+    /// The name in the log.
+    pub(super) fn name(self) -> &'static str {
         match self {
             End::ClientGone => "client_gone",
             End::Complete => "complete",
@@ -122,8 +120,10 @@ pub(crate) struct RequestRecord {
     pub backend: Option<Arc<Upstream>>,
     /// Number of upstream tries.
     pub tries: u32,
-    /// The backend and the cause of every failed try.
-    pub failed: Vec<(Arc<Upstream>, Fault)>,
+    /// The failed tries.
+    pub failed: Vec<TryFault>,
+    /// The last try; kept only if requests are logged.
+    pub last_try: Option<LastTry>,
     /// Candidates that were passed over; kept only if requests are logged.
     pub passed: PassedOver,
     /// Time in the queue, if the request was queued.
@@ -175,6 +175,7 @@ impl RequestRecord {
             backend: None,
             tries: 0,
             failed: Vec::new(),
+            last_try: None,
             passed: PassedOver::default(),
             queued: None,
             waited: 0,
@@ -249,6 +250,38 @@ impl RequestRecord {
         }
     }
 
+    /// Records that a try begins at `now`. `model` returns the model that the backend is sent for the one that the
+    /// request names.
+    pub(crate) fn begin_try(
+        &mut self,
+        backend: &Arc<Upstream>,
+        model: impl FnOnce(Option<&Arc<str>>) -> Option<Arc<str>>,
+        now: Nanos,
+    ) {
+        self.tries += 1;
+        self.phase = Phase::Waiting;
+        if self.is_logged {
+            let model = model(self.model.as_ref());
+            self.last_try = Some(LastTry { backend: backend.clone(), model, began: now, took: None });
+        }
+    }
+
+    /// Records that the last try has failed.
+    pub(crate) fn fail_try(&mut self, backend: &Arc<Upstream>, fault: Fault) {
+        let took = self.last_try.as_ref().map_or(0, |last| clock::now().saturating_sub(last.began));
+        self.failed.push(TryFault { backend: backend.clone(), fault, took });
+    }
+
+    /// Records that the response of the try with this number is delivered, although it has failed.
+    pub(crate) fn deliver_failed(&mut self, number: u32, last_try: Option<LastTry>) {
+        self.last_try = last_try;
+        // The log line shows the status of the last response instead of the code of the failure.
+        let failed = if number == self.tries { self.failed.pop() } else { None };
+        if let (Some(failed), Some(last)) = (failed, &mut self.last_try) {
+            last.took = Some(failed.took);
+        }
+    }
+
     /// Adds a wait in a queue.
     pub(crate) fn add_queued(&mut self, waited: Nanos) {
         self.queued = Some(self.queued.unwrap_or(0) + waited);
@@ -293,104 +326,13 @@ impl RequestRecord {
             outcome,
             backend: self.backend.as_ref().map_or("", |backend| backend.name()),
         };
-        // The response that the client got is not among the failed tries.
+        // The response of the last try is not among the failed tries, if the client got it.
         let delivered = format!("HTTP {}", self.status);
-        let last = matches!(outcome, Outcome::Status(_)).then_some((seen.backend, &*delivered));
-        let tries = self.failed.iter().map(|(backend, fault)| (backend.name(), &*fault.cause)).chain(last);
+        let last = (matches!(outcome, Outcome::Status(_)) && self.tries as usize > self.failed.len())
+            .then_some((seen.backend, &*delivered));
+        let tries = self.failed.iter().map(|t| (t.backend.name(), &*t.fault.cause)).chain(last);
         let tries: SmallVec<[_; 4]> = tries.collect();
         self.recorder.telemetry.failures.note(&seen, &tries, SystemTime::now());
-    }
-
-    /// The log line of the request, as one JSON object.
-    fn line(&self, total: Nanos) -> String {
-        let ms = |nanos: Nanos| nanos as f64 / MILLI as f64;
-        let mut out = String::with_capacity(400);
-        let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
-        push_json(&mut out, self.request_id.to_str().unwrap_or_default());
-        out.push_str(",\"upstream_request_id\":");
-        push_json_or_null(&mut out, self.upstream_request_id.as_ref().and_then(|id| id.to_str().ok()));
-        out.push_str(",\"client\":");
-        match &self.caller {
-            Caller::Anonymous => out.push_str("\"anonymous\""),
-            Caller::Known(client) => push_json(&mut out, &client.conf.name),
-            Caller::Unknown(key) => {
-                let _ = write!(out, "\"{key:016x}\"");
-            }
-        }
-        let _ = write!(out, ",\"peer\":\"{}\",\"method\":", self.peer.to_canonical());
-        push_json_or_null(&mut out, self.method.as_ref().map(|m| cut(m.as_str())));
-        out.push_str(",\"path\":");
-        push_json(&mut out, cut(&self.path));
-        out.push_str(",\"model\":");
-        push_json_or_null(&mut out, self.model.as_deref());
-        let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
-        push_json_or_null(&mut out, self.backend.as_ref().map(|backend| backend.name()));
-        out.push_str(",\"code\":");
-        push_json_or_null(&mut out, self.refused.map(Code::text));
-        out.push_str(",\"attempts\":[");
-        for (i, (backend, fault)) in self.failed.iter().enumerate() {
-            out.push_str(if i == 0 { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\",", fault.kind.text());
-            push_json(&mut out, &fault.cause);
-            out.push(']');
-        }
-        if self.tries as usize > self.failed.len()
-            && let Some(backend) = &self.backend
-        {
-            out.push_str(if self.failed.is_empty() { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"]", self.status);
-        }
-        out.push_str("],\"passed\":[");
-        self.passed.push_to(&mut out);
-        out.push(']');
-        self.push_used(&mut out);
-        let _ = write!(
-            out,
-            ",\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
-            ms(self.queued.unwrap_or(0)),
-            ms(self.first_byte.unwrap_or(total)),
-            ms(total),
-            self.bytes,
-            self.end.name()
-        );
-        out
-    }
-
-    /// Appends what the answer used.
-    fn push_used(&self, out: &mut String) {
-        out.push_str(",\"upstream_model\":");
-        push_json_or_null(out, self.used.as_ref().and_then(|used| used.model.as_deref()));
-        let Some(Used { usage, is_estimate, cost, first_content, .. }) = &self.used else {
-            return out.push_str(",\"tokens\":null,\"cost_usd\":null,\"ttft_ms\":null");
-        };
-        let Usage { input, cached, output, reasoning, .. } = usage;
-        let source = if *is_estimate { "estimate" } else { "provider" };
-        let _ = write!(
-            out,
-            ",\"tokens\":{{\"input\":{input},\"cached\":{cached},\"output\":{output},\"reasoning\":{reasoning},\"source\":\"{source}\"}},\"cost_usd\":{},\"ttft_ms\":",
-            usd(*cost)
-        );
-        match first_content {
-            Some(first) => {
-                let _ = write!(out, "{:.3}", first.saturating_sub(self.started) as f64 / MILLI as f64);
-            }
-            None => out.push_str("null"),
-        }
-    }
-}
-
-/// Truncates a text from outside to at most 256 bytes.
-fn cut(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(256)).unwrap_or_default()
-}
-
-/// Appends a JSON string, or null.
-fn push_json_or_null(out: &mut String, text: Option<&str>) {
-    match text {
-        Some(text) => push_json(out, text),
-        None => out.push_str("null"),
     }
 }
 
@@ -424,11 +366,14 @@ impl Drop for RequestRecord {
             self.note_failure();
         }
         lane.record_duration(self.endpoint, total);
-        let log = &self.recorder.telemetry.log;
+        let Telemetry { log, log_probes, .. } = &*self.recorder.telemetry;
+        // A refusal is logged in any case: it may be an attack, or a monitor without its key.
+        let is_silent =
+            || self.endpoint.is_probe() && self.refused.is_none() && !log_probes.load(Ordering::Relaxed);
         match self.is_logged {
             true if self.is_suppressed => log.count_dropped(1),
-            true => log.line(self.line(total)),
-            false => {}
+            true if !is_silent() => log.line(self.line(log.style(), total)),
+            _ => {}
         }
     }
 }

@@ -98,7 +98,7 @@ fn a_socket_of_another_process_is_not_taken_and_a_strange_one_is_refused() {
     let strange = activated(UnixDatagram::unbound().unwrap().into(), &file).output().unwrap();
     assert_eq!(strange.status.code(), Some(1));
     assert!(
-        stderr(&strange).contains("zap: socket 1 of LISTEN_FDS cannot be used: "),
+        stderr(&strange).contains("\"message\":\"socket 1 of LISTEN_FDS cannot be used: "),
         "{}",
         stderr(&strange)
     );

@@ -53,6 +53,8 @@ mod ledger;
 
 mod limit;
 
+mod log;
+
 mod listener_tls;
 
 mod memory;

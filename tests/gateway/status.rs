@@ -32,6 +32,31 @@ fn status_tells_failures_in_words_with_their_clients_and_what_became_of_them() {
 }
 
 #[test]
+fn each_failed_try_is_told_once_also_if_an_earlier_response_goes_to_the_client() {
+    let busy = Provider::fixed(429, "retry-after: 30\r\n", "");
+    let closed = crate::support::provider::backend(Provider::closed_port(), "closed", "priority = 1");
+    let zap = Zap::with("[retry]\nmax_retries = 1\n", &[busy.backend("busy", ""), closed]);
+    assert_eq!(zap.chat(CHAT).status, 429);
+    let failures = || zap.client().get("/status").json()["failures"].as_array().unwrap().clone();
+    let of_request = || failures().into_iter().find(|failure| failure["client"] == "anonymous");
+    eventually("the failure is listed", || of_request().is_some());
+    let failure = of_request().unwrap();
+    let tries: Vec<_> = failure["tries"].as_array().unwrap().iter().map(|t| t["backend"].clone()).collect();
+    assert_eq!(tries, ["busy", "closed"], "{failure}");
+    assert_eq!(failure["outcome"], "the client got 429 of busy");
+}
+
+#[test]
+fn a_backend_whose_only_model_is_out_tells_when_it_is_tried_again() {
+    let a = Provider::fixed(500, "", "no");
+    let zap = Zap::with("[health]\nfailure_threshold = 1\n", &[a.backend("a", "")]);
+    assert_eq!(zap.chat(CHAT).status, 500);
+    let backend = zap.client().get("/status").json()["backends"][0].clone();
+    assert_eq!(backend["state"], "ejected");
+    assert!(backend["retry_secs"].as_f64().is_some_and(|secs| (0.0..=60.0).contains(&secs)), "{backend}");
+}
+
+#[test]
 fn a_client_error_is_no_failure() {
     let a = Provider::fixed(400, "", "{\"error\":{\"message\":\"no\"}}");
     let zap = Zap::with("", &[a.backend("a", "models = [\"m\"]")]);

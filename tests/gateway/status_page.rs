@@ -129,6 +129,21 @@ fn all_rows_are_there_without_javascript_and_the_worst_comes_first() {
 }
 
 #[test]
+fn the_head_says_why_a_backend_cools_down_and_for_how_long() {
+    let (a, busy) = (Provider::named("a"), Provider::fixed(429, "retry-after: 30\r\n", ""));
+    let zap = Zap::with("", &[busy.backend("busy", ""), a.backend("a", "priority = 1")]);
+    assert_eq!(zap.chat(CHAT).text(), "a");
+    let page = get(&zap, "/", BROWSER).text().to_owned();
+    let head = page.split("</ul>").next().unwrap();
+    let told = head.split("<strong>busy</strong> is cooling down since ").nth(1).expect("it is in the head");
+    let told = told.split("</li>").next().unwrap();
+    assert!(
+        told.contains("), again in ") && told.contains(" s. The provider asked to wait: HTTP 429."),
+        "{told}"
+    );
+}
+
+#[test]
 fn markup_of_a_provider_and_of_a_client_is_shown_as_text() {
     let text = "{\"error\":{\"message\":\"<script>alert(1)</script> \\\"'&\"}}";
     let a = Provider::fixed(401, "", text);

@@ -38,7 +38,7 @@ impl Zap {
         let address = loop {
             let line = lines.next().expect("Zap ended before it listened").unwrap();
             match line.split_once("listening on ") {
-                Some((_, address)) => break address.parse().unwrap(),
+                Some((_, address)) => break address.split('"').next().unwrap().parse().unwrap(),
                 None => eprintln!("zap: {line}"),
             }
         };

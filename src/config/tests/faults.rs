@@ -190,7 +190,14 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
             "4: `client_keys[0].budget.per` is \"week\"; must be one of \"day\", \"month\"",
         ),
         ("[log]\nrequests = 1", "2: `log.requests` is an integer; must be `true` or `false`"),
-        ("[log]\nevents = \"xml\"", "2: `log.events` is \"xml\"; must be one of \"text\", \"json\""),
+        (
+            "[log]\nformat = \"xml\"",
+            "2: `log.format` is \"xml\"; must be one of \"auto\", \"text\", \"json\"",
+        ),
+        (
+            "[log]\nprobes = \"no\"",
+            "2: `log.probes` is the string \"no\"; must be `true` or `false`, without quotes",
+        ),
     ] {
         let expected = format!("config.toml:{expected}");
         assert_eq!(faults(&format!("{text}\n{BACKEND}")).join("\n"), expected, "{text}");

@@ -76,7 +76,8 @@ max_keys = 19
 
 [log]
 requests = false
-events = "json"
+format = "json"
+probes = true
 
 [reload]
 watch = true
@@ -209,7 +210,8 @@ fn keys_that_are_not_set_have_their_defaults() {
     assert_eq!(c.ledger, None);
     assert_eq!(c.rate_limit.max_keys, 100_000);
     assert!(c.log.requests);
-    assert_eq!(c.log.events, LogFormat::Text);
+    assert!(!c.log.probes);
+    assert_eq!(c.log.format, LogFormat::Auto);
     let backend = Backend {
         name: "a".to_owned(),
         url: BaseUrl::parse("http://a").unwrap(),
@@ -299,7 +301,8 @@ fn every_key_is_read() {
     assert_eq!(c.server.host.to_string(), "::1");
     assert_eq!(c.strategy, Strategy::LeastLoaded);
     assert!(!c.log.requests);
-    assert_eq!(c.log.events, LogFormat::Json);
+    assert!(c.log.probes);
+    assert_eq!(c.log.format, LogFormat::Json);
     let names: Vec<_> = c.backends.iter().map(|b| b.name.as_str()).collect();
     assert_eq!(names, ["Main_1", "--1", "b"]);
     assert_eq!(c.backends[0].url.path, "/v1");

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::Value;
 
 use crate::gateway::status_page::words::{
-    Level, Words, dollars, escape, grouped, millis, rate, span, state_of, text_of,
+    Level, Words, again, dollars, escape, grouped, millis, rate, span, state_of, text_of,
 };
 
 const HEAD: &str = "<h2 id=\"backends\">Backends</h2>\n<table role=\"table\" aria-labelledby=\"backends\">\n<thead role=\"rowgroup\"><tr role=\"row\">\
@@ -70,17 +70,6 @@ fn row(out: &mut String, backend: &Value, words: &Words) {
     out.push_str("<td role=\"cell\" class=\"wide\" data-label=\"Last 5 min\">");
     sparkline(out, &backend["history"]);
     out.push_str("</td></tr>\n");
-}
-
-/// When the backend may take requests again, if that is known.
-fn again(backend: &Value) -> String {
-    let secs =
-        ["cooling_secs", "quota_opens_secs", "retry_secs"].iter().find_map(|name| backend[*name].as_f64());
-    match (secs, backend["state"] == "budget") {
-        (Some(secs), _) if secs > 0.0 => format!(", again in {}", span(secs.ceil() as u64)),
-        (_, true) => format!(", again on {}", escape(text_of(&backend["budget"]["opens"]))),
-        _ => String::new(),
-    }
 }
 
 /// The last failure, unless it is the reason of the state already.

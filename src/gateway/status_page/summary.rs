@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::gateway::status_page::words::{Level, Words, counted, escape, grouped, span, state_of, text_of};
+use crate::gateway::status_page::words::{
+    Level, Words, again, counted, escape, grouped, span, state_of, text_of,
+};
 
 /// Most backends, and most clients, that the head names one by one.
 const MAX_NAMED: usize = 8;
@@ -82,9 +84,12 @@ fn backends<'s>(status: &'s Value, words: &'s Words) -> impl Iterator<Item = (Le
             "up, with faults" => format!("<strong>{name}</strong> is up, but {why}."),
             _ => {
                 let clock = words.clock(since);
+                // A backend that is down may fail its next trial.
+                let left = if level == Level::Warn { again(backend) } else { String::new() };
                 format!(
-                    "<strong>{name}</strong> is {} since {clock} UTC ({age}). {}.",
+                    "<strong>{name}</strong> is {} since {clock} UTC ({age}){}. {}.",
                     as_state(word),
+                    left,
                     capital(&why)
                 )
             }

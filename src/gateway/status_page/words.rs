@@ -54,6 +54,17 @@ pub(super) fn state_of(backend: &Value) -> (Level, &'static str) {
     }
 }
 
+/// When the backend may take requests again, if that is known.
+pub(super) fn again(backend: &Value) -> String {
+    let secs =
+        ["cooling_secs", "quota_opens_secs", "retry_secs"].iter().find_map(|name| backend[*name].as_f64());
+    match (secs, backend["state"] == "budget") {
+        (Some(secs), _) if secs > 0.0 => format!(", again in {}", span(secs.ceil() as u64)),
+        (_, true) => format!(", again on {}", escape(text_of(&backend["budget"]["opens"]))),
+        _ => String::new(),
+    }
+}
+
 /// The text of a JSON string; empty if it is none.
 pub(super) fn text_of(value: &Value) -> &str {
     value.as_str().unwrap_or_default()

@@ -11,7 +11,7 @@ use rusqlite::Connection;
 use crate::policy::prices::usd;
 use crate::telemetry::ledger::file::visit;
 use crate::telemetry::ledger::table::{Amounts, Labels, Table};
-use crate::telemetry::log::push_json;
+use crate::telemetry::line::push_json;
 use crate::time::Day;
 
 /// Largest number of rows of a report.

@@ -88,7 +88,7 @@ impl Zap {
         let (orders, receiver) = orders();
         let log = match &lines {
             Some(lines) => Log::to(LogFormat::Json, lines.clone()),
-            None => Log::start(config.log.events),
+            None => Log::start(config.log.format),
         };
         let thread = std::thread::spawn(move || zap::run(config, log, setup, receiver).unwrap());
         Zap {
