@@ -1,4 +1,4 @@
-//! The orders of the operator: reload, upgrade, stop.
+//! Carries out the operator's orders: reload, upgrade, stop.
 
 use std::time::Instant;
 
@@ -54,12 +54,12 @@ impl<'w> Control<'w> {
             match order {
                 Some(Order::Reload) => self.running.shared.reload_wanted.notify_one(),
                 Some(Order::Upgrade) if next.is_some() => {
-                    self.running.log("info", "upgrade", "it has begun already")
+                    self.running.log("info", "upgrade", "an upgrade is already running")
                 }
                 Some(Order::Upgrade) => match Next::start(&listeners.sockets(), self.owns_unix) {
                     Ok(started) => {
                         let id = started.id();
-                        let text = format!("process {id} was started, and may take the listeners");
+                        let text = format!("started process {id}; waiting until it accepts clients");
                         self.running.log("info", "upgrade", &text);
                         next = Some(started);
                     }
@@ -73,11 +73,11 @@ impl<'w> Control<'w> {
     }
 
     fn upgrade_failed(&self, why: &str) {
-        let text = format!("the upgrade failed, this process serves on: {why}");
+        let text = format!("the upgrade failed; this process keeps serving: {why}");
         self.running.log("error", "upgrade", &text);
     }
 
-    /// Tells everybody that the process `id` accepts clients now.
+    /// Announces that process `id` accepts clients now.
     fn hand_over(&self, id: u32) {
         self.supervisor.handed_over(id);
         self.running.shared.start_leaving();
