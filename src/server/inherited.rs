@@ -58,13 +58,13 @@ pub(crate) fn take() -> Result<Inherited, String> {
     Ok(found)
 }
 
-/// Sockets that the next process of a command inherits. While this value lives, every process that is started does.
+/// Copies of the sockets for the new process. Drop it after the spawn: until then every child inherits them.
 #[derive(Debug)]
 pub(crate) struct Handover(#[expect(dead_code, reason = "open files")] Vec<OwnedFd>);
 
 impl Handover {
-    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`. `owns_unix`: whether the
-    /// process will own the file of the unix socket.
+    /// Copies `sockets` to consecutive numbers and names these in the environment of `command`. `owns_unix`: whether
+    /// the process will own the file of the unix socket.
     ///
     /// # Errors
     /// Returns the error of the system if no more files can be opened.
