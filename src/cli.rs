@@ -194,11 +194,11 @@ fn parse(mut args: impl Iterator<Item = OsString>, variable: Option<OsString>) -
 /// A command that takes at most one word.
 fn word_command(name: &str, mut args: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let word = args.next().map(|word| word.to_string_lossy().into_owned());
-    let needed = match name {
-        "completions" => "a SHELL: bash, zsh or fish",
-        "man" => "no argument",
-        "print" => "one NAME",
-        _ => "one WORD",
+    let needed = || match name {
+        "completions" => format!("one SHELL of {}", manual::print::shells()),
+        "man" => "no argument".into(),
+        "print" => "one NAME".into(),
+        _ => "one WORD".into(),
     };
     match (name, word, args.next()) {
         (_, Some(word), _) if word == "--help" || word == "-h" => Ok(Command::Help),
@@ -206,7 +206,7 @@ fn word_command(name: &str, mut args: impl Iterator<Item = OsString>) -> Result<
         ("print", name, None) => Ok(Command::Print(name)),
         ("completions", Some(shell), None) => Ok(Command::Completions(shell)),
         ("man", None, None) => Ok(Command::Man),
-        _ => Err(format!("{name} takes {needed}")),
+        _ => Err(format!("{name} takes {}", needed())),
     }
 }
 

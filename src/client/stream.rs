@@ -22,7 +22,7 @@ pub(crate) enum ClientStream {
 #[derive(Debug)]
 pub(crate) struct Tls {
     stream: TlsStream<Wire>,
-    /// Whether the end must not look like a clean one.
+    /// Whether the close leaves out `close_notify`, so that the client sees a cut.
     is_cut: bool,
 }
 

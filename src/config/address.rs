@@ -1,4 +1,4 @@
-//! The address that Zap listens on, and whether with TLS, for a command that asks a running Zap.
+//! Reads `[server]` alone: `zap healthcheck` needs the address of a running Zap, and whether it speaks TLS.
 
 use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,7 +8,7 @@ use crate::config::common::Context;
 use crate::config::fault_sink::{Faults, LoadError, Sink};
 use crate::config::{file, raw, toml_reader};
 
-/// Where a Zap listens.
+/// The address of a running Zap, and whether it speaks TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Listen {
     /// Its host and port.

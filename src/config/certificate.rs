@@ -1,10 +1,10 @@
-//! What a certificate says: its names and its end.
+//! Reads the names and the validity of a certificate.
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// What the certificate of a listener says.
+/// The names and the validity of a listener's certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateFacts {
     /// Its DNS names in lower case, such as `a.example` and `*.a.example`; without any, its common name.

@@ -27,7 +27,7 @@ pub struct ServerTls {
 #[derive(Clone, Debug, PartialEq)]
 pub struct TlsEntry {
     identity: Identity,
-    /// What the certificate says.
+    /// Its names and its validity.
     pub facts: CertificateFacts,
     /// The authorities that sign the certificates of clients. Either all entries have some, or none has.
     authorities: Vec<CertificateDer<'static>>,

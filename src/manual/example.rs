@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::manual::recipes::{RECIPES, Recipe};
-use crate::policy::near::nearest;
+use crate::policy::near::hint;
 
 const HEAD: &str = "\
 # Zap's configuration. `zap check` validates it, `zap check --live` asks each backend, `zap` serves it.
@@ -59,8 +59,7 @@ fn find(name: &str) -> Result<&'static Recipe, String> {
         other => other,
     };
     RECIPES.iter().find(|recipe| recipe.name == meant).ok_or_else(|| {
-        let near = nearest(name, RECIPES.iter().map(|recipe| recipe.name), 1);
-        let hint = near.first().map(|near| format!("; did you mean {near}?")).unwrap_or_default();
+        let hint = hint(name, RECIPES.iter().map(|recipe| recipe.name), 1);
         let name: String = name.chars().take(40).collect();
         format!(
             "there is no example for \"{}\"{hint}\nproviders: {}\n\

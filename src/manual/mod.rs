@@ -9,62 +9,72 @@ mod recipes;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use crate::policy::near::nearest;
+use crate::policy::near::hint;
 
 /// Columns of a printed entry.
 const WIDTH: usize = 100;
 
-/// One page.
-pub(crate) struct Topic {
-    pub(crate) name: &'static str,
-    pub(crate) summary: &'static str,
-    pub(crate) text: &'static str,
+/// A page of the manual, or a file that `zap print` prints.
+struct Page {
+    name: &'static str,
+    summary: &'static str,
+    text: &'static str,
+}
+
+/// The names and the summaries of `pages`, a line each, below a title.
+fn list(title: &str, pages: &[Page]) -> String {
+    let longest = pages.iter().map(|page| page.name.len()).max().unwrap_or(0);
+    let mut out = format!("{title}\n\n");
+    for page in pages {
+        let _ = writeln!(out, "  {:longest$}  {}", page.name, page.summary);
+    }
+    out
 }
 
 /// All pages, in reading order.
-pub(crate) const TOPICS: [Topic; 10] = [
-    Topic {
+const TOPICS: [Page; 10] = [
+    Page {
         name: "tour",
         summary: "every feature by hand: commands with their expected output",
         text: include_str!("tour.md"),
     },
-    Topic {
+    Page {
         name: "configuration",
         summary: "every key with default and range; models and routes",
         text: include_str!("configuration.md"),
     },
-    Topic {
+    Page {
         name: "api",
         summary: "endpoints, request bodies, headers, who is counted, limits of the listener",
         text: include_str!("api.md"),
     },
-    Topic {
+    Page {
         name: "errors",
         summary: "every error code: status, type, when, what to do",
         text: include_str!("errors.md"),
     },
-    Topic { name: "metrics", summary: "every metric with its labels", text: include_str!("metrics.md") },
-    Topic {
+    Page { name: "metrics", summary: "every metric with its labels", text: include_str!("metrics.md") },
+    Page {
         name: "operations",
         summary: "signals, exit codes, reload, health, /status, log, security",
         text: include_str!("operations.md"),
     },
-    Topic {
+    Page {
         name: "usage",
         summary: "tokens and money: what is counted, estimates, prices, the ledger, GET /usage",
         text: include_str!("usage.md"),
     },
-    Topic {
+    Page {
         name: "limits",
         summary: "limits by tokens, by money and by requests at once: reservations, budgets, what is refused",
         text: include_str!("limits.md"),
     },
-    Topic {
+    Page {
         name: "request",
         summary: "how a request travels: tries, waiting, streams, connections to backends",
         text: include_str!("request.md"),
     },
-    Topic { name: "cost", summary: "CPU and memory beside nginx and HAProxy", text: include_str!("cost.md") },
+    Page { name: "cost", summary: "CPU and memory beside nginx and HAProxy", text: include_str!("cost.md") },
 ];
 
 /// A row of a table whose first cell begins with a name in backquotes.
@@ -77,10 +87,7 @@ struct Entry {
 
 /// The topics with a line each.
 pub(crate) fn overview() -> String {
-    let mut out = String::from("zap help TOPIC prints a page:\n\n");
-    for topic in &TOPICS {
-        let _ = writeln!(out, "  {:14} {}", topic.name, topic.summary);
-    }
+    let mut out = list("zap help TOPIC prints a page:", &TOPICS);
     out.push_str(
         "\nzap help WORD prints what the manual says of a key, section, error code, status, metric, endpoint,\n\
          header, event or log field:\n\n\
@@ -118,11 +125,7 @@ fn unknown(word: &str, entries: &[Entry]) -> String {
     // Only so many words are compared: first those with the same beginning.
     let begins = |known: &&str| known.chars().next() == word.chars().next();
     let (likely, others): (Vec<&str>, Vec<&str>) = known.into_iter().partition(begins);
-    let near = nearest(word, likely.into_iter().chain(others), 3);
-    let hint = match near.is_empty() {
-        true => String::new(),
-        false => format!("; did you mean {}?", near.join(", ")),
-    };
+    let hint = hint(word, likely.into_iter().chain(others), 3);
     let word: String = word.chars().take(WIDTH).collect();
     format!("the manual has no entry \"{}\"{hint}", word.escape_debug())
 }
@@ -163,7 +166,7 @@ fn entries() -> Vec<Entry> {
     TOPICS.iter().flat_map(entries_of).collect()
 }
 
-fn entries_of(topic: &Topic) -> Vec<Entry> {
+fn entries_of(topic: &Page) -> Vec<Entry> {
     let mut entries = Vec::new();
     let mut headings: Vec<&str> = Vec::new();
     for line in topic.text.lines() {

@@ -1,46 +1,38 @@
 //! `zap print`, `zap completions` and `zap man`: files for running and watching Zap, and for the shell.
 
-use std::fmt::Write as _;
-
-use crate::manual::TOPICS;
 use crate::manual::recipes::RECIPES;
-use crate::policy::near::nearest;
+use crate::manual::{Page, TOPICS, list};
+use crate::policy::near::hint;
 
-/// A file that `zap print` prints.
-struct File {
-    name: &'static str,
-    summary: &'static str,
-    text: &'static str,
-}
-
-const FILES: [File; 7] = [
-    File {
+/// The files that `zap print` prints.
+const FILES: [Page; 7] = [
+    Page {
         name: "grafana",
         summary: "a dashboard: a panel for each metric",
         text: include_str!("print/grafana.json"),
     },
-    File {
+    Page {
         name: "alerts",
         summary: "alerts for Prometheus (alerts.yml)",
         text: include_str!("print/alerts.yml"),
     },
-    File {
+    Page {
         name: "alerts-test",
         summary: "their tests, for promtool test rules",
         text: include_str!("print/alerts-test.yml"),
     },
-    File {
+    Page {
         name: "systemd",
         summary: "a unit with a sandbox (zap.service)",
         text: include_str!("print/zap.service"),
     },
-    File { name: "dockerfile", summary: "an image without a shell", text: include_str!("print/Dockerfile") },
-    File {
+    Page { name: "dockerfile", summary: "an image without a shell", text: include_str!("print/Dockerfile") },
+    Page {
         name: "compose",
         summary: "that image for Docker Compose",
         text: include_str!("print/compose.yml"),
     },
-    File {
+    Page {
         name: "k8s",
         summary: "Deployment, Service and ConfigMap for Kubernetes",
         text: include_str!("print/k8s.yml"),
@@ -66,11 +58,7 @@ const COMMANDS: [&str; 8] =
 /// There is no such file; the message suggests similar names.
 pub(crate) fn file(name: Option<&str>) -> Result<String, String> {
     let Some(name) = name else {
-        let mut out = String::from("zap print NAME prints a file:\n\n");
-        for file in &FILES {
-            let _ = writeln!(out, "  {:12} {}", file.name, file.summary);
-        }
-        return Ok(out);
+        return Ok(list("zap print NAME prints a file:", &FILES));
     };
     match FILES.iter().find(|file| file.name == name) {
         Some(file) => Ok(file.text.to_owned()),
@@ -89,16 +77,18 @@ pub(crate) fn completions(shell: &str) -> Result<String, String> {
     }
 }
 
+/// The names of the shells.
+pub(crate) fn shells() -> String {
+    joined(SHELLS.iter().map(|(name, _)| *name), ", ")
+}
+
 /// The man page, in roff.
 pub(crate) fn man() -> String {
     with_words(MAN)
 }
 
 fn unknown(command: &str, word: &str, known: impl Iterator<Item = &'static str> + Clone) -> String {
-    let hint = match nearest(word, known.clone(), 1).first() {
-        Some(near) => format!("; did you mean {near}?"),
-        None => String::new(),
-    };
+    let hint = hint(word, known.clone(), 1);
     let word: String = word.chars().take(40).collect();
     format!("{command} has no \"{}\"{hint} It has {}.", word.escape_debug(), joined(known, ", "))
 }

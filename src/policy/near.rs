@@ -54,6 +54,14 @@ pub(crate) fn nearest<'k>(word: &str, known: impl Iterator<Item = &'k str>, n: u
     found.into_iter().take(n).map(|(_, other)| other).collect()
 }
 
+/// Asks for the words of `known` that are close to `word`, at most `n`: `; did you mean a, b?`. Empty if there is none.
+pub(crate) fn hint<'k>(word: &str, known: impl Iterator<Item = &'k str>, n: usize) -> String {
+    match nearest(word, known, n) {
+        near if near.is_empty() => String::new(),
+        near => format!("; did you mean {}?", near.join(", ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

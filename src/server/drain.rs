@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
+use crate::gateway::state::Shared;
 use crate::server::worker::Worker;
-use crate::telemetry::log::Log;
 
 /// An order of the operator to a running gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,10 +91,35 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 /// connection.
 const IDLE_GRACE: Duration = Duration::from_secs(5);
 
+/// What runs in this process.
+#[derive(Clone, Copy)]
+pub(crate) struct Running<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) workers: &'a [Worker],
+}
+
+impl Running<'_> {
+    /// Number of running requests: those that upload a body, wait for a permit or hold one. A permit is held until the
+    /// end of the response.
+    pub(crate) fn requests(&self) -> usize {
+        let uploads: usize = self.workers.iter().map(Worker::uploads).sum();
+        uploads + self.shared.admission.in_flight() + self.shared.admission.depth()
+    }
+
+    /// Number of client connections.
+    fn connections(&self) -> usize {
+        self.workers.iter().map(Worker::connections).sum()
+    }
+
+    /// Logs an event.
+    pub(crate) fn log(&self, level: &str, event: &str, text: &str) {
+        self.shared.telemetry.log.event(level, event, text);
+    }
+}
+
 /// A stop in progress.
 pub(crate) struct Stop<'a> {
-    log: &'a Log,
-    workers: &'a [Worker],
+    running: Running<'a>,
     orders: Receiver<Order>,
     /// Whether [`Order::Now`] was received. It ends every wait.
     is_forced: bool,
@@ -102,13 +127,8 @@ pub(crate) struct Stop<'a> {
 
 impl<'a> Stop<'a> {
     /// Begins a stop after the `first` order.
-    pub(crate) fn new(
-        first: Option<Order>,
-        log: &'a Log,
-        workers: &'a [Worker],
-        orders: Receiver<Order>,
-    ) -> Self {
-        Stop { log, workers, orders, is_forced: matches!(first, Some(Order::Now) | None) }
+    pub(crate) fn new(first: Option<Order>, running: Running<'a>, orders: Receiver<Order>) -> Self {
+        Stop { running, orders, is_forced: matches!(first, Some(Order::Now) | None) }
     }
 
     /// Waits for `delay`.
@@ -116,45 +136,40 @@ impl<'a> Stop<'a> {
         self.wait(Instant::now() + delay, || false).await;
     }
 
-    /// Waits until `end`, or until `running` returns 0. Returns `false` if requests still run.
-    pub(crate) async fn wait_for_requests(&mut self, end: Instant, running: impl Fn() -> usize) -> bool {
-        let mut running = reporting(self.log, running);
-        self.wait(end, || running() == 0).await
+    /// Waits until `end`, or until no request runs. Returns `false` if requests still run.
+    pub(crate) async fn wait_for_requests(&mut self, end: Instant) -> bool {
+        let mut requests = reporting(self.running);
+        self.wait(end, || requests() == 0).await
     }
 
     /// Lets the connections go within `drain` after another process has taken the listeners: idle ones once nothing has
     /// run for a while, at the latest after half of the time; busy ones after their response. Returns whether no
     /// request runs, and when connections must be cut.
-    pub(crate) async fn wait_for_connections(
-        &mut self,
-        drain: Duration,
-        running: impl Fn() -> usize,
-    ) -> (bool, Instant) {
-        let (began, workers) = (Instant::now(), self.workers);
+    pub(crate) async fn wait_for_connections(&mut self, drain: Duration) -> (bool, Instant) {
+        let (began, running) = (Instant::now(), self.running);
         let end = began + drain;
-        let mut running = reporting(self.log, running);
+        let mut requests = reporting(running);
         let mut last_busy = began;
         let are_gone = || {
-            if running() > 0 {
+            if requests() > 0 {
                 last_busy = Instant::now();
             }
-            let connections: usize = workers.iter().map(Worker::connections).sum();
-            connections == 0 || last_busy.elapsed() >= IDLE_GRACE
+            running.connections() == 0 || last_busy.elapsed() >= IDLE_GRACE
         };
         self.wait(began + drain / 2, are_gone).await;
-        workers.iter().for_each(Worker::close);
-        (self.wait(end, || running() == 0).await, end)
+        running.workers.iter().for_each(Worker::close);
+        (self.wait(end, || requests() == 0).await, end)
     }
 
     /// Closes all connections: idle ones now, busy ones after their response. Cuts them if `cut` is set, or if they are
     /// still open at `end`. Returns `false` if connections were cut.
     pub(crate) async fn close(&mut self, end: Instant, cut: bool) -> bool {
-        let workers = self.workers;
-        let is_closed = || workers.iter().map(Worker::connections).sum::<usize>() == 0;
-        workers.iter().for_each(Worker::close);
+        let running = self.running;
+        let is_closed = || running.connections() == 0;
+        running.workers.iter().for_each(Worker::close);
         let completed = !cut && self.wait(end.max(Instant::now() + CLOSE_TIMEOUT), is_closed).await;
         if !completed {
-            workers.iter().for_each(Worker::cut);
+            running.workers.iter().for_each(Worker::cut);
             // A forced stop, too, gives the cut connections this time to end with an error event.
             self.is_forced = false;
             self.wait(Instant::now() + CLOSE_TIMEOUT, is_closed).await;
@@ -180,14 +195,14 @@ impl<'a> Stop<'a> {
     }
 }
 
-/// Wraps `running` so that the log says now and then how many requests still run.
-fn reporting(log: &Log, running: impl Fn() -> usize) -> impl FnMut() -> usize {
+/// Counts the running requests; now and then the log says how many there still are.
+fn reporting(running: Running<'_>) -> impl FnMut() -> usize {
     let mut reported = Instant::now();
     move || {
-        let left = running();
+        let left = running.requests();
         if left > 0 && reported.elapsed() >= REPORT_INTERVAL {
             reported = Instant::now();
-            log.event("info", "drain", &format!("requests still running: {left}"));
+            running.log("info", "drain", &format!("requests still running: {left}"));
         }
         left
     }

@@ -1,8 +1,8 @@
-//! The fleet thread: runs the health checks, asks for lists of models, rebuilds the schedule when a backend changes its
-//! state, and reloads the configuration.
+//! The fleet thread: runs health checks, polls lists of models, rebuilds the schedule, reloads the configuration and
+//! watches its files.
 //!
-//! A single loop does all three, so that two of them never replace the snapshot at the same time. It has its own
-//! thread, since a schedule for thousands of backends takes long to build, and clients must not wait for it.
+//! One loop replaces the snapshot, so two tasks never do so at the same time. It has its own thread, since a schedule
+//! for thousands of backends takes long to build, and clients must not wait for it.
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
@@ -33,8 +33,8 @@ const MAX_BLOCKING: usize = 16;
 /// After a rebuild of the schedule that took longer than this, the loop pauses before the next one.
 const QUICK_REBUILD: Nanos = MILLI;
 
-/// Time from one look of the budgets at the ledger, and of the history at the backends, to the next: other processes
-/// may write to the ledger.
+/// How often budgets are read from the ledger, which other processes may write to, and backends are sampled for the
+/// history.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The fleet thread; dropping this value ends the thread.
@@ -94,7 +94,7 @@ impl FleetThread {
 async fn watch(shared: &Arc<Shared>, options: &Options) {
     let local = LocalSet::new();
     let files = Watch::new(shared.current.load().config.files.clone(), options.watch);
-    let budgets = async {
+    let each_second = async {
         loop {
             shared.history.look(&shared.current.load().backends, clock::now(), SystemTime::now());
             tokio::time::sleep(SYNC_INTERVAL).await;
@@ -145,7 +145,7 @@ async fn watch(shared: &Arc<Shared>, options: &Options) {
         .run_until(async {
             tokio::select! {
                 () = watching => {}
-                () = budgets => {}
+                () = each_second => {}
                 () = files.run(shared) => {}
             }
         })

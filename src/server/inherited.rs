@@ -81,7 +81,7 @@ pub(crate) fn take() -> Result<Inherited, String> {
     Ok(found)
 }
 
-/// Sockets that the next process of a command inherits. While this value lives, every process that is started does.
+/// Copies of the sockets for the new process. Drop it after the spawn: until then every child inherits them.
 #[derive(Debug)]
 pub(crate) struct Handover(#[expect(dead_code, reason = "open files")] Vec<OwnedFd>);
 

@@ -45,8 +45,8 @@ use crate::clock;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::policy::throttle::Throttle;
-use crate::server::control::{Control, End, running};
-use crate::server::drain::Order;
+use crate::server::control::{Control, End};
+use crate::server::drain::{Order, Running};
 use crate::server::fleet::FleetThread;
 use crate::server::listeners::{Client, Listeners};
 use crate::server::setup::Setup;
@@ -87,7 +87,8 @@ pub(crate) async fn serve(
     let workers = workers?;
     let mut fleet = FleetThread::start(shared.clone(), options.clone())?;
     let owns_unix = unix_file.is_some();
-    let control = Control { shared: &shared, workers: &workers, supervisor: &options.supervisor, owns_unix };
+    let running = Running { shared: &shared, workers: &workers };
+    let control = Control { running, supervisor: &options.supervisor, owns_unix };
     if let Some(file) = &mut unix_file {
         file.is_owned = true;
     }
@@ -120,8 +121,7 @@ pub(crate) async fn serve(
             if let Some(file) = &mut unix_file {
                 file.is_owned = false;
             }
-            let running = || running(&shared, &workers);
-            let (is_idle, end) = stop.wait_for_connections(config.server.drain, running).await;
+            let (is_idle, end) = stop.wait_for_connections(config.server.drain).await;
             stop.close(end, !is_idle).await
         }
         None => false,

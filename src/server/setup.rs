@@ -1,4 +1,4 @@
-//! What the command line gives to the server beside the configuration.
+//! Opens the listeners, and holds the options of the command line.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -33,7 +33,7 @@ pub struct Setup {
 pub(crate) struct Options {
     /// Whether `--watch` is set: files are watched whatever `reload.watch` says.
     pub(crate) watch: bool,
-    /// Those that want to know how far Zap is.
+    /// Reports to systemd, or to the old Zap of an upgrade. A failure to send is ignored.
     pub(crate) supervisor: Supervisor,
 }
 

@@ -1,4 +1,4 @@
-//! What Zap tells those that started it: systemd over `NOTIFY_SOCKET`, or the Zap that it takes over from.
+//! Reports start, reload and stop: to systemd over `NOTIFY_SOCKET`, or to the old Zap during an upgrade.
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -19,7 +19,7 @@ pub(crate) const PARENT_VARIABLE: &str = "ZAP_UPGRADE_FROM";
 /// What the new process writes to the old one when it accepts clients.
 pub(crate) const READY: u8 = b'R';
 
-/// Those that want to know how far Zap is. A message that cannot be sent is dropped: no supervisor is a reason to stop.
+/// Reports to systemd, or to the old Zap of an upgrade. A failure to send is ignored.
 #[derive(Debug, Default)]
 pub(crate) struct Supervisor {
     systemd: Option<(UnixDatagram, SocketAddr)>,
@@ -27,7 +27,7 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Finds them in the environment.
+    /// Reads the environment.
     pub(crate) fn from_env() -> Self {
         let systemd = std::env::var_os(SOCKET_VARIABLE).and_then(|name| Supervisor::systemd(&name));
         Supervisor { systemd, parent: Supervisor::parent() }
@@ -66,7 +66,7 @@ impl Supervisor {
         self.tell(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.tv_sec * 1_000_000 + now.tv_nsec / 1000));
     }
 
-    /// A reload has ended, well or not.
+    /// A reload has ended, applied or rejected.
     pub(crate) fn reloaded(&self) {
         self.tell("READY=1");
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::server::inherited::{Given, Handover};
 use crate::server::supervisor::{PARENT_VARIABLE, READY};
@@ -19,7 +19,9 @@ use crate::server::supervisor::{PARENT_VARIABLE, READY};
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a process that has closed its end may take to exit, so that its exit code can be named.
-const EXIT_POLLS: u32 = 200;
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often its exit is polled meanwhile.
 const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The new process. Dropping this value kills it, unless it is [ready](Self::ready).
@@ -81,15 +83,15 @@ impl Next {
     /// # Errors
     /// Returns why it does not, after at most 30 s and the time that it takes to exit.
     pub(crate) async fn ready(&mut self) -> Result<(), String> {
-        let Ok(is_ready) = timeout_at(self.end, self.hears_ready()).await else {
+        let Ok(is_ready) = timeout_at(self.end, self.receive_ready()).await else {
             return Err(format!("it was not ready within {} s and was killed", self.limit.as_secs()));
         };
         self.is_ready = is_ready;
         if is_ready { Ok(()) } else { Err(self.end().await) }
     }
 
-    /// Waits for the byte that says so. Returns `false` if the other end was closed.
-    async fn hears_ready(&self) -> bool {
+    /// Waits for the ready byte. Returns `false` if the new process closed the socket.
+    async fn receive_ready(&self) -> bool {
         loop {
             if self.link.ready(Interest::READABLE).await.is_err() {
                 return false;
@@ -105,16 +107,19 @@ impl Next {
 
     /// How the process ended.
     async fn end(&mut self) -> String {
-        for _ in 0..EXIT_POLLS {
-            if let Ok(Some(status)) = self.child.try_wait() {
-                return match status.code() {
-                    Some(code) => format!("it exited with code {code}; the log has its own message"),
-                    None => format!("it was ended by a {status}"),
-                };
+        let exit = async {
+            loop {
+                if let Ok(Some(status)) = self.child.try_wait() {
+                    return status;
+                }
+                sleep(EXIT_POLL_INTERVAL).await;
             }
-            sleep(EXIT_POLL_INTERVAL).await;
+        };
+        match timeout(EXIT_TIMEOUT, exit).await.map(|status| (status, status.code())) {
+            Ok((_, Some(code))) => format!("it exited with code {code}; see its message in the log"),
+            Ok((status, None)) => format!("it was ended by a {status}"),
+            Err(_) => "it did not start, and was killed".into(),
         }
-        "it closed its standard input and was killed".into()
     }
 }
 
@@ -155,8 +160,8 @@ mod tests {
             let limit = Duration::from_secs(10);
             for (script, want) in [
                 ("printf R >&0", Ok(())),
-                ("exit 2", Err("it exited with code 2; the log has its own message")),
-                ("printf X >&0; exit 3", Err("it exited with code 3; the log has its own message")),
+                ("exit 2", Err("it exited with code 2; see its message in the log")),
+                ("printf X >&0; exit 3", Err("it exited with code 3; see its message in the log")),
                 ("kill -9 $$", Err("it was ended by a signal: 9 (SIGKILL)")),
             ] {
                 assert_eq!(shell(script, limit).ready().await, want.map_err(str::to_owned), "{script}");

@@ -61,7 +61,7 @@ impl Watch {
     }
 }
 
-/// Which files differ from `loaded`, once they are quiet; `None` if all are as they were.
+/// Waits until the files stop changing, then names those that differ from `loaded`. Returns `None` if none does.
 async fn settled_change(loaded: &Files) -> Option<String> {
     let mut seen = look(loaded).await?;
     loaded.changed(&seen).next()?;

@@ -263,7 +263,7 @@ fn an_upgrade_that_fails_changes_nothing_and_the_log_says_why() {
     std::fs::write(&file.0, text.replace("weight", "wieght")).unwrap();
     zap.signal("USR2");
     zap.line(
-        "the upgrade failed, this process serves on: it exited with code 2; the log has its own message",
+        "the upgrade failed; this process keeps serving: it exited with code 2; see its message in the log",
     );
     zap.line("did you mean `weight`");
     chat();
@@ -283,12 +283,12 @@ fn an_upgrade_that_fails_changes_nothing_and_the_log_says_why() {
     std::fs::write(&script, "#!/bin/sh\nexec sleep 60\n").unwrap();
     std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     program.replace(&script);
-    let started = || zap.log.lock().unwrap().iter().filter(|line| line.contains("was started")).count();
+    let started = || zap.log.lock().unwrap().iter().filter(|line| line.contains("started process ")).count();
     let before = started();
     zap.signal("USR2");
     wait("it is started", || started() > before);
     zap.signal("USR2");
-    zap.line("it has begun already");
+    zap.line("an upgrade is already running");
     chat();
     zap.signal("TERM");
     assert_eq!(zap.exit_code(), Some(0));
