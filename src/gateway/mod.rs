@@ -230,14 +230,14 @@ impl Gateway {
         let uri = &head.uri;
         Ok(match page {
             Page::Health => endpoints::health(),
-            Page::Metrics => endpoints::metrics(self.shared()),
+            Page::Metrics => endpoints::metrics(self.shared()).await?,
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Root | Page::Status if status_page::is_wanted(&head.headers) => {
-                endpoints::status_page(self.shared())
+                endpoints::status_page(self.shared()).await?
             }
             Page::Root => endpoints::root(),
-            Page::Status => endpoints::status(self.shared()),
+            Page::Status => endpoints::status(self.shared()).await?,
             Page::Usage => {
                 let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
                 return endpoints::usage(self.shared(), uri.query(), may_report).await;

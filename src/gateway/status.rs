@@ -33,14 +33,8 @@ pub(crate) fn encode(shared: &Shared) -> Bytes {
     let mut text = status.to_string();
     text.pop();
     for (name, list) in lists {
-        let items = list
-            .as_ref()
-            .and_then(Value::as_array)
-            .into_iter()
-            .flatten()
-            .map(name_first)
-            .collect::<Vec<_>>()
-            .join(",\n  ");
+        let Some(Value::Array(items)) = list else { continue };
+        let items = items.into_iter().map(name_first).collect::<Vec<_>>().join(",\n  ");
         let start = if items.is_empty() { "" } else { "\n  " };
         let _ = write!(text, ",\n \"{name}\":[{start}{items}]");
     }
@@ -49,8 +43,7 @@ pub(crate) fn encode(shared: &Shared) -> Bytes {
 }
 
 /// The text of an object whose name, if it has one, comes first.
-fn name_first(item: &Value) -> String {
-    let mut item = item.clone();
+fn name_first(mut item: Value) -> String {
     let name = taken(&mut item, "name");
     let text = item.to_string();
     match name {
