@@ -408,7 +408,7 @@ impl Service for Gateway {
     }
 
     fn is_stopping(&self) -> bool {
-        self.shared().is_stopping()
+        self.shared().is_draining()
     }
 
     fn is_closing(&self) -> bool {
