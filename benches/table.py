@@ -2,7 +2,7 @@
 """The table of figures: nginx, HAProxy and Zap with the same task, each figure beside its target.
 
   benches/table.py [--rounds 5] [--secs 4] [--cases json-1k,…] [--after 60]
-                   [--parts cases,bound,first,memory,tls,exact,syscalls,workers,spread,process]
+                   [--parts cases,bound,first,memory,tls,listener,exact,syscalls,workers,spread,process]
 
 nginx and HAProxy forward and insert the key; Zap also has every other feature on. Each has one worker. Ratios are of
 medians of one run; `bound` and `memory` run 3 rounds at most. With 5 rounds the table takes 45 minutes.
@@ -214,9 +214,9 @@ def haproxy_info(path):
     return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
 
 
-def tls(folder, args):
-    """CPU and handshakes with TLS upstreams, at one rate for all; an extra HAProxy on the providers' core ends TLS."""
-    pem, stats = os.path.join(folder, "pem"), os.path.join(folder, "stats")
+def certificate(folder):
+    """Makes a certificate with a key on P-256: `pem.crt`, `pem.key`, and both in `pem`. Returns the path of the last."""
+    pem = os.path.join(folder, "pem")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
         + ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE", "-keyout", pem + ".key", "-out", pem + ".crt"],
@@ -224,6 +224,73 @@ def tls(folder, args):
     )
     with open(pem, "w") as file:
         file.write(open(pem + ".crt").read() + open(pem + ".key").read())
+    return pem
+
+
+# One request and one handshake cost the same for all only if all use the same cipher: the client offers no other.
+SUITE = "TLS_AES_128_GCM_SHA256"
+
+
+def listener(folder, args):
+    """CPU with TLS clients, at one rate for all, and full handshakes: one certificate, TLS 1.3, one cipher.
+
+    The load speaks plain HTTP to an extra HAProxy on its core, which speaks TLS to the gateways. The handshakes are those
+    of `openssl s_time`; what a core could do is worked out from the CPU time of one, since the client is the slower."""
+    pem = certificate(folder)
+    with open(os.path.join(PEERS, "haproxy.cfg")) as file, open(os.path.join(folder, "haproxy.cfg"), "w") as to:
+        to.write(file.read().replace("bind 127.0.0.1:9402", f"bind 127.0.0.1:9402 ssl crt {pem} ssl-min-ver TLSv1.3"))
+    with open(os.path.join(PEERS, "nginx.conf")) as file, open(os.path.join(folder, "nginx.conf"), "w") as to:
+        secure = f"listen 127.0.0.1:9401 ssl backlog=65535; ssl_certificate {pem}.crt; ssl_certificate_key {pem}.key; ssl_protocols TLSv1.3;"
+        to.write(file.read().replace("listen 127.0.0.1:9401 backlog=65535;", secure))
+    zap = lab.config(folder, "listener.toml", settings=f'[[server.tls]]\ncert = "{pem}.crt"\nkey = "{pem}.key"\n')
+    gateways = {
+        "nginx": (9401, f"nginx -c {folder}/nginx.conf"),
+        "haproxy": (9402, f"haproxy -f {folder}/haproxy.cfg"),
+        "zap": (lab.ZAP_PORT, zap),
+    }
+    fronts = {name: str(9321 + i) for i, name in enumerate(gateways)}
+    with open(os.path.join(folder, "front.cfg"), "w") as file:
+        file.write(f"global\n  nbthread 1\n  maxconn 9000\n  ssl-default-server-ciphersuites {SUITE}\ndefaults\n  mode http\n")
+        file.write("  timeout connect 5s\n  timeout client 300s\n  timeout server 300s\n  option http-no-delay\n")
+        for name, (port, _) in gateways.items():
+            file.write(f"listen {name}\n  bind 127.0.0.1:{fronts[name]}\n  server s 127.0.0.1:{port} ssl verify none\n")
+    loads = {
+        "request": (["--body-bytes", "700"], ["--conns", 64, "--body", lab.body(folder, 1000), "--rate", 5000], 1),
+        "chunk": (["--chunks", "100", "--chunk-bytes", "220", "--interval-ms", "20"], ["--conns", 300, "--stream"], 3),
+    }
+    figures = {(unit, name): [] for unit in (*loads, "handshake") for name in gateways}
+    for unit, (upstream, options, warm) in loads.items():
+        for _ in range(args.rounds):
+            for name, (port, command) in gateways.items():
+                with lab.providers(upstream), lab.running(f"haproxy -f {folder}/front.cfg", int(fronts[name]), lab.OTHERS):
+                    with lab.running(command, port, lab.GATEWAY) as process:
+                        time.sleep(1)
+                        found = lab.measure(process, int(fronts[name]), options, args.secs, unit, warm)
+                        figures[unit, name].append(found["cpu_us"])
+                        if found["bad"]:
+                            print(f"# TLS listener, {unit}, {name}: {found['bad']} bad", file=sys.stderr)
+    for _ in range(args.rounds):
+        for name, (port, command) in gateways.items():
+            with lab.providers(), lab.running(command, port, lab.GATEWAY) as process:
+                time.sleep(1)
+                ask = ["openssl", "s_time", "-connect", f"127.0.0.1:{port}", "-new", "-tls1_3", "-ciphersuites", SUITE]
+                before = lab.cpu(process.pid)
+                made = subprocess.run(["taskset", "-c", lab.OTHERS, *ask, "-time", str(math.ceil(args.secs))], capture_output=True, text=True)
+                used = lab.cpu(process.pid) - before
+                count = int(re.search(r"(\d+) connections in \d+ real seconds", made.stdout)[1])
+                figures["handshake", name].append(count / used)
+    for unit in loads:
+        nginx, haproxy, zap = (lab.median(figures[unit, name]) for name in gateways)
+        ratio = zap / min(nginx, haproxy)
+        row(f"TLS listener: CPU/{unit}, the same rate for all", nginx, haproxy, zap, ratio, "1.00", ratio <= 1)
+    nginx, haproxy, zap = (lab.median(figures["handshake", name]) for name in gateways)
+    ratio = zap / max(nginx, haproxy)
+    row("TLS listener: full handshakes/s of one core, higher is better", nginx, haproxy, zap, ratio, "1.00", ratio >= 1)
+
+
+def tls(folder, args):
+    """CPU and handshakes with TLS upstreams, at one rate for all; an extra HAProxy on the providers' core ends TLS."""
+    pem, stats = certificate(folder), os.path.join(folder, "stats")
     plain = [str(p) for p in lab.PROVIDERS]
     secure = ["9311", "9312"]
     with open(os.path.join(folder, "front.cfg"), "w") as file:
@@ -394,15 +461,15 @@ def process(folder, args):
 
 def missing(parts):
     """The programs that these parts need and that are not installed."""
-    needs = {"tls": ["openssl"], "exact": ["valgrind"], "syscalls": ["strace"], "process": ["strip"]}
+    needs = {"tls": ["openssl"], "listener": ["openssl"], "exact": ["valgrind"], "syscalls": ["strace"], "process": ["strip"]}
     tools = [tool for part in parts for tool in needs.get(part, [])]
-    if {*parts} & {"cases", "bound", "first", "memory", "tls", "syscalls"}:
+    if {*parts} & {"cases", "bound", "first", "memory", "tls", "listener", "syscalls"}:
         tools += ["nginx", "haproxy"]
     return [tool for tool in tools if not shutil.which(tool)]
 
 
 def main():
-    parts = {part.__name__: part for part in (cases, bound, first, memory, tls, exact, syscalls, workers, spread, process)}
+    parts = {part.__name__: part for part in (cases, bound, first, memory, tls, listener, exact, syscalls, workers, spread, process)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=4)

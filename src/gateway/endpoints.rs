@@ -53,8 +53,24 @@ pub(crate) fn ready(shared: &Shared) -> ClientResponse {
 }
 
 /// `/metrics`: the metrics in Prometheus text format.
-pub(crate) fn metrics(shared: &Shared) -> ClientResponse {
-    text(StatusCode::OK, encode::CONTENT_TYPE, shared.pages.text(CachedPage::Metrics, || scrape(shared)))
+///
+/// # Errors
+/// As [`page`].
+pub(crate) async fn metrics(shared: &Arc<Shared>) -> Result<ClientResponse, GatewayError> {
+    Ok(text(StatusCode::OK, encode::CONTENT_TYPE, page(shared, CachedPage::Metrics, scrape).await?))
+}
+
+/// The text of an expensive page.
+///
+/// # Errors
+/// [`GatewayError::Internal`] if it cannot be rendered, which is a bug.
+async fn page(
+    shared: &Arc<Shared>,
+    page: CachedPage,
+    render: fn(&Shared) -> Bytes,
+) -> Result<Bytes, GatewayError> {
+    let of = shared.clone();
+    shared.pages.text(page, move || render(&of)).await.ok_or(GatewayError::Internal)
 }
 
 fn scrape(shared: &Shared) -> Bytes {
@@ -73,15 +89,21 @@ fn scrape(shared: &Shared) -> Bytes {
 }
 
 /// `/status`: the backends and their states.
-pub(crate) fn status(shared: &Shared) -> ClientResponse {
-    let json = shared.pages.text(CachedPage::Status, || status::encode(shared));
-    status_page::vary(text(StatusCode::OK, "application/json", json))
+///
+/// # Errors
+/// As [`page`].
+pub(crate) async fn status(shared: &Arc<Shared>) -> Result<ClientResponse, GatewayError> {
+    let json = page(shared, CachedPage::Status, status::encode).await?;
+    Ok(status_page::vary(text(StatusCode::OK, "application/json", json)))
 }
 
 /// `/status` and `/` for a browser: the same as a page.
-pub(crate) fn status_page(shared: &Shared) -> ClientResponse {
-    let render = || status_page::render(&status::status(shared));
-    status_page::response(shared.pages.text(CachedPage::StatusPage, render))
+///
+/// # Errors
+/// As [`page`].
+pub(crate) async fn status_page(shared: &Arc<Shared>) -> Result<ClientResponse, GatewayError> {
+    let render = |shared: &Shared| status_page::render(&status::status(shared));
+    Ok(status_page::response(page(shared, CachedPage::StatusPage, render).await?))
 }
 
 /// Longest time for a report of usage.

@@ -236,15 +236,17 @@ impl Gateway {
         let has_page = listener == Listener::Admin || generation.config.server.admin.is_none();
         Ok(match page {
             Page::Health => endpoints::health(),
-            Page::Metrics => endpoints::metrics(self.shared()),
+            Page::Metrics => endpoints::metrics(self.shared()).await?,
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
-            Page::Status if status_page::is_wanted(&head.headers) => endpoints::status_page(self.shared()),
+            Page::Status if status_page::is_wanted(&head.headers) => {
+                endpoints::status_page(self.shared()).await?
+            }
             Page::Root if has_page && status_page::is_wanted(&head.headers) => {
-                endpoints::status_page(self.shared())
+                endpoints::status_page(self.shared()).await?
             }
             Page::Root => endpoints::root(),
-            Page::Status => endpoints::status(self.shared()),
+            Page::Status => endpoints::status(self.shared()).await?,
             Page::Usage => {
                 let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
                 return endpoints::usage(self.shared(), uri.query(), may_report).await;
@@ -415,7 +417,7 @@ impl Service for Gateway {
     }
 
     fn is_stopping(&self) -> bool {
-        self.shared().is_stopping()
+        self.shared().is_draining()
     }
 
     fn is_closing(&self) -> bool {

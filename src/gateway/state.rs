@@ -316,7 +316,7 @@ impl Shared {
         self.leaving.store(true, Ordering::Relaxed);
     }
 
-    /// Whether Zap has been told to stop: `/ready` fails, and connections close after their response.
+    /// Whether Zap has been told to stop: `/ready` fails, and connections close after a response that begins now.
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }
@@ -327,7 +327,7 @@ impl Shared {
         self.start_leaving();
     }
 
-    /// Whether Zap is draining.
+    /// Whether Zap is draining: connections close after their response, even if it began before and did not say so.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }

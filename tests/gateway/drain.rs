@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use zap::internals::Order;
 
-use crate::support::provider::{After, Gate, chunk, end_chunks, start_events, wait_closed};
+use crate::support::provider::{After, Gate, chunk, end_chunks, reply, start_events, wait_closed};
 use crate::support::{CHAT, Provider, STREAM, Zap, eventually};
 
 #[test]
@@ -229,6 +229,39 @@ fn all_requests_are_served_during_the_drain_delay() {
     }
     assert!(zap.join(), "no request was cut");
     assert!(since.elapsed() >= Duration::from_secs(2), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_connection_whose_response_began_before_the_drain_delay_serves_one_more_request() {
+    let gate = Gate::default();
+    let held = gate.clone();
+    let a = Provider::start(move |seen, stream| {
+        if seen.body == CHAT.as_bytes() {
+            reply(stream, 200, "", b"a");
+            return After::Keep;
+        }
+        start_events(stream);
+        chunk(stream, "data: one\n\n");
+        held.pass();
+        chunk(stream, "data: [DONE]\n\n");
+        end_chunks(stream);
+        After::Keep
+    });
+    let zap = Zap::with("[server]\ndrain_delay_secs = 60", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", STREAM);
+    assert_eq!(client.head().header("connection"), None);
+    assert_eq!(client.chunk().unwrap(), b"data: one\n\n");
+    zap.order(Order::DelayedDrain);
+    eventually("/ready is a 503", || zap.client().get("/ready").status == 503);
+    gate.open(1);
+    assert_eq!(client.chunk().unwrap(), b"data: [DONE]\n\n");
+    assert_eq!(client.chunk().unwrap(), b"");
+    let last = client.chat("", CHAT);
+    assert_eq!((last.status, last.header("connection")), (200, Some("close")));
+    client.close_within(Duration::from_secs(2));
+    zap.order(Order::Now);
+    zap.join();
 }
 
 #[test]

@@ -1,10 +1,15 @@
 //! HTTP clients that check their responses.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::lies::Ask;
 use crate::provider::GIVES_UP;
@@ -15,8 +20,38 @@ const TIMEOUT: Duration = Duration::from_secs(600);
 /// A client that reuses its connection while it can.
 pub(crate) struct Client {
     address: SocketAddr,
-    stream: Option<TcpStream>,
+    tls: Option<Tls>,
+    stream: Option<Stream>,
     buf: Vec<u8>,
+}
+
+/// How a client speaks TLS, and how it calls the server.
+pub(crate) type Tls = (Arc<ClientConfig>, ServerName<'static>);
+
+/// A connection.
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+trait Bytes: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Bytes for T {}
+
+impl Stream {
+    fn bytes(&mut self) -> &mut dyn Bytes {
+        match self {
+            Stream::Plain(tcp) => tcp,
+            Stream::Tls(tls) => tls,
+        }
+    }
+
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Stream::Plain(tcp) => tcp,
+            Stream::Tls(tls) => tls.get_ref().0,
+        }
+    }
 }
 
 /// A response, as far as it was received.
@@ -58,7 +93,18 @@ impl Answer {
 
 impl Client {
     pub(crate) fn new(address: SocketAddr) -> Self {
-        Client { address, stream: None, buf: Vec::new() }
+        Client { address, tls: None, stream: None, buf: Vec::new() }
+    }
+
+    /// A client that speaks TLS.
+    pub(crate) fn with_tls(address: SocketAddr, tls: Tls) -> Self {
+        Client { tls: Some(tls), ..Client::new(address) }
+    }
+
+    /// The certificate that the server has shown on the connection that is open.
+    pub(crate) fn certificate(&self) -> Option<Vec<u8>> {
+        let Some(Stream::Tls(tls)) = &self.stream else { return None };
+        Some(tls.get_ref().1.peer_certificates()?.first()?.to_vec())
     }
 
     /// Sends a chat; its `user` is the script of the provider.
@@ -76,18 +122,32 @@ impl Client {
 
     async fn write(&mut self, request: &str) -> std::io::Result<()> {
         if self.stream.is_none() {
-            let stream = TcpStream::connect(self.address).await?;
-            stream.set_nodelay(true)?;
-            self.stream = Some(stream);
+            let tcp = TcpStream::connect(self.address).await?;
+            tcp.set_nodelay(true)?;
+            self.stream = Some(match &self.tls {
+                None => Stream::Plain(tcp),
+                Some((config, name)) => {
+                    let connector = TlsConnector::from(config.clone());
+                    Stream::Tls(Box::new(connector.connect(name.clone(), tcp).await?))
+                }
+            });
             self.buf.clear();
         }
-        self.stream.as_mut().unwrap().write_all(request.as_bytes()).await
+        let bytes = self.stream.as_mut().unwrap().bytes();
+        bytes.write_all(request.as_bytes()).await?;
+        bytes.flush().await
     }
 
     /// Sends `text` unchanged and reads the response.
     pub(crate) async fn raw(&mut self, text: &str) -> Result<Answer, String> {
         self.write(text).await.map_err(|e| e.to_string())?;
         self.answer().await
+    }
+
+    /// Gets a path and returns the body, whatever the status.
+    pub(crate) async fn get(&mut self, path: &str) -> Result<String, String> {
+        let answer = self.raw(&format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n")).await?;
+        String::from_utf8(answer.body).map_err(|e| e.to_string())
     }
 
     /// Sends a chat and reads the response.
@@ -116,7 +176,7 @@ impl Client {
         if let Some(stream) = self.stream.take()
             && reset
         {
-            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            let _ = socket2::SockRef::from(stream.tcp()).set_linger(Some(Duration::ZERO));
         }
     }
 
@@ -180,7 +240,7 @@ impl Client {
 
     async fn fill(&mut self) -> Result<(), String> {
         let stream = self.stream.as_mut().ok_or("closed")?;
-        match stream.read_buf(&mut self.buf).await {
+        match stream.bytes().read_buf(&mut self.buf).await {
             Ok(0) => Err("closed early".into()),
             Ok(_) => Ok(()),
             Err(e) => Err(e.to_string()),
@@ -190,12 +250,7 @@ impl Client {
 
 /// Gets a path on a new connection and returns the body.
 pub(crate) async fn get(address: SocketAddr, path: &str) -> String {
-    let mut client = Client::new(address);
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n").as_bytes()).await.unwrap();
-    client.stream = Some(stream);
-    let answer = client.answer().await.unwrap();
-    String::from_utf8(answer.body).unwrap()
+    Client::new(address).get(path).await.unwrap()
 }
 
 /// The `share` quantile (0 to 1) of the values; sorts them.

@@ -5,7 +5,7 @@
 //! unexpected responses, and exits with 1 if a check fails.
 //!
 //! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N] |
-//! ledger [--kills N]` prints one figure of tests/README.md and exits with 1 if its target is missed; `-- figures`
+//! ledger [--kills N] | rolling [--times N] | upgrade [--times N] | swap [--times N]` prints one figure of tests/README.md and exits with 1 if its target is missed; `-- figures`
 //! prints all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A run that cannot continue must panic.
@@ -13,6 +13,14 @@
 #[path = "../gateway/support/lies.rs"]
 #[allow(dead_code)] // The gateway's tests use the rest.
 mod lies;
+
+#[path = "../gateway/support/tls_client.rs"]
+#[allow(dead_code)] // As above.
+mod tls_client;
+
+mod balancer;
+
+mod deploys;
 
 mod ledger;
 
@@ -25,6 +33,8 @@ mod provider;
 mod scenes;
 
 mod streams;
+
+mod swap;
 
 mod truth;
 
@@ -62,6 +72,9 @@ fn main() -> ExitCode {
         "series" => threads.block_on(scenes::series()),
         "streams" => threads.block_on(streams::run(secs)),
         "truth" => threads.block_on(truth::run()),
+        "rolling" => threads.block_on(deploys::rolling(number("--times", 2))),
+        "upgrade" => threads.block_on(deploys::upgrade(number("--times", 5))),
+        "swap" => threads.block_on(swap::run(number("--times", 1))),
         "figures" => threads.block_on(async {
             let mut fine = scenes::leave().await;
             fine &= scenes::kill().await;
@@ -74,6 +87,9 @@ fn main() -> ExitCode {
             fine &= truth::run().await;
             fine &= ledger::run(100).await;
             fine &= streams::run(60).await;
+            fine &= deploys::rolling(5).await;
+            fine &= deploys::upgrade(20).await;
+            fine &= swap::run(5).await;
             fine & scenes::hold(number("--secs", 300)).await
         }),
         other => panic!("unknown scene {other:?}"),

@@ -1,4 +1,4 @@
-//! Providers that do what a request's `user` says: `plain`, `wait` (no response), `stream:N:MS` (N events, MS ms
+//! Providers that do what a request's `user` says: `plain`, `key` (the end of the key that came), `wait` (no response), `stream:N:MS` (N events, MS ms
 //! apart), or `talk:N:MS`, the same in the shape of the endpoint, with a pause before the content. A given share of
 //! their requests may fail.
 
@@ -94,6 +94,8 @@ pub(crate) struct Request {
     pub ask: Ask,
     /// The value of `x-request-id`.
     pub id: String,
+    /// The end of the key, behind its last dash.
+    pub key: String,
     /// Whether this is a health check.
     pub is_check: bool,
     pub body: String,
@@ -119,7 +121,9 @@ pub(crate) async fn read_request(stream: &mut TcpStream, buf: &mut Vec<u8>) -> O
                 let ask = Ask::of(head.split(' ').nth(1)?, body.as_bytes());
                 let id = head.split("x-request-id: ").nth(1).and_then(|t| t.lines().next());
                 let id = id.unwrap_or_default().to_owned();
-                return Some(Request { ask, id, is_check: head.starts_with("get"), body });
+                let key = head.split("authorization: bearer ").nth(1).and_then(|t| t.lines().next());
+                let key = key.and_then(|key| key.rsplit('-').next()).unwrap_or_default().to_owned();
+                return Some(Request { ask, id, key, is_check: head.starts_with("get"), body });
             }
         }
         if stream.read_buf(buf).await.ok()? == 0 {
@@ -145,6 +149,10 @@ async fn answer(stream: &mut TcpStream, request: &Request, failing: bool, events
         wait_closed(stream).await;
         events.disconnected.notify_one();
         return false;
+    }
+    if user == "key" {
+        let body = format!("{{\"choices\":[{{\"message\":{{\"content\":\"{}\"}}}}]}}", request.key);
+        return plain(stream, "200 OK", "", &body).await;
     }
     let Some(stream_of) = user.strip_prefix("stream:") else {
         return plain(stream, "200 OK", "", "{\"choices\":[{\"message\":{\"content\":\"hi\"}}]}").await;

@@ -1,6 +1,7 @@
 //! Scenes that each measure one figure and compare it with its target.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,17 +33,17 @@ async fn paced<F: Future<Output = ()> + 'static>(rate: u64, count: u64, one: imp
     }
 }
 
-/// A pool of clients, as many as are in use at the same time.
+/// A pool of clients, as many as are in use at the same time. They are used in turn, so that none is idle for long.
 #[derive(Default)]
-struct Clients(RefCell<Vec<Client>>);
+pub(crate) struct Clients(RefCell<VecDeque<Client>>);
 
 impl Clients {
-    fn take(&self, zap: &Zap) -> Client {
-        self.0.borrow_mut().pop().unwrap_or_else(|| Client::new(zap.address))
+    pub(crate) fn take(&self) -> Option<Client> {
+        self.0.borrow_mut().pop_front()
     }
 
-    fn give(&self, client: Client) {
-        self.0.borrow_mut().push(client);
+    pub(crate) fn give(&self, client: Client) {
+        self.0.borrow_mut().push_back(client);
     }
 }
 
@@ -168,7 +169,7 @@ pub(crate) async fn kill() -> bool {
                 move |_| {
                     let (zap, clients, failed) = (zap.clone(), clients.clone(), failed.clone());
                     async move {
-                        let mut client = clients.take(&zap);
+                        let mut client = clients.take().unwrap_or_else(|| zap.client());
                         match client.chat("plain").await {
                             Ok(answer) if answer.is_good() => clients.give(client),
                             Ok(answer) => failed.borrow_mut().push(answer.text()),
@@ -431,7 +432,7 @@ pub(crate) async fn dead() -> bool {
                 let (zap, clients, times, other) =
                     (zap.clone(), clients.clone(), times.clone(), other.clone());
                 async move {
-                    let mut client = clients.take(&zap);
+                    let mut client = clients.take().unwrap_or_else(|| zap.client());
                     let since = Instant::now();
                     let answer = client.chat("plain").await.unwrap();
                     // Skip the first second: until the backends are ejected, requests wait for their backoff.

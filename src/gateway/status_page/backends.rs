@@ -9,15 +9,16 @@ use crate::gateway::status_page::words::{
 };
 
 const HEAD: &str = "<h2 id=\"backends\">Backends</h2>\n<table role=\"table\" aria-labelledby=\"backends\">\n<thead role=\"rowgroup\"><tr role=\"row\">\
-    <th role=\"columnheader\" scope=\"col\">Name</th><th role=\"columnheader\" scope=\"col\">State</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"name\">Name</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"state\">State</th>\
     <th role=\"columnheader\" scope=\"col\">Why</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">In flight</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Requests/s</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Errors/s</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">First token<br>p50, p95</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Tokens/s</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Cost today</th>\
-    <th role=\"columnheader\" scope=\"col\">Last 5 min</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
+    <th role=\"columnheader\" scope=\"col\" class=\"number count\">In flight</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number count\">Requests/s</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number count\">Errors/s</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number times\">First token<br>p50, p95</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number count\">Tokens/s</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number count\">Cost today</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"line\">Last 5 min</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
 
 /// Renders the table.
 pub(super) fn render(status: &Value, words: &Words) -> String {

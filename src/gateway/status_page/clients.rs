@@ -7,13 +7,13 @@ use serde_json::Value;
 use crate::gateway::status_page::words::{dollars, escape, grouped, text_of, usd_of};
 
 const HEAD: &str = "<h2 id=\"clients\">Clients</h2>\n<table role=\"table\" aria-labelledby=\"clients\">\n<thead role=\"rowgroup\"><tr role=\"row\">\
-    <th role=\"columnheader\" scope=\"col\">Key</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"key\">Key</th>\
     <th role=\"columnheader\" scope=\"col\" class=\"number\">Requests</th>\
     <th role=\"columnheader\" scope=\"col\" class=\"number\">Tokens in, out</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Tokens in the last minute</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Spent today</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">This month</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Of the budget</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
+    <th role=\"columnheader\" scope=\"col\" class=\"number minute\">Tokens in the last minute</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number money\">Spent today</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number money\">This month</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number budget\">Of the budget</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
 
 /// Renders the table.
 pub(super) fn render(status: &Value) -> String {

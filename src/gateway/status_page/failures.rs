@@ -7,9 +7,10 @@ use serde_json::Value;
 use crate::gateway::status_page::words::{Words, escape, grouped, span, text_of};
 
 const HEAD: &str = "<h2 id=\"failures\">Last failures</h2>\n<table role=\"table\" aria-labelledby=\"failures\">\n<thead role=\"rowgroup\"><tr role=\"row\">\
-    <th role=\"columnheader\" scope=\"col\">Last</th>\
-    <th role=\"columnheader\" scope=\"col\" class=\"number\">Times</th>\
-    <th role=\"columnheader\" scope=\"col\">Client</th><th role=\"columnheader\" scope=\"col\">Model</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"last\">Last</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"number often\">Times</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"who\">Client</th>\
+    <th role=\"columnheader\" scope=\"col\" class=\"who\">Model</th>\
     <th role=\"columnheader\" scope=\"col\">What failed</th>\
     <th role=\"columnheader\" scope=\"col\">What became of the request</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
 
