@@ -36,6 +36,8 @@ mod relay_input;
 mod relay_usage;
 mod response;
 mod silence;
+mod spans;
+mod wire_request;
 mod wording;
 
 pub mod failpoint;
@@ -93,6 +95,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, BodyFormat, Page, ServedBy};
 use crate::protocol::stored::{NotStored, Stored};
 use crate::telemetry::Recorder;
+use crate::telemetry::otlp::trace::Trace;
 use crate::telemetry::record::{Arrival, RequestRecord};
 use crate::upstream::pool::Pool;
 
@@ -177,6 +180,11 @@ impl Gateway {
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
+        if let Some(otlp) = &generation.config.otlp
+            && endpoint.api().is_some()
+        {
+            record.set_trace(Trace::begin(otlp, &head.headers, path, || self.random()));
+        }
         let must_check_origin = exchange.has_page_headers() && generation.clients.is_open();
         if let Err(refusal) = browser::check(&self.server, &head.headers, endpoint, must_check_origin) {
             return self.refuse(&GatewayError::Site(refusal), record, &context);
@@ -230,7 +238,7 @@ impl Gateway {
         let uri = &head.uri;
         Ok(match page {
             Page::Health => endpoints::health(),
-            Page::Metrics => endpoints::metrics(self.shared()),
+            Page::Metrics => endpoints::metrics(self.shared(), &head.headers),
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Root | Page::Status if status_page::is_wanted(&head.headers) => {

@@ -19,11 +19,20 @@ const SHARED: Nanos = SECOND / 2;
 pub(crate) enum CachedPage {
     /// `/metrics`.
     Metrics,
+    /// The same, compressed.
+    MetricsGzip,
+    /// `/metrics` as OpenMetrics.
+    OpenMetrics,
+    /// The same, compressed.
+    OpenMetricsGzip,
     /// `/status`.
     Status,
     /// `/status` as HTML. Many may look at it, each once a second: they share what is rendered twice a second.
     StatusPage,
 }
+
+/// The number of pages.
+const PAGES: usize = CachedPage::StatusPage as usize + 1;
 
 /// The pages, with a cache that all workers share.
 #[derive(Debug, Default)]
@@ -35,7 +44,7 @@ struct PageCache {
     /// Render time of the current second.
     spent: Allowance,
     /// By page: when it was rendered, and its text.
-    last: [Option<(Nanos, Bytes)>; 3],
+    last: [Option<(Nanos, Bytes)>; PAGES],
 }
 
 impl Pages {

@@ -18,7 +18,7 @@ use crate::config::{Config, Files, LoadError, Server};
 use crate::gateway::state::{Generation, Shared};
 use crate::server::setup::Options;
 use crate::server::watch::Watch;
-use crate::server::{listing, probe};
+use crate::server::{exporter, listing, probe};
 use crate::time::{MILLI, Nanos};
 use crate::upstream::Upstream;
 use crate::upstream::fleet::Snapshot;
@@ -141,6 +141,7 @@ async fn watch(shared: &Arc<Shared>, options: &Options) {
             tokio::select! {
                 () = watching => {}
                 () = budgets => {}
+                () = exporter::export(shared) => {}
                 () = files.run(shared) => {}
             }
         })
@@ -246,6 +247,10 @@ fn read_and_list(before: &Snapshot, files: &mut Files) -> Result<Snapshot, Strin
         config.tls.clone_from(&before.config.tls);
     }
     config.ledger.clone_from(&before.config.ledger);
+    if config.otlp == before.config.otlp {
+        // The connection to the collector stays open.
+        config.otlp.clone_from(&before.config.otlp);
+    }
     prepare(config, Some(before))
 }
 

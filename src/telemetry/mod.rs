@@ -1,4 +1,4 @@
-//! Metrics and logs. Each request has one [`RequestRecord`](record::RequestRecord), which feeds both.
+//! Metrics, logs and traces. Each request has one [`RequestRecord`](record::RequestRecord), which feeds both.
 
 pub(crate) mod record;
 
@@ -19,6 +19,10 @@ pub(crate) mod encode;
 pub(crate) mod failures;
 
 pub(crate) mod log;
+
+mod line;
+
+pub(crate) mod otlp;
 
 pub(crate) mod clients;
 
@@ -42,6 +46,7 @@ use crate::telemetry::failures::Failures;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::Lane;
+use crate::telemetry::otlp::queue::TraceQueue;
 use crate::telemetry::reloads::Reloads;
 use crate::time::Nanos;
 
@@ -58,6 +63,8 @@ pub(crate) struct Telemetry {
     pub ledger: Arc<Ledger>,
     /// The last failures.
     pub failures: Failures,
+    /// Finished traces.
+    pub traces: TraceQueue,
     /// Whether each request gets a log line.
     log_requests: AtomicBool,
 }
@@ -71,6 +78,7 @@ impl Telemetry {
             log,
             ledger,
             failures: Failures::default(),
+            traces: TraceQueue::default(),
             log_requests: AtomicBool::new(log_requests),
         })
     }

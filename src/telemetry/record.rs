@@ -1,6 +1,5 @@
 //! The record of one request: what the metrics and the log line need. Dropping the record reports it.
 
-use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,21 +12,20 @@ use smallvec::SmallVec;
 use crate::clock;
 use crate::code::Code;
 use crate::config::ANONYMOUS;
+use crate::http1::trace_context::TraceId;
 use crate::policy::limit::WindowStamp;
-use crate::policy::prices::usd;
 use crate::policy::reservation::ClientReservation;
 use crate::protocol::Endpoint;
-use crate::protocol::usage::Usage;
 use crate::telemetry::Recorder;
 use crate::telemetry::clients::{Client, ClientLane};
 use crate::telemetry::failures::{Outcome, Seen};
 use crate::telemetry::ledger::table::{Amounts, Labels};
-use crate::telemetry::log::push_json;
 use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
+use crate::telemetry::otlp::trace::{FinishedTrace, Trace};
 use crate::telemetry::passed_over::PassedOver;
 use crate::telemetry::phase::Phase;
-use crate::time::{MILLI, Nanos};
+use crate::time::Nanos;
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::token_counters::TokenCount;
@@ -50,7 +48,8 @@ pub(crate) enum End {
 }
 
 impl End {
-    fn name(self) -> &'static str {
+    /// The name in the log and in traces.
+    pub(super) fn name(self) -> &'static str {
         match self {
             End::ClientGone => "client_gone",
             End::Complete => "complete",
@@ -108,6 +107,10 @@ pub(crate) struct RequestRecord {
     pub request_id: HeaderValue,
     /// The provider's id of the request that it responded to.
     pub upstream_request_id: Option<HeaderValue>,
+    /// The trace of the request; `None`: there are no traces.
+    pub trace: Option<Box<Trace>>,
+    /// The trace that exemplars name: one that is recorded, here or by the client.
+    pub exemplar: Option<TraceId>,
     /// The client that sent the request.
     pub caller: Caller,
     /// The model that the request names, if any.
@@ -167,6 +170,8 @@ impl RequestRecord {
             path,
             request_id,
             upstream_request_id: None,
+            trace: None,
+            exemplar: None,
             caller: Caller::Anonymous,
             model: None,
             stream: false,
@@ -195,6 +200,27 @@ impl RequestRecord {
         self.model.as_deref().unwrap_or_default()
     }
 
+    /// Puts the request into a trace.
+    pub(crate) fn set_trace(&mut self, trace: Box<Trace>) {
+        self.exemplar = trace.is_sampled().then_some(trace.trace_id);
+        self.trace = Some(trace);
+    }
+
+    /// The trace of the request, if it is recorded.
+    pub(crate) fn sampled_trace(&mut self) -> Option<&mut Trace> {
+        self.trace.as_deref_mut().filter(|trace| trace.is_sampled())
+    }
+
+    /// Whether the request is recorded as a trace.
+    pub(crate) fn is_traced(&self) -> bool {
+        self.trace.as_ref().is_some_and(|trace| trace.is_sampled())
+    }
+
+    /// What an exemplar needs: the trace, and the time in milliseconds since the Unix epoch.
+    pub(crate) fn exemplar(&self) -> Option<(TraceId, u64)> {
+        self.exemplar.map(|id| (id, clock::unix_millis()))
+    }
+
     /// The worker's telemetry.
     pub(crate) fn recorder(&self) -> &Rc<Recorder> {
         &self.recorder
@@ -221,8 +247,9 @@ impl RequestRecord {
         let (Some(meter), Some(backend)) = (self.meter.take(), &self.backend) else { return };
         let worker = self.recorder.worker;
         let now = clock::now();
-        let times = (self.started, now);
-        let Some((used, reservation)) = meter.settle(backend, &backend.lanes[worker], times) else { return };
+        let (times, exemplar) = ((self.started, now), self.exemplar());
+        let settled = meter.settle(backend, &backend.lanes[worker], times, exemplar);
+        let Some((used, reservation)) = settled else { return };
         let (lane, client) = self.client_lane();
         lane.spend(&TokenCount::new(&used.usage, used.cost), now);
         let labels = Labels { client, backend: backend.configured_name(), model: &used.label };
@@ -300,97 +327,43 @@ impl RequestRecord {
         let tries: SmallVec<[_; 4]> = tries.collect();
         self.recorder.telemetry.failures.note(&seen, &tries, SystemTime::now());
     }
+}
 
-    /// The log line of the request, as one JSON object.
-    fn line(&self, total: Nanos) -> String {
-        let ms = |nanos: Nanos| nanos as f64 / MILLI as f64;
-        let mut out = String::with_capacity(400);
-        let _ = write!(out, "{{\"time\":\"{}\",\"request_id\":", clock::timestamp(SystemTime::now()));
-        push_json(&mut out, self.request_id.to_str().unwrap_or_default());
-        out.push_str(",\"upstream_request_id\":");
-        push_json_or_null(&mut out, self.upstream_request_id.as_ref().and_then(|id| id.to_str().ok()));
-        out.push_str(",\"client\":");
-        match &self.caller {
-            Caller::Anonymous => out.push_str("\"anonymous\""),
-            Caller::Known(client) => push_json(&mut out, &client.conf.name),
-            Caller::Unknown(key) => {
-                let _ = write!(out, "\"{key:016x}\"");
-            }
+impl RequestRecord {
+    /// Gives a trace that ends at `now` to the exporter, if it is recorded.
+    fn finish_trace(&self, mut trace: Trace, now: Nanos) {
+        if !trace.is_sampled() {
+            return;
         }
-        let _ = write!(out, ",\"peer\":\"{}\",\"method\":", self.peer.to_canonical());
-        push_json_or_null(&mut out, self.method.as_ref().map(|m| cut(m.as_str())));
-        out.push_str(",\"path\":");
-        push_json(&mut out, cut(&self.path));
-        out.push_str(",\"model\":");
-        push_json_or_null(&mut out, self.model.as_deref());
-        let _ = write!(out, ",\"stream\":{},\"status\":{},\"backend\":", self.stream, self.status);
-        push_json_or_null(&mut out, self.backend.as_ref().map(|backend| backend.name()));
-        out.push_str(",\"code\":");
-        push_json_or_null(&mut out, self.refused.map(Code::text));
-        out.push_str(",\"attempts\":[");
-        for (i, (backend, fault)) in self.failed.iter().enumerate() {
-            out.push_str(if i == 0 { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\",", fault.kind.text());
-            push_json(&mut out, &fault.cause);
-            out.push(']');
-        }
-        if self.tries as usize > self.failed.len()
-            && let Some(backend) = &self.backend
+        // A response that broke off has left a fault of a try that had not failed before.
+        let broken = self.failed.get(trace.failures..).unwrap_or_default().last();
+        if let Some((_, fault)) = broken
+            && let Some(open) = trace.open_try()
         {
-            out.push_str(if self.failed.is_empty() { "[" } else { ",[" });
-            push_json(&mut out, backend.name());
-            let _ = write!(out, ",\"{}\"]", self.status);
+            open.fail(fault);
         }
-        out.push_str("],\"passed\":[");
-        self.passed.push_to(&mut out);
-        out.push(']');
-        self.push_used(&mut out);
-        let _ = write!(
-            out,
-            ",\"queue_ms\":{:.3},\"ttfb_ms\":{:.3},\"total_ms\":{:.3},\"bytes\":{},\"end\":\"{}\"}}",
-            ms(self.queued.unwrap_or(0)),
-            ms(self.first_byte.unwrap_or(total)),
-            ms(total),
-            self.bytes,
-            self.end.name()
-        );
-        out
-    }
-
-    /// Appends what the answer used.
-    fn push_used(&self, out: &mut String) {
-        out.push_str(",\"upstream_model\":");
-        push_json_or_null(out, self.used.as_ref().and_then(|used| used.model.as_deref()));
-        let Some(Used { usage, is_estimate, cost, first_content, .. }) = &self.used else {
-            return out.push_str(",\"tokens\":null,\"cost_usd\":null,\"ttft_ms\":null");
+        let is_cut = !matches!(self.end, End::Complete | End::ClientGone);
+        let error = match self.refused {
+            Some(code) => Some(code.text().into()),
+            None if self.end != End::Complete => Some(self.end.name().into()),
+            None if self.status >= 500 => Some(self.status.to_string().into()),
+            None => None,
         };
-        let Usage { input, cached, output, reasoning, .. } = usage;
-        let source = if *is_estimate { "estimate" } else { "provider" };
-        let _ = write!(
-            out,
-            ",\"tokens\":{{\"input\":{input},\"cached\":{cached},\"output\":{output},\"reasoning\":{reasoning},\"source\":\"{source}\"}},\"cost_usd\":{},\"ttft_ms\":",
-            usd(*cost)
-        );
-        match first_content {
-            Some(first) => {
-                let _ = write!(out, "{:.3}", first.saturating_sub(self.started) as f64 / MILLI as f64);
-            }
-            None => out.push_str("null"),
-        }
-    }
-}
-
-/// Truncates a text from outside to at most 256 bytes.
-fn cut(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(256)).unwrap_or_default()
-}
-
-/// Appends a JSON string, or null.
-fn push_json_or_null(out: &mut String, text: Option<&str>) {
-    match text {
-        Some(text) => push_json(out, text),
-        None => out.push_str("null"),
+        let used = self.used.as_ref();
+        self.recorder.telemetry.traces.push(Box::new(FinishedTrace {
+            trace,
+            times: (self.started, now),
+            method: self.method.clone(),
+            endpoint: self.endpoint,
+            model: self.model.clone(),
+            is_stream: self.stream,
+            status: self.status,
+            error,
+            is_fault: self.status >= 500 || self.refused.is_none() && is_cut,
+            queued: self.queued.unwrap_or(0),
+            usage: used.filter(|used| !used.is_estimate).map(|used| used.usage),
+            first_content: used.and_then(|used| used.first_content),
+        }));
     }
 }
 
@@ -423,7 +396,10 @@ impl Drop for RequestRecord {
         if self.has_failed() {
             self.note_failure();
         }
-        lane.record_duration(self.endpoint, total);
+        lane.record_duration(self.endpoint, total, self.exemplar());
+        if let Some(trace) = self.trace.take() {
+            self.finish_trace(*trace, self.started + total);
+        }
         let log = &self.recorder.telemetry.log;
         match self.is_logged {
             true if self.is_suppressed => log.count_dropped(1),
