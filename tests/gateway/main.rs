@@ -61,6 +61,10 @@ mod models;
 
 mod observe;
 
+mod openmetrics;
+
+mod otlp;
+
 mod pipelining;
 
 mod providers;
