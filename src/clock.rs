@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::time::{Day, Nanos, SECOND};
+use crate::time::{Day, MILLI, Nanos, SECOND};
 
 static START: LazyLock<Nanos> = LazyLock::new(since_boot);
 
@@ -58,6 +58,14 @@ const COARSE: ClockId = ClockId::Realtime;
 /// Returns the present day in UTC.
 pub(crate) fn today() -> Day {
     Day::of_unix(u64::try_from(clock_gettime(COARSE).tv_sec).unwrap_or_default())
+}
+
+/// Returns the wall-clock time in milliseconds since the Unix epoch, exact to a few of them.
+pub(crate) fn unix_millis() -> u64 {
+    let Timespec { tv_sec, tv_nsec } = clock_gettime(COARSE);
+    let (secs, nanos) =
+        (u64::try_from(tv_sec).unwrap_or_default(), u64::try_from(tv_nsec).unwrap_or_default());
+    secs.saturating_mul(1000) + nanos / MILLI
 }
 
 /// Converts a duration to [`Nanos`], saturating at 584 years.

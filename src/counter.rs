@@ -1,6 +1,9 @@
 //! Counters and histograms with fixed bounds, written by one thread and read by any.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
 
 use crate::time::{MILLI, Nanos, SECOND};
 
@@ -114,12 +117,28 @@ impl Recent {
     }
 }
 
+/// A value of a histogram, with the trace that it belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exemplar {
+    /// The id of the trace (W3C Trace Context).
+    pub trace_id: [u8; 16],
+    /// The value.
+    pub value: Nanos,
+    /// When it was recorded, in milliseconds since the Unix epoch.
+    pub unix_millis: u64,
+}
+
+/// The last exemplar of each bucket.
+type Exemplars = Box<[Option<Exemplar>]>;
+
 /// Counts of values by bucket; the last bucket has no upper bound.
 #[derive(Debug)]
 pub struct Histogram {
     bounds: &'static [Nanos],
     buckets: Box<[Counter]>,
     sum: Counter,
+    /// Allocated at the first exemplar. Only a scrape reads it.
+    exemplars: OnceLock<Mutex<Exemplars>>,
 }
 
 impl Histogram {
@@ -129,6 +148,19 @@ impl Histogram {
             bounds,
             buckets: (0..=bounds.len()).map(|_| Counter::default()).collect(),
             sum: Counter::default(),
+            exemplars: OnceLock::new(),
+        }
+    }
+
+    /// Counts one value, and keeps its trace if it has one: its id, and the time in milliseconds since the Unix epoch.
+    /// Only the owning thread may call this. While a scrape reads the exemplars, none is kept.
+    pub(crate) fn record_traced(&self, value: Nanos, trace: Option<([u8; 16], u64)>) {
+        self.record(value);
+        let Some((trace_id, unix_millis)) = trace else { return };
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
+        let exemplars = self.exemplars.get_or_init(|| Mutex::new(vec![None; self.buckets.len()].into()));
+        if let Some(mut exemplars) = exemplars.try_lock() {
+            exemplars[bucket] = Some(Exemplar { trace_id, value, unix_millis });
         }
     }
 
@@ -149,6 +181,8 @@ pub struct Total {
     pub count: u64,
     /// Sum of all values.
     pub sum: Nanos,
+    /// The last exemplar of each bucket; empty: there are none. The last bucket has no upper bound.
+    pub exemplars: Vec<Option<Exemplar>>,
 }
 
 impl Total {
@@ -156,7 +190,18 @@ impl Total {
     pub fn of<'a>(bounds: &'static [Nanos], histograms: impl Iterator<Item = &'a Histogram>) -> Self {
         let mut plain = vec![0; bounds.len() + 1];
         let mut sum = 0u64;
+        let mut exemplars: Vec<Option<Exemplar>> = Vec::new();
         for h in histograms {
+            if let Some(kept) = h.exemplars.get() {
+                exemplars.resize(bounds.len() + 1, None);
+                let kept = kept.lock();
+                let newer = |a: &Exemplar, b: &Exemplar| a.unix_millis >= b.unix_millis;
+                for (last, own) in exemplars.iter_mut().zip(&**kept) {
+                    if let Some(own) = own.filter(|own| last.as_ref().is_none_or(|last| newer(own, last))) {
+                        *last = Some(own);
+                    }
+                }
+            }
             sum = sum.wrapping_add(h.sum.get());
             plain.iter_mut().zip(&h.buckets).for_each(|(n, b)| *n += b.get());
         }
@@ -167,7 +212,7 @@ impl Total {
             cumulative.push((*bound, count));
         }
         count += plain[bounds.len()];
-        Total { cumulative, count, sum }
+        Total { cumulative, count, sum, exemplars }
     }
 }
 
@@ -193,7 +238,23 @@ mod tests {
         [5, 10, 11, 21].iter().for_each(|v| a.record(*v));
         b.record(20);
         let total = Total::of(BOUNDS, [&a, &b].into_iter());
-        assert_eq!(total, Total { cumulative: vec![(10, 2), (20, 4)], count: 5, sum: 67 });
+        let want = Total { cumulative: vec![(10, 2), (20, 4)], count: 5, sum: 67, exemplars: vec![] };
+        assert_eq!(total, want);
+    }
+
+    #[test]
+    fn the_last_exemplar_of_each_bucket_is_kept() {
+        const BOUNDS: &[Nanos] = &[10, 20];
+        let (a, b) = (Histogram::new(BOUNDS), Histogram::new(BOUNDS));
+        for (histogram, value, id, at) in [(&a, 5, 1, 100), (&a, 7, 2, 101), (&b, 8, 3, 99), (&b, 21, 4, 50)]
+        {
+            histogram.record_traced(value, Some(([id; 16], at)));
+        }
+        a.record_traced(12, None);
+        let total = Total::of(BOUNDS, [&a, &b].into_iter());
+        let exemplar = |id, value, unix_millis| Some(Exemplar { trace_id: [id; 16], value, unix_millis });
+        assert_eq!(total.exemplars, [exemplar(2, 7, 101), None, exemplar(4, 21, 50)]);
+        assert_eq!((total.count, total.sum), (5, 53));
     }
 
     #[test]

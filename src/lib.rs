@@ -20,7 +20,7 @@
 //!    budget are their neighbours.
 //! 5. [`upstream`] speaks to backends: [`upstream::fleet`] is the snapshot of all of them, [`upstream::send`] makes one
 //!    try on a pooled or fresh connection, [`upstream::fault`] names the cause of a failure.
-//! 6. [`telemetry`] takes one record of each finished request and makes metrics and a log line of it.
+//! 6. [`telemetry`] takes one record of each finished request and makes metrics, a log line and a trace of it.
 //!
 //! Below these stand modules that know nothing of a request: [`config`] is the operator's file, valid by construction;
 //! [`protocol`] knows the OpenAI API; [`json`] scans and patches bodies; [`http1`] reads and writes heads; [`code`]

@@ -18,6 +18,7 @@
 //!   subject.
 //! - `certificate` says which names a certificate has, and when it ends.
 //! - `warnings` finds settings that are allowed but unwise.
+//! - `otlp` reads where traces go, from the file and from the variables of OpenTelemetry.
 //! - `keys` reads the keys of backends and clients; `key_pool` those of one backend; `secret` keeps a key from being
 //!   printed.
 //!
@@ -46,6 +47,7 @@ mod models;
 mod money;
 mod no_proxy;
 mod numbers;
+mod otlp;
 mod proxy;
 mod range;
 mod raw;
@@ -64,6 +66,7 @@ mod warnings;
 use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
@@ -84,6 +87,7 @@ pub(crate) use crate::config::key_pool::{PoolPlace, scale};
 pub(crate) use crate::config::memory_limit::memory_limit;
 pub use crate::config::models::ModelsFrom;
 pub(crate) use crate::config::money::Budget;
+pub(crate) use crate::config::otlp::Otlp;
 pub(crate) use crate::config::proxy::{Proxy, ProxySource};
 pub(crate) use crate::config::secret::Secret;
 pub(crate) use crate::config::text::{is_like_a_key, quoted};
@@ -136,6 +140,8 @@ pub struct Config {
     pub watch: bool,
     /// `ledger.path`: the file that keeps what was used; the path is resolved. It may not exist yet. `None`: no ledger.
     pub ledger: Option<PathBuf>,
+    /// `[otlp]`: where traces go; `None`: there are none.
+    pub otlp: Option<Arc<Otlp>>,
     /// Settings that are allowed but unwise: one line each, without a newline.
     pub warnings: Vec<String>,
     /// The file that the configuration was read from, if any; a reload reads it again.

@@ -69,7 +69,7 @@ fn required_amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>
 }
 
 /// Reads an optional number in millionths; `range` is in millionths too.
-fn amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>) -> Option<u64> {
+pub(super) fn amount(t: &mut Section<'_, '_>, key: &'static str, range: Range<u64>) -> Option<u64> {
     let Range { min, max } = range;
     let needed = format!("a number from {} to {}", shown(min), shown(max));
     let field = t.take(key)?;

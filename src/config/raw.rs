@@ -1,10 +1,9 @@
 //! Every section and key by name, with its default and its range. `backend`, `models` and `clients` read
 //! `[[backends]]`, `[models.NAME]` and `[[client_keys]]`.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    thread,
-};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::thread;
 
 use ipnet::IpNet;
 
@@ -15,6 +14,7 @@ use crate::config::charges::Lines;
 use crate::config::clients::ReadClients;
 use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, host};
 use crate::config::file::ledger_path;
+use crate::config::otlp::{ReadOtlp, otlp};
 use crate::config::range::{Number, Range};
 use crate::config::tls::{ReadTls, server_tls};
 use crate::config::toml_reader::Section;
@@ -128,6 +128,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     });
     let watch = root.section("reload", |t| t.boolean("watch", false));
     let ledger = root.section("ledger", |t| ledger_path(t, ctx));
+    let ReadOtlp { otlp, inline_key: inline_header } = root.section("otlp", otlp);
     let faults = root.sink().count();
     let ReadBackends { backends, lines, inline_key: inline_backend_key } = backend::backends(root, ctx);
     let routes = models::named_routes(root, &backends, root.sink().count() == faults);
@@ -154,6 +155,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
         clients,
         watch,
         ledger,
+        otlp: otlp.map(Arc::new),
         warnings: Vec::new(),
         file: None,
         files: Files::default(),
@@ -164,7 +166,8 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     if root.sink().count() == 0 {
         config.warnings = warnings(&config);
     }
-    ReadConfig { config, inline_key: inline_backend_key || inline_client_key || inline_token }
+    let inline_key = inline_backend_key || inline_client_key || inline_token || inline_header;
+    ReadConfig { config, inline_key }
 }
 
 /// Reads `[server]`, without the admin listener, which has a section of its own.

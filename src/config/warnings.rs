@@ -11,6 +11,9 @@ use crate::config::{Backend, Config, Server, ServerTls};
 use crate::http1::origin::Origins;
 use crate::policy::route::NamedTarget;
 
+/// The usual port of OTLP over gRPC.
+const GRPC_PORT: u16 = 4317;
+
 /// One line for each unwise setting.
 pub(super) fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = Vec::new();
@@ -91,6 +94,24 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
                 .to_owned(),
         );
     }
+    if let Some(otlp) = config.otlp.as_ref().filter(|otlp| otlp.url.port == GRPC_PORT) {
+        warnings.push(format!(
+            "traces go to port {GRPC_PORT} of {}, where collectors take gRPC, which Zap does not speak; \
+             set the port for HTTP, usually 4318",
+            otlp.url.host
+        ));
+    }
+    if let Some(otlp) = &config.otlp
+        && !otlp.headers.is_empty()
+        && !otlp.url.https
+        && !otlp.url.is_loopback()
+    {
+        warnings.push(
+            "`otlp.headers` go out unencrypted, since the collector's URL begins with `http://`; \
+             set an `https://` URL"
+                .to_owned(),
+        );
+    }
     for (section, tls) in [("server", tls), ("admin", &admin.tls)] {
         let Some(tls) = tls else { continue };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -145,6 +166,20 @@ mod tests {
             let warnings = Config::of(&text).unwrap().warnings;
             assert_eq!(warnings.len(), usize::from(warning.is_some()), "{warnings:?}");
             assert!(warnings.iter().all(|w| w.contains(warning.unwrap())), "{text}: {warnings:?}");
+        }
+    }
+
+    #[test]
+    fn a_collector_by_grpc_and_headers_in_the_clear_get_a_warning() {
+        for (otlp, warnings) in [
+            ("endpoint = \"http://a:4318\"", 0),
+            ("endpoint = \"http://a:4317\"", 1),
+            ("endpoint = \"http://a:4318\"\nheaders = { a = \"b\" }", 1),
+            ("endpoint = \"http://localhost:4318\"\nheaders = { a = \"b\" }", 0),
+            ("endpoint = \"https://a\"\nheaders = { a = \"b\" }", 0),
+        ] {
+            let text = format!("[otlp]\n{otlp}\n[[backends]]\nurl = \"http://a\"\nweight = 1\n");
+            assert_eq!(Config::of(&text).unwrap().warnings.len(), warnings, "{otlp}");
         }
     }
 

@@ -76,7 +76,7 @@ pub fn headers(data: &[u8]) {
     for (forward, rules) in [false, true].into_iter().flat_map(|f| rule_sets.iter().map(move |r| (f, r))) {
         let mut to = HeaderMap::new();
         let passing = Passing { authorization: forward, more: &["openai-beta"], ..Passing::default() };
-        header_policy::to_backend(&map, passing, rules, |name, value| {
+        let _ = header_policy::to_backend(&map, passing, rules, |name, value| {
             to.append(name, value.clone());
         });
         assert_eq!(

@@ -1,11 +1,15 @@
 //! The endpoints that Zap serves itself: `/health`, `/ready`, `/metrics`, `/status`, `/usage`, `/v1/models`.
 
 use std::collections::HashSet;
+use std::io::Write as _;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use http::StatusCode;
+use http::header::{CONTENT_ENCODING, HeaderMap, HeaderValue, VARY};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
@@ -19,12 +23,14 @@ use crate::gateway::refusal::GatewayError;
 use crate::gateway::served_models::ServedModels;
 use crate::gateway::state::Shared;
 use crate::gateway::{status, status_page};
+use crate::http1::accept::{accepts_gzip, prefers_openmetrics};
 use crate::policy::balance::BackendId;
 use crate::policy::pattern::MAX_NAME;
 use crate::telemetry::clients::Client;
+use crate::telemetry::encode::Format;
 use crate::telemetry::ledger::report::{ReportError, UsageQuery};
+use crate::telemetry::metrics;
 use crate::telemetry::metrics::Scrape;
-use crate::telemetry::{encode, metrics};
 use crate::upstream::fleet::Snapshot;
 
 /// `/health`: the process is alive.
@@ -52,12 +58,38 @@ pub(crate) fn ready(shared: &Shared) -> ClientResponse {
     }
 }
 
-/// `/metrics`: the metrics in Prometheus text format.
+/// Longest text that is compressed, in bytes. A longer one goes out as it is.
+const MAX_GZIP: usize = 32 << 20;
+
+/// `/metrics`: the metrics in Prometheus text format or as OpenMetrics, compressed or not, as the client prefers.
 ///
 /// # Errors
 /// As [`page`].
-pub(crate) async fn metrics(shared: &Arc<Shared>) -> Result<ClientResponse, GatewayError> {
-    Ok(text(StatusCode::OK, encode::CONTENT_TYPE, page(shared, CachedPage::Metrics, scrape).await?))
+pub(crate) async fn metrics(
+    shared: &Arc<Shared>,
+    headers: &HeaderMap,
+) -> Result<ClientResponse, GatewayError> {
+    let format = if prefers_openmetrics(headers) { Format::OpenMetrics } else { Format::Prometheus };
+    let is_gzip = accepts_gzip(headers);
+    let name = match (format, is_gzip) {
+        (Format::Prometheus, false) => CachedPage::Metrics,
+        (Format::Prometheus, true) => CachedPage::MetricsGzip,
+        (Format::OpenMetrics, false) => CachedPage::OpenMetrics,
+        (Format::OpenMetrics, true) => CachedPage::OpenMetricsGzip,
+    };
+    let render = move |shared: &Shared| {
+        let text = scrape(shared, format);
+        if is_gzip { gzip(&text).unwrap_or(text) } else { text }
+    };
+    let body = page(shared, name, render).await?;
+    let is_gzip = is_gzip && body.starts_with(&GZIP);
+    let mut response = text(StatusCode::OK, format.content_type(), body);
+    let headers = response.headers_mut();
+    headers.append(VARY, HeaderValue::from_static("accept, accept-encoding"));
+    if is_gzip {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    Ok(response)
 }
 
 /// The text of an expensive page.
@@ -67,13 +99,24 @@ pub(crate) async fn metrics(shared: &Arc<Shared>) -> Result<ClientResponse, Gate
 async fn page(
     shared: &Arc<Shared>,
     page: CachedPage,
-    render: fn(&Shared) -> Bytes,
+    render: impl FnOnce(&Shared) -> Bytes + Send + 'static,
 ) -> Result<Bytes, GatewayError> {
     let of = shared.clone();
     shared.pages.text(page, move || render(&of)).await.ok_or(GatewayError::Internal)
 }
 
-fn scrape(shared: &Shared) -> Bytes {
+/// The beginning of a compressed body (RFC 1952, section 2.3.1). No text begins so.
+const GZIP: [u8; 2] = [0x1F, 0x8B];
+
+/// Compresses a text; `None` if it is too long.
+fn gzip(text: &[u8]) -> Option<Bytes> {
+    let out = Vec::with_capacity(text.len() / 8 + 64);
+    let mut encoder = GzEncoder::new(out, Compression::fast());
+    let is_short = text.len() <= MAX_GZIP;
+    is_short.then(|| encoder.write_all(text).and_then(|()| encoder.finish()).ok().map(Bytes::from)).flatten()
+}
+
+fn scrape(shared: &Shared, format: Format) -> Bytes {
     let current = shared.current.load();
     let scrape = Scrape {
         telemetry: &shared.telemetry,
@@ -85,7 +128,7 @@ fn scrape(shared: &Shared) -> Bytes {
         known_ids: shared.known_ids.len(),
         rate_limit_keys: shared.limiter.keys(),
     };
-    metrics::encode(&scrape).into()
+    metrics::encode(&scrape, format).into()
 }
 
 /// `/status`: the backends and their states.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use crate::gateway::browser::SiteRefusal;
 use crate::gateway::limit_error::LimitError;
-use crate::protocol::endpoint::is_provider_state;
+use crate::protocol::provider_state::is_provider_state;
 use crate::time::Nanos;
 
 /// An error that Zap sends to a client. `crate::gateway::refusal` maps it to a response.

@@ -38,6 +38,8 @@ mod relay_input;
 mod relay_usage;
 mod response;
 mod silence;
+mod spans;
+mod wire_request;
 mod wording;
 
 pub mod failpoint;
@@ -97,6 +99,7 @@ use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, BodyFormat, Page, ServedBy};
 use crate::protocol::stored::{NotStored, Stored};
 use crate::telemetry::Recorder;
+use crate::telemetry::otlp::trace::Trace;
 use crate::telemetry::record::{Arrival, RequestRecord};
 use crate::upstream::pool::Pool;
 
@@ -181,6 +184,11 @@ impl Gateway {
         let mut record = RequestRecord::new(self.recorder.clone(), arrival);
         let context = ResponseContext::new(exchange, head.version, &head.headers);
         let generation = self.shared().current.load_full();
+        if let Some(otlp) = &generation.config.otlp
+            && endpoint.api().is_some()
+        {
+            record.set_trace(Trace::begin(otlp, &head.headers, path, || self.random()));
+        }
         // The admin listener serves no page of another origin, whatever the request shows.
         let is_closed = exchange.listener() != Listener::Admin && !generation.clients.is_open();
         let must_check_origin = exchange.has_page_headers() && !is_closed;
@@ -236,7 +244,7 @@ impl Gateway {
         let has_page = listener == Listener::Admin || generation.config.server.admin.is_none();
         Ok(match page {
             Page::Health => endpoints::health(),
-            Page::Metrics => endpoints::metrics(self.shared()).await?,
+            Page::Metrics => endpoints::metrics(self.shared(), &head.headers).await?,
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Status if status_page::is_wanted(&head.headers) => {

@@ -5,9 +5,6 @@ use std::sync::Arc;
 use std::task::Context;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
-use http::Method;
-use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 
 use crate::clock;
@@ -17,16 +14,13 @@ use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
 use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
-use crate::http1::headers::{BodyType, Passing, ResponseFacts};
-use crate::json::patch::{slices, splices, with_splice};
+use crate::http1::headers::ResponseFacts;
 use crate::policy::breaker::Change;
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
 use crate::policy::known_ids::MadeBy;
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
-use crate::protocol::Endpoint;
 use crate::protocol::body_class::{error_message, is_request_too_large};
-use crate::protocol::endpoint::BodyFormat;
 use crate::protocol::rate_limits;
 use crate::protocol::rate_limits::Wait;
 use crate::protocol::stored::is_not_found;
@@ -36,7 +30,6 @@ use crate::upstream::Upstream;
 use crate::upstream::counters::NoAnswer;
 use crate::upstream::fault::Fault;
 use crate::upstream::in_flight::InFlight;
-use crate::upstream::link::{WireRequest, write_header};
 use crate::upstream::send::{SendError, Source, Step, UpstreamResponse, send};
 
 /// A backend that has served a request in this time has a good key; a 401 is then due to the request.
@@ -44,9 +37,6 @@ const GOOD_KEY: Nanos = 10 * SECOND;
 
 /// A target that has kept a request for so long, and has sent nothing to anybody in that time, is suspect.
 const SILENT: Nanos = 30 * SECOND;
-
-/// Initial capacity for the client's headers: enough for most requests.
-const HEADER_CAPACITY: usize = 768;
 
 /// The response of a failed try, if it is kept.
 type FailedTry = Option<Box<KeptResponse>>;
@@ -64,6 +54,19 @@ impl Attempts<'_> {
         let route = &self.snapshot.route(&self.ask).targets;
         let model = |asked: Option<&Arc<str>>| route[target].model(asked);
         self.record.begin_try(in_flight.upstream(), model, in_flight.entered());
+        self.begin_span(target, &in_flight);
+        let result = self.try_target(target, in_flight).await;
+        if result.is_err() {
+            self.end_span();
+        }
+        result
+    }
+
+    async fn try_target(
+        &mut self,
+        target: TargetId,
+        in_flight: InFlight,
+    ) -> Result<OpenedResponse, FailedTry> {
         failpoint::hit("try", &self.record.request_id);
         self.wait_began = None;
         let usage = self.usage_splice(&in_flight);
@@ -76,13 +79,15 @@ impl Attempts<'_> {
         };
         unanswered.end();
         let lane = &in_flight.upstream().lanes[self.gateway.recorder().worker];
-        lane.first_byte.record(clock::now().saturating_sub(in_flight.entered()));
+        let took = clock::now().saturating_sub(in_flight.entered());
+        lane.first_byte.record_traced(took, self.record.exemplar());
         let Asked { sent, usage, .. } = asked;
         let UpstreamResponse { head, lease } = match response {
             Ok(response) if !self.gateway.is_cut() => response,
             Ok(_) => return Err(self.fail(Problem::Send(Fault::cut().into()), &in_flight)),
             Err(problem) => return Err(self.fail(problem, &in_flight)),
         };
+        self.note_status(head.status.as_u16());
         self.gateway.record_answered(&in_flight, self.exchange.coarse_now());
         let (about, opened) = (ResponseFacts::default(), self.exchange.coarse_now());
         let mut opened = OpenedResponse {
@@ -214,52 +219,6 @@ impl Attempts<'_> {
                 result => return result,
             }
         }
-    }
-
-    /// Builds the request to `upstream`: a new head, and the body with the target's model and without the members that
-    /// the backend does not accept.
-    fn wire_request(&self, asked: &Asked<'_>) -> WireRequest {
-        let upstream = asked.in_flight.upstream();
-        let begin = upstream.head_start(self.ask.endpoint).unwrap_or_default();
-        let mut head = Vec::with_capacity(begin.len() + HEADER_CAPACITY);
-        if self.ask.endpoint == Endpoint::StoredResponse {
-            upstream.write_stored_line(self.request, &mut head);
-        }
-        head.extend_from_slice(begin);
-        let passing = Passing {
-            authorization: upstream.conf.forward_authorization,
-            more: self.ask.endpoint.protocol().headers(),
-            content_type: match self.ask.endpoint.api().map(|api| api.body) {
-                Some(BodyFormat::Form) => BodyType::Clients,
-                Some(BodyFormat::Nothing) => BodyType::Nothing,
-                Some(BodyFormat::Json) | None => BodyType::Json,
-            },
-        };
-        headers::to_backend(&self.request.headers, passing, &upstream.conf.header_rules, |name, value| {
-            if !upstream.has_own_header(name) {
-                write_header(&mut head, name, value.as_bytes());
-            }
-        });
-        write_header(&mut head, &headers::X_REQUEST_ID, self.record.request_id.as_bytes());
-        let target = &self.snapshot.route(&self.ask).targets[asked.target];
-        let model = target.text(self.ask.model);
-        let drops = |member| self.snapshot.drops(target.backend, member);
-        let splices = splices(&self.chat.fields, model.as_deref(), drops);
-        let body = match (&self.chat.form, &asked.usage) {
-            (Some(form), _) => {
-                let model = target.replacement(self.ask.model);
-                slices(&self.chat.chunks, model.map(|model| form.model_splice(&model)).into_iter())
-            }
-            (None, Some(usage)) => slices(&self.chat.chunks, with_splice(splices, usage.clone())),
-            (None, None) => slices(&self.chat.chunks, splices),
-        };
-        let length: usize = body.iter().map(Bytes::len).sum();
-        // A GET or a DELETE has no body.
-        if length > 0 || self.request.method == Method::POST {
-            write_header(&mut head, &CONTENT_LENGTH, itoa::Buffer::new().format(length).as_bytes());
-        }
-        head.extend_from_slice(b"\r\n");
-        WireRequest { head, body }
     }
 
     /// Judges a response by its status, and cools down or closes the target if the response asks for it. Returns the

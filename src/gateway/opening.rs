@@ -61,10 +61,10 @@ pub(super) struct Asked<'f> {
 }
 
 impl Asked<'_> {
-    /// The state of a stream of the target.
-    fn events(&self, format: StreamFormat) -> EventStream {
+    /// The state of a stream of the target. `is_traced`: the request is recorded.
+    fn events(&self, format: StreamFormat, is_traced: bool) -> EventStream {
         let key = self.in_flight.upstream().conf.api_key.as_ref().map(|key| key.shared());
-        EventStream::new(format, self.usage.is_some()).without_key(key)
+        EventStream::new(format, self.usage.is_some()).without_key(key).noting(is_traced)
     }
 }
 
@@ -220,9 +220,10 @@ impl Attempts<'_> {
         let status = head.status.as_u16();
         let is_success = status < 300;
         let format = self.ask.endpoint.api().map(|api| api.stream);
+        let is_traced = self.record.is_traced();
         if is_success && about.is_events {
             return match format.filter(|_| !about.is_encoded) {
-                Some(format) => body.stream(Box::new(asked.events(format)), None).await,
+                Some(format) => body.stream(Box::new(asked.events(format, is_traced)), None).await,
                 // Zap cannot classify this stream: its first byte commits the try.
                 None => match body.first_byte().await? {
                     None if status != 204 => Err(empty()),
@@ -241,7 +242,7 @@ impl Attempts<'_> {
             && let Some(format) = format
         {
             about.is_events = true;
-            return body.stream(Box::new(asked.events(format)), Some(first)).await;
+            return body.stream(Box::new(asked.events(format, is_traced)), Some(first)).await;
         }
         let is_answer = |first| Ok(Opening { first: Some(first), events: None });
         match is_success {

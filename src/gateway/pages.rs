@@ -23,6 +23,12 @@ const SHARED: Nanos = SECOND / 2;
 pub(crate) enum CachedPage {
     /// `/metrics`.
     Metrics,
+    /// The same, compressed.
+    MetricsGzip,
+    /// `/metrics` as OpenMetrics.
+    OpenMetrics,
+    /// The same, compressed.
+    OpenMetricsGzip,
     /// `/status`.
     Status,
     /// `/status` as HTML. Many may look at it, each once a second: they share what is rendered twice a second.
@@ -30,7 +36,7 @@ pub(crate) enum CachedPage {
 }
 
 impl CachedPage {
-    const COUNT: usize = 3;
+    const COUNT: usize = CachedPage::StatusPage as usize + 1;
 }
 
 /// The pages, with a cache that all workers share. They are rendered on a thread of their own, which begins with the

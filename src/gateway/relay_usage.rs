@@ -1,6 +1,7 @@
 //! Reads what an answer used while it is relayed.
 
 use crate::clock;
+use crate::protocol::answer_notes::AnswerNotes;
 use crate::protocol::answer_text::answer_text;
 use crate::protocol::body_usage::BodyUsage;
 use crate::protocol::endpoint::Metering;
@@ -31,6 +32,9 @@ impl RelayUsage {
         is_whole: bool,
         random: impl FnOnce() -> u64,
     ) -> Self {
+        if is_whole && let Some(trace) = record.sampled_trace() {
+            trace.answer = AnswerNotes::of_body(first);
+        }
         let Some(meter) = &mut record.meter else { return RelayUsage::Unread };
         if !is_whole {
             let mut usage = Box::new(BodyUsage::new());
@@ -54,6 +58,11 @@ impl RelayUsage {
 
     /// Counts what the answer used, as far as it has come.
     pub(super) fn settle(&mut self, record: &mut RequestRecord, events: Option<&EventStream>) {
+        if let Some(notes) = events.and_then(EventStream::notes)
+            && let Some(trace) = record.sampled_trace()
+        {
+            trace.answer.clone_from(notes);
+        }
         let Some(meter) = &mut record.meter else { return record.settle() };
         match (events, std::mem::take(self)) {
             (Some(events), _) => {

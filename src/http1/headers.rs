@@ -89,6 +89,20 @@ pub(crate) struct Passing {
     pub more: &'static [&'static str],
     /// The `Content-Type`.
     pub content_type: BodyType,
+    /// What becomes of the client's trace.
+    pub trace: TracePassing,
+}
+
+/// What becomes of `traceparent` and `tracestate`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum TracePassing {
+    /// Both pass as they are.
+    #[default]
+    Both,
+    /// Zap sends a `traceparent` of its own in the client's trace: `tracestate` passes.
+    State,
+    /// Zap sends a `traceparent` of a trace of its own: neither passes.
+    Neither,
 }
 
 /// The `Content-Type` of a request to a backend.
@@ -107,12 +121,14 @@ pub(crate) enum BodyType {
 ///
 /// `rules` allow further headers and take away others. Headers that `Connection` nominates are never forwarded, not
 /// even allowed ones.
-pub(crate) fn to_backend(
-    client: &HeaderMap,
+///
+/// Returns the `traceparent` of the client, if there is one.
+pub(crate) fn to_backend<'c>(
+    client: &'c HeaderMap,
     passing: Passing,
     rules: &HeaderRules,
     mut put: impl FnMut(&HeaderName, &HeaderValue),
-) {
+) -> Option<&'c HeaderValue> {
     let nominates = client.contains_key(CONNECTION);
     let is_nominated = |name: &HeaderName| {
         nominates
@@ -122,9 +138,19 @@ pub(crate) fn to_backend(
                 .any(|v| v.as_bytes().split(|b| *b == b',').any(|t| eq_name(t.trim_ascii(), name)))
     };
     let (mut has_accept, mut has_user_agent, has_rules) = (false, false, !rules.is_empty());
+    let mut traceparent = None;
     for (name, value) in client {
         let mut is_allowed = match name.as_str() {
-            "accept" | "idempotency-key" | "traceparent" | "tracestate" | "user-agent" => true,
+            "accept" | "idempotency-key" | "user-agent" => true,
+            "traceparent" => {
+                traceparent = Some(value);
+                if passing.trace != TracePassing::Both {
+                    continue;
+                }
+                true
+            }
+            "tracestate" if passing.trace == TracePassing::Neither => continue,
+            "tracestate" => true,
             "authorization" | "openai-organization" | "openai-project" => passing.authorization,
             other => other.starts_with("x-stainless-") || passing.more.contains(&other),
         };
@@ -149,6 +175,7 @@ pub(crate) fn to_backend(
         BodyType::Nothing => {}
     }
     put(&ACCEPT_ENCODING, &HeaderValue::from_static("identity"));
+    traceparent
 }
 
 /// Drops the headers of a response that must not be forwarded to the client, and returns the facts that Zap needs.

@@ -2,6 +2,8 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub(crate) mod accept;
+
 pub(crate) mod head;
 
 pub(crate) mod header_rules;
@@ -17,3 +19,5 @@ pub(crate) mod decode;
 pub(crate) mod coalesce;
 
 pub(crate) mod header_map_pool;
+
+pub(crate) mod trace_context;

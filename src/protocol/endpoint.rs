@@ -7,7 +7,7 @@
 //! `src/manual/api.md`, `src/manual/metrics.md` and README.md; `tests/cli/manual.rs` checks the manual.
 
 /// The beginning of the paths that SDKs have in their base URL.
-const VERSION: &str = "/v1";
+pub(super) const VERSION: &str = "/v1";
 
 /// An endpoint: the `endpoint` label of metrics and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +96,8 @@ pub(crate) struct Api {
     pub(crate) stream: StreamFormat,
     /// What can be known of an answer's tokens.
     pub(crate) metering: Metering,
+    /// The `gen_ai.operation.name` of OpenTelemetry; empty: the conventions have no word, the name in labels is it.
+    pub(crate) operation: &'static str,
     /// Whether a provider may store the answers, so that later requests refer to them by their ids.
     pub(crate) is_stored: bool,
 }
@@ -157,6 +159,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             needs_messages: true,
             stream: StreamFormat::Done,
             metering: Metering::Full,
+            operation: "chat",
             ..Api::at("/chat/completions")
         },
     ),
@@ -168,6 +171,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             has_default_model: true,
             metering: Metering::Full,
             is_stored: true,
+            operation: "chat",
             ..Api::at("/responses/compact")
         },
     ),
@@ -179,6 +183,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             has_default_model: true,
             stream: StreamFormat::Done,
             metering: Metering::Full,
+            operation: "text_completion",
             ..Api::at("/completions")
         },
     ),
@@ -198,7 +203,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
         Endpoint::Embeddings,
         "embeddings",
         &["/v1/embeddings"],
-        Api { metering: Metering::Input, ..Api::at("/embeddings") },
+        Api { metering: Metering::Input, operation: "embeddings", ..Api::at("/embeddings") },
     ),
     Row::page(Endpoint::Health, "health", &["/health"], Page::Health),
     Row::api(Endpoint::ImageEdits, "image_edits", &["/v1/images/edits"], Api::form("/images/edits")),
@@ -230,6 +235,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             needs_messages: true,
             stream: StreamFormat::Messages,
             metering: Metering::Full,
+            operation: "chat",
             ..Api::at("/messages")
         },
     ),
@@ -253,6 +259,7 @@ const TABLE: [Row; Endpoint::COUNT] = [
             stream: StreamFormat::Responses,
             metering: Metering::Full,
             is_stored: true,
+            operation: "chat",
             ..Api::at("/responses")
         },
     ),
@@ -317,6 +324,7 @@ impl Api {
             needs_messages: false,
             stream: StreamFormat::Plain,
             metering: Metering::Told,
+            operation: "",
             is_stored: false,
         }
     }
@@ -405,6 +413,17 @@ impl Endpoint {
         }
     }
 
+    /// What a request to the endpoint does, as OpenTelemetry says it.
+    pub(crate) fn operation(self) -> &'static str {
+        let operation = self.api().map_or("", |api| api.operation);
+        if operation.is_empty() { self.name() } else { operation }
+    }
+
+    /// The first of the paths, which stands for all of them; `None` if the path is unknown.
+    pub(crate) fn route(self) -> Option<&'static str> {
+        self.row().paths.first().copied()
+    }
+
     /// The protocol of the endpoint: it decides what an error looks like.
     pub(crate) fn protocol(self) -> Protocol {
         self.api().map_or(Protocol::default(), |api| api.protocol)
@@ -437,18 +456,6 @@ impl Endpoint {
 
 fn is_below_version(path: &str) -> bool {
     path.strip_prefix(VERSION).is_some_and(|rest| rest.starts_with('/'))
-}
-
-/// The resources that are the state of one provider: no other backend has them, so Zap serves none.
-const PROVIDER_STATE: [&str; 7] =
-    ["/assistants", "/batches", "/files", "/messages/batches", "/realtime", "/threads", "/vector_stores"];
-
-/// Whether a path that Zap does not serve belongs to the state of one provider.
-pub(crate) fn is_provider_state(path: &str) -> bool {
-    let path = path.strip_prefix(VERSION).unwrap_or(path);
-    let is_in =
-        |stem: &&str| path.strip_prefix(*stem).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    PROVIDER_STATE.iter().any(is_in)
 }
 
 #[cfg(test)]
@@ -513,18 +520,17 @@ mod tests {
     }
 
     #[test]
-    fn the_state_of_a_provider_is_known_by_its_path() {
-        for (path, want) in [
-            ("/v1/files", true),
-            ("/files/file-1/content", true),
-            ("/v1/realtime", true),
-            ("/v1/messages/batches/b", true),
-            ("/v1/filesystem", false),
-            ("/v1/other", false),
-            ("//", false),
+    fn operations_have_the_words_of_the_conventions() {
+        for (endpoint, want) in [
+            (Endpoint::Chat, "chat"),
+            (Endpoint::Messages, "chat"),
+            (Endpoint::Responses, "chat"),
+            (Endpoint::Completions, "text_completion"),
+            (Endpoint::Embeddings, "embeddings"),
+            (Endpoint::Rerank, "rerank"),
+            (Endpoint::StoredResponse, "stored_response"),
         ] {
-            assert_eq!(is_provider_state(path), want, "{path}");
-            assert_eq!(Endpoint::of(path), Endpoint::Other, "{path}");
+            assert_eq!(endpoint.operation(), want);
         }
     }
 }

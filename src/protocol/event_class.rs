@@ -82,6 +82,11 @@ pub(crate) fn read_event(format: StreamFormat, event: &[u8]) -> Said {
     Said { class, usage: UsageParts::of_usage(usage), text: text_length(format, &json), is_json: true }
 }
 
+/// The data of an event, if it is JSON.
+pub(crate) fn event_json(event: &[u8]) -> Option<Value> {
+    serde_json::from_slice(&Fields::of(event).data?).ok()
+}
+
 /// The fields of an event that Zap reads.
 #[derive(Debug, Default)]
 struct Fields<'e> {

@@ -39,6 +39,12 @@ pub(crate) mod answer_ids;
 
 pub(crate) mod answer_text;
 
+pub(crate) mod answer_notes;
+
+pub(crate) mod provider_name;
+
+pub(crate) mod provider_state;
+
 pub(crate) mod stored;
 
 pub(crate) mod null_member;

@@ -20,7 +20,7 @@ use crate::gateway::state::{Generation, Shared};
 use crate::server::first_checks::FirstChecks;
 use crate::server::setup::Options;
 use crate::server::watch::Watch;
-use crate::server::{listing, probe};
+use crate::server::{exporter, listing, probe};
 use crate::time::{MILLI, Nanos};
 use crate::upstream::Upstream;
 use crate::upstream::fleet::Snapshot;
@@ -146,6 +146,7 @@ async fn watch(shared: &Arc<Shared>, options: &Options) {
             tokio::select! {
                 () = watching => {}
                 () = each_second => {}
+                () = exporter::export(shared) => {}
                 () = files.run(shared) => {}
             }
         })
@@ -258,6 +259,10 @@ fn read_and_list(before: &Snapshot, files: &mut Files) -> Result<Snapshot, Strin
         config.admin.tls.clone_from(&before.config.admin.tls);
     }
     config.ledger.clone_from(&before.config.ledger);
+    if config.otlp == before.config.otlp {
+        // The connection to the collector stays open.
+        config.otlp.clone_from(&before.config.otlp);
+    }
     prepare(config, Some(before))
 }
 

@@ -5,6 +5,8 @@ pub(crate) mod worker;
 
 pub(crate) mod fleet;
 
+mod exporter;
+
 pub(crate) mod probe;
 
 mod listing;
@@ -131,7 +133,13 @@ pub(crate) async fn serve(
         "stop",
         if completed { "all requests finished" } else { "some requests were cut" },
     );
-    Ok(completed & fleet.join() & workers.into_iter().all(join))
+    let are_joined = workers.into_iter().fold(true, |all, worker| all & join(worker));
+    let left = shared.telemetry.traces.close(exporter::MAX_FLUSH).await;
+    if left > 0 {
+        let text = format!("{left} spans were not sent: the collector did not take them in time");
+        shared.telemetry.log.event("warn", "otlp", &text);
+    }
+    Ok(completed & fleet.join() & are_joined)
 }
 
 /// The worker with the fewest connections; `None` if no worker is alive.

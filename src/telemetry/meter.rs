@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, LazyLock};
 
+use crate::http1::trace_context::TraceId;
 use crate::policy::ratio::Lengths;
 use crate::protocol::endpoint::Metering;
 use crate::protocol::usage::Usage;
@@ -56,12 +57,14 @@ pub(crate) struct Used {
 
 impl Meter {
     /// Ends the metering at `now`, and counts what the answer used at its backend. `started`: when the request arrived.
-    /// Also returns the reservation, which is still open. `None` if nothing is known of the answer.
+    /// `exemplar`: its trace, and the present time. Also returns the reservation, which is still open. `None` if
+    /// nothing is known of the answer.
     pub(crate) fn settle(
         self,
         upstream: &Upstream,
         lane: &BackendLane,
         (started, now): (Nanos, Nanos),
+        exemplar: Option<(TraceId, u64)>,
     ) -> Option<(Used, Option<Box<BackendReservation>>)> {
         let Meter {
             key,
@@ -96,7 +99,7 @@ impl Meter {
             lane.usage_missing.add(1);
         }
         if let Some(first) = first_content {
-            lane.first_token.record(first.saturating_sub(started));
+            lane.first_token.record_traced(first.saturating_sub(started), exemplar);
             // The wait before a cut says nothing about the pace of the tokens.
             if is_whole && usage.output > 1 {
                 lane.per_output_token.record(now.saturating_sub(first) / (usage.output - 1));

@@ -10,12 +10,13 @@ use crate::clock;
 use crate::code::Code;
 use crate::config::Config;
 use crate::counter::{Counter, Histogram, OVERHEAD, REQUEST, Total};
+use crate::http1::trace_context::TraceId;
 use crate::policy::breaker::Status;
 use crate::policy::route::ConfiguredModel;
 use crate::protocol::Endpoint;
 use crate::telemetry::Telemetry;
 use crate::telemetry::clients::{ClientLane, Clients};
-use crate::telemetry::encode::Encoder;
+use crate::telemetry::encode::{Encoder, Format};
 use crate::telemetry::phase::Phase;
 use crate::telemetry::{tls_metrics, token_metrics};
 use crate::upstream::Upstream;
@@ -74,9 +75,9 @@ impl Lane {
         self.responses.count(endpoint, status);
     }
 
-    /// Records the total duration of a request.
-    pub(crate) fn record_duration(&self, endpoint: Endpoint, nanos: u64) {
-        self.durations[endpoint as usize].record(nanos);
+    /// Records the total duration of a request, with its trace and the present time, if it has one.
+    pub(crate) fn record_duration(&self, endpoint: Endpoint, nanos: u64, exemplar: Option<(TraceId, u64)>) {
+        self.durations[endpoint as usize].record_traced(nanos, exemplar);
     }
 
     /// Counts a request that Zap refused.
@@ -131,9 +132,9 @@ pub(crate) struct Scrape<'a> {
     pub known_ids: usize,
 }
 
-/// Encodes the text of `/metrics`.
-pub(crate) fn encode(scrape: &Scrape<'_>) -> String {
-    let mut e = Encoder::default();
+/// Encodes the text of `/metrics` in a format.
+pub(crate) fn encode(scrape: &Scrape<'_>, format: Format) -> String {
+    let mut e = Encoder::new(format);
     requests(&mut e, scrape);
     gateway(&mut e, scrape);
     clients(&mut e, scrape.clients);
@@ -283,6 +284,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
         let n = sum(lanes, |l| l.disconnects[phase as usize].get());
         e.sample("zap_client_disconnects_total", &[("phase", phase.name())], n);
     }
+    telemetry.traces.write(e);
     telemetry.reloads.write(e);
     tls_metrics::encode(e, scrape.config);
     e.family("zap_build_info", "gauge", "Always 1; the version is the label.");

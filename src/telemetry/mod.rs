@@ -1,4 +1,4 @@
-//! Metrics and logs. Each request has one [`RequestRecord`](record::RequestRecord), which feeds both.
+//! Metrics, logs and traces. Each request has one [`RequestRecord`](record::RequestRecord), which feeds both.
 
 pub(crate) mod record;
 
@@ -24,6 +24,8 @@ pub(crate) mod line;
 
 mod request_line;
 
+pub(crate) mod otlp;
+
 pub(crate) mod clients;
 
 pub(crate) mod meter;
@@ -46,6 +48,7 @@ use crate::telemetry::failures::Failures;
 use crate::telemetry::ledger::Ledger;
 use crate::telemetry::log::Log;
 use crate::telemetry::metrics::Lane;
+use crate::telemetry::otlp::queue::TraceQueue;
 use crate::telemetry::reloads::Reloads;
 use crate::time::Nanos;
 
@@ -62,6 +65,8 @@ pub(crate) struct Telemetry {
     pub ledger: Arc<Ledger>,
     /// The last failures.
     pub failures: Failures,
+    /// Finished traces.
+    pub traces: TraceQueue,
     /// Whether each request gets a log line.
     log_requests: AtomicBool,
     /// Whether requests of monitors get one, too.
@@ -78,6 +83,7 @@ impl Telemetry {
             log,
             ledger,
             failures: Failures::default(),
+            traces: TraceQueue::default(),
             log_requests: AtomicBool::new(config.log.requests),
             log_probes: AtomicBool::new(config.log.probes),
         })

@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 use crate::clock;
 use crate::code::Code;
 use crate::config::ANONYMOUS;
+use crate::http1::trace_context::TraceId;
 use crate::policy::limit::WindowStamp;
 use crate::policy::reservation::ClientReservation;
 use crate::protocol::Endpoint;
@@ -20,6 +21,7 @@ use crate::telemetry::failures::{Outcome, Seen};
 use crate::telemetry::ledger::table::{Amounts, Labels};
 use crate::telemetry::meter::{Meter, Used};
 use crate::telemetry::metrics::Side;
+use crate::telemetry::otlp::trace::Trace;
 use crate::telemetry::passed_over::PassedOver;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::tries::{LastTry, TryFault};
@@ -47,7 +49,7 @@ pub(crate) enum End {
 }
 
 impl End {
-    /// The name in the log.
+    /// The name in the log and in traces.
     pub(super) fn name(self) -> &'static str {
         match self {
             End::ClientGone => "client_gone",
@@ -106,6 +108,10 @@ pub(crate) struct RequestRecord {
     pub request_id: HeaderValue,
     /// The provider's id of the request that it responded to.
     pub upstream_request_id: Option<HeaderValue>,
+    /// The trace of the request; `None`: there are no traces.
+    pub trace: Option<Box<Trace>>,
+    /// The trace that exemplars name: one that is recorded, here or by the client.
+    pub exemplar: Option<TraceId>,
     /// The client that sent the request.
     pub caller: Caller,
     /// The model that the request names, if any.
@@ -167,6 +173,8 @@ impl RequestRecord {
             path,
             request_id,
             upstream_request_id: None,
+            trace: None,
+            exemplar: None,
             caller: Caller::Anonymous,
             model: None,
             stream: false,
@@ -196,6 +204,27 @@ impl RequestRecord {
         self.model.as_deref().unwrap_or_default()
     }
 
+    /// Puts the request into a trace.
+    pub(crate) fn set_trace(&mut self, trace: Box<Trace>) {
+        self.exemplar = trace.is_sampled().then_some(trace.trace_id);
+        self.trace = Some(trace);
+    }
+
+    /// The trace of the request, if it is recorded.
+    pub(crate) fn sampled_trace(&mut self) -> Option<&mut Trace> {
+        self.trace.as_deref_mut().filter(|trace| trace.is_sampled())
+    }
+
+    /// Whether the request is recorded as a trace.
+    pub(crate) fn is_traced(&self) -> bool {
+        self.trace.as_ref().is_some_and(|trace| trace.is_sampled())
+    }
+
+    /// What an exemplar needs: the trace, and the time in milliseconds since the Unix epoch.
+    pub(crate) fn exemplar(&self) -> Option<(TraceId, u64)> {
+        self.exemplar.map(|id| (id, clock::unix_millis()))
+    }
+
     /// The worker's telemetry.
     pub(crate) fn recorder(&self) -> &Rc<Recorder> {
         &self.recorder
@@ -222,8 +251,9 @@ impl RequestRecord {
         let (Some(meter), Some(backend)) = (self.meter.take(), &self.backend) else { return };
         let worker = self.recorder.worker;
         let now = clock::now();
-        let times = (self.started, now);
-        let Some((used, reservation)) = meter.settle(backend, &backend.lanes[worker], times) else { return };
+        let (times, exemplar) = ((self.started, now), self.exemplar());
+        let settled = meter.settle(backend, &backend.lanes[worker], times, exemplar);
+        let Some((used, reservation)) = settled else { return };
         let (lane, client) = self.client_lane();
         lane.spend(&TokenCount::new(&used.usage, used.cost), now);
         let labels = Labels { client, backend: backend.configured_name(), model: &used.label };
@@ -365,7 +395,10 @@ impl Drop for RequestRecord {
         if self.has_failed() {
             self.note_failure();
         }
-        lane.record_duration(self.endpoint, total);
+        lane.record_duration(self.endpoint, total, self.exemplar());
+        if let Some(trace) = self.trace.take() {
+            self.finish_trace(*trace, self.started + total);
+        }
         let Telemetry { log, log_probes, .. } = &*self.recorder.telemetry;
         // A refusal is logged in any case: it may be an attack, or a monitor without its key.
         let is_silent =

@@ -44,8 +44,12 @@ pub(crate) struct Roots {
 impl Roots {
     /// Loads the system's roots if any of `backends` uses TLS.
     pub(crate) fn load(backends: &[config::Backend]) -> Self {
+        Roots::if_needed(backends.iter().any(|b| b.url.https))
+    }
+
+    fn if_needed(is_needed: bool) -> Self {
         let mut system = RootCertStore::empty();
-        if backends.iter().any(|b| b.url.https) {
+        if is_needed {
             system.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         }
         Roots { system }
@@ -131,10 +135,7 @@ impl Connector {
     /// Returns a message if the backend's URL or its certificates are invalid.
     pub(crate) fn new(backend: &config::Backend, roots: &Roots) -> Result<Self, String> {
         let url = &backend.url;
-        let scheme = if url.https { "https" } else { "http" };
-        let to = format!("{scheme}://{}/", url.authority)
-            .parse()
-            .map_err(|_| "its host is not valid".to_owned())?;
+        let to = origin(url)?;
         let own_roots = match backend.ca_file.as_deref().filter(|_| url.https) {
             Some(path) => read_pem(path).map_err(|e| format!("ca_file cannot be read ({e})"))?,
             None => Vec::new(),
@@ -143,6 +144,18 @@ impl Connector {
         let tls = Tls { config: Arc::new(config), name: backend.server_name.clone() };
         let way = Way::new(Dialer::new(Resolver::system()), url, backend.proxy.as_ref())?;
         Ok(Connector { https: tls.connector(way.clone()), way, tls, to, own_roots: own_roots.into() })
+    }
+
+    /// Creates a connector to `url`, without a proxy, that trusts the roots of the system.
+    ///
+    /// # Errors
+    /// Returns a message if the URL is invalid.
+    pub(crate) fn direct(url: &config::BaseUrl) -> Result<Self, String> {
+        let to = origin(url)?;
+        let config = Roots::if_needed(url.https).config(&[], None)?;
+        let tls = Tls { config: Arc::new(config), name: None };
+        let way = Way::new(Dialer::new(Resolver::system()), url, None)?;
+        Ok(Connector { https: tls.connector(way.clone()), way, tls, to, own_roots: Arc::default() })
     }
 
     /// Creates a connector to the same backend that rotates through the addresses independently.
@@ -184,6 +197,13 @@ impl Connector {
         (status == StatusCode::PROXY_AUTHENTICATION_REQUIRED && self.way.is_forwarded())
             .then(Fault::proxy_credentials)
     }
+}
+
+/// The scheme and the authority of a URL.
+fn origin(url: &config::BaseUrl) -> Result<Uri, String> {
+    let scheme = if url.https { "https" } else { "http" };
+    let origin = format!("{scheme}://{}/", url.authority);
+    origin.parse().map_err(|_| "its host is not valid".to_owned())
 }
 
 /// Why a connection could not be opened.

@@ -10,6 +10,8 @@ pub(crate) mod fault;
 
 pub(crate) mod get;
 
+pub(crate) mod post;
+
 pub(crate) mod link;
 
 pub(crate) mod paths;

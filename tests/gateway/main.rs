@@ -65,6 +65,10 @@ mod models;
 
 mod observe;
 
+mod openmetrics;
+
+mod otlp;
+
 mod pipelining;
 
 mod providers;

@@ -43,7 +43,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         (
             "\"sk-CANARY\" = 1",
             "1: unknown key at the top level; must be one of `server`, `admin`, `queue`, `affinity`, `load_balancer`, \
-             `health`, `retry`, `timeouts`, `stream`, `rate_limit`, `log`, `reload`, `ledger`, `backends`, \
+             `health`, `retry`, `timeouts`, `stream`, `rate_limit`, `log`, `reload`, `ledger`, `otlp`, `backends`, \
              `models`, `client_keys`, `models_from`",
         ),
         ("\n[retries]\nx = 1", "2: unknown key `retries`; did you mean `retry`?"),

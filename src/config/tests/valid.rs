@@ -85,6 +85,11 @@ watch = true
 [ledger]
 path = "zap.db"
 
+[otlp]
+endpoint = "https://collector:4318"
+headers = { authorization = "sk-CANARY" }
+sample_ratio = 0.5
+
 [[client_keys]]
 name = "team"
 key = "sk-CANARY"
@@ -207,7 +212,7 @@ fn keys_that_are_not_set_have_their_defaults() {
     assert_eq!((c.stream.hold, c.stream.heartbeat), (secs(10), secs(30)));
     assert_eq!((c.rate_limit.requests_per_minute, c.rate_limit.tokens_per_minute), (None, None));
     assert!(!c.watch);
-    assert_eq!(c.ledger, None);
+    assert_eq!((&c.ledger, &c.otlp), (&None, &None));
     assert_eq!(c.rate_limit.max_keys, 100_000);
     assert!(c.log.requests);
     assert!(!c.log.probes);
@@ -360,6 +365,9 @@ fn every_key_is_read() {
     assert_eq!((other.tokens_per_minute, other.max_in_flight, other.budget), (None, None, None));
     assert!(c.watch);
     assert_eq!(c.ledger, Some(PathBuf::from("/nonexistent/zap.db")));
+    let otlp = c.otlp.as_ref().unwrap();
+    assert_eq!((&*otlp.url.authority, &*otlp.url.path), ("collector:4318", "/v1/traces"));
+    assert_eq!((otlp.headers.len(), otlp.sample_millionths), (1, 500_000));
     assert!(c.warnings.is_empty());
     assert!(!format!("{c:?}").contains("CANARY"));
 }

@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::protocol::answer_notes::AnswerNotes;
 use crate::protocol::edits::{Edit, Edits, edited};
 use crate::protocol::endpoint::StreamFormat;
-use crate::protocol::event_class::{Class, Said, error_body, mentions_error, read_event};
+use crate::protocol::event_class::{Class, Said, error_body, event_json, mentions_error, read_event};
 use crate::protocol::event_lines::{LOOK_BACK, end_of_event, end_of_last_event, is_line_end};
 use crate::protocol::event_shape::{Shape, null_usage};
 use crate::protocol::oversized_event::OversizedEvent;
@@ -70,6 +71,8 @@ pub(crate) struct EventStream {
     is_finished: bool,
     end: Option<StreamEnd>,
     early_error: Option<EarlyError>,
+    /// What the answer says of itself; `None`: nobody wants to know.
+    notes: Option<Box<AnswerNotes>>,
 }
 
 impl EventStream {
@@ -92,12 +95,23 @@ impl EventStream {
             is_finished: false,
             end: None,
             early_error: None,
+            notes: None,
         }
     }
 
     /// Takes `key` out of error events.
     pub(crate) fn without_key(self, key: Option<Arc<str>>) -> Self {
         EventStream { redactor: key.and_then(Redactor::new), ..self }
+    }
+
+    /// Notes what the answer says of itself, if `is_wanted`.
+    pub(crate) fn noting(self, is_wanted: bool) -> Self {
+        EventStream { notes: is_wanted.then(Box::default), ..self }
+    }
+
+    /// What the answer has said of itself so far.
+    pub(crate) fn notes(&self) -> Option<&AnswerNotes> {
+        self.notes.as_deref()
     }
 
     /// Reads the next chunk. Returns what may go out: the bytes up to the end of the last whole event, without the
@@ -306,6 +320,11 @@ impl EventStream {
     /// Reads an event with a parser. Returns the part of it that does not go out as it is.
     fn parse(&mut self, event: &[u8]) -> Option<Edit> {
         let said = read_event(self.format, event);
+        if let Some(notes) = &mut self.notes
+            && let Some(json) = event_json(event)
+        {
+            notes.read_event(self.format, &json);
+        }
         let is_behind = self.end.is_some();
         if !is_behind || self.hides_usage {
             self.note_usage(said.usage, said.class);

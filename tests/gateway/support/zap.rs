@@ -143,6 +143,12 @@ impl Zap {
         self.thread.take().unwrap().join().unwrap()
     }
 
+    /// Waits until Zap has stopped; returns all that it has logged.
+    pub(crate) fn log_at_end(mut self) -> String {
+        self.thread.take().unwrap().join().unwrap();
+        self.log()
+    }
+
     /// All samples of `/metrics`, by series.
     pub(crate) fn metrics(&self) -> HashMap<String, f64> {
         let text = self.client().get("/metrics");
