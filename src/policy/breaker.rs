@@ -352,8 +352,8 @@ impl Breaker {
         self.retries_key_at(now).into_iter().chain(trial).min()
     }
 
-    /// Returns when a backend that [`status`](Self::status) calls out may take a request again without a report, also if
-    /// it is out for each model in use; `None` if nothing says when.
+    /// Returns when a backend that [`status`](Self::status) calls out may take a request again without a report, also
+    /// if it is out for each model in use; `None` if nothing says when.
     pub(crate) fn retries_at(&self, now: Nanos) -> Option<Nanos> {
         match self.known_status(now) {
             Status::Healthy if self.pairs.are_out(now) => self.pairs.next_trial(now),

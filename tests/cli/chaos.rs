@@ -76,7 +76,7 @@ fn the_chaos_demo_prints_what_fails_and_keeps_the_provider_that_fails() {
         assert!(printed.contains(part), "{printed}");
     }
     assert!(printed.contains(&format!("curl -s http://{}/metrics | grep", demo.address)), "{printed}");
-    assert!(printed.contains(&format!("instead: http://{}/\n", demo.address)), "{printed}");
+    assert!(printed.contains(&format!("The page http://{}/ shows", demo.address)), "{printed}");
     // What was seen on the page: chaos failed, and another provider served the request.
     assert!(page.contains("<strong>chaos</strong>: ") && page.contains(" has served it"), "{page}");
 }
