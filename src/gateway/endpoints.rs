@@ -67,7 +67,7 @@ pub(crate) async fn metrics(shared: &Arc<Shared>) -> Result<ClientResponse, Gate
 async fn page(
     shared: &Arc<Shared>,
     page: CachedPage,
-    render: fn(&Shared) -> Bytes,
+    render: impl FnOnce(&Shared) -> Bytes + Send + 'static,
 ) -> Result<Bytes, GatewayError> {
     let of = shared.clone();
     shared.pages.text(page, move || render(&of)).await.ok_or(GatewayError::Internal)

@@ -29,9 +29,8 @@ pub(crate) enum CachedPage {
     StatusPage,
 }
 
-impl CachedPage {
-    const COUNT: usize = 3;
-}
+/// The number of pages.
+const PAGES: usize = CachedPage::StatusPage as usize + 1;
 
 /// The pages, with a cache that all workers share. They are rendered on a thread of their own, which begins with the
 /// first page that is asked for: a page of hundreds of backends takes tens of milliseconds, and a worker that renders
@@ -50,7 +49,7 @@ struct Queue {
 struct State {
     cache: PageCache,
     /// By page: who waits for it.
-    wanted: [Option<Wanted>; CachedPage::COUNT],
+    wanted: [Option<Wanted>; PAGES],
     /// The page that was rendered last: the others are next.
     last: usize,
     has_thread: bool,
@@ -75,7 +74,7 @@ struct PageCache {
     /// Render time of the current second.
     spent: Allowance,
     /// By page: when it was rendered, and its text.
-    last: [Option<(Nanos, Bytes)>; CachedPage::COUNT],
+    last: [Option<(Nanos, Bytes)>; PAGES],
 }
 
 /// How much the thread gives way to the workers (`nice`): on a busy core it has a tenth of their time, and a request
@@ -156,7 +155,7 @@ impl Queue {
 impl State {
     /// The next page that is wanted, in turn.
     fn next(&mut self) -> Option<(usize, Wanted)> {
-        let in_turn = (1..=CachedPage::COUNT).map(|i| (self.last + i) % CachedPage::COUNT);
+        let in_turn = (1..=PAGES).map(|i| (self.last + i) % PAGES);
         let page = in_turn.into_iter().find(|page| self.wanted[*page].is_some())?;
         self.last = page;
         Some((page, self.wanted[page].take()?))

@@ -54,8 +54,8 @@ impl Zap {
         let address = loop {
             let line = lines.next().expect("Zap ended before it listened").unwrap();
             match line.split_once("listening on ") {
-                // A listener with TLS says so behind its address.
-                Some((_, address)) => break address.split(' ').next().unwrap().parse().unwrap(),
+                // A listener with TLS says so behind its address, and a line of JSON ends behind it.
+                Some((_, address)) => break address.split([' ', '"']).next().unwrap().parse().unwrap(),
                 None => eprintln!("zap: {line}"),
             }
         };
