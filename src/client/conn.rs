@@ -10,48 +10,47 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{Interest, ReadBuf};
 
-use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL};
+use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL, time_to_begin};
 use crate::client::progress::Progress;
 use crate::client::reader::{Reader, Socket};
 use crate::client::stream::{ClientStream, has_data};
 use crate::clock;
-use crate::time::{Nanos, SECOND};
+use crate::time::Nanos;
 
-/// A head must be complete this long after the connection was accepted, or after its first byte.
-const HEAD_TIMEOUT: Nanos = 10 * SECOND;
+/// What is known of a connection when it begins.
+#[derive(Debug)]
+pub(crate) struct About {
+    /// The address of the client.
+    pub peer: IpAddr,
+    /// The common name of the certificate that the client has shown; it is verified.
+    pub common_name: Option<Box<str>>,
+    /// How long the connection may be idle.
+    pub keep_alive: Nanos,
+    /// Whether all regular connections are taken: only health checks are served here.
+    pub is_reserve: bool,
+}
 
 /// A client connection. hyper's I/O handle, the request and the response share it.
 #[derive(Debug)]
 pub(crate) struct Conn {
     pub(super) socket: Socket,
-    peer: IpAddr,
-    /// The common name of the certificate that the client has shown.
-    common_name: Option<Box<str>>,
+    about: About,
     /// The deadline of the current phase.
     pub deadline: Rc<Deadline>,
     deadlines: Rc<Deadlines>,
-    keep_alive: Nanos,
     reader: Reader,
     /// The response of the current exchange.
     pub(super) response: Progress,
 }
 
 impl Conn {
-    /// Wraps a new connection. `common_name`: that of the certificate that the client has shown. `keep_alive`: how long
-    /// the connection may be idle.
-    pub(crate) fn new(
-        (stream, peer): (ClientStream, IpAddr),
-        common_name: Option<Box<str>>,
-        deadlines: Rc<Deadlines>,
-        keep_alive: Nanos,
-    ) -> Rc<Self> {
+    /// Wraps a new connection.
+    pub(crate) fn new(stream: ClientStream, about: About, deadlines: Rc<Deadlines>) -> Rc<Self> {
         Rc::new(Conn {
             socket: RefCell::new(stream),
-            peer,
-            common_name,
-            deadline: deadlines.add(deadlines.coarse_now() + HEAD_TIMEOUT),
+            deadline: deadlines.add(deadlines.coarse_now() + time_to_begin(about.is_reserve)),
+            about,
             deadlines,
-            keep_alive,
             reader: Reader::new(),
             response: Progress::default(),
         })
@@ -59,12 +58,12 @@ impl Conn {
 
     /// The address of the client.
     pub(crate) fn peer(&self) -> IpAddr {
-        self.peer
+        self.about.peer
     }
 
     /// The common name of the certificate that the client has shown; it is verified.
     pub(crate) fn common_name(&self) -> Option<&str> {
-        self.common_name.as_deref()
+        self.about.common_name.as_deref()
     }
 
     /// The reason to refuse the head that hyper has just read; `None` if it is valid.
@@ -77,9 +76,15 @@ impl Conn {
         self.reader.has_page_headers()
     }
 
-    /// Whether the connection must close after the response, since the beginning of the next request is unknown.
+    /// Whether only health checks are served here, since all regular connections are taken.
+    pub(crate) fn is_reserve(&self) -> bool {
+        self.about.is_reserve
+    }
+
+    /// Whether the connection must close after the response: the beginning of the next request is unknown, or the
+    /// connection is of the reserve.
     pub(crate) fn must_close(&self) -> bool {
-        self.reader.is_in_body()
+        self.reader.is_in_body() || self.about.is_reserve
     }
 
     /// Whether hyper has a chunked body as a whole.
@@ -136,7 +141,7 @@ impl Conn {
     pub(crate) fn end_exchange(&self) {
         self.response.end();
         self.deadline.nudge_at(0);
-        self.deadline.set(self.coarse_now() + self.keep_alive);
+        self.deadline.set(self.coarse_now() + self.about.keep_alive);
         if self.reader.end_exchange() {
             // The next request is already buffered, so the socket will not wake hyper.
             self.deadline.wake();
@@ -199,7 +204,7 @@ impl Conn {
 
     /// Reads for hyper.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let head_begins = || self.deadline.set(self.coarse_now() + HEAD_TIMEOUT);
+        let head_begins = || self.deadline.set(self.coarse_now() + time_to_begin(self.about.is_reserve));
         self.reader.poll_read(&self.socket, cx, buf, head_begins)
     }
 }

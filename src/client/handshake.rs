@@ -13,16 +13,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
-use crate::client::deadline::{Deadline, Deadlines, Elapsed};
+use crate::client::deadline::{Deadline, Deadlines, Elapsed, time_to_begin};
 use crate::client::stream::{ClientStream, Wire, has_data};
 use crate::code::Code;
 use crate::config::common_name;
 use crate::protocol::endpoint::Protocol;
 use crate::protocol::error_body::ErrorBody;
 use crate::time::{Nanos, SECOND};
-
-/// A handshake must be complete this long after the connection was accepted.
-const HANDSHAKE_TIMEOUT: Nanos = 10 * SECOND;
 
 /// How long the input of a client that speaks plain HTTP is dropped, so that it can read the answer before a reset
 /// reaches it.
@@ -48,8 +45,8 @@ pub(crate) enum HandshakeError {
     Silent,
     /// Zap stops.
     Stopped,
-    /// The handshake took too long.
-    TimedOut,
+    /// The handshake took longer than this.
+    TimedOut(Nanos),
 }
 
 impl fmt::Display for HandshakeError {
@@ -61,9 +58,7 @@ impl fmt::Display for HandshakeError {
             }
             HandshakeError::Silent => f.write_str("the client sent nothing"),
             HandshakeError::Stopped => f.write_str("Zap stops"),
-            HandshakeError::TimedOut => {
-                write!(f, "it was not complete after {} s", HANDSHAKE_TIMEOUT / SECOND)
-            }
+            HandshakeError::TimedOut(limit) => write!(f, "it was not complete after {} s", limit / SECOND),
         }
     }
 }
@@ -76,17 +71,19 @@ pub(crate) struct Greeted {
     pub common_name: Option<Box<str>>,
 }
 
-/// Makes a TLS connection of `tcp`. `is_closing`: whether idle connections close.
+/// Makes a TLS connection of `tcp`. `is_reserve`: whether all regular connections are taken. `is_closing`: whether idle
+/// connections close.
 ///
 /// # Errors
 /// See [`HandshakeError`]. The connection is closed then.
 pub(crate) async fn accept(
-    tcp: TcpStream,
+    (tcp, is_reserve): (TcpStream, bool),
     tls: Arc<ServerConfig>,
     deadlines: &Deadlines,
     is_closing: impl Fn() -> bool,
 ) -> Result<Greeted, HandshakeError> {
-    let deadline = deadlines.add(deadlines.coarse_now() + HANDSHAKE_TIMEOUT);
+    let limit_of_time = time_to_begin(is_reserve);
+    let deadline = deadlines.add(deadlines.coarse_now() + limit_of_time);
     let first = poll_fn(|cx| {
         deadline.register(cx);
         let mut byte = [0];
@@ -115,7 +112,7 @@ pub(crate) async fn accept(
         match handshake.as_mut().poll(cx) {
             Poll::Pending if deadline.has_expired() => Poll::Ready(Err(match is_closing() {
                 true => HandshakeError::Stopped,
-                false => HandshakeError::TimedOut,
+                false => HandshakeError::TimedOut(limit_of_time),
             })),
             greeted => greeted.map_err(HandshakeError::Failed),
         }

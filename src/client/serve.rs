@@ -22,7 +22,7 @@ use tokio::net::TcpStream;
 
 use crate::client::body::{Body, Cut};
 use crate::client::client_io::ClientIo;
-use crate::client::conn::Conn;
+use crate::client::conn::{About, Conn};
 use crate::client::deadline::Deadlines;
 use crate::client::exchange::Exchange;
 use crate::client::future_pool::{FuturePool, Mailbox};
@@ -72,6 +72,16 @@ pub(crate) trait Service: 'static {
     fn is_closing(&self) -> bool;
 }
 
+/// A client that was accepted.
+#[derive(Debug)]
+pub(crate) struct NewClient {
+    pub tcp: TcpStream,
+    /// The address of the client.
+    pub peer: IpAddr,
+    /// Whether all regular connections are taken: only health checks are served here.
+    pub is_reserve: bool,
+}
+
 /// The input of a pooled future.
 pub(crate) type Job = (Request<Incoming>, Rc<Conn>);
 
@@ -92,15 +102,16 @@ pub(crate) struct Settings {
 /// # Errors
 /// The connection did not get through the handshake.
 pub(crate) async fn serve_tls<S: Service, F: Future>(
-    (tcp, peer): (TcpStream, IpAddr),
+    NewClient { tcp, peer, is_reserve }: NewClient,
     tls: Arc<ServerConfig>,
     settings: &Settings,
     gateway: Rc<S>,
     futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
 ) -> Result<(), HandshakeError> {
     let Greeted { stream, common_name } =
-        accept(tcp, tls, &settings.deadlines, || gateway.is_closing()).await?;
-    let conn = Conn::new((stream, peer), common_name, settings.deadlines.clone(), settings.keep_alive);
+        accept((tcp, is_reserve), tls, &settings.deadlines, || gateway.is_closing()).await?;
+    let about = About { peer, common_name, keep_alive: settings.keep_alive, is_reserve };
+    let conn = Conn::new(stream, about, settings.deadlines.clone());
     let grace = conn.coarse_now() + FIRST_REQUEST;
     conn.deadline.nudge_at(grace);
     serve_conn(conn, grace, gateway, futures).await;
@@ -109,13 +120,13 @@ pub(crate) async fn serve_tls<S: Service, F: Future>(
 
 /// Serves one plain connection until it ends.
 pub(crate) async fn serve<S: Service, F: Future>(
-    (tcp, peer): (TcpStream, IpAddr),
+    NewClient { tcp, peer, is_reserve }: NewClient,
     settings: &Settings,
     gateway: Rc<S>,
     futures: Rc<FuturePool<Job, ServiceResponse<S>, F>>,
 ) {
-    let client = (ClientStream::Plain(tcp), peer);
-    let conn = Conn::new(client, None, settings.deadlines.clone(), settings.keep_alive);
+    let about = About { peer, common_name: None, keep_alive: settings.keep_alive, is_reserve };
+    let conn = Conn::new(ClientStream::Plain(tcp), about, settings.deadlines.clone());
     serve_conn(conn, 0, gateway, futures).await;
 }
 

@@ -185,6 +185,9 @@ impl Gateway {
             return self.finish(response, record, &context);
         }
         if endpoint.is_guarded(path) {
+        if exchange.is_reserve() && !endpoint.is_health_check() {
+            return self.refuse(&GatewayError::TooManyConnections, record, &context);
+        }
             match caller::identify(self.shared(), &generation.clients, &head.headers, exchange.common_name())
             {
                 Ok(caller) => record.caller = caller,

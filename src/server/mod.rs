@@ -23,6 +23,8 @@ mod upgrade;
 
 mod listeners;
 
+pub(crate) mod seats;
+
 pub(crate) mod inherited;
 
 pub(crate) mod supervisor;
@@ -34,7 +36,6 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
 use crate::config::Config;
@@ -43,13 +44,15 @@ use crate::server::control::{Control, End, running};
 use crate::server::drain::Order;
 use crate::server::fleet::FleetThread;
 use crate::server::listeners::Listeners;
+use crate::server::seats::{RESERVE, Seats};
 use crate::server::setup::Setup;
 use crate::server::worker::Worker;
 use crate::upstream::connect::is_lack_of_files;
 use crate::upstream::proxy;
 
-/// Open files that Zap needs in addition to connections: runtimes, standard streams and the listener.
-const RESERVED_FILES: u64 = 32;
+/// Open files that Zap needs in addition to connections: runtimes, standard streams, the listener, and the reserve of
+/// connections.
+const RESERVED_FILES: u64 = 32 + RESERVE as u64;
 const FILES_PER_WORKER: u64 = 4;
 
 /// Least time between two log lines about failures to accept.
@@ -172,18 +175,18 @@ impl FileBudget {
     }
 }
 
-/// Accepts up to `max` clients at once and hands each to the worker with the fewest connections. Returns if no worker
-/// is alive.
+/// Accepts up to `max` clients at once, and the reserve, and hands each to the worker with the fewest connections.
+/// Returns if no worker is alive.
 async fn accept(shared: &Shared, listeners: &Listeners, workers: &[Worker], max: usize) {
-    let permits = Arc::new(Semaphore::new(max));
+    let seats = Seats::new(max);
     let mut last_logged: Option<Instant> = None;
     loop {
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Some(seat) = seats.free().await else { return };
         match listeners.accept().await {
             Ok((client, peer)) => {
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = least_loaded(workers) else { return };
-                worker.take(client, peer, Some(permit));
+                worker.take(client, peer, Some(seats.upgrade(seat)));
             }
             Err(e) if is_client_error(&e) => {}
             Err(e) => {

@@ -10,17 +10,17 @@ use std::thread::JoinHandle;
 
 use tokio::net::TcpStream;
 use tokio::runtime::{self, LocalOptions};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::handshake::HandshakeError;
 use crate::client::load::WorkerState;
-use crate::client::serve::{self, Settings};
+use crate::client::serve::{self, NewClient, Settings};
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
+use crate::server::seats::Seat;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
 
@@ -37,12 +37,12 @@ const HANDSHAKE_LOG_INTERVAL: Nanos = 10 * SECOND;
 /// The control thread's handle to a worker.
 #[derive(Debug)]
 pub(crate) struct Worker {
-    clients: UnboundedSender<NewClient>,
+    clients: UnboundedSender<Accepted>,
     load: Arc<WorkerState>,
     thread: JoinHandle<io::Result<()>>,
 }
 
-type NewClient = (std::net::TcpStream, IpAddr, Option<OwnedSemaphorePermit>);
+type Accepted = (std::net::TcpStream, IpAddr, Option<Seat>);
 
 impl Worker {
     /// Starts worker number `id`. Once the worker has `upstreams` upstream connections, it closes idle ones before it
@@ -75,15 +75,10 @@ impl Worker {
         self.clients.is_closed()
     }
 
-    /// Hands a client to the worker. `permit`, if there is one, is released when the connection ends.
-    pub(crate) fn take(
-        &self,
-        client: std::net::TcpStream,
-        peer: IpAddr,
-        permit: Option<OwnedSemaphorePermit>,
-    ) {
+    /// Hands a client to the worker. `seat`, if there is one, is free again when the connection ends.
+    pub(crate) fn take(&self, client: std::net::TcpStream, peer: IpAddr, seat: Option<Seat>) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
-        if self.clients.send((client, peer, permit)).is_err() {
+        if self.clients.send((client, peer, seat)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -159,7 +154,7 @@ fn run(
     id: usize,
     shared: Arc<Shared>,
     load: Arc<WorkerState>,
-    inbox: UnboundedReceiver<NewClient>,
+    inbox: UnboundedReceiver<Accepted>,
 ) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
@@ -175,7 +170,7 @@ async fn serve(
     id: usize,
     shared: Arc<Shared>,
     load: Arc<WorkerState>,
-    mut inbox: UnboundedReceiver<NewClient>,
+    mut inbox: UnboundedReceiver<Accepted>,
 ) {
     let deadlines = Rc::new(Deadlines::default());
     deadlines.sweep();
@@ -193,18 +188,19 @@ async fn serve(
     while open || load.connections.load(Ordering::Relaxed) > 0 {
         tokio::select! {
             client = inbox.recv(), if open => match client {
-                Some((client, peer, permit)) => {
+                Some((client, peer, seat)) => {
                     let counted = Counted(load.clone());
                     if let Ok(client) = TcpStream::from_std(client) {
                         let tls = gateway.current().config.tls.as_ref().map(|tls| tls.rustls.clone());
                         let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {
-                            let _held = (counted, permit);
+                            let is_reserve = seat.as_ref().is_some_and(Seat::is_reserve);
+                            let _held = (counted, seat);
+                            let client = NewClient { tcp: client, peer, is_reserve };
                             let Some(tls) = tls else {
-                                return serve::serve((client, peer), &settings, gateway, futures).await;
+                                return serve::serve(client, &settings, gateway, futures).await;
                             };
-                            let client = (client, peer);
                             // In a box, so that the task of a plain connection stays small.
                             let serving = Box::pin(serve::serve_tls(client, tls, &settings, gateway, futures));
                             if let Err(error) = serving.await {
