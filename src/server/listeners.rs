@@ -5,10 +5,18 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+use socket2::SockRef;
 use tokio::net;
 
 /// The address that stands for a client of the unix socket: it runs on this machine.
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// Bytes that the kernel takes of a response before they can be sent: a client that reads slowly costs as much. What is
+/// on its way is not limited, so that a distant client gets all that its connection can carry.
+const MAX_UNSENT: u32 = 32 * 1024;
+
+/// Send buffer of a connection of the unix socket; the kernel takes twice as much for its own data.
+const UNIX_SEND_BUFFER: usize = 64 * 1024;
 
 /// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
 type Client = (TcpStream, IpAddr);
@@ -28,6 +36,9 @@ impl Listeners {
     pub(crate) fn new(tcp: Option<TcpListener>, unix: Option<UnixListener>) -> io::Result<Self> {
         let into_tcp = |listener: TcpListener| {
             listener.set_nonblocking(true)?;
+            // Its connections inherit it. A system without the option serves slow readers with more memory.
+            #[cfg(target_os = "linux")]
+            let _ = SockRef::from(&listener).set_tcp_notsent_lowat(MAX_UNSENT);
             net::TcpListener::from_std(listener)
         };
         let into_unix = |listener: UnixListener| {
@@ -85,5 +96,6 @@ async fn accept_tcp(listener: &net::TcpListener) -> io::Result<Client> {
 
 async fn accept_unix(listener: &net::UnixListener) -> io::Result<Client> {
     let (client, _) = listener.accept().await?;
+    let _ = SockRef::from(&client).set_send_buffer_size(UNIX_SEND_BUFFER);
     Ok((OwnedFd::from(client.into_std()?).into(), LOCAL))
 }

@@ -12,6 +12,8 @@ pub(crate) mod get;
 
 pub(crate) mod link;
 
+mod receive_window;
+
 pub(crate) mod paths;
 
 pub(crate) mod resolver;
