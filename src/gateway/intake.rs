@@ -15,7 +15,7 @@ use crate::client::exchange::Exchange;
 use crate::client::load::Upload;
 use crate::clock;
 use crate::gateway::Gateway;
-use crate::gateway::buffered::BodyHold;
+use crate::gateway::buffered::MemoryHold;
 use crate::gateway::refusal::GatewayError;
 use crate::http1::headers::is_encoded;
 use crate::json::members::{Affinity, Fields, ScanError, Watch};
@@ -138,7 +138,7 @@ impl BodyReader<'_> {
         &self,
         mut body: impl http_body::Body<Data = Bytes> + Unpin,
         api: &Api,
-        (record, hold): (&mut RequestRecord, &mut BodyHold),
+        (record, hold): (&mut RequestRecord, &mut MemoryHold),
     ) -> Result<(ChatRequest, Option<Upload>), GatewayError> {
         let max = self.gateway.server().max_body_bytes;
         let mut scanner = BodyScanner::new(api.body, self.headers, self.watch)?;

@@ -76,7 +76,7 @@ use crate::client::serve::Service;
 use crate::clock;
 use crate::config::Server;
 use crate::gateway::attempt::Attempts;
-use crate::gateway::buffered::{BodyHold, Buffered};
+use crate::gateway::buffered::{Buffered, MemoryHold};
 use crate::gateway::endpoints::ModelLists;
 use crate::gateway::intake::BodyReader;
 use crate::gateway::limit_error::LimitError;
@@ -292,7 +292,7 @@ impl Gateway {
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let watch = generation.watch(api);
             let reader = BodyReader { gateway: self, exchange, watch, headers: &head.headers };
-            let mut hold = BodyHold::new(self.clone());
+            let mut hold = MemoryHold::new(self.clone());
             let (chat, upload) = reader.read(body, api, (&mut record, &mut hold)).await?;
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };

@@ -14,6 +14,7 @@ use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
+use crate::gateway::buffered::MemoryHold;
 use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
@@ -153,7 +154,8 @@ impl Attempts<'_> {
     fn keep(&mut self, mut response: OpenedResponse) -> Box<KeptResponse> {
         // The next try may need a permit of the same backend.
         response.in_flight.release();
-        Box::new(KeptResponse { response, number: self.record.tries })
+        let hold = response.first.as_ref().map(|first| MemoryHold::of(self.gateway, first.len()));
+        Box::new(KeptResponse { response, number: self.record.tries, _hold: hold })
     }
 
     /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle
