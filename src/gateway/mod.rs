@@ -29,6 +29,7 @@ pub(crate) mod relay;
 pub(crate) mod ask;
 
 pub(crate) mod buffered;
+mod chunk_buffer;
 mod held;
 pub(crate) mod history;
 pub(crate) mod learned_ids;
@@ -184,10 +185,10 @@ impl Gateway {
         if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
             return self.finish(response, record, &context);
         }
-        if endpoint.is_guarded(path) {
         if exchange.is_reserve() && !endpoint.is_health_check() {
             return self.refuse(&GatewayError::TooManyConnections, record, &context);
         }
+        if endpoint.is_guarded(path) {
             match caller::identify(self.shared(), &generation.clients, &head.headers, exchange.common_name())
             {
                 Ok(caller) => record.caller = caller,
