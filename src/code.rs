@@ -61,6 +61,7 @@ codes! {
     RequestTooLargeForLimit "request_too_large_for_limit",
     ResponseNotFound "response_not_found",
     StreamInterrupted "stream_interrupted",
+    TooManyConnections "too_many_connections",
     UnknownUrl "unknown_url",
     UnsupportedContentEncoding "unsupported_content_encoding",
     UpgradeRequired "upgrade_required",

@@ -9,16 +9,13 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{Interest, ReadBuf};
 
-use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL};
+use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL, time_to_begin};
 use crate::client::peer::Peer;
 use crate::client::progress::Progress;
 use crate::client::reader::{Reader, Socket};
 use crate::client::stream::{ClientStream, has_data};
 use crate::clock;
 use crate::time::{Nanos, SECOND};
-
-/// A head must be complete this long after the connection was accepted, or after its first byte.
-const HEAD_TIMEOUT: Nanos = 10 * SECOND;
 
 /// How long the input of a connection is dropped at its end, so that the client can read the response before a reset
 /// reaches it.
@@ -59,9 +56,9 @@ impl Conn {
         let deadlines = settings.deadlines.clone();
         Rc::new(Conn {
             socket: RefCell::new(stream),
+            deadline: deadlines.add(deadlines.coarse_now() + time_to_begin(peer.is_reserve)),
             peer,
             common_name,
-            deadline: deadlines.add(deadlines.coarse_now() + HEAD_TIMEOUT),
             deadlines,
             keep_alive: settings.keep_alive,
             reader: Reader::new(),
@@ -89,9 +86,15 @@ impl Conn {
         self.reader.has_page_headers()
     }
 
-    /// Whether the connection must close after the response, since the beginning of the next request is unknown.
+    /// Whether only health checks are served here, since all regular connections are taken.
+    pub(crate) fn is_reserve(&self) -> bool {
+        self.peer.is_reserve
+    }
+
+    /// Whether the connection must close after the response: the beginning of the next request is unknown, or the
+    /// connection is of the reserve.
     pub(crate) fn must_close(&self) -> bool {
-        self.reader.is_in_body()
+        self.reader.is_in_body() || self.peer.is_reserve
     }
 
     /// Whether hyper has a chunked body as a whole.
@@ -211,7 +214,7 @@ impl Conn {
 
     /// Reads for hyper.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let head_begins = || self.deadline.set(self.coarse_now() + HEAD_TIMEOUT);
+        let head_begins = || self.deadline.set(self.coarse_now() + time_to_begin(self.peer.is_reserve));
         self.reader.poll_read(&self.socket, cx, buf, head_begins)
     }
 }

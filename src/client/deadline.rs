@@ -19,6 +19,17 @@ pub(crate) const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// A sweep that is this late shows that the process was stopped, together with all work that the deadlines limit.
 const STOPPED: Nanos = SECOND;
 
+/// Time for a head, from its first byte or from the accept, and for a handshake.
+const BEGIN: Nanos = 10 * SECOND;
+
+/// The same on a connection of the reserve, which the next health check needs.
+const RESERVE_BEGIN: Nanos = 2 * SECOND;
+
+/// How long a client may take for a handshake or for a head. `is_reserve`: all regular connections are taken.
+pub(super) fn time_to_begin(is_reserve: bool) -> Nanos {
+    if is_reserve { RESERVE_BEGIN } else { BEGIN }
+}
+
 /// A deadline has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Elapsed;

@@ -117,7 +117,12 @@ impl Exchange {
         self.0.has_page_headers()
     }
 
-    /// Whether the connection must close after the response, since the beginning of the next request is unknown.
+    /// Whether only health checks are served on the connection, since all regular connections are taken.
+    pub(crate) fn is_reserve(&self) -> bool {
+        self.0.is_reserve()
+    }
+
+    /// Whether the connection must close after the response.
     pub(crate) fn must_close(&self) -> bool {
         self.0.must_close()
     }

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
 use crate::client::conn::{Conn, LINGER, Settings};
+use crate::client::deadline::time_to_begin;
 use crate::client::peer::Peer;
 use crate::client::stream::{ClientStream, Wire, has_data};
 use crate::code::Code;
@@ -21,9 +22,6 @@ use crate::config::common_name;
 use crate::protocol::endpoint::Protocol;
 use crate::protocol::error_body::ErrorBody;
 use crate::time::{Nanos, SECOND};
-
-/// A handshake must be complete this long after the connection was accepted.
-const HANDSHAKE_TIMEOUT: Nanos = 10 * SECOND;
 
 /// Most bytes that are dropped of what a client sends in plain HTTP.
 const MAX_DISCARD: usize = 1 << 20;
@@ -41,8 +39,8 @@ pub(crate) enum HandshakeError {
     Failed(io::Error),
     /// The client has sent plain HTTP, and has got a 400.
     PlainHttp,
-    /// The handshake took too long.
-    TimedOut,
+    /// The handshake took longer than this.
+    TimedOut(Nanos),
     /// The client has sent nothing, or Zap stops: no fault of anyone.
     Unfinished,
 }
@@ -63,9 +61,7 @@ impl fmt::Display for HandshakeError {
             HandshakeError::PlainHttp => {
                 f.write_str("the client speaks plain HTTP, and this port speaks TLS")
             }
-            HandshakeError::TimedOut => {
-                write!(f, "it was not complete after {} s", HANDSHAKE_TIMEOUT / SECOND)
-            }
+            HandshakeError::TimedOut(limit) => write!(f, "it was not complete after {} s", limit / SECOND),
             HandshakeError::Unfinished => f.write_str("the client sent nothing, or Zap stops"),
         }
     }
@@ -82,7 +78,8 @@ pub(super) async fn accept(
     is_closing: impl Fn() -> bool,
 ) -> Result<Rc<Conn>, HandshakeError> {
     let deadlines = &settings.deadlines;
-    let deadline = deadlines.add(deadlines.coarse_now() + HANDSHAKE_TIMEOUT);
+    let limit = time_to_begin(peer.is_reserve);
+    let deadline = deadlines.add(deadlines.coarse_now() + limit);
     let first = poll_fn(|cx| {
         deadline.register(cx);
         let mut byte = [0];
@@ -111,7 +108,7 @@ pub(super) async fn accept(
         match handshake.as_mut().poll(cx) {
             Poll::Pending if deadline.has_expired() => Poll::Ready(Err(match is_closing() {
                 true => HandshakeError::Unfinished,
-                false => HandshakeError::TimedOut,
+                false => HandshakeError::TimedOut(limit),
             })),
             greeted => greeted.map_err(HandshakeError::Failed),
         }

@@ -2,6 +2,7 @@
 //! error. [`crate::gateway::one_try`] runs a single try.
 
 use std::borrow::Cow;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
@@ -19,6 +20,7 @@ use crate::code::Code;
 use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::gateway::backend_queue::{BackendQueues, Wait, latest_opening, refusal};
+use crate::gateway::buffered::MemoryHold;
 use crate::gateway::intake::ChatRequest;
 use crate::gateway::limit_error::LimitError;
 use crate::gateway::refusal::GatewayError;
@@ -100,12 +102,14 @@ pub(crate) struct KeptResponse {
     pub number: u32,
     /// Its try, for the log.
     pub last_try: Option<LastTry>,
+    /// The memory of what has been read of it; `None` if nothing has.
+    pub _hold: Option<MemoryHold>,
 }
 
 /// The tries of one request.
 pub(crate) struct Attempts<'a> {
     /// The worker's gateway.
-    pub gateway: &'a Gateway,
+    pub gateway: &'a Rc<Gateway>,
     /// The exchange on the client connection, for time limits.
     pub exchange: &'a Exchange,
     /// The head of the client's request.
@@ -339,7 +343,7 @@ impl Attempts<'_> {
 
     /// Delivers the response of a failed try. A 429 gets the time after which a target reopens as `Retry-After`.
     fn deliver_kept(&mut self, kept: KeptResponse, slot: Option<Permit>) -> Delivery {
-        let KeptResponse { mut response, number, last_try } = kept;
+        let KeptResponse { mut response, number, last_try, .. } = kept;
         let headers = &mut response.head.headers;
         if response.head.status == StatusCode::TOO_MANY_REQUESTS {
             let secs = retry_after_secs(self.time_to_reopen().min(MAX_RETRY_AFTER));

@@ -71,7 +71,7 @@ pub(crate) fn check(
     endpoint: Endpoint,
     must_check_origin: bool,
 ) -> Result<(), SiteRefusal> {
-    if matches!(endpoint, Endpoint::Health | Endpoint::Ready) {
+    if endpoint.is_health_check() {
         Ok(())
     } else if !server.allowed_hosts.allow(headers) {
         Err(SiteRefusal::Host)

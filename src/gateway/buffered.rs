@@ -1,4 +1,5 @@
-//! The memory that request bodies take: at the bound, Zap stops reading bodies, and then refuses the newest.
+//! The memory that requests take: their bodies, and the beginnings of responses that are held back. At the bound, Zap
+//! stops reading bodies, and then refuses the newest; and it holds back no more of a response.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -20,7 +21,7 @@ const NEXT: Nanos = SECOND;
 pub(super) type Buffered = RefCell<WorkerBytes>;
 
 /// The bytes that a request holds. Dropping it gives them back.
-pub(crate) struct BodyHold {
+pub(crate) struct MemoryHold {
     gateway: Rc<Gateway>,
     held: u64,
 }
@@ -31,10 +32,18 @@ struct Waiter<'a> {
     number: u64,
 }
 
-impl BodyHold {
+impl MemoryHold {
     /// A hold on no bytes.
     pub(super) fn new(gateway: Rc<Gateway>) -> Self {
-        BodyHold { gateway, held: 0 }
+        MemoryHold { gateway, held: 0 }
+    }
+
+    /// A hold on `length` bytes that are in memory already, even if they are not left.
+    pub(super) fn of(gateway: &Rc<Gateway>, length: usize) -> Self {
+        let mut hold = MemoryHold::new(gateway.clone());
+        gateway.shared().buffers.force(&mut gateway.buffered.borrow_mut(), length as u64);
+        hold.count(length as u64);
+        hold
     }
 
     /// Takes `n` more bytes. Waits while they are not left; the body is not read meanwhile. Returns how long it waited.
@@ -69,18 +78,26 @@ impl BodyHold {
         }
     }
 
+    /// Takes what is missing to `n` bytes. Returns `false` if that is not left.
+    pub(super) fn reach(&mut self, n: u64) -> bool {
+        n <= self.held || self.try_grow(n - self.held)
+    }
+
     fn try_grow(&mut self, n: u64) -> bool {
-        let mut worker = self.gateway.buffered.borrow_mut();
-        let is_taken = self.gateway.shared().buffers.take(&mut worker, n);
+        let is_taken = self.gateway.shared().buffers.take(&mut self.gateway.buffered.borrow_mut(), n);
         if is_taken {
-            self.held += n;
-            self.gateway.recorder().lane().buffered.add(n);
+            self.count(n);
         }
         is_taken
     }
+
+    fn count(&mut self, n: u64) {
+        self.held += n;
+        self.gateway.recorder().lane().buffered.add(n);
+    }
 }
 
-impl Drop for BodyHold {
+impl Drop for MemoryHold {
     fn drop(&mut self) {
         if self.held == 0 {
             return;

@@ -70,6 +70,8 @@ pub(crate) enum GatewayError {
     RequestTimeout,
     /// The body is larger than the limit; the limit, in bytes.
     TooLarge(u64),
+    /// All regular connections are taken, and the request is no health check.
+    TooManyConnections,
     /// No target of the model speaks the protocol of the endpoint; the name of the protocol's API.
     NotSpoken(&'static str),
     /// The path belongs to the state of one provider.

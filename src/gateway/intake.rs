@@ -4,18 +4,18 @@ use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::Pin;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderMap, HeaderValue};
 use memchr::memmem;
 use serde_json::Value;
-use smallvec::SmallVec;
 use xxhash_rust::xxh64::Xxh64;
 
 use crate::client::exchange::Exchange;
 use crate::client::load::Upload;
 use crate::clock;
 use crate::gateway::Gateway;
-use crate::gateway::buffered::BodyHold;
+use crate::gateway::buffered::MemoryHold;
+use crate::gateway::chunk_buffer::{ChunkBuffer, Chunks};
 use crate::gateway::refusal::GatewayError;
 use crate::http1::headers::is_encoded;
 use crate::json::members::{Affinity, Fields, ScanError, Watch};
@@ -31,15 +31,8 @@ use crate::time::{Nanos, SECOND};
 const STALL_TIMEOUT: Nanos = 30 * SECOND;
 const MIN_PROGRESS: usize = 1024;
 
-/// Chunks smaller than this are copied into a shared buffer, except the first. A chunk keeps the whole read buffer that
-/// it points into alive, so a body sent byte by byte would take much more memory than one sent at once.
-const SMALL_CHUNK: usize = 4096;
-
 /// Longest `metadata` that is read, in bytes.
 const MAX_METADATA: u64 = 16 * 1024;
-
-/// The chunks of a body: usually one.
-pub(crate) type Chunks = SmallVec<[Bytes; 1]>;
 
 /// A request to a backend: its body in chunks, and the result of the scan.
 #[derive(Debug)]
@@ -138,12 +131,12 @@ impl BodyReader<'_> {
         &self,
         mut body: impl http_body::Body<Data = Bytes> + Unpin,
         api: &Api,
-        (record, hold): (&mut RequestRecord, &mut BodyHold),
+        (record, hold): (&mut RequestRecord, &mut MemoryHold),
     ) -> Result<(ChatRequest, Option<Upload>), GatewayError> {
         let max = self.gateway.server().max_body_bytes;
         let mut scanner = BodyScanner::new(api.body, self.headers, self.watch)?;
         let mut upload = None;
-        let mut chunks = ChunkBuffer::default();
+        let mut chunks = ChunkBuffer::of_length(body.size_hint().exact());
         // `checked`: the length at the last time that the body had made progress.
         let (mut length, mut checked) = (0u64, 0u64);
         let mut until = self.exchange.coarse_now() + STALL_TIMEOUT;
@@ -288,42 +281,6 @@ impl ChatRequest {
     }
 }
 
-/// Collects the chunks of a body, and merges small ones.
-#[derive(Default)]
-struct ChunkBuffer {
-    done: Chunks,
-    /// Small chunks, which are not yet in `done`.
-    small: BytesMut,
-}
-
-impl ChunkBuffer {
-    fn push(&mut self, chunk: Bytes) {
-        if chunk.is_empty() {
-            return;
-        }
-        if self.done.is_empty() && self.small.is_empty() || chunk.len() >= SMALL_CHUNK {
-            self.flush();
-            self.done.push(chunk);
-            return;
-        }
-        self.small.extend_from_slice(&chunk);
-        if self.small.len() >= 4 * SMALL_CHUNK {
-            self.flush();
-        }
-    }
-
-    fn flush(&mut self) {
-        if !self.small.is_empty() {
-            self.done.push(self.small.split().freeze());
-        }
-    }
-
-    fn finish(mut self) -> Chunks {
-        self.flush();
-        self.done
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -395,22 +352,5 @@ mod tests {
             headers.insert(name, HeaderValue::from_static(value));
             assert_eq!(check_head(&headers, 10), want, "{name}: {value}");
         }
-    }
-
-    #[test]
-    fn a_body_sent_byte_by_byte_is_kept_in_few_chunks_and_in_order() {
-        let mut chunks = ChunkBuffer::default();
-        let body: Vec<u8> = (0..200_000u32).map(|i| i as u8).collect();
-        body[..100_000].iter().for_each(|b| chunks.push(Bytes::copy_from_slice(&[*b])));
-        chunks.push(Bytes::copy_from_slice(&body[100_000..110_000]));
-        body[110_000..].iter().for_each(|b| chunks.push(Bytes::copy_from_slice(&[*b])));
-        let done = chunks.finish();
-        // The first chunk, the large chunk, and the merged chunks before and after the large one.
-        assert_eq!(
-            done.len(),
-            2 + 99_999usize.div_ceil(4 * SMALL_CHUNK) + 90_000usize.div_ceil(4 * SMALL_CHUNK)
-        );
-        assert!(done[1..].iter().all(|chunk| chunk.len() <= 4 * SMALL_CHUNK));
-        assert_eq!(done.concat(), body);
     }
 }

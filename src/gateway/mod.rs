@@ -31,6 +31,7 @@ pub(crate) mod relay;
 pub(crate) mod ask;
 
 pub(crate) mod buffered;
+mod chunk_buffer;
 mod held;
 pub(crate) mod history;
 pub(crate) mod learned_ids;
@@ -82,7 +83,7 @@ use crate::clock;
 use crate::config::Server;
 use crate::gateway::access::Visitor;
 use crate::gateway::attempt::Attempts;
-use crate::gateway::buffered::{BodyHold, Buffered};
+use crate::gateway::buffered::{Buffered, MemoryHold};
 use crate::gateway::endpoints::ModelLists;
 use crate::gateway::intake::BodyReader;
 use crate::gateway::limit_error::LimitError;
@@ -198,6 +199,9 @@ impl Gateway {
         if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
             return self.finish(response, record, &context);
         }
+        if exchange.is_reserve() && !endpoint.is_health_check() {
+            return self.refuse(&GatewayError::TooManyConnections, record, &context);
+        }
         let (shared, headers) = (self.shared(), &head.headers);
         let visitor = Visitor { shared, generation: &generation, headers, exchange };
         match visitor.check(endpoint, path, endpoint == Endpoint::Root && status_page::is_wanted(headers)) {
@@ -306,7 +310,7 @@ impl Gateway {
             intake::check_head(&head.headers, self.server.max_body_bytes)?;
             let watch = generation.watch(api);
             let reader = BodyReader { gateway: self, exchange, watch, headers: &head.headers };
-            let mut hold = BodyHold::new(self.clone());
+            let mut hold = MemoryHold::new(self.clone());
             let (chat, upload) = reader.read(body, api, (&mut record, &mut hold)).await?;
             // The clock of the request starts once its body is whole; an upload has limits of its own.
             let began = if upload.is_some() { clock::now() } else { record.started };

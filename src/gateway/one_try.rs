@@ -11,6 +11,7 @@ use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::attempt::{Attempts, KeptResponse, OpenedResponse};
+use crate::gateway::buffered::MemoryHold;
 use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
@@ -160,7 +161,8 @@ impl Attempts<'_> {
         // The next try may need a permit of the same backend.
         response.in_flight.release();
         let (number, last_try) = (self.record.tries, self.record.last_try.take());
-        Box::new(KeptResponse { response, number, last_try })
+        let hold = response.first.as_ref().map(|first| MemoryHold::of(self.gateway, first.len()));
+        Box::new(KeptResponse { response, number, last_try, _hold: hold })
     }
 
     /// Sends the request and waits for the head of the response. Sends it again on a new connection if an idle

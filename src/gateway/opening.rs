@@ -4,6 +4,7 @@
 //! body is read as a whole, since it may be an error in spite of its status.
 
 use std::future::poll_fn;
+use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -15,6 +16,7 @@ use crate::clock;
 use crate::code::Code;
 use crate::gateway::Gateway;
 use crate::gateway::attempt::Attempts;
+use crate::gateway::buffered::MemoryHold;
 use crate::gateway::held::Held;
 use crate::gateway::state::Generation;
 use crate::http1::headers::ResponseFacts;
@@ -112,7 +114,7 @@ impl From<Problem> for Unopened {
 /// The parts of a request that a wait for a backend uses.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
-    pub(super) gateway: &'a Gateway,
+    pub(super) gateway: &'a Rc<Gateway>,
     pub(super) exchange: &'a Exchange,
     pub(super) snapshot: &'a Generation,
     pub(super) ask: &'a Ask<'a>,
@@ -179,7 +181,7 @@ impl Attempts<'_> {
             ask: &self.ask,
             dispatch: &self.dispatch,
         };
-        BodyStart { place, lease, asked, deadline: self.deadline, may_move: true }
+        BodyStart { place, lease, asked, deadline: self.deadline, may_move: true, hold: None }
     }
 
     /// Reads the body of an error that may say how long to wait, why the key is refused, or what is not there. `None`
@@ -288,9 +290,18 @@ struct BodyStart<'a> {
     deadline: Nanos,
     /// Whether the request goes to another target if this one is ejected: not while an answer is on its way.
     may_move: bool,
+    /// The memory of what is held back; `None` if nothing is.
+    hold: Option<MemoryHold>,
 }
 
 impl BodyStart<'_> {
+    /// Takes the memory to hold `length` bytes back while more is read. Returns `false` if it is not left: what has
+    /// come must go out then.
+    fn may_hold(&mut self, length: usize) -> bool {
+        let hold = self.hold.get_or_insert_with(|| MemoryHold::new(self.place.gateway.clone()));
+        hold.reach(length as u64)
+    }
+
     /// Reads a frame until `at`; `None` at the end of the body.
     async fn frame(&mut self, at: Nanos) -> Result<Option<Bytes>, Problem> {
         if self.lease.link.is_end() {
@@ -307,11 +318,14 @@ impl BodyStart<'_> {
     }
 
     /// Reads the rest of a short body. Returns also whether that is the whole body: it is not if the body is long, or
-    /// takes its time.
+    /// takes its time, or no memory is left to hold it back.
     async fn whole(&mut self, first: Bytes) -> Result<(Bytes, bool), Problem> {
         let is_long = |n: usize, more: Option<u64>| n as u64 + more.unwrap_or(0) > MAX_HELD as u64;
         if self.lease.link.is_end() || is_long(first.len(), self.lease.link.remaining().exact()) {
             return Ok((first, self.lease.link.is_end()));
+        }
+        if !self.may_hold(first.len()) {
+            return Ok((first, false));
         }
         let until = self.deadline.min(clock::now() + MAX_BODY_WAIT);
         self.may_move = false;
@@ -323,7 +337,7 @@ impl BodyStart<'_> {
                 Err(Problem::Stopped(Stopped::Elapsed)) => return Ok((text.freeze(), false)),
                 Err(problem) => return Err(problem),
             }
-            if is_long(text.len(), None) {
+            if is_long(text.len(), None) || !self.may_hold(text.len()) {
                 return Ok((text.freeze(), false));
             }
         }
@@ -420,8 +434,9 @@ impl BodyStart<'_> {
             if held.since == Nanos::MAX {
                 held.since = clock::now();
             }
-            let is_too_long = held.length + events.held() > MAX_HELD;
-            if events.has_content() || is_too_long || !has_next && events.has_events() {
+            let length = held.length + events.held();
+            let is_due = events.has_content() || length > MAX_HELD || !has_next && events.has_events();
+            if is_due || !self.may_hold(length) {
                 break;
             }
         }

@@ -313,6 +313,15 @@ impl GatewayError {
                 Code::UnknownUrl,
                 "Files, batches, realtime sockets and assistants are one provider's state and are not served here; call the provider.",
             ),
+            E::TooManyConnections => closing(after(
+                &SECOND,
+                row(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    SERVER,
+                    Code::TooManyConnections,
+                    "The gateway has no connection left; try again shortly.",
+                ),
+            )),
             E::UnknownUrl => row(
                 StatusCode::NOT_FOUND,
                 INVALID,
@@ -454,6 +463,7 @@ mod tests {
             (E::ProviderState, 404, INVALID, "unknown_url", None, None, false),
             (E::NoBackend, 503, SERVER, "no_backend", None, Some("59"), false),
             (E::MemoryFull, 503, SERVER, "memory_full", None, Some("1"), true),
+            (E::TooManyConnections, 503, SERVER, "too_many_connections", None, Some("1"), true),
             (E::QueueFull, 503, SERVER, "queue_full", None, Some("1"), false),
             (E::QueueTimeout, 504, SERVER, "queue_timeout", None, Some("1"), false),
             (E::Limited(L::BackendBudgetsSpent), 429, "insufficient_quota", "insufficient_quota", None, Some("59"), false),

@@ -54,6 +54,16 @@ impl ByteBudget {
         true
     }
 
+    /// Takes `n` bytes that a request of the worker holds already, even if they are not left.
+    pub(crate) fn force(&self, worker: &mut WorkerBytes, n: u64) {
+        if !self.take(worker, n) {
+            let missing = worker.held + n - worker.taken;
+            self.taken.fetch_add(missing, Ordering::Relaxed);
+            worker.taken += missing;
+            worker.held += n;
+        }
+    }
+
     /// Gives `n` bytes of the worker back. Returns whether others may find room that was not there.
     pub(crate) fn give(&self, worker: &mut WorkerBytes, n: u64) -> bool {
         worker.held -= n;
@@ -113,6 +123,18 @@ mod tests {
         assert!(budget.give(&mut b, 3 * SLAB + 5));
         assert!(budget.give(&mut a, SLAB - 5) && (a.held, b.held) == (0, 0));
         assert!(budget.take(&mut b, 4 * SLAB), "an idle worker keeps nothing");
+    }
+
+    #[test]
+    fn bytes_beyond_the_bound_are_counted_and_keep_others_out() {
+        let budget = ByteBudget::new(SLAB);
+        let (mut a, mut b) = (WorkerBytes::default(), WorkerBytes::default());
+        assert!(budget.take(&mut a, SLAB - 1));
+        budget.force(&mut b, 10);
+        assert_eq!((b.held, budget.taken.load(Ordering::Relaxed)), (10, SLAB + 10));
+        assert!(!budget.take(&mut b, 1), "nothing is left for others");
+        assert!(budget.give(&mut b, 10) && budget.give(&mut a, SLAB - 1));
+        assert_eq!(budget.taken.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -434,6 +434,11 @@ impl Endpoint {
         matches!(self.row().served, ServedBy::Zap(Page::Metrics | Page::Status | Page::Usage))
     }
 
+    /// Whether monitors ask here how Zap is.
+    pub(crate) fn is_health_check(self) -> bool {
+        matches!(self, Endpoint::Health | Endpoint::Ready)
+    }
+
     /// Whether a request to `path` of this endpoint needs a client key, if client keys are configured. Unknown paths
     /// below `/v1/` need one too.
     pub(crate) fn is_guarded(self, path: &str) -> bool {

@@ -36,7 +36,10 @@ pub(crate) fn error_status(protocol: Protocol, code: Code, status: u16) -> u16 {
 }
 
 fn is_overload(code: Code) -> bool {
-    matches!(code, Code::Draining | Code::MemoryFull | Code::NoBackend | Code::QueueFull)
+    matches!(
+        code,
+        Code::Draining | Code::MemoryFull | Code::NoBackend | Code::QueueFull | Code::TooManyConnections
+    )
 }
 
 impl ErrorBody<'_> {
@@ -97,6 +100,7 @@ mod tests {
             (502, Code::UpstreamEmpty, 502, "api_error"),
             (503, Code::QueueFull, 529, "overloaded_error"),
             (503, Code::MemoryFull, 529, "overloaded_error"),
+            (503, Code::TooManyConnections, 529, "overloaded_error"),
             (503, Code::NoBackend, 529, "overloaded_error"),
             (503, Code::Draining, 529, "overloaded_error"),
             (504, Code::QueueTimeout, 504, "api_error"),

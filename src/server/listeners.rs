@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+use socket2::SockRef;
 use tokio::net;
 
 use crate::client::peer::{Listener, Peer};
@@ -12,7 +13,15 @@ use crate::config::{Config, ServerTls};
 use crate::server::inherited::Given;
 
 /// Stands for a client of the unix socket: it runs on this machine.
-const LOCAL: Peer = Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Unix };
+const LOCAL: Peer =
+    Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Unix, is_reserve: false };
+
+/// Bytes that the kernel takes of a response before they can be sent: a client that reads slowly costs as much. What is
+/// on its way is not limited, so that a distant client gets all that its connection can carry.
+const MAX_UNSENT: u32 = 32 * 1024;
+
+/// Send buffer of a connection of the unix socket; the kernel takes twice as much for its own data.
+const UNIX_SEND_BUFFER: usize = 64 * 1024;
 
 /// An accepted client. The stream of a unix socket is wrapped as one of TCP: all that is done with it works on both.
 pub(crate) type Client = (TcpStream, Peer);
@@ -47,6 +56,9 @@ impl Listeners {
     ) -> io::Result<Self> {
         let into_tcp = |listener: TcpListener| {
             listener.set_nonblocking(true)?;
+            // Its connections inherit it. A system without the option serves slow readers with more memory.
+            #[cfg(target_os = "linux")]
+            let _ = SockRef::from(&listener).set_tcp_notsent_lowat(MAX_UNSENT);
             net::TcpListener::from_std(listener)
         };
         let into_unix = |listener: UnixListener| {
@@ -89,7 +101,7 @@ impl Listeners {
             while let Ok((client, peer)) = listener.accept() {
                 let _ = client.set_nodelay(true);
                 if client.set_nonblocking(true).is_ok() {
-                    take((client, Peer { address: peer.ip(), listener: Listener::Tcp }));
+                    take((client, Peer { address: peer.ip(), listener: Listener::Tcp, is_reserve: false }));
                 }
             }
         }
@@ -114,10 +126,11 @@ impl Listeners {
 async fn accept_tcp(socket: &net::TcpListener, listener: Listener) -> io::Result<Client> {
     let (client, peer) = socket.accept().await?;
     let _ = client.set_nodelay(true);
-    Ok((client.into_std()?, Peer { address: peer.ip(), listener }))
+    Ok((client.into_std()?, Peer { address: peer.ip(), listener, is_reserve: false }))
 }
 
 async fn accept_unix(listener: &net::UnixListener) -> io::Result<Client> {
     let (client, _) = listener.accept().await?;
+    let _ = SockRef::from(&client).set_send_buffer_size(UNIX_SEND_BUFFER);
     Ok((OwnedFd::from(client.into_std()?).into(), LOCAL))
 }

@@ -29,6 +29,8 @@ mod upgrade;
 
 mod listeners;
 
+pub(crate) mod connection_limit;
+
 pub(crate) mod inherited;
 
 pub(crate) mod supervisor;
@@ -40,13 +42,14 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::Receiver;
 
+use crate::client::peer::Peer;
 use crate::clock;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::policy::throttle::Throttle;
+use crate::server::connection_limit::{ConnectionLimit, RESERVE};
 use crate::server::control::{Control, End};
 use crate::server::drain::{Order, Running};
 use crate::server::fleet::FleetThread;
@@ -56,8 +59,9 @@ use crate::server::worker::Worker;
 use crate::time::{Nanos, SECOND};
 use crate::upstream::connect::is_lack_of_files;
 
-/// Open files that Zap needs in addition to connections: runtimes, standard streams and the listener.
-const RESERVED_FILES: u64 = 32;
+/// Open files that Zap needs in addition to connections: runtimes, standard streams, the listeners, and the reserve of
+/// connections.
+const RESERVED_FILES: u64 = 32 + RESERVE as u64;
 const FILES_PER_WORKER: usize = 4;
 
 /// Most connections to the admin listener; further ones wait. They do not count against `server.max_connections`, so
@@ -96,8 +100,18 @@ pub(crate) async fn serve(
     }
     options.supervisor.ready();
     let ended = {
-        let clients = take_clients(&shared, || listeners.client(), &workers, budget.clients);
-        let operators = take_clients(&shared, || listeners.operator(), &workers, MAX_ADMIN_CONNECTIONS);
+        let clients = take_clients(
+            &shared,
+            || listeners.client(),
+            &workers,
+            ConnectionLimit::new(budget.clients, RESERVE),
+        );
+        let operators = take_clients(
+            &shared,
+            || listeners.operator(),
+            &workers,
+            ConnectionLimit::new(MAX_ADMIN_CONNECTIONS, 0),
+        );
         // The gateway accepts and probes while the running requests finish.
         tokio::select! {
             end = control.run(&listeners, orders) => Some(end),
@@ -191,23 +205,23 @@ impl FileBudget {
     }
 }
 
-/// Takes up to `max` clients of `accept` at once and hands each to the worker with the fewest connections. Returns if
-/// no worker is alive.
+/// Takes as many clients of `accept` at once as `limit` allows, and hands each to the worker with the fewest
+/// connections. Returns if no worker is alive.
 async fn take_clients(
     shared: &Shared,
     accept: impl AsyncFn() -> std::io::Result<Client>,
     workers: &[Worker],
-    max: usize,
+    limit: ConnectionLimit,
 ) {
-    let permits = Arc::new(Semaphore::new(max));
     let mut failures = Throttle::new(ACCEPT_LOG_INTERVAL);
     loop {
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Some(permit) = limit.permit().await else { return };
         match accept().await {
             Ok((client, peer)) => {
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = least_loaded(workers) else { return };
-                worker.take(client, peer, Some(permit));
+                let permit = limit.upgrade(permit);
+                worker.take(client, Peer { is_reserve: permit.is_reserve(), ..peer }, Some(permit));
             }
             Err(e) if is_client_error(&e) => {}
             Err(e) => {

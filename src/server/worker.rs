@@ -10,7 +10,6 @@ use std::thread::JoinHandle;
 
 use tokio::net::TcpStream;
 use tokio::runtime::{self, LocalOptions};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::client::conn::Settings;
@@ -24,6 +23,7 @@ use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
 use crate::policy::throttle::Throttle;
+use crate::server::connection_limit::ConnectionPermit;
 use crate::server::listeners::tls_of;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
@@ -46,7 +46,7 @@ pub(crate) struct Worker {
     thread: JoinHandle<io::Result<()>>,
 }
 
-type NewClient = (std::net::TcpStream, Peer, Option<OwnedSemaphorePermit>);
+type NewClient = (std::net::TcpStream, Peer, Option<ConnectionPermit>);
 
 impl Worker {
     /// Starts worker number `id`. Once the worker has `upstreams` upstream connections, it closes idle ones before it
@@ -80,7 +80,7 @@ impl Worker {
     }
 
     /// Hands a client to the worker. `permit`, if there is one, is released when the connection ends.
-    pub(crate) fn take(&self, client: std::net::TcpStream, peer: Peer, permit: Option<OwnedSemaphorePermit>) {
+    pub(crate) fn take(&self, client: std::net::TcpStream, peer: Peer, permit: Option<ConnectionPermit>) {
         self.load.connections.fetch_add(1, Ordering::Relaxed);
         if self.clients.send((client, peer, permit)).is_err() {
             self.load.connections.fetch_sub(1, Ordering::Relaxed);

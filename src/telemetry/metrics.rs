@@ -227,7 +227,7 @@ fn gateway(e: &mut Encoder, scrape: &Scrape<'_>) {
     one(
         "zap_buffered_bytes",
         "gauge",
-        "Bytes of request bodies in memory.",
+        "Bytes in memory of request bodies, and of responses that are held back.",
         sum(lanes, |l| l.buffered.get()),
     );
     one(

@@ -26,6 +26,7 @@ use crate::http1::decode::{Decoder, Invalid};
 use crate::json::patch::Slices;
 use crate::upstream::connect::Io;
 use crate::upstream::fault::Fault;
+use crate::upstream::receive_window::{NARROW, ReceiveWindow};
 
 /// Size of the read buffer in bytes, and so the largest frame.
 const READ: usize = 32 * 1024;
@@ -111,6 +112,7 @@ pub(crate) struct Http1 {
     has_received: bool,
     /// Whether the reader was polled after the write side failed. The reader may still have a response.
     reader_polled: bool,
+    window: ReceiveWindow,
 }
 
 /// The progress of sending a request.
@@ -141,6 +143,8 @@ enum Sending {
 impl Http1 {
     /// Creates a link from an open connection.
     pub(crate) fn new(io: Io) -> Self {
+        // Set before the connection was open, it would limit how wide the window may ever be.
+        set_window(&io, Some(NARROW));
         Http1 {
             io,
             request: None,
@@ -150,6 +154,7 @@ impl Http1 {
             idle: true,
             has_received: false,
             reader_polled: false,
+            window: ReceiveWindow::default(),
         }
     }
 
@@ -177,6 +182,7 @@ impl Http1 {
             ready!(Pin::new(&mut self.io).poll_read(cx, buf.unfilled()))?;
             let data = buf.filled();
             self.has_received |= !data.is_empty();
+            set_window(&self.io, self.window.took(data.len()));
             Poll::Ready(Ok((!data.is_empty()).then(|| take(&mut self.decoder, data))))
         })
     }
@@ -195,6 +201,18 @@ impl Http1 {
     fn is_unsent(&self) -> bool {
         self.outbox.state == Sending::Broken && self.outbox.head_written == 0
     }
+}
+
+/// Changes the window of a connection, if there is a `size`, in bytes.
+#[inline]
+fn set_window(io: &Io, size: Option<usize>) {
+    let Some(size) = size else { return };
+    let tcp = match io {
+        MaybeHttpsStream::Http(tcp) => tcp.inner(),
+        MaybeHttpsStream::Https(tls) => tls.inner().get_ref().0.inner().inner(),
+    };
+    // A system that refuses keeps its own size.
+    let _ = SockRef::from(tcp).set_recv_buffer_size(size);
 }
 
 impl Outbox {
@@ -255,6 +273,7 @@ impl Link for Http1 {
         self.decoder.begin();
         self.body_start = None;
         (self.idle, self.has_received, self.reader_polled) = (false, false, false);
+        set_window(&self.io, self.window.begin());
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<response::Parts, LinkError>> {

@@ -14,6 +14,8 @@ pub(crate) mod post;
 
 pub(crate) mod link;
 
+mod receive_window;
+
 pub(crate) mod paths;
 
 pub(crate) mod resolver;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{CHAT, Provider, Zap};
+use crate::support::{CHAT, Provider, Zap, eventually};
 
 fn start() -> (Provider, Zap) {
     let provider = Provider::named("ok");
@@ -198,15 +198,47 @@ fn idle_connections_and_slow_heads_are_closed() {
 }
 
 #[test]
-fn connections_beyond_max_connections_wait_in_the_kernel() {
+fn health_checks_get_an_answer_while_all_connections_are_taken() {
     let provider = Provider::named("ok");
     let zap = Zap::with("[server]\nmax_connections = 2", &[provider.backend("a", "")]);
     let (mut first, mut second) = (zap.client(), zap.client());
     assert_eq!((first.chat("", CHAT).status, second.chat("", CHAT).status), (200, 200));
-    let mut third = zap.client();
-    third.post("/chat", "", CHAT);
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(third.is_quiet());
+    for path in ["/health", "/ready"] {
+        let mut probe = zap.client();
+        let response = probe.get(path);
+        assert_eq!((response.status, response.header("connection")), (200, Some("close")), "{path}");
+        assert_eq!(probe.rest(), (Vec::new(), true), "the next health check needs the place");
+    }
+    for path in ["/v1/models", "/metrics", "/unknown"] {
+        let refused = zap.client().get(path);
+        assert_eq!((refused.status, refused.code().as_str()), (503, "too_many_connections"), "{path}");
+        assert_eq!((refused.header("retry-after"), refused.header("connection")), (Some("1"), Some("close")));
+    }
+    assert_eq!(zap.client().chat("", CHAT).code(), "too_many_connections");
+    assert_eq!(provider.count(), 2, "no backend sees what is refused");
+    assert_eq!(second.chat("", CHAT).status, 200, "a connection within the limit is served as before");
     drop(first);
-    assert_eq!(third.response().status, 200);
+    eventually("the next client has a regular place", || zap.client().chat("", CHAT).status == 200);
+    drop(second);
+    let refusals = || {
+        // The connections that were dropped may still be open.
+        let page = zap.client().get("/metrics");
+        let line = page.text().lines().find(|line| line.contains("{reason=\"too_many_connections\"}"));
+        line.and_then(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+    };
+    eventually("the refusals are counted", || refusals().is_some_and(|n| n >= 4));
+}
+
+#[test]
+fn silent_connections_leave_the_reserve_soon() {
+    let provider = Provider::named("ok");
+    let zap = Zap::with("[server]\nmax_connections = 1", &[provider.backend("a", "")]);
+    let mut only = zap.client();
+    assert_eq!(only.get("/ready").status, 200);
+    let silent: Vec<_> = (0..16).map(|_| zap.client()).collect();
+    let since = Instant::now();
+    assert_eq!(zap.client().get("/health").status, 200);
+    let took = since.elapsed();
+    assert!(took > Duration::from_secs(1) && took < Duration::from_secs(5), "{took:?}");
+    drop(silent);
 }

@@ -109,7 +109,7 @@ impl Client {
 
     /// Sends a chat; its `user` is the script of the provider.
     pub(crate) async fn start(&mut self, user: &str) -> std::io::Result<()> {
-        let stream = user.starts_with("stream");
+        let stream = user.starts_with("stream") || user == "flood";
         let body = format!(
             "{{\"stream\":{stream},\"user\":\"{user}\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}"
         );
@@ -118,6 +118,11 @@ impl Client {
             "POST /v1/chat/completions HTTP/1.1\r\nhost: zap\r\ncontent-length: {length}\r\n\r\n{body}"
         );
         self.write(&request).await
+    }
+
+    /// Waits until something of the answer is here; reads nothing.
+    pub(crate) async fn has_answer(&self) {
+        self.stream.as_ref().unwrap().readable().await.unwrap();
     }
 
     async fn write(&mut self, request: &str) -> std::io::Result<()> {

@@ -4,9 +4,9 @@
 //! providers that fail, and reloads for N seconds (default 60). Then it checks memory, open files, gauges and
 //! unexpected responses, and exits with 1 if a check fails.
 //!
-//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | series | keys | truth | streams [--secs N] |
-//! ledger [--kills N] | rolling [--times N] | upgrade [--times N] | swap [--times N]` prints one figure of tests/README.md and exits with 1 if its target is missed; `-- figures`
-//! prints all of them.
+//! `-- leave | kill | reload | drain | hold [--secs N] | dead | silent | slow | burst | series | keys | truth |
+//! streams [--secs N] | ledger [--kills N] | rolling [--times N] | upgrade [--times N] | swap [--times N]` prints one
+//! figure of tests/README.md and exits with 1 if its target is missed; `-- figures` prints all of them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A run that cannot continue must panic.
 
@@ -25,6 +25,8 @@ mod deploys;
 mod ledger;
 
 mod load;
+
+mod memory;
 
 mod mixed;
 
@@ -61,6 +63,8 @@ fn main() -> ExitCode {
         }
         "mixed" => threads.block_on(mixed::run(secs)),
         "ledger" => threads.block_on(ledger::run(number("--kills", 20))),
+        "burst" => threads.block_on(memory::burst()),
+        "slow" => threads.block_on(memory::slow()),
         "leave" => threads.block_on(scenes::leave()),
         "kill" => threads.block_on(scenes::kill()),
         "reload" => threads.block_on(scenes::reload()),
@@ -82,6 +86,8 @@ fn main() -> ExitCode {
             fine &= scenes::drain().await;
             fine &= scenes::dead().await;
             fine &= scenes::silent().await;
+            fine &= memory::slow().await;
+            fine &= memory::burst().await;
             fine &= scenes::series().await;
             fine &= scenes::keys();
             fine &= truth::run().await;

@@ -1,6 +1,6 @@
-//! Providers that do what a request's `user` says: `plain`, `key` (the end of the key that came), `wait` (no response), `stream:N:MS` (N events, MS ms
-//! apart), or `talk:N:MS`, the same in the shape of the endpoint, with a pause before the content. A given share of
-//! their requests may fail.
+//! Providers that do what a request's `user` says: `plain`, `key` (the end of the key that came), `large` (30 MB),
+//! `flood` (a stream without an end), `wait` (no response), `stream:N:MS` (N events, MS ms apart), or `talk:N:MS`, the
+//! same in the shape of the endpoint, with a pause before the content. A given share of their requests may fail.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
@@ -154,6 +154,9 @@ async fn answer(stream: &mut TcpStream, request: &Request, failing: bool, events
         let body = format!("{{\"choices\":[{{\"message\":{{\"content\":\"{}\"}}}}]}}", request.key);
         return plain(stream, "200 OK", "", &body).await;
     }
+    if matches!(user, "large" | "flood") {
+        return pour(stream, user == "flood").await;
+    }
     let Some(stream_of) = user.strip_prefix("stream:") else {
         return plain(stream, "200 OK", "", "{\"choices\":[{\"message\":{\"content\":\"hi\"}}]}").await;
     };
@@ -230,6 +233,31 @@ async fn talk(stream: &mut TcpStream, ask: Ask, text: &str) -> bool {
         }
     }
     chunk(stream, &behind).await && stream.write_all(b"0\r\n\r\n").await.is_ok()
+}
+
+/// Sends an answer of 30 MB, or a stream that does not end, as fast as it is read.
+async fn pour(stream: &mut TcpStream, is_stream: bool) -> bool {
+    const LENGTH: usize = 30_000_000;
+    let (head, piece) = match is_stream {
+        true => {
+            let event = format!("data: {{\"content\":\"{}\"}}\n\n", "x".repeat(1000));
+            (STREAM_HEAD.to_vec(), format!("{:x}\r\n{event}\r\n", event.len()).repeat(16))
+        }
+        false => {
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {LENGTH}\r\n\r\n"
+            );
+            ((head + "{").into(), " ".repeat(16 * 1024))
+        }
+    };
+    let mut is_sent = stream.write_all(&head).await.is_ok();
+    let mut left = LENGTH - 1;
+    while is_sent && left > 0 {
+        let n = if is_stream { piece.len() } else { piece.len().min(left) };
+        is_sent = stream.write_all(&piece.as_bytes()[..n]).await.is_ok();
+        left -= if is_stream { 0 } else { n };
+    }
+    is_sent
 }
 
 async fn plain(stream: &mut TcpStream, status: &str, headers: &str, body: &str) -> bool {

@@ -140,10 +140,19 @@ impl Zap {
         None
     }
 
+    /// Resident memory in KiB.
+    pub(crate) fn rss(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
     /// Anonymous memory in KiB.
     pub(crate) fn rss_anon(&self) -> u64 {
+        self.memory("RssAnon:")
+    }
+
+    fn memory(&self, name: &str) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = text.lines().find_map(|l| l.strip_prefix("RssAnon:")).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
