@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::time::UNIX_EPOCH;
 
+use bytes::Bytes;
 use prost::Message as _;
 
 use crate::clock;
@@ -19,13 +20,17 @@ use crate::telemetry::otlp::message::{
 use crate::telemetry::otlp::trace::{FinishedTrace, TrySpan};
 use crate::time::{MILLI, Nanos, SECOND};
 
+/// Attributes that a span has at most.
+const MAX_ATTRIBUTES: usize = 20;
+
 /// Flags of a span beside those of the trace: it is known whether the parent is in another program, and it is.
 const HAS_REMOTE: u32 = 0x100;
 const IS_REMOTE: u32 = 0x200;
 
 /// Encodes traces with the same settings as one request of OTLP.
 pub(crate) fn encode(settings: &Otlp, traces: &[FinishedTrace]) -> Vec<u8> {
-    let resource = settings.resource.iter().map(|(key, value)| text(key.clone(), value.clone()));
+    let text = |text: &String| Bytes::copy_from_slice(text.as_bytes());
+    let resource = settings.resource.iter().map(|(key, value)| pair(text(key), Value::Text(text(value))));
     let scope = Scope { name: "zap".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
     let request = ExportRequest {
         resource_spans: vec![ResourceSpans {
@@ -53,7 +58,7 @@ fn spans_of(finished: &FinishedTrace) -> impl Iterator<Item = Span> {
 /// The span of the request.
 fn of_request(finished: &FinishedTrace) -> Span {
     let FinishedTrace { trace, endpoint, method, status, error, .. } = finished;
-    let mut attributes = Attributes::default();
+    let mut attributes = Attributes(Vec::with_capacity(MAX_ATTRIBUTES));
     let name = match (method, endpoint.route()) {
         (Some(method), Some(route)) => format!("{method} {route}"),
         (Some(method), None) => method.to_string(),
@@ -62,9 +67,9 @@ fn of_request(finished: &FinishedTrace) -> Span {
     if let Some(method) = method {
         attributes.text("http.request.method", method.as_str());
     }
-    attributes.text("url.path", &*trace.path);
+    attributes.text("url.path", &trace.path);
     if let Some(route) = endpoint.route() {
-        attributes.text("http.route", route);
+        attributes.word("http.route", route);
     }
     let (host, port) = host_and_port(&trace.host);
     if !host.is_empty() {
@@ -75,7 +80,7 @@ fn of_request(finished: &FinishedTrace) -> Span {
     of_api(&mut attributes, *endpoint, finished.model.as_deref(), finished.is_stream);
     attributes.fraction("zap.queue_ms", finished.queued as f64 / MILLI as f64);
     if let Some(error) = error {
-        attributes.text("error.type", error.clone());
+        attributes.word("error.type", error.clone());
     }
     let is_remote = if trace.parent.is_some() { IS_REMOTE } else { 0 };
     Span {
@@ -93,11 +98,11 @@ fn of_request(finished: &FinishedTrace) -> Span {
 fn of_try(finished: &FinishedTrace, one: &TrySpan) -> Span {
     let FinishedTrace { trace, endpoint, usage, .. } = finished;
     let url = &one.upstream.conf.url;
-    let mut attributes = Attributes::default();
+    let mut attributes = Attributes(Vec::with_capacity(MAX_ATTRIBUTES));
     let operation = endpoint.operation();
     of_api(&mut attributes, *endpoint, one.model.as_deref(), finished.is_stream);
-    attributes.text("gen_ai.provider.name", provider_name(&url.host, endpoint.protocol()));
-    attributes.text("server.address", &*url.host);
+    attributes.word("gen_ai.provider.name", provider_name(&url.host, endpoint.protocol()));
+    attributes.text("server.address", &url.host);
     attributes.number("server.port", u64::from(url.port));
     if let Some(method) = &finished.method {
         attributes.text("http.request.method", method.as_str());
@@ -111,7 +116,7 @@ fn of_try(finished: &FinishedTrace, one: &TrySpan) -> Span {
     let has_answered = one.ended.is_none();
     if has_answered {
         if let Some(model) = &trace.answer.model {
-            attributes.text("gen_ai.response.model", &**model);
+            attributes.text("gen_ai.response.model", model);
         }
         if !trace.answer.finish_reasons.is_empty() {
             let reasons = trace.answer.finish_reasons.iter();
@@ -141,7 +146,7 @@ fn of_try(finished: &FinishedTrace, one: &TrySpan) -> Span {
         None => (None, "", false),
     };
     if let Some(error) = error {
-        attributes.text("error.type", error);
+        attributes.word("error.type", error);
     }
     Span {
         parent_span_id: trace.span_id.to_vec(),
@@ -174,7 +179,7 @@ fn span(finished: &FinishedTrace, span_id: SpanId, (started, ended): (Nanos, Nan
 
 /// What the conventions for generative AI ask of both kinds of spans.
 fn of_api(attributes: &mut Attributes, endpoint: Endpoint, model: Option<&str>, is_stream: bool) {
-    attributes.text("gen_ai.operation.name", endpoint.operation());
+    attributes.word("gen_ai.operation.name", endpoint.operation());
     if let Some(model) = model {
         attributes.text("gen_ai.request.model", model);
     }
@@ -193,28 +198,39 @@ fn host_and_port(host: &str) -> (&str, Option<u64>) {
     (name.unwrap_or_default().trim_start_matches('[').trim_end_matches(']'), port)
 }
 
-#[derive(Default)]
 struct Attributes(Vec<KeyValue>);
 
 impl Attributes {
-    fn push(&mut self, key: &str, value: Value) {
-        self.0.push(pair(key.to_owned(), value));
+    fn push(&mut self, key: &'static str, value: Value) {
+        self.0.push(pair(Bytes::from_static(key.as_bytes()), value));
     }
 
-    fn text<'t>(&mut self, key: &str, value: impl Into<Cow<'t, str>>) {
-        self.push(key, Value::Text(value.into().into_owned()));
+    fn text(&mut self, key: &'static str, value: &str) {
+        self.push(key, Value::Text(Bytes::copy_from_slice(value.as_bytes())));
     }
 
-    fn number(&mut self, key: &str, value: u64) {
+    /// Adds a text of which there are few.
+    fn word(&mut self, key: &'static str, value: impl Into<Cow<'static, str>>) {
+        self.push(
+            key,
+            Value::Text(match value.into() {
+                Cow::Borrowed(word) => Bytes::from_static(word.as_bytes()),
+                Cow::Owned(word) => Bytes::from(word),
+            }),
+        );
+    }
+
+    fn number(&mut self, key: &'static str, value: u64) {
         self.0.push(number(key, value));
     }
 
-    fn fraction(&mut self, key: &str, value: f64) {
+    fn fraction(&mut self, key: &'static str, value: f64) {
         self.push(key, Value::Fraction(value));
     }
 
-    fn list<'t>(&mut self, key: &str, values: impl Iterator<Item = &'t str>) {
-        let value = |text: &str| AnyValue { value: Some(Value::Text(text.to_owned())) };
+    fn list<'t>(&mut self, key: &'static str, values: impl Iterator<Item = &'t str>) {
+        let value =
+            |text: &str| AnyValue { value: Some(Value::Text(Bytes::copy_from_slice(text.as_bytes()))) };
         self.push(key, Value::List(List { values: values.map(value).collect() }));
     }
 
@@ -223,16 +239,12 @@ impl Attributes {
     }
 }
 
-fn pair(key: String, value: Value) -> KeyValue {
+fn pair(key: Bytes, value: Value) -> KeyValue {
     KeyValue { key, value: Some(AnyValue { value: Some(value) }) }
 }
 
-fn text(key: String, value: String) -> KeyValue {
-    pair(key, Value::Text(value))
-}
-
-fn number(key: &str, value: u64) -> KeyValue {
-    pair(key.to_owned(), Value::Number(i64::try_from(value).unwrap_or(i64::MAX)))
+fn number(key: &'static str, value: u64) -> KeyValue {
+    pair(Bytes::from_static(key.as_bytes()), Value::Number(i64::try_from(value).unwrap_or(i64::MAX)))
 }
 
 #[cfg(test)]

@@ -1,6 +1,10 @@
 //! The messages of OTLP that Zap writes and reads (opentelemetry-proto 1.x: `trace/v1`, `common/v1`, `resource/v1`).
 //! The numbers are those of the published schema; `tests/gateway/otlp.rs` reads them with the crate that has all of it.
+//!
+//! The keys and the texts of attributes are bytes here, which the wire writes alike: most of them are constants, and
+//! are not copied for each span.
 
+use bytes::Bytes;
 use prost::{Message, Oneof};
 
 #[derive(Clone, PartialEq, Message)]
@@ -82,8 +86,8 @@ pub(super) const STATUS_ERROR: i32 = 2;
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct KeyValue {
-    #[prost(string, tag = "1")]
-    pub(super) key: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) key: Bytes,
     #[prost(message, optional, tag = "2")]
     pub(super) value: Option<AnyValue>,
 }
@@ -96,8 +100,8 @@ pub(super) struct AnyValue {
 
 #[derive(Clone, PartialEq, Oneof)]
 pub(super) enum Value {
-    #[prost(string, tag = "1")]
-    Text(String),
+    #[prost(bytes = "bytes", tag = "1")]
+    Text(Bytes),
     #[prost(bool, tag = "2")]
     Flag(bool),
     #[prost(int64, tag = "3")]
