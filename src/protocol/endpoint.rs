@@ -6,6 +6,8 @@
 //! To add an endpoint, add a variant, a row at the same position, and 1 to [`Endpoint::COUNT`]. Then describe it in
 //! `src/manual/api.md`, `src/manual/metrics.md` and README.md; `tests/cli/manual.rs` checks the manual.
 
+pub(crate) use crate::protocol::api_family::Protocol;
+
 /// The beginning of the paths that SDKs have in their base URL.
 pub(super) const VERSION: &str = "/v1";
 
@@ -111,16 +113,6 @@ pub(crate) enum BodyFormat {
     Json,
     /// There is none. A body that a client sends is not forwarded.
     Nothing,
-}
-
-/// The family of APIs that an endpoint belongs to: it decides which backends can serve the endpoint, which headers pass
-/// and what an error looks like.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Protocol {
-    #[default]
-    OpenAi,
-    Anthropic,
 }
 
 /// What can be known of the tokens of an answer whose provider does not tell them.
@@ -294,24 +286,6 @@ const TABLE: [Row; Endpoint::COUNT] = [
     ),
     Row::page(Endpoint::Usage, "usage", &["/usage"], Page::Usage),
 ];
-
-impl Protocol {
-    /// The name of its API, for messages.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Protocol::OpenAi => "OpenAI",
-            Protocol::Anthropic => "Anthropic",
-        }
-    }
-
-    /// The headers of a client that belong to the protocol and pass to the backend, in lower case.
-    pub(crate) fn headers(self) -> &'static [&'static str] {
-        match self {
-            Protocol::OpenAi => &["openai-beta"],
-            Protocol::Anthropic => &["anthropic-beta", "anthropic-version"],
-        }
-    }
-}
 
 impl Api {
     /// Creates an endpoint whose requests are JSON and must name a model.

@@ -5,6 +5,8 @@
 
 pub(crate) mod endpoint;
 
+pub(crate) mod api_family;
+
 pub(crate) mod body_class;
 
 pub(crate) mod event_class;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::tests::{BACKEND, faults, parse};
 use crate::config::*;
+use crate::http1::origin::Origins;
 use crate::policy::pattern::Pattern;
 use crate::policy::spend::Period;
 
