@@ -1,6 +1,6 @@
 //! A client connection: the socket, the timeouts, the state of the reader and the progress of the response.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
@@ -9,6 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{Interest, ReadBuf};
 
+use crate::client::connection_limit::ConnectionPermit;
 use crate::client::deadline::{Deadline, Deadlines, SWEEP_INTERVAL, time_to_begin};
 use crate::client::peer::Peer;
 use crate::client::progress::Progress;
@@ -41,6 +42,10 @@ pub(crate) struct Conn {
     pub deadline: Rc<Deadline>,
     deadlines: Rc<Deadlines>,
     keep_alive: Nanos,
+    /// Held while the connection is open; `None` if there is no limit.
+    permit: RefCell<Option<ConnectionPermit>>,
+    /// Whether the permit is of the reserve.
+    is_reserve: Cell<bool>,
     reader: Reader,
     /// The response of the current exchange.
     pub(super) response: Progress,
@@ -49,14 +54,17 @@ pub(crate) struct Conn {
 impl Conn {
     /// Wraps a new connection. `common_name`: that of the certificate that the client has shown.
     pub(super) fn new(
-        (stream, peer): (ClientStream, Peer),
+        (stream, peer, permit): (ClientStream, Peer, Option<ConnectionPermit>),
         common_name: Option<Box<str>>,
         settings: &Settings,
     ) -> Rc<Self> {
         let deadlines = settings.deadlines.clone();
+        let is_reserve = permit.as_ref().is_some_and(ConnectionPermit::is_reserve);
         Rc::new(Conn {
             socket: RefCell::new(stream),
-            deadline: deadlines.add(deadlines.coarse_now() + time_to_begin(peer.is_reserve)),
+            deadline: deadlines.add(deadlines.coarse_now() + time_to_begin(is_reserve)),
+            permit: RefCell::new(permit),
+            is_reserve: Cell::new(is_reserve),
             peer,
             common_name,
             deadlines,
@@ -86,15 +94,28 @@ impl Conn {
         self.reader.has_page_headers()
     }
 
-    /// Whether only health checks are served here, since all regular connections are taken.
+    /// Whether the connection is of the reserve, since all regular ones are taken.
     pub(crate) fn is_reserve(&self) -> bool {
-        self.peer.is_reserve
+        self.is_reserve.get()
+    }
+
+    /// Waits until the connection is a regular one. Returns `false` if too many others wait.
+    pub(crate) async fn leave_reserve(&self) -> bool {
+        let waiting = self.permit.borrow().as_ref().map(ConnectionPermit::regular);
+        let Some(waiting) = waiting else { return true };
+        let permit = waiting.await;
+        let is_regular = permit.is_some();
+        if is_regular {
+            self.permit.replace(permit);
+            self.is_reserve.set(false);
+        }
+        is_regular
     }
 
     /// Whether the connection must close after the response: the beginning of the next request is unknown, or the
     /// connection is of the reserve.
     pub(crate) fn must_close(&self) -> bool {
-        self.reader.is_in_body() || self.peer.is_reserve
+        self.reader.is_in_body() || self.is_reserve()
     }
 
     /// Whether hyper has a chunked body as a whole.
@@ -214,7 +235,7 @@ impl Conn {
 
     /// Reads for hyper.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let head_begins = || self.deadline.set(self.coarse_now() + time_to_begin(self.peer.is_reserve));
+        let head_begins = || self.deadline.set(self.coarse_now() + time_to_begin(self.is_reserve()));
         self.reader.poll_read(&self.socket, cx, buf, head_begins)
     }
 }

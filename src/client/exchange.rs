@@ -117,9 +117,14 @@ impl Exchange {
         self.0.has_page_headers()
     }
 
-    /// Whether only health checks are served on the connection, since all regular connections are taken.
+    /// Whether the connection is of the reserve, since all regular ones are taken.
     pub(crate) fn is_reserve(&self) -> bool {
         self.0.is_reserve()
+    }
+
+    /// Waits until `at` for a place among the regular connections. Returns whether the connection is one of them now.
+    pub(crate) async fn leave_reserve(&self, at: Nanos) -> bool {
+        self.limit(at, self.0.leave_reserve()).await.unwrap_or(false)
     }
 
     /// Whether the connection must close after the response.

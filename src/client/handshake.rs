@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
 use crate::client::conn::{Conn, LINGER, Settings};
+use crate::client::connection_limit::ConnectionPermit;
 use crate::client::deadline::time_to_begin;
 use crate::client::peer::Peer;
 use crate::client::stream::{ClientStream, Wire, has_data};
@@ -72,13 +73,13 @@ impl fmt::Display for HandshakeError {
 /// # Errors
 /// See [`HandshakeError`]. The connection is closed then.
 pub(super) async fn accept(
-    (tcp, peer): (TcpStream, Peer),
+    (tcp, peer, permit): (TcpStream, Peer, Option<ConnectionPermit>),
     tls: Arc<ServerConfig>,
     settings: &Settings,
     is_closing: impl Fn() -> bool,
 ) -> Result<Rc<Conn>, HandshakeError> {
     let deadlines = &settings.deadlines;
-    let limit = time_to_begin(peer.is_reserve);
+    let limit = time_to_begin(permit.as_ref().is_some_and(ConnectionPermit::is_reserve));
     let deadline = deadlines.add(deadlines.coarse_now() + limit);
     let first = poll_fn(|cx| {
         deadline.register(cx);
@@ -93,7 +94,7 @@ pub(super) async fn accept(
     match first.await {
         None => return Err(HandshakeError::Unfinished),
         Some(first) if first.is_ascii_uppercase() => {
-            let conn = Conn::new((ClientStream::Plain(tcp), peer), None, settings);
+            let conn = Conn::new((ClientStream::Plain(tcp), peer, permit), None, settings);
             let _ = deadline.limit(conn.coarse_now() + LINGER, answer_in_plain(&conn)).await;
             return Err(HandshakeError::PlainHttp);
         }
@@ -116,7 +117,7 @@ pub(super) async fn accept(
     let stream = greeted.await?;
     let certificates = stream.get_ref().1.peer_certificates();
     let common_name = certificates.and_then(|all| common_name(all.first()?)).map(String::into_boxed_str);
-    Ok(Conn::new((stream.into(), peer), common_name, settings))
+    Ok(Conn::new((stream.into(), peer, permit), common_name, settings))
 }
 
 /// The answer to plain HTTP.

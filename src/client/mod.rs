@@ -14,6 +14,8 @@ mod reader;
 
 pub(crate) mod conn;
 
+pub(crate) mod connection_limit;
+
 pub(crate) mod peer;
 
 pub(crate) mod serve;

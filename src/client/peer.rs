@@ -7,8 +7,6 @@ use std::net::IpAddr;
 pub(crate) struct Peer {
     pub address: IpAddr,
     pub listener: Listener,
-    /// Whether all regular connections are taken: only health checks are served on this one.
-    pub is_reserve: bool,
 }
 
 /// A listener.

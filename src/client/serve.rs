@@ -22,6 +22,7 @@ use tokio::net::TcpStream;
 use crate::client::body::{Body, Cut};
 use crate::client::client_io::ClientIo;
 use crate::client::conn::{Conn, LINGER, Settings};
+use crate::client::connection_limit::ConnectionPermit;
 use crate::client::exchange::Exchange;
 use crate::client::future_pool::{FuturePool, Mailbox};
 use crate::client::handshake::{HandshakeError, accept};
@@ -78,7 +79,7 @@ type ServiceResponse<S> = Response<Body<<S as Service>::Stream>>;
 /// # Errors
 /// The connection did not get through the TLS handshake.
 pub(crate) async fn serve<S: Service, F: Future>(
-    (tcp, peer): (TcpStream, Peer),
+    (tcp, peer, permit): (TcpStream, Peer, Option<ConnectionPermit>),
     tls: Option<Arc<ServerConfig>>,
     settings: &Settings,
     gateway: Rc<S>,
@@ -86,10 +87,10 @@ pub(crate) async fn serve<S: Service, F: Future>(
 ) -> Result<(), HandshakeError> {
     // Until `grace`, a connection without a request stays open while idle connections close.
     let (conn, grace) = match tls {
-        None => (Conn::new((ClientStream::Plain(tcp), peer), None, settings), 0),
+        None => (Conn::new((ClientStream::Plain(tcp), peer, permit), None, settings), 0),
         Some(tls) => {
             // In a box, which is freed after the handshake, so that the task stays small.
-            let conn = Box::pin(accept((tcp, peer), tls, settings, || gateway.is_closing())).await?;
+            let conn = Box::pin(accept((tcp, peer, permit), tls, settings, || gateway.is_closing())).await?;
             let grace = conn.coarse_now() + FIRST_REQUEST;
             conn.deadline.nudge_at(grace);
             (conn, grace)

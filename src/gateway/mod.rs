@@ -102,6 +102,7 @@ use crate::protocol::stored::{NotStored, Stored};
 use crate::telemetry::Recorder;
 use crate::telemetry::otlp::trace::Trace;
 use crate::telemetry::record::{Arrival, RequestRecord};
+use crate::time::{Nanos, SECOND};
 use crate::upstream::pool::Pool;
 
 /// Searches for similar model names that a worker may run in a second. Any client can cause one by naming an unknown
@@ -110,6 +111,9 @@ const MAX_SEARCHES: u64 = 50;
 
 /// Reports of usage that a worker may make in a second: each reads a file.
 const MAX_REPORTS: u64 = 20;
+
+/// How long a request waits for a regular connection to end, if its own is of the reserve.
+const CONNECTION_PATIENCE: Nanos = 5 * SECOND;
 
 /// The path of a model, up to its id.
 const MODELS: &str = "/models/";
@@ -200,7 +204,10 @@ impl Gateway {
             return self.finish(response, record, &context);
         }
         if exchange.is_reserve() && !endpoint.is_health_check() {
-            return self.refuse(&GatewayError::TooManyConnections, record, &context);
+            // In a box, since it is rare.
+            if !Box::pin(exchange.leave_reserve(record.started + CONNECTION_PATIENCE)).await {
+                return self.refuse(&GatewayError::TooManyConnections, record, &context);
+            }
         }
         let (shared, headers) = (self.shared(), &head.headers);
         let visitor = Visitor { shared, generation: &generation, headers, exchange };

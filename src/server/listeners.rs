@@ -13,8 +13,7 @@ use crate::config::{Config, ServerTls};
 use crate::server::inherited::Given;
 
 /// Stands for a client of the unix socket: it runs on this machine.
-const LOCAL: Peer =
-    Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Unix, is_reserve: false };
+const LOCAL: Peer = Peer { address: IpAddr::V4(Ipv4Addr::LOCALHOST), listener: Listener::Unix };
 
 /// Bytes that the kernel takes of a response before they can be sent: a client that reads slowly costs as much. What is
 /// on its way is not limited, so that a distant client gets all that its connection can carry.
@@ -101,7 +100,7 @@ impl Listeners {
             while let Ok((client, peer)) = listener.accept() {
                 let _ = client.set_nodelay(true);
                 if client.set_nonblocking(true).is_ok() {
-                    take((client, Peer { address: peer.ip(), listener: Listener::Tcp, is_reserve: false }));
+                    take((client, Peer { address: peer.ip(), listener: Listener::Tcp }));
                 }
             }
         }
@@ -126,7 +125,7 @@ impl Listeners {
 async fn accept_tcp(socket: &net::TcpListener, listener: Listener) -> io::Result<Client> {
     let (client, peer) = socket.accept().await?;
     let _ = client.set_nodelay(true);
-    Ok((client.into_std()?, Peer { address: peer.ip(), listener, is_reserve: false }))
+    Ok((client.into_std()?, Peer { address: peer.ip(), listener }))
 }
 
 async fn accept_unix(listener: &net::UnixListener) -> io::Result<Client> {

@@ -29,8 +29,6 @@ mod upgrade;
 
 mod listeners;
 
-pub(crate) mod connection_limit;
-
 pub(crate) mod inherited;
 
 pub(crate) mod supervisor;
@@ -44,12 +42,11 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::mpsc::Receiver;
 
-use crate::client::peer::Peer;
+use crate::client::connection_limit::{ConnectionLimit, RESERVE};
 use crate::clock;
 use crate::config::Config;
 use crate::gateway::state::Shared;
 use crate::policy::throttle::Throttle;
-use crate::server::connection_limit::{ConnectionLimit, RESERVE};
 use crate::server::control::{Control, End};
 use crate::server::drain::{Order, Running};
 use crate::server::fleet::FleetThread;
@@ -220,8 +217,7 @@ async fn take_clients(
             Ok((client, peer)) => {
                 // Without workers the process is of no use and ends, so that its supervisor can restart it.
                 let Some(worker) = least_loaded(workers) else { return };
-                let permit = limit.upgrade(permit);
-                worker.take(client, Peer { is_reserve: permit.is_reserve(), ..peer }, Some(permit));
+                worker.take(client, peer, Some(limit.upgrade(permit)));
             }
             Err(e) if is_client_error(&e) => {}
             Err(e) => {

@@ -13,6 +13,7 @@ use tokio::runtime::{self, LocalOptions};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::client::conn::Settings;
+use crate::client::connection_limit::ConnectionPermit;
 use crate::client::deadline::{Deadlines, SWEEP_INTERVAL};
 use crate::client::future_pool::FuturePool;
 use crate::client::handshake::HandshakeError;
@@ -23,7 +24,6 @@ use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::state::Shared;
 use crate::policy::throttle::Throttle;
-use crate::server::connection_limit::ConnectionPermit;
 use crate::server::listeners::tls_of;
 use crate::telemetry::log::Log;
 use crate::time::{Nanos, SECOND};
@@ -195,8 +195,8 @@ async fn serve(
                         let (gateway, futures, settings) = (gateway.clone(), futures.clone(), settings.clone());
                         let failures = failures.clone();
                         tokio::task::spawn_local(async move {
-                            let _held = (counted, permit);
-                            let serving = serve::serve((client, peer), tls, &settings, gateway, futures);
+                            let _counted = counted;
+                            let serving = serve::serve((client, peer, permit), tls, &settings, gateway, futures);
                             if let Err(error) = serving.await {
                                 failures.note(peer.address, &error);
                             }

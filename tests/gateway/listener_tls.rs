@@ -296,7 +296,6 @@ fn a_slow_handshake_is_cut_and_counts_as_a_connection() {
         })
         .collect();
     assert_eq!(zap.client().get("/health").status, 200, "health checks have a reserve");
-    assert_eq!(zap.client().get("/v1/models").code(), "too_many_connections");
     let is_served = || zap.client().get("/v1/models").status == 200;
     within(Duration::from_secs(20), "the handshakes are cut", is_served);
     let took = began.elapsed();
