@@ -36,8 +36,8 @@ impl ConnectionPermit {
         self.is_reserve
     }
 
-    /// Waits for a regular permit in place of this one. The future does not borrow the permit. `None` if too many others
-    /// wait.
+    /// Waits for a regular permit in place of this one. The future does not borrow the permit. `None` if too many
+    /// others wait.
     pub(crate) fn regular(&self) -> impl Future<Output = Option<ConnectionPermit>> + use<> {
         let places = self.places.clone();
         async move {

@@ -70,10 +70,11 @@ impl MemoryHold {
                 return Ok(());
             }
             if exchange.limit(until, freed).await.is_err() {
-                if shared.buffers.is_newest(waiter.number) || gateway.is_cut() {
+                let now = clock::now();
+                if gateway.is_cut() || shared.buffers.refuse(waiter.number, now, NEXT) {
                     return Err(GatewayError::MemoryFull);
                 }
-                until = clock::now() + NEXT;
+                until = now + NEXT;
             }
         }
     }

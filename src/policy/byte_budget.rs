@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use crate::policy::sync::{AtomicU64, Mutex, Ordering};
+use crate::time::Nanos;
 
 /// The unit in which a worker takes bytes, if as many are left.
 pub(crate) const SLAB: u64 = 64 * 1024;
@@ -22,6 +23,8 @@ pub(crate) struct ByteBudget {
 struct Waiting {
     next: u64,
     numbers: BTreeSet<u64>,
+    /// When a body was refused last.
+    refused: Option<Nanos>,
 }
 
 /// The bytes of one worker.
@@ -93,9 +96,16 @@ impl ByteBudget {
         number
     }
 
-    /// Whether the body with this number came last of all that wait.
-    pub(crate) fn is_newest(&self, number: u64) -> bool {
-        self.waiting.lock().numbers.last() == Some(&number)
+    /// Whether the body with this number is refused at `now`: it came last of all that wait, and none was refused in
+    /// the last `pause`.
+    pub(crate) fn refuse(&self, number: u64, now: Nanos, pause: Nanos) -> bool {
+        let mut waiting = self.waiting.lock();
+        let is_due = waiting.refused.is_none_or(|last| now >= last + pause);
+        let is_refused = is_due && waiting.numbers.last() == Some(&number);
+        if is_refused {
+            waiting.refused = Some(now);
+        }
+        is_refused
     }
 
     /// Ends the wait of the body with this number.
@@ -141,9 +151,10 @@ mod tests {
     fn the_newest_of_those_that_wait_gives_way() {
         let budget = ByteBudget::new(1);
         let (first, second) = (budget.join(), budget.join());
-        assert!(budget.is_newest(second) && !budget.is_newest(first));
+        assert!(!budget.refuse(first, 10, 5) && budget.refuse(second, 10, 5));
         budget.leave(second);
-        assert!(budget.is_newest(first));
+        assert!(!budget.refuse(first, 14, 5), "what the other held may be enough");
+        assert!(budget.refuse(first, 15, 5));
     }
 
     proptest! {
