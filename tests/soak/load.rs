@@ -34,9 +34,9 @@ enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-trait Bytes: AsyncRead + AsyncWrite + Unpin {}
+trait Bytes: AsyncRead + AsyncWrite + Unpin + Send {}
 
-impl<T: AsyncRead + AsyncWrite + Unpin> Bytes for T {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Bytes for T {}
 
 impl Stream {
     fn bytes(&mut self) -> &mut dyn Bytes {
@@ -122,7 +122,7 @@ impl Client {
 
     /// Waits until something of the answer is here; reads nothing.
     pub(crate) async fn has_answer(&self) {
-        self.stream.as_ref().unwrap().readable().await.unwrap();
+        self.stream.as_ref().unwrap().tcp().readable().await.unwrap();
     }
 
     async fn write(&mut self, request: &str) -> std::io::Result<()> {
