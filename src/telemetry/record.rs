@@ -345,6 +345,10 @@ impl RequestRecord {
     fn note_failure(&self) {
         let outcome = match (self.end, self.refused) {
             (_, Some(code)) => Outcome::Refused(self.status, code),
+            // It closed while it got the error.
+            (End::ClientGone, None) if self.status >= 500 || self.status == 429 => {
+                Outcome::Status(self.status)
+            }
             (End::ClientGone, None) => Outcome::ClientLeft,
             (End::Complete, None) if self.status < 400 => Outcome::Served,
             (End::Complete, None) => Outcome::Status(self.status),

@@ -1,5 +1,8 @@
 //! What `/status` says of failures, rates and reloads.
 
+use std::io::Write as _;
+
+use crate::support::provider::{After, chunk};
 use crate::support::{CHAT, File, Provider, Zap, eventually};
 
 #[test]
@@ -44,6 +47,27 @@ fn each_failed_try_is_told_once_also_if_an_earlier_response_goes_to_the_client()
     let tries: Vec<_> = failure["tries"].as_array().unwrap().iter().map(|t| t["backend"].clone()).collect();
     assert_eq!(tries, ["busy", "closed"], "{failure}");
     assert_eq!(failure["outcome"], "the client got 429 of busy");
+}
+
+#[test]
+fn a_client_that_closes_while_it_gets_an_error_has_got_the_error() {
+    let a = Provider::start(|_, stream| {
+        let _ = stream
+            .write_all(b"HTTP/1.1 500 X\r\ncontent-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n");
+        while chunk(stream, &"x".repeat(64 * 1024)) {}
+        After::Close
+    });
+    let zap = Zap::with("[retry]\nmax_retries = 0\n", &[a.backend("a", "")]);
+    let mut client = zap.client();
+    client.post("/chat", "", CHAT);
+    assert_eq!(client.head().status, 500);
+    drop(client);
+    let failures = || zap.client().get("/status").json()["failures"].as_array().unwrap().clone();
+    let of_request = || failures().into_iter().find(|failure| failure["client"] == "anonymous");
+    eventually("the failure is listed", || of_request().is_some());
+    let failure = of_request().unwrap();
+    assert_eq!((&failure["outcome"], &failure["hurt"]), (&"the client got 500 of a".into(), &true.into()));
+    assert_eq!(failure["tries"], serde_json::json!([{ "backend": "a", "cause": "HTTP 500" }]));
 }
 
 #[test]
