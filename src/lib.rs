@@ -37,8 +37,8 @@
 //!   redacts there*: `gateway/response.rs`;
 //! - *a limit of requests*: [`policy::limit`]; *of tokens*: [`policy::token_window`]; *of money*: [`policy::spend`];
 //!   *of a backend*: [`policy::quota`]; *of memory*: [`policy::byte_budget`];
-//!   *of connections*: [`server::seats`]; *of what the kernel holds of a response*: `server/listeners.rs` and
-//!   [`upstream::receive_window`];
+//!   *of connections*: [`client::connection_limit`]; *of what the kernel holds of a response*: `server/listeners.rs`
+//!   and `upstream/receive_window.rs`;
 //! - *how a backend with several keys is run*: `config/key_pool.rs`, and `policy/dispatch/keys.rs`;
 //! - *a new error*: one row in [`gateway::refusal`], one code in [`code`];
 //! - *a new metric*: [`telemetry::metrics`]; *a new key*: [`config`].

@@ -12,10 +12,10 @@ pub(crate) const RESERVE: usize = 16;
 
 /// How many connections may be open.
 #[derive(Debug)]
-pub(crate) struct ConnectionLimit(Arc<Places>);
+pub(crate) struct ConnectionLimit(Arc<Semaphores>);
 
 #[derive(Debug)]
-struct Places {
+struct Semaphores {
     regular: Arc<Semaphore>,
     reserve: Arc<Semaphore>,
     /// Requests that may wait on connections of the reserve.
@@ -25,7 +25,7 @@ struct Places {
 /// Lets one connection be open. Dropping it lets the next one in.
 #[derive(Debug)]
 pub(crate) struct ConnectionPermit {
-    places: Arc<Places>,
+    semaphores: Arc<Semaphores>,
     is_reserve: bool,
     _permit: OwnedSemaphorePermit,
 }
@@ -39,12 +39,12 @@ impl ConnectionPermit {
     /// Waits for a regular permit in place of this one. The future does not borrow the permit. `None` if too many
     /// others wait.
     pub(crate) fn regular(&self) -> impl Future<Output = Option<ConnectionPermit>> + use<> {
-        let places = self.places.clone();
+        let semaphores = self.semaphores.clone();
         async move {
-            let waiting = places.waiting.try_acquire().ok()?;
-            let permit = places.regular.clone().acquire_owned().await.ok()?;
+            let waiting = semaphores.waiting.try_acquire().ok()?;
+            let permit = semaphores.regular.clone().acquire_owned().await.ok()?;
             drop(waiting);
-            Some(ConnectionPermit { places, is_reserve: false, _permit: permit })
+            Some(ConnectionPermit { semaphores, is_reserve: false, _permit: permit })
         }
     }
 }
@@ -53,18 +53,22 @@ impl ConnectionLimit {
     /// A limit of `max` connections, and `reserve` more.
     pub(crate) fn new(max: usize, reserve: usize) -> Self {
         let (regular, reserved) = (Arc::new(Semaphore::new(max)), Arc::new(Semaphore::new(reserve)));
-        ConnectionLimit(Arc::new(Places { regular, reserve: reserved, waiting: Semaphore::new(reserve / 2) }))
+        ConnectionLimit(Arc::new(Semaphores {
+            regular,
+            reserve: reserved,
+            waiting: Semaphore::new(reserve / 2),
+        }))
     }
 
     /// Waits for a permit: of the reserve only while all others are taken. Dropping the future takes none.
     pub(crate) async fn permit(&self) -> Option<ConnectionPermit> {
-        let places = &self.0;
+        let semaphores = &self.0;
         let (permit, is_reserve) = tokio::select! {
             biased;
-            permit = places.regular.clone().acquire_owned() => (permit, false),
-            permit = places.reserve.clone().acquire_owned() => (permit, true),
+            permit = semaphores.regular.clone().acquire_owned() => (permit, false),
+            permit = semaphores.reserve.clone().acquire_owned() => (permit, true),
         };
-        Some(ConnectionPermit { places: places.clone(), is_reserve, _permit: permit.ok()? })
+        Some(ConnectionPermit { semaphores: semaphores.clone(), is_reserve, _permit: permit.ok()? })
     }
 
     /// Returns a regular permit if one has become free in place of one of the reserve, else `permit`.

@@ -5,9 +5,12 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use crate::client::conn::Conn;
-use crate::client::deadline::Elapsed;
+use crate::client::deadline::{Elapsed, time_to_begin};
 use crate::client::peer::Listener;
-use crate::time::Nanos;
+use crate::time::{Nanos, SECOND};
+
+/// How long a request on a connection of the reserve waits until a regular connection ends.
+const RESERVE_PATIENCE: Nanos = 5 * SECOND;
 
 /// The current exchange of a connection. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -122,9 +125,12 @@ impl Exchange {
         self.0.is_reserve()
     }
 
-    /// Waits until `at` for a place among the regular connections. Returns whether the connection is one of them now.
-    pub(crate) async fn leave_reserve(&self, at: Nanos) -> bool {
-        self.limit(at, self.0.leave_reserve()).await.unwrap_or(false)
+    /// Waits for a regular permit, for a while. Returns whether the connection has one now.
+    pub(crate) async fn leave_reserve(&self) -> bool {
+        let is_regular =
+            self.limit(self.coarse_now() + RESERVE_PATIENCE, self.0.leave_reserve()).await.unwrap_or(false);
+        self.set_deadline(self.coarse_now() + time_to_begin(false));
+        is_regular
     }
 
     /// Whether the connection must close after the response.

@@ -42,7 +42,7 @@ pub(crate) enum HandshakeError {
     PlainHttp,
     /// The handshake took longer than this.
     TimedOut(Nanos),
-    /// The client has sent nothing, or Zap stops: no fault of anyone.
+    /// The client has sent nothing, or Zap stops: not an error.
     Unfinished,
 }
 

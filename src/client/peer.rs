@@ -12,10 +12,10 @@ pub(crate) struct Peer {
 /// A listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Listener {
-    /// That of `[admin]`: it serves the pages for operators.
+    /// The admin listener: it serves the pages for operators.
     Admin,
-    /// The one for clients, on a port.
+    /// The TCP listener for clients.
     Tcp,
-    /// The one for clients, on a unix socket.
+    /// The unix socket for clients.
     Unix,
 }

@@ -149,6 +149,8 @@ fn is_disabled(t: &Section<'_, '_>) -> bool {
     !is("false")
 }
 
+const REPEATED: &str = "repeats a header; must be different names, and case does not count";
+
 /// Reads `headers`. Returns them, and whether the text itself contains a value.
 fn file_headers(t: &mut Section<'_, '_>) -> (Vec<(HeaderName, HeaderValue)>, bool) {
     let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
@@ -158,7 +160,7 @@ fn file_headers(t: &mut Section<'_, '_>) -> (Vec<(HeaderName, HeaderValue)>, boo
         match header(&name.value, &value.value) {
             Err(what) => t.fault_of(&value, what),
             Ok((name, _)) if headers.iter().any(|(other, _)| *other == name) => {
-                t.fault_of(&value, "repeats a header; must be different names, and case does not count");
+                t.fault_of(&value, REPEATED);
             }
             Ok(header) => headers.push(header),
         }
@@ -172,7 +174,12 @@ fn env_headers(t: &Section<'_, '_>) -> Vec<(HeaderName, HeaderValue)> {
     let Some((source, value)) = SOURCES.into_iter().find_map(set) else { return Vec::new() };
     let headers = pairs(&value).and_then(|pairs| {
         let headers: Result<Vec<_>, _> = pairs.iter().map(|(name, value)| header(name, value)).collect();
-        headers.map_err(str::to_owned)
+        let headers = headers.map_err(str::to_owned)?;
+        let repeats = |at: usize| headers[..at].iter().any(|(name, _)| *name == headers[at].0);
+        match (0..headers.len()).any(repeats) {
+            true => Err(REPEATED.to_owned()),
+            false => Ok(headers),
+        }
     });
     headers.unwrap_or_else(|what| {
         variable_fault(t, "headers", source, &what);

@@ -14,6 +14,7 @@ use crate::gateway::caller;
 use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
+use crate::http1::origin::{Origins, is_foreign, names_loopback};
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Page, ServedBy};
 use crate::telemetry::record::Caller;
@@ -75,9 +76,9 @@ impl Visitor<'_> {
         if headers::repeats_credential(self.headers) {
             return Err(GatewayError::BadRequest(caller::REPEATED));
         }
-        let known = self.credential().and_then(|credential| clients.find(&credential));
-        let known = known.or_else(|| clients.with_certificate(self.exchange.common_name()?));
-        known.cloned().map(Caller::Known).ok_or(GatewayError::PageKey)
+        let credential = self.credential();
+        let known = caller::known(clients, credential.as_deref(), self.exchange.common_name());
+        known.map(Caller::Known).ok_or(GatewayError::PageKey)
     }
 
     fn at_admin(&self, endpoint: Endpoint) -> Result<Caller, GatewayError> {
@@ -103,14 +104,18 @@ impl Visitor<'_> {
         client.or_else(|| headers::basic_password(self.headers).map(Cow::Owned))
     }
 
-    /// Whether the request comes from this machine, and nothing says that a proxy has passed it on.
+    /// Whether the request comes from this machine, and nothing says that a proxy has passed it on or that a page of
+    /// another site has sent it.
     fn is_local(&self) -> bool {
         let is_passed_on = PROXY_HEADERS.iter().any(|name| self.headers.contains_key(*name));
-        self.exchange.peer().to_canonical().is_loopback() && !is_passed_on
+        self.exchange.peer().to_canonical().is_loopback()
+            && !is_passed_on
+            && names_loopback(self.headers)
+            && !is_foreign(self.headers, &Origins::None)
     }
 }
 
-/// Compares in a time that tells nothing of the contents.
+/// Compares in constant time.
 fn is_equal(a: &[u8], b: &[u8]) -> bool {
     digest(&SHA256, a).as_ref().ct_eq(digest(&SHA256, b).as_ref()).into()
 }

@@ -48,9 +48,17 @@ pub(crate) fn identify(
         let key = |c| shared.keyed_hash(LimitKey::Credential(c));
         return Ok(credential.map_or(Caller::Anonymous, |c| Caller::Unknown(key(c))));
     }
-    let known = credential.and_then(|c| clients.find(c));
-    let known = known.or_else(|| clients.with_certificate(common_name?));
-    known.cloned().map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
+    known(clients, credential, common_name).map(Caller::Known).ok_or(GatewayError::InvalidApiKey)
+}
+
+/// The client with this credential, otherwise the one whose certificate has this common name.
+pub(super) fn known(
+    clients: &Clients,
+    credential: Option<&[u8]>,
+    common_name: Option<&str>,
+) -> Option<Arc<Client>> {
+    let client = credential.and_then(|c| clients.find(c));
+    client.or_else(|| clients.with_certificate(common_name?)).cloned()
 }
 
 /// Takes a request back from the windows of requests, since Zap has refused it later on and it is not to blame.

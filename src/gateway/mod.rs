@@ -102,7 +102,6 @@ use crate::protocol::stored::{NotStored, Stored};
 use crate::telemetry::Recorder;
 use crate::telemetry::otlp::trace::Trace;
 use crate::telemetry::record::{Arrival, RequestRecord};
-use crate::time::{Nanos, SECOND};
 use crate::upstream::pool::Pool;
 
 /// Searches for similar model names that a worker may run in a second. Any client can cause one by naming an unknown
@@ -111,9 +110,6 @@ const MAX_SEARCHES: u64 = 50;
 
 /// Reports of usage that a worker may make in a second: each reads a file.
 const MAX_REPORTS: u64 = 20;
-
-/// How long a request waits for a regular connection to end, if its own is of the reserve.
-const CONNECTION_PATIENCE: Nanos = 5 * SECOND;
 
 /// The path of a model, up to its id.
 const MODELS: &str = "/models/";
@@ -203,17 +199,19 @@ impl Gateway {
         if let Some(response) = browser::preflight(&self.server.cors_origins, head, endpoint) {
             return self.finish(response, record, &context);
         }
-        if exchange.is_reserve() && !endpoint.is_health_check() {
-            // In a box, since it is rare.
-            if !Box::pin(exchange.leave_reserve(record.started + CONNECTION_PATIENCE)).await {
-                return self.refuse(&GatewayError::TooManyConnections, record, &context);
-            }
-        }
         let (shared, headers) = (self.shared(), &head.headers);
         let visitor = Visitor { shared, generation: &generation, headers, exchange };
         match visitor.check(endpoint, path, endpoint == Endpoint::Root && status_page::is_wanted(headers)) {
             Ok(caller) => record.caller = caller,
             Err(error) => return self.refuse(&error, record, &context),
+        }
+        if exchange.is_reserve() && !endpoint.is_health_check() {
+            // In a box, since it is rare.
+            let is_regular = Box::pin(exchange.leave_reserve()).await;
+            record.waited += clock::now() - record.started;
+            if !is_regular {
+                return self.refuse(&GatewayError::TooManyConnections, record, &context);
+            }
         }
         match &endpoint.row().served {
             ServedBy::Backends(api) if head.method == Method::POST => {

@@ -89,7 +89,7 @@ struct PageCache {
 const NICENESS: i32 = 10;
 
 impl Pages {
-    /// Returns the text of `page`, from the cache or from `render`. All who ask while another text is rendered share
+    /// Returns the text of `page`, from the cache or from `render`. Requests that arrive during a rendering share
     /// the next one, so that no text is older than its request, except a shared one, or if the time of this second is
     /// used up. `None` if `render` panics.
     pub(crate) async fn text(
@@ -104,9 +104,12 @@ impl Pages {
             }
             state.has_thread = state.has_thread || self.start_thread();
             if !state.has_thread {
-                // Better late than never.
+                // No thread is left: this worker renders, within the same bound.
                 drop(state);
-                return Some(render());
+                let began = clock::now();
+                let text = render();
+                self.0.state.lock().cache.put(page as usize, began, clock::now(), text.clone());
+                return Some(text);
             }
             let (reader, rendered) = oneshot::channel();
             let wanted = state.wanted[page as usize].get_or_insert_with(|| Wanted::new(render));

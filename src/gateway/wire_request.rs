@@ -28,6 +28,8 @@ impl Attempts<'_> {
             upstream.write_stored_line(self.request, &mut head);
         }
         head.extend_from_slice(begin);
+        let rules = &upstream.conf.header_rules;
+        let sends_trace = !rules.drops(TRACEPARENT.as_str()) && !upstream.has_own_header(&TRACEPARENT);
         let passing = Passing {
             authorization: upstream.conf.forward_authorization,
             more: self.ask.endpoint.protocol().headers(),
@@ -38,18 +40,17 @@ impl Attempts<'_> {
             },
             trace: match &self.record.trace {
                 None => TracePassing::Both,
-                Some(trace) if trace.parent.is_some() => TracePassing::State,
+                Some(trace) if trace.parent.is_some() && sends_trace => TracePassing::State,
                 Some(_) => TracePassing::Neither,
             },
         };
-        let rules = &upstream.conf.header_rules;
         let traceparent = headers::to_backend(&self.request.headers, passing, rules, |name, value| {
             if !upstream.has_own_header(name) {
                 write_header(&mut head, name, value.as_bytes());
             }
         });
         match &self.record.trace {
-            Some(trace) if !rules.drops(TRACEPARENT.as_str()) && !upstream.has_own_header(&TRACEPARENT) => {
+            Some(trace) if sends_trace => {
                 write_header(&mut head, &TRACEPARENT, &trace.context().write());
             }
             Some(_) => {}

@@ -1,6 +1,8 @@
 //! Where a request comes from, as browsers tell it: origins of web pages (RFC 6454), `Sec-Fetch-Site`, and the name in
 //! `Host` by which the page has reached Zap.
 
+use std::net::IpAddr;
+
 use http::HeaderName;
 use http::header::{HOST, HeaderMap, ORIGIN};
 
@@ -75,6 +77,15 @@ impl Hosts {
         self.0.is_empty()
             || header(headers, &HOST).is_some_and(|host| self.0.iter().any(|name| name.is(host)))
     }
+}
+
+/// Whether `Host` is a name or an address of this machine alone: `localhost` or a loopback address. A page that uses
+/// DNS rebinding names its own site there, and so do most proxies.
+pub(crate) fn names_loopback(headers: &HeaderMap) -> bool {
+    let Some(host) = header(headers, &HOST) else { return false };
+    let (name, _) = split_port(host);
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    address.map_or_else(|_| name.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
 }
 
 /// Whether a browser tells that the page behind a request is neither Zap's own nor of a listed origin. Programs that

@@ -241,7 +241,7 @@ mod tests {
             tokio::select! {
                 () = signals.send(sender) => panic!("the receiver lives"),
                 received = read => {
-                    assert!(received.starts_with(&[Order::Reload; 4]) && received.len() <= 7, "{received:?}");
+                    assert!(received.starts_with(&[Order::Reload; 4]) && received.len() <= 9, "{received:?}");
                 }
             }
         });

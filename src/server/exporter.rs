@@ -42,13 +42,15 @@ pub(crate) async fn export(shared: &Shared) {
     let mut next = None;
     loop {
         queue.wait(INTERVAL).await;
+        // Read first: what is pushed until then is sent below.
+        let is_closing = queue.is_closing();
         loop {
             let traces = queue.take(&mut next);
             let Some(first) = traces.first() else { break };
             let settings = first.trace.settings.clone();
             exporter.send(&settings, traces).await;
         }
-        if queue.is_closing() {
+        if is_closing {
             queue.note_flushed();
         }
     }

@@ -246,8 +246,8 @@ fn read_and_list(before: &Snapshot, files: &mut Files) -> Result<Snapshot, Strin
             changed.join(", ")
         ));
     }
-    if config.server.admin.is_none() {
-        // The listener stays until the restart, and so must its token.
+    if config.server.admin != before.config.server.admin {
+        // The listener stays where it is until the restart, and so must its token.
         config.admin = before.config.admin.clone();
     }
     config.server = Server::clone(&before.config.server);

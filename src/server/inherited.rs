@@ -48,6 +48,8 @@ pub(crate) struct Inherited {
     pub(crate) unix: Option<UnixListener>,
     /// Whether this process will own the file of the unix socket.
     pub(crate) owns_unix: bool,
+    /// Whether the sockets are those of another Zap.
+    pub(crate) is_upgrade: bool,
 }
 
 /// Takes the listening sockets of the environment: at most one of TCP for clients, one for the admin listener, and one
@@ -59,8 +61,12 @@ pub(crate) fn take() -> Result<Inherited, String> {
     let names = std::env::var(NAMES_VARIABLE).unwrap_or_default();
     let mut names = names.split(':');
     let mut given = ListenFd::from_env();
-    let owns_unix = std::env::var_os(OWNS_UNIX_VARIABLE).is_some_and(|value| value == "1");
-    let mut found = Inherited { owns_unix, ..Inherited::default() };
+    let owns_unix = std::env::var_os(OWNS_UNIX_VARIABLE);
+    let mut found = Inherited {
+        is_upgrade: owns_unix.is_some(),
+        owns_unix: owns_unix.is_some_and(|value| value == "1"),
+        ..Inherited::default()
+    };
     for index in 0..given.len() {
         let (number, is_admin) = (index + 1, names.next() == Some(ADMIN));
         let tcp_of_name = if is_admin { &mut found.admin } else { &mut found.tcp };
@@ -69,6 +75,9 @@ pub(crate) fn take() -> Result<Inherited, String> {
             (Err(_), _, false) if !is_admin => {
                 let what = |e| format!("socket {number} of LISTEN_FDS cannot be used: {e}");
                 found.unix = given.take_unix_listener(index).map_err(what)?;
+            }
+            (Err(_), _, _) if is_admin => {
+                return Err(format!("socket {number} of LISTEN_FDS has the name {ADMIN} and must be of TCP"));
             }
             _ => {
                 return Err(format!(

@@ -88,9 +88,10 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
         given => given,
     };
     let admin = match (inherited.admin, server.admin) {
-        (None, Some(address)) => Some(listen(address)?),
-        (given, Some(_)) => given,
         (_, None) => None,
+        // Who may use it is that of the new configuration, so the address must be, too.
+        (Some(given), Some(address)) if !inherited.is_upgrade || is_at(&given, address) => Some(given),
+        (_, Some(address)) => Some(listen(address)?),
     };
     let options = Options { watch, supervisor: Supervisor::from_env() };
     let (unix, unix_file) = match (inherited.unix, &server.unix) {
@@ -105,6 +106,12 @@ pub(crate) fn open(server: &Server, watch: bool) -> Result<Setup, String> {
         (given, _) => (given, None),
     };
     Ok(Setup { tcp, unix, admin, unix_file, options: Arc::new(options) })
+}
+
+/// Whether `listener` was opened at `address`; port 0 stands for any.
+fn is_at(listener: &TcpListener, address: SocketAddr) -> bool {
+    let is = |own: SocketAddr| own.ip() == address.ip() && [0, own.port()].contains(&address.port());
+    listener.local_addr().is_ok_and(is)
 }
 
 /// Opens a listener.

@@ -47,7 +47,7 @@ impl Style {
     /// Appends `text` in a colour, if the style has colours.
     pub(crate) fn push_in(self, colour: Colour, text: &str, out: &mut String) {
         match (self, colour) {
-            (Style::Short { is_coloured: true }, colour) if colour != Colour::Plain => {
+            (Style::Short { is_coloured: true }, colour) => {
                 let _ = write!(out, "\u{1b}[{}m{text}\u{1b}[0m", colour as u8);
             }
             _ => out.push_str(text),
@@ -102,7 +102,6 @@ impl Style {
 /// The colours of a terminal, by the numbers of ECMA-48.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Colour {
-    Plain = 0,
     Bold = 1,
     Dim = 2,
     Red = 31,

@@ -150,7 +150,8 @@ impl Drop for KillOnDrop {
 fn ask(address: SocketAddr, head: &str, body: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let rest = format!("host: a\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    let rest =
+        format!("host: localhost\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     stream.write_all(format!("{head}\r\n{rest}").as_bytes()).unwrap();
     let mut text = Vec::new();
     stream.read_to_end(&mut text).unwrap();

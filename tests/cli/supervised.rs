@@ -1,12 +1,13 @@
 //! Zap under systemd: sockets that it opens, and what Zap tells it.
 
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use super::faults::wait_until;
 use super::unix_socket::{Socket, chat, wait_for_end};
 use super::upgrade::newest;
 use super::{CHAT, File, OK, Running, ask, config, provider, stderr, zap};
@@ -150,6 +151,13 @@ fn systemd_opens_the_socket_of_the_admin_listener_by_its_name() {
         assert!(ask(operators, "GET /ready HTTP/1.1", "").starts_with("HTTP/1.1 200 "));
         assert!(ask(zap.address, "GET /status HTTP/1.1", "").starts_with("HTTP/1.1 404 "));
         assert!(ask(zap.address, "POST /chat HTTP/1.1", CHAT).ends_with("ok"));
+        // The configuration that systemd's socket overrode is not that of an upgrade.
+        std::fs::write(&file.0, text.replace("port = 1", &format!("port = {}", operators.port()))).unwrap();
         newest.upgrade(&zap);
     }
+    std::fs::write(&file.0, text.replace("port = 1\ntoken = \"zt-1\"", "host = \"127.0.0.2\"\nport = 0"))
+        .unwrap();
+    newest.upgrade(&zap);
+    let is_gone = || TcpStream::connect(operators).is_err();
+    wait_until("the new process does not serve at the old address without the token", is_gone);
 }

@@ -18,14 +18,17 @@ const FORWARDED: &str = "x-forwarded-for: 10.0.0.1\r\n";
 const PAGES: [&str; 3] = ["/metrics", "/status", "/usage"];
 
 fn get(mut client: Client, path: &str, headers: &str) -> Response {
-    client.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n{headers}\r\n"));
+    client.send(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n"));
     client.response()
 }
 
 #[test]
 fn with_client_keys_the_pages_need_one_unless_the_request_is_from_this_machine() {
     let a = Provider::named("a");
-    let zap = Zap::with(KEY, &[a.backend("a", "")]);
+    let zap = Zap::with(
+        &format!("[server]\ncors_origins = [\"https://app.example\"]\n{KEY}"),
+        &[a.backend("a", "")],
+    );
     let all = PAGES.iter().map(|path| (*path, "")).chain([("/", BROWSER), ("/status", BROWSER)]);
     for (path, accept) in all {
         assert_eq!(get(zap.client(), path, accept).status, 200, "{path}: from this machine");
@@ -50,6 +53,17 @@ fn with_client_keys_the_pages_need_one_unless_the_request_is_from_this_machine()
                 "{path} {key}"
             );
         }
+    }
+    for (head, status) in [
+        ("host: 127.0.0.1:8000\r\n", 200),
+        ("host: [::1]\r\nsec-fetch-site: same-origin\r\n", 200),
+        ("host: zap.example\r\n", 401),
+        ("host: localhost\r\nsec-fetch-site: cross-site\r\n", 401),
+        ("host: localhost\r\norigin: https://app.example\r\n", 401),
+    ] {
+        let mut client = zap.client();
+        client.send(format!("GET /status HTTP/1.1\r\n{head}\r\n"));
+        assert_eq!(client.response().status, status, "{head}");
     }
     let twice = format!("{FORWARDED}authorization: Bearer zk-team\r\nauthorization: Bearer zk-team\r\n");
     assert_eq!(get(zap.client(), "/status", &twice).status, 400);
@@ -142,6 +156,14 @@ fn a_reload_replaces_the_token_and_keeps_it_when_the_section_goes() {
     let metrics = || get(zap.operator(), "/metrics", "authorization: Bearer zt-2\r\n").text().to_owned();
     eventually("the section is gone", || metrics().contains(applied));
     assert_eq!((status("zt-2"), status("")), (200, 401), "the listener stays, and its token");
+    file.write("[admin]\nport = 1\n", &[a.backend("a", "")]);
+    zap.order(Order::Reload);
+    eventually("it has moved", || metrics().contains("zap_config_reloads_total{result=\"applied\"} 3\n"));
+    assert_eq!(
+        (status("zt-2"), status("")),
+        (200, 401),
+        "another address needs a restart, and so does its token"
+    );
     assert_eq!(get(zap.client(), "/status", "").status, 404);
 }
 

@@ -6,7 +6,7 @@ const BROWSER: &str = "accept: text/html,application/xhtml+xml,application/xml;q
 
 fn get(zap: &Zap, path: &str, headers: &str) -> Response {
     let mut client = zap.client();
-    client.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n{headers}\r\n"));
+    client.send(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n"));
     client.response()
 }
 
@@ -41,7 +41,7 @@ fn only_a_request_for_html_gets_the_page() {
         }
     }
     let mut client = zap.client();
-    client.send(format!("HEAD /status HTTP/1.1\r\nhost: zap\r\n{BROWSER}\r\n"));
+    client.send(format!("HEAD /status HTTP/1.1\r\nhost: localhost\r\n{BROWSER}\r\n"));
     let head = client.head();
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/html; charset=utf-8")));
 }

@@ -71,7 +71,7 @@ pub(crate) struct EventStream {
     is_finished: bool,
     end: Option<StreamEnd>,
     early_error: Option<EarlyError>,
-    /// What the answer says of itself; `None`: nobody wants to know.
+    /// What the answer says of itself; `None`: the request is not traced.
     notes: Option<Box<AnswerNotes>>,
 }
 

@@ -288,7 +288,7 @@ mod tests {
             assert!((n - want).abs() <= 4.0 * want.sqrt(), "{millionths}: {n}");
         }
         assert!(ids.iter().all(|id| !is_in_ratio(id, 0) && is_in_ratio(id, 1_000_000)));
-        // Whoever records a share records what a smaller share does.
+        // A larger ratio samples every trace that a smaller one does.
         assert!(ids.iter().all(|id| !is_in_ratio(id, 100_000) || is_in_ratio(id, 200_000)));
     }
 

@@ -117,7 +117,12 @@ impl Provider {
 
     /// An address without a listener: connects are refused.
     pub(crate) fn closed_port() -> SocketAddr {
-        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+        // Bound until the process ends, so that no other test gets it, but without a listener.
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        std::mem::forget(socket);
+        address
     }
 
     /// Sets the status of all further responses to probes.

@@ -136,7 +136,7 @@ impl Client {
 
     /// Sends a GET of `path` and reads the response.
     pub(crate) fn get(&mut self, path: &str) -> Response {
-        self.send(format!("GET {path} HTTP/1.1\r\nhost: zap\r\n\r\n"));
+        self.send(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n"));
         self.response()
     }
 
