@@ -100,7 +100,7 @@ const STREAMED: [Named; 10] = [
 /// Returns the error of the system if no port or no thread is available.
 pub(super) fn start(stall: Duration) -> io::Result<SocketAddr> {
     let turns = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
-    mock::start("chaos", move |chat| {
+    mock::start("chaos", move |_path, chat| {
         let failure = match chat["stream"] == json!(true) {
             true => next(&STREAMED, &turns.1),
             false => next(&PLAIN, &turns.0),

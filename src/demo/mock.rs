@@ -1,4 +1,4 @@
-//! The HTTP side of a mock provider: a thread that reads chats and sends what a function answers.
+//! The HTTP side of a mock provider: a thread that reads requests and sends what a function answers.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -21,17 +21,17 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 /// Largest request body that a mock provider reads, in bytes.
 const MAX_BODY: usize = 64 << 20;
 
-/// The answer to a chat. An error closes the connection without a response.
+/// The answer to a request. An error closes the connection without a response.
 pub(super) type Answer = io::Result<Response<MockBody>>;
 
 /// Starts a provider on its own thread, on a free port of loopback; the provider runs until the process ends. `answer`
-/// gets the body of each POST. Any other request gets 200, so that health checks succeed.
+/// gets the path and the body of each POST. Any other request gets 200, so that health checks succeed.
 ///
 /// # Errors
 /// Returns the error of the system if no port or no thread is available.
 pub(super) fn start<F>(
     name: &'static str,
-    answer: impl Fn(Value) -> F + Clone + Send + 'static,
+    answer: impl Fn(String, Value) -> F + Clone + Send + 'static,
 ) -> io::Result<SocketAddr>
 where
     F: Future<Output = Answer> + Send + 'static,
@@ -47,11 +47,11 @@ where
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
                 let answer = answer.clone();
-                let service = service_fn(move |request| {
-                    let answer = answer.clone();
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let (answer, path) = (answer.clone(), request.uri().path().to_owned());
                     async move {
                         match read(name, request).await {
-                            Ok(chat) => answer(chat).await,
+                            Ok(body) => answer(path, body).await,
                             Err(response) => Ok(*response),
                         }
                     }
@@ -65,10 +65,10 @@ where
     Ok(address)
 }
 
-/// Reads the chat of a request.
+/// Reads the body of a request.
 ///
 /// # Errors
-/// The response to a request that is no chat.
+/// The response to a request that is no POST of JSON.
 async fn read(name: &str, request: Request<Incoming>) -> Result<Value, Box<Response<MockBody>>> {
     if request.method() != Method::POST {
         return Err(Box::new(json_response(

@@ -1,9 +1,10 @@
 //! `zap demo`: built-in mock providers, and a configuration that balances them.
 //!
-//! A good provider answers chat completions with a text that contains its name, at once or as a stream of tokens, and
-//! tells the token counts as OpenAI does. Each provider has prices.
+//! A good provider answers chat completions and responses with a text that contains its name, at once or as a stream of
+//! tokens, and embeddings with a few numbers. It tells the token counts as OpenAI does. Each provider has prices.
 //! [`chaos`] is a provider that fails; [`mock`] is the HTTP side of both.
 
+mod answers;
 mod chaos;
 mod mock;
 
@@ -34,13 +35,28 @@ impl Provider {
     /// # Errors
     /// Returns the error of the system if no port or no thread is available.
     fn start(self) -> io::Result<SocketAddr> {
-        mock::start(self.name, move |chat| self.answer(chat))
+        mock::start(self.name, move |path, request| self.answer(path, request))
     }
 
-    async fn answer(self, chat: Value) -> Answer {
-        let model = chat["model"].as_str().unwrap_or("mock");
+    async fn answer(self, path: String, request: Value) -> Answer {
+        let model = request["model"].as_str().unwrap_or("mock");
         let words = self.words();
-        let usage = usage(&chat, words.len());
+        let is_stream = request["stream"] == json!(true);
+        let json = match () {
+            () if path.ends_with("/embeddings") => answers::embeddings(model, &request),
+            () if path.ends_with("/responses") && is_stream => {
+                let events = answers::response_events(model, &request, &words);
+                return Ok(event_response(Events::new(events, self.pace, false)));
+            }
+            () if path.ends_with("/responses") => answers::response(model, &request, &words),
+            () => return self.chat(model, &request, words).await,
+        };
+        tokio::time::sleep(self.pace).await;
+        Ok(json_response(StatusCode::OK, json.to_string()))
+    }
+
+    async fn chat(self, model: &str, chat: &Value, words: Vec<String>) -> Answer {
+        let usage = usage(chat, words.len());
         if chat["stream"] == json!(true) {
             let asked = (chat["stream_options"]["include_usage"] == json!(true)).then_some(usage);
             return Ok(event_response(Events::new(events(model, words, asked), self.pace, false)));
@@ -65,7 +81,7 @@ impl Provider {
 
 /// The token counts of an answer: four bytes of the messages are a token, and each word of the answer.
 fn usage(chat: &Value, words: usize) -> Value {
-    let prompt = chat["messages"].to_string().len().div_ceil(4);
+    let prompt = answers::tokens(&chat["messages"]);
     json!({"prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words})
 }
 

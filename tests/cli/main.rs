@@ -344,6 +344,36 @@ fn the_demo_balances_two_to_one_streams_and_exits_on_a_signal() {
 }
 
 #[test]
+fn the_demo_answers_embeddings_and_responses_as_such() {
+    let mut command = zap();
+    let demo = Running::start(command.args(["demo", "--port", "0"]).stdout(Stdio::null()));
+    let body = |text: &str| serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let post = |path: &str, text: &str| ask(demo.address, &format!("POST {path} HTTP/1.1"), text);
+    let answer: serde_json::Value =
+        body(&post("/v1/embeddings", "{\"model\":\"m\",\"input\":[\"a\",\"b\"]}"));
+    assert_eq!((&answer["object"], answer["data"].as_array().unwrap().len()), (&"list".into(), 2));
+    assert_eq!(answer["data"][1]["embedding"].as_array().unwrap().len(), 8);
+    assert!(answer["usage"]["prompt_tokens"].as_u64().unwrap() > 0);
+    let base64: serde_json::Value =
+        body(&post("/v1/embeddings", "{\"model\":\"m\",\"input\":\"a\",\"encoding_format\":\"base64\"}"));
+    assert_eq!(base64["data"][0]["embedding"].as_str().unwrap().len(), 44, "8 numbers of 4 bytes");
+    let answer: serde_json::Value = body(&post("/v1/responses", "{\"model\":\"m\",\"input\":\"hi\"}"));
+    assert_eq!((&answer["object"], &answer["status"]), (&"response".into(), &"completed".into()));
+    assert!(answer["output"][0]["content"][0]["text"].as_str().unwrap().starts_with("Hello from"));
+    let stream = post("/v1/responses", "{\"model\":\"m\",\"input\":\"hi\",\"stream\":true}");
+    assert!(
+        stream.contains("event: response.created\n") && stream.contains("event: response.completed\n"),
+        "{stream}"
+    );
+    let metrics = ask(demo.address, "GET /metrics HTTP/1.1", "");
+    for endpoint in ["embeddings", "responses"] {
+        let sample =
+            format!("zap_requests_total{{endpoint=\"{endpoint}\",backend=\"alpha\",status=\"200\"}}");
+        assert!(metrics.contains(&sample), "{sample}");
+    }
+}
+
+#[test]
 fn the_demo_counts_tokens_and_cost() {
     let mut command = zap();
     let demo = Running::start(command.args(["demo", "--port", "0"]).stdout(Stdio::null()));
