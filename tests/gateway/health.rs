@@ -387,12 +387,12 @@ fn an_ejected_backend_keeps_its_quota_and_its_cooldown() {
 
 #[test]
 fn a_provider_that_comes_back_gets_requests_again() {
-    let address = Provider::closed_port();
+    let (address, socket) = Provider::bound_port();
     let b = Provider::named("b");
     let zap = Zap::with(FAST, &[crate::support::provider::backend(address, "a", ""), b.backend("b", "")]);
     (0..6).for_each(|_| assert_eq!(zap.chat(CHAT).text(), "b"));
-    let listener = std::net::TcpListener::bind(address).unwrap();
-    let _a = Provider::start_on(listener, |_, stream| {
+    socket.listen(16).unwrap();
+    let _a = Provider::start_on(socket.into(), |_, stream| {
         reply(stream, 200, "", b"a");
         After::Keep
     });

@@ -117,12 +117,18 @@ impl Provider {
 
     /// An address without a listener: connects are refused.
     pub(crate) fn closed_port() -> SocketAddr {
-        // Bound until the process ends, so that no other test gets it, but without a listener.
+        let (address, socket) = Provider::bound_port();
+        // Until the process ends, so that no other test gets the port.
+        std::mem::forget(socket);
+        address
+    }
+
+    /// A port that refuses connections until the socket listens.
+    pub(crate) fn bound_port() -> (SocketAddr, socket2::Socket) {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
         let address = socket.local_addr().unwrap().as_socket().unwrap();
-        std::mem::forget(socket);
-        address
+        (address, socket)
     }
 
     /// Sets the status of all further responses to probes.
