@@ -202,7 +202,7 @@ pub(crate) async fn upgrade(times: u64) -> bool {
                 sleep(Duration::from_millis(10)).await;
             }
             fine = load.verdict(&format!("{times} upgrades on one port"));
-            let clean = zap.lines("stop: all requests finished").len();
+            let clean = zap.lines("all requests finished").len();
             let is_over = code == Some(0) && !left.iter().any(|old| is_running(*old));
             fine &= check(
                 &format!("{clean} of {times} old processes ended with all requests finished"),
