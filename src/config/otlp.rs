@@ -10,11 +10,12 @@ use crate::config::text::quoted;
 use crate::config::toml_reader::Section;
 use crate::config::url::BaseUrl;
 use crate::http1::header_rules::is_reserved;
+use crate::http1::percent::percent_decoded;
 
 /// All traces, in millionths.
 const ALL: u32 = 1_000_000;
 
-/// Where a collector takes traces, below its base.
+/// The path of the traces, below the base URL of the collector.
 const TRACES: &str = "/v1/traces";
 
 /// The protocol of OTLP that Zap speaks.
@@ -38,7 +39,7 @@ pub struct Otlp {
     pub resource: Vec<(String, String)>,
 }
 
-/// What was read of `[otlp]`.
+/// `[otlp]` as the file and the environment have it.
 pub(super) struct ReadOtlp {
     /// `None`: no traces.
     pub(super) otlp: Option<Otlp>,
@@ -233,7 +234,8 @@ fn pairs(text: &str) -> Result<Vec<(String, String)>, String> {
     for (index, pair) in text.split(',').map(str::trim).enumerate().filter(|(_, pair)| !pair.is_empty()) {
         let malformed = || format!("is malformed at item {}; {ALLOWED}", index + 1);
         let (name, value) = pair.split_once('=').ok_or_else(malformed)?;
-        let (name, value) = (decoded(name.trim()), decoded(value.trim()));
+        let decoded = |text: &str| String::from_utf8(percent_decoded(text.trim())?).ok();
+        let (name, value) = (decoded(name), decoded(value));
         let (Some(name), Some(value)) = (name.filter(|name| !name.is_empty()), value) else {
             return Err(malformed());
         };
@@ -244,22 +246,6 @@ fn pairs(text: &str) -> Result<Vec<(String, String)>, String> {
         ..=MAX_PAIRS => Ok(pairs),
         n => Err(format!("has {n} items; must have at most {MAX_PAIRS}")),
     }
-}
-
-/// Percent-decodes a text; `None` if it is not valid.
-fn decoded(text: &str) -> Option<String> {
-    let mut bytes = text.bytes();
-    let mut out = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        out.push(match byte {
-            b'%' => {
-                let mut digit = || char::from(bytes.next()?).to_digit(16);
-                u8::try_from(digit()? * 16 + digit()?).ok()?
-            }
-            byte => byte,
-        });
-    }
-    String::from_utf8(out).ok()
 }
 
 #[cfg(test)]

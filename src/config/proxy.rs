@@ -9,6 +9,7 @@ use crate::config::no_proxy::is_exempt;
 use crate::config::text::Text;
 use crate::config::toml_reader::Section;
 use crate::config::url::{BaseUrl, split_port};
+use crate::http1::percent::percent_decoded;
 
 /// The port of a proxy whose URL names none, as curl has it.
 const PROXY_PORT: u16 = 1080;
@@ -157,21 +158,6 @@ fn basic(user: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::try_from(format!("Basic {}", BASE64.encode(&decoded))).ok()?;
     value.set_sensitive(true);
     Some(value)
-}
-
-fn percent_decoded(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = text.bytes();
-    let mut decoded = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        decoded.push(match byte {
-            b'%' => {
-                let mut digit = || char::from(bytes.next()?).to_digit(16);
-                u8::try_from(digit()? * 16 + digit()?).ok()?
-            }
-            byte => byte,
-        });
-    }
-    Some(decoded)
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ pub(crate) mod headers;
 
 pub(crate) mod origin;
 
+pub(crate) mod percent;
+
 pub(crate) mod chunked;
 
 pub(crate) mod decode;

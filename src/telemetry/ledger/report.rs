@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 
 use rusqlite::Connection;
 
+use crate::http1::percent::percent_decoded;
 use crate::policy::prices::usd;
 use crate::telemetry::ledger::file::visit;
 use crate::telemetry::ledger::table::{Amounts, Labels, Table};
@@ -142,21 +143,8 @@ fn shown(text: &str) -> String {
 
 /// Decodes `%2C` and `+`.
 fn decoded(text: &str) -> Result<String, String> {
-    let fault = || format!("{} is not valid percent-encoding of UTF-8", shown(text));
-    let mut bytes = text.bytes();
-    let mut out = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        out.push(match byte {
-            b'%' => {
-                let mut digit = || char::from(bytes.next()?).to_digit(16);
-                let value = digit().zip(digit()).map(|(high, low)| high * 16 + low);
-                value.and_then(|value| u8::try_from(value).ok()).ok_or_else(fault)?
-            }
-            b'+' => b' ',
-            byte => byte,
-        });
-    }
-    String::from_utf8(out).map_err(|_| fault())
+    let decoded = percent_decoded(&text.replace('+', " ")).and_then(|bytes| String::from_utf8(bytes).ok());
+    decoded.ok_or_else(|| format!("{} is not valid percent-encoding of UTF-8", shown(text)))
 }
 
 /// Why there is no report.
