@@ -162,7 +162,7 @@ pub fn run(
     if let Err(error) = &whole {
         log.event("error", "stop", &error.to_string());
     }
-    // It may hold a way to the log.
+    // The hook holds a sender of the log, which keeps the log open.
     drop(std::panic::take_hook());
     log.flush();
     whole

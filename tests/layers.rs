@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 7] = [
     &["client", "telemetry", "upstream"],
     &["config"],
     &["policy", "protocol", "http1", "json"],
-    &["base64", "clock", "code", "counter", "time"],
+    &["clock", "code", "counter", "time"],
 ];
 
 fn rank(module: &str) -> (usize, usize) {

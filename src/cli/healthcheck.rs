@@ -23,9 +23,10 @@ const MAX_HEAD: usize = 1024;
 /// How a server has shown that it is healthy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Health {
-    /// It has responded with a status from 200 to 299.
+    /// The server has responded with a status from 200 to 299.
     Responded,
-    /// In the TLS handshake it has asked for a certificate, which this command does not have. No request was sent.
+    /// The server has asked for a client certificate in the TLS handshake. This command has none, and has sent no
+    /// request.
     WantsCertificate,
 }
 

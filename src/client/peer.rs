@@ -1,4 +1,4 @@
-//! Where a client connection comes from.
+//! The peer of a client connection: its address and its listener.
 
 use std::net::IpAddr;
 

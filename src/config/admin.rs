@@ -12,10 +12,10 @@ use crate::config::{Secret, ServerTls};
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const PORT: Number<u16> = Range::new(0, u16::MAX).or(9000);
 
-/// Who may use the admin listener, and how. A reload replaces it.
+/// The token and the certificates of the admin listener. A reload replaces both.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AdminAccess {
-    /// What a request must show; `None`: nothing.
+    /// The token that a request must carry; `None`: no request needs one.
     pub token: Option<Secret>,
     /// `[[admin.tls]]`: TLS of the admin listener; `None`: plain HTTP.
     pub tls: Option<ServerTls>,

@@ -23,7 +23,7 @@ pub struct ServerTls {
     pub(crate) rustls: Arc<ServerConfig>,
 }
 
-/// One entry of `[[server.tls]]` or `[[admin.tls]]`.
+/// One certificate of a listener: an entry of `[[server.tls]]` or `[[admin.tls]]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TlsEntry {
     identity: Identity,
