@@ -122,8 +122,8 @@ def rss(pid):
     return kib
 
 
-def load(port, options, secs, core=OTHERS, warm=1.0):
-    command = ["taskset", "-c", core, f"{BUILT}/release/load", str(port), "--secs", str(secs), "--warm", str(warm)]
+def load(port, options, secs, core=OTHERS, warm=1.0, before=()):
+    command = [*before, "taskset", "-c", core, f"{BUILT}/release/load", str(port), "--secs", str(secs), "--warm", str(warm)]
     return subprocess.Popen(command + list(map(str, options)), stdout=subprocess.PIPE, text=True)
 
 
