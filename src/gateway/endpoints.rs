@@ -46,7 +46,9 @@ pub(crate) fn root() -> ClientResponse {
         ", an LLM inference gateway. Base URL: /v1 for OpenAI's SDKs, / for Anthropic's. Operators: /v1/models /status \
          /usage /metrics /health /ready, and `zap help`.\n"
     );
-    status_page::vary(text(StatusCode::OK, "text/plain; charset=utf-8", TEXT.into()))
+    let mut response = text(StatusCode::OK, "text/plain; charset=utf-8", TEXT.into());
+    response.headers_mut().append(VARY, HeaderValue::from_static("accept"));
+    response
 }
 
 /// `/ready`: Zap takes new requests; 503 while it drains.
@@ -70,20 +72,33 @@ pub(crate) async fn metrics(
     headers: &HeaderMap,
 ) -> Result<ClientResponse, GatewayError> {
     let format = if prefers_openmetrics(headers) { Format::OpenMetrics } else { Format::Prometheus };
-    let is_gzip = accepts_gzip(headers);
-    let name = match (format, is_gzip) {
-        (Format::Prometheus, false) => CachedPage::Metrics,
-        (Format::Prometheus, true) => CachedPage::MetricsGzip,
-        (Format::OpenMetrics, false) => CachedPage::OpenMetrics,
-        (Format::OpenMetrics, true) => CachedPage::OpenMetricsGzip,
+    let name = match format {
+        Format::Prometheus => CachedPage::Metrics,
+        Format::OpenMetrics => CachedPage::OpenMetrics,
     };
-    let render = move |shared: &Shared| {
-        let text = scrape(shared, format);
+    page(shared, headers, (name, format.content_type()), move |shared| scrape(shared, format)).await
+}
+
+/// The response with an expensive page, compressed if the client takes that.
+///
+/// # Errors
+/// [`GatewayError::Internal`] if it cannot be rendered, which is a bug.
+async fn page(
+    shared: &Arc<Shared>,
+    headers: &HeaderMap,
+    (name, content_type): (CachedPage, &'static str),
+    render: impl FnOnce(&Shared) -> Bytes + Send + 'static,
+) -> Result<ClientResponse, GatewayError> {
+    let is_gzip = accepts_gzip(headers);
+    let name = if is_gzip { name.compressed() } else { name };
+    let of = shared.clone();
+    let render = move || {
+        let text = render(&of);
         if is_gzip { gzip(&text).unwrap_or(text) } else { text }
     };
-    let body = page(shared, name, render).await?;
+    let body = shared.pages.text(name, render).await.ok_or(GatewayError::Internal)?;
     let is_gzip = is_gzip && body.starts_with(&GZIP);
-    let mut response = text(StatusCode::OK, format.content_type(), body);
+    let mut response = text(StatusCode::OK, content_type, body);
     let headers = response.headers_mut();
     headers.append(VARY, HeaderValue::from_static("accept, accept-encoding"));
     if is_gzip {
@@ -92,28 +107,24 @@ pub(crate) async fn metrics(
     Ok(response)
 }
 
-/// The text of an expensive page.
-///
-/// # Errors
-/// [`GatewayError::Internal`] if it cannot be rendered, which is a bug.
-async fn page(
-    shared: &Arc<Shared>,
-    page: CachedPage,
-    render: impl FnOnce(&Shared) -> Bytes + Send + 'static,
-) -> Result<Bytes, GatewayError> {
-    let of = shared.clone();
-    shared.pages.text(page, move || render(&of)).await.ok_or(GatewayError::Internal)
-}
-
 /// The beginning of a compressed body (RFC 1952, section 2.3.1). No text begins so.
 const GZIP: [u8; 2] = [0x1F, 0x8B];
+
+/// Bytes that are compressed between two times of giving way to threads that wait for the core.
+const STRETCH: usize = 16 << 10;
 
 /// Compresses a text; `None` if it is too long.
 fn gzip(text: &[u8]) -> Option<Bytes> {
     let out = Vec::with_capacity(text.len() / 8 + 64);
     let mut encoder = GzEncoder::new(out, Compression::fast());
-    let is_short = text.len() <= MAX_GZIP;
-    is_short.then(|| encoder.write_all(text).and_then(|()| encoder.finish()).ok().map(Bytes::from)).flatten()
+    if text.len() > MAX_GZIP {
+        return None;
+    }
+    for part in text.chunks(STRETCH) {
+        encoder.write_all(part).ok()?;
+        std::thread::yield_now();
+    }
+    encoder.finish().ok().map(Bytes::from)
 }
 
 fn scrape(shared: &Shared, format: Format) -> Bytes {
@@ -135,18 +146,24 @@ fn scrape(shared: &Shared, format: Format) -> Bytes {
 ///
 /// # Errors
 /// As [`page`].
-pub(crate) async fn status(shared: &Arc<Shared>) -> Result<ClientResponse, GatewayError> {
-    let json = page(shared, CachedPage::Status, status::encode).await?;
-    Ok(status_page::vary(text(StatusCode::OK, "application/json", json)))
+pub(crate) async fn status(
+    shared: &Arc<Shared>,
+    headers: &HeaderMap,
+) -> Result<ClientResponse, GatewayError> {
+    page(shared, headers, (CachedPage::Status, "application/json"), status::encode).await
 }
 
 /// `/status` and `/` for a browser: the same as a page.
 ///
 /// # Errors
 /// As [`page`].
-pub(crate) async fn status_page(shared: &Arc<Shared>) -> Result<ClientResponse, GatewayError> {
+pub(crate) async fn status_page(
+    shared: &Arc<Shared>,
+    headers: &HeaderMap,
+) -> Result<ClientResponse, GatewayError> {
     let render = |shared: &Shared| status_page::render(&status::status(shared));
-    Ok(status_page::response(page(shared, CachedPage::StatusPage, render).await?))
+    let page = page(shared, headers, (CachedPage::StatusPage, "text/html; charset=utf-8"), render).await?;
+    Ok(status_page::guarded(page))
 }
 
 /// Longest time for a report of usage.

@@ -257,13 +257,13 @@ impl Gateway {
             Page::Models => return self.models(uri.path(), record, generation),
             Page::Ready => endpoints::ready(self.shared()),
             Page::Status if status_page::is_wanted(&head.headers) => {
-                endpoints::status_page(self.shared()).await?
+                endpoints::status_page(self.shared(), &head.headers).await?
             }
             Page::Root if has_page && status_page::is_wanted(&head.headers) => {
-                endpoints::status_page(self.shared()).await?
+                endpoints::status_page(self.shared(), &head.headers).await?
             }
             Page::Root => endpoints::root(),
-            Page::Status => endpoints::status(self.shared()).await?,
+            Page::Status => endpoints::status(self.shared(), &head.headers).await?,
             Page::Usage => {
                 let may_report = self.reports.borrow_mut().take(record.started, MAX_REPORTS);
                 return endpoints::usage(self.shared(), uri.query(), may_report).await;

@@ -31,12 +31,31 @@ pub(crate) enum CachedPage {
     OpenMetricsGzip,
     /// `/status`.
     Status,
+    /// The same, compressed.
+    StatusGzip,
     /// `/status` as HTML. Many may look at it, each once a second: they share what is rendered twice a second.
     StatusPage,
+    /// The same, compressed.
+    StatusPageGzip,
 }
 
 impl CachedPage {
-    const COUNT: usize = CachedPage::StatusPage as usize + 1;
+    const COUNT: usize = CachedPage::StatusPageGzip as usize + 1;
+
+    /// The same page, compressed.
+    pub(crate) fn compressed(self) -> Self {
+        match self {
+            CachedPage::Metrics | CachedPage::MetricsGzip => CachedPage::MetricsGzip,
+            CachedPage::OpenMetrics | CachedPage::OpenMetricsGzip => CachedPage::OpenMetricsGzip,
+            CachedPage::Status | CachedPage::StatusGzip => CachedPage::StatusGzip,
+            CachedPage::StatusPage | CachedPage::StatusPageGzip => CachedPage::StatusPageGzip,
+        }
+    }
+
+    /// Whether many look at it at once.
+    fn is_shared(self) -> bool {
+        self.compressed() == CachedPage::StatusPageGzip
+    }
 }
 
 /// The pages, with a cache that all workers share. They are rendered on a thread of their own, which begins with the
@@ -177,7 +196,7 @@ impl PageCache {
     fn get(&self, page: CachedPage, now: Nanos) -> Option<Bytes> {
         let (rendered, text) = self.last[page as usize].as_ref()?;
         let is_out_of_time = self.spent.used(now) >= MAX_RENDER_TIME;
-        let is_shared = page == CachedPage::StatusPage && now < rendered + SHARED;
+        let is_shared = page.is_shared() && now < rendered + SHARED;
         (is_shared || is_out_of_time && rendered / SECOND >= now / SECOND).then(|| text.clone())
     }
 
@@ -282,10 +301,12 @@ mod tests {
 
     #[test]
     fn those_who_look_at_the_status_page_share_it_for_half_a_second() {
-        let mut cache = PageCache::default();
-        for (at, rendered) in [(0, 0), (400, 0), (550, 550), (1000, 550), (1100, 1100)] {
-            let page = request(&mut cache, CachedPage::StatusPage, at * MILLI, MILLI).0;
-            assert_eq!(page, rendered * MILLI, "{at}");
+        for page in [CachedPage::StatusPage, CachedPage::StatusPageGzip] {
+            let mut cache = PageCache::default();
+            for (at, rendered) in [(0, 0), (400, 0), (550, 550), (1000, 550), (1100, 1100)] {
+                let text = request(&mut cache, page, at * MILLI, MILLI).0;
+                assert_eq!(text, rendered * MILLI, "{at}");
+            }
         }
     }
 

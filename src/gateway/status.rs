@@ -15,6 +15,8 @@ use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::prices::usd;
+use crate::policy::ratio::Demand;
+use crate::policy::route::Target;
 use crate::policy::spend::SpendLimit;
 use crate::telemetry::clients::{Client, ClientTotal};
 use crate::telemetry::failures::{FailedTry, Failure};
@@ -25,10 +27,14 @@ use crate::time::{Day, Nanos, SECOND};
 use crate::upstream::Upstream;
 use crate::upstream::fault::Fault;
 use crate::upstream::fleet::Snapshot;
+use crate::upstream::limits::Candidate;
 use crate::upstream::token_counters::TokenCount;
 
 /// The history sees a new state so late at most: it looks at the backends each second.
 const LOOK: Duration = Duration::from_secs(2);
+
+/// Backends that are looked at between two times of giving way to threads that wait for the core.
+const STRETCH: usize = 8;
 
 /// Encodes the status as JSON: lists come last, and names first.
 pub(crate) fn encode(shared: &Shared) -> Bytes {
@@ -79,6 +85,9 @@ pub(crate) fn status(shared: &Shared) -> Value {
             status["used"] = used(&total, recent, spent(Payer::Backend(upstream.configured_name())));
             status["tokens_per_minute"] = tokens_left(upstream.tokens_left(now));
             status["budget"] = budget(upstream.budget(), today);
+            if id % STRETCH == 0 {
+                std::thread::yield_now();
+            }
             status
         })
         .collect();
@@ -108,6 +117,7 @@ pub(crate) fn status(shared: &Shared) -> Value {
         "queue_depth": shared.admission.depth(),
         "queue_size": queue.max_size,
         "last_reload": last_reload(shared),
+        "unserved_models": unserved_models(&snapshot, now),
         "backends": backends,
         "clients": clients,
         "failures": failures(shared),
@@ -119,6 +129,23 @@ fn last_reload(shared: &Shared) -> Value {
     let Some((at, fault)) = shared.telemetry.reloads.last() else { return Value::Null };
     let fault = Some(fault).filter(|fault| !fault.is_empty());
     json!({ "at": clock::timestamp(at), "applied": fault.is_none(), "fault": fault })
+}
+
+/// The listed models that no backend can serve now. A backend that is only full can.
+fn unserved_models(snapshot: &Snapshot, now: Nanos) -> Vec<&str> {
+    let table = snapshot.table();
+    let can_serve = |name: &str, target: &Target| {
+        let (target_of, demand) = (Some((target, Some(name))), &Demand::default());
+        let candidate = Candidate { target: target_of, demand, now, ticket: None };
+        let closed = snapshot.upstream(target).check(&candidate).err();
+        target.weight > 0 && matches!(closed, None | Some(Closed::Full))
+    };
+    let is_served = |name: &str| {
+        table
+            .find(Some(name), true)
+            .is_some_and(|id| table.route(id).targets.iter().any(|t| can_serve(name, t)))
+    };
+    table.listed().iter().map(|listed| &*listed.name).filter(|name| !is_served(name)).collect()
 }
 
 /// The last failures, the newest first.

@@ -1,5 +1,9 @@
 //! The page for a person at `/` and `/status`.
 
+use std::io::Read as _;
+
+use flate2::read::GzDecoder;
+
 use crate::support::{CHAT, File, Provider, Response, Zap, eventually};
 
 const BROWSER: &str = "accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8\r\n";
@@ -27,14 +31,17 @@ fn only_a_request_for_html_gets_the_page() {
             (200, Some("text/html; charset=utf-8")),
             "{path}"
         );
-        assert_eq!(page.header("vary"), Some("accept"));
+        assert_eq!(page.header("vary"), Some("accept, accept-encoding"));
         assert!(page.text().starts_with("<!doctype html>"), "{path}");
         for headers in ["", "accept: */*\r\n", "accept: application/json\r\n", "accept: text/html;q=0\r\n"] {
             let other = get(&zap, path, headers);
-            let kind = if path == "/" { "text/plain; charset=utf-8" } else { "application/json" };
+            let (kind, vary) = match path {
+                "/" => ("text/plain; charset=utf-8", "accept"),
+                _ => ("application/json", "accept, accept-encoding"),
+            };
             assert_eq!(
                 (other.header("content-type"), other.header("vary")),
-                (Some(kind), Some("accept")),
+                (Some(kind), Some(vary)),
                 "{headers}"
             );
             assert!(other.text().ends_with('\n') && !other.text().contains('<'), "{headers}");
@@ -44,6 +51,20 @@ fn only_a_request_for_html_gets_the_page() {
     client.send(format!("HEAD /status HTTP/1.1\r\nhost: localhost\r\n{BROWSER}\r\n"));
     let head = client.head();
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/html; charset=utf-8")));
+}
+
+#[test]
+fn a_browser_gets_the_page_compressed_and_so_does_a_program_that_asks_for_it() {
+    let a = Provider::named("a");
+    let zap = Zap::with("", &[a.backend("a", "")]);
+    for (accept, part) in [(BROWSER, "data-backend=\"a\""), ("", "{\"name\":\"a\"")] {
+        let packed = get(&zap, "/status", &format!("{accept}accept-encoding: gzip, deflate, br\r\n"));
+        assert_eq!(packed.header("content-encoding"), Some("gzip"));
+        let mut text = String::new();
+        GzDecoder::new(&packed.body[..]).read_to_string(&mut text).unwrap();
+        assert!(text.contains(part) && text.len() > packed.body.len(), "{text}");
+        assert_eq!(get(&zap, "/status", accept).header("content-encoding"), None);
+    }
 }
 
 #[test]
@@ -141,6 +162,23 @@ fn the_head_says_why_a_backend_cools_down_and_for_how_long() {
         told.contains("), again in ") && told.contains(" s. The provider asked to wait: HTTP 429."),
         "{told}"
     );
+}
+
+#[test]
+fn the_head_names_the_models_that_no_backend_serves() {
+    let (a, dead) = (Provider::named("a"), Provider::fixed(500, "", "{}"));
+    let models = |name: &str| format!("models = [\"both\", \"{name}\"]");
+    let zap = Zap::with(
+        "[health]\nfailure_threshold = 1\n",
+        &[a.backend("fine", &models("safe")), dead.backend("broken", &models("gone"))],
+    );
+    assert_eq!(zap.client().get("/status").json()["unserved_models"], serde_json::json!([]));
+    assert_eq!(zap.chat(r#"{"model":"gone"}"#).status, 500);
+    eventually("the model is named", || {
+        let page = get(&zap, "/", BROWSER).text().to_owned();
+        page.contains("<li class=\"bad\">No backend can serve <strong>gone</strong> now.</li>")
+    });
+    assert_eq!(zap.client().get("/status").json()["unserved_models"], serde_json::json!(["gone"]));
 }
 
 #[test]

@@ -20,13 +20,24 @@ const HEAD: &str = "<h2 id=\"backends\">Backends</h2>\n<table role=\"table\" ari
     <th role=\"columnheader\" scope=\"col\" class=\"number count\">Cost today</th>\
     <th role=\"columnheader\" scope=\"col\" class=\"line\">Last 5 min</th></tr></thead>\n<tbody role=\"rowgroup\">\n";
 
+/// Rows between two times of giving way to threads that wait for the core.
+const STRETCH: usize = 8;
+
 /// Renders the table.
 pub(super) fn render(status: &Value, words: &Words) -> String {
     let mut all: Vec<_> = status["backends"].as_array().into_iter().flatten().collect();
     all.sort_by_key(|backend| state_of(backend).0);
     let mut out = String::from(HEAD);
-    all.into_iter().for_each(|backend| row(&mut out, backend, words));
-    out.push_str("</tbody></table>\n");
+    for (at, backend) in all.into_iter().enumerate() {
+        row(&mut out, backend, words);
+        if at % STRETCH == 0 {
+            std::thread::yield_now();
+        }
+    }
+    out.push_str(
+        "</tbody></table>\n<p class=\"soft\">Requests/s and errors/s are of the last 10 s, tokens/s of the last minute, the \
+         first token of the last 5 min. A bar is 5 s: answers up, failed tries down.</p>\n",
+    );
     out
 }
 
@@ -100,7 +111,8 @@ fn sparkline(out: &mut String, history: &Value) {
     let (requests, errors) = (steps("requests"), steps("errors"));
     let sums = [&requests, &errors].map(|steps| grouped(steps.iter().sum()));
     // One scale for both, so that the two sides may be compared; what is there is seen.
-    let most = requests.iter().chain(&errors).copied().max().unwrap_or_default().max(1) as f64;
+    let peak = requests.iter().chain(&errors).copied().max().unwrap_or_default();
+    let most = peak.max(1) as f64;
     let bars = |steps: &[u64], room: f64| {
         let mut path = String::new();
         for (at, n) in steps.iter().enumerate().filter(|(_, n)| **n > 0) {
@@ -112,10 +124,12 @@ fn sparkline(out: &mut String, history: &Value) {
     let _ = write!(
         out,
         "<svg role=\"img\" viewBox=\"0 0 120 30\" aria-label=\"{} requests answered, {} tries failed\"><path class=\"zero\" d=\"M0 18h120\"/>\
-         <path class=\"requests\" d=\"{}\"/><path class=\"errors\" d=\"{}\"/></svg>",
+         <path class=\"requests\" d=\"{}\"/><path class=\"errors\" d=\"{}\"/></svg>\
+         <span class=\"small\">at most {} in 5 s</span>",
         sums[0],
         sums[1],
         bars(&requests, -17.0),
         bars(&errors, 12.0),
+        grouped(peak),
     );
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::gateway::status_page::words::{dollars, escape, grouped, text_of, usd_of};
+use crate::gateway::status_page::words::{dollars, escape, grouped, percent, text_of, usd_of};
 
 const HEAD: &str = "<h2 id=\"clients\">Clients</h2>\n<table role=\"table\" aria-labelledby=\"clients\">\n<thead role=\"rowgroup\"><tr role=\"row\">\
     <th role=\"columnheader\" scope=\"col\" class=\"key\">Key</th>\
@@ -39,12 +39,13 @@ fn row(out: &mut String, client: &Value) {
         Value::Null => (false, "no budget".into()),
         budget => {
             let (usd, spent) = (usd_of(&budget["usd"]), usd_of(&budget["spent_usd"]));
-            let part = if usd > 0.0 { (spent / usd * 100.0).floor() } else { 100.0 };
+            let part = if usd > 0.0 { spent / usd * 100.0 } else { 100.0 };
             let text = format!(
-                "{} of {} a {} ({part:.0}%)",
+                "{} of {} a {} ({})",
                 dollars(&budget["spent_usd"]),
                 dollars(&budget["usd"]),
-                escape(text_of(&budget["per"]))
+                escape(text_of(&budget["per"])),
+                percent(part)
             );
             (spent >= usd, text)
         }

@@ -18,14 +18,12 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use data_encoding::BASE64;
 use http::header::{
-    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, HeaderMap, HeaderValue, REFERRER_POLICY, VARY,
+    ACCEPT, CACHE_CONTROL, CONTENT_SECURITY_POLICY, HeaderMap, HeaderValue, REFERRER_POLICY,
     X_CONTENT_TYPE_OPTIONS,
 };
-use http::{Response, StatusCode};
 use ring::digest::{SHA256, digest};
 use serde_json::Value;
 
-use crate::client::respond::text;
 use crate::gateway::ClientResponse;
 use crate::gateway::status_page::words::Words;
 
@@ -58,15 +56,8 @@ pub(crate) fn is_wanted(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Notes in a response that it depends on what the request accepts.
-pub(crate) fn vary(mut response: ClientResponse) -> ClientResponse {
-    response.headers_mut().append(VARY, HeaderValue::from_static("accept"));
-    response
-}
-
-/// The response with the page.
-pub(crate) fn response(page: Bytes) -> ClientResponse {
-    let mut response: Response<_> = vary(text(StatusCode::OK, "text/html; charset=utf-8", page));
+/// Adds the headers that keep a browser to what the page needs.
+pub(crate) fn guarded(mut response: ClientResponse) -> ClientResponse {
     let headers = response.headers_mut();
     headers.extend(POLICY.clone().map(|policy| (CONTENT_SECURITY_POLICY, policy)));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));

@@ -23,7 +23,8 @@ pub(super) fn render(status: &Value, words: &Words) -> (String, String) {
         backends(status, words).partition(|(level, _)| *level == Level::Bad);
     let hurt = hurt(status, words);
     let has_hurt = !hurt.is_empty();
-    let lists = [named(down, "backend"), named(hurt, "client"), named(troubled, "backend")];
+    let unserved = unserved(status);
+    let lists = [unserved, named(down, "backend"), named(hurt, "client"), named(troubled, "backend")];
     let problems: Vec<_> = lists.into_iter().flatten().chain(reload(status, words)).collect();
     if !problems.is_empty() {
         out.push_str("<ul>\n");
@@ -39,6 +40,31 @@ pub(super) fn render(status: &Value, words: &Words) -> (String, String) {
     (format!("{verdict} - Zap"), out)
 }
 
+/// A sentence that names the models which no backend serves, unless no backend takes requests at all.
+fn unserved(status: &Value) -> Vec<(Level, String)> {
+    let names: Vec<_> = status["unserved_models"].as_array().into_iter().flatten().map(text_of).collect();
+    let has_taking = states(status).any(|(_, word)| is_taking(word));
+    if names.is_empty() || !has_taking {
+        return Vec::new();
+    }
+    let few = names.iter().take(MAX_NAMED).map(|name| format!("<strong>{}</strong>", escape(name)));
+    let more = match names.len().saturating_sub(MAX_NAMED) {
+        0 => String::new(),
+        more => format!(" and {}", counted(more, "more model")),
+    };
+    vec![(Level::Bad, format!("No backend can serve {}{more} now.", few.collect::<Vec<_>>().join(", ")))]
+}
+
+/// The states of all backends.
+fn states(status: &Value) -> impl Iterator<Item = (Level, &'static str)> {
+    status["backends"].as_array().into_iter().flatten().map(state_of)
+}
+
+/// Whether a backend in this state takes requests. A full one works as much as it may.
+fn is_taking(word: &str) -> bool {
+    word.starts_with("up") || word == "full"
+}
+
 /// The first of the sentences, and how many more there are.
 fn named(mut all: Vec<(Level, String)>, what: &str) -> Vec<(Level, String)> {
     let more = all.len().saturating_sub(MAX_NAMED);
@@ -51,11 +77,10 @@ fn named(mut all: Vec<(Level, String)>, what: &str) -> Vec<(Level, String)> {
 
 /// The state of the whole in one sentence.
 fn verdict(status: &Value) -> String {
-    let states = || status["backends"].as_array().into_iter().flatten().map(state_of);
-    let meant = states().filter(|(level, _)| *level != Level::Off).count();
-    // A full backend works as much as it may.
-    let taking = states().filter(|(_, word)| word.starts_with("up") || *word == "full").count();
-    let failing = states().filter(|(level, word)| *level == Level::Warn && word.starts_with("up")).count();
+    let meant = states(status).filter(|(level, _)| *level != Level::Off).count();
+    let taking = states(status).filter(|(_, word)| is_taking(word)).count();
+    let failing =
+        states(status).filter(|(level, word)| *level == Level::Warn && word.starts_with("up")).count();
     if status["draining"] == true {
         return "Zap is shutting down".into();
     }

@@ -133,6 +133,11 @@ pub(super) fn dollars(value: &Value) -> String {
     }
 }
 
+/// A part of a hundred, rounded down: 100% means that all is used. A little is not nothing.
+pub(super) fn percent(part: f64) -> String {
+    if part > 0.0 && part < 1.0 { "under 1%".into() } else { format!("{:.0}%", part.floor()) }
+}
+
 /// A whole number with its thousands apart.
 pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
@@ -221,6 +226,9 @@ mod tests {
             (json!(1234.5), "1,235"),
         ] {
             assert_eq!(rate(&n), want);
+        }
+        for (part, want) in [(0.0, "0%"), (0.96, "under 1%"), (1.0, "1%"), (99.9, "99%"), (140.0, "140%")] {
+            assert_eq!(percent(part), want);
         }
         for (n, want) in [(json!(45.2), "45 ms"), (json!(1234.0), "1.2 s"), (json!(null), "\u{2013}")] {
             assert_eq!(millis(&n), want);
