@@ -173,7 +173,7 @@ fn the_head_names_the_models_that_no_backend_serves() {
         &[a.backend("fine", &models("safe")), dead.backend("broken", &models("gone"))],
     );
     assert_eq!(zap.client().get("/status").json()["unserved_models"], serde_json::json!([]));
-    assert_eq!(zap.chat(r#"{"model":"gone"}"#).status, 500);
+    assert_eq!(zap.chat(r#"{"model":"gone","messages":[]}"#).status, 500);
     eventually("the model is named", || {
         let page = get(&zap, "/", BROWSER).text().to_owned();
         page.contains("<li class=\"bad\">No backend can serve <strong>gone</strong> now.</li>")
