@@ -5,7 +5,7 @@ use crate::manual::{Page, TOPICS, list};
 use crate::policy::near::hint;
 
 /// The files that `zap print` prints.
-const FILES: [Page; 7] = [
+const FILES: [Page; 8] = [
     Page {
         name: "grafana",
         summary: "a dashboard: a panel for each metric",
@@ -25,6 +25,11 @@ const FILES: [Page; 7] = [
         name: "systemd",
         summary: "a unit with a sandbox (zap.service)",
         text: include_str!("print/zap.service"),
+    },
+    Page {
+        name: "socket",
+        summary: "its port, which systemd keeps over a restart (zap.socket)",
+        text: include_str!("print/zap.socket"),
     },
     Page { name: "dockerfile", summary: "an image without a shell", text: include_str!("print/Dockerfile") },
     Page {

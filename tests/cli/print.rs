@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{File, run, stderr, zap};
 
-const FILES: [&str; 7] = ["grafana", "alerts", "alerts-test", "systemd", "dockerfile", "compose", "k8s"];
+const FILES: [&str; 8] = ["grafana", "alerts", "alerts-test", "systemd", "socket", "dockerfile", "compose", "k8s"];
 
 fn printed(name: &str) -> String {
     let output = run(&["print", name]);
