@@ -32,6 +32,9 @@ enum TurnOrder {
     Strided { ends: Box<[u64]>, stride: u64 },
 }
 
+/// Longest turn that is written down, in picks: 8 KiB. Hundreds of routes may each have schedules of their own.
+const MAX_LENGTH: u64 = 4_096;
+
 /// Most steps that computing the smooth order of one schedule may take: about a millisecond.
 const MAX_STEPS: u64 = 1 << 20;
 
@@ -73,7 +76,7 @@ impl Schedule {
         let divisor = members.iter().fold(0, |a, (_, b)| gcd(a, u64::from(*b))).max(1);
         let weights: Vec<u64> = members.iter().map(|(_, weight)| u64::from(*weight) / divisor).collect();
         let length = weights.iter().sum::<u64>();
-        let is_short = length.saturating_mul(members.len() as u64) <= MAX_STEPS;
+        let is_short = length <= MAX_LENGTH && length * members.len() as u64 <= MAX_STEPS;
         let order = if is_short { smooth(&weights, length) } else { strided(&weights, length) };
         Schedule { order, length, members }
     }
@@ -140,7 +143,10 @@ impl Schedule {
         let member = match &self.order {
             TurnOrder::Smooth(turn) => usize::from(turn[point as usize]),
             TurnOrder::Strided { ends, stride } => {
-                let point = point * stride % self.length;
+                let point = match point.checked_mul(*stride) {
+                    Some(product) => product % self.length,
+                    None => (u128::from(point) * u128::from(*stride) % u128::from(self.length)) as u64,
+                };
                 ends.partition_point(|end| *end <= point)
             }
         };
@@ -421,6 +427,21 @@ mod tests {
             // A fair gap is `turn / weight`, at most twice the number of members.
             assert!(longest < 6 * u64::from(n), "{longest} picks without one of {n}");
         }
+    }
+
+    #[test]
+    fn only_a_short_turn_is_written_down() {
+        let is_written = |weights: &[u32]| {
+            let s = Schedule::new(weights.iter().copied().enumerate());
+            matches!(s.order, TurnOrder::Smooth(_))
+        };
+        assert!(is_written(&[4_095, 1]) && is_written(&[1_000; 200]));
+        assert_eq!(Schedule::new([(0, u32::MAX), (1, u32::MAX - 1)]).turn(u64::from(u32::MAX) * 2 - 2), 0);
+        assert!(!is_written(&[4_096, 1]) && !is_written(&[u32::MAX, u32::MAX - 1]));
+        // A turn of two members that is not written down alternates as well as one that is.
+        let picks = picks(&[3_001, 3_000], 6_001);
+        assert!(!picks.contains("AAA") && !picks.contains("BBB"), "{}", &picks[..100]);
+        assert_eq!(picks.matches('A').count(), 3_001);
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use super::{File, run, stderr, zap};
 
-const FILES: [&str; 8] = ["grafana", "alerts", "alerts-test", "systemd", "socket", "dockerfile", "compose", "k8s"];
+const FILES: [&str; 8] =
+    ["grafana", "alerts", "alerts-test", "systemd", "socket", "dockerfile", "compose", "k8s"];
 
 fn printed(name: &str) -> String {
     let output = run(&["print", name]);
