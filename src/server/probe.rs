@@ -92,8 +92,12 @@ async fn pause(shared: &Shared, id: u64) {
     let (since, jitter) = (Instant::now(), 0.8 + 0.2 * fastrand::f64());
     loop {
         let reloaded = shared.reloaded.notified();
-        let Some((snapshot, upstream)) = find(shared, id) else { return };
-        let until = since + interval(&snapshot, &upstream).mul_f64(jitter);
+        // Each pause would keep a snapshot of its own in memory: one that ends sees the latest one alone.
+        let Some(interval) = find(shared, id).map(|(snapshot, upstream)| interval(&snapshot, &upstream))
+        else {
+            return;
+        };
+        let until = since + interval.mul_f64(jitter);
         tokio::select! {
             () = sleep_until(until) => return,
             () = reloaded => {}
@@ -168,12 +172,32 @@ async fn check(upstream: &Upstream, connect: Duration) -> Option<Checked> {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
+
     use super::*;
+    use crate::config::{Config, LogFormat};
+    use crate::telemetry::log::Log;
 
     #[test]
     fn first_checks_of_many_backends_are_spread_over_time() {
         for (backends, ms) in [(0, 200), (1, 200), (100, 200), (101, 202), (1000, 2000)] {
             assert_eq!(first_check_window(backends), Duration::from_millis(ms), "{backends}");
         }
+    }
+    #[test]
+    fn a_pause_keeps_no_snapshot_of_the_fleet() {
+        let config = Config::of("[[backends]]\nname = \"a\"\nurl = \"http://a\"\nweight = 1\n").unwrap();
+        let shared = Shared::new(config, Log::to(LogFormat::Text, std::io::sink())).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (before, id) = {
+                let current = shared.current.load_full();
+                (Arc::downgrade(&current), current.backends[0].state.id)
+            };
+            let mut pause = std::pin::pin!(pause(&shared, id));
+            assert!(std::future::poll_fn(|cx| Poll::Ready(pause.as_mut().poll(cx).is_pending())).await);
+            shared.rebuild();
+            assert!(before.upgrade().is_none());
+        });
     }
 }
