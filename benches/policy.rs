@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use tokio::sync::Semaphore;
-use zap::internals::Admission;
 use zap::internals::Log;
 use zap::internals::Nanos;
 use zap::internals::Shared;
+use zap::internals::{Admission, Turn};
 use zap::internals::{Breaker, Status, Thresholds};
 use zap::internals::{Config, LogFormat};
 use zap::internals::{Cursor, Schedule, Turns};
@@ -93,7 +93,7 @@ fn limiter(c: &mut Criterion) {
 fn queue(c: &mut Criterion) {
     let mut group = c.benchmark_group("queue");
     let ours = Admission::new(1_024, 1_000);
-    on_threads(&mut group, "zap", |_, _| drop(black_box(ours.enter())));
+    on_threads(&mut group, "zap", |_, _| drop(black_box(ours.enter(Turn::default()))));
     let semaphore = Arc::new(Semaphore::new(1_024));
     on_threads(&mut group, "semaphore", |_, _| drop(black_box(semaphore.clone().try_acquire_owned())));
     group.finish();

@@ -98,7 +98,7 @@ pub mod internals {
     pub use crate::policy::balance::{Cursor, Schedule, Turns};
     pub use crate::policy::breaker::{Breaker, Status, Thresholds};
     pub use crate::policy::limit::{Decision, Limiter, WINDOW};
-    pub use crate::policy::queue::Admission;
+    pub use crate::policy::queue::{Admission, Turn};
     pub use crate::server::drain::{Order, orders};
     pub use crate::server::setup::Setup;
     pub use crate::telemetry::encode::Encoder;

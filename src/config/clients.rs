@@ -6,7 +6,7 @@ use std::fmt;
 use ring::digest::{SHA256, digest};
 
 use crate::config::Budget;
-use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name};
+use crate::config::common::{Context, IN_FLIGHT, PRIORITY, REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE, name};
 use crate::config::keys::read_key;
 use crate::config::models::pattern;
 use crate::config::money::budget;
@@ -31,6 +31,8 @@ pub struct ClientKey {
     pub tokens_per_minute: Option<u64>,
     /// Most requests of this client at once, at least 1.
     pub max_in_flight: Option<usize>,
+    /// Waiting requests of clients with a lower value come first.
+    pub priority: u32,
     /// Most that this client may spend; every model that it may name has a price.
     pub budget: Option<Budget>,
     /// The models that the client may name; `None`: all.
@@ -124,6 +126,7 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>, has_client_ca: bool) -> Op
     let requests_per_minute = t.limit("requests_per_minute", REQUESTS_PER_MINUTE);
     let tokens_per_minute = t.limit("tokens_per_minute", TOKENS_PER_MINUTE);
     let max_in_flight = t.limit("max_in_flight", IN_FLIGHT);
+    let priority = t.number("priority", PRIORITY);
     let budget_line = t.line_of("budget").unwrap_or(line);
     let budget = budget(t);
     let models = t.texts("models").map(|texts| texts.iter().filter_map(|text| pattern(t, text)).collect());
@@ -140,6 +143,7 @@ fn client(t: &mut Section<'_, '_>, ctx: &Context<'_>, has_client_ca: bool) -> Op
         requests_per_minute,
         tokens_per_minute,
         max_in_flight,
+        priority,
         budget,
         models,
     };

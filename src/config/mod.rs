@@ -156,6 +156,8 @@ pub struct Queue {
     pub max_size: usize,
     /// Most requests served at once, over all backends.
     pub max_in_flight: usize,
+    /// The part of `max_in_flight` that one backend may have if there are several, in millionths: 1 to 1,000,000.
+    pub backend_share: u32,
     /// Longest wait for a cooling backend or a quota window, in whole seconds.
     pub max_wait: Duration,
     /// Longest time from the end of a request's body to the first content of a stream, or the first byte of any other

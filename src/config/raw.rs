@@ -14,6 +14,7 @@ use crate::config::charges::Lines;
 use crate::config::clients::ReadClients;
 use crate::config::common::{Context, IN_FLIGHT, REQUESTS_PER_MINUTE, SECONDS, TOKENS_PER_MINUTE, host};
 use crate::config::file::ledger_path;
+use crate::config::money::amount;
 use crate::config::otlp::{ReadOtlp, otlp};
 use crate::config::range::{Number, Range};
 use crate::config::tls::{ReadTls, server_tls};
@@ -58,6 +59,10 @@ const THRESHOLD: Range<u32> = Range::new(1, 1000);
 const FAILURE_THRESHOLD: Number<u32> = THRESHOLD.or(3);
 const SUCCESS_THRESHOLD: Number<u32> = THRESHOLD.or(1);
 
+/// In millionths.
+const BACKEND_SHARE: Range<u64> = Range::new(1, 1_000_000);
+const DEFAULT_SHARE: u32 = 750_000;
+
 const MAX_RETRIES: Number<u32> = Range::new(0, 10).or(2);
 const BUDGET_PERCENT: Number<u32> = Range::new(0, 100).or(20);
 
@@ -83,6 +88,9 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
     let queue = root.section("queue", |t| Queue {
         max_size: t.number("max_size", MAX_SIZE),
         max_in_flight: t.number("max_in_flight", MAX_IN_FLIGHT),
+        backend_share: amount(t, "backend_share", BACKEND_SHARE)
+            .and_then(|share| u32::try_from(share).ok())
+            .unwrap_or(DEFAULT_SHARE),
         max_wait: t.seconds("max_wait_secs", MAX_WAIT_SECS),
         timeout: t.seconds("timeout_secs", TIMEOUT_SECS),
     });

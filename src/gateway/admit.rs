@@ -6,7 +6,7 @@ use crate::client::exchange::Exchange;
 use crate::clock;
 use crate::gateway::Gateway;
 use crate::gateway::refusal::GatewayError;
-use crate::policy::queue::{Admitted, Permit, QueueFull};
+use crate::policy::queue::{Admitted, Permit, QueueFull, Turn};
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
 use crate::time::Nanos;
@@ -25,9 +25,9 @@ pub(crate) async fn admit(
     gateway: &Gateway,
     exchange: &Exchange,
     record: &mut RequestRecord,
-    deadline: Nanos,
+    (deadline, turn): (Nanos, Turn),
 ) -> Result<Permit, GatewayError> {
-    let ticket = match gateway.shared().admission.enter()? {
+    let ticket = match gateway.shared().admission.enter(turn)? {
         Admitted::Passed(slot) => return Ok(slot),
         Admitted::Queued(ticket) => ticket,
     };

@@ -9,6 +9,7 @@ use crate::gateway::refusal::GatewayError;
 use crate::gateway::{Gateway, caller, endpoints, learned_ids, reserve};
 use crate::json::members::Model;
 use crate::policy::known_ids::MadeBy;
+use crate::policy::queue::Turn;
 use crate::policy::route::RouteId;
 use crate::protocol::endpoint::{Api, BodyFormat, Metering};
 use crate::protocol::stored;
@@ -37,7 +38,7 @@ impl Gateway {
         snapshot: &Snapshot,
         request: &Parts,
         (api, chat): (&Api, &'c ChatRequest),
-        record: &RequestRecord,
+        (record, turn): (&RequestRecord, Turn),
     ) -> Result<Ask<'c>, GatewayError> {
         let (model, whole) = match &chat.fields.model {
             Model::Named { name, whole, .. } => (Some(&**name), *whole),
@@ -65,7 +66,8 @@ impl Gateway {
             _ => None,
         };
         let demand = reserve::demand(snapshot, api, chat);
-        let ask = Ask { endpoint: record.endpoint, route, model, affinity, demand, made_by: MadeBy::Anybody };
+        let (endpoint, made_by) = (record.endpoint, MadeBy::Anybody);
+        let ask = Ask { endpoint, route, model, affinity, demand, made_by, turn };
         if !api.is_stored {
             return Ok(ask);
         }

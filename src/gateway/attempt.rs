@@ -192,7 +192,8 @@ impl Attempts<'_> {
                     let wait = Wait { snapshot, ask, busy: &busy, deadline, reopened };
                     let waited = match queues.wait(self.gateway, self.exchange, self.record, wait).await {
                         Ok(()) => {
-                            queues.readmit(self.gateway, self.exchange, self.record, self.deadline).await
+                            let turn = (self.deadline, self.ask.turn);
+                            queues.readmit(self.gateway, self.exchange, self.record, turn).await
                         }
                         Err(error) => Err(error),
                     };

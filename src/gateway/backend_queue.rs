@@ -21,7 +21,7 @@ use crate::gateway::admit::admit;
 use crate::gateway::refusal::GatewayError;
 use crate::policy::balance::BackendId;
 use crate::policy::dispatch::Busy;
-use crate::policy::queue::{Admitted, BackendWait, Permit, QueueFull, Ticket};
+use crate::policy::queue::{Admitted, BackendWait, Permit, QueueFull, Ticket, Turn};
 use crate::policy::quota::LEEWAY;
 use crate::telemetry::phase::Phase;
 use crate::telemetry::record::RequestRecord;
@@ -93,14 +93,14 @@ impl BackendQueues {
         gateway: &Gateway,
         exchange: &Exchange,
         record: &mut RequestRecord,
-        deadline: Nanos,
+        (deadline, turn): (Nanos, Turn),
     ) -> Result<Permit, GatewayError> {
-        if let Some(slot) = gateway.shared().admission.try_pass() {
+        if let Some(slot) = gateway.shared().admission.try_pass(turn) {
             return Ok(slot);
         }
         // The request must not count twice while it waits for a slot.
         self.counted = None;
-        admit(gateway, exchange, record, deadline).await
+        admit(gateway, exchange, record, (deadline, turn)).await
     }
 
     /// Leaves all queues because the backend has taken the request.
@@ -221,7 +221,7 @@ impl BackendQueues {
             if self.tickets.iter().any(|(known, _)| *known == pool(*id)) {
                 continue;
             }
-            match snapshot.backends[*id].queue_for_permit() {
+            match snapshot.backends[*id].queue_for_permit(ask.turn) {
                 Ok(Some(Admitted::Queued(ticket))) => self.tickets.push((pool(*id), ticket)),
                 Ok(Some(Admitted::Passed(permit))) => self.granted = Some((pool(*id), permit)),
                 // The queue of this backend is full: wait for the other backends.
@@ -249,7 +249,7 @@ impl BackendQueues {
 fn most_tokens(snapshot: &Snapshot, ask: &Ask<'_>, id: BackendId) -> u64 {
     let of = |target| {
         let (target, demand) = (Some((target, ask.model)), &ask.demand);
-        let candidate = Candidate { target, demand, now: clock::now(), ticket: None };
+        let candidate = Candidate { target, demand, now: clock::now(), ticket: None, turn: ask.turn };
         snapshot.backends[id].need(&candidate).tokens()
     };
     snapshot.targets(ask).filter(|target| target.backend == id).map(of).max().unwrap_or(0)

@@ -12,6 +12,7 @@ use crate::gateway::refusal::GatewayError;
 use crate::gateway::state::{Generation, Shared};
 use crate::http1::headers;
 use crate::policy::limit::{Decision, WindowStamp};
+use crate::policy::queue::Turn;
 use crate::telemetry::clients::{Client, Clients};
 use crate::telemetry::record::{Caller, RequestRecord};
 
@@ -109,11 +110,7 @@ pub(crate) fn check_limits(
     let own = known_client(&record.caller).and_then(|client| client.conf.requests_per_minute);
     let client_limit = own.or(limits.requests_per_minute);
     let address_limit = limits.requests_per_minute_per_address.filter(|_| generation.clients.is_open());
-    let address = address_limit.map(|limit| {
-        let proxies = &generation.config.server.trusted_proxies;
-        let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
-        (shared.keyed_hash(LimitKey::Address(headers::client_address(headers, peer, trusted))), limit)
-    });
+    let address = address_limit.map(|limit| (address_key(shared, generation, headers, peer), limit));
     let client = client_limit.map(|limit| (limit_key(shared, &record.caller), limit));
     let (mut decisions, mut is_refused) = (SmallVec::<[Decision; 2]>::new(), false);
     // Both are checked, to report the one that opens later.
@@ -134,6 +131,28 @@ pub(crate) fn check_limits(
         record.window_stamps.drain(..).for_each(|place| shared.limiter.refund(place.key, place.stamp));
     }
     strictest(decisions.into_iter())
+}
+
+/// The key of the client's address.
+fn address_key(shared: &Shared, generation: &Generation, headers: &HeaderMap, peer: IpAddr) -> u64 {
+    let proxies = &generation.config.server.trusted_proxies;
+    let trusted = |a: &IpAddr| proxies.iter().any(|net| net.contains(a));
+    shared.keyed_hash(LimitKey::Address(headers::client_address(headers, peer, trusted)))
+}
+
+/// Whose turn it is while requests wait: that of the client's key, else of its address.
+pub(crate) fn turn(
+    shared: &Shared,
+    generation: &Generation,
+    headers: &HeaderMap,
+    peer: IpAddr,
+    caller: &Caller,
+) -> Turn {
+    match caller {
+        Caller::Anonymous => Turn { client: address_key(shared, generation, headers, peer), priority: 0 },
+        Caller::Known(client) => Turn { client: limit_key(shared, caller), priority: client.conf.priority },
+        Caller::Unknown(key) => Turn { client: *key, priority: 0 },
+    }
 }
 
 /// Returns the client if it has a configured key.

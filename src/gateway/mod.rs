@@ -324,14 +324,15 @@ impl Gateway {
             if let Model::Named { name, .. } = &chat.fields.model {
                 record.model = Some(name.clone());
             }
-            let ask = self.ask(&generation, head, (api, &chat), &record)?;
+            let turn = caller::turn(self.shared(), &generation, &head.headers, peer, &record.caller);
+            let ask = self.ask(&generation, head, (api, &chat), (&record, turn))?;
             if generation.limits_clients() {
                 let snapshot = &*generation;
                 let limits = ClientLimits { gateway: self, exchange, snapshot, ask: &ask, deadline };
                 // Boxed, so that a request without such a limit does not carry the room for it.
                 context.tokens = Box::pin(limits.reserve(&mut record)).await?;
             }
-            let slot = admit::admit(self, exchange, &mut record, deadline).await?;
+            let slot = admit::admit(self, exchange, &mut record, (deadline, ask.turn)).await?;
             drop(upload);
             let attempts = Attempts {
                 gateway: self,

@@ -131,7 +131,7 @@ impl ClientLimits<'_> {
         admission: &Arc<Admission>,
         record: &mut RequestRecord,
     ) -> Result<Permit, GatewayError> {
-        let ticket = match admission.enter()? {
+        let ticket = match admission.enter(self.ask.turn)? {
             Admitted::Passed(permit) => return Ok(permit),
             Admitted::Queued(ticket) => ticket,
         };
@@ -170,7 +170,7 @@ fn needs(snapshot: &Snapshot, ask: &Ask<'_>, (is_limited, budget): (bool, Option
     let now = clock::now();
     for target in snapshot.targets(ask) {
         let (upstream, target) = (snapshot.upstream(target), Some((target, ask.model)));
-        let candidate = Candidate { target, demand: &ask.demand, now, ticket: None };
+        let candidate = Candidate { target, demand: &ask.demand, now, ticket: None, turn: ask.turn };
         let need = upstream.need(&candidate);
         needs.stated = needs.stated.max(need.stated);
         if need.expected.total() > needs.expected.total() {

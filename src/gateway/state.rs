@@ -19,7 +19,7 @@ use crate::policy::choose;
 use crate::policy::known_ids::{KnownIds, MadeBy};
 use crate::policy::limit::Limiter;
 use crate::policy::pair::PairChange;
-use crate::policy::queue::{Admission, MAX as MAX_SLOTS};
+use crate::policy::queue::{Admission, MAX as MAX_SLOTS, Turn};
 use crate::policy::ratio::Demand;
 use crate::policy::retry::Budget;
 use crate::policy::spend::{Period, SpendLimit};
@@ -297,7 +297,8 @@ impl Shared {
         let Some(route) = snapshot.table().find(Some(model), true) else { return false };
         let (affinity, demand) = (Some(affinity), Demand::default());
         let (endpoint, made_by) = (Endpoint::Chat, MadeBy::Anybody);
-        let ask = Ask { endpoint, route, model: Some(model), affinity, demand, made_by };
+        let ask =
+            Ask { endpoint, route, model: Some(model), affinity, demand, made_by, turn: Turn::default() };
         let view =
             View { snapshot: &snapshot, ask: &ask, now, tickets: &[], granted: None, is_waiting: false };
         let Some(picked) = choose::pick(&view, true, |_| false) else { return false };

@@ -15,6 +15,7 @@ use crate::policy::balance::BackendId;
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::prices::usd;
+use crate::policy::queue::Turn;
 use crate::policy::ratio::Demand;
 use crate::policy::route::Target;
 use crate::policy::spend::SpendLimit;
@@ -136,7 +137,7 @@ fn unserved_models(snapshot: &Snapshot, now: Nanos) -> Vec<&str> {
     let table = snapshot.table();
     let can_serve = |name: &str, target: &Target| {
         let (target_of, demand) = (Some((target, Some(name))), &Demand::default());
-        let candidate = Candidate { target: target_of, demand, now, ticket: None };
+        let candidate = Candidate { target: target_of, demand, now, ticket: None, turn: Turn::default() };
         let closed = snapshot.upstream(target).check(&candidate).err();
         target.weight > 0 && matches!(closed, None | Some(Closed::Full))
     };

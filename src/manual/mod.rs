@@ -247,7 +247,8 @@ mod tests {
         let c = Config::of(text).unwrap();
         let unix = Config::of(&format!("[server]\nunix = \"a\"\n{text}")).unwrap();
         let admin = Config::of(&format!("[admin]\n{text}")).unwrap().server.admin.unwrap();
-        let b = &c.backends[0];
+        let keyed = format!("{text}[[client_keys]]\nname = \"k\"\nkey = \"zk-1\"\n");
+        let (b, keyed) = (&c.backends[0], Config::of(&keyed).unwrap());
         let (secs, ms) = (|d: Duration| d.as_secs().to_string(), |d: Duration| d.as_millis().to_string());
         let word = |word: &dyn std::fmt::Debug| format!("{word:?}");
         let defaults = [
@@ -265,6 +266,7 @@ mod tests {
             ("server.keep_alive_secs", secs(c.server.keep_alive)),
             ("queue.max_size", c.queue.max_size.to_string()),
             ("queue.max_in_flight", c.queue.max_in_flight.to_string()),
+            ("queue.backend_share", (f64::from(c.queue.backend_share) / 1e6).to_string()),
             ("queue.max_wait_secs", secs(c.queue.max_wait)),
             ("queue.timeout_secs", secs(c.queue.timeout)),
             ("load_balancer.strategy", word(&c.strategy)),
@@ -289,6 +291,7 @@ mod tests {
             ("log.requests", c.log.requests.to_string()),
             ("log.format", word(&c.log.format)),
             ("log.probes", c.log.probes.to_string()),
+            ("client_keys.priority", keyed.clients[0].priority.to_string()),
             ("backends.health_path", word(&b.health_path)),
             ("backends.health.enabled", b.health.is_enabled.to_string()),
             ("backends.chat_path", word(&b.chat_path)),

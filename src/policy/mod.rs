@@ -32,6 +32,8 @@ pub(crate) mod allowance;
 
 pub(crate) mod throttle;
 
+pub(crate) mod lines;
+
 pub(crate) mod queue;
 
 pub(crate) mod balance;

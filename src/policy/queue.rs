@@ -1,13 +1,13 @@
-//! Admission: a fixed number of slots, and a bounded first-in first-out queue for requests that find no free slot.
+//! Admission: a fixed number of slots, and a bounded queue with fair lines for requests that find no free slot.
 //!
 //! All counts live in one atomic word, so whether a request passes, waits or is refused is one decision: never
 //! more than `slots` in flight, never more than `max_waiting` waiting, and no refusal while there is room. Waiters
-//! stand in a crossbeam `ArrayQueue`. A released slot is *reserved* for the queue, and the thread that settles hands
-//! reserved slots to waiters in order; no thread waits for another one to settle.
+//! come through a crossbeam `ArrayQueue`. A released slot is *reserved* for the queue. The thread that settles sorts the
+//! waiters into one line a client and hands reserved slots to those whose [turn](crate::policy::lines) it is; no thread
+//! waits for another one to settle.
 //!
 //! The module uses wakers but no runtime: time limits are the caller's task.
 
-use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,10 +15,19 @@ use std::task::{Context, Poll, Waker};
 
 use crossbeam_utils::CachePadded;
 
-use crate::policy::sync::{ArrayQueue, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering};
+pub use crate::policy::lines::Turn;
+
+use crate::policy::lines::Lines;
+use crate::policy::sync::{ArrayQueue, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering};
 
 /// Largest number of slots, and of waiters: 21 bits of the word each.
 pub(crate) const MAX: usize = (1 << 21) - 1;
+
+/// Counts of held slots for each slot, so that two clients seldom share one.
+const COUNTS_PER_SLOT: usize = 16;
+
+/// Most counts of held slots.
+const MAX_COUNTS: usize = 4_096;
 
 /// No slot is free and the queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +40,11 @@ pub struct Admission {
     slots: AtomicU64,
     max_waiting: AtomicU64,
     queue: ArrayQueue<Arc<Waiter>>,
-    /// Waiters taken out of `queue` but not yet served. They are served before `queue`.
-    front: Mutex<VecDeque<Arc<Waiter>>>,
+    /// Waiters taken out of `queue` but not yet served.
+    lines: Mutex<Lines<Arc<Waiter>>>,
+    /// The slots that clients hold, by the last bits of the hash of the client. The length is a power of two. Two
+    /// clients may share a count, which can only change whose turn is next.
+    held: Box<[AtomicU32]>,
     /// Calls to `settle` that are not yet done. The thread that raises it from 0 settles for all of them.
     unsettled: AtomicUsize,
     /// Waiters that gave up and may still be in `queue`.
@@ -79,15 +91,19 @@ const CANCELLED: u8 = 2;
 
 #[derive(Debug)]
 struct Waiter {
+    turn: Turn,
     /// [`WAITING`], [`GRANTED`] or [`CANCELLED`].
     state: AtomicU8,
     waker: Mutex<Option<Waker>>,
 }
 
-/// A slot that is held. Dropping the permit hands the slot to the first waiter, or frees it.
+/// A slot that is held. Dropping the permit hands the slot to the next waiter, or frees it.
 #[derive(Debug)]
 #[must_use = "dropping a permit releases its slot"]
-pub struct Permit(Arc<Admission>);
+pub struct Permit {
+    admission: Arc<Admission>,
+    client: u64,
+}
 
 /// A place in the queue: a future that yields the [`Permit`]. Dropping the ticket leaves the queue.
 #[derive(Debug)]
@@ -116,6 +132,19 @@ impl Admission {
     /// Creates an admission with `slots` (1 to [`MAX`]) requests in flight and `max_waiting` (0 to [`MAX`]) in the
     /// queue.
     pub fn new(slots: usize, max_waiting: usize) -> Arc<Self> {
+        Self::with_counts(
+            slots,
+            max_waiting,
+            (slots.clamp(1, MAX) * COUNTS_PER_SLOT).min(MAX_COUNTS).next_power_of_two(),
+        )
+    }
+
+    /// [`new`](Self::new) for the requests of a single client.
+    pub(crate) fn of_one_client(slots: usize, max_waiting: usize) -> Arc<Self> {
+        Self::with_counts(slots, max_waiting, 1)
+    }
+
+    fn with_counts(slots: usize, max_waiting: usize, counts: usize) -> Arc<Self> {
         let (slots, max_waiting) = (slots.clamp(1, MAX), max_waiting.min(MAX));
         Arc::new(Admission {
             word: CachePadded::new(AtomicU64::new(0)),
@@ -123,7 +152,8 @@ impl Admission {
             max_waiting: AtomicU64::new(max_waiting as u64),
             // Room for all waiters and as many cancelled ones, which are removed when they reach `max_waiting`.
             queue: ArrayQueue::new(2 * max_waiting + 2),
-            front: Mutex::new(VecDeque::new()),
+            lines: Mutex::new(Lines::default()),
+            held: (0..counts).map(|_| AtomicU32::new(0)).collect(),
             unsettled: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
             outside: AtomicU64::new(0),
@@ -142,7 +172,7 @@ impl Admission {
     ///
     /// # Errors
     /// Returns [`QueueFull`] if no slot is free and the queue is full.
-    pub fn enter(self: &Arc<Self>) -> Result<Admitted, QueueFull> {
+    pub fn enter(self: &Arc<Self>, turn: Turn) -> Result<Admitted, QueueFull> {
         let outside = self.outside.load(Ordering::Relaxed);
         let mut passed = false;
         self.update(|mut c| {
@@ -158,26 +188,26 @@ impl Admission {
         })
         .ok_or(QueueFull)?;
         if passed {
-            return Ok(Admitted::Passed(Permit(self.clone())));
+            return Ok(Admitted::Passed(self.permit(turn.client)));
         }
-        let waiter = Arc::new(Waiter { state: AtomicU8::new(WAITING), waker: Mutex::new(None) });
+        let waiter = Arc::new(Waiter { turn, state: AtomicU8::new(WAITING), waker: Mutex::new(None) });
         if let Err(waiter) = self.queue.push(waiter.clone()) {
-            // The array was made for a lower limit, or is full of cancelled waiters: move them all to `front`.
-            let mut front = self.front.lock();
-            front.extend(std::iter::from_fn(|| self.queue.pop()));
-            front.push_back(waiter);
+            // The array was made for a lower limit, or is full of cancelled waiters: move them all to their lines.
+            let mut lines = self.lines.lock();
+            self.sort_into(&mut lines);
+            lines.push(turn, waiter);
         }
         self.settle();
         Ok(Admitted::Queued(Ticket { admission: self.clone(), waiter, done: false }))
     }
 
     /// Takes a slot if one is free. Never takes a slot that is reserved for a waiter.
-    pub fn try_pass(self: &Arc<Self>) -> Option<Permit> {
+    pub fn try_pass(self: &Arc<Self>, turn: Turn) -> Option<Permit> {
         let free = |mut c: Counts| {
             c.in_flight += 1;
             (c.in_flight <= self.slots.load(Ordering::Relaxed)).then_some(c)
         };
-        self.update(free).map(|_| Permit(self.clone()))
+        self.update(free).map(|_| self.permit(turn.client))
     }
 
     /// Whether [`try_pass`](Self::try_pass) would fail now.
@@ -218,7 +248,27 @@ impl Admission {
         self.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, packed).ok().map(Counts::unpack)
     }
 
-    fn release(&self) {
+    /// The permit for a slot that has been taken for a client.
+    fn permit(self: &Arc<Self>, client: u64) -> Permit {
+        self.held(client).fetch_add(1, Ordering::Relaxed);
+        Permit { admission: self.clone(), client }
+    }
+
+    /// The number of slots that a client holds.
+    fn held(&self, client: u64) -> &AtomicU32 {
+        &self.held[client as usize & (self.held.len() - 1)]
+    }
+
+    /// Moves the waiters of the queue to the lines of their clients.
+    fn sort_into(&self, lines: &mut Lines<Arc<Waiter>>) {
+        while let Some(waiter) = self.queue.pop() {
+            lines.push(waiter.turn, waiter);
+        }
+    }
+
+    /// A client gives back a slot.
+    fn release(&self, client: u64) {
+        self.held(client).fetch_sub(1, Ordering::Relaxed);
         let before = self.update(|mut c| {
             if c.waiting > c.reserved && c.in_flight <= self.slots.load(Ordering::SeqCst) {
                 c.reserved += 1;
@@ -229,6 +279,10 @@ impl Admission {
         });
         // If the limit has just been raised, `settle` reserves the free slots.
         if before.is_some_and(|c| c.waiting > c.reserved) {
+            let mut lines = self.lines.lock();
+            self.sort_into(&mut lines);
+            lines.end_turn(client);
+            drop(lines);
             self.settle();
         }
     }
@@ -277,18 +331,22 @@ impl Admission {
 
     fn serve_front(&self) {
         self.reserve_free_slots();
-        let mut front = self.front.lock();
+        let mut lines = self.lines.lock();
+        let is_waiting = |waiter: &Arc<Waiter>| waiter.state.load(Ordering::SeqCst) == WAITING;
         if self.cancelled.load(Ordering::SeqCst) >= self.max_cancelled() {
             self.cancelled.store(0, Ordering::SeqCst);
-            front.extend(std::iter::from_fn(|| self.queue.pop()));
-            front.retain(|w| w.state.load(Ordering::SeqCst) == WAITING);
+            self.sort_into(&mut lines);
+            lines.retain(is_waiting);
         }
         while Counts::unpack(self.word.load(Ordering::SeqCst)).reserved > 0 {
+            self.sort_into(&mut lines);
             // No waiter found: one is counted but not yet pushed. Its thread settles after the push.
-            let Some(waiter) = front.pop_front().or_else(|| self.queue.pop()) else { return };
+            let next = lines.pop(|client| self.held(client).load(Ordering::Relaxed), is_waiting);
+            let Some(waiter) = next else { return };
             let granted =
                 waiter.state.compare_exchange(WAITING, GRANTED, Ordering::SeqCst, Ordering::SeqCst).is_ok();
             if granted {
+                self.held(waiter.turn.client).fetch_add(1, Ordering::Relaxed);
                 self.update(|mut c| {
                     c.waiting -= 1;
                     c.reserved -= 1;
@@ -304,7 +362,7 @@ impl Admission {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.release();
+        self.admission.release(self.client);
     }
 }
 
@@ -322,7 +380,10 @@ impl Future for Ticket {
         if self.waiter.state.load(Ordering::SeqCst) == GRANTED {
             drop(waker);
             self.done = true;
-            return Poll::Ready(Permit(self.admission.clone()));
+            return Poll::Ready(Permit {
+                admission: self.admission.clone(),
+                client: self.waiter.turn.client,
+            });
         }
         if !waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
             *waker = Some(cx.waker().clone());
@@ -338,13 +399,15 @@ impl Drop for Ticket {
         }
         match self.waiter.state.compare_exchange(WAITING, CANCELLED, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => self.admission.cancel(),
-            Err(_) => self.admission.release(),
+            Err(_) => self.admission.release(self.waiter.turn.client),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -357,14 +420,14 @@ mod tests {
     }
 
     fn permit(a: &Arc<Admission>) -> Permit {
-        match a.enter() {
+        match a.enter(Turn::default()) {
             Ok(Admitted::Passed(permit)) => permit,
             other => panic!("no permit: {other:?}"),
         }
     }
 
     fn ticket(a: &Arc<Admission>) -> Ticket {
-        match a.enter() {
+        match a.enter(Turn::default()) {
             Ok(Admitted::Queued(ticket)) => ticket,
             other => panic!("no ticket: {other:?}"),
         }
@@ -379,7 +442,7 @@ mod tests {
         let a = Admission::new(2, 3);
         let permits = [permit(&a), permit(&a)];
         let tickets = [ticket(&a), ticket(&a), ticket(&a)];
-        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!(a.enter(Turn::default()).unwrap_err(), QueueFull);
         assert_eq!((a.in_flight(), a.depth()), (2, 3));
         drop(permits);
         drop(tickets);
@@ -390,7 +453,7 @@ mod tests {
     fn a_queue_of_length_zero_refuses_at_once() {
         let a = Admission::new(1, 0);
         let s = permit(&a);
-        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!(a.enter(Turn::default()).unwrap_err(), QueueFull);
         drop(s);
         drop(permit(&a));
         assert!(is_idle(&a));
@@ -399,13 +462,13 @@ mod tests {
     #[test]
     fn try_pass_does_not_overtake_the_queue() {
         let a = Admission::new(1, 2);
-        let s = a.try_pass().expect("a slot is free");
-        assert!(a.is_full() && a.try_pass().is_none());
+        let s = a.try_pass(Turn::default()).expect("a slot is free");
+        assert!(a.is_full() && a.try_pass(Turn::default()).is_none());
         let mut waiting = ticket(&a);
         drop(s);
-        assert!(a.is_full() && a.try_pass().is_none(), "the slot is reserved for the queue");
+        assert!(a.is_full() && a.try_pass(Turn::default()).is_none(), "the slot is reserved for the queue");
         drop(poll(&mut waiting).expect("the slot is granted"));
-        assert!(!a.is_full() && a.try_pass().is_some());
+        assert!(!a.is_full() && a.try_pass(Turn::default()).is_some());
         assert!(is_idle(&a));
     }
 
@@ -459,7 +522,7 @@ mod tests {
         let s = permit(&a);
         let outside = [a.wait_for_backend().unwrap(), a.wait_for_backend().unwrap()];
         assert_eq!(a.wait_for_backend().unwrap_err(), QueueFull);
-        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!(a.enter(Turn::default()).unwrap_err(), QueueFull);
         assert_eq!(a.depth(), 2);
         drop((outside, s));
         assert!(is_idle(&a));
@@ -470,20 +533,23 @@ mod tests {
         let a = Admission::new(2, 2);
         let permits = [permit(&a), permit(&a)];
         let mut queue = vec![ticket(&a), ticket(&a)];
-        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!(a.enter(Turn::default()).unwrap_err(), QueueFull);
         a.resize(3, 40);
         let third = poll(&mut queue.remove(0)).expect("the first waiter gets the new slot");
         // More than the array was made for.
         queue.extend((0..30).map(|_| ticket(&a)));
         assert_eq!((a.in_flight(), a.depth()), (3, 31));
         a.resize(1, 3);
-        assert_eq!(a.enter().unwrap_err(), QueueFull);
+        assert_eq!(a.enter(Turn::default()).unwrap_err(), QueueFull);
         drop((permits, third));
         for mut next in queue {
             drop(poll(&mut next).expect("first in, first out"));
         }
         assert!(is_idle(&a));
-        assert!(a.try_pass().is_some_and(|_s| a.try_pass().is_none()), "one slot is left");
+        assert!(
+            a.try_pass(Turn::default()).is_some_and(|_s| a.try_pass(Turn::default()).is_none()),
+            "one slot is left"
+        );
     }
 
     #[test]
@@ -496,7 +562,7 @@ mod tests {
                 s.spawn(move || {
                     let mut rng = fastrand::Rng::with_seed(t);
                     for _ in 0..5_000 {
-                        let permit = match a.enter() {
+                        let permit = match a.enter(Turn::default()) {
                             Err(QueueFull) => continue,
                             Ok(Admitted::Passed(permit)) => permit,
                             Ok(Admitted::Queued(ticket)) if rng.u8(..4) == 0 => {
@@ -543,7 +609,7 @@ mod tests {
             let (mut slots, mut max_waiting) = (slots, max_waiting);
             for (op, index) in ops {
                 match op {
-                    0 => match a.enter() {
+                    0 => match a.enter(Turn::default()) {
                         Ok(Admitted::Passed(s)) => { prop_assert!(held.len() < slots); held.push(s); }
                         Ok(Admitted::Queued(p)) => { prop_assert!(held.len() >= slots && queue.len() < max_waiting); queue.push_back(p); }
                         Err(QueueFull) => prop_assert!(held.len() >= slots && queue.len() >= max_waiting),

@@ -11,7 +11,7 @@ use loom::thread;
 
 use crate::policy::balance::{Cursor, Schedule, Turns};
 use crate::policy::breaker::{Breaker, Change, Probe, Status, Thresholds};
-use crate::policy::queue::{Admission, Admitted, Permit, QueueFull};
+use crate::policy::queue::{Admission, Admitted, Permit, QueueFull, Turn};
 use crate::policy::quota::{Quota, QuotaLimits};
 use crate::policy::spend::{Period, Refused, SpendLimit};
 use crate::time::Day;
@@ -29,7 +29,7 @@ fn is_idle(admission: &Admission) -> bool {
 
 /// Waits for a permit; `None` if the queue is full.
 fn wait(admission: &Arc<Admission>) -> Option<Permit> {
-    match admission.enter() {
+    match admission.enter(Turn::default()) {
         Ok(Admitted::Passed(permit)) => Some(permit),
         Ok(Admitted::Queued(ticket)) => Some(block_on(ticket)),
         Err(QueueFull) => None,
@@ -60,7 +60,7 @@ fn a_waiter_that_gives_up_does_not_leak_a_slot() {
     model(2, || {
         let admission = Admission::new(1, 2);
         let permit = wait(&admission).expect("a slot is free");
-        let leaver = admission.enter().expect("the queue has room");
+        let leaver = admission.enter(Turn::default()).expect("the queue has room");
         let theirs = admission.clone();
         let stays = thread::spawn(move || drop(wait(&theirs).expect("the queue has room")));
         let leaves = thread::spawn(move || drop(leaver));
@@ -68,7 +68,7 @@ fn a_waiter_that_gives_up_does_not_leak_a_slot() {
         stays.join().unwrap();
         leaves.join().unwrap();
         assert!(is_idle(&admission));
-        assert!(admission.try_pass().is_some());
+        assert!(admission.try_pass(Turn::default()).is_some());
     });
 }
 
@@ -79,7 +79,7 @@ fn try_pass_never_exceeds_the_slots() {
         let held = Arc::new(AtomicUsize::new(0));
         let run = |admission: Arc<Admission>, held: Arc<AtomicUsize>| {
             move || {
-                if let Some(permit) = admission.try_pass() {
+                if let Some(permit) = admission.try_pass(Turn::default()) {
                     assert_eq!(held.fetch_add(1, Ordering::SeqCst), 0);
                     held.fetch_sub(1, Ordering::SeqCst);
                     drop(permit);
@@ -123,7 +123,7 @@ fn a_slot_that_is_released_while_the_limit_changes_is_not_lost() {
     model(3, || {
         let admission = Admission::new(1, 2);
         let permit = wait(&admission).expect("a slot is free");
-        let queued = || match admission.enter() {
+        let queued = || match admission.enter(Turn::default()) {
             Ok(Admitted::Queued(ticket)) => ticket,
             other => panic!("no ticket: {other:?}"),
         };

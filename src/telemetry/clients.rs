@@ -99,7 +99,7 @@ impl Clients {
             let admission = conf.max_in_flight.map(|max| {
                 let known = known.and_then(|c| c.admission.clone());
                 // There may be many keys, few of which have waiting requests: the queue grows when it must.
-                known.unwrap_or_else(|| Admission::new(max, FEW.min(config.queue.max_size)))
+                known.unwrap_or_else(|| Admission::of_one_client(max, FEW.min(config.queue.max_size)))
             });
             if let (Some(admission), Some(max)) = (&admission, conf.max_in_flight) {
                 admission.resize(max, config.queue.max_size);

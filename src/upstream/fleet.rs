@@ -7,25 +7,26 @@ use std::sync::Arc;
 
 use crate::clock;
 use crate::config;
-use crate::config::{Config, Strategy};
+use crate::config::{Config, Queue, Strategy};
 use crate::json::members::Watch;
 use crate::policy::balance::{BackendId, Schedule, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
 use crate::policy::known_ids::MadeBy;
+use crate::policy::queue::Turn;
 use crate::policy::ratio::Demand;
 use crate::policy::route::{Route, RouteId, Sent, Table, Target, TargetId};
 use crate::protocol::Endpoint;
 use crate::protocol::endpoint::{Api, Protocol};
 use crate::time::Nanos;
-use crate::upstream::Upstream;
 use crate::upstream::account;
 use crate::upstream::connect::Roots;
 use crate::upstream::in_flight::QuotaWait;
 use crate::upstream::limits::Candidate;
 use crate::upstream::rotation::{RotationSet, TargetSet};
 use crate::upstream::routing::Routing;
+use crate::upstream::{BackendShare, Upstream};
 
 /// A load that is above that of every backend in use: such a target is asked last.
 const LAST: f64 = 1e12;
@@ -57,6 +58,8 @@ pub(crate) struct Ask<'a> {
     pub demand: Demand,
     /// The backend that made what the request refers to.
     pub made_by: MadeBy,
+    /// Whose turn it is while requests wait.
+    pub turn: Turn,
 }
 
 /// The targets of one request at one moment, as [`choose`] and [`dispatch`](crate::policy::dispatch) see them.
@@ -197,6 +200,7 @@ impl Snapshot {
             demand: &ask.demand,
             now,
             ticket: None,
+            turn: ask.turn,
         })
     }
 
@@ -275,6 +279,7 @@ impl<'a> View<'a> {
             demand: &self.ask.demand,
             now: self.now,
             ticket: ticket.and_then(|(_, wait)| wait.ticket()),
+            turn: self.ask.turn,
         }
     }
 }
@@ -368,6 +373,16 @@ impl Fleet for View<'_> {
     }
 }
 
+/// What each backend may have of the queue: with several, one that hangs must not take all slots.
+pub(super) fn backend_share(config: &Config) -> BackendShare {
+    let Queue { max_size: waiters, max_in_flight, backend_share, .. } = config.queue;
+    // Several keys of one backend are one.
+    let mut names = config.backends.iter().filter(|b| b.weight > 0).map(config::Backend::configured_name);
+    let has_others = names.next().is_some_and(|first| names.any(|name| name != first));
+    let slots = (max_in_flight as u64 * u64::from(backend_share) / 1_000_000).max(1) as usize;
+    BackendShare { slots: (has_others && slots < max_in_flight).then_some(slots), waiters }
+}
+
 /// Prepares the fleet of a configuration. It shares state with the fleet `before`, which does not change. The function
 /// reads certificates, so it may block.
 ///
@@ -386,11 +401,12 @@ pub(crate) fn prepare(config: Config, before: Option<&Snapshot>) -> Result<Snaps
         ));
     }
     let earlier = before.into_iter().flat_map(|before| before.backends.iter()).map(|known| &**known);
+    let share = backend_share(&config);
     let mut backends = Vec::<Arc<Upstream>>::new();
     for (id, b) in config.backends.iter().enumerate() {
         let conf = config::Backend { usage: config.usage_of(id), ..b.clone() };
         let known = account::earlier(b, &config, earlier.clone());
-        let mut upstream = Upstream::new(conf, config.server.workers, &roots, config.queue.max_size, known)?;
+        let mut upstream = Upstream::new(conf, config.server.workers, &roots, share, known)?;
         match b.pool.as_ref().map(|pool| backends.get(pool.first)) {
             Some(Some(first)) => upstream.share_limits_of(first),
             // What requests with any key of the backend hold counts against its `max_in_flight`.
@@ -442,6 +458,7 @@ mod tests {
             affinity,
             demand: Demand::default(),
             made_by: MadeBy::Anybody,
+            turn: Turn::default(),
         }
     }
 

@@ -173,7 +173,7 @@ impl Upstream {
     /// ejected backend takes the request too.
     pub(crate) fn enter(self: &Arc<Self>, candidate: &Candidate<'_>, panic: bool) -> Option<InFlight> {
         let permit = match &self.admission {
-            Some(admission) => Some(admission.try_pass()?),
+            Some(admission) => Some(admission.try_pass(candidate.turn)?),
             None => None,
         };
         self.enter_with(permit, candidate, panic)

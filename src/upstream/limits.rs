@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::clock;
 use crate::config;
 use crate::policy::choose::Closed;
-use crate::policy::queue::MAX as MAX_SLOTS;
+use crate::policy::queue::{MAX as MAX_SLOTS, Turn};
 use crate::policy::quota::{QuotaHold, QuotaLimits, QuotaTicket};
 use crate::policy::ratio::{Demand, Output};
 use crate::policy::reservation::beyond;
@@ -27,6 +27,8 @@ pub(crate) struct Candidate<'a> {
     pub now: Nanos,
     /// The place of the request in the queue of the backend's quota.
     pub ticket: Option<&'a QuotaTicket>,
+    /// Whose turn it is to take a permit.
+    pub turn: Turn,
 }
 
 impl Candidate<'_> {

@@ -61,7 +61,7 @@ use crate::policy::balance::{BackendId, Penalty};
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
 use crate::policy::prices::{Price, PriceTable};
-use crate::policy::queue::{Admission, Admitted, QueueFull};
+use crate::policy::queue::{Admission, Admitted, QueueFull, Turn};
 use crate::policy::quota::{Quota, QuotaLimits};
 use crate::policy::ratio::{Demand, Ratios};
 use crate::policy::spend::SpendLimit;
@@ -79,6 +79,15 @@ use crate::upstream::limits::{Candidate, quota_limits};
 use crate::upstream::paths::joined;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
+/// What a backend may have of the gateway's queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BackendShare {
+    /// Most of the gateway's slots; `None`: all.
+    pub slots: Option<usize>,
+    /// Most requests that may wait for the backend.
+    pub waiters: usize,
+}
 
 /// A backend at run time: its prepared configuration, and the state that all workers share.
 #[derive(Debug)]
@@ -99,8 +108,9 @@ pub(crate) struct Upstream {
     connector: Connector,
     /// The connector of health checks.
     check_connector: Connector,
-    /// The limit `max_in_flight`, and the queue in front of it.
+    /// The limit of [`max_in_flight`](Self::max_in_flight), and the queue in front of it.
     admission: Option<Arc<Admission>>,
+    max_in_flight: Option<usize>,
     quota: Option<Arc<Quota>>,
     budget: Option<Arc<SpendLimit>>,
     prices: PriceTable,
@@ -160,7 +170,7 @@ impl BackendState {
 }
 
 impl Upstream {
-    /// Prepares a configured backend. At most `waiters` requests may wait for it. `before` is the backend of the same
+    /// Prepares a configured backend with its place in the `queue`. `before` is the backend of the same
     /// name before a reload: the counters are shared with it, and the whole state if the account is the same. The
     /// shared state does not change before [`apply`](Self::apply).
     ///
@@ -170,7 +180,7 @@ impl Upstream {
         conf: config::Backend,
         workers: usize,
         roots: &connect::Roots,
-        waiters: usize,
+        queue: BackendShare,
         before: Option<&Upstream>,
     ) -> Result<Self, String> {
         let name = conf.name.clone();
@@ -180,8 +190,9 @@ impl Upstream {
         let lanes = before.map(|b| b.lanes.clone());
         let same =
             before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.has_same_roots(&connector));
-        let admission = conf.max_in_flight.map(|max| {
-            same.and_then(|b| b.admission.clone()).unwrap_or_else(|| Admission::new(max, waiters))
+        let max_in_flight = conf.max_in_flight.into_iter().chain(queue.slots).min();
+        let admission = max_in_flight.map(|max| {
+            same.and_then(|b| b.admission.clone()).unwrap_or_else(|| Admission::new(max, queue.waiters))
         });
         let limits = quota_limits(&conf);
         let kept = same.and_then(|b| b.quota.clone()).filter(|_| limits != QuotaLimits::default());
@@ -198,6 +209,7 @@ impl Upstream {
             check_connector: connector.with_own_rotation(),
             connector,
             admission,
+            max_in_flight,
             quota,
             budget,
             prices: PriceTable::new(conf.prices.iter().map(|(model, price)| (&**model, Price::of(*price)))),
@@ -224,7 +236,7 @@ impl Upstream {
     /// `waiters` requests may wait.
     pub(crate) fn apply(&self, waiters: usize, now: Nanos) {
         self.state.breaker.set_trials(!self.conf.health.is_enabled, now);
-        if let (Some(admission), Some(max)) = (&self.admission, self.conf.max_in_flight) {
+        if let (Some(admission), Some(max)) = (&self.admission, self.max_in_flight) {
             admission.resize(max, waiters);
         }
         if let Some(quota) = &self.quota {
@@ -382,18 +394,19 @@ impl Upstream {
         self.check_limits(candidate)
     }
 
-    /// Takes a permit, or joins the queue for one; `None` if the backend has no `max_in_flight`.
+    /// Takes a permit, or joins the queue for one; `None` if the backend has no [`max_in_flight`](Self::max_in_flight).
     ///
     /// # Errors
     /// Returns [`QueueFull`] if the queue is full.
-    pub(crate) fn queue_for_permit(&self) -> Result<Option<Admitted>, QueueFull> {
-        self.admission.as_ref().map(Admission::enter).transpose()
+    pub(crate) fn queue_for_permit(&self, turn: Turn) -> Result<Option<Admitted>, QueueFull> {
+        self.admission.as_ref().map(|admission| admission.enter(turn)).transpose()
     }
 
     /// The reason why the backend takes no request for any model at `now`. A cooldown is none, since it may concern a
     /// single model.
     pub(crate) fn closed(&self, now: Nanos) -> Option<Closed> {
-        let any = Candidate { target: None, demand: &Demand::default(), now, ticket: None };
+        let any =
+            Candidate { target: None, demand: &Demand::default(), now, ticket: None, turn: Turn::default() };
         self.check(&any).err().filter(|closed| !matches!(closed, Closed::Cooling(_)))
     }
 
@@ -412,9 +425,9 @@ impl Upstream {
         self.state.outage.lock().clone()
     }
 
-    /// The limit `max_in_flight`.
+    /// Most requests in flight: the backend's own limit or its share of the gateway's slots, the smaller.
     pub(crate) fn max_in_flight(&self) -> Option<usize> {
-        self.conf.max_in_flight
+        self.max_in_flight
     }
 
     /// The fault of the last failed try or health check, and its time.

@@ -210,7 +210,14 @@ mod tests {
         let text = format!("[[backends]]\nurl = \"{url}\"\nweight = 1\n");
         let config = Config::of(&text).unwrap();
         let roots = Roots::load(&config.backends);
-        let upstream = Upstream::new(config.backends[0].clone(), 1, &roots, 1, None).unwrap();
+        let upstream = Upstream::new(
+            config.backends[0].clone(),
+            1,
+            &roots,
+            crate::upstream::fleet::backend_share(&config),
+            None,
+        )
+        .unwrap();
         (listener, Arc::new(upstream))
     }
 

@@ -116,3 +116,120 @@ fn a_client_that_disconnects_while_queued_leaves_the_queue() {
     assert_eq!(zap.metric("zap_client_disconnects_total{phase=\"queued\"}"), 5.0);
     zap.wait_until_idle();
 }
+
+/// Sends a request of this key that waits at the provider or in the queue, after `before` others.
+fn queued(zap: &Zap, gate: &Gate, (key, id): (&str, &str), before: usize) -> crate::support::Client {
+    let mut client = zap.client();
+    client.post("/chat", &format!("authorization: Bearer {key}\r\nx-request-id: {id}\r\n"), CHAT);
+    eventually("the request is at the backend or in the queue", || {
+        gate.waiting() as f64 + zap.metric("zap_queue_depth") == (before + 1) as f64
+    });
+    client
+}
+
+/// The order in which a provider has got requests.
+fn order(provider: &Provider) -> String {
+    let ids =
+        provider.seen().iter().map(|s| s.header("x-request-id").unwrap().to_owned()).collect::<Vec<_>>();
+    ids.join(" ")
+}
+
+#[test]
+fn the_burst_of_one_client_delays_another_by_one_request() {
+    // With a limit of the gateway, and with one of the backend alone.
+    for (settings, more) in [("[queue]\nmax_in_flight = 1", ""), ("", "max_in_flight = 1")] {
+        let gate = Gate::default();
+        let provider = Provider::gated(&gate);
+        let zap = Zap::with(settings, &[provider.backend("a", more)]);
+        let burst = (0..20).map(|i| queued(&zap, &gate, ("team-a", &format!("a{i}")), i));
+        let mut clients: Vec<_> = burst.collect();
+        clients.push(queued(&zap, &gate, ("team-b", "b"), 20));
+        gate.open(21);
+        clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+        let order = order(&provider);
+        assert!(order.starts_with("a0 b a1 a2 a3 "), "{settings} {more}: {order}");
+        zap.wait_until_idle();
+    }
+}
+
+#[test]
+fn clients_without_a_key_have_a_line_for_each_address() {
+    let gate = Gate::default();
+    let provider = Provider::gated(&gate);
+    let settings = "[server]\ntrusted_proxies = [\"127.0.0.1\"]\n[queue]\nmax_in_flight = 1";
+    let zap = Zap::with(settings, &[provider.backend("a", "")]);
+    let mut clients: Vec<_> = [("10.0.0.1", "a0"), ("10.0.0.1", "a1"), ("10.0.0.1", "a2"), ("10.0.0.2", "b")]
+        .iter()
+        .enumerate()
+        .map(|(before, (address, id))| {
+            let mut client = zap.client();
+            client.post("/chat", &format!("x-forwarded-for: {address}\r\nx-request-id: {id}\r\n"), CHAT);
+            eventually("the request is at the backend or in the queue", || {
+                gate.waiting() as f64 + zap.metric("zap_queue_depth") == (before + 1) as f64
+            });
+            client
+        })
+        .collect();
+    gate.open(4);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    assert_eq!(order(&provider), "a0 b a1 a2");
+}
+
+#[test]
+fn waiting_requests_of_keys_with_a_lower_priority_value_come_first() {
+    let gate = Gate::default();
+    let provider = Provider::gated(&gate);
+    let key =
+        |name: &str, more: &str| format!("[[client_keys]]\nname = \"{name}\"\nkey = \"zk-{name}\"\n{more}\n");
+    let keys = key("batch", "priority = 5") + &key("people", "");
+    let zap = Zap::with(&format!("[queue]\nmax_in_flight = 1\n{keys}"), &[provider.backend("a", "")]);
+    let sent = [("zk-batch", "b0"), ("zk-batch", "b1"), ("zk-people", "p0"), ("zk-people", "p1")];
+    let mut clients: Vec<_> =
+        sent.iter().enumerate().map(|(before, sent)| queued(&zap, &gate, *sent, before)).collect();
+    gate.open(4);
+    clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    assert_eq!(order(&provider), "b0 p0 p1 b1");
+}
+
+#[test]
+fn a_backend_that_hangs_takes_its_share_of_the_slots_and_no_more() {
+    let (hang, open) = (Gate::default(), Gate::default());
+    let (slow, quick) = (Provider::gated(&hang), Provider::gated(&open));
+    let backends = [slow.backend("slow", "models = [\"s\"]"), quick.backend("quick", "models = [\"q\"]")];
+    let zap = Zap::with("[queue]\nmax_in_flight = 8", &backends);
+    let ask = |model: &str| {
+        let mut client = zap.client();
+        client.post("/chat", "", format!("{{\"model\":\"{model}\",\"messages\":[]}}"));
+        client
+    };
+    let mut waiting: Vec<_> = (0..20).map(|_| ask("s")).collect();
+    eventually("three quarters of the slots are taken, and the others wait", || {
+        hang.waiting() == 6 && zap.metric("zap_queue_depth") == 14.0
+    });
+    open.open(1);
+    assert_eq!(ask("q").response().status, 200, "a slot is free for the other backend");
+    let status = zap.client().get("/status").json();
+    assert_eq!(
+        (&status["backends"][0]["state"], &status["backends"][0]["max_in_flight"]),
+        (&"full".into(), &6.into())
+    );
+    hang.open(20);
+    waiting.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    zap.wait_until_idle();
+}
+
+#[test]
+fn a_single_backend_and_a_share_of_1_have_all_slots() {
+    for (share, others) in [("", false), ("backend_share = 1\n", true)] {
+        let gate = Gate::default();
+        let (slow, other) = (Provider::gated(&gate), Provider::named("b"));
+        let mut backends = vec![slow.backend("slow", "models = [\"s\"]")];
+        backends.extend(others.then(|| other.backend("b", "models = [\"q\"]")));
+        let zap = Zap::with(&format!("[queue]\nmax_in_flight = 4\n{share}"), &backends);
+        let mut clients: Vec<_> = (0..4).map(|_| zap.client()).collect();
+        clients.iter_mut().for_each(|c| c.post("/chat", "", r#"{"model":"s","messages":[]}"#));
+        eventually("all slots are taken", || gate.waiting() == 4);
+        gate.open(4);
+        clients.iter_mut().for_each(|c| assert_eq!(c.response().status, 200));
+    }
+}

@@ -33,12 +33,12 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         (
             "[queue]\ncolour = 1",
             "2: unknown key `queue.colour`; must be one of `max_size`, `max_in_flight`, \
-             `max_wait_secs`, `timeout_secs`",
+             `backend_share`, `max_wait_secs`, `timeout_secs`",
         ),
         (
             "[queue]\n\"sk-CANARY\" = 1",
             "2: unknown key in `queue`; must be one of `max_size`, `max_in_flight`, \
-             `max_wait_secs`, `timeout_secs`",
+             `backend_share`, `max_wait_secs`, `timeout_secs`",
         ),
         (
             "\"sk-CANARY\" = 1",
