@@ -168,6 +168,8 @@ pub struct Queue {
 /// How to pick one of the eligible backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
+    /// Of two backends at random, the one with the smallest expected time to first content x (in flight + 1) / weight.
+    LeastLatency,
     /// The backend with the smallest (in flight + 1) / weight.
     LeastLoaded,
     /// The same backend for every request of a conversation, chosen by a hash.

@@ -100,6 +100,7 @@ pub(super) fn config(root: &mut Section<'_, '_>, ctx: &Context<'_>) -> ReadConfi
             ("round_robin", Strategy::RoundRobin),
             ("least_loaded", Strategy::LeastLoaded),
             ("prefix_hash", Strategy::PrefixHash),
+            ("least_latency", Strategy::LeastLatency),
         ];
         (t.choice("strategy", Strategy::RoundRobin, &words), t.number("prefix_bytes", PREFIX_BYTES))
     });

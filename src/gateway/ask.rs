@@ -9,6 +9,7 @@ use crate::gateway::refusal::GatewayError;
 use crate::gateway::{Gateway, caller, endpoints, learned_ids, reserve};
 use crate::json::members::Model;
 use crate::policy::known_ids::MadeBy;
+use crate::policy::latency::SizeClass;
 use crate::policy::queue::Turn;
 use crate::policy::route::RouteId;
 use crate::protocol::endpoint::{Api, BodyFormat, Metering};
@@ -67,7 +68,9 @@ impl Gateway {
         };
         let demand = reserve::demand(snapshot, api, chat);
         let (endpoint, made_by) = (record.endpoint, MadeBy::Anybody);
-        let ask = Ask { endpoint, route, model, affinity, demand, made_by, turn };
+        let by_latency = (snapshot.config.strategy == Strategy::LeastLatency)
+            .then(|| (self.random(), SizeClass::of(chat.text_length(), record.stream)));
+        let ask = Ask { endpoint, route, model, affinity, demand, made_by, turn, by_latency };
         if !api.is_stored {
             return Ok(ask);
         }

@@ -16,9 +16,10 @@ use crate::gateway::failpoint;
 use crate::gateway::opening::{Asked, Opening, Place, Problem, Stopped, Unopened};
 use crate::http1::headers;
 use crate::http1::headers::ResponseFacts;
-use crate::policy::breaker::Change;
+use crate::policy::breaker::{Change, Status};
 use crate::policy::dispatch::{Event, Failure, Mark, Unfit, Verdict};
 use crate::policy::known_ids::MadeBy;
+use crate::policy::latency::SizeClass;
 use crate::policy::retry::DEFAULT_COOLING;
 use crate::policy::route::TargetId;
 use crate::protocol::body_class::{error_message, is_request_too_large};
@@ -60,7 +61,28 @@ impl Attempts<'_> {
         if result.is_err() {
             self.end_span();
         }
+        if let Some((_, class)) = self.ask.by_latency {
+            self.learn_latency(target, class, &result);
+        }
         result
+    }
+
+    /// Records for the strategy `least_latency` how long a target took to its first content. A failure counts as long
+    /// as the target cools down; a request that is refused for what it asks says nothing.
+    fn learn_latency(&self, target: TargetId, class: SizeClass, result: &Result<OpenedResponse, FailedTry>) {
+        let now = clock::now();
+        let target = &self.snapshot.route(&self.ask).targets[target];
+        let (state, key) = (&self.snapshot.upstream(target).state, target.key(self.ask.model));
+        let took = match result {
+            Ok(response) if response.head.status.as_u16() >= 400 => return,
+            Ok(response) => now.saturating_sub(response.in_flight.entered()),
+            Err(_) if self.gateway.is_cut() => return,
+            Err(_) => match state.breaker.pairs.status(|| key, now) {
+                Status::Cooling(until) => until.saturating_sub(now),
+                _ => clock::nanos(DEFAULT_COOLING),
+            },
+        };
+        state.latencies.learn(key, class, took, now);
     }
 
     async fn try_target(

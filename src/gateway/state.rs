@@ -297,8 +297,16 @@ impl Shared {
         let Some(route) = snapshot.table().find(Some(model), true) else { return false };
         let (affinity, demand) = (Some(affinity), Demand::default());
         let (endpoint, made_by) = (Endpoint::Chat, MadeBy::Anybody);
-        let ask =
-            Ask { endpoint, route, model: Some(model), affinity, demand, made_by, turn: Turn::default() };
+        let ask = Ask {
+            endpoint,
+            route,
+            model: Some(model),
+            affinity,
+            demand,
+            made_by,
+            turn: Turn::default(),
+            by_latency: None,
+        };
         let view =
             View { snapshot: &snapshot, ask: &ask, now, tickets: &[], granted: None, is_waiting: false };
         let Some(picked) = choose::pick(&view, true, |_| false) else { return false };

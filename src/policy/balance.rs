@@ -229,7 +229,7 @@ pub(crate) fn rendezvous(key: u64, identity: u64, weight: u32) -> f64 {
 }
 
 /// SplitMix64's finalizer (Steele, Lea and Flood 2014).
-fn mix(x: u64) -> u64 {
+pub(crate) fn mix(x: u64) -> u64 {
     let x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ x >> 31

@@ -5,6 +5,7 @@
 
 use crate::policy::balance::{BackendId, Cursor, Schedule, Turns, load};
 use crate::policy::breaker::Status;
+use crate::policy::latency::Expected;
 use crate::policy::route::TargetId;
 use crate::policy::spend::Refused;
 use crate::time::Nanos;
@@ -12,6 +13,8 @@ use crate::time::Nanos;
 /// How a target is chosen among the eligible ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
+    /// Of two targets, drawn by this random number, the one whose first content is expected earlier.
+    LeastLatency(u64),
     /// The target with the fewest requests in flight relative to its weight.
     LeastLoaded,
     /// The target for this key, a hash of the conversation's prefix.
@@ -123,6 +126,9 @@ pub(crate) trait Fleet {
     /// The load of a target.
     fn load(&self, target: TargetId) -> TargetLoad;
 
+    /// The time to first content that is expected of a target for this request; `None` if nothing is known.
+    fn expected(&self, target: TargetId) -> Option<Expected>;
+
     /// Checks whether a target can take the request now.
     ///
     /// # Errors
@@ -208,6 +214,7 @@ fn choose(
         Choice::PrefixHash(key) => tier.schedule.by_affinity(key, |id| {
             eligible(id).then(|| (fleet.identity(id), own_share(fleet, id, fleet.load(id).in_flight)))
         }),
+        Choice::LeastLatency(random) => least_latency(fleet, tier, random, eligible),
         Choice::LeastLoaded => {
             let least = tier.schedule.least_loaded(tier.turns(advance), |id, weight| {
                 let found = || {
@@ -227,6 +234,44 @@ fn choose(
             if advance { Some(id) } else { among_siblings(fleet, id, true, eligible) }
         }
     }
+}
+
+/// One request in so many goes to the target whose time is known least lately.
+const EXPLORES: u64 = 64;
+
+/// Picks by expected time to first content, times (in flight + 1) / weight: the better of two eligible targets of a
+/// tier, drawn at random (Mitzenmacher 2001). So requests that come at once do not all go to the one that looks best.
+/// Targets of which nothing is known are compared by load alone. One request in [`EXPLORES`] goes to the target whose
+/// time is the oldest, since a target that is never asked would keep a bad time for ever.
+fn least_latency(
+    fleet: &impl Fleet,
+    tier: Rotation<'_>,
+    random: u64,
+    eligible: impl Fn(TargetId) -> bool,
+) -> Option<TargetId> {
+    let members = tier.schedule.members();
+    let open = || members.iter().filter(|(id, _)| eligible(*id));
+    if random.is_multiple_of(EXPLORES) {
+        return open()
+            .min_by_key(|(id, _)| fleet.expected(*id).map_or(0, |known| known.at))
+            .map(|(id, _)| *id);
+    }
+    let count = open().count();
+    // The lowest bits say whether to explore.
+    let (first, rest) = ((random >> 8) as usize % count.max(1), (random >> 32) as usize);
+    let second = (first + 1 + rest % count.saturating_sub(1).max(1)) % count.max(1);
+    let load_of = |(id, weight): (TargetId, u32)| {
+        let TargetLoad { in_flight, up_for, .. } = fleet.load(id);
+        // As for the least load: the load is that of all models of the backend.
+        let weight = fleet.siblings(id).map_or(weight, |siblings| siblings.weight(&eligible));
+        load(in_flight, weight, 0.0, up_for)
+    };
+    let (a, b) = (*open().nth(first)?, *open().nth(second)?);
+    let (mut cost_a, mut cost_b) = (load_of(a), load_of(b));
+    if let (Some(time_a), Some(time_b)) = (fleet.expected(a.0), fleet.expected(b.0)) {
+        (cost_a, cost_b) = (cost_a * time_a.nanos, cost_b * time_b.nanos);
+    }
+    Some(if cost_b < cost_a { b.0 } else { a.0 })
 }
 
 /// The next eligible target of the backend that `id` belongs to.

@@ -36,6 +36,8 @@ pub(crate) mod lines;
 
 pub(crate) mod queue;
 
+pub(crate) mod latency;
+
 pub(crate) mod balance;
 
 pub(crate) mod choose;

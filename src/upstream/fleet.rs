@@ -9,11 +9,12 @@ use crate::clock;
 use crate::config;
 use crate::config::{Config, Queue, Strategy};
 use crate::json::members::Watch;
-use crate::policy::balance::{BackendId, Schedule, rendezvous};
+use crate::policy::balance::{BackendId, Schedule, mix, rendezvous};
 use crate::policy::breaker::{Status, Thresholds};
 use crate::policy::choose;
 use crate::policy::choose::{Closed, Fleet, Rotation, TargetLoad};
 use crate::policy::known_ids::MadeBy;
+use crate::policy::latency::{Expected, SizeClass};
 use crate::policy::queue::Turn;
 use crate::policy::ratio::Demand;
 use crate::policy::route::{Route, RouteId, Sent, Table, Target, TargetId};
@@ -60,6 +61,8 @@ pub(crate) struct Ask<'a> {
     pub made_by: MadeBy,
     /// Whose turn it is while requests wait.
     pub turn: Turn,
+    /// Under `least_latency`: a random number, and the class of the request by its size.
+    pub by_latency: Option<(u64, SizeClass)>,
 }
 
 /// The targets of one request at one moment, as [`choose`] and [`dispatch`](crate::policy::dispatch) see them.
@@ -289,6 +292,11 @@ impl Fleet for View<'_> {
         match (self.snapshot.config.strategy, self.ask.affinity) {
             (Strategy::PrefixHash, Some(key)) => choose::Choice::PrefixHash(key),
             (Strategy::LeastLoaded, _) => choose::Choice::LeastLoaded,
+            (Strategy::LeastLatency, _) => {
+                // Each try of a request draws anew.
+                let random = self.ask.by_latency.map_or(self.now, |(random, _)| random);
+                choose::Choice::LeastLatency(mix(random ^ self.now))
+            }
             (Strategy::RoundRobin | Strategy::PrefixHash, _) => choose::Choice::RoundRobin,
         }
     }
@@ -338,6 +346,11 @@ impl Fleet for View<'_> {
             }
         };
         TargetLoad { in_flight, penalty, up_for }
+    }
+
+    fn expected(&self, target: TargetId) -> Option<Expected> {
+        let ((_, class), target) = (self.ask.by_latency?, self.target(target));
+        self.snapshot.upstream(target).state.latencies.expect(target.key(self.ask.model), class)
     }
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
@@ -459,6 +472,7 @@ mod tests {
             demand: Demand::default(),
             made_by: MadeBy::Anybody,
             turn: Turn::default(),
+            by_latency: None,
         }
     }
 

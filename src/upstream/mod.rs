@@ -60,6 +60,7 @@ use crate::config::UsageMode;
 use crate::policy::balance::{BackendId, Penalty};
 use crate::policy::breaker::{Breaker, Status};
 use crate::policy::choose::Closed;
+use crate::policy::latency::Latencies;
 use crate::policy::prices::{Price, PriceTable};
 use crate::policy::queue::{Admission, Admitted, QueueFull, Turn};
 use crate::policy::quota::{Quota, QuotaLimits};
@@ -130,6 +131,8 @@ pub(crate) struct BackendState {
     pub ratios: Ratios,
     /// Recent failures, for the strategy `least_loaded`.
     pub penalty: Penalty,
+    /// Times to first content, for the strategy `least_latency`.
+    pub latencies: Latencies,
     /// Notified when a request has left the queue of the quota, or the limit has changed.
     pub quota_changed: Notify,
     /// When a byte of an answer came last; 0: never.
@@ -147,6 +150,7 @@ impl BackendState {
             breaker: Breaker::new(),
             ratios: Ratios::default(),
             penalty: Penalty::default(),
+            latencies: Latencies::default(),
             quota_changed: Notify::new(),
             heard: AtomicU64::new(0),
             in_flight: CachePadded::default(),

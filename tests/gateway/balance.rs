@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::support::provider::{After, Gate, reply};
-use crate::support::{CHAT, Provider, Zap, assert_wait, eventually};
+use crate::support::{CHAT, Provider, STREAM, Zap, assert_wait, eventually};
 
 #[test]
 fn round_robin_follows_the_weights_exactly_across_all_workers() {
@@ -178,4 +178,56 @@ fn a_backend_is_never_sent_more_than_its_quota() {
     assert_wait(&refused, 59, since);
     assert_eq!((a.count(), b.count()), (3, 2));
     zap.wait_until_idle();
+}
+
+#[test]
+fn under_least_latency_a_slow_backend_gets_few_requests_and_a_failing_one_too() {
+    let slow = Provider::start(|_, stream| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        reply(stream, 200, "", b"slow");
+        After::Keep
+    });
+    let (fast, busy) = (Provider::named("fast"), Provider::fixed(500, "", "{}"));
+    let settings = "[load_balancer]\nstrategy = \"least_latency\"\n[health]\nfailure_threshold = 1000\n\
+        [retry]\nbudget_percent = 100\n";
+    for other in [&slow, &busy] {
+        let zap = Zap::with(settings, &[other.backend("other", "weight = 3"), fast.backend("fast", "")]);
+        let before = fast.count();
+        (0..80).for_each(|_| assert_eq!(zap.chat(CHAT).status, 200));
+        // Both are asked at first, then one request in 64 explores: 12 of 80 have a chance of less than 1 in 10^7.
+        assert!(fast.count() - before >= 68, "{} requests to the other", 80 + before - fast.count());
+        assert!(other.count() >= 1);
+        zap.wait_until_idle();
+    }
+}
+
+#[test]
+fn under_least_latency_streams_are_told_from_other_answers_and_by_size() {
+    // Fast for streams, slow for the rest; the other the other way round.
+    let provider = |name: &'static [u8], slow_streams: bool| {
+        Provider::start(move |seen, stream| {
+            let is_stream = seen.body.windows(13).any(|part| part == b"\"stream\":true");
+            if is_stream == slow_streams {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            match is_stream {
+                true => reply(stream, 200, "content-type: text/event-stream\r\n", EVENTS),
+                false => reply(stream, 200, "", name),
+            }
+            After::Keep
+        })
+    };
+    const EVENTS: &[u8] = b"data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\ndata: [DONE]\n\n";
+    let (a, b) = (provider(b"a", true), provider(b"b", false));
+    let settings = "[load_balancer]\nstrategy = \"least_latency\"\n";
+    let zap = Zap::with(settings, &[a.backend("a", ""), b.backend("b", "")]);
+    for _ in 0..60 {
+        assert_eq!(zap.chat(CHAT).status, 200);
+        assert_eq!(zap.chat(STREAM).status, 200);
+    }
+    let streams = |p: &Provider| {
+        p.seen().iter().filter(|s| s.body.windows(8).any(|part| part == b"\"stream\"")).count()
+    };
+    assert!(streams(&a) <= 12 && a.count() - streams(&a) >= 48, "{} of {}", streams(&a), a.count());
+    assert!(streams(&b) >= 48 && b.count() - streams(&b) <= 12, "{} of {}", streams(&b), b.count());
 }

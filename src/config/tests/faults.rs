@@ -57,7 +57,7 @@ fn faults_of_sections_name_the_line_and_what_is_allowed() {
         (
             "[load_balancer]\nstrategy = \"sk-CANARY\"",
             "2: `load_balancer.strategy` is not valid; must be one of \"round_robin\", \
-             \"least_loaded\", \"prefix_hash\"",
+             \"least_loaded\", \"prefix_hash\", \"least_latency\"",
         ),
         (
             "[load_balancer]\nprefix_bytes = 0",

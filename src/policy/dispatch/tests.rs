@@ -9,6 +9,7 @@ use crate::policy::balance::{BackendId, Cursor, Schedule};
 use crate::policy::breaker::Status;
 use crate::policy::choose::Closed;
 use crate::policy::choose::{Choice, Rotation, TargetLoad};
+use crate::policy::latency::Expected;
 use crate::policy::spend::Refused;
 use crate::time::{MILLI, SECOND};
 
@@ -30,6 +31,8 @@ struct TableFleet {
     /// Empty: each target has a backend of one key.
     pools: Vec<BackendId>,
     trials: Vec<(TargetId, Nanos)>,
+    /// Empty: nothing is known.
+    expected: Vec<Option<Expected>>,
 }
 
 impl TableFleet {
@@ -89,10 +92,16 @@ impl TableFleet {
             suspects: Vec::new(),
             pools: Vec::new(),
             trials,
+            expected: Vec::new(),
             closed: RefCell::new(closed),
             names,
             backends,
         }
+    }
+
+    /// The same targets, with what another table knows of their times.
+    fn knowing(self, other: &TableFleet) -> Self {
+        TableFleet { expected: other.expected.clone(), ..self }
     }
 
     fn id(&self, name: char) -> TargetId {
@@ -139,6 +148,10 @@ impl Fleet for TableFleet {
 
     fn load(&self, target: TargetId) -> TargetLoad {
         TargetLoad { in_flight: 0, penalty: self.penalty[target], up_for: Nanos::MAX }
+    }
+
+    fn expected(&self, target: TargetId) -> Option<Expected> {
+        self.expected.get(target).copied().flatten()
     }
 
     fn check(&self, target: TargetId) -> Result<(), Closed> {
@@ -659,4 +672,36 @@ fn each_strategy_chooses_by_its_rule() {
     assert_eq!(first(&table), home);
     table.set(home, Err(Closed::Cooling(SECOND)));
     assert_ne!(first(&table), home);
+}
+
+#[test]
+fn the_better_of_two_by_expected_time_and_load_is_chosen() {
+    let mut table = TableFleet::new("a b*4 c");
+    // Neither explores nor differs in what it draws: 1 << 8 draws targets 1 and 2, 0 draws 0 and 1.
+    let first = |table: &TableFleet, random: u64| {
+        let table = TableFleet { strategy: Choice::LeastLatency(random), ..TableFleet::new("a b*4 c") }
+            .knowing(table);
+        match Dispatch::new(RULES).next(0, &table, &Budget::new(0), || 0) {
+            Do::Try { target, .. } => table.names[target],
+            other => panic!("{other:?}"),
+        }
+    };
+    let known = |ms: u64, at| Some(Expected { nanos: (ms * MILLI) as f64, at });
+    assert_eq!(first(&table, 1), 'b', "nothing is known: the larger weight");
+    table.expected = vec![known(10, 5), known(100, 3), known(30, 4)];
+    assert_eq!(
+        [first(&table, 1), first(&table, 1 | 1 << 8)],
+        ['a', 'b'],
+        "100 ms by a weight of 4 are 25 ms"
+    );
+    table.expected[1] = known(200, 3);
+    assert_eq!(first(&table, 1 | 1 << 8), 'c');
+    table.expected[0] = None;
+    assert_eq!(first(&table, 1), 'b', "one is not known: by load");
+    assert_eq!(first(&table, 64), 'a', "what is not known is explored");
+    table.expected[0] = known(10, 5);
+    assert_eq!(first(&table, 64), 'b', "then the oldest time");
+    let picks: BTreeSet<_> =
+        (0..200u64).map(|n| first(&table, n.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)).collect();
+    assert_eq!(picks.into_iter().collect::<String>(), "ac");
 }
