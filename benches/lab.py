@@ -28,7 +28,7 @@ def build():
     subprocess.run(["cargo", "build", "--release", "--locked", "--quiet"], cwd=GAUGE, check=True, env=env)
 
 
-def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more="", settings=""):
+def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more="", settings="", weights=(2, 1)):
     """Writes a configuration of Zap with every feature on; returns the command that runs Zap with it.
 
     `more` is added to each backend; `settings` adds further tables."""
@@ -42,7 +42,7 @@ def config(folder, name="zap.toml", port=ZAP_PORT, workers=1, urls=None, more=""
         )
         for i, url in enumerate(urls):
             file.write(
-                f'[[backends]]\nname = "b{i}"\nurl = "{url}"\nweight = {2 - i % 2}\napi_key = "sk-upstream"\n'
+                f'[[backends]]\nname = "b{i}"\nurl = "{url}"\nweight = {weights[i % 2]}\napi_key = "sk-upstream"\n'
                 f'default_model = "mock"\nhealth_path = "/v1/models"\n{more}'
             )
     return f"{ZAP} --config {path}"
