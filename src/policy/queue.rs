@@ -27,7 +27,10 @@ pub(crate) const MAX: usize = (1 << 21) - 1;
 const COUNTS_PER_SLOT: usize = 16;
 
 /// Most counts of held slots.
-const MAX_COUNTS: usize = 4_096;
+const MAX_COUNTS: usize = 1_024;
+
+/// Waiters that the array has room for if there may be many admissions, few of which have waiters.
+const FEW: usize = 16;
 
 /// No slot is free and the queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,16 +135,24 @@ impl Admission {
     /// Creates an admission with `slots` (1 to [`MAX`]) requests in flight and `max_waiting` (0 to [`MAX`]) in the
     /// queue.
     pub fn new(slots: usize, max_waiting: usize) -> Arc<Self> {
-        Self::with_counts(
-            slots,
-            max_waiting,
-            (slots.clamp(1, MAX) * COUNTS_PER_SLOT).min(MAX_COUNTS).next_power_of_two(),
-        )
+        Self::with_counts(slots, max_waiting, counts(slots))
     }
 
-    /// [`new`](Self::new) for the requests of a single client.
+    /// [`new`](Self::new) with little memory, for one of many backends: its waiters go to their lines under a lock if
+    /// they are many.
+    pub(crate) fn of_one_backend(slots: usize, max_waiting: usize) -> Arc<Self> {
+        Self::small(slots, max_waiting, counts(slots))
+    }
+
+    /// [`new`](Self::new) with little memory, for the requests of one of many clients.
     pub(crate) fn of_one_client(slots: usize, max_waiting: usize) -> Arc<Self> {
-        Self::with_counts(slots, max_waiting, 1)
+        Self::small(slots, max_waiting, 1)
+    }
+
+    fn small(slots: usize, max_waiting: usize, counts: usize) -> Arc<Self> {
+        let admission = Self::with_counts(slots, max_waiting.min(FEW), counts);
+        admission.resize(slots, max_waiting);
+        admission
     }
 
     fn with_counts(slots: usize, max_waiting: usize, counts: usize) -> Arc<Self> {
@@ -358,6 +369,11 @@ impl Admission {
             }
         }
     }
+}
+
+/// The number of counts of held slots: a power of two.
+fn counts(slots: usize) -> usize {
+    slots.saturating_mul(COUNTS_PER_SLOT).clamp(1, MAX_COUNTS).next_power_of_two()
 }
 
 impl Drop for Permit {

@@ -14,9 +14,6 @@ use crate::policy::spend::SpendLimit;
 use crate::time::Nanos;
 use crate::upstream::token_counters::TokenCount;
 
-/// Waiting requests of a client for which there is room from the start.
-const FEW: usize = 16;
-
 /// All client keys. If empty, every client is admitted.
 #[derive(Debug)]
 pub(crate) struct Clients(Box<[Arc<Client>]>);
@@ -98,8 +95,7 @@ impl Clients {
             let fresh = || (0..config.server.workers).map(|_| CachePadded::default()).collect();
             let admission = conf.max_in_flight.map(|max| {
                 let known = known.and_then(|c| c.admission.clone());
-                // There may be many keys, few of which have waiting requests: the queue grows when it must.
-                known.unwrap_or_else(|| Admission::of_one_client(max, FEW.min(config.queue.max_size)))
+                known.unwrap_or_else(|| Admission::of_one_client(max, config.queue.max_size))
             });
             if let (Some(admission), Some(max)) = (&admission, conf.max_in_flight) {
                 admission.resize(max, config.queue.max_size);

@@ -196,7 +196,8 @@ impl Upstream {
             before.filter(|b| is_same_account(&b.conf, &conf) && b.connector.has_same_roots(&connector));
         let max_in_flight = conf.max_in_flight.into_iter().chain(queue.slots).min();
         let admission = max_in_flight.map(|max| {
-            same.and_then(|b| b.admission.clone()).unwrap_or_else(|| Admission::new(max, queue.waiters))
+            same.and_then(|b| b.admission.clone())
+                .unwrap_or_else(|| Admission::of_one_backend(max, queue.waiters))
         });
         let limits = quota_limits(&conf);
         let kept = same.and_then(|b| b.quota.clone()).filter(|_| limits != QuotaLimits::default());
