@@ -349,7 +349,7 @@ const MISTAKES: &[(&str, &str)] = &[
     (
         "[load_balancer]\nstrategy = \"least-busy\"\n{B}",
         "2: `load_balancer.strategy` is \"least-busy\"; must be one of \"round_robin\", \"least_loaded\", \
-         \"prefix_hash\"",
+         \"prefix_hash\", \"least_latency\"",
     ),
     (
         "[rate_limit]\nrequests_per_minute = 0\n{B}",
