@@ -188,12 +188,11 @@ impl Attempts<'_> {
                 }
                 Do::Wait(busy) => {
                     drop(slot.take());
-                    let (snapshot, ask, deadline) = (&*self.snapshot, &self.ask, self.deadline);
-                    let wait = Wait { snapshot, ask, busy: &busy, deadline, reopened };
+                    let (ask, deadline, turn) = (&self.ask, self.deadline, self.ask.turn);
+                    let wait = Wait { snapshot: &self.snapshot, ask, busy: &busy, deadline, reopened };
                     let waited = match queues.wait(self.gateway, self.exchange, self.record, wait).await {
                         Ok(()) => {
-                            let turn = (self.deadline, self.ask.turn);
-                            queues.readmit(self.gateway, self.exchange, self.record, turn).await
+                            queues.readmit(self.gateway, self.exchange, self.record, (deadline, turn)).await
                         }
                         Err(error) => Err(error),
                     };

@@ -1,9 +1,9 @@
 //! Running averages of the time to first content of each pair, a backend and a model, for the strategy `least_latency`.
 //!
 //! Prompts of about the same size are one class, and streams have classes of their own: the first content of any other
-//! answer is the whole answer. A failure is learnt as an answer that took as long as the target then cools down. The design
-//! follows linkerd2-proxy's load biaser; an average that is higher than before is taken over faster, as in Finagle's
-//! peak EWMA. The table is bounded.
+//! answer is the whole answer. A failure is learnt as an answer that took as long as the target then cools down. The
+//! design follows linkerd2-proxy's load biaser; a time above the average weighs more, as in Finagle's peak EWMA. The
+//! table is bounded.
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;

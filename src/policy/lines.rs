@@ -1,9 +1,9 @@
 //! Who is next among those that wait: one line a client, so that a client's burst delays its own requests alone.
 //!
-//! Next is the client with the fewest requests in flight. Clients with equally many take turns: one that begins to wait,
-//! or whose request has ended, comes after the others. So as long as a client has the fewest, at most one request of
-//! each other client goes before its own. Within a line the order is first in, first out. A lower priority value comes
-//! first, always, as for backends.
+//! Next is the client with the fewest requests in flight. Clients with equally many take turns: one that begins to
+//! wait, or whose request has ended, comes after the others. So as long as a client has the fewest, at most one request
+//! of each other client goes before its own. Within a line the order is first in, first out. A lower priority value
+//! comes first, always, as for backends.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::BuildHasherDefault;

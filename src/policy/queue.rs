@@ -2,9 +2,9 @@
 //!
 //! All counts live in one atomic word, so whether a request passes, waits or is refused is one decision: never
 //! more than `slots` in flight, never more than `max_waiting` waiting, and no refusal while there is room. Waiters
-//! come through a crossbeam `ArrayQueue`. A released slot is *reserved* for the queue. The thread that settles sorts the
-//! waiters into one line a client and hands reserved slots to those whose [turn](crate::policy::lines) it is; no thread
-//! waits for another one to settle.
+//! come through a crossbeam `ArrayQueue`. A released slot is *reserved* for the queue. The thread that settles sorts
+//! the waiters into one line a client and hands reserved slots to those whose [turn](crate::policy::lines) it is; no
+//! thread waits for another one to settle.
 //!
 //! The module uses wakers but no runtime: time limits are the caller's task.
 
