@@ -241,7 +241,8 @@ const EXPLORES: u64 = 64;
 
 /// Picks by expected time to first content, times (in flight + 1) / weight: the better of two eligible targets of a
 /// tier, drawn at random (Mitzenmacher 2001). So requests that come at once do not all go to the one that looks best.
-/// Targets of which nothing is known are compared by load alone. One request in [`EXPLORES`] goes to the target whose
+/// A target of which nothing is known gets one request at a time, so that its time becomes known; otherwise such
+/// targets are compared by load alone. One request in [`EXPLORES`] goes to the target whose
 /// time is the oldest, since a target that is never asked would keep a bad time for ever.
 fn least_latency(
     fleet: &impl Fleet,
@@ -267,10 +268,13 @@ fn least_latency(
         load(in_flight, weight, 0.0, up_for)
     };
     let (a, b) = (*open().nth(first)?, *open().nth(second)?);
-    let (mut cost_a, mut cost_b) = (load_of(a), load_of(b));
-    if let (Some(time_a), Some(time_b)) = (fleet.expected(a.0), fleet.expected(b.0)) {
-        (cost_a, cost_b) = (cost_a * time_a.nanos, cost_b * time_b.nanos);
-    }
+    let is_idle = |id: TargetId| fleet.load(id).in_flight == 0;
+    let (cost_a, cost_b) = match (fleet.expected(a.0), fleet.expected(b.0)) {
+        (Some(time_a), Some(time_b)) => (load_of(a) * time_a.nanos, load_of(b) * time_b.nanos),
+        (None, Some(_)) if is_idle(a.0) => return Some(a.0),
+        (Some(_), None) if is_idle(b.0) => return Some(b.0),
+        _ => (load_of(a), load_of(b)),
+    };
     Some(if cost_b < cost_a { b.0 } else { a.0 })
 }
 

@@ -697,7 +697,7 @@ fn the_better_of_two_by_expected_time_and_load_is_chosen() {
     table.expected[1] = known(200, 3);
     assert_eq!(first(&table, 1 | 1 << 8), 'c');
     table.expected[0] = None;
-    assert_eq!(first(&table, 1), 'b', "one is not known: by load");
+    assert_eq!(first(&table, 1), 'a', "what is not known gets one request, whatever its weight");
     assert_eq!(first(&table, 64), 'a', "what is not known is explored");
     table.expected[0] = known(10, 5);
     assert_eq!(first(&table, 64), 'b', "then the oldest time");

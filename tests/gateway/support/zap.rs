@@ -151,12 +151,7 @@ impl Zap {
 
     /// All samples of `/metrics`, by series.
     pub(crate) fn metrics(&self) -> HashMap<String, f64> {
-        let text = self.client().get("/metrics");
-        let samples = text.text().lines().filter(|l| !l.starts_with('#'));
-        samples
-            .map(|l| l.rsplit_once(' ').unwrap())
-            .map(|(k, v)| (k.to_owned(), v.parse().unwrap()))
-            .collect()
+        samples(self.client().get("/metrics").text())
     }
 
     /// The sample of `series`; panics if there is no such series.
@@ -197,7 +192,12 @@ impl Zap {
     /// Waits until no slot, queue entry, backend permit or upstream connection is in use.
     pub(crate) fn wait_until_idle(&self) {
         eventually("all gauges are back at 0", || {
-            let all = self.metrics();
+            // With `max_connections`, the connection before this one may still count.
+            let answer = self.client().get("/metrics");
+            if answer.status != 200 {
+                return false;
+            }
+            let all = samples(answer.text());
             let sum = |name: &str, part: &str| -> f64 {
                 all.iter().filter(|(k, _)| k.starts_with(name) && k.contains(part)).map(|(_, v)| *v).sum()
             };
@@ -207,6 +207,13 @@ impl Zap {
                 && self.client().get("/status").json()["in_flight"] == 0
         });
     }
+}
+
+/// The samples of a text of metrics, by series.
+fn samples(text: &str) -> HashMap<String, f64> {
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    let pairs = samples.map(|line| line.rsplit_once(' ').unwrap());
+    pairs.map(|(series, value)| (series.to_owned(), value.parse().unwrap())).collect()
 }
 
 /// A configuration file; removed when dropped.
