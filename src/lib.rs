@@ -29,7 +29,10 @@
 //!
 //! Where to change what:
 //! - *whether a request is tried again, waits for a busy backend or fails*: [`policy::dispatch`]; how long it may wait
-//!   there: [`gateway::backend_queue`]; *whether it waits for a slot of the gateway*: [`policy::queue`];
+//!   there: [`gateway::backend_queue`]; *whether it waits for a slot of the gateway*: [`policy::queue`]; *who is
+//!   next then*: [`policy::lines`];
+//! - *which target a strategy picks*: [`policy::choose`], with the turns of [`policy::balance`] and the times of
+//!   [`policy::latency`];
 //! - *who is to blame for a failed try*: `policy/dispatch/judge.rs` and `policy/dispatch/blame.rs`;
 //! - *what an event of a stream means*: [`protocol::event_class`]; when a stream is over: [`protocol::event_stream`];
 //! - *a new endpoint*: a variant and a row in [`protocol::endpoint`];

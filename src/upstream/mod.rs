@@ -174,9 +174,9 @@ impl BackendState {
 }
 
 impl Upstream {
-    /// Prepares a configured backend with its place in the `queue`. `before` is the backend of the same
-    /// name before a reload: the counters are shared with it, and the whole state if the account is the same. The
-    /// shared state does not change before [`apply`](Self::apply).
+    /// Prepares a configured backend with its place in the `queue`. `before` is the backend of the same name before a
+    /// reload: the counters are shared with it, and the whole state if the account is the same. The shared state does
+    /// not change before [`apply`](Self::apply).
     ///
     /// # Errors
     /// Returns a message for the operator if the URL or the certificates are invalid.
