@@ -32,8 +32,8 @@ enum TurnOrder {
     Strided { ends: Box<[u64]>, stride: u64 },
 }
 
-/// Longest turn that is written down, in picks: 8 KiB. Hundreds of routes may each have schedules of their own.
-const MAX_LENGTH: u64 = 4_096;
+/// Longest turn that is written down, in picks: 16 KiB. Hundreds of routes may each have schedules of their own.
+const MAX_LENGTH: u64 = 8_192;
 
 /// Most steps that computing the smooth order of one schedule may take: about a millisecond.
 const MAX_STEPS: u64 = 1 << 20;
@@ -435,13 +435,13 @@ mod tests {
             let s = Schedule::new(weights.iter().copied().enumerate());
             matches!(s.order, TurnOrder::Smooth(_))
         };
-        assert!(is_written(&[4_095, 1]) && is_written(&[1_000; 200]));
+        assert!(is_written(&[8_191, 1]) && is_written(&[1_000; 200]));
         assert_eq!(Schedule::new([(0, u32::MAX), (1, u32::MAX - 1)]).turn(u64::from(u32::MAX) * 2 - 2), 0);
-        assert!(!is_written(&[4_096, 1]) && !is_written(&[u32::MAX, u32::MAX - 1]));
+        assert!(!is_written(&[8_192, 1]) && !is_written(&[u32::MAX, u32::MAX - 1]));
         // A turn of two members that is not written down alternates as well as one that is.
-        let picks = picks(&[3_001, 3_000], 6_001);
+        let picks = picks(&[6_001, 6_000], 12_001);
         assert!(!picks.contains("AAA") && !picks.contains("BBB"), "{}", &picks[..100]);
-        assert_eq!(picks.matches('A').count(), 3_001);
+        assert_eq!(picks.matches('A').count(), 6_001);
     }
 
     #[test]
